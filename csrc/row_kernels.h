@@ -1,0 +1,215 @@
+// The two row kernels, once. rows_baseline.cpp, rows_avx2.cpp and rows_avx512.cpp each compile this file into their own
+// namespace KEPO_ISA. docs/math.md derives the formulas; z, y are the scaled student and teacher logits, q, p their
+// softmaxes.
+#include <cmath>
+#include <initializer_list>
+
+#include "rows.h"
+#include "simd.h"
+
+namespace KEPO_ISA {
+
+enum Kind { FORWARD_KL, REVERSE_KL, MIXTURE };  // beta = 0, beta = 1, between
+
+// Calls step(column, vector_count) over [begin, end): whole vectors, then the partial one. `flush` runs every few vectors.
+constexpr int64_t FLUSH_COLUMNS = 32 * LANES;
+template <class Step, class Flush> static inline void sweep(int64_t begin, int64_t end, Step step, Flush flush) {
+    for (int64_t block = begin; block < end; block += FLUSH_COLUMNS) {
+        int64_t stop = block + FLUSH_COLUMNS < end ? block + FLUSH_COLUMNS : end;
+        int64_t column = block;
+        for (; column + LANES <= stop; column += LANES) step(column, LANES);
+        if (column < stop) step(column, (int)(stop - column));
+        flush();
+    }
+}
+
+template <class T> static inline vf read(const T *row, int64_t column, int count) {
+    return count == LANES ? load(row + column) : load_part(row + column, count);
+}
+
+static inline vf weighted(vf probability, vf value) {  // p * v, 0 where p is 0, NaN where p is NaN
+    return select(probability > 0.0f, probability * value, probability);
+}
+
+// One stretch of a row: its largest logit, and with x = (logit - peak) / temperature the sums of e^x and of x e^x.
+struct Softmax {
+    float peak = NEG_INF;
+    double sum = 0.0, moment = 0.0;
+    double log_sum() const { return std::log(sum); }
+    double entropy() const { return log_sum() - moment / sum; }
+};
+
+template <class T> static Softmax softmax_of(const T *row, int64_t begin, int64_t end, float inverse_temperature) {
+    Softmax s;
+    vf high = splat(NEG_INF);  // skips NaN, which then reaches the sums below
+    sweep(begin, end, [&](int64_t column, int count) { high = maximum(read(row, column, count), high); }, [] {});
+    for (int i = 0; i < LANES; ++i) s.peak = high[i] > s.peak ? high[i] : s.peak;
+    Sum sum, moment;
+    sweep(begin, end, [&](int64_t column, int count) {
+        vf z = read(row, column, count);
+        vf x = select(z == NEG_INF, z, (z - s.peak) * inverse_temperature);  // a stretch of -inf only has sum 0, not NaN
+        vf e = exp_neg(x);
+        sum.add(e);
+        moment.add(weighted(e, x));
+    }, [&] { sum.flush(), moment.flush(); });
+    s.sum = sum.total, s.moment = moment.total;
+    return s;
+}
+
+static inline Softmax merge(const Softmax &a, const Softmax &b, float inverse_temperature) {
+    if (b.sum == 0.0) return a;  // nothing but -inf
+    if (a.sum == 0.0) return b;
+    Softmax out;
+    out.peak = a.peak > b.peak ? a.peak : b.peak;
+    for (const Softmax *part : {&a, &b}) {
+        double shift = ((double)part->peak - out.peak) * inverse_temperature, scale = std::exp(shift);
+        out.sum += scale * part->sum;
+        out.moment += scale * (part->moment + shift * part->sum);
+    }
+    return out;
+}
+
+// log-probabilities of one column vector and what the mixture kinds need of them.
+struct Pair {
+    vf q, p;              // probabilities
+    vf log_ratio_p;       // log p/q
+    vf log_q_m, log_p_m;  // log q/m, log p/m (MIXTURE only), m by log-add-exp from the larger of the two
+};
+
+template <Kind KIND> static inline Pair compare(vf log_q, vf log_p, float beta) {
+    Pair out;
+    if (KIND != MIXTURE) {
+        out.q = exp_neg(log_q), out.p = exp_neg(log_p);
+        out.log_ratio_p = log_p - log_q;
+        return out;
+    }
+    // m = hi (w_hi + w_lo e^-|d|): no underflow while hi lives, and one exp serves both probabilities.
+    vi teacher_high = log_p > log_q;
+    vf d = select(teacher_high, log_p - log_q, log_q - log_p);  // >= 0; NaN when both are -inf
+    vf high = exp_neg(select(teacher_high, log_p, log_q));
+    d = select(high > 0.0f, d, select(high == high, vf{}, high));
+    vf ratio = exp_neg(-d);
+    vf low = high * ratio;
+    vf weight = select(teacher_high, splat(beta), splat(1.0f - beta));
+    vf log_m = log_pos(weight + (1.0f - weight) * ratio);  // log m/hi
+    out.q = select(teacher_high, low, high), out.p = select(teacher_high, high, low);
+    out.log_q_m = -log_m - select(teacher_high, d, vf{});
+    out.log_p_m = -log_m - select(teacher_high, vf{}, d);
+    return out;
+}
+
+template <class T, Kind KIND>
+static void divergence(const T *z, const T *y, const Softmax &student, const Softmax &teacher, const RowBatch &b,
+                       float *divergence_out, float *student_kl_out) {
+    const float inverse = 1.0f / b.temperature;
+    const float log_z = (float)student.log_sum(), log_y = (float)teacher.log_sum();
+    Sum student_kl, teacher_kl;
+    sweep(0, b.shared, [&](int64_t column, int count) {
+        vf log_q = (read(z, column, count) - student.peak) * inverse - log_z;
+        vf log_p = (read(y, column, count) - teacher.peak) * inverse - log_y;
+        Pair at = compare<KIND>(log_q, log_p, b.beta);
+        // Each KL as a log(a/b) - a + b: all terms >= 0, and rounding of the log-sums cancels to first order.
+        if (KIND == FORWARD_KL) teacher_kl.add(weighted(at.p, at.log_ratio_p) - at.p + at.q);
+        if (KIND == REVERSE_KL) student_kl.add(weighted(at.q, -at.log_ratio_p) - at.q + at.p);
+        if (KIND == MIXTURE) {
+            vf m = (1.0f - b.beta) * at.q + b.beta * at.p;
+            student_kl.add(weighted(at.q, at.log_q_m) - at.q + m);
+            teacher_kl.add(weighted(at.p, at.log_p_m) - at.p + m);
+        }
+    }, [&] { student_kl.flush(), teacher_kl.flush(); });
+    *student_kl_out = (float)student_kl.total;
+    *divergence_out = (float)(KIND == FORWARD_KL   ? teacher_kl.total
+                              : KIND == REVERSE_KL ? student_kl.total
+                                                   : (1.0 - b.beta) * student_kl.total + b.beta * teacher_kl.total);
+}
+
+template <class T> static void forward_row(const RowBatch &b, int64_t row) {
+    const T *z = (const T *)b.logits + row * b.logits_stride;
+    const float inverse = 1.0f / b.temperature;
+    const Softmax shared = softmax_of(z, 0, b.shared, inverse);
+    const Softmax whole =
+        b.vocab > b.shared ? merge(shared, softmax_of(z, b.shared, b.vocab, inverse), inverse) : shared;
+    auto out = [&](Stat stat) -> float & { return b.table[stat * b.n + row]; };
+    out(PEAK) = whole.peak;
+    out(LOG_SUM) = (float)whole.log_sum();
+    out(SHARED_LOG_SUM) = (float)(((double)shared.peak - whole.peak) * inverse + shared.log_sum());
+    out(ENTROPY) = (float)whole.entropy();
+    out(LOGPROB) = 0.0f;
+    if (b.targets) {
+        double target = read(z, b.targets[row], 1)[0];
+        out(LOGPROB) = (float)((target - whole.peak) * inverse - whole.log_sum());
+    }
+    out(DIVERGENCE) = out(TEACHER_PEAK) = out(TEACHER_LOG_SUM) = out(STUDENT_KL) = 0.0f;
+    if (!b.teacher) return;
+    const T *y = (const T *)b.teacher + row * b.teacher_stride;
+    const Softmax teacher = softmax_of(y, 0, b.shared, inverse);
+    out(TEACHER_PEAK) = teacher.peak;
+    out(TEACHER_LOG_SUM) = (float)teacher.log_sum();
+    auto run = b.beta == 0.0f ? divergence<T, FORWARD_KL> : b.beta == 1.0f ? divergence<T, REVERSE_KL> : divergence<T, MIXTURE>;
+    run(z, y, shared, teacher, b, &out(DIVERGENCE), &out(STUDENT_KL));
+}
+
+// d logits = [ c (onehot - q) - e q (log q + entropy) + g G ] / temperature on columns [begin, end); G only with KIND.
+struct RowGrad {
+    float c, g, e, entropy, peak, log_sum, shared_log_sum, teacher_peak, teacher_log_sum, student_kl;
+    int64_t target;
+};
+
+template <class T, bool TEACHER, Kind KIND>
+static void backward_columns(T *z, const T *y, const RowGrad &at, const RowBatch &b, int64_t begin, int64_t end) {
+    const float inverse = 1.0f / b.temperature;
+    const bool one_softmax = b.vocab == b.shared;  // the shared columns are all columns: q need not be computed twice
+    vi lane;
+    for (int i = 0; i < LANES; ++i) lane[i] = i;
+    sweep(begin, end, [&](int64_t column, int count) {
+        vf scaled = (read(z, column, count) - at.peak) * inverse;
+        vf log_q = scaled - at.log_sum;
+        vf grad{};
+        if (TEACHER) {
+            vf log_p = (read(y, column, count) - at.teacher_peak) * inverse - at.teacher_log_sum;
+            vf log_shared = one_softmax ? log_q : scaled - at.shared_log_sum;
+            Pair pair = compare<KIND>(log_shared, log_p, b.beta);
+            if (KIND == FORWARD_KL) grad = at.g * (pair.q - pair.p);
+            if (KIND == REVERSE_KL) grad = at.g * weighted(pair.q, -pair.log_ratio_p - at.student_kl);
+            if (KIND == MIXTURE) grad = at.g * (1.0f - b.beta) * weighted(pair.q, pair.log_q_m - at.student_kl);
+            if (at.c != 0.0f || at.e != 0.0f) {
+                vf q = one_softmax ? pair.q : exp_neg(log_q);
+                grad -= at.c * q + at.e * weighted(q, log_q + at.entropy);
+            }
+        } else {
+            vf q = exp_neg(log_q);
+            grad -= at.c * q + at.e * weighted(q, log_q + at.entropy);
+        }
+        if (at.target >= column && at.target < column + count) {
+            vi hit = lane == splat_int((int32_t)(at.target - column));
+            grad += select(hit, splat(at.c), vf{});
+        }
+        grad *= inverse;
+        if (count == LANES) store(z + column, grad);
+        else store_part(z + column, grad, count);
+    }, [] {});
+}
+
+template <class T> static void backward_row(const RowBatch &b, int64_t row) {
+    T *z = (T *)b.logits + row * b.logits_stride;
+    auto stat = [&](Stat s) { return b.table[s * b.n + row]; };
+    RowGrad at{b.coefficients[row], b.coefficients[b.n + row], b.coefficients[2 * b.n + row],
+               stat(ENTROPY), stat(PEAK), stat(LOG_SUM), stat(SHARED_LOG_SUM), stat(TEACHER_PEAK),
+               stat(TEACHER_LOG_SUM), stat(STUDENT_KL), b.targets ? b.targets[row] : -1};
+    if (!b.teacher) return backward_columns<T, false, FORWARD_KL>(z, nullptr, at, b, 0, b.vocab);
+    const T *y = (const T *)b.teacher + row * b.teacher_stride;
+    if (b.beta == 0.0f) backward_columns<T, true, FORWARD_KL>(z, y, at, b, 0, b.shared);
+    else if (b.beta == 1.0f) backward_columns<T, true, REVERSE_KL>(z, y, at, b, 0, b.shared);
+    else backward_columns<T, true, MIXTURE>(z, y, at, b, 0, b.shared);
+    backward_columns<T, false, FORWARD_KL>(z, nullptr, at, b, b.shared, b.vocab);
+}
+
+void forward(const RowBatch &b, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) b.dtype == FLOAT32 ? forward_row<float>(b, row) : forward_row<bf16>(b, row);
+}
+
+void backward(const RowBatch &b, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) b.dtype == FLOAT32 ? backward_row<float>(b, row) : backward_row<bf16>(b, row);
+}
+
+}  // namespace KEPO_ISA

@@ -1,0 +1,57 @@
+// The C interface of the CPU row kernels, bound by kepo_kernels/cpu_rows.py through ctypes: it links against neither torch
+// nor Python, so one binary serves every version of both.
+//
+// Threads are started per call and joined before it returns. A call works on a whole chunk of logits (milliseconds to
+// seconds), so starting them is free, no idle pool competes with torch's, and a process that forks afterwards has
+// no lost threads to wait for.
+#include <algorithm>
+#include <thread>
+#include <vector>
+
+#include "rows.h"
+
+namespace {
+
+enum Isa : int32_t { BASELINE = 0, AVX2 = 1, AVX512 = 2 };
+constexpr int64_t MIN_ELEMENTS_PER_THREAD = 1 << 16;  // below this a thread costs more than it saves
+
+void over_rows(RowRange kernel, const RowBatch &batch, int32_t threads) {
+    int64_t useful = batch.n * batch.vocab / MIN_ELEMENTS_PER_THREAD;
+    int64_t count = std::max<int64_t>(1, std::min<int64_t>({threads, useful, batch.n}));
+    std::vector<std::thread> workers;
+    for (int64_t i = 1; i < count; ++i) {
+        workers.emplace_back(kernel, std::cref(batch), batch.n * i / count, batch.n * (i + 1) / count);
+    }
+    kernel(batch, 0, batch.n / count);
+    for (auto &worker : workers) worker.join();
+}
+
+RowRange pick(int32_t isa, bool backward) {
+#ifdef KEPO_X86
+    if (isa == AVX512) return backward ? kepo_avx512::backward : kepo_avx512::forward;
+    if (isa == AVX2) return backward ? kepo_avx2::backward : kepo_avx2::forward;
+#endif
+    return backward ? kepo_baseline::backward : kepo_baseline::forward;
+}
+
+}  // namespace
+
+extern "C" {
+
+// The best instruction set this processor runs: 0 baseline, 1 AVX2, 2 AVX-512.
+int32_t kepo_best_isa() {
+#ifdef KEPO_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
+#endif
+    return BASELINE;
+}
+
+void kepo_row_forward(const RowBatch *batch, int32_t threads, int32_t isa) { over_rows(pick(isa, false), *batch, threads); }
+
+void kepo_row_backward(const RowBatch *batch, int32_t threads, int32_t isa) { over_rows(pick(isa, true), *batch, threads); }
+
+}  // extern "C"

@@ -1,0 +1,32 @@
+"""`python -m kepo_kernels`: which back-ends are live here, and why the others are not."""
+
+import argparse
+
+import torch
+
+from kepo_kernels import __version__, gemm
+from kepo_kernels.dispatch import IMPLS, pick_rows, unavailable
+
+SERVES = {"triton": "CUDA", "cpu": "CPU", "torch": "any device"}
+
+
+def main() -> None:
+    argparse.ArgumentParser(prog="python -m kepo_kernels", description=__doc__).parse_args()
+    print(f"kepo_kernels {__version__}, torch {torch.__version__}")
+    for impl in IMPLS:
+        reason = unavailable(impl)
+        state = f"live on {SERVES[impl]}" if reason is None else f"not live: {reason}"
+        if impl == "cpu" and reason is None:
+            from kepo_kernels.cpu_rows import isa
+
+            state += f" ({isa()}, {torch.get_num_threads()} threads)"
+        print(f"  {impl:7} {state}")
+    for kind in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        device = torch.device(kind)
+        chosen = pick_rows("auto", device, torch.float32).__name__.removeprefix("kepo_kernels.")
+        logits = gemm.default_logits_dtype(torch.bfloat16, device)
+        print(f"impl='auto' on {kind}: {chosen}; bf16 inputs give {logits} logits")
+
+
+if __name__ == "__main__":
+    main()

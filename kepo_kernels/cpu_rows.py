@@ -1,0 +1,188 @@
+"""The row contract in C++ (csrc/), for CPU tensors of fp32 or bf16 logits.
+
+The library is torch-free and found through ctypes; here it becomes two `torch.library` custom ops, so that
+`torch.compile`, fake tensors and the profiler see it like any other operator. It starts as many threads as
+torch would (`torch.get_num_threads()`); each row is summed by one thread in a fixed order, so the result does not
+depend on their number. `KEPO_CPU_ISA=baseline|avx2|avx512` overrides the choice of instruction set.
+"""
+
+import ctypes
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kepo_kernels.rows import NUM_STATS, shared_columns
+
+LIBRARY = Path(__file__).with_name("_rows.so")
+BUILD_INFO = Path(__file__).with_name("_build_info.json")
+ISAS = ("baseline", "avx2", "avx512")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class _RowBatch(ctypes.Structure):
+    """Mirrors `RowBatch` in csrc/rows.h."""
+
+    _fields_ = [
+        ("logits", ctypes.c_void_p),
+        ("teacher", ctypes.c_void_p),
+        ("targets", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("coefficients", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("vocab", ctypes.c_int64),
+        ("shared", ctypes.c_int64),
+        ("logits_stride", ctypes.c_int64),
+        ("teacher_stride", ctypes.c_int64),
+        ("beta", ctypes.c_float),
+        ("temperature", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(LIBRARY))
+    for function in (library.kepo_row_forward, library.kepo_row_backward):
+        function.argtypes = [ctypes.POINTER(_RowBatch), ctypes.c_int32, ctypes.c_int32]
+        function.restype = None
+    library.kepo_best_isa.restype = ctypes.c_int32
+    return library
+
+
+@lru_cache(maxsize=1)
+def unavailable() -> str | None:
+    """Why the C++ rows cannot be used here, or None when they can."""
+    if not LIBRARY.exists():
+        reason = "the C++ library was not built"
+        if BUILD_INFO.exists():
+            error = json.loads(BUILD_INFO.read_text()).get("error")
+            reason += f": {error}" if error else ""
+        return reason
+    try:
+        _library()
+    except OSError as error:
+        return f"{LIBRARY.name} does not load: {error}"
+    return None
+
+
+def isa() -> str:
+    """The instruction set in use: `KEPO_CPU_ISA` if set, else the best this processor has."""
+    best = _library().kepo_best_isa()
+    wanted = os.environ.get("KEPO_CPU_ISA")
+    if wanted is None:
+        return ISAS[best]
+    if wanted not in ISAS[: best + 1]:
+        raise ValueError(
+            f"KEPO_CPU_ISA={wanted!r}: this processor runs {', '.join(ISAS[: best + 1])}"
+        )
+    return wanted
+
+
+def row_forward(
+    logits: Tensor, targets: Tensor | None, teacher: Tensor | None, beta: float, temperature: float
+) -> Tensor:
+    """See `kepo_kernels.rows`."""
+    return torch.ops.kepo_kernels.row_forward(logits, targets, teacher, beta, temperature)
+
+
+def row_backward_(
+    logits: Tensor,
+    targets: Tensor | None,
+    teacher: Tensor | None,
+    table: Tensor,
+    coefficients: Tensor,
+    beta: float,
+    temperature: float,
+) -> None:
+    """See `kepo_kernels.rows`."""
+    torch.ops.kepo_kernels.row_backward_(
+        logits, targets, teacher, table, coefficients, beta, temperature
+    )
+
+
+@torch.library.custom_op("kepo_kernels::row_forward", mutates_args=(), device_types="cpu")
+def _forward_op(
+    logits: Tensor, targets: Tensor | None, teacher: Tensor | None, beta: float, temperature: float
+) -> Tensor:
+    table = torch.empty(NUM_STATS, logits.shape[0], dtype=torch.float32)
+    batch = _batch(logits, targets, teacher, table, None, beta, temperature)
+    _library().kepo_row_forward(batch, torch.get_num_threads(), ISAS.index(isa()))
+    return table
+
+
+@_forward_op.register_fake
+def _(logits, targets, teacher, beta, temperature):
+    return logits.new_empty(NUM_STATS, logits.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "kepo_kernels::row_backward_", mutates_args=("logits",), device_types="cpu"
+)
+def _backward_op(
+    logits: Tensor,
+    targets: Tensor | None,
+    teacher: Tensor | None,
+    table: Tensor,
+    coefficients: Tensor,
+    beta: float,
+    temperature: float,
+) -> None:
+    batch = _batch(logits, targets, teacher, table, coefficients, beta, temperature)
+    _library().kepo_row_backward(batch, torch.get_num_threads(), ISAS.index(isa()))
+
+
+def _batch(
+    logits: Tensor,
+    targets: Tensor | None,
+    teacher: Tensor | None,
+    table: Tensor,
+    coefficients: Tensor | None,
+    beta: float,
+    temperature: float,
+) -> _RowBatch:
+    """The call as the C struct. What could make the kernel read out of bounds is checked here, once more."""
+    _require("logits", logits, logits.dtype in DTYPES and logits.dim() == 2)
+    rows = logits.shape[0]
+    if teacher is not None:
+        _require("teacher", teacher, teacher.dtype == logits.dtype and teacher.shape[0] == rows)
+    if targets is not None:
+        _require("targets", targets, targets.dtype == torch.int64 and targets.shape == (rows,))
+        _require("targets", targets, targets.is_contiguous())
+    for name, x, width in (("table", table, NUM_STATS), ("coefficients", coefficients, 3)):
+        if x is not None:
+            _require(name, x, x.dtype == torch.float32 and x.shape == (width, rows))
+            _require(name, x, x.is_contiguous())
+    for name, x in (("logits", logits), ("teacher", teacher)):
+        if x is not None:
+            _require(name, x, x.stride(-1) == 1 or x.shape[-1] == 1)
+    return _RowBatch(
+        _pointer(logits),
+        _pointer(teacher),
+        _pointer(targets),
+        _pointer(table),
+        _pointer(coefficients),
+        rows,
+        logits.shape[1],
+        shared_columns(logits, teacher),
+        logits.stride(0),
+        0 if teacher is None else teacher.stride(0),
+        beta,
+        temperature,
+        DTYPES[logits.dtype],
+    )
+
+
+def _require(name: str, x: Tensor, holds: bool) -> None:
+    if not holds:
+        raise ValueError(
+            f"cpu_rows: {name} of shape {tuple(x.shape)}, stride {x.stride()}, {x.dtype} does not fit the "
+            "row contract (kepo_kernels/rows.py)"
+        )
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()

@@ -1,0 +1,155 @@
+"""The row contract in plain PyTorch: runs on any device and in fp64, and is what every install can fall back to."""
+
+import torch
+from torch import Tensor
+
+from kepo_kernels.rows import NUM_STATS, RowStats, accumulate_dtype, shared_columns
+
+# Rows are taken a few at a time so that the temporaries (about eight of them) stay at some tens of megabytes
+# however large the chunk is: the caller's workspace budget counts the logits alone.
+BLOCK_ELEMENTS = 1 << 20
+
+
+def row_forward(
+    logits: Tensor, targets: Tensor | None, teacher: Tensor | None, beta: float, temperature: float
+) -> Tensor:
+    """See `kepo_kernels.rows`."""
+    rows = logits.shape[0]
+    table = torch.zeros(NUM_STATS, rows, dtype=accumulate_dtype(logits.dtype), device=logits.device)
+    for block in _blocks(logits):
+        _forward_block(
+            logits[block],
+            None if targets is None else targets[block],
+            None if teacher is None else teacher[block],
+            RowStats(*(column[block] for column in table.unbind(0))),
+            beta,
+            temperature,
+        )
+    return table
+
+
+def row_backward_(
+    logits: Tensor,
+    targets: Tensor | None,
+    teacher: Tensor | None,
+    table: Tensor,
+    coefficients: Tensor,
+    beta: float,
+    temperature: float,
+) -> None:
+    """See `kepo_kernels.rows`."""
+    for block in _blocks(logits):
+        _backward_block(
+            logits[block],
+            None if targets is None else targets[block],
+            None if teacher is None else teacher[block],
+            RowStats(*table[:, block].unsqueeze(-1).unbind(0)),
+            coefficients[:, block].unsqueeze(-1),
+            beta,
+            temperature,
+        )
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    rows, vocab = logits.shape
+    step = max(1, BLOCK_ELEMENTS // max(1, vocab))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _log_softmax(logits: Tensor, peak: Tensor, log_sum: Tensor, temperature: float) -> Tensor:
+    return (logits.to(peak.dtype) - peak) / temperature - log_sum
+
+
+def _log_sum(logits: Tensor, peak: Tensor, temperature: float) -> Tensor:
+    return ((logits.to(peak.dtype) - peak.unsqueeze(-1)) / temperature).logsumexp(-1)
+
+
+def _weighted(probability: Tensor, value: Tensor) -> Tensor:
+    """probability * value, and 0 where the probability is 0: the limit of p log p, which floats call NaN."""
+    return torch.where(probability > 0, probability * value, 0)
+
+
+def _log_mixture(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+    """log m, m = (1 - beta) q + beta p, by log-add-exp: q and p may both underflow while their ratio matters."""
+    high, low = torch.maximum(log_q, log_p), torch.minimum(log_q, log_p)
+    high_weight = torch.where(log_p > log_q, log_q.new_tensor(beta), log_q.new_tensor(1.0 - beta))
+    ratio = torch.where(high > -torch.inf, (low - high).exp(), 0)
+    return high + torch.log(high_weight + (1.0 - high_weight) * ratio)
+
+
+def _forward_block(
+    logits: Tensor,
+    targets: Tensor | None,
+    teacher: Tensor | None,
+    out: RowStats,
+    beta: float,
+    temperature: float,
+) -> None:
+    out.peak.copy_(logits.amax(-1))
+    out.log_sum.copy_(_log_sum(logits, out.peak, temperature))
+    log_q = _log_softmax(logits, out.peak.unsqueeze(-1), out.log_sum.unsqueeze(-1), temperature)
+    out.entropy.copy_(-_weighted(log_q.exp(), log_q).sum(-1))
+    if targets is not None:
+        out.logprob.copy_(log_q.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
+    if teacher is None:
+        out.shared_log_sum.copy_(out.log_sum)
+        return
+
+    shared = shared_columns(logits, teacher)
+    logits, teacher = logits[:, :shared], teacher[:, :shared]
+    out.shared_log_sum.copy_(_log_sum(logits, out.peak, temperature))
+    out.teacher_peak.copy_(teacher.amax(-1))
+    out.teacher_log_sum.copy_(_log_sum(teacher, out.teacher_peak, temperature))
+    log_q = _log_softmax(
+        logits, out.peak.unsqueeze(-1), out.shared_log_sum.unsqueeze(-1), temperature
+    )
+    log_p = _log_softmax(
+        teacher, out.teacher_peak.unsqueeze(-1), out.teacher_log_sum.unsqueeze(-1), temperature
+    )
+    p, q = log_p.exp(), log_q.exp()
+    # Each KL is summed as a log(a/b) - a + b: every term is >= 0, and a rounding error in a log-sum-exp
+    # cancels to first order instead of shifting the whole sum.
+    if beta == 0.0:
+        out.divergence.copy_((_weighted(p, log_p - log_q) - p + q).sum(-1))
+    elif beta == 1.0:
+        out.student_kl.copy_((_weighted(q, log_q - log_p) - q + p).sum(-1))
+        out.divergence.copy_(out.student_kl)
+    else:
+        log_m = _log_mixture(log_q, log_p, beta)
+        m = (1.0 - beta) * q + beta * p
+        out.student_kl.copy_((_weighted(q, log_q - log_m) - q + m).sum(-1))
+        teacher_kl = (_weighted(p, log_p - log_m) - p + m).sum(-1)
+        out.divergence.copy_((1.0 - beta) * out.student_kl + beta * teacher_kl)
+
+
+def _backward_block(
+    logits: Tensor,
+    targets: Tensor | None,
+    teacher: Tensor | None,
+    stats: RowStats,
+    coefficients: Tensor,
+    beta: float,
+    temperature: float,
+) -> None:
+    c, g, e = coefficients
+    log_q = _log_softmax(logits, stats.peak, stats.log_sum, temperature)
+    q = log_q.exp()
+    grad = -c * q - e * _weighted(q, log_q + stats.entropy)
+    if targets is not None:
+        grad.scatter_add_(-1, targets.unsqueeze(-1), c)
+    if teacher is not None:
+        shared = shared_columns(logits, teacher)
+        log_q = _log_softmax(logits[:, :shared], stats.peak, stats.shared_log_sum, temperature)
+        log_p = _log_softmax(
+            teacher[:, :shared], stats.teacher_peak, stats.teacher_log_sum, temperature
+        )
+        q = log_q.exp()
+        if beta == 0.0:
+            direction = q - log_p.exp()
+        elif beta == 1.0:
+            direction = _weighted(q, log_q - log_p - stats.student_kl)
+        else:
+            log_m = _log_mixture(log_q, log_p, beta)
+            direction = (1.0 - beta) * _weighted(q, log_q - log_m - stats.student_kl)
+        grad[:, :shared] += g * direction
+    logits.copy_(grad / temperature)

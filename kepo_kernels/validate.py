@@ -1,0 +1,209 @@
+"""What every public function checks before any arithmetic. Nothing here changes, broadcasts or clamps an input.
+
+Shapes, dtypes and devices are checked always. Values (token ids, finiteness) are checked where looking at them costs
+no device synchronisation, that is on CPU tensors, and only at tokens that take part.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from kepo_kernels.dispatch import IMPLS
+from kepo_kernels.errors import KepoInputError
+from kepo_kernels.weights import REDUCTIONS
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+POLICY_LOSSES = ("clip",)
+IMPORTANCE_LEVELS = ("token",)
+ENGINE_SETTINGS = ("impl", "workspace_bytes", "chunk_rows", "logits_dtype", "return_stats")
+
+
+def describe(x: Tensor) -> str:
+    """[4096, 2048] bfloat16 on cuda:0"""
+    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+
+
+class Validator:
+    """Refusals in the name of one public function."""
+
+    def __init__(self, function: str):
+        self.function = function
+
+    def refuse(self, message: str) -> NoReturn:
+        raise KepoInputError(f"{self.function}: {message}")
+
+    def require(self, holds: bool, message: str) -> None:
+        if not holds:
+            self.refuse(message)
+
+    def none_bad(self, name: str, x: Tensor, bad: Tensor, expected: str) -> None:
+        """Refuse `x` for the first of its elements that is bad."""
+        if bad.any():
+            where = bad.nonzero()[0].tolist()
+            self.refuse(f"{name} holds {x[tuple(where)].item()} at {where}; expected {expected}")
+
+    def head(
+        self, names: tuple[str, str, str], hidden: Tensor, lm_head: Tensor, bias: Tensor | None
+    ) -> None:
+        """hidden (..., H), lm_head (V, H) and bias (V,) fit each other."""
+        hidden_name, head_name, bias_name = names
+        given = [(hidden_name, hidden), (head_name, lm_head)]
+        given += [] if bias is None else [(bias_name, bias)]
+        for name, x in given:
+            self.require(isinstance(x, Tensor), f"{name} is {type(x).__name__}; expected a tensor")
+        for name, x in given:
+            self.require(
+                type(x).__name__ != "DTensor",
+                f"{name} is a sharded DTensor; pass the unsharded parameter (for FSDP2: call "
+                "lm_head.unshard() first)",
+            )
+            self.require(
+                x.dtype in FLOATS,
+                f"{name} {describe(x)}; expected one of "
+                + ", ".join(str(d).removeprefix("torch.") for d in FLOATS),
+            )
+        self.require(
+            hidden.dim() in (2, 3),
+            f"{hidden_name} {describe(hidden)}; expected (B, T, H) or (N, H)",
+        )
+        self.require(
+            lm_head.dim() == 2 and lm_head.numel() > 0,
+            f"{head_name} {describe(lm_head)}; expected a non-empty weight (V, H)",
+        )
+        self.require(
+            hidden.shape[-1] == lm_head.shape[1],
+            f"{hidden_name} {describe(hidden)} and {head_name} {describe(lm_head)} disagree on the hidden "
+            f"size ({hidden.shape[-1]} and {lm_head.shape[1]}); {head_name} must be (V, {hidden.shape[-1]})",
+        )
+        self.require(
+            bias is None or bias.shape == lm_head.shape[:1],
+            f"{bias_name} {'' if bias is None else describe(bias)}; expected ({lm_head.shape[0]},), one value "
+            f"per row of {head_name}",
+        )
+        for name, x in given[1:]:
+            self.require(
+                x.dtype == hidden.dtype,
+                f"{hidden_name} {describe(hidden)} and {name} {describe(x)} differ in dtype; cast one of them",
+            )
+
+    def same_device(self, hidden: Tensor, **tensors: Tensor | None) -> None:
+        for name, x in tensors.items():
+            self.require(
+                x is None or x.device == hidden.device,
+                f"hidden is on {hidden.device} and {name} on {x.device if x is not None else ''}; move one",
+            )
+
+    def lead(self, lead: torch.Size, **tensors: Tensor | None) -> None:
+        """Tensors with one value per token."""
+        for name, x in tensors.items():
+            if x is None:
+                continue
+            self.require(
+                isinstance(x, Tensor) and x.shape == lead,
+                f"{name} {describe(x) if isinstance(x, Tensor) else type(x).__name__}; expected one value per "
+                f"token, shape {list(lead)} (hidden without its last dimension)",
+            )
+
+    def per_sequence_or_token(self, lead: torch.Size, **tensors: Tensor | None) -> None:
+        for name, x in tensors.items():
+            if x is None:
+                continue
+            self.require(
+                isinstance(x, Tensor) and x.shape in (lead, lead[:1]),
+                f"{name} {describe(x) if isinstance(x, Tensor) else type(x).__name__}; expected shape "
+                f"{list(lead[:1])} (per sequence) or {list(lead)} (per token)",
+            )
+
+    def mask(self, completion_mask: Tensor | None, lead: torch.Size) -> None:
+        self.lead(lead, completion_mask=completion_mask)
+        if completion_mask is None:
+            return
+        self.require(
+            not completion_mask.is_complex(),
+            f"completion_mask {describe(completion_mask)}; expected bool or 0/1",
+        )
+        if on_cpu(completion_mask) and completion_mask.dtype != torch.bool:
+            bad = (completion_mask != 0) & (completion_mask != 1)
+            expected = "bool or 0/1; pass fractional token weights as `weights`"
+            self.none_bad("completion_mask", completion_mask, bad, expected)
+
+    def gate(self, gate: Tensor | None, lead: torch.Size) -> None:
+        if gate is None:
+            return
+        self.require(
+            isinstance(gate, Tensor) and gate.shape == lead[:1],
+            f"gate {describe(gate) if isinstance(gate, Tensor) else type(gate).__name__}; expected shape "
+            f"{list(lead[:1])}, one value per sequence",
+        )
+        if on_cpu(gate) and gate.dtype != torch.bool:
+            bad = ~((gate >= 0) & (gate < math.inf))
+            self.none_bad("gate", gate, bad, "bool or finite values >= 0")
+
+    def targets(self, targets: Tensor, lead: torch.Size, active: Tensor, vocab: int) -> None:
+        self.lead(lead, targets=targets)
+        self.require(
+            targets.dtype in (torch.int64, torch.int32),
+            f"targets {describe(targets)}; expected int64 or int32 token ids",
+        )
+        if on_cpu(targets):
+            bad = active & ((targets < 0) | (targets >= vocab))
+            expected = f"token ids in [0, {vocab}) wherever completion_mask and weights are not 0"
+            self.none_bad("targets", targets, bad, expected)
+
+    def finite(self, active: Tensor, **tensors: Tensor | None) -> None:
+        """No NaN or Inf at tokens that take part."""
+        for name, x in tensors.items():
+            if x is None or not on_cpu(x) or not x.is_floating_point():
+                continue
+            bad = active & ~torch.isfinite(x)
+            self.none_bad(name, x, bad, "finite values at tokens that take part")
+
+    def number(
+        self, name: str, value: object, holds: Callable[[float], bool], expected: str
+    ) -> None:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+        self.require(
+            good and math.isfinite(value) and holds(value), f"{name}={value!r}; expected {expected}"
+        )
+
+    def softmax(self, temperature: float, beta: float = 0.5) -> None:
+        self.number("temperature", temperature, lambda x: x > 0, "a finite number > 0")
+        self.number("beta", beta, lambda x: 0 <= x <= 1, "a number in [0, 1]")
+
+    def choice(self, name: str, value: object, choices: tuple[str, ...]) -> None:
+        self.require(value in choices, f"{name}={value!r}; expected one of {', '.join(choices)}")
+
+    def reduction(self, name: str, value: object) -> None:
+        self.choice(name, value, REDUCTIONS)
+
+    def engine(self, settings: dict[str, object]) -> None:
+        for name in settings:
+            self.require(
+                name in ENGINE_SETTINGS,
+                f"unexpected argument {name!r}; engine settings are {', '.join(ENGINE_SETTINGS)}",
+            )
+        self.choice("impl", settings.get("impl", "auto"), ("auto", *IMPLS))
+        for name in ("workspace_bytes", "chunk_rows"):
+            value = settings.get(name)
+            good = isinstance(value, int) and not isinstance(value, bool)
+            self.require(
+                value is None or (good and value > 0),
+                f"{name}={value!r}; expected a positive integer or None",
+            )
+
+    def logits_dtype(self, wanted: torch.dtype | None, hidden: Tensor) -> None:
+        allowed = {torch.float64: (torch.float64,), torch.bfloat16: (torch.float32, torch.bfloat16)}
+        accepted = allowed.get(hidden.dtype, (torch.float32,))
+        self.require(
+            wanted is None or wanted in accepted,
+            f"logits_dtype={wanted} with {hidden.dtype} hidden; expected None or "
+            + " or ".join(map(str, accepted)),
+        )
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether its values can be read without waiting for a device (and it has any: not meta, not fake)."""
+    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
