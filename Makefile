@@ -1,0 +1,59 @@
+# Every target works in .venv, made on first use. To change TORCH or PYTHON afterwards: make clean first.
+# A CPU-only torch, a tenth of the download:
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:  # two pips in one environment
+.PHONY: help demo test test-slow lint bench clean
+
+help:  ## print this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
+
+demo: $(VENV)/demo.stamp  ## train a tiny vision-language model with KEPO on scanned digits
+	$(PY) -m kepo.demo
+
+test: $(VENV)/test.stamp  ## the test suite
+	$(PY) -m pytest -q
+
+test-slow: $(VENV)/test.stamp  ## the slow tests, those that install the package included
+	$(PY) -m pytest -q -m slow
+
+lint: $(VENV)/test.stamp  ## ruff check and ruff format --check
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: $(VENV)/bench.stamp  ## time the losses against their peers
+	$(PY) benchmarks/bench_loss.py
+
+clean:  ## remove the environment and everything that was built (runs/ stays)
+	rm -rf $(VENV) build dist *.egg-info kepo_kernels/_rows.so kepo_kernels/_build_info.json
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and alone; the file then holds its exact version, a constraint under which nothing later can swap it.
+$(VENV)/torch.txt:
+	$(PYTHON) -c 'import sys; sys.exit("kepo needs Python >= 3.11: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
+
+# The package by itself, so that the C++ is compiled once and again only when it changes.
+$(VENV)/package.stamp: $(VENV)/torch.txt $(SOURCES)
+	$(PIP) -c $(VENV)/torch.txt -e .
+	touch $@
+
+# The extras alone: kepo itself is already there, so pip only adds what is missing.
+$(VENV)/demo.stamp: EXTRAS := demo
+$(VENV)/test.stamp: EXTRAS := demo,test
+$(VENV)/bench.stamp: EXTRAS := bench
+$(VENV)/%.stamp: $(VENV)/package.stamp
+	$(PIP) -c $(VENV)/torch.txt "kepo[$(EXTRAS)]"
+	touch $@

@@ -1,0 +1,176 @@
+"""Time and peak memory of the fused losses against the bare GEMMs, Liger and torch eager.
+
+    python benchmarks/bench_loss.py                    # forward + backward; minutes on two cores
+    python benchmarks/bench_loss.py --shape 8192,2048,5120,151936 --device cuda --json results.json
+
+`x floor` is the time over that of the GEMMs which any loss of this kind has to run. A provider that
+would take too long is measured on fewer rows and scaled; the table then says so. Times of one table
+come from one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from measure import Measurement, measure, stamp
+from providers import CASES, PROVIDERS, Problem
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PROBE_ROWS = 64
+
+
+def main() -> None:
+    args = parse()
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda, but torch sees no CUDA device")
+    environment = stamp()
+    print(", ".join(f"{key} {value}" for key, value in environment.items()))
+    results = []
+    for shape in args.shape:
+        n, h, teacher_h, vocab = shape
+        print(
+            f"\nN={n} H={h} Ht={teacher_h} V={vocab} {args.dtype} on {device}, forward + backward"
+        )
+        problem = Problem.make(shape, dtype, device)
+        rows = bench(problem, device, args)
+        results += [
+            {
+                "N": n,
+                "H": h,
+                "Ht": teacher_h,
+                "V": vocab,
+                "dtype": args.dtype,
+                "device": str(device),
+            }
+            | row
+            | environment
+            for row in rows
+        ]
+        headline(rows)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"\nwritten: {args.json}")
+
+
+def bench(problem: Problem, device: torch.device, args: argparse.Namespace) -> list[dict]:
+    """One row per case and provider, printed as it comes."""
+    print(f"{'case':9} {'provider':9} {'seconds':>9} {'x floor':>8} {'peak MiB':>9}  note")
+    rows = []
+    for case in CASES:
+        floor = None
+        for name in args.providers:
+            result, note = one(problem, case, name, device, args)
+            if result is None:
+                print(f"{case:9} {name:9} {'-':>9} {'-':>8} {'-':>9}  {note}")
+                continue
+            if name == "floor":
+                floor = result.seconds
+            ratio = result.seconds / floor if floor else float("nan")
+            numbers = f"{result.seconds:9.3f} {ratio:8.2f} {result.peak_mib:9.0f}"
+            print(f"{case:9} {name:9} {numbers}  {note}", flush=True)
+            rows.append(
+                {
+                    "case": case,
+                    "provider": name,
+                    "seconds": result.seconds,
+                    "x_floor": ratio,
+                    "peak_mib": result.peak_mib,
+                    "repeats": result.repeats,
+                    "note": note,
+                }
+            )
+    return rows
+
+
+def one(
+    problem: Problem, case: str, name: str, device: torch.device, args: argparse.Namespace
+) -> tuple[Measurement | None, str]:
+    """The measurement, on all rows if a probe on a few says that one call fits
+    ``args.max_seconds``."""
+    call = PROVIDERS[name](problem, case)
+    if call is None:
+        return None, "not installed, or has no such loss"
+    scale = 1
+    if name in ("liger", "eager") and problem.rows > PROBE_ROWS:
+        small = problem.first_rows(PROBE_ROWS)
+        probe = PROVIDERS[name](small, case)
+        started = time.perf_counter()
+        probe()
+        expected = (time.perf_counter() - started) * problem.rows / small.rows
+        if expected > args.max_seconds:
+            call, scale = probe, problem.rows / small.rows
+    result = measure(call, device, args.repeats, args.max_seconds)
+    if scale == 1:
+        return result, ""
+    scaled = Measurement(result.seconds * scale, result.repeats, result.peak_mib)
+    return scaled, f"time scaled from {problem.rows / scale:.0f} rows; memory of those rows"
+
+
+def headline(rows: list[dict]) -> None:
+    """The ratios the project promises."""
+    seconds = {(row["case"], row["provider"]): row["seconds"] for row in rows}
+
+    def ratio(title: str, a: tuple[str, str], b: list[tuple[str, str]]) -> None:
+        if a in seconds and all(key in seconds for key in b):
+            print(f"{title:52} {seconds[a] / sum(seconds[key] for key in b):6.2f}")
+
+    print()
+    ratio("gated KD, all open / its GEMMs", ("kd_open", "ours"), [("kd_open", "floor")])
+    ratio("gated KD, half open / all open", ("kd_half", "ours"), [("kd_open", "ours")])
+    ratio(
+        "joint loss / GRPO + gated KD one after the other",
+        ("joint", "ours"),
+        [("grpo", "ours"), ("kd_half", "ours")],
+    )
+    for peer in ("liger", "eager"):
+        ratio(f"gated KD, all open: {peer} / ours", ("kd_open", peer), [("kd_open", "ours")])
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shape",
+        type=shape,
+        nargs="+",
+        default=[(1024, 1024, 2048, 32768)],
+        metavar="N,H,Ht,V",
+        help="rows, hidden size, teacher's hidden size, vocabulary (default 1024,1024,2048,32768)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of all inputs")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls, at most (default 3)")
+    parser.add_argument(
+        "--max-seconds", type=float, default=8.0, help="per provider and case (default 8)"
+    )
+    parser.add_argument(
+        "--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), help="default: all"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows, with machine and versions, here")
+    return parser.parse_args()
+
+
+def shape(text: str) -> tuple[int, int, int, int]:
+    try:
+        n, h, teacher_h, vocab = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected N,H,Ht,V") from error
+    if min(n, h, teacher_h, vocab) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected four positive numbers")
+    return n, h, teacher_h, vocab
+
+
+if __name__ == "__main__":
+    main()

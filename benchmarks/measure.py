@@ -1,0 +1,126 @@
+"""Seconds and peak memory of a call, and a stamp that says where they were measured."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    seconds: float
+    """Median."""
+    repeats: int
+    peak_mib: float
+    """Most memory held at any moment of a call, above what was held before it, gradients
+    included."""
+
+
+def measure(
+    call: Callable[[], object], device: torch.device, repeats: int, budget: float
+) -> Measurement:
+    """Median of up to ``repeats`` calls, but no further call once ``budget`` seconds are spent.
+
+    The first call warms up and is not timed, unless it alone has used the budget: then it is the
+    result. Memory is that of the first call."""
+    started = time.perf_counter()
+    peak, first = _watched(call, device)
+    times: list[float] = []
+    while len(times) < repeats and time.perf_counter() - started < budget:
+        times.append(_timed(call, device))
+    if not times:
+        times = [first]
+    return Measurement(statistics.median(times), len(times), peak / 2**20)
+
+
+def stamp() -> dict[str, str | int]:
+    """Machine, versions and commit, for every row of results."""
+    return {
+        "machine": _cpu_name() if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "liger_kernel": _version("liger-kernel"),
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> float:
+    _synchronize(device)
+    started = time.perf_counter()
+    call()
+    _synchronize(device)
+    return time.perf_counter() - started
+
+
+def _watched(call: Callable[[], object], device: torch.device) -> tuple[int, float]:
+    """(peak bytes, seconds). On CPU the resident set is sampled every 2 ms by a thread."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        seconds = _timed(call, device)
+        return torch.cuda.max_memory_allocated(device) - before, seconds
+    done, peak = threading.Event(), [0]
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed must not hide what this one takes
+    before = _resident()
+
+    def sample() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], _resident())
+
+    watcher = threading.Thread(target=sample, daemon=True)
+    watcher.start()
+    seconds = _timed(call, device)
+    peak[0] = max(peak[0], _resident())
+    done.set()
+    watcher.join()
+    return max(0, peak[0] - before), seconds
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
+    return platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    try:
+        here = Path(__file__).parent
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(
+            command, cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,1 @@
+"""Readable training of vision-language models with KEPO: GRPO, gated distillation, hints."""

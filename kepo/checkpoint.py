@@ -1,0 +1,179 @@
+"""Checkpoints that are verified or ignored: a run killed at any moment finds its last complete one.
+
+    checkpoints/.tmp-<pid>/   write everything, hash it, write manifest.json, fsync every file
+    checkpoints/step-00000050 the same folder, renamed; then fsync the parent and prune
+
+Loading takes the newest step whose files all match the manifest's sha256. If steps exist and none
+does, it stops: a silent fresh start would throw the run away. Weights and optimiser are
+safetensors, the rest JSON; nothing is pickled. Randomness needs no saving: data order and sampling
+of a step are functions of (seed, step).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from kepo.errors import KepoCheckpointError
+
+MANIFEST = "manifest.json"
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    write_policy: Callable[[Path], None],
+    named_parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write ``root/step-<step>``: ``policy/`` (by ``write_policy``), the optimiser, ``state``;
+    prune to ``keep``."""
+    target = root / f"step-{step:08d}"
+    with new_folder(target) as folder:
+        write_policy(folder / "policy")
+        save_file(_optimizer_tensors(named_parameters, optimizer), folder / "optimizer.safetensors")
+        (folder / "state.json").write_text(json.dumps(state, indent=1))
+        write_manifest(folder, step=step)
+    for old in _steps(root)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The newest checkpoint that verifies; None if there is none at all.
+
+    Prints why newer ones are passed over; KepoCheckpointError if every one is damaged.
+    """
+    steps = _steps(root)
+    for folder in reversed(steps):
+        fault = verify(folder)
+        if fault is None:
+            return folder
+        print(f"checkpoint {folder} is damaged and passed over: {fault}")
+    if steps:
+        raise KepoCheckpointError(
+            f"{root}: none of its {len(steps)} checkpoints verifies; restore one, or remove the "
+            "folder to start afresh"
+        )
+    return None
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "state.json").read_text())
+
+
+def load_optimizer(
+    folder: Path,
+    named_parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Put the saved AdamW moments back, by parameter name."""
+    tensors = load_file(folder / "optimizer.safetensors")
+    names = {name for key in tensors for name in [key.partition("/")[2]]}
+    if names - set(named_parameters):
+        raise KepoCheckpointError(
+            f"{folder}: its optimizer knows {sorted(names - set(named_parameters))[:3]}, which the "
+            "model lacks; it belongs to another model"
+        )
+    for key, value in tensors.items():
+        field, _, name = key.partition("/")
+        parameter = named_parameters[name]
+        at = value if field == "step" else value.to(parameter.device)
+        optimizer.state[parameter][field] = at
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder that appears at ``target`` whole or not at all; an existing one is replaced."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for stale in target.parent.glob(".tmp-*"):
+        shutil.rmtree(stale)
+    folder = target.parent / f".tmp-{os.getpid()}"
+    folder.mkdir()
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_file():
+            path.chmod(0o644)  # safetensors writes 0600
+        _fsync(path)
+    if target.exists():
+        shutil.rmtree(target)
+    folder.rename(target)
+    _fsync(target.parent)
+
+
+def write_manifest(folder: Path, **facts: Any) -> None:
+    """List every file with size and sha256; must come after all of them are written."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / MANIFEST).write_text(json.dumps({**facts, "world_size": 1, "files": files}, indent=1))
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a folder that has a manifest, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST}: {error}"
+    if "step" in manifest and folder.name != f"step-{manifest['step']:08d}":
+        return f"{MANIFEST} says step {manifest['step']}"
+    for name, facts in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != facts["bytes"] or _sha256(path) != facts["sha256"]:
+            return f"{name} is not the file that was saved"
+    return None
+
+
+def append_durably(path: Path, line: str) -> None:
+    """Append a line and wait until it is on disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _steps(root: Path) -> list[Path]:
+    return sorted(path for path in root.glob("step-*") if path.is_dir())
+
+
+def _optimizer_tensors(
+    named_parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    return {
+        f"{field}/{name}": value.contiguous()
+        for name, parameter in named_parameters.items()
+        for field, value in optimizer.state[parameter].items()
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,208 @@
+"""The embedded demonstration: a tiny vision-language model learns to add two scanned digits.
+
+    data -> teacher -> student's warm-up -> KEPO -> table and curves
+
+Everything is made on the spot from scikit-learn's scans and kept under `root`, so the same command
+after an interruption goes on where it was. The student is warmed up and then trained on one
+rendering of the digits only; the table shows what that does to the seven it has never seen (the
+single-source protocol of the paper, in miniature).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kepo.checkpoint import new_folder, verify, write_manifest
+from kepo.config import Config
+from kepo.data import load_omnimedvqa
+from kepo.digits import MODALITIES, write_digits
+from kepo.errors import KepoConfigError, KepoError
+from kepo.evaluate import evaluate, summary
+from kepo.metrics import read_metrics
+from kepo.sft import train_supervised
+from kepo.tiny import build_tiny
+from kepo.train import train
+from kepo.vlm import VLM
+
+SOURCE = next(iter(MODALITIES))
+COMPLETION_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Settings of the demonstration. Change any of them together with root."""
+
+    root: str = "runs/demo"
+    """Folder of everything the demonstration makes."""
+    train_questions: int = 1200
+    """Training questions per rendering."""
+    test_questions: int = 100
+    """Test questions per rendering, about scans that no training question shows."""
+    teacher_steps: int = 600
+    """Supervised steps of the teacher, on all renderings."""
+    warmup_steps: int = 160
+    """Supervised steps of the student, on the first rendering."""
+    supervised_batch: int = 64
+    """Answers per supervised step."""
+    supervised_lr: float = 2e-3
+    """Peak learning rate of supervised training."""
+    hint_fraction: float = 0.3
+    """Share of supervised answers that are about hints."""
+    steps: int = 150
+    """KEPO steps."""
+    lr: float = 2e-4
+    """Learning rate of KEPO."""
+    seed: int = 0
+    """Of everything."""
+
+
+def run(demo: Demo) -> int:
+    """All stages; returns the exit code of the training."""
+    root = Path(demo.root)
+    started = time.perf_counter()
+
+    def stage(name: str, settings: tuple[str, ...], make: Callable[[Path], None]) -> Path:
+        made_with = {key: getattr(demo, key) for key in (*settings, "seed")}
+        return cached(root / name, made_with, make)
+
+    supervised = ("supervised_batch", "supervised_lr", "hint_fraction", "train_questions")
+    data = stage("data", ("train_questions", "test_questions"), lambda to: make_data(to, demo))
+    teacher = stage(
+        "teacher", ("teacher_steps", *supervised), lambda to: make_teacher(to, data, demo)
+    )
+    student = stage(
+        "student", ("warmup_steps", *supervised), lambda to: make_student(to, data, demo)
+    )
+    print(f"KEPO: training on {SOURCE!r} only", flush=True)
+    code = train(config_of(demo, data, teacher, student))
+    if code == 0:
+        report(root, teacher, data)
+        print(f"whole demonstration: {time.perf_counter() - started:.0f} s in this call")
+    return code
+
+
+def config_of(demo: Demo, data: Path, teacher: Path, student: Path) -> Config:
+    """The training run of the demonstration; the same loop and settings as any other."""
+    return Config(
+        student=str(student),
+        teacher=str(teacher),
+        train_data=str(data / "train"),
+        train_modalities=(SOURCE,),
+        eval_data=str(data / "test"),
+        run_dir=demo.root,
+        steps=demo.steps,
+        prompts_per_step=16,
+        num_generations=8,
+        micro_batch=64,
+        max_completion_length=COMPLETION_TOKENS,
+        lr=demo.lr,
+        warmup_steps=5,
+        seed=demo.seed,
+        save_every=10,
+        eval_every=0,
+    )
+
+
+def make_data(folder: Path, demo: Demo) -> None:
+    print(f"data: {demo.train_questions} + {demo.test_questions} questions in each of "
+          f"{len(MODALITIES)} renderings", flush=True)  # fmt: skip
+    write_digits(folder, train=demo.train_questions, test=demo.test_questions, seed=demo.seed)
+
+
+def make_teacher(folder: Path, data: Path, demo: Demo) -> None:
+    _supervise(folder, "teacher", data, None, demo.teacher_steps, demo)
+
+
+def make_student(folder: Path, data: Path, demo: Demo) -> None:
+    _supervise(folder, "student", data, (SOURCE,), demo.warmup_steps, demo)
+
+
+def _supervise(
+    folder: Path,
+    size: str,
+    data: Path,
+    modalities: tuple[str, ...] | None,
+    steps: int,
+    demo: Demo,
+) -> None:
+    build_tiny(folder, size=size, seed=demo.seed)
+    vlm = VLM.load(folder)
+    train_supervised(
+        vlm,
+        load_omnimedvqa(data / "train", modalities=modalities),
+        steps=steps,
+        batch_size=demo.supervised_batch,
+        lr=demo.supervised_lr,
+        seed=demo.seed,
+        hint_fraction=demo.hint_fraction,
+        desc=size,
+    )
+    vlm.save(folder)
+
+
+def cached(target: Path, made_with: dict[str, object], make: Callable[[Path], None]) -> Path:
+    """``target``, made now unless it is there whole; made with other settings it is refused."""
+    record = target / "made_with.json"
+    if target.exists():
+        fault = verify(target)
+        if fault is None:
+            before = json.loads(record.read_text())
+            if before == made_with:
+                return target
+            raise KepoConfigError(
+                f"{target} was made with {before}, now asked for {made_with}; use another root, or "
+                "remove it"
+            )
+        print(f"{target} is damaged ({fault}) and made again")
+    with new_folder(target) as folder:
+        make(folder)
+        (folder / record.name).write_text(json.dumps(made_with))
+        write_manifest(folder)
+    return target
+
+
+def report(root: Path, teacher: Path, data: Path) -> None:
+    """Print accuracy per rendering before and after KEPO, and the teacher's; keep it as
+    accuracy.json."""
+    evaluations = [record for record in read_metrics(root / "metrics.jsonl") if "eval" in record]
+    before, after = evaluations[0]["eval"], evaluations[-1]["eval"]
+    picture, table = root / "curves.png", root / "accuracy.json"
+    if table.exists() and (known := json.loads(table.read_text()))["after"] == after:
+        of_teacher = known["teacher"]
+    else:
+        of_teacher = evaluate(
+            VLM.load(teacher), load_omnimedvqa(data / "test"), max_new_tokens=COMPLETION_TOKENS
+        )
+    rows = [(name, before[name], after[name], of_teacher[name]) for name in after]
+    others = [summary(column, SOURCE)[1] for column in (before, after, of_teacher)]
+    table.write_text(
+        json.dumps({"before": before, "after": after, "teacher": of_teacher}, indent=1)
+    )
+
+    title = "greedy accuracy, unseen scans"
+    print(f"\n{title:34} {'before':>7} {'after':>7} {'gain':>7} {'teacher':>8}")
+    for name, old, new, best in [*rows, ("mean of the seven unseen", *others)]:
+        note = "  (trained on)" if name == SOURCE else ""
+        print(f"{name + note:34} {old:7.3f} {new:7.3f} {new - old:+7.3f} {best:8.3f}")
+    print(f"\ncurves: {picture}   metrics: {root / 'metrics.jsonl'}   table: {table}")
+
+
+def main() -> None:
+    import tyro
+
+    demo = tyro.cli(Demo, description=__doc__)
+    print(f"settings: {dataclasses.asdict(demo)}")
+    sys.exit(run(demo))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KepoError as error:
+        sys.exit(f"error: {error}")

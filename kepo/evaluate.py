@@ -1,0 +1,54 @@
+"""Greedy accuracy by modality, and its split into in-domain and out-of-domain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tqdm import tqdm
+
+from kepo.data import Example
+from kepo.errors import KepoConfigError, KepoDataError
+from kepo.prompts import question_prompt
+from kepo.rewards import accuracy
+from kepo.vlm import VLM, Prompt
+
+
+def evaluate(
+    vlm: VLM,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Mean ``accuracy`` of greedy answers for each modality of ``examples``, in order of first sight.
+
+    Draws no random numbers. progress: show a bar. Raises KepoDataError if there are no examples.
+    """
+    if not examples:
+        raise KepoDataError("evaluate: examples is empty; expected at least one")
+    if batch_size < 1:
+        raise KepoConfigError(f"evaluate: batch_size is {batch_size}; expected a number >= 1")
+    scores: dict[str, list[float]] = {}
+    for start in tqdm(range(0, len(examples), batch_size), desc="eval", disable=not progress):
+        batch = examples[start : start + batch_size]
+        inputs = vlm.encode([Prompt(question_prompt(e), e.image) for e in batch])
+        answers = vlm.decode(*vlm.generate(inputs, max_new_tokens=max_new_tokens, temperature=0.0))
+        for example, answer in zip(batch, answers, strict=True):
+            scores.setdefault(example.modality, []).append(accuracy(answer, example.answer))
+    return {modality: sum(values) / len(values) for modality, values in scores.items()}
+
+
+def summary(table: Mapping[str, float], source: str) -> tuple[float, float]:
+    """``(in_domain, ood_mean)``: the accuracy on ``source`` and the plain mean over the others.
+
+    Every other modality counts the same, whatever its number of questions. Raises KepoDataError if
+    source is not in the table or there is no other modality.
+    """
+    others = [value for modality, value in table.items() if modality != source]
+    if source not in table or not others:
+        raise KepoDataError(
+            f"summary: source={source!r}, table has {sorted(table)}; expected source among them "
+            "and at least one other modality"
+        )
+    return table[source], sum(others) / len(others)

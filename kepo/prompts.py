@@ -1,0 +1,45 @@
+"""Every text the models are asked with; joined by concatenation, so braces in a question are safe."""
+
+from __future__ import annotations
+
+import re
+
+from kepo.data import LETTERS, Example
+
+ANSWER_INSTRUCTION = "Reply as <think>reasoning</think><answer>letter</answer>."
+HINT_INSTRUCTION = "Give a short hint as <hint>hint</hint>."
+
+_HINT = re.compile(r"<hint>(.*?)</hint>", re.DOTALL)
+
+
+def question_prompt(example: Example) -> str:
+    """The question, its options one per line, and the answer format."""
+    return f"{_question(example)}\n{ANSWER_INSTRUCTION}"
+
+
+def hint_request(example: Example, with_answer: bool) -> str:
+    """Ask the teacher for a hint; ``with_answer`` tells it the right letter first."""
+    told = f"The answer is {example.answer}. " if with_answer else ""
+    return f"{_question(example)}\n{told}{HINT_INSTRUCTION}"
+
+
+def hinted_prompt(example: Example, hint: str) -> str:
+    """``question_prompt`` with a hint between the options and the answer format."""
+    return f"{_question(example)}\nHint: {hint}\n{ANSWER_INSTRUCTION}"
+
+
+def parse_hint(text: str) -> str | None:
+    """The inside of the one ``<hint>...</hint>`` of ``text``, stripped; it may span lines.
+
+    None if there is no such pair, more than one, an unmatched tag, or nothing inside.
+    """
+    if text.count("<hint>") != 1 or text.count("</hint>") != 1:
+        return None
+    match = _HINT.search(text)
+    return (match.group(1).strip() or None) if match else None
+
+
+def _question(example: Example) -> str:
+    lines = [example.question]
+    lines += [f"{letter}. {text}" for letter, text in zip(LETTERS, example.options, strict=False)]
+    return "\n".join(lines)

@@ -1,0 +1,92 @@
+"""What a completion earns: functions of its text and the right letter, and nothing else.
+
+The parser reads generated text, so it assumes bad faith: an answer counts only if there is exactly
+one answer block, it is the last thing said, it stands outside the reasoning, and it holds one
+letter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from kepo.errors import KepoRewardError
+
+Reward = Callable[[str, str], float]
+
+
+def accuracy(text: str, answer: str) -> float:
+    """1.0 if the one answer block of ``text`` holds the letter ``answer``, else 0.0."""
+    return float(parse_answer(text) == answer)
+
+
+def format(text: str, answer: str) -> float:
+    """1.0 if ``text`` is ``<think>...</think><answer>X</answer>`` and nothing around it, else
+    0.0."""
+    parts = _split(text)
+    if parts is None or _letter(parts[2]) is None:
+        return 0.0
+    before, reasoning, _ = parts
+    return float(before == "" and reasoning is not None)
+
+
+REWARDS: dict[str, Reward] = {"accuracy": accuracy, "format": format}
+"""Rewards by the name that configs, gates and logs use. Add your own function here."""
+
+
+def parse_answer(text: str) -> str | None:
+    """The letter of the one well-formed answer block, upper case; None if there is no such block.
+
+    None, too, for a second or unclosed tag, for an answer inside the reasoning, for text after the
+    block, and for anything in it but one letter A to Z ("b", " B " and "B." are the letter B).
+    """
+    parts = _split(text)
+    return None if parts is None else _letter(parts[2])
+
+
+def score(names: Sequence[str], text: str, answer: str, example_id: str) -> dict[str, float]:
+    """Every reward of ``names`` for one completion.
+
+    Raises KepoRewardError, which names reward and example, if one fails or returns anything but a
+    finite number: a made-up reward would train the model on nonsense in silence.
+    """
+    scores = {}
+    for name in names:
+        try:
+            value = REWARDS[name](text, answer)
+        except Exception as error:
+            raise KepoRewardError(
+                f"reward {name!r} raised {type(error).__name__} on example {example_id!r}: {error}"
+            ) from error
+        good = isinstance(value, (int, float)) and math.isfinite(value)
+        if not good:
+            raise KepoRewardError(
+                f"reward {name!r} returned {value!r} on example {example_id!r}; expected a finite "
+                "number"
+            )
+        scores[name] = float(value)
+    return scores
+
+
+def _split(text: str) -> tuple[str, str | None, str] | None:
+    """(text before everything, reasoning or None, content of the answer block), or None if
+    malformed."""
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
+        return None
+    head, _, rest = text.partition("<answer>")
+    content, closed, tail = rest.partition("</answer>")
+    if not closed or tail.strip():
+        return None
+    opens, closes = text.count("<think>"), text.count("</think>")
+    if opens == closes == 0:
+        return head.strip(), None, content
+    before, opened, thought = head.partition("<think>")
+    reasoning, ended, between = thought.partition("</think>")
+    if opens != 1 or closes != 1 or not opened or not ended or between.strip():
+        return None
+    return before.strip(), reasoning, content
+
+
+def _letter(content: str) -> str | None:
+    letter = content.strip().removesuffix(".").upper()
+    return letter if len(letter) == 1 and letter.isascii() and letter.isalpha() else None

@@ -1,0 +1,182 @@
+"""Tiny random Qwen3-VL models with their tokenizer, written in the layout of the real ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from kepo.data import Example
+from kepo.digits import QUESTION, QUESTION_TYPE
+from kepo.errors import KepoConfigError
+from kepo.prompts import hint_request, hinted_prompt, question_prompt
+
+CONTROL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+FORMAT_TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<hint>", "</hint>")
+PATCH = 16
+
+# Qwen's own template without its tool and video branches: one user turn, image before text.
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}<|im_start|>{{ message.role + '\\n' }}"
+    "{%- if message.content is string %}{{ message.content }}{%- else %}"
+    "{%- for part in message.content %}{%- if part.type == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{%- else %}{{ part.text }}{%- endif %}{%- endfor %}{%- endif %}<|im_end|>\n"
+    "{% endfor %}{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "student": dict(hidden=96, layers=3, heads=4, vision_hidden=64, vision_depth=1, tied=False),
+    "teacher": dict(hidden=128, layers=3, heads=4, vision_hidden=96, vision_depth=1, tied=False),
+}
+
+
+def build_tiny(path: str | Path, *, size: Literal["student", "teacher"], seed: int) -> None:
+    """Write a random fp32 ``Qwen3VLForConditionalGeneration`` that ``VLM.load`` can read.
+
+    The folder gets config, safetensors, tokenizer and preprocessor files. Both sizes share the
+    tokenizer, hence the vocabulary. The same seed gives the same bits; the caller's random state is
+    left as it was. Raises KepoConfigError for another size.
+    """
+    from transformers import Qwen3VLForConditionalGeneration
+
+    from kepo.vlm import image_processor_class
+
+    if size not in _SIZES:
+        raise KepoConfigError(f"build_tiny: size is {size!r}; expected one of {sorted(_SIZES)}")
+    tokenizer = build_tokenizer()
+    config = model_config(tokenizer, **_SIZES[size])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3VLForConditionalGeneration(config).float()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+    processor = image_processor_class()(
+        patch_size=PATCH,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": (2 * PATCH) ** 2, "longest_edge": 256 * 256},
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(path)
+
+
+def build_tokenizer() -> Any:
+    """Byte-level BPE over the project's own prompts: any text round-trips, digits stay single."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    # As in Qwen, each digit is a token of its own; a mark takes its spaces along (" + ", ". ").
+    pieces = Regex(r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+ ?|\s")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pieces, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,  # never reached: the few words of the prompts run out first
+        min_frequency=1,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_prompt_texts(), trainer)
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in CONTROL_TOKENS])
+    # The tags are part of the answer, so decoding must keep them: added, but not special.
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in FORMAT_TAGS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def model_config(
+    tokenizer: Any,
+    *,
+    hidden: int,
+    layers: int,
+    heads: int,
+    vision_hidden: int,
+    vision_depth: int,
+    tied: bool,
+) -> Any:
+    """The ``Qwen3VLConfig`` of a tiny model; the vocabulary is padded to 64, as Qwen pads its own."""
+    from transformers import Qwen3VLConfig
+
+    head_dim = hidden // heads
+    quarter = head_dim // 8
+    return Qwen3VLConfig(
+        text_config=dict(
+            vocab_size=-(-len(tokenizer) // 64) * 64,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2,
+            head_dim=head_dim,
+            max_position_embeddings=4096,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                # Frequencies shared out to time, height, width; together half a head.
+                "mrope_section": [head_dim // 2 - 2 * quarter, quarter, quarter],
+                "mrope_interleaved": True,
+            },
+            pad_token_id=tokenizer.pad_token_id,
+            tie_word_embeddings=tied,
+        ),
+        vision_config=dict(
+            depth=vision_depth,
+            hidden_size=vision_hidden,
+            intermediate_size=2 * vision_hidden,
+            num_heads=4,
+            patch_size=PATCH,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            out_hidden_size=hidden,
+            num_position_embeddings=16,
+            deepstack_visual_indexes=[0],
+        ),
+        tie_word_embeddings=tied,
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+    )
+
+
+def _prompt_texts() -> list[str]:
+    example = Example(
+        id="",
+        question=QUESTION,
+        options=("0", "1", "2", "3"),
+        answer="A",
+        image=Path(),
+        modality="",
+        question_type=QUESTION_TYPE,
+    )
+    chat = ["user\n", "assistant\n", "3 + 5 = 8"]
+    return chat + [
+        question_prompt(example),
+        hinted_prompt(example, "3 + 5"),
+        hint_request(example, True),
+        hint_request(example, False),
+    ]

@@ -1,0 +1,307 @@
+"""The training loop, top to bottom: sample, rescue, score, gate, one fused loss, one optimiser
+step.
+
+    python -m kepo.train recipe.yaml --lr 1e-5        # flags override the file; see --help
+
+The same command after a crash, a kill or Ctrl-C goes on from the last checkpoint, to the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from kepo import checkpoint
+from kepo.batch import collate
+from kepo.config import MAY_CHANGE_ON_RESUME, Config, check, from_mapping, load_yaml
+from kepo.data import Example, load_omnimedvqa
+from kepo.errors import KepoConfigError, KepoError
+from kepo.evaluate import evaluate
+from kepo.hints import RescueReport, rescue
+from kepo.metrics import MetricsLog, plot_curves
+from kepo.rollout import Group, sample, total_reward
+from kepo.signals import StopRequest
+from kepo.step import StepTotals, kepo_step
+from kepo.vlm import VLM
+
+
+def train(config: Config) -> int:
+    """Run (or resume) the training that ``config`` describes; returns the exit code.
+
+    0 when all steps are done, 130 or 143 when Ctrl-C or SIGTERM ended it after saving.
+    Writes checkpoints, metrics.jsonl and curves.png under ``config.run_dir``.
+    """
+    check(config)
+    run_dir = Path(config.run_dir)
+    checkpoints = run_dir / "checkpoints"
+    examples = load_omnimedvqa(config.train_data, modalities=config.train_modalities)
+    eval_examples = load_eval(config)
+    with exclusive(run_dir), StopRequest() as stop:
+        resume = checkpoint.latest_checkpoint(checkpoints)
+        done = 0
+        if resume is not None:
+            state = checkpoint.load_state(resume)
+            refuse_other_config(config, state["config"], resume)
+            done = state["step"]
+        policy = load_model(config, str(resume / "policy") if resume else config.student)
+        teacher = load_model(config, config.teacher) if config.distils or config.hints else None
+        ref = load_reference(config)
+        check_same_tokens(policy, teacher)
+        parameters = dict(policy.model.named_parameters())
+        optimizer = torch.optim.AdamW(
+            parameters.values(), lr=config.lr, weight_decay=config.weight_decay
+        )
+        if resume is not None:
+            checkpoint.load_optimizer(resume, parameters, optimizer)
+            print(f"resuming after step {done} from {resume}")
+        log = MetricsLog(run_dir / "metrics.jsonl", resume_step=done if resume else -1)
+
+        def save(step: int) -> None:
+            state = {"step": step, "config": dataclasses.asdict(config)}
+            checkpoint.save_checkpoint(
+                checkpoints,
+                step,
+                policy.save,
+                parameters,
+                optimizer,
+                state,
+                config.keep_checkpoints,
+            )
+
+        def measure(step: int) -> None:
+            if eval_examples:
+                table = evaluate(
+                    policy,
+                    eval_examples,
+                    max_new_tokens=config.max_completion_length,
+                    batch_size=config.eval_batch,
+                )
+                log.write(step, {"eval": table})
+
+        if resume is None:
+            measure(0)
+            save(0)
+        skipped = 0
+        bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc="kepo")
+        for step in (number + 1 for number in bar):
+            started = time.perf_counter()
+            torch.manual_seed(seed_of(config.seed, step))
+            questions = draw(examples, config, step)
+            groups = sample(policy, questions, config, num_generations=config.num_generations)
+            sampled = time.perf_counter()
+            report = RescueReport()
+            if config.hints:
+                groups, report = rescue(groups, policy, teacher, config)
+            rescued = time.perf_counter()
+
+            batch = collate(groups, config)
+            totals = StepTotals()
+            policy.model.train()
+            optimizer.zero_grad(set_to_none=True)
+            for micro in batch.split(config.micro_batch):
+                kepo_step(policy, teacher, ref, micro, config, totals).backward()
+            policy.model.eval()
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * min(1.0, step / max(1, config.warmup_steps))
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+            if torch.isfinite(norm):
+                optimizer.step()
+                skipped = 0
+            else:
+                skipped += 1
+                tqdm.write(f"step {step}: gradient norm is {norm.item()}; the step is skipped")
+            ended = time.perf_counter()
+
+            values = step_metrics(groups, report, batch.gate, totals, config)
+            values |= {
+                "grad_norm": norm.item(),
+                "lr": optimizer.param_groups[0]["lr"],
+                "skipped": skipped,
+                "time/rollout": sampled - started,
+                "time/rescue": rescued - sampled,
+                "time/teacher": totals.teacher_seconds,
+                "time/update": ended - rescued - totals.teacher_seconds,
+                "time/step": ended - started,
+            }
+            log.write(step, values)
+            bar.set_postfix(
+                reward=f"{values['reward/mean']:.2f}",
+                gate=f"{values['gate/rate']:.2f}",
+                rescue=f"{values['rescue/rate']:.2f}",
+                refresh=False,
+            )
+            if skipped > config.max_skipped_steps:
+                ids = [group[0].example.id for group in groups]
+                raise KepoError(
+                    f"{skipped} steps in a row had no finite gradient; questions: {ids}"
+                )
+            last = step == config.steps
+            if not stop and (last or (config.eval_every and step % config.eval_every == 0)):
+                measure(step)
+            if stop or last or step % config.save_every == 0:
+                save(step)
+            if stop:
+                break
+        plot_curves(log.path, run_dir / "curves.png", source=source_of(config))
+        return stop.exit_code
+
+
+def step_metrics(
+    groups: Sequence[Group],
+    report: RescueReport,
+    gate: torch.Tensor,
+    totals: StepTotals,
+    config: Config,
+) -> dict[str, float]:
+    """The log record of a step. Rates are per completion, except rescue/*, which are per group."""
+    rollouts = [rollout for group in groups for rollout in group]
+    rewards = torch.tensor([[total_reward(r, config) for r in group] for group in groups])
+    values = {
+        "reward/mean": rewards.mean().item(),
+        "reward/std": rewards.std(-1).mean().item(),
+        "reward/frac_zero_std": (rewards.std(-1) == 0).float().mean().item(),
+    }
+    for name in config.rewards:
+        values[f"reward/{name}"] = sum(r.rewards[name] for r in rollouts) / len(rollouts)
+    return values | {
+        "gate/rate": gate.float().mean().item(),
+        "rescue/failed_rate": report.failed / len(groups),
+        "rescue/rate": report.rescued / len(groups),
+        "rescue/attempts": report.attempts,
+        "rescue/accepted": report.accepted,
+        "loss/policy": totals.policy_loss,
+        "loss/distill": totals.distill_loss,
+        "distill/divergence": totals.divergence / max(1, totals.teacher_tokens),
+        "policy/entropy": totals.entropy / max(1, totals.tokens),
+        "policy/kl": totals.kl / max(1, totals.tokens),
+        "completion/length": totals.tokens / len(rollouts),
+        "completion/truncated": sum(r.truncated for r in rollouts) / len(rollouts),
+        "tokens/student": totals.tokens,
+        "tokens/teacher": totals.teacher_tokens,
+    }
+
+
+def draw(examples: Sequence[Example], config: Config, step: int) -> list[Example]:
+    """The questions of a step: a pass over all of them in shuffled order, then another in a new
+    one.
+
+    A function of (seed, step) alone, so a resumed run meets the questions it would have met.
+    """
+    first = (step - 1) * config.prompts_per_step
+    places = range(first, first + config.prompts_per_step)
+    orders: dict[int, list[int]] = {}
+    drawn = []
+    for place in places:
+        epoch, index = divmod(place, len(examples))
+        if epoch not in orders:
+            order = list(range(len(examples)))
+            random.Random(seed_of(config.seed, epoch, "order")).shuffle(order)
+            orders[epoch] = order
+        drawn.append(examples[orders[epoch][index]])
+    return drawn
+
+
+def seed_of(*facts: object) -> int:
+    """A 63-bit seed from any facts, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8], "big") >> 1
+
+
+def source_of(config: Config) -> str | None:
+    """The one training modality, if it is one."""
+    single = config.train_modalities is not None and len(config.train_modalities) == 1
+    return config.train_modalities[0] if single else None
+
+
+def load_eval(config: Config) -> list[Example]:
+    """The evaluation questions, at most ``eval_limit`` of each modality, in file order."""
+    if config.eval_data is None:
+        return []
+    kept: list[Example] = []
+    count: dict[str, int] = {}
+    for example in load_omnimedvqa(config.eval_data):
+        count[example.modality] = count.get(example.modality, 0) + 1
+        if config.eval_limit is None or count[example.modality] <= config.eval_limit:
+            kept.append(example)
+    return kept
+
+
+def load_model(config: Config, path: str) -> VLM:
+    return VLM.load(path, dtype=config.dtype, device=config.device)
+
+
+def load_reference(config: Config) -> VLM | None:
+    """The frozen start point for the k3 penalty; None when there is no penalty."""
+    return load_model(config, config.student) if config.kl_coef > 0 else None
+
+
+def check_same_tokens(policy: VLM, teacher: VLM | None) -> None:
+    """A token id must mean the same to both models: completions pass between them as ids."""
+    if teacher is None:
+        return
+    mine, theirs = policy.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    differing = sorted(token for token in mine if theirs.get(token) != mine[token])
+    if differing:
+        raise KepoConfigError(
+            f"student and teacher tokenizers disagree on {len(differing)} tokens, first "
+            f"{differing[0]!r}: {mine[differing[0]]} and {theirs.get(differing[0])}; distillation "
+            "needs models that share a tokenizer"
+        )
+
+
+def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
+    """A run is resumed with the settings it was started with."""
+    before, now = dataclasses.asdict(from_mapping(saved, str(folder))), dataclasses.asdict(config)
+    changed = [
+        f"{name}: {before[name]!r} -> {now[name]!r}"
+        for name in now
+        if before[name] != now[name] and name not in MAY_CHANGE_ON_RESUME
+    ]
+    if changed:
+        raise KepoConfigError(
+            f"{folder} was made with other settings ({'; '.join(changed)}); use another run_dir, "
+            "or the old settings"
+        )
+
+
+@contextmanager
+def exclusive(run_dir: Path) -> Iterator[None]:
+    """Refuse a second run in the same folder; the lock goes with the process, however it ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise KepoConfigError(
+                f"run_dir={str(run_dir)!r} is in use by another process; wait for it, or choose "
+                "another"
+            ) from error
+        yield
+
+
+def main() -> None:
+    import tyro
+
+    arguments = sys.argv[1:]
+    default = Config()
+    if arguments and not arguments[0].startswith("-"):
+        default = load_yaml(arguments[0])
+        arguments = arguments[1:]
+    config = tyro.cli(Config, args=arguments, default=default, description=__doc__)
+    sys.exit(train(config))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KepoError as error:
+        sys.exit(f"error: {error}")
