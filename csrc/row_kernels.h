@@ -83,15 +83,15 @@ template <Kind KIND> static inline Pair compare(vf log_q, vf log_p, float beta) 
         out.log_ratio_p = log_p - log_q;
         return out;
     }
-    // m = hi (w_hi + w_lo e^-|d|): no underflow while hi lives, and one exp serves both probabilities.
+    // m = high (1 + (1 - w)(low/high - 1)): no underflow while `high` lives, and no cancellation where p is close to q.
     vi teacher_high = log_p > log_q;
     vf d = select(teacher_high, log_p - log_q, log_q - log_p);  // >= 0; NaN when both are -inf
     vf high = exp_neg(select(teacher_high, log_p, log_q));
     d = select(high > 0.0f, d, select(high == high, vf{}, high));
-    vf ratio = exp_neg(-d);
-    vf low = high * ratio;
+    vf fall = expm1_neg(-d);  // low/high - 1
+    vf low = high + high * fall;
     vf weight = select(teacher_high, splat(beta), splat(1.0f - beta));
-    vf log_m = log_pos(weight + (1.0f - weight) * ratio);  // log m/hi
+    vf log_m = log1p_neg((1.0f - weight) * fall);  // log m/high
     out.q = select(teacher_high, low, high), out.p = select(teacher_high, high, low);
     out.log_q_m = -log_m - select(teacher_high, d, vf{});
     out.log_p_m = -log_m - select(teacher_high, vf{}, d);
@@ -112,9 +112,9 @@ static void divergence(const T *z, const T *y, const Softmax &student, const Sof
         if (KIND == FORWARD_KL) teacher_kl.add(weighted(at.p, at.log_ratio_p) - at.p + at.q);
         if (KIND == REVERSE_KL) student_kl.add(weighted(at.q, -at.log_ratio_p) - at.q + at.p);
         if (KIND == MIXTURE) {
-            vf m = (1.0f - b.beta) * at.q + b.beta * at.p;
-            student_kl.add(weighted(at.q, at.log_q_m) - at.q + m);
-            teacher_kl.add(weighted(at.p, at.log_p_m) - at.p + m);
+            vf gap = at.p - at.q;  // m - q = beta gap, m - p = -(1 - beta) gap: nothing cancels when p is close to q
+            student_kl.add(weighted(at.q, at.log_q_m) + b.beta * gap);
+            teacher_kl.add(weighted(at.p, at.log_p_m) - (1.0f - b.beta) * gap);
         }
     }, [&] { student_kl.flush(), teacher_kl.flush(); });
     *student_kl_out = (float)student_kl.total;
@@ -196,6 +196,7 @@ template <class T> static void backward_row(const RowBatch &b, int64_t row) {
     RowGrad at{b.coefficients[row], b.coefficients[b.n + row], b.coefficients[2 * b.n + row],
                stat(ENTROPY), stat(PEAK), stat(LOG_SUM), stat(SHARED_LOG_SUM), stat(TEACHER_PEAK),
                stat(TEACHER_LOG_SUM), stat(STUDENT_KL), b.targets ? b.targets[row] : -1};
+    if (!b.targets) at.c = 0.0f;  // no log-probability was asked for, so none sends anything back
     if (!b.teacher) return backward_columns<T, false, FORWARD_KL>(z, nullptr, at, b, 0, b.vocab);
     const T *y = (const T *)b.teacher + row * b.teacher_stride;
     if (b.beta == 0.0f) backward_columns<T, true, FORWARD_KL>(z, y, at, b, 0, b.shared);

@@ -26,8 +26,11 @@ constexpr float LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;  // their su
 constexpr float ROUND_MAGIC = 12582912.0f;                           // 1.5 * 2^23: adding it rounds to an integer
 constexpr int32_t ROUND_MAGIC_BITS = 0x4B400000;
 
-// exp for x <= 0 (probabilities): 2^n * P(r), x = n ln 2 + r, |r| <= ln 2 / 2, about 1 ulp. Below -87 it is 0, NaN stays.
-static inline vf exp_neg(vf x) {
+// x = n ln 2 + r with whole n, |r| <= ln 2 / 2, for x in [-87, 0]; e^r = 1 + small, about 1 ulp.
+struct Reduced {
+    vf shifted, small;  // low bits of `shifted` are n
+};
+static inline Reduced reduce(vf x) {
     vf bounded = select(x < -87.0f, splat(-87.0f), x);
     vf shifted = bounded * 1.44269504088896341f + ROUND_MAGIC;
     vf n = shifted - ROUND_MAGIC;
@@ -39,17 +42,30 @@ static inline vf exp_neg(vf x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    vf scaled = as_float(as_int(p) + (as_int(shifted) << 23));  // low bits of `shifted` are n: add them to the exponent
-    scaled = select(x < -87.0f, vf{}, scaled);
+    return {shifted, p * r * r + r};
+}
+static inline vf scale_up(Reduced x) {  // 2^n (1 + small): n is added to the exponent
+    return as_float(as_int(x.small + 1.0f) + (as_int(x.shifted) << 23));
+}
+
+// e^x for x <= 0 (a probability). Below -87 it is 0; NaN stays.
+static inline vf exp_neg(vf x) {
+    vf scaled = select(x < -87.0f, vf{}, scale_up(reduce(x)));
     return select(x == x, scaled, x);
 }
 
-// log for normal positive x, about 1 ulp: x = 2^e * f, f in [sqrt(1/2), sqrt(2)), and a polynomial in f - 1. NaN stays.
-static inline vf log_pos(vf x) {
-    vi bits = as_int(x) - 0x3f3504f3;  // sqrt(1/2): so that the exponent field below rounds at sqrt(2)
+// e^x - 1 for x <= 0, to full relative accuracy near 0: where n = 0 the polynomial already is the answer.
+static inline vf expm1_neg(vf x) {
+    Reduced parts = reduce(x);
+    vf far = select(x < -87.0f, vf{}, scale_up(parts)) - 1.0f;
+    return select(x == x, select(parts.shifted == ROUND_MAGIC, parts.small, far), x);
+}
+
+// log(1 + u) for -1 < u <= 0 and 1 + u normal, about 1 ulp. 1 + u = 2^e (1 + f), and f is u itself while e = 0. NaN stays.
+static inline vf log1p_neg(vf u) {
+    vi bits = as_int(u + 1.0f) - 0x3f3504f3;  // sqrt(1/2): so that the exponent field rounds at sqrt(2)
     vi e = bits >> 23;
-    vf f = as_float((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+    vf f = select(e == 0, u, as_float((bits & 0x7fffff) + 0x3f3504f3) - 1.0f);
     vf exponent = as_float(e + ROUND_MAGIC_BITS) - ROUND_MAGIC;
     vf p = splat(7.0376836292e-2f);
     p = p * f - 1.1514610310e-1f;
@@ -62,7 +78,7 @@ static inline vf log_pos(vf x) {
     p = p * f + 3.3333331174e-1f;
     vf square = f * f;
     vf tail = p * f * square + exponent * LN2_LOW - 0.5f * square;
-    return select(x == x, f + tail + exponent * LN2_HIGH, x);
+    return select(u == u, f + tail + exponent * LN2_HIGH, u);
 }
 
 // Logits are stored as float or as bfloat16 (its sixteen bits are the upper half of a float).

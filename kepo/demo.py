@@ -27,7 +27,7 @@ from kepo.evaluate import evaluate, summary
 from kepo.metrics import read_metrics
 from kepo.sft import train_supervised
 from kepo.tiny import build_tiny
-from kepo.train import train
+from kepo.train import own_progress_only, train
 from kepo.vlm import VLM
 
 SOURCE = next(iter(MODALITIES))
@@ -64,6 +64,7 @@ class Demo:
 
 def run(demo: Demo) -> int:
     """All stages; returns the exit code of the training."""
+    own_progress_only()
     root = Path(demo.root)
     started = time.perf_counter()
 

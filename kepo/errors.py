@@ -1,4 +1,4 @@
-"""Errors raised by the training loop, each also a built-in error so that callers may catch either."""
+"""Errors of the training loop; each is also a built-in error, so callers may catch either."""
 
 
 class KepoError(Exception):

@@ -21,7 +21,7 @@ def evaluate(
     batch_size: int = 64,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Mean ``accuracy`` of greedy answers for each modality of ``examples``, in order of first sight.
+    """Mean ``accuracy`` of greedy answers by modality, in order of first sight.
 
     Draws no random numbers. progress: show a bar. Raises KepoDataError if there are no examples.
     """

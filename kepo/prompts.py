@@ -1,4 +1,4 @@
-"""Every text the models are asked with; joined by concatenation, so braces in a question are safe."""
+"""Every text the models are asked with; no templates, so braces in a question are safe."""
 
 from __future__ import annotations
 

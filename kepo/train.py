@@ -42,6 +42,7 @@ def train(config: Config) -> int:
     Writes checkpoints, metrics.jsonl and curves.png under ``config.run_dir``.
     """
     check(config)
+    own_progress_only()
     run_dir = Path(config.run_dir)
     checkpoints = run_dir / "checkpoints"
     examples = load_omnimedvqa(config.train_data, modalities=config.train_modalities)
@@ -242,6 +243,13 @@ def load_model(config: Config, path: str) -> VLM:
 def load_reference(config: Config) -> VLM | None:
     """The frozen start point for the k3 penalty; None when there is no penalty."""
     return load_model(config, config.student) if config.kl_coef > 0 else None
+
+
+def own_progress_only() -> None:
+    """Keep transformers' bars for loading and saving out from between the lines of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def check_same_tokens(policy: VLM, teacher: VLM | None) -> None:

@@ -1,15 +1,15 @@
 """A Qwen-VL model with its tokenizer and image processor: encode, generate, hidden states.
 
-The three things the trainer needs, and the conventions they share: prompts are padded on the left,
-completions on the right, one image per prompt, and every forward gets ``mm_token_type_ids``, without
-which the positions of image tokens are silently wrong in some versions of transformers.
+Their shared conventions: prompts are padded on the left, completions on the right, each prompt has
+one image, and every forward gets ``mm_token_type_ids``, without which the positions of image tokens
+are silently wrong in some versions of transformers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class VLM:
 
     @classmethod
     def load(cls, path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> VLM:
-        """Read a folder (or Hub name) in the usual layout: config, safetensors, tokenizer, processor.
+        """Read a folder or Hub name: config, safetensors, tokenizer, image processor.
 
         dtype: "float32", "bfloat16" or "float16". Raises KepoConfigError for another dtype,
         KepoCheckpointError if something is missing or the model is not an image-text model.
@@ -299,7 +299,7 @@ class VLM:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def _image(self, path: Path) -> tuple[Tensor, Tensor]:
-        """Patches ``(n, values)`` and grid ``(3,)`` of an image file, cached while it is unchanged."""
+        """Patches ``(n, values)`` and grid ``(3,)`` of an image file, cached while unchanged."""
         try:
             stat = path.stat()
         except OSError as error:

@@ -1,4 +1,7 @@
-"""Fused LM-head losses for post-training: they never hold an [N, V] matrix and pay only for rows with gradient."""
+"""Fused LM-head losses for post-training.
+
+They never hold an [N, V] matrix and pay only for rows with gradient.
+"""
 
 from kepo_kernels.engine import TokenStats as TokenStats
 from kepo_kernels.errors import KepoInputError as KepoInputError

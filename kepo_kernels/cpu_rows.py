@@ -1,9 +1,10 @@
 """The row contract in C++ (csrc/), for CPU tensors of fp32 or bf16 logits.
 
-The library is torch-free and found through ctypes; here it becomes two `torch.library` custom ops, so that
-`torch.compile`, fake tensors and the profiler see it like any other operator. It starts as many threads as
-torch would (`torch.get_num_threads()`); each row is summed by one thread in a fixed order, so the result does not
-depend on their number. `KEPO_CPU_ISA=baseline|avx2|avx512` overrides the choice of instruction set.
+The library is torch-free and found through ctypes; here it becomes two `torch.library` custom ops,
+so that `torch.compile`, fake tensors and the profiler see it like any other operator. It starts as
+many threads as torch would (`torch.get_num_threads()`); each row is summed by one thread in a fixed
+order, so the result does not depend on their number. `KEPO_CPU_ISA=baseline|avx2|avx512` overrides
+the choice of instruction set.
 """
 
 import ctypes
@@ -144,7 +145,10 @@ def _batch(
     beta: float,
     temperature: float,
 ) -> _RowBatch:
-    """The call as the C struct. What could make the kernel read out of bounds is checked here, once more."""
+    """The call as the C struct.
+
+    What could make the kernel read out of bounds is checked here, once more.
+    """
     _require("logits", logits, logits.dtype in DTYPES and logits.dim() == 2)
     rows = logits.shape[0]
     if teacher is not None:
@@ -179,8 +183,8 @@ def _batch(
 def _require(name: str, x: Tensor, holds: bool) -> None:
     if not holds:
         raise ValueError(
-            f"cpu_rows: {name} of shape {tuple(x.shape)}, stride {x.stride()}, {x.dtype} does not fit the "
-            "row contract (kepo_kernels/rows.py)"
+            f"cpu_rows: {name} of shape {tuple(x.shape)}, stride {x.stride()}, {x.dtype} does not "
+            "fit the row contract (kepo_kernels/rows.py)"
         )
 
 

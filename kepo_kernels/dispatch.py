@@ -18,8 +18,9 @@ def unavailable(impl: str) -> str | None:
 def pick_rows(impl: str, device: torch.device, logits_dtype: torch.dtype) -> ModuleType:
     """The `*_rows` module for these logits.
 
-    "auto" takes the fused back-end of the device (Triton on CUDA, C++ on CPU) when it is available and reads this
-    dtype, and PyTorch otherwise. A back-end asked for by name is used or refused, never replaced.
+    "auto" takes the fused back-end of the device (Triton on CUDA, C++ on CPU) when it is available
+    and reads this dtype, and PyTorch otherwise. A back-end asked for by name is used or refused,
+    never replaced.
     """
     fused = "cpu" if device.type == "cpu" else "triton"
     if impl == "auto":
@@ -28,13 +29,20 @@ def pick_rows(impl: str, device: torch.device, logits_dtype: torch.dtype) -> Mod
     reason = unavailable(impl)
     if reason is None and impl != "torch" and logits_dtype == torch.float64:
         reason = "it has no float64 kernels"
-    if reason is None and impl == "cpu" and device.type != "cpu":
+    if reason is None and not _takes(impl, device):
         reason = f"the tensors are on {device}"
     if reason is not None:
         raise KepoInputError(
             f"impl={impl!r} cannot be used here: {reason}; use impl='auto' or impl='torch'"
         )
     return _module(impl)
+
+
+def _takes(impl: str, device: torch.device) -> bool:
+    """Whether the back-end works on tensors there; Triton's interpreter works on CPU tensors."""
+    if impl == "triton":
+        return device.type == "cuda" or _module(impl).INTERPRETED
+    return impl == "torch" or device.type == "cpu"
 
 
 def _module(impl: str) -> ModuleType:

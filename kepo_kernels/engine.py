@@ -1,25 +1,25 @@
 """The only chunk loop, and the two autograd functions around it.
 
     for rows in chunks:                                   rows of weight zero are in none of them
-        logits, teacher logits <- two GEMMs               the second only for rows that have a teacher
+        logits, teacher logits <- two GEMMs               the second for rows that have a teacher
         table                  <- row_forward             logprob, divergence, entropy of each row
-        c, g, e                <- d loss / d those three  ordinary autograd on vectors of length n
+        c, g, e                <- d loss / d those three  autograd on vectors of length n
         dlogits                <- row_backward_           in place of the logits
         dhidden[rows], dlm_head, dbias <- GEMMs, fp32
 
-A loss forms its gradients during forward, so the logits of a chunk never have to be seen again, and backward only
-scales them (`FusedLoss`). Per-row numbers with an unknown upstream gradient recompute the logits in backward
-(`RowNumbers`). Nothing here knows of masks, gates, advantages or clipping.
+A loss forms its gradients during forward, so the logits of a chunk never have to be seen again, and
+backward only scales them (`FusedLoss`). Per-row numbers with an unknown upstream gradient recompute
+the logits in backward (`RowNumbers`). Nothing here knows of masks, gates, advantages or clipping.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kepo_kernels import gemm
 from kepo_kernels.errors import KepoInputError
@@ -27,7 +27,7 @@ from kepo_kernels.rows import NUM_COEFFICIENTS, RowStats, accumulate_dtype
 
 
 class TokenStats(NamedTuple):
-    """The three numbers of each token; 0 for tokens that take no part. fp32 (fp64 for fp64 inputs)."""
+    """The three numbers of each token, fp32 (fp64 for fp64 inputs); 0 where it takes no part."""
 
     logprobs: Tensor
     divergence: Tensor
@@ -40,7 +40,7 @@ Coefficients = Callable[[Tensor, Tensor], Tensor]  # (rows (n,), numbers (3, n))
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Which rows take part: those with a teacher first. Indices into the flattened lead dimensions."""
+    """Which rows take part, those with a teacher first: indices into the flattened (B * T)."""
 
     rows: Tensor  # (n,) int64
     teacher_rows: Tensor  # (n_teacher,) int64: where rows[:n_teacher] stand in `teacher_hidden`
@@ -48,8 +48,9 @@ class RowPlan:
 
 @dataclass(frozen=True)
 class LinearProblem:
-    """One call, flattened: everything the chunk loop needs except the three tensors that carry gradient."""
+    """One call, flattened: all that the chunk loop needs but the three tensors with gradient."""
 
+    function: str  # the public one, for error messages
     plan: RowPlan
     targets: Tensor | None  # (N,)
     teacher_hidden: Tensor | None  # (M, H_t)
@@ -62,22 +63,10 @@ class LinearProblem:
     chunk_rows: int
 
 
-def chunk_size(workspace_bytes: int, chunk_rows: int | None, row_bytes: int) -> int:
-    """Rows per chunk: as asked, or as many as the workspace holds."""
-    if chunk_rows is not None:
-        return chunk_rows
-    if workspace_bytes < row_bytes:
-        raise KepoInputError(
-            f"workspace_bytes={workspace_bytes}: one row of logits takes {row_bytes} bytes here; "
-            "pass at least that, or None for the default"
-        )
-    return workspace_bytes // row_bytes
-
-
 def fused_loss(
     hidden: Tensor, lm_head: Tensor, bias: Tensor | None, problem: LinearProblem, loss: TokenLoss
 ) -> tuple[Tensor, TokenStats]:
-    """Sum of `loss` over the rows of the plan, differentiable; and the detached numbers of all N rows."""
+    """Sum of `loss` over the plan's rows, differentiable; and the detached numbers of all N."""
     wanted = torch.is_grad_enabled()
     total, numbers = FusedLoss.apply(hidden, lm_head, bias, problem, loss, wanted)
     return total, TokenStats(*numbers.unbind(0))
@@ -90,8 +79,30 @@ def row_numbers(
     return TokenStats(*RowNumbers.apply(hidden, lm_head, bias, problem).unbind(0))
 
 
+def _differentiable_once(backward: Callable) -> Callable:
+    """Makes a backward with create_graph=True an error.
+
+    torch's `once_differentiable` lets it pass where the upstream gradient is a constant and hands
+    out constants in turn: a gradient penalty would silently have no effect.
+    """
+
+    @wraps(backward)
+    def checked(ctx, *upstream):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the losses of kepo_kernels are differentiable once: backward cannot run with "
+                "create_graph=True; kepo_kernels.reference has the same losses in plain PyTorch"
+            )
+        return backward(ctx, *upstream)
+
+    return checked
+
+
 class FusedLoss(torch.autograd.Function):
-    """hidden, lm_head, bias -> (sum of per-row losses, (3, N) numbers). Gradients are formed in forward."""
+    """hidden, lm_head, bias -> (sum of per-row losses, (3, N) numbers).
+
+    Gradients are formed in forward.
+    """
 
     @staticmethod
     def forward(ctx, hidden, lm_head, bias, problem, loss, wanted):
@@ -100,13 +111,7 @@ class FusedLoss(torch.autograd.Function):
         def coefficients(rows: Tensor, numbers: Tensor) -> Tensor:
             with torch.enable_grad():
                 leaves = numbers.detach().requires_grad_()
-                values = loss(TokenStats(*leaves.unbind(0)), rows)
-                if values.shape != rows.shape:
-                    raise KepoInputError(
-                        f"token_loss returned shape {tuple(values.shape)} for {len(rows)} rows: "
-                        "expected one loss per row"
-                    )
-                subtotal = values.sum(dtype=torch.float64)
+                subtotal = loss(TokenStats(*leaves.unbind(0)), rows).sum(dtype=torch.float64)
                 total.add_(subtotal.detach())
                 if not subtotal.requires_grad:
                     return torch.zeros_like(numbers)
@@ -121,7 +126,7 @@ class FusedLoss(torch.autograd.Function):
         return total.to(numbers.dtype), numbers
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx, grad_total, _grad_numbers):
         # New tensors: what was saved stays as it was, so a retained graph may be walked again.
         scaled = [
@@ -132,7 +137,10 @@ class FusedLoss(torch.autograd.Function):
 
 
 class RowNumbers(torch.autograd.Function):
-    """hidden, lm_head, bias -> (3, N) numbers. Backward recomputes the logits: nothing of size V is kept."""
+    """hidden, lm_head, bias -> (3, N) numbers.
+
+    Backward recomputes the logits: nothing of size N x V is kept.
+    """
 
     @staticmethod
     def forward(ctx, hidden, lm_head, bias, problem):
@@ -141,7 +149,7 @@ class RowNumbers(torch.autograd.Function):
         return _sweep(hidden, lm_head, bias, problem, None, Gradients(None, None, None))
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx, grad_numbers):
         inputs = ctx.saved_tensors
         gradients = Gradients.empty(*inputs, ctx.needs_input_grad[:3])
@@ -153,7 +161,10 @@ class RowNumbers(torch.autograd.Function):
 
 
 class Gradients(NamedTuple):
-    """Accumulators of the three gradients; None for those nobody asked for, whose GEMMs are then never run."""
+    """Accumulators of the three gradients.
+
+    None for those nobody asked for, whose GEMMs are then never run.
+    """
 
     hidden: Tensor | None
     lm_head: Tensor | None
@@ -187,13 +198,14 @@ def _sweep(
     buffers = _Buffers(problem, hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         for rows, teacher_rows in _chunks(problem):
-            x = _finite(hidden[rows], "hidden", rows)
+            x = _finite(problem, hidden[rows], "hidden", rows)
             logits = buffers.student(len(rows), len(lm_head))
             gemm.project_(logits, x, lm_head, bias)
             teacher = None
             if teacher_rows is not None:
                 teacher = buffers.teacher(len(rows), len(problem.teacher_lm_head))
-                y = _finite(problem.teacher_hidden[teacher_rows], "teacher_hidden", teacher_rows)
+                y = problem.teacher_hidden[teacher_rows]
+                y = _finite(problem, y, "teacher_hidden", teacher_rows)
                 gemm.project_(teacher, y, problem.teacher_lm_head, problem.teacher_bias)
             targets = None if problem.targets is None else problem.targets[rows]
             settings = (problem.beta, problem.temperature)
@@ -220,8 +232,8 @@ def _sweep(
 
 
 def _chunks(problem: LinearProblem) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Chunks of equal length, rows with a teacher first. They depend on the active rows alone, so closing a
-    sequence gives bit for bit what leaving it out gives."""
+    """Chunks of equal length, rows with a teacher first. They depend on the active rows alone, so
+    closing a sequence gives bit for bit what leaving it out gives."""
     rows, teacher_rows = problem.plan.rows, problem.plan.teacher_rows
     split = len(teacher_rows)
     for part, with_teacher in ((rows[:split], True), (rows[split:], False)):
@@ -235,7 +247,7 @@ def _chunks(problem: LinearProblem) -> Iterator[tuple[Tensor, Tensor | None]]:
 
 
 class _Buffers:
-    """The workspace: logits of one chunk, allocated at the first use and then reused by every chunk."""
+    """The workspace: logits of one chunk, allocated at the first use, reused by every chunk."""
 
     def __init__(self, problem: LinearProblem, device: torch.device):
         self.rows = min(problem.chunk_rows, len(problem.plan.rows))
@@ -254,12 +266,13 @@ class _Buffers:
         return self._get("teacher", rows, columns)
 
 
-def _finite(x: Tensor, name: str, rows: Tensor) -> Tensor:
+def _finite(problem: LinearProblem, x: Tensor, name: str, rows: Tensor) -> Tensor:
     """Refuse NaN and Inf in rows that take part; on CPU, where looking costs no synchronisation."""
     if x.device.type == "cpu" and not torch.isfinite(x).all():
         row = rows[int(torch.isfinite(x).all(-1).logical_not().nonzero()[0])]
         raise KepoInputError(
-            f"{name}: row {int(row)} of the flattened sequence dimensions holds NaN or Inf and has a "
-            "non-zero weight; mask it out, or find where it comes from"
+            f"{problem.function}: {name} holds NaN or Inf in row {int(row)} of its flattened "
+            "sequence dimensions, which has a non-zero weight; mask it out, or find where it comes "
+            "from"
         )
     return x

@@ -2,4 +2,7 @@
 
 
 class KepoInputError(ValueError):
-    """A caller's mistake. The text names the function, the arguments, what came, what was expected and the remedy."""
+    """A caller's mistake.
+
+    The text names the function, the arguments, what came, what was expected and the remedy.
+    """

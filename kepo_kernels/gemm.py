@@ -4,10 +4,10 @@
     dx      (n, H) = dlogits (n, V) @ w
     dw      (V, H) += dlogits^T @ x          fp32 (fp64 for fp64), downcast once by the caller
 
-When operands and logits share a dtype these are plain `mm`. 16-bit operands with fp32 logits are `mm(out_dtype=)`
-on CUDA. CPU torch has no such product, and on processors without bf16 instructions its bf16 `mm` is 5 to 150 times
-slower than fp32; there a strip of the head at a time is cast to fp32 and multiplied as fp32, which is both the faster
-and the more exact way.
+When operands and logits share a dtype these are plain `mm`. 16-bit operands with fp32 logits are
+`mm(out_dtype=)` on CUDA. CPU torch has no such product, and on processors without bf16 instructions
+its bf16 `mm` is 5 to 150 times slower than fp32; there a strip of the head at a time is cast to
+fp32 and multiplied as fp32, which is both the faster and the more exact way.
 """
 
 from collections.abc import Iterator
@@ -15,9 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-STRIP_BYTES = (
-    8 << 20
-)  # of one upcast strip of a head: it stays in cache and costs little beside the logits
+# Of one upcast strip of a head: it stays in cache and costs little beside the logits.
+STRIP_BYTES = 8 << 20
 
 
 def fast_bf16(device: torch.device) -> bool:
@@ -29,7 +28,7 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 def default_logits_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """fp64 for fp64; bf16 on CPUs that only multiply bf16 fast when it stays bf16; fp32 for everything else."""
+    """fp64 for fp64; bf16 on CPUs that only multiply bf16 fast when it stays bf16; else fp32."""
     if dtype == torch.float64:
         return dtype
     if dtype == torch.bfloat16 and device.type == "cpu" and fast_bf16(device):
@@ -43,7 +42,7 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def project_(out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None) -> None:
-    """out <- x @ w^T + bias, rounded to the dtype of `out` once."""
+    """out <- x @ w^T + bias; the product, and then the sum, are rounded to the dtype of `out`."""
     if _same(x, out):
         torch.mm(x, w.T, out=out)
     elif x.is_cuda:
@@ -65,7 +64,7 @@ def hidden_gradient(dlogits: Tensor, w: Tensor) -> Tensor:
         return dlogits @ w
     if w.is_cuda:
         return dlogits.to(w.dtype) @ w
-    dx = torch.zeros(dlogits.shape[0], w.shape[1])
+    dx = torch.zeros(dlogits.shape[0], w.shape[1], dtype=torch.float32, device=w.device)
     for columns, strip in _strips(w):
         dx.addmm_(dlogits[:, columns].float(), strip)
     return dx

@@ -2,23 +2,31 @@
 
 Shared arguments, wherever they appear:
 
-    hidden            (B, T, H) or (N, H): the states that predict the targets; fp64, fp32, bf16 or fp16
+    hidden            (B, T, H) or (N, H): the states that predict the targets; fp64, fp32, bf16 or
+                      fp16
     lm_head           (V, H) weight; bias (V,) or None
-    teacher_hidden    (B, T, H_t) or (N, H_t), or only the sequences whose gate is not 0, in their order
-    teacher_lm_head   (V_t, H_t) weight; teacher_bias (V_t,) or None. Vocabularies of different size are read as the
-                      min(V, V_t) rows they share, both distributions normalised over those. No teacher tensor ever
-                      receives a gradient, whatever its requires_grad says.
-    targets           (B, T) or (N,) int64 or int32 token ids, aligned: hidden[t] predicts targets[t]
-    completion_mask   (B, T) or (N,), 1 on the tokens of the loss; None = all. What stands elsewhere is never read.
+    teacher_hidden    (B, T, H_t) or (N, H_t), or only the sequences whose gate is not 0, in their
+                      order
+    teacher_lm_head   (V_t, H_t) weight; teacher_bias (V_t,) or None. Vocabularies of different size
+                      are read as the min(V, V_t) rows they share, both distributions normalised
+                      over those. No teacher tensor ever receives a gradient, whatever its
+                      requires_grad says.
+    targets           (B, T) or (N,) int64 or int32 token ids, aligned: hidden[t] predicts
+                      targets[t]
+    completion_mask   (B, T) or (N,), 1 on the tokens of the loss; None = all. What stands elsewhere
+                      is never read.
     temperature       > 0, divides both models' logits
-    reduction         "token_mean", "sequence_mean" or "sum", see `loss_weights`; or pass `weights` of shape (B, T) or
-                      (N,), which replace reduction and normaliser: the loss is sum(weights * mask * term)
-    **engine          impl="auto"|"triton"|"cpu"|"torch"; workspace_bytes (None = 256 MiB on CPU, 2.5 GiB on GPU) for
-                      the logits of one chunk, or chunk_rows directly; logits_dtype (None = fp32, but bf16 for bf16
-                      inputs on CPUs with bf16 instructions); return_stats=True returns (loss, TokenStats)
+    reduction         "token_mean", "sequence_mean" or "sum", see `loss_weights`; or pass `weights`
+                      of shape (B, T) or (N,), which replace reduction and normaliser: the loss is
+                      sum(weights * mask * term)
+    **engine          impl="auto"|"triton"|"cpu"|"torch"; workspace_bytes (None = 256 MiB on CPU,
+                      2.5 GiB on GPU) for the logits of one chunk, or chunk_rows directly;
+                      logits_dtype (None = fp32, but bf16 for bf16 inputs on CPUs with bf16
+                      instructions); return_stats=True returns (loss, TokenStats)
 
-Every loss is a 0-d fp32 tensor (fp64 for fp64 inputs), exactly 0 with zero gradients when no token takes part, and
-differentiable once with respect to hidden, lm_head and bias. All raise `KepoInputError` (a ValueError) on bad input.
+Every loss is a 0-d fp32 tensor (fp64 for fp64 inputs), exactly 0 with zero gradients when no token
+takes part, and differentiable once with respect to hidden, lm_head and bias. All raise
+`KepoInputError` (a ValueError) on bad input.
 """
 
 import torch
@@ -27,7 +35,7 @@ from torch import Tensor
 from kepo_kernels.engine import TokenLoss, TokenStats, fused_loss, row_numbers
 from kepo_kernels.policy import PolicySettings, policy_token_loss
 from kepo_kernels.problem import Teacher, active_tokens, build_problem
-from kepo_kernels.validate import Validator
+from kepo_kernels.validate import Validator, describe
 from kepo_kernels.weights import loss_weights, per_token
 
 Result = Tensor | tuple[Tensor, TokenStats]
@@ -51,21 +59,25 @@ def fused_gated_kd_loss(
 ) -> Result:
     """Divergence of the student from a frozen teacher, over the sequences whose gate is open.
 
-        loss = sum_t w_t D_beta(p_t, q_t),   p, q = softmax of teacher and student logits / temperature
-        D_0 = KL(p|q),  D_1 = KL(q|p),  else  beta KL(p|m) + (1 - beta) KL(q|m),  m = (1 - beta) q + beta p
+        loss = sum_t w_t D_beta(p_t, q_t),  p, q = softmax(teacher, student logits / temperature)
+        D_0 = KL(p|q),  D_1 = KL(q|p),  between
+        D_beta = beta KL(p|m) + (1 - beta) KL(q|m),  m = (1 - beta) q + beta p
 
     (generalised JSD of GKD, Agarwal et al. 2024, eq. 1; gated as in KEPO, arXiv 2602.00400.)
 
     Args:
-        gate: (B,) bool or float >= 0 that multiplies the divergence; 0 closes a sequence, which is then not computed
-            at all: neither its student nor its teacher logits exist. None = all open.
-        beta: 0 = KL(teacher|student), 1 = KL(student|teacher), between = JSD (about five times smaller than a KL).
+        gate: (B,) bool or float >= 0 that multiplies the divergence; 0 closes a sequence, which is
+            then not computed at all: neither its student nor its teacher logits exist. None = all
+            open.
+        beta: 0 = KL(teacher|student), 1 = KL(student|teacher), between = JSD (about five times
+            smaller than a KL).
 
-    Equals, holding whole matrices: `reference.gated_kd_loss`, i.e. for one open token
-    `F.kl_div(log_softmax(student), log_softmax(teacher), log_target=True, reduction="sum")` at beta = 0.
+    Equals, holding whole matrices: `reference.gated_kd_loss`, i.e. for one open token at beta = 0
+    `F.kl_div(log_softmax(student), log_softmax(teacher), log_target=True, reduction="sum")`.
     """
     check = Validator("fused_gated_kd_loss")
-    lead = _check_student(check, hidden, lm_head, bias, completion_mask, weights, reduction, engine)
+    lead = _check_student(check, hidden, lm_head, bias, completion_mask, engine)
+    _check_weights(check, hidden, weights=weights, reduction=reduction)
     check.softmax(temperature, beta)
     teacher = Teacher(teacher_hidden, teacher_lm_head, teacher_bias, gate)
     teacher.check(check, hidden)
@@ -117,23 +129,25 @@ def fused_grpo_loss(
 ) -> Result:
     """The GRPO objective on sampled tokens.
 
-        r_t    = exp(log q(target_t) - old_logprobs_t)
-        loss   = sum_t w_t [ -min(r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t)
-                             + kl_coef (e^d - d - 1) - entropy_coef H(q_t) ],   d = ref_logprobs_t - log q(target_t)
+        loss = sum_t w_t [ -min(r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t)
+                           + kl_coef (e^d_t - d_t - 1) - entropy_coef H(q_t) ]
+        r_t  = exp(log q(target_t) - old_logprobs_t),   d_t = ref_logprobs_t - log q(target_t)
 
-    (Shao et al. 2024, eq. 3, with the k3 estimator; unequal bounds are DAPO's clip-higher, Yu et al. 2025.)
+    (Shao et al. 2024, eq. 3, with the k3 estimator; unequal bounds are DAPO's clip-higher, Yu et
+    al. 2025.)
 
     Args:
         advantages: (B,) or one per token.
-        old_logprobs: per token, of the policy that sampled, at this temperature. None = that policy is this one:
-            the ratio is 1 in value and its gradient is kept (REINFORCE).
+        old_logprobs: per token, of the policy that sampled, at this temperature. None = that policy
+            is this one: the ratio is 1 in value and its gradient is kept (REINFORCE).
         ref_logprobs: per token, of the frozen reference; needed when kl_coef is not 0.
         kl_coef, entropy_coef: 0 = term absent. The entropy bonus lowers the loss.
 
     Equals, holding whole matrices: `reference.grpo_loss`.
     """
     check = Validator("fused_grpo_loss")
-    lead = _check_student(check, hidden, lm_head, bias, completion_mask, weights, reduction, engine)
+    lead = _check_student(check, hidden, lm_head, bias, completion_mask, engine)
+    _check_weights(check, hidden, weights=weights, reduction=reduction)
     check.softmax(temperature)
     weights = _weights(lead, hidden, completion_mask, None, weights, reduction)
     check.finite(weights != 0, weights=weights)
@@ -144,8 +158,7 @@ def fused_grpo_loss(
     term = policy_token_loss(
         check, settings, lead, active, hidden, advantages, old_logprobs, ref_logprobs
     )
-    check.targets(targets, lead, active, len(lm_head))
-    check.same_device(hidden, targets=targets)
+    check.targets(targets, hidden, active, len(lm_head))
     problem = build_problem(
         check, hidden, lm_head, targets, None, active, None, engine, temperature=temperature
     )
@@ -188,28 +201,30 @@ def fused_kepo_loss(
     distill_reduction: str = "token_mean",
     **engine: object,
 ) -> Result:
-    """GRPO on every completion plus gated distillation on the good ones, from one pass over the logits.
+    """GRPO on every completion and gated distillation on the good ones in one pass over the logits.
 
         loss = fused_grpo_loss(...) + distill_coef * fused_gated_kd_loss(...)
 
-    (KEPO, arXiv 2602.00400, Eq. 7.) A token pays for the policy term and the divergence once: one student GEMM, one
-    row kernel, one gradient. Tokens of closed sequences never meet the teacher's head.
+    (KEPO, arXiv 2602.00400, Eq. 7.) A token pays for the policy term and the divergence once: one
+    student GEMM, one row kernel, one gradient. Tokens of closed sequences never meet the teacher's
+    head.
 
     Args:
         gate: (B,) as in `fused_gated_kd_loss`; typically accuracy >= threshold.
-        policy_weights, distill_weights: per token, in place of policy_reduction / distill_reduction (a micro-batch
-            passes its slice of the whole batch's `loss_weights`); mask, and for the latter the gate, still multiply.
+        policy_weights, distill_weights: per token, in place of policy_reduction / distill_reduction
+            (a micro-batch passes its slice of the whole batch's `loss_weights`); mask, and for the
+            latter the gate, still multiply.
         distill_coef: 0 = no distillation, and no teacher GEMM.
         The rest as in the two losses.
 
     Equals, holding whole matrices: `reference.kepo_loss`.
     """
     check = Validator("fused_kepo_loss")
-    lead = _check_student(
-        check, hidden, lm_head, bias, completion_mask, policy_weights, policy_reduction, engine
+    lead = _check_student(check, hidden, lm_head, bias, completion_mask, engine)
+    _check_weights(check, hidden, policy_weights=policy_weights, policy_reduction=policy_reduction)
+    _check_weights(
+        check, hidden, distill_weights=distill_weights, distill_reduction=distill_reduction
     )
-    check.reduction("distill_reduction", distill_reduction)
-    check.lead(lead, distill_weights=distill_weights)
     check.softmax(temperature, beta)
     check.number("distill_coef", distill_coef, lambda x: x >= 0, "a finite number >= 0")
     teacher = Teacher(teacher_hidden, teacher_lm_head, teacher_bias, gate)
@@ -228,8 +243,7 @@ def fused_kepo_loss(
     term = policy_token_loss(
         check, settings, lead, rewarded, hidden, advantages, old_logprobs, ref_logprobs
     )
-    check.targets(targets, lead, rewarded | distilled, len(lm_head))
-    check.same_device(hidden, targets=targets)
+    check.targets(targets, hidden, rewarded | distilled, len(lm_head))
     problem = build_problem(
         check,
         hidden,
@@ -245,9 +259,7 @@ def fused_kepo_loss(
 
     def token_loss(stats: TokenStats, rows: Tensor) -> Tensor:
         policy, distill = _at(policy_weights, rows), _at(distill_weights, rows)
-        # A token may carry one term only; the other's inputs there need not even be finite.
-        reward = torch.where(policy != 0, policy * term(stats, rows), 0)
-        return reward + distill * stats.divergence
+        return policy * term(stats, rows) + distill * stats.divergence
 
     return _run(hidden, lm_head, bias, problem, token_loss, engine)
 
@@ -267,17 +279,17 @@ def fused_linear_logprobs(
 
         q = softmax((hidden @ lm_head^T + bias) / temperature),   entropy = -sum q log q  in nats
 
-    Returns (B, T) or (N,) fp32 (fp64 for fp64 inputs), 0 outside the mask. Backward computes the logits again, so
-    nothing of size N x V is ever kept. With `return_stats=True` the detached `TokenStats` come last.
+    Returns (B, T) or (N,) fp32 (fp64 for fp64 inputs), 0 outside the mask. Backward computes the
+    logits again, so nothing of size N x V is ever kept. With `return_stats=True` the detached
+    `TokenStats` come last.
 
     Equals `log_softmax(logits / temperature).gather(-1, targets)`, in any upstream gradient.
     """
     check = Validator("fused_linear_logprobs")
-    lead = _check_student(check, hidden, lm_head, bias, completion_mask, None, "sum", engine)
+    lead = _check_student(check, hidden, lm_head, bias, completion_mask, engine)
     check.softmax(temperature)
     active = active_tokens(lead, _weights(lead, hidden, completion_mask, None, None, "sum"))
-    check.targets(targets, lead, active, len(lm_head))
-    check.same_device(hidden, targets=targets)
+    check.targets(targets, hidden, active, len(lm_head))
     problem = build_problem(
         check, hidden, lm_head, targets, None, active, None, engine, temperature=temperature
     )
@@ -313,17 +325,21 @@ def fused_linear_loss(
 
     Args:
         targets: None when the loss reads no log-probabilities (`stats.logprobs` is then 0).
-        token_loss: called once per chunk with `TokenStats` of vectors (n,) that carry gradient, and `rows` (n,), the
-            indices of these tokens in the flattened (B * T,) or (N,) order, to pick your own per-token tensors with.
+        token_loss: called once per chunk with `TokenStats` of vectors (n,) that carry gradient, and
+            `rows` (n,), the indices of these tokens in the flattened (B * T,) or (N,) order, to
+            pick your own per-token tensors with.
             Returns n losses, in any differentiable PyTorch; chunks must not depend on each other.
-        gate: (B,): sequences with 0 have no teacher, `stats.divergence` is 0 there. They stay in the loss.
+        gate: (B,): sequences with 0 have no teacher, `stats.divergence` is 0 there. They stay in
+            the loss.
         weights: per token; 0 = the token does not exist. None = `reduction` of the mask.
 
-    Example: cross-entropy is `fused_linear_loss(hidden, lm_head, targets, lambda stats, rows: -stats.logprobs,
+    Example, cross-entropy:
+    `fused_linear_loss(hidden, lm_head, targets, lambda stats, rows: -stats.logprobs,
     reduction="token_mean")`.
     """
     check = Validator("fused_linear_loss")
-    lead = _check_student(check, hidden, lm_head, bias, completion_mask, weights, reduction, engine)
+    lead = _check_student(check, hidden, lm_head, bias, completion_mask, engine)
+    _check_weights(check, hidden, weights=weights, reduction=reduction)
     check.softmax(temperature, beta)
     check.require(
         callable(token_loss), f"token_loss is {type(token_loss).__name__}; expected a callable"
@@ -332,6 +348,12 @@ def fused_linear_loss(
         (teacher_hidden is None) == (teacher_lm_head is None),
         "teacher_hidden and teacher_lm_head must be given together or not at all",
     )
+    for name, x in (("gate", gate), ("teacher_bias", teacher_bias)):
+        check.require(
+            x is None or teacher_hidden is not None,
+            f"{name} is given without teacher_hidden and would have no effect; pass the teacher, "
+            "or leave it out (`weights` and `completion_mask` take sequences out of the loss)",
+        )
     check.gate(gate, lead)
     weights = _weights(lead, hidden, completion_mask, None, weights, reduction)
     check.finite(weights != 0, weights=weights)
@@ -342,8 +364,7 @@ def fused_linear_loss(
         teacher.check(check, hidden)
         distilled = active if gate is None else active & per_token(gate != 0, lead)
     if targets is not None:
-        check.targets(targets, lead, active, len(lm_head))
-        check.same_device(hidden, targets=targets)
+        check.targets(targets, hidden, active, len(lm_head))
     problem = build_problem(
         check,
         hidden,
@@ -356,14 +377,17 @@ def fused_linear_loss(
         beta=beta,
         temperature=temperature,
     )
-    return _run(
-        hidden,
-        lm_head,
-        bias,
-        problem,
-        lambda stats, rows: _at(weights, rows) * token_loss(stats, rows),
-        engine,
-    )
+
+    def weighted(stats: TokenStats, rows: Tensor) -> Tensor:
+        values = token_loss(stats, rows)
+        check.require(
+            isinstance(values, Tensor) and values.shape == rows.shape,
+            f"token_loss returned {describe(values)} for {len(rows)} rows; expected one loss per "
+            f"row, shape [{len(rows)}]",
+        )
+        return _at(weights, rows) * values
+
+    return _run(hidden, lm_head, bias, problem, weighted, engine)
 
 
 def _check_student(
@@ -372,20 +396,22 @@ def _check_student(
     lm_head: Tensor,
     bias: Tensor | None,
     completion_mask: Tensor | None,
-    weights: Tensor | None,
-    reduction: str,
     engine: dict[str, object],
 ) -> torch.Size:
     check.engine(engine)
-    check.reduction("reduction", reduction)
     check.head(("hidden", "lm_head", "bias"), hidden, lm_head, bias)
-    check.same_device(
-        hidden, lm_head=lm_head, bias=bias, completion_mask=completion_mask, weights=weights
-    )
     lead = hidden.shape[:-1]
     check.mask(completion_mask, lead)
-    check.lead(lead, weights=weights)
+    check.same_device(hidden, lm_head=lm_head, bias=bias, completion_mask=completion_mask)
     return lead
+
+
+def _check_weights(check: Validator, hidden: Tensor, **given: Tensor | str | None) -> None:
+    """One pair of arguments that say how much each token counts: `..weights` and `..reduction`."""
+    (weights_name, weights), (reduction_name, reduction) = given.items()
+    check.reduction(reduction_name, reduction)
+    check.lead(hidden.shape[:-1], **{weights_name: weights})
+    check.same_device(hidden, **{weights_name: weights})
 
 
 def _weights(

@@ -1,6 +1,9 @@
-"""The policy term of one token: plain, differentiable PyTorch on vectors, the same for every back-end."""
+"""The policy term of one token.
 
-from collections.abc import Callable
+Plain, differentiable PyTorch on vectors, the same for every back-end.
+"""
+
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +42,10 @@ def policy_token_loss(
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
 ) -> TokenLoss:
-    """-min(r A, clip(r) A) + kl_coef k3 - entropy_coef H of the rows asked for, after checking every input."""
+    """-min(r A, clip(r) A) + kl_coef k3 - entropy_coef H, after checking every input.
+
+    Finite on rows that are not `active`, whatever stands there.
+    """
     settings.check(check)
     check.per_sequence_or_token(lead, advantages=advantages)
     check.lead(lead, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
@@ -54,25 +60,31 @@ def policy_token_loss(
     check.finite(
         active, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs
     )
-    advantage_of, old_of, ref_of = map(_picker, (advantages, old_logprobs, ref_logprobs))
+    active = active.reshape(-1)
+    advantages, old_logprobs, ref_logprobs = (
+        None if x is None else x.detach().reshape(-1)
+        for x in (advantages, old_logprobs, ref_logprobs)
+    )
+    # Above the clip, so that it changes no value: see below.
+    ceiling = 1.0 + math.log1p(settings.epsilon_high)
 
     def token_loss(stats: TokenStats, rows: Tensor) -> Tensor:
-        logprobs = stats.logprobs
-        advantage = advantage_of(rows, logprobs.dtype)
-        old = logprobs.detach() if old_logprobs is None else old_of(rows, logprobs.dtype)
-        ratio = torch.exp(logprobs - old)
+        logprobs, live = stats.logprobs, active[rows]
+        dtype = logprobs.dtype
+        advantage = torch.where(live, advantages[rows].to(dtype), 0)
+        old = logprobs.detach() if old_logprobs is None else old_logprobs[rows].to(dtype)
+        log_ratio = torch.where(live, logprobs - old, 0)
+        # Beyond the upper clip a positive advantage sends nothing back. exp of a huge log-ratio
+        # would send 0 * inf = NaN.
+        log_ratio = torch.where(advantage < 0, log_ratio, log_ratio.clamp(max=ceiling))
+        ratio = torch.exp(log_ratio)
         clipped = ratio.clamp(1.0 - settings.epsilon_low, 1.0 + settings.epsilon_high)
         loss = -torch.minimum(ratio * advantage, clipped * advantage)
         if settings.kl_coef != 0.0:
-            difference = ref_of(rows, logprobs.dtype) - logprobs
+            difference = torch.where(live, ref_logprobs[rows].to(dtype) - logprobs, 0)
             loss = loss + settings.kl_coef * (torch.expm1(difference) - difference)
         if settings.entropy_coef != 0.0:
             loss = loss - settings.entropy_coef * stats.entropy
         return loss
 
     return token_loss
-
-
-def _picker(x: Tensor | None) -> Callable[[Tensor, torch.dtype], Tensor]:
-    flat = None if x is None else x.detach().reshape(-1)
-    return lambda rows, dtype: flat[rows].to(dtype)

@@ -1,8 +1,9 @@
 """The oracle: every loss of this package as whole-matrix, differentiable PyTorch.
 
-Plain on purpose: no chunks, no kernels, no tricks, no import of ours, any float dtype (use fp64 to judge others).
-It holds several [N, V] matrices, which is what the rest of the package exists to avoid. Masked and gated rows are
-selected away before any arithmetic, so what stands in them cannot matter.
+Plain on purpose: no chunks, no kernels, no tricks, no import of ours, any float dtype (use fp64 to
+judge others). It holds several [N, V] matrices, which is what the rest of the package exists to
+avoid. Masked and gated rows are selected away before any arithmetic, so what stands in them cannot
+matter.
 """
 
 from collections.abc import Callable
@@ -30,10 +31,10 @@ def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 def token_divergence(
     logits: Tensor, teacher_logits: Tensor, beta: float, temperature: float = 1.0
 ) -> Tensor:
-    """GKD's generalised divergence over the vocabulary columns both models share: (n, V), (n, V_t) -> (n,).
+    """GKD's divergence over the columns both vocabularies share: (n, V), (n, V_t) -> (n,).
 
-    beta = 0: KL(p|q), teacher first; beta = 1: KL(q|p); between: beta KL(p|m) + (1 - beta) KL(q|m) with
-    m = (1 - beta) q + beta p (Agarwal et al. 2024, eq. 1, teacher p, student q).
+    beta = 0: KL(p|q), teacher first; beta = 1: KL(q|p); between: beta KL(p|m) + (1 - beta) KL(q|m)
+    with m = (1 - beta) q + beta p (Agarwal et al. 2024, eq. 1, teacher p, student q).
     """
     shared = min(logits.shape[-1], teacher_logits.shape[-1])
     log_q = (logits[..., :shared] / temperature).log_softmax(-1)
@@ -44,14 +45,21 @@ def token_divergence(
         return _expectation(log_q, log_p).sum(-1)
     log_beta = torch.tensor(beta, dtype=logits.dtype, device=logits.device).log()
     log_rest = torch.tensor(1.0 - beta, dtype=logits.dtype, device=logits.device).log()
-    log_m = torch.logaddexp(log_q + log_rest, log_p + log_beta)
+    # Where neither can produce the token m is 0 too, and the gradient of logaddexp is NaN.
+    dead = (log_q == -torch.inf) & (log_p == -torch.inf)
+    log_m = torch.logaddexp(
+        torch.where(dead, 0, log_q + log_rest), torch.where(dead, 0, log_p + log_beta)
+    )
     return beta * _expectation(log_p, log_m).sum(-1) + (1.0 - beta) * _expectation(
         log_q, log_m
     ).sum(-1)
 
 
 def _expectation(log_a: Tensor, log_b: Tensor | None = None) -> Tensor:
-    """a (log a - log b), elementwise, with 0 where a is 0. Masked twice so that autograd meets no inf - inf."""
+    """a (log a - log b), elementwise, with 0 where a is 0.
+
+    Masked twice so that autograd meets no inf - inf.
+    """
     alive = log_a > -torch.inf
     safe_a = torch.where(alive, log_a, 0)
     safe_b = 0 if log_b is None else torch.where(alive, log_b, 0)
@@ -63,8 +71,9 @@ def reduction_weights(
 ) -> Tensor:
     """(B, T) or (N,) weights whose inner product with a per-token term is that term's `reduction`.
 
-    token_mean: divided by the number of active tokens; sequence_mean: each sequence's token mean, averaged over
-    all B sequences (in a flat (N,) call every token is its own sequence); sum: not divided. `gate` multiplies.
+    token_mean: divided by the number of active tokens; sequence_mean: each sequence's token mean,
+    averaged over all B sequences (in a flat (N,) call every token is its own sequence); sum: not
+    divided. `gate` multiplies.
     """
     weights = completion_mask.double()
     if gate is not None:
@@ -87,7 +96,10 @@ def clipped_policy_loss(
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.2,
 ) -> Tensor:
-    """-min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A), r = exp(logprobs - old_logprobs), per token."""
+    """-min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A) per token.
+
+    r = exp(logprobs - old_logprobs)
+    """
     ratio = torch.exp(logprobs - (logprobs.detach() if old_logprobs is None else old_logprobs))
     clipped = ratio.clamp(1.0 - epsilon_low, 1.0 + epsilon_high)
     return -torch.minimum(ratio * advantages, clipped * advantages)
@@ -165,10 +177,7 @@ def grpo_loss(
     """Oracle of `kepo_kernels.fused_grpo_loss`."""
     lead = hidden.shape[:-1]
     mask = torch.ones(lead, device=hidden.device) if completion_mask is None else completion_mask
-    if weights is None:
-        weights = reduction_weights(mask, None, reduction)
-    else:
-        weights = weights * mask
+    weights = reduction_weights(mask, None, reduction) if weights is None else weights * mask
     if advantages.shape != lead:
         advantages = advantages.reshape(-1, *[1] * (len(lead) - 1)).expand(lead)
     flat = hidden.flatten(0, -2)
@@ -208,7 +217,10 @@ def kepo_loss(
     distill_reduction: str = "token_mean",
     **policy: object,
 ) -> Tensor:
-    """Oracle of `kepo_kernels.fused_kepo_loss`: the sum of the two losses above, each with its own reduction."""
+    """Oracle of `kepo_kernels.fused_kepo_loss`.
+
+    It is the sum of the two losses above, each with its own reduction.
+    """
     return grpo_loss(
         hidden,
         lm_head,

@@ -1,21 +1,26 @@
 """The row contract: what every back-end does with one chunk of logits.
 
-A *row* is one completion token. From its student logits, its target id and (perhaps) its teacher logits a
-back-end computes three numbers - `logprob`, `divergence`, `entropy` - and, given what the loss sends back to
-them, the gradient on the logits. A back-end is a module with exactly two functions:
+A *row* is one completion token. From its student logits, its target id and (perhaps) its teacher
+logits a back-end computes three numbers - `logprob`, `divergence`, `entropy` - and, given what the
+loss sends back to them, the gradient on the logits. A back-end is a module with exactly two
+functions:
 
     row_forward(logits, targets, teacher, beta, temperature) -> table
     row_backward_(logits, targets, teacher, table, coefficients, beta, temperature) -> None
 
-    logits        (n, V)   student logits, before the temperature; `row_backward_` overwrites them with dlogits
-    targets       (n,)     int64 token ids in [0, V), or None: no log-probability is wanted, `logprob` is 0
-    teacher       (n, V_t) teacher logits in the dtype of `logits`, or None: no divergence, it is 0
+    logits        (n, V)   student logits, before the temperature; `row_backward_` overwrites them
+                           with dlogits
+    targets       (n,)     int64 token ids in [0, V), or None: no log-probability is wanted, and
+                           `logprob` is 0
+    teacher       (n, V_t) teacher logits in the dtype of `logits`, or None: the divergence is 0
     table         (9, n)   the columns of `RowStats`, in fp32 (fp64 for fp64 logits)
-    coefficients  (3, n)   d loss / d logprob, d loss / d divergence, d loss / d entropy; dtype of `table`
+    coefficients  (3, n)   d loss / d logprob, d loss / d divergence, d loss / d entropy; dtype of
+                           `table`
 
-The divergence reads only the `min(V, V_t)` leading columns that both vocabularies share, each side normalised
-over those; `logprob` and `entropy` read the student's whole row. A back-end never sees a mask, a gate, an
-advantage or a normaliser: rows without weight are gone before it is called. The formulas stand in docs/math.md.
+The divergence reads only the `min(V, V_t)` leading columns that both vocabularies share, each side
+normalised over those; `logprob` and `entropy` read the student's whole row. A back-end never sees a
+mask, a gate, an advantage or a normaliser: rows without weight are gone before it is called. The
+formulas stand in docs/math.md.
 """
 
 from typing import NamedTuple
@@ -25,10 +30,13 @@ from torch import Tensor
 
 
 class RowStats(NamedTuple):
-    """What `row_forward` found out about each row; all but the first two are what `row_backward_` needs again.
+    """What `row_forward` found out about each row.
+
+    All but the first two are what `row_backward_` needs again.
 
     A softmax is kept as the row's largest logit and the log of the sum that remains, so that
-    log q = (logit - peak) / temperature - log_sum loses nothing where q is near 1, and is exactly 0 when V = 1.
+    log q = (logit - peak) / temperature - log_sum loses nothing where q is near 1, and is exactly 0
+    when V = 1.
     """
 
     logprob: Tensor  # (n,) log q(target)
@@ -36,9 +44,7 @@ class RowStats(NamedTuple):
     entropy: Tensor  # (n,) of q, in nats
     peak: Tensor  # (n,) largest student logit, not divided by the temperature
     log_sum: Tensor  # (n,) log sum exp((logit - peak) / temperature) over all V columns
-    shared_log_sum: (
-        Tensor  # (n,) the same over the shared columns; equals log_sum without a teacher
-    )
+    shared_log_sum: Tensor  # (n,) the same over the shared columns; log_sum without a teacher
     teacher_peak: Tensor  # (n,) largest of the teacher's shared logits; 0 without a teacher
     teacher_log_sum: Tensor  # (n,) of the teacher's shared columns; 0 without a teacher
     student_kl: Tensor  # (n,) KL(q|p) for beta = 1, KL(q|m) for 0 < beta < 1, else 0

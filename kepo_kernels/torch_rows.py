@@ -1,12 +1,15 @@
-"""The row contract in plain PyTorch: runs on any device and in fp64, and is what every install can fall back to."""
+"""The row contract in plain PyTorch.
+
+It runs on any device and in fp64, and is what every install can fall back to.
+"""
 
 import torch
 from torch import Tensor
 
 from kepo_kernels.rows import NUM_STATS, RowStats, accumulate_dtype, shared_columns
 
-# Rows are taken a few at a time so that the temporaries (about eight of them) stay at some tens of megabytes
-# however large the chunk is: the caller's workspace budget counts the logits alone.
+# Rows are taken a few at a time so that the temporaries (about eight of them) stay at some tens of
+# megabytes however large the chunk is: the caller's workspace budget counts the logits alone.
 BLOCK_ELEMENTS = 1 << 20
 
 
@@ -65,16 +68,19 @@ def _log_sum(logits: Tensor, peak: Tensor, temperature: float) -> Tensor:
 
 
 def _weighted(probability: Tensor, value: Tensor) -> Tensor:
-    """probability * value, and 0 where the probability is 0: the limit of p log p, which floats call NaN."""
-    return torch.where(probability > 0, probability * value, 0)
+    """probability * value; 0 where the probability is 0, the limit of p log p; NaN where it is."""
+    return torch.where(probability > 0, probability * value, probability)
 
 
 def _log_mixture(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
-    """log m, m = (1 - beta) q + beta p, by log-add-exp: q and p may both underflow while their ratio matters."""
+    """log m, m = (1 - beta) q + beta p, by log-add-exp.
+
+    q and p may both underflow while their ratio matters.
+    """
     high, low = torch.maximum(log_q, log_p), torch.minimum(log_q, log_p)
-    high_weight = torch.where(log_p > log_q, log_q.new_tensor(beta), log_q.new_tensor(1.0 - beta))
-    ratio = torch.where(high > -torch.inf, (low - high).exp(), 0)
-    return high + torch.log(high_weight + (1.0 - high_weight) * ratio)
+    low_weight = torch.where(log_p > log_q, log_q.new_tensor(1.0 - beta), log_q.new_tensor(beta))
+    fall = torch.where(high > -torch.inf, (low - high).expm1(), 0)  # low/high - 1
+    return high + torch.log1p(low_weight * fall)
 
 
 def _forward_block(
@@ -107,8 +113,8 @@ def _forward_block(
         teacher, out.teacher_peak.unsqueeze(-1), out.teacher_log_sum.unsqueeze(-1), temperature
     )
     p, q = log_p.exp(), log_q.exp()
-    # Each KL is summed as a log(a/b) - a + b: every term is >= 0, and a rounding error in a log-sum-exp
-    # cancels to first order instead of shifting the whole sum.
+    # Each KL is summed as a log(a/b) - a + b: every term is >= 0, and a rounding error in a
+    # log-sum-exp cancels to first order instead of shifting the whole sum.
     if beta == 0.0:
         out.divergence.copy_((_weighted(p, log_p - log_q) - p + q).sum(-1))
     elif beta == 1.0:
@@ -116,9 +122,10 @@ def _forward_block(
         out.divergence.copy_(out.student_kl)
     else:
         log_m = _log_mixture(log_q, log_p, beta)
-        m = (1.0 - beta) * q + beta * p
-        out.student_kl.copy_((_weighted(q, log_q - log_m) - q + m).sum(-1))
-        teacher_kl = (_weighted(p, log_p - log_m) - p + m).sum(-1)
+        # m - q and m - p, written so that nothing cancels when p is close to q.
+        m_q, m_p = beta * (p - q), (1.0 - beta) * (q - p)
+        out.student_kl.copy_((_weighted(q, log_q - log_m) + m_q).sum(-1))
+        teacher_kl = (_weighted(p, log_p - log_m) + m_p).sum(-1)
         out.divergence.copy_((1.0 - beta) * out.student_kl + beta * teacher_kl)
 
 
@@ -134,8 +141,9 @@ def _backward_block(
     c, g, e = coefficients
     log_q = _log_softmax(logits, stats.peak, stats.log_sum, temperature)
     q = log_q.exp()
-    grad = -c * q - e * _weighted(q, log_q + stats.entropy)
+    grad = -e * _weighted(q, log_q + stats.entropy)
     if targets is not None:
+        grad -= c * q
         grad.scatter_add_(-1, targets.unsqueeze(-1), c)
     if teacher is not None:
         shared = shared_columns(logits, teacher)

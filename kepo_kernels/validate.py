@@ -1,7 +1,8 @@
-"""What every public function checks before any arithmetic. Nothing here changes, broadcasts or clamps an input.
+"""What every public function checks before any arithmetic.
 
-Shapes, dtypes and devices are checked always. Values (token ids, finiteness) are checked where looking at them costs
-no device synchronisation, that is on CPU tensors, and only at tokens that take part.
+Nothing here changes, broadcasts or clamps an input. Shapes, dtypes and devices are checked always.
+Values (token ids, finiteness) are checked where looking at them costs no device synchronisation,
+that is on CPU tensors, and only at tokens that take part.
 """
 
 import math
@@ -13,16 +14,18 @@ from torch import Tensor
 
 from kepo_kernels.dispatch import IMPLS
 from kepo_kernels.errors import KepoInputError
-from kepo_kernels.weights import REDUCTIONS
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+REDUCTIONS = ("token_mean", "sequence_mean", "sum")
 POLICY_LOSSES = ("clip",)
 IMPORTANCE_LEVELS = ("token",)
 ENGINE_SETTINGS = ("impl", "workspace_bytes", "chunk_rows", "logits_dtype", "return_stats")
 
 
-def describe(x: Tensor) -> str:
-    """[4096, 2048] bfloat16 on cuda:0"""
+def describe(x: object) -> str:
+    """[4096, 2048] bfloat16 on cuda:0; the type's name for what is no tensor."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
     return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
 
 
@@ -53,7 +56,7 @@ class Validator:
         given = [(hidden_name, hidden), (head_name, lm_head)]
         given += [] if bias is None else [(bias_name, bias)]
         for name, x in given:
-            self.require(isinstance(x, Tensor), f"{name} is {type(x).__name__}; expected a tensor")
+            self.require(isinstance(x, Tensor), f"{name} is {describe(x)}; expected a tensor")
         for name, x in given:
             self.require(
                 type(x).__name__ != "DTensor",
@@ -75,46 +78,42 @@ class Validator:
         )
         self.require(
             hidden.shape[-1] == lm_head.shape[1],
-            f"{hidden_name} {describe(hidden)} and {head_name} {describe(lm_head)} disagree on the hidden "
-            f"size ({hidden.shape[-1]} and {lm_head.shape[1]}); {head_name} must be (V, {hidden.shape[-1]})",
+            f"{hidden_name} {describe(hidden)} and {head_name} {describe(lm_head)} disagree on the "
+            f"hidden size ({hidden.shape[-1]} and {lm_head.shape[1]}); {head_name} must be "
+            f"(V, {hidden.shape[-1]})",
         )
         self.require(
             bias is None or bias.shape == lm_head.shape[:1],
-            f"{bias_name} {'' if bias is None else describe(bias)}; expected ({lm_head.shape[0]},), one value "
-            f"per row of {head_name}",
+            f"{bias_name} {describe(bias)}; expected ({lm_head.shape[0]},), one value per row of "
+            f"{head_name}",
         )
         for name, x in given[1:]:
             self.require(
                 x.dtype == hidden.dtype,
-                f"{hidden_name} {describe(hidden)} and {name} {describe(x)} differ in dtype; cast one of them",
+                f"{hidden_name} {describe(hidden)} and {name} {describe(x)} differ in dtype; cast "
+                "one of them",
             )
 
     def same_device(self, hidden: Tensor, **tensors: Tensor | None) -> None:
         for name, x in tensors.items():
-            self.require(
-                x is None or x.device == hidden.device,
-                f"hidden is on {hidden.device} and {name} on {x.device if x is not None else ''}; move one",
-            )
+            if x is not None and x.device != hidden.device:
+                self.refuse(f"hidden is on {hidden.device} and {name} on {x.device}; move one")
 
     def lead(self, lead: torch.Size, **tensors: Tensor | None) -> None:
-        """Tensors with one value per token."""
+        """Tensors with one value per token, or None."""
         for name, x in tensors.items():
-            if x is None:
-                continue
             self.require(
-                isinstance(x, Tensor) and x.shape == lead,
-                f"{name} {describe(x) if isinstance(x, Tensor) else type(x).__name__}; expected one value per "
-                f"token, shape {list(lead)} (hidden without its last dimension)",
+                x is None or (isinstance(x, Tensor) and x.shape == lead),
+                f"{name} {describe(x)}; expected one value per token, shape {list(lead)} (hidden "
+                "without its last dimension)",
             )
 
-    def per_sequence_or_token(self, lead: torch.Size, **tensors: Tensor | None) -> None:
+    def per_sequence_or_token(self, lead: torch.Size, **tensors: Tensor) -> None:
         for name, x in tensors.items():
-            if x is None:
-                continue
             self.require(
                 isinstance(x, Tensor) and x.shape in (lead, lead[:1]),
-                f"{name} {describe(x) if isinstance(x, Tensor) else type(x).__name__}; expected shape "
-                f"{list(lead[:1])} (per sequence) or {list(lead)} (per token)",
+                f"{name} {describe(x)}; expected shape {list(lead[:1])} (per sequence) or "
+                f"{list(lead)} (per token)",
             )
 
     def mask(self, completion_mask: Tensor | None, lead: torch.Size) -> None:
@@ -134,16 +133,20 @@ class Validator:
         if gate is None:
             return
         self.require(
-            isinstance(gate, Tensor) and gate.shape == lead[:1],
-            f"gate {describe(gate) if isinstance(gate, Tensor) else type(gate).__name__}; expected shape "
-            f"{list(lead[:1])}, one value per sequence",
+            isinstance(gate, Tensor) and gate.shape == lead[:1] and not gate.is_complex(),
+            f"gate {describe(gate)}; expected shape {list(lead[:1])}, one real value per sequence",
         )
         if on_cpu(gate) and gate.dtype != torch.bool:
             bad = ~((gate >= 0) & (gate < math.inf))
             self.none_bad("gate", gate, bad, "bool or finite values >= 0")
 
-    def targets(self, targets: Tensor, lead: torch.Size, active: Tensor, vocab: int) -> None:
-        self.lead(lead, targets=targets)
+    def targets(self, targets: Tensor, hidden: Tensor, active: Tensor, vocab: int) -> None:
+        """Token ids, in range wherever they are read."""
+        self.require(
+            isinstance(targets, Tensor), f"targets is {describe(targets)}; expected token ids"
+        )
+        self.lead(hidden.shape[:-1], targets=targets)
+        self.same_device(hidden, targets=targets)
         self.require(
             targets.dtype in (torch.int64, torch.int32),
             f"targets {describe(targets)}; expected int64 or int32 token ids",
@@ -174,7 +177,10 @@ class Validator:
         self.number("beta", beta, lambda x: 0 <= x <= 1, "a number in [0, 1]")
 
     def choice(self, name: str, value: object, choices: tuple[str, ...]) -> None:
-        self.require(value in choices, f"{name}={value!r}; expected one of {', '.join(choices)}")
+        self.require(
+            isinstance(value, str) and value in choices,
+            f"{name}={value!r}; expected one of {', '.join(choices)}",
+        )
 
     def reduction(self, name: str, value: object) -> None:
         self.choice(name, value, REDUCTIONS)
@@ -193,6 +199,8 @@ class Validator:
                 value is None or (good and value > 0),
                 f"{name}={value!r}; expected a positive integer or None",
             )
+        wanted = settings.get("return_stats", False)
+        self.require(isinstance(wanted, bool), f"return_stats={wanted!r}; expected True or False")
 
     def logits_dtype(self, wanted: torch.dtype | None, hidden: Tensor) -> None:
         allowed = {torch.float64: (torch.float64,), torch.bfloat16: (torch.float32, torch.bfloat16)}
@@ -205,5 +213,8 @@ class Validator:
 
 
 def on_cpu(x: Tensor) -> bool:
-    """Whether its values can be read without waiting for a device (and it has any: not meta, not fake)."""
+    """Whether its values can be read without waiting for a device.
+
+    Not those of meta and fake tensors: they have none.
+    """
     return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)

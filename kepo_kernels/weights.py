@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from kepo_kernels.errors import KepoInputError
-
-REDUCTIONS = ("token_mean", "sequence_mean", "sum")
+from kepo_kernels.validate import Validator, describe
 
 
 def loss_weights(
@@ -18,16 +16,24 @@ def loss_weights(
         sum             w = gate * mask
 
     Args:
-        completion_mask: (B, T) or (N,), 1 or True on the tokens of the loss. Flat tokens count as N sequences.
+        completion_mask: (B, T) or (N,), 1 or True on the tokens of the loss. Flat tokens count as
+            N sequences.
         gate: (B,) >= 0, or None for all open. It multiplies; 0 takes the sequence out.
         reduction: one of the three above.
 
     Returns:
-        fp64 weights of the mask's shape; exactly 0 outside the mask and the gate, all 0 when nothing is left.
-        A micro-batch of a larger batch takes its slice of that batch's weights, and its losses add up.
+        fp64 weights of the mask's shape; exactly 0 outside the mask and the gate, all 0 when
+        nothing is left. A micro-batch of a larger batch takes its slice of that batch's weights,
+        and its losses add up.
     """
-    if reduction not in REDUCTIONS:
-        raise KepoInputError(f"reduction={reduction!r}: expected one of {', '.join(REDUCTIONS)}")
+    check = Validator("loss_weights")
+    check.require(
+        isinstance(completion_mask, Tensor) and completion_mask.dim() in (1, 2),
+        f"completion_mask {describe(completion_mask)}; expected a tensor (B, T) or (N,)",
+    )
+    check.mask(completion_mask, completion_mask.shape)
+    check.gate(gate, completion_mask.shape)
+    check.reduction("reduction", reduction)
     mask = completion_mask.to(torch.float64)
     weights = mask if gate is None else mask * per_token(gate, mask.shape)
     if reduction == "token_mean":

@@ -1,0 +1,60 @@
+"""What every test gets: a seed, Triton's interpreter without a GPU, unwritten memory that shows."""
+
+import contextlib
+import functools
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():  # Triton reads this when it is first imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import checks
+import interpret
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if os.environ.get("KEPO_REQUIRE_EXT") == "1":
+        reason = checks.unavailable("cpu")
+        if reason is not None:
+            raise pytest.UsageError(f"KEPO_REQUIRE_EXT=1, but the C++ rows are missing: {reason}")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["torch", "cpu", "triton"])
+def impl(request: pytest.FixtureRequest) -> str:
+    """The name of each back-end in turn, as the losses take it."""
+    reason = checks.unavailable(request.param)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def strict_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """In tests/kernels memory is NaN until it is written, and the interpreter is a strict one."""
+    if "kernels" not in request.path.parts:
+        yield
+        return
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    interpreting = "TRITON_INTERPRET" in os.environ and checks.unavailable("triton") is None
+    with interpret.checked() if interpreting else contextlib.nullcontext():
+        yield
+
+
+def _poisoned(allocate):
+    @functools.wraps(allocate)
+    def wrapper(*args, **kwargs):
+        x = allocate(*args, **kwargs)
+        if x.is_floating_point():
+            with torch.no_grad():
+                x.fill_(torch.nan)
+        return x
+
+    return wrapper

@@ -1,0 +1,158 @@
+"""Calls of the public losses and of their oracles with the same arguments."""
+
+from collections.abc import Callable
+
+import torch
+from checks import Problem, assert_close_to_oracle, device_of, make_problem
+from torch import Tensor
+
+import kepo_kernels
+from kepo_kernels import reference
+
+# The required tensors of each loss; they are passed by name, as everything is.
+TENSORS = {
+    "gated_kd": ("hidden", "lm_head", "teacher_hidden", "teacher_lm_head"),
+    "grpo": ("hidden", "lm_head", "targets", "advantages"),
+    "kepo": (
+        "hidden",
+        "lm_head",
+        "targets",
+        "advantages",
+        "teacher_hidden",
+        "teacher_lm_head",
+        "gate",
+    ),
+}
+LOSSES = tuple(TENSORS)
+# What else tests/checks.py has for each of them, where a test wants an ordinary call.
+OPTIONS = {
+    "gated_kd": "gate completion_mask bias teacher_bias",
+    "grpo": "completion_mask old_logprobs bias",
+    "kepo": "completion_mask old_logprobs bias teacher_bias",
+}
+DIFFERENTIABLE = ("hidden", "lm_head", "bias")
+ENGINE = ("impl", "workspace_bytes", "chunk_rows", "logits_dtype", "return_stats")
+# Not 1, so that a backward that ignores what comes from upstream is wrong everywhere.
+UPSTREAM = -2.5
+
+Arguments = dict[str, object]
+
+
+def arguments(loss: str, problem: Problem, options: str = "", **settings: object) -> Arguments:
+    """A call: the tensors the loss requires, those of `problem` named in `options`, settings."""
+    names = (*TENSORS[loss], *options.split())
+    return {name: getattr(problem, name) for name in names} | settings
+
+
+def flat(call: Arguments) -> Arguments:
+    """The same tokens as (N, ...): every token is its own sequence."""
+    length = call["hidden"].shape[1]
+    lead = call["hidden"].shape[:2]
+
+    def flatten(x: object) -> object:
+        if not isinstance(x, Tensor):
+            return x
+        if x.shape[:2] == lead:
+            return x.flatten(0, 1)
+        return x.repeat_interleave(length, 0) if x.shape == lead[:1] else x
+
+    return {name: flatten(x) for name, x in call.items()}
+
+
+def function_of(loss: str) -> Callable[..., Tensor]:
+    """The public function."""
+    return getattr(kepo_kernels, f"fused_{loss}_loss")
+
+
+def evaluate(
+    function: Callable[..., Tensor],
+    call: Arguments,
+    frozen: tuple[str, ...] = (),
+    upstream: float = UPSTREAM,
+) -> dict[str, Tensor]:
+    """The loss, and the gradient of `upstream * loss` for each tensor that may have one."""
+    call = {name: x.detach() if isinstance(x, Tensor) else x for name, x in call.items()}
+    wanted = [name for name in DIFFERENTIABLE if call.get(name) is not None and name not in frozen]
+    for name in wanted:
+        call[name].requires_grad_()
+    loss = function(**call)
+    gradients = torch.autograd.grad(upstream * loss, [call[name] for name in wanted])
+    return {"loss": loss.detach()} | dict(zip(wanted, gradients, strict=True))
+
+
+def fused(
+    loss: str, call: Arguments, impl: str = "torch", frozen: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """What the package computes."""
+    moved = {
+        name: x.to(device_of(impl)) if isinstance(x, Tensor) else x for name, x in call.items()
+    }
+    return evaluate(function_of(loss), moved | {"impl": impl}, frozen)
+
+
+def plain(loss: str, call: Arguments, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """The same by whole-matrix autograd: in fp64 the oracle, in 16 bits eager torch."""
+
+    def cast(x: object) -> object:
+        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    call = {name: cast(x) for name, x in call.items() if name not in ENGINE}
+    return evaluate(getattr(reference, f"{loss}_loss"), call)
+
+
+def assert_right(
+    loss: str,
+    call: Arguments,
+    impl: str = "torch",
+    oracle_call: Arguments | None = None,
+    against_eager: bool = False,
+) -> None:
+    """Loss and gradients against the oracle, which may need other arguments for the same thing."""
+    oracle_call = call if oracle_call is None else oracle_call
+    actual, oracle = fused(loss, call, impl), plain(loss, oracle_call)
+    eager = plain(loss, oracle_call, call["hidden"].dtype) if against_eager else {}
+    assert actual.keys() == oracle.keys()
+    for name, x in actual.items():
+        assert x.dtype == (
+            call["hidden"].dtype if name != "loss" else number_dtype(call["hidden"].dtype)
+        )
+        assert_close_to_oracle(x, oracle[name], eager=eager.get(name), name=name)
+
+
+def number_dtype(inputs: torch.dtype) -> torch.dtype:
+    """The dtype of losses and per-token numbers."""
+    return torch.float64 if inputs == torch.float64 else torch.float32
+
+
+def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Equal element by element, without tolerance; NaN is equal to nothing."""
+    assert actual.keys() == expected.keys()
+    for name, x in actual.items():
+        assert x.shape == expected[name].shape and x.dtype == expected[name].dtype, name
+        assert torch.equal(x, expected[name]), f"{name}: not the same bits"
+
+
+def call_of(loss: str, *, dtype: torch.dtype = torch.float32, **settings: object) -> Arguments:
+    """An ordinary call."""
+    return arguments(loss, make_problem(length=5, dtype=dtype), OPTIONS[loss], **settings)
+
+
+def leaves(call: Arguments, wanted: tuple[str, ...] = DIFFERENTIABLE) -> Arguments:
+    """A call whose differentiable tensors are fresh leaves."""
+    return {
+        name: x.detach().clone().requires_grad_(name in wanted) if name in DIFFERENTIABLE else x
+        for name, x in call.items()
+    }
+
+
+def logprobs_sum(**call: object) -> Tensor:
+    """Log-probabilities and entropies as one differentiable number."""
+    logprobs, entropy = kepo_kernels.fused_linear_logprobs(**call, return_entropy=True)
+    return (logprobs * torch.arange(5.0) + entropy).sum()
+
+
+def logprobs_call(**settings: object) -> Arguments:
+    """The arguments of the former."""
+    problem = make_problem(length=5)
+    names = ("hidden", "lm_head", "targets", "completion_mask", "bias")
+    return {name: getattr(problem, name) for name in names} | settings
