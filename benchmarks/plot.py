@@ -1,6 +1,6 @@
 """Bars from a results file of bench_loss.py: time over the GEMM floor, one group per case.
 
-    python benchmarks/plot.py benchmarks/results/<file>.json docs/bench.png
+python benchmarks/plot.py benchmarks/results/<file>.json docs/bench.png
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def plot(rows: list[dict], picture: Path) -> None:
-    """Seconds of the file's first shape, on a logarithmic axis, with the ratio to the floor on each bar."""
+    """Seconds of the file's first shape; on each bar its ratio to the floor."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -48,9 +48,8 @@ def plot(rows: list[dict], picture: Path) -> None:
         axis.bar(places, [row["seconds"] for row in bars], width, color=colour, label=label)
         for place, row in zip(places, bars, strict=True):
             scaled = "*" if row["note"] else ""
-            axis.text(
-                place, row["seconds"], f"{row['x_floor']:.2f}{scaled}", ha="center", va="bottom", size=8
-            )
+            label = f"{row['x_floor']:.2f}{scaled}"
+            axis.text(place, row["seconds"], label, ha="center", va="bottom", size=8)
     axis.set_yscale("log")
     axis.set_xticks([place + 1.5 * width for place in range(len(TITLES))], TITLES.values())
     axis.set_ylabel("seconds, forward + backward")

@@ -5,11 +5,11 @@ They never hold an [N, V] matrix and pay only for rows with gradient.
 
 from kepo_kernels.engine import TokenStats as TokenStats
 from kepo_kernels.errors import KepoInputError as KepoInputError
+from kepo_kernels.linear import fused_linear_logprobs as fused_linear_logprobs
+from kepo_kernels.linear import fused_linear_loss as fused_linear_loss
 from kepo_kernels.losses import fused_gated_kd_loss as fused_gated_kd_loss
 from kepo_kernels.losses import fused_grpo_loss as fused_grpo_loss
 from kepo_kernels.losses import fused_kepo_loss as fused_kepo_loss
-from kepo_kernels.losses import fused_linear_logprobs as fused_linear_logprobs
-from kepo_kernels.losses import fused_linear_loss as fused_linear_loss
 from kepo_kernels.weights import loss_weights as loss_weights
 
 __version__ = "0.1.0"

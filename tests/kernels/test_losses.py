@@ -6,15 +6,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 from checks import assert_close_to_oracle, make_problem
-from loss_calls import (
-    LOSSES,
-    Arguments,
-    arguments,
-    assert_right,
-    flat,
-    fused,
-    plain,
-)
+from loss_calls import LOSSES, Arguments, arguments, assert_right, flat, fused, plain
 from torch import Tensor
 
 import kepo_kernels
