@@ -34,6 +34,8 @@ class TokenStats(NamedTuple):
     entropy: Tensor
 
 
+BLOCK_ELEMENTS = 1 << 24  # of a gradient scaled at once: 64 MiB in fp32
+
 TokenLoss = Callable[[TokenStats, Tensor], Tensor]
 Coefficients = Callable[[Tensor, Tensor], Tensor]  # (rows (n,), numbers (3, n)) -> (3, n)
 
@@ -130,10 +132,19 @@ class FusedLoss(torch.autograd.Function):
     def backward(ctx, grad_total, _grad_numbers):
         # New tensors: what was saved stays as it was, so a retained graph may be walked again.
         scaled = [
-            None if x is None else (x * grad_total.to(x.dtype)).to(dtype)
+            None if x is None else _times(x, grad_total, dtype)
             for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *scaled, None, None, None
+
+
+def _times(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """x * factor in a new tensor of `dtype`, rounded once, with no other copy of x on the way."""
+    out = torch.empty_like(x, dtype=dtype)
+    rows = max(1, BLOCK_ELEMENTS // max(1, x[:1].numel()))
+    for to, block in zip(out.split(rows), x.split(rows), strict=True):
+        to.copy_(block * factor.to(x.dtype))
+    return out
 
 
 class RowNumbers(torch.autograd.Function):
