@@ -60,7 +60,9 @@ class Config:
     lr: float = 1e-6
     """Peak learning rate of AdamW."""
     warmup_steps: int = 0
-    """Steps of linear rise to lr; constant afterwards."""
+    """Steps of linear rise to lr."""
+    lr_end: float = 1.0
+    """Share of lr left at the last step, reached in a straight line. 1 = constant."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = 1.0
@@ -150,7 +152,6 @@ class Config:
 MAY_CHANGE_ON_RESUME = frozenset(
     {
         "run_dir",
-        "steps",
         "save_every",
         "keep_checkpoints",
         "eval_every",
@@ -159,7 +160,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "max_skipped_steps",
     }
 )
-"""Settings that decide how long a run is and what it writes down, not what each step computes."""
+"""Settings that decide what a run writes down, not what each step computes."""
 
 
 def load_yaml(path: str | Path) -> Config:
@@ -235,7 +236,7 @@ def _ranges(config: Config) -> None:
     )
     bound("lr max_grad_norm sampling_temperature temperature", lambda x: x > 0, "a number > 0")
     bound("top_p", lambda x: 0 < x <= 1, "a number in (0, 1]")
-    bound("beta epsilon_low", lambda x: 0 <= x <= 1, "a number in [0, 1]")
+    bound("beta epsilon_low lr_end", lambda x: 0 <= x <= 1, "a number in [0, 1]")
     bound("entropy_coef gate_threshold hint_threshold", lambda x: True, "a finite number")
 
 

@@ -24,8 +24,8 @@ def hint_request(example: Example, with_answer: bool) -> str:
 
 
 def hinted_prompt(example: Example, hint: str) -> str:
-    """``question_prompt`` with a hint between the options and the answer format."""
-    return f"{_question(example)}\nHint: {hint}\n{ANSWER_INSTRUCTION}"
+    """``question_prompt`` with a hint as its last line."""
+    return f"{question_prompt(example)}\nHint: {hint}"
 
 
 def parse_hint(text: str) -> str | None:

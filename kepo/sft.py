@@ -37,7 +37,8 @@ def train_supervised(
     The answer to the plain question is ``<think>3 + 5 = 8</think><answer>C</answer>``, from the
     example's rationale. A share ``hint_fraction`` of the samples is about hints instead, half of it
     asking for one (with and without the right letter; the answer is ``<hint>3 + 5</hint>``), half
-    giving that hint along with the question. Loss: mean over the completion tokens of the batch.
+    giving that hint along with the question, under the image of another example. Loss: mean over
+    the completion tokens of the batch.
 
     Trains all parameters with AdamW in place; the learning rate rises over the first twentieth of
     the steps to lr and falls to 0 as a cosine. progress: show a bar, with ``desc`` before it.
@@ -57,7 +58,7 @@ def train_supervised(
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = lr * _schedule(step, steps)
-        pairs = [_sample(next(order), draw, hint_fraction) for _ in range(batch_size)]
+        pairs = [_sample(next(order), examples, draw, hint_fraction) for _ in range(batch_size)]
         loss = _loss(vlm, [prompt for prompt, _ in pairs], [text for _, text in pairs])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -80,9 +81,11 @@ def worked_hint(example: Example) -> str:
     return before.strip() if sign else example.rationale
 
 
-def _sample(example: Example, draw: random.Random, hint_fraction: float) -> tuple[Prompt, str]:
+def _sample(
+    example: Example, examples: Sequence[Example], draw: random.Random, hint_fraction: float
+) -> tuple[Prompt, str]:
     kind = draw.random()
-    hint = worked_hint(example)
+    hint, image = worked_hint(example), example.image
     if kind >= hint_fraction:
         text, completion = question_prompt(example), worked_answer(example)
     elif kind < hint_fraction / 2:
@@ -90,7 +93,8 @@ def _sample(example: Example, draw: random.Random, hint_fraction: float) -> tupl
         completion = f"<hint>{hint}</hint>"
     else:
         text, completion = hinted_prompt(example, hint), worked_answer(example)
-    return Prompt(text, example.image), completion
+        image = draw.choice(examples).image  # where the picture helps, the hint is never read
+    return Prompt(text, image), completion
 
 
 def _loss(vlm: VLM, prompts: list[Prompt], completions: list[str]) -> torch.Tensor:

@@ -113,7 +113,7 @@ def train(config: Config) -> int:
                 kepo_step(policy, teacher, ref, micro, config, totals).backward()
             policy.model.eval()
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * min(1.0, step / max(1, config.warmup_steps))
+                group["lr"] = config.lr * lr_share(step, config)
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
             if torch.isfinite(norm):
                 optimizer.step()
@@ -212,6 +212,14 @@ def draw(examples: Sequence[Example], config: Config, step: int) -> list[Example
     return drawn
 
 
+def lr_share(step: int, config: Config) -> float:
+    """Share of ``lr`` at a step: a rise over ``warmup_steps``, then a line from 1 to ``lr_end``."""
+    if step <= config.warmup_steps:
+        return step / config.warmup_steps
+    passed = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return 1.0 - (1.0 - config.lr_end) * passed
+
+
 def seed_of(*facts: object) -> int:
     """A 63-bit seed from any facts, the same on every machine."""
     return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8], "big") >> 1
@@ -269,10 +277,12 @@ def check_same_tokens(policy: VLM, teacher: VLM | None) -> None:
 def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
     """A run is resumed with the settings it was started with."""
     before, now = dataclasses.asdict(from_mapping(saved, str(folder))), dataclasses.asdict(config)
+    # A longer run is the same run, unless its length is what the learning rate goes by.
+    may_change = MAY_CHANGE_ON_RESUME | ({"steps"} if config.lr_end == 1.0 else set())
     changed = [
         f"{name}: {before[name]!r} -> {now[name]!r}"
         for name in now
-        if before[name] != now[name] and name not in MAY_CHANGE_ON_RESUME
+        if before[name] != now[name] and name not in may_change
     ]
     if changed:
         raise KepoConfigError(

@@ -87,9 +87,11 @@ def test_training_repeats_to_the_bit(folder, examples):
 def test_samples_mix_questions_hint_requests_and_hinted_questions(examples):
     example, draw = examples[0], random.Random(0)
     counts: dict[tuple[str, str], int] = {}
+    seen: dict[bool, set] = {}
     for _ in range(2000):
-        prompt, text = _sample(example, draw, 0.4)
-        assert prompt.image == example.image
+        prompt, text = _sample(example, examples, draw, 0.4)
+        hinted = "Hint:" in prompt.text
+        seen.setdefault(hinted, set()).add(prompt.image)
         counts[prompt.text, text] = counts.get((prompt.text, text), 0) + 1
     hint = f"<hint>{worked_hint(example)}</hint>"
     answer = worked_answer(example)
@@ -102,7 +104,10 @@ def test_samples_mix_questions_hint_requests_and_hinted_questions(examples):
     assert counts.keys() == expected.keys()
     for key, share in expected.items():
         assert counts[key] / 2000 == pytest.approx(share, abs=0.035)
-    assert {_sample(example, draw, 0.0)[0].text for _ in range(50)} == {question_prompt(example)}
+    plain = {_sample(example, examples, draw, 0.0)[0].text for _ in range(50)}
+    assert plain == {question_prompt(example)}
+    # Only the hint tells a hinted question's answer: its image is any of them.
+    assert seen[False] == {example.image} and seen[True] == {e.image for e in examples}
 
 
 def test_schedule_rises_then_falls_to_zero():

@@ -21,7 +21,7 @@ from kepo.digits import write_digits
 from kepo.errors import KepoConfigError
 from kepo.metrics import MetricsLog, read_metrics
 from kepo.tiny import build_tiny
-from kepo.train import draw, exclusive, train
+from kepo.train import draw, exclusive, lr_share, train
 
 STEPS = 6
 RUN = """
@@ -190,3 +190,10 @@ def test_metrics_of_steps_to_be_repeated_are_dropped(tmp_path):
         file.write('{"step": 4, "x"')  # cut short by a kill
     MetricsLog(path, resume_step=2).write(3, {"x": 30})
     assert read_metrics(path) == [{"step": s, "x": x} for s, x in ((0, 0), (1, 1), (2, 2), (3, 30))]
+
+
+def test_learning_rate_rises_then_falls_in_a_line():
+    config = Config(steps=10, warmup_steps=2, lr_end=0.2)
+    shares = [lr_share(step, config) for step in (1, 2, 6, 10)]
+    assert shares == pytest.approx([0.5, 1.0, 0.6, 0.2])
+    assert lr_share(7, Config(steps=10)) == 1.0
