@@ -214,3 +214,6 @@ if __name__ == "__main__":
         main()
     except KepoError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # in a stage before training, which is then made again
+        print("\ninterrupted; the same command goes on from the last finished stage")
+        sys.exit(130)
