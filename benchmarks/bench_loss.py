@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -21,11 +20,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from measure import Measurement, measure, stamp
+from measure import Measurement, alternate, stamp, warm_up
 from providers import CASES, PROVIDERS, Problem
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-PROBE_ROWS = 64
+PROBE_ROWS = 32
 
 
 def main() -> None:
@@ -68,53 +67,58 @@ def bench(problem: Problem, device: torch.device, args: argparse.Namespace) -> l
     print(f"{'case':9} {'provider':9} {'seconds':>9} {'x floor':>8} {'peak MiB':>9}  note")
     rows = []
     for case in CASES:
-        floor = None
+        measured, scales = measure_case(problem, case, device, args)
+        floor = measured["floor"].seconds if "floor" in measured else float("nan")
         for name in args.providers:
-            result, note = one(problem, case, name, device, args)
-            if result is None:
-                print(f"{case:9} {name:9} {'-':>9} {'-':>8} {'-':>9}  {note}")
+            if name not in measured:
+                why = "not installed, or has no such loss"
+                print(f"{case:9} {name:9} {'-':>9} {'-':>8} {'-':>9}  {why}")
                 continue
-            if name == "floor":
-                floor = result.seconds
-            ratio = result.seconds / floor if floor else float("nan")
-            numbers = f"{result.seconds:9.3f} {ratio:8.2f} {result.peak_mib:9.0f}"
+            result, scale = measured[name], scales[name]
+            seconds = result.seconds * scale
+            few = problem.rows / scale
+            note = "" if scale == 1 else f"time scaled from {few:.0f} rows; memory of those rows"
+            numbers = f"{seconds:9.3f} {seconds / floor:8.2f} {result.peak_mib:9.0f}"
             print(f"{case:9} {name:9} {numbers}  {note}", flush=True)
             rows.append(
                 {
                     "case": case,
                     "provider": name,
-                    "seconds": result.seconds,
-                    "x_floor": ratio,
+                    "seconds": seconds,
+                    "x_floor": seconds / floor,
                     "peak_mib": result.peak_mib,
-                    "repeats": result.repeats,
+                    "repeats": max(1, len(result.times)),
                     "note": note,
                 }
             )
     return rows
 
 
-def one(
-    problem: Problem, case: str, name: str, device: torch.device, args: argparse.Namespace
-) -> tuple[Measurement | None, str]:
-    """The measurement, on all rows if a probe on a few says that one call fits
-    ``args.max_seconds``."""
-    call = PROVIDERS[name](problem, case)
-    if call is None:
-        return None, "not installed, or has no such loss"
-    scale = 1
-    if name in ("liger", "eager") and problem.rows > PROBE_ROWS:
-        small = problem.first_rows(PROBE_ROWS)
-        probe = PROVIDERS[name](small, case)
-        started = time.perf_counter()
-        probe()
-        expected = (time.perf_counter() - started) * problem.rows / small.rows
-        if expected > args.max_seconds:
-            call, scale = probe, problem.rows / small.rows
-    result = measure(call, device, args.repeats, args.max_seconds)
-    if scale == 1:
-        return result, ""
-    scaled = Measurement(result.seconds * scale, result.repeats, result.peak_mib)
-    return scaled, f"time scaled from {problem.rows / scale:.0f} rows; memory of those rows"
+def measure_case(
+    problem: Problem, case: str, device: torch.device, args: argparse.Namespace
+) -> tuple[dict[str, Measurement], dict[str, float]]:
+    """Every provider's measurement, and by how much its time is to be scaled.
+
+    A peer that a call on a few rows predicts to take more than ``args.max_seconds`` is measured by
+    that call alone.
+    """
+    measured: dict[str, Measurement] = {}
+    scales: dict[str, float] = {}
+    calls = {}
+    for name in args.providers:
+        call = PROVIDERS[name](problem, case)
+        if call is None:
+            continue
+        scales[name] = 1
+        if name in ("liger", "eager") and problem.rows > PROBE_ROWS:
+            small = problem.first_rows(PROBE_ROWS)
+            probe = warm_up(PROVIDERS[name](small, case), device)
+            if probe.first * problem.rows / small.rows > args.max_seconds:
+                measured[name], scales[name] = probe, problem.rows / small.rows
+                continue
+        measured[name], calls[name] = warm_up(call, device), call
+    alternate(calls, measured, device, args.repeats)
+    return measured, scales
 
 
 def headline(rows: list[dict]) -> None:
@@ -151,9 +155,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of all inputs")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls, at most (default 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls (default 3)")
     parser.add_argument(
-        "--max-seconds", type=float, default=8.0, help="per provider and case (default 8)"
+        "--max-seconds",
+        type=float,
+        default=10.0,
+        help="a peer whose call would take longer is measured on a few rows (default 10)",
     )
     parser.add_argument(
         "--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), help="default: all"

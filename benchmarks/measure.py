@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,31 +19,37 @@ import torch
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measurement:
-    seconds: float
-    """Median."""
-    repeats: int
+    """What is known of one call: the first, watched for memory, and the timed ones after it."""
+
+    first: float
+    """Seconds of the first call, which also warms up."""
     peak_mib: float
-    """Most memory held at any moment of a call, above what was held before it, gradients
-    included."""
+    """Most memory held at any moment of it, above what was held before, gradients included."""
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Median of the timed calls; the first call's where there are none."""
+        return statistics.median(self.times) if self.times else self.first
 
 
-def measure(
-    call: Callable[[], object], device: torch.device, repeats: int, budget: float
-) -> Measurement:
-    """Median of up to ``repeats`` calls, but no further call once ``budget`` seconds are spent.
+def warm_up(call: Callable[[], object], device: torch.device) -> Measurement:
+    peak, seconds = _watched(call, device)
+    return Measurement(seconds, peak / 2**20)
 
-    The first call warms up and is not timed, unless it alone has used the budget: then it is the
-    result. Memory is that of the first call."""
-    started = time.perf_counter()
-    peak, first = _watched(call, device)
-    times: list[float] = []
-    while len(times) < repeats and time.perf_counter() - started < budget:
-        times.append(_timed(call, device))
-    if not times:
-        times = [first]
-    return Measurement(statistics.median(times), len(times), peak / 2**20)
+
+def alternate(
+    calls: dict[str, Callable[[], object]],
+    measured: dict[str, Measurement],
+    device: torch.device,
+    rounds: int,
+) -> None:
+    """Time the calls in turn, ``rounds`` times: a machine that slows down slows all of them."""
+    for _ in range(rounds):
+        for name, call in calls.items():
+            measured[name].times.append(_timed(call, device))
 
 
 def stamp() -> dict[str, str | int]:

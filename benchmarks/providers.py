@@ -22,7 +22,7 @@ from kepo_kernels import fused_gated_kd_loss, fused_grpo_loss, fused_kepo_loss, 
 from kepo_kernels.problem import DEFAULT_WORKSPACE
 
 CASES = ("kd_open", "kd_half", "grpo", "joint")
-TOKENS = 64  # of a sequence
+TOKENS = 32  # of a sequence
 Call = Callable[[], object]
 
 

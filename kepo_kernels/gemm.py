@@ -79,6 +79,8 @@ def accumulate_head_(dw: Tensor, dlogits: Tensor, x: Tensor) -> None:
     elif _same(x, dlogits):
         for rows in _ranges(dw):
             dw[rows] += dlogits[:, rows].T @ x
+    elif dlogits.dtype == dw.dtype:
+        dw.addmm_(dlogits.T, x.to(dw.dtype))
     else:
         x = x.float()
         for rows in _ranges(dw):
