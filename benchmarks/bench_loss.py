@@ -3,10 +3,9 @@
     python benchmarks/bench_loss.py                    # forward + backward; minutes on two cores
     python benchmarks/bench_loss.py --shape 8192,2048,5120,151936 --device cuda --json results.json
 
-`x floor` is the time over that of the GEMMs which any loss of this kind has to run. A provider that
-would take too long is measured on fewer rows and scaled; the table then says so. Times of one table
-come from one process.
-"""
+`x floor` is the time over that of the GEMMs alone, over the same chunks through the same calls. A
+provider that would take too long is measured on fewer rows and scaled; the table then says so.
+Times of one table come from one process."""
 
 from __future__ import annotations
 
@@ -155,7 +154,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of all inputs")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls (default 3)")
+    parser.add_argument("--repeats", type=int, default=4, help="timed calls (default 4)")
     parser.add_argument(
         "--max-seconds",
         type=float,

@@ -142,18 +142,16 @@ def liger(problem: Problem, case: str) -> Call | None:
 
 
 def floor(problem: Problem, case: str) -> Call:
-    """The GEMMs our loss cannot avoid, over the same chunks and in the dtype it multiplies in, and
-    nothing else.
+    """The matrix products of our loss and nothing else: same chunks, same calls, same inputs.
 
-    The operands lie ready in that dtype: where our loss has to cast a head first, that counts
-    against it."""
+    Where the processor multiplies bf16 slowly they are fp32 products of upcast strips; plain bf16
+    `mm`, as `eager` and `liger` use it, would make a floor many times higher.
+    """
     p = problem
     device, dtype = p.hidden.device, p.hidden.dtype
     logits_dtype = gemm.default_logits_dtype(dtype, device)
-    working = logits_dtype if device.type == "cpu" else dtype
-    x = p.hidden.detach().flatten(0, 1).to(working)
-    y = p.teacher_hidden.flatten(0, 1).to(working)
-    w, teacher_w = p.lm_head.detach().to(working), p.teacher_lm_head.to(working)
+    x, y = p.hidden.detach().flatten(0, 1), p.teacher_hidden.flatten(0, 1)
+    w, teacher_w = p.lm_head.detach(), p.teacher_lm_head
     opened = gate_of(p, case)[:, None].expand(p.targets.shape).flatten()
     with_teacher = [] if case == "grpo" else _chunks(opened, 2 * len(w), logits_dtype)
     without = {
