@@ -5,7 +5,8 @@
 
 `x floor` is the time over that of the GEMMs alone, over the same chunks through the same calls. A
 provider that would take too long is measured on fewer rows and scaled; the table then says so.
-Times of one table come from one process."""
+Times of one table come from one process.
+"""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ def report(root: Path, teacher: Path, data: Path) -> None:
 def main() -> None:
     import tyro
 
-    demo = tyro.cli(Demo, description=__doc__)
+    demo = tyro.cli(Demo, prog="python -m kepo.demo", description=__doc__)
     print(f"settings: {dataclasses.asdict(demo)}")
     sys.exit(run(demo))
 

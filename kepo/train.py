@@ -314,7 +314,9 @@ def main() -> None:
     if arguments and not arguments[0].startswith("-"):
         default = load_yaml(arguments[0])
         arguments = arguments[1:]
-    config = tyro.cli(Config, args=arguments, default=default, description=__doc__)
+    config = tyro.cli(
+        Config, prog="python -m kepo.train", args=arguments, default=default, description=__doc__
+    )
     sys.exit(train(config))
 
 
