@@ -8,7 +8,7 @@ from checks import make_problem
 from loss_calls import LOSSES, arguments, assert_right
 from torch import Tensor
 
-from kepo_kernels import losses, torch_rows
+from kepo_kernels import linear, losses, torch_rows
 
 
 def scaled_gradient(factor: float) -> Callable[[pytest.MonkeyPatch], None]:
@@ -33,12 +33,12 @@ def dropped_row(patch: pytest.MonkeyPatch) -> None:
 
 
 def ignored_gate(patch: pytest.MonkeyPatch) -> None:
-    good = losses.loss_weights
-    patch.setattr(losses, "loss_weights", lambda mask, gate, reduction: good(mask, None, reduction))
+    good = linear.loss_weights
+    patch.setattr(linear, "loss_weights", lambda mask, gate, reduction: good(mask, None, reduction))
 
 
 def divided_by_all_tokens(patch: pytest.MonkeyPatch) -> None:
-    good = losses.loss_weights
+    good = linear.loss_weights
     patch.setattr(
         losses,
         "loss_weights",
