@@ -40,7 +40,7 @@ def ignored_gate(patch: pytest.MonkeyPatch) -> None:
 def divided_by_all_tokens(patch: pytest.MonkeyPatch) -> None:
     good = linear.loss_weights
     patch.setattr(
-        losses,
+        linear,
         "loss_weights",
         lambda mask, gate, reduction: (
             good(mask, gate, "sum") / mask.numel()
