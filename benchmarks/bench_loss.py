@@ -24,7 +24,7 @@ from measure import Measurement, alternate, stamp, warm_up
 from providers import CASES, PROVIDERS, Problem
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-PROBE_ROWS = 32
+PROBE_ROWS = 16
 
 
 def main() -> None:
@@ -155,7 +155,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of all inputs")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--repeats", type=int, default=4, help="timed calls (default 4)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls (default 5)")
     parser.add_argument(
         "--max-seconds",
         type=float,

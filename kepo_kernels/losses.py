@@ -19,7 +19,7 @@ Shared arguments, wherever they appear:
     reduction         "token_mean", "sequence_mean" or "sum", see `loss_weights`; or pass `weights`
                       of shape (B, T) or (N,), which replace reduction and normaliser: the loss is
                       sum(weights * mask * term)
-    **engine          impl="auto"|"triton"|"cpu"|"torch"; workspace_bytes (None = 256 MiB on CPU,
+    **engine          impl="auto"|"triton"|"cpu"|"torch"; workspace_bytes (None = 128 MiB on CPU,
                       2.5 GiB on GPU) for the logits of one chunk, or chunk_rows directly;
                       logits_dtype (None = fp32, but bf16 for bf16 inputs on CPUs with bf16
                       instructions); return_stats=True returns (loss, TokenStats)

@@ -18,7 +18,7 @@ from kepo_kernels.weights import per_token
 # Logits of one chunk, student and teacher together. On a GPU fp32 gradients of a large head cost a
 # pass over the head per chunk, so chunks want to be about 2048 rows; on a CPU they want to be small
 # enough not to page in gigabytes.
-DEFAULT_WORKSPACE = {"cpu": 256 << 20, "cuda": 2560 << 20}
+DEFAULT_WORKSPACE = {"cpu": 128 << 20, "cuda": 2560 << 20}
 
 
 @dataclass(frozen=True)
