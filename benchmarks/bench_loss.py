@@ -20,11 +20,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from measure import Measurement, alternate, stamp, warm_up
+from measure import Measurement, ratio_of, stamp, time_each, warm_up
 from providers import CASES, PROVIDERS, Problem
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PEERS = ("liger", "eager")
 PROBE_ROWS = 16
+
+Key = tuple[str, str]  # case and provider
 
 
 def main() -> None:
@@ -55,7 +58,6 @@ def main() -> None:
             | environment
             for row in rows
         ]
-        headline(rows)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(results, indent=1) + "\n")
@@ -63,82 +65,84 @@ def main() -> None:
 
 
 def bench(problem: Problem, device: torch.device, args: argparse.Namespace) -> list[dict]:
-    """One row per case and provider, printed as it comes."""
+    """One row per case and provider.
+
+    All calls are timed in turn, round after round, so that a machine that slows down slows all of
+    them, and ratios are medians of the ratios within a round.
+    """
+    measured: dict[Key, Measurement] = {}
+    scales: dict[Key, float] = {}
+    calls = {}
+    for case in CASES:
+        for name in args.providers:
+            call = PROVIDERS[name](problem, case)
+            if call is None:
+                continue
+            key = case, name
+            print(f"  warming up: {case} {name}".ljust(40), end="\r", flush=True)
+            scales[key] = 1
+            if name in PEERS and problem.rows > PROBE_ROWS:
+                small = problem.first_rows(PROBE_ROWS)
+                probe = warm_up(PROVIDERS[name](small, case), device)
+                if probe.first * problem.rows / small.rows > args.max_seconds:
+                    measured[key], scales[key] = probe, problem.rows / small.rows
+                    continue
+            measured[key], calls[key] = warm_up(call, device), call
+    for round in range(args.repeats):
+        print(f"  round {round + 1} of {args.repeats}".ljust(40), end="\r", flush=True)
+        time_each(calls, measured, device)
+    return report(problem, measured, scales, args.providers)
+
+
+def report(
+    problem: Problem,
+    measured: dict[Key, Measurement],
+    scales: dict[Key, float],
+    providers: list[str],
+) -> list[dict]:
+    """Print the table and the ratios the project promises; returns the table's rows."""
     print(f"{'case':9} {'provider':9} {'seconds':>9} {'x floor':>8} {'peak MiB':>9}  note")
     rows = []
     for case in CASES:
-        measured, scales = measure_case(problem, case, device, args)
-        floor = measured["floor"].seconds if "floor" in measured else float("nan")
-        for name in args.providers:
-            if name not in measured:
+        for name in providers:
+            if (case, name) not in measured:
                 why = "not installed, or has no such loss"
                 print(f"{case:9} {name:9} {'-':>9} {'-':>8} {'-':>9}  {why}")
                 continue
-            result, scale = measured[name], scales[name]
-            seconds = result.seconds * scale
+            result, scale = measured[case, name], scales[case, name]
+            ratio = scale * ratio_of(result, [measured.get((case, "floor"))])
             few = problem.rows / scale
             note = "" if scale == 1 else f"time scaled from {few:.0f} rows; memory of those rows"
-            numbers = f"{seconds:9.3f} {seconds / floor:8.2f} {result.peak_mib:9.0f}"
-            print(f"{case:9} {name:9} {numbers}  {note}", flush=True)
+            seconds = result.seconds * scale
+            print(f"{case:9} {name:9} {seconds:9.3f} {ratio:8.2f} {result.peak_mib:9.0f}  {note}")
             rows.append(
                 {
                     "case": case,
                     "provider": name,
                     "seconds": seconds,
-                    "x_floor": seconds / floor,
+                    "x_floor": ratio,
                     "peak_mib": result.peak_mib,
                     "repeats": max(1, len(result.times)),
                     "note": note,
                 }
             )
-    return rows
-
-
-def measure_case(
-    problem: Problem, case: str, device: torch.device, args: argparse.Namespace
-) -> tuple[dict[str, Measurement], dict[str, float]]:
-    """Every provider's measurement, and by how much its time is to be scaled.
-
-    A peer that a call on a few rows predicts to take more than ``args.max_seconds`` is measured by
-    that call alone.
-    """
-    measured: dict[str, Measurement] = {}
-    scales: dict[str, float] = {}
-    calls = {}
-    for name in args.providers:
-        call = PROVIDERS[name](problem, case)
-        if call is None:
-            continue
-        scales[name] = 1
-        if name in ("liger", "eager") and problem.rows > PROBE_ROWS:
-            small = problem.first_rows(PROBE_ROWS)
-            probe = warm_up(PROVIDERS[name](small, case), device)
-            if probe.first * problem.rows / small.rows > args.max_seconds:
-                measured[name], scales[name] = probe, problem.rows / small.rows
-                continue
-        measured[name], calls[name] = warm_up(call, device), call
-    alternate(calls, measured, device, args.repeats)
-    return measured, scales
-
-
-def headline(rows: list[dict]) -> None:
-    """The ratios the project promises."""
-    seconds = {(row["case"], row["provider"]): row["seconds"] for row in rows}
-
-    def ratio(title: str, a: tuple[str, str], b: list[tuple[str, str]]) -> None:
-        if a in seconds and all(key in seconds for key in b):
-            print(f"{title:52} {seconds[a] / sum(seconds[key] for key in b):6.2f}")
-
     print()
-    ratio("gated KD, all open / its GEMMs", ("kd_open", "ours"), [("kd_open", "floor")])
-    ratio("gated KD, half open / all open", ("kd_half", "ours"), [("kd_open", "ours")])
-    ratio(
-        "joint loss / GRPO + gated KD one after the other",
-        ("joint", "ours"),
-        [("grpo", "ours"), ("kd_half", "ours")],
-    )
-    for peer in ("liger", "eager"):
-        ratio(f"gated KD, all open: {peer} / ours", ("kd_open", peer), [("kd_open", "ours")])
+    ours = {case: measured.get((case, "ours")) for case in CASES}
+    promises = [
+        ("gated KD, all open / its GEMMs", "kd_open", [measured.get(("kd_open", "floor"))]),
+        ("gated KD, half open / all open", "kd_half", [ours["kd_open"]]),
+        ("joint / GRPO + gated KD one after the other", "joint", [ours["grpo"], ours["kd_half"]]),
+    ]
+    for title, case, over in promises:
+        if ours[case]:
+            print(f"{title:52} {ratio_of(ours[case], over):6.2f}")
+    for peer in PEERS:
+        if ours["kd_open"] and ("kd_open", peer) in measured:
+            times = scales["kd_open", peer] * measured["kd_open", peer].seconds
+            print(
+                f"{f'gated KD, all open: {peer} / ours':52} {times / ours['kd_open'].seconds:6.2f}"
+            )
+    return rows
 
 
 def parse() -> argparse.Namespace:

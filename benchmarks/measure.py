@@ -40,16 +40,27 @@ def warm_up(call: Callable[[], object], device: torch.device) -> Measurement:
     return Measurement(seconds, peak / 2**20)
 
 
-def alternate(
-    calls: dict[str, Callable[[], object]],
-    measured: dict[str, Measurement],
+def time_each(
+    calls: dict[tuple[str, str], Callable[[], object]],
+    measured: dict[tuple[str, str], Measurement],
     device: torch.device,
-    rounds: int,
 ) -> None:
-    """Time the calls in turn, ``rounds`` times: a machine that slows down slows all of them."""
-    for _ in range(rounds):
-        for name, call in calls.items():
-            measured[name].times.append(_timed(call, device))
+    """One round: every call once."""
+    for key, call in calls.items():
+        measured[key].times.append(_timed(call, device))
+
+
+def ratio_of(a: Measurement, over: list[Measurement | None]) -> float:
+    """Median over the rounds of a's time over the sum of the others'; NaN if one is missing.
+
+    A call that was timed in no round has one ratio, that of its time to their medians.
+    """
+    if any(other is None for other in over):
+        return float("nan")
+    if not a.times:
+        return a.seconds / sum(other.seconds for other in over)
+    rounds = zip(a.times, *(other.times for other in over), strict=True)
+    return statistics.median(mine / sum(others) for mine, *others in rounds)
 
 
 def stamp() -> dict[str, str | int]:
