@@ -1,186 +1,254 @@
-"""Time and peak memory of the fused losses against the bare GEMMs, Liger and torch eager.
+"""Time and peak memory of the fused losses against the bare GEMMs and against other libraries.
 
-    python benchmarks/bench_loss.py                    # forward + backward; minutes on two cores
-    python benchmarks/bench_loss.py --shape 8192,2048,5120,151936 --device cuda --json results.json
+    python benchmarks/bench_loss.py                          # what README promises; minutes
+    python benchmarks/bench_loss.py --shape design --dtype float32 --csv results.csv
+    python benchmarks/bench_loss.py --shape 8192,2048,5120,151936 --device cuda
+    python benchmarks/bench_loss.py --shape qwen3vl-8b-32b --provider floor ours
 
-`x floor` is the time over that of the GEMMs alone, over the same chunks through the same calls. A
-provider that would take too long is measured on fewer rows and scaled; the table then says so.
-Times of one table come from one process.
+Every number is of forward and backward together, gradients of hidden states and head included.
+`x floor` is the time over that of the bare matrix products of our loss, in the same chunks through
+the same calls. All calls of one table are timed in turn, round after round, and ratios are taken
+within a round; [p20 p80] are quantiles over the rounds. A peer that would take too long is measured
+on fewer rows and scaled, one that has no such loss is named with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from measure import Measurement, ratio_of, stamp, time_each, warm_up
-from providers import CASES, PROVIDERS, Problem
+import table
+from floor import floor
+from losses_of_ours import CASES, GradientCall, NotComparable, gradient_error, ours
+from measure import Call, Measurement, Quantiles, estimated, stamp, time_in_turn, timed, watched
+from peers import COMPILING, PEERS
+from problems import SHAPES, Problem, Shape, parse_shape
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-PEERS = ("liger", "eager")
-PROBE_ROWS = 16
+DEFAULT_SHAPES = ("design", "joint", "peaked", "memory")
+PROVIDERS = ("floor", "ours", *PEERS)
 
 Key = tuple[str, str]  # case and provider
 
 
-def main() -> None:
-    args = parse()
-    device, dtype = torch.device(args.device), DTYPES[args.dtype]
-    if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: --device cuda, but torch sees no CUDA device")
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     environment = stamp()
-    print(", ".join(f"{key} {value}" for key, value in environment.items()))
-    results = []
+    print("\n".join(f"{name:18} {value}" for name, value in environment.items()))
+    rows: list[table.Row] = []
     for shape in args.shape:
-        n, h, teacher_h, vocab = shape
-        print(
-            f"\nN={n} H={h} Ht={teacher_h} V={vocab} {args.dtype} on {device}, forward + backward"
-        )
-        problem = Problem.make(shape, dtype, device)
-        rows = bench(problem, device, args)
-        results += [
-            {
-                "N": n,
-                "H": h,
-                "Ht": teacher_h,
-                "V": vocab,
-                "dtype": args.dtype,
-                "device": str(device),
-            }
-            | row
-            | environment
-            for row in rows
-        ]
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"\nwritten: {args.json}")
+        rows += [environment | row for row in bench(shape, args)]
+        if args.csv:  # after each table: an interrupted run keeps those before it
+            table.write(args.csv, rows)
+    print_promises([row for row in rows if str(row["case"]).startswith("ratio:")])
+    if args.csv:
+        print(f"\nwritten: {args.csv}")
 
 
-def bench(problem: Problem, device: torch.device, args: argparse.Namespace) -> list[dict]:
-    """One row per case and provider.
+def bench(shape: Shape, args: argparse.Namespace) -> list[table.Row]:
+    """One table: its rows, and the ratios that can be formed from it."""
+    device, dtype = torch.device(args.device), args.dtype or shape.dtype or "bfloat16"
+    cases = args.case or shape.cases
+    providers = args.provider or shape.providers or PROVIDERS
+    rounds = shape.rounds if shape.rounds is not None else args.rounds
+    progress("building the problem")
+    problem = Problem.make(shape, DTYPES[dtype], device)
+    progress("")
+    title = f"{shape} {dtype} on {device}, mean entropy {problem.entropy:.2f} nat"
+    print(f"\n{title}\n{'-' * len(title)}")
 
-    All calls are timed in turn, round after round, so that a machine that slows down slows all of
-    them, and ratios are medians of the ratios within a round.
-    """
     measured: dict[Key, Measurement] = {}
-    scales: dict[Key, float] = {}
-    calls = {}
-    for case in CASES:
-        for name in args.providers:
-            call = PROVIDERS[name](problem, case)
-            if call is None:
-                continue
-            key = case, name
-            print(f"  warming up: {case} {name}".ljust(40), end="\r", flush=True)
-            scales[key] = 1
-            if name in PEERS and problem.rows > PROBE_ROWS:
-                small = problem.first_rows(PROBE_ROWS)
-                probe = warm_up(PROVIDERS[name](small, case), device)
-                if probe.first * problem.rows / small.rows > args.max_seconds:
-                    measured[key], scales[key] = probe, problem.rows / small.rows
-                    continue
-            measured[key], calls[key] = warm_up(call, device), call
-    for round in range(args.repeats):
-        print(f"  round {round + 1} of {args.repeats}".ljust(40), end="\r", flush=True)
-        time_each(calls, measured, device)
-    return report(problem, measured, scales, args.providers)
-
-
-def report(
-    problem: Problem,
-    measured: dict[Key, Measurement],
-    scales: dict[Key, float],
-    providers: list[str],
-) -> list[dict]:
-    """Print the table and the ratios the project promises; returns the table's rows."""
-    print(f"{'case':9} {'provider':9} {'seconds':>9} {'x floor':>8} {'peak MiB':>9}  note")
-    rows = []
-    for case in CASES:
+    absent: dict[Key, str] = {}
+    calls: dict[Key, Call] = {}
+    for case in cases:
         for name in providers:
-            if (case, name) not in measured:
-                why = "not installed, or has no such loss"
-                print(f"{case:9} {name:9} {'-':>9} {'-':>8} {'-':>9}  {why}")
+            progress(f"first call: {case} {name}")
+            try:
+                call, result = prepare(problem, case, name, device, shape, args)
+            except NotComparable as reason:
+                absent[case, name] = str(reason)
                 continue
-            result, scale = measured[case, name], scales[case, name]
-            ratio = scale * ratio_of(result, [measured.get((case, "floor"))])
-            few = problem.rows / scale
-            note = "" if scale == 1 else f"time scaled from {few:.0f} rows; memory of those rows"
-            seconds = result.seconds * scale
-            print(f"{case:9} {name:9} {seconds:9.3f} {ratio:8.2f} {result.peak_mib:9.0f}  {note}")
-            rows.append(
-                {
-                    "case": case,
-                    "provider": name,
-                    "seconds": seconds,
-                    "x_floor": ratio,
-                    "peak_mib": result.peak_mib,
-                    "repeats": max(1, len(result.times)),
-                    "note": note,
-                }
+            measured[case, name] = result
+            if call:
+                calls[case, name] = call
+    errors = {
+        case: gradient_error(problem, case, args.grad_tol)
+        for case in cases
+        if case.endswith("_tol") and (case, "ours") in measured
+    }
+    for done in range(rounds):
+        progress(f"round {done + 1} of {rounds}")
+        time_in_turn(calls, measured, device)
+    progress("")
+
+    facts = {
+        "shape": shape.name,
+        "device": str(device),
+        "dtype": dtype,
+        "N": problem.rows,
+        "H": shape.hidden,
+        "Ht": shape.teacher_hidden,
+        "V": shape.vocab,
+        "entropy": problem.entropy,
+    }
+    rows = []
+    print(f"{'case':10} {'provider':9} {'seconds':>8} {'x floor':>8} {'[p20 p80]':>13}", end="")
+    print(f" {'MiB':>7}  note")
+    for case in cases:
+        for name in providers:
+            if (case, name) in absent:
+                print(f"{case:10} {name:9} {'-':>8} {'-':>8} {'':13} {'-':>7}  ", end="")
+                print(absent[case, name])
+                continue
+            row = table.measured_row(
+                case, name, measured[case, name], measured.get((case, "floor"))
             )
-    print()
-    ours = {case: measured.get((case, "ours")) for case in CASES}
-    promises = [
-        ("gated KD, all open / its GEMMs", "kd_open", [measured.get(("kd_open", "floor"))]),
-        ("gated KD, half open / all open", "kd_half", [ours["kd_open"]]),
-        ("joint / GRPO + gated KD one after the other", "joint", [ours["grpo"], ours["kd_half"]]),
+            if name == "ours" and case in errors:
+                row["grad_error"] = max(errors[case])
+                row["note"] = "dhidden off by {:.1e}, dlm_head by {:.1e}".format(*errors[case])
+                row["note"] += f" (grad_tol {args.grad_tol:g})"
+            print_row(row)
+            rows.append(row)
+    rows += table.promised_rows(shape, device.type, measured)
+    rows += [
+        table.ratio_row(
+            f"{case}/gradient_error",
+            Quantiles.of([max(error)]),
+            table.GRADIENT_ERROR,
+            f"{CASES[case]}: gradient's relative error",
+        )
+        for case, error in errors.items()
     ]
-    for title, case, over in promises:
-        if ours[case]:
-            print(f"{title:52} {ratio_of(ours[case], over):6.2f}")
-    for peer in PEERS:
-        if ours["kd_open"] and ("kd_open", peer) in measured:
-            times = scales["kd_open", peer] * measured["kd_open", peer].seconds
-            print(
-                f"{f'gated KD, all open: {peer} / ours':52} {times / ours['kd_open'].seconds:6.2f}"
+    return [facts | row for row in rows]
+
+
+def prepare(
+    problem: Problem,
+    case: str,
+    name: str,
+    device: torch.device,
+    shape: Shape,
+    args: argparse.Namespace,
+) -> tuple[Call | None, Measurement]:
+    """The call to be timed in rounds, None if it is too slow for that, and what is known of it.
+
+    Everything runs on a few rows first: imports, compilation and thread pools belong to no call.
+    """
+    provider = provider_of(name, args.grad_tol)
+
+    def call_of(rows: int) -> Call:
+        return provider(problem if rows >= problem.rows else problem.first_rows(rows), case)
+
+    try:
+        if name in PEERS and shape.scaled:
+            result = estimated(
+                call_of,
+                problem.rows,
+                device,
+                longest=args.max_seconds,
+                compiles=name in COMPILING,
             )
-    return rows
+            if result:
+                return None, result
+            if name in COMPILING:
+                timed(call_of(problem.rows), device)
+        else:
+            timed(call_of(min(8, problem.rows)), device)
+        call = call_of(problem.rows)
+        return call, watched(call, device)
+    except NotComparable:
+        raise
+    except Exception as error:
+        # A peer that fails is a fact about the peer. Ours must not, except for what it lacks.
+        if name not in PEERS and "grad_tol" not in str(error):
+            raise
+        words = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise NotComparable(f"fails here: {words[:70]}") from error
 
 
-def parse() -> argparse.Namespace:
+def provider_of(name: str, grad_tol: float) -> Callable[[Problem, str], Call | GradientCall]:
+    return {"floor": floor, "ours": partial(ours, grad_tol=grad_tol), **PEERS}[name]
+
+
+def print_row(row: table.Row) -> None:
+    ratio, low, high = (row[name] for name in ("x_floor", "x_floor_p20", "x_floor_p80"))
+    spread = f"[{low:.2f} {high:.2f}]" if row["rounds"] > 1 else ""
+    peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+    shown = "-" if ratio != ratio else f"{ratio:.2f}"
+    print(
+        f"{row['case']:10} {row['provider']:9} {row['seconds']:8.3f} {shown:>8} {spread:>13} "
+        f"{peak:>7}  {row['note']}"
+    )
+
+
+def print_promises(rows: list[table.Row]) -> None:
+    if not rows:
+        return
+    print(f"\n{'ratio':44} {'shape':14} {'found':>8} {'[p20 p80]':>13} {'target':>7}  met")
+    for row in rows:
+        found, low, high = (row[name] for name in ("ratio", "ratio_p20", "ratio_p80"))
+        spread = "" if low == high else f"[{low:.2f} {high:.2f}]"
+        target = "" if row["target"] is None else f"{row['target']:.2g}"
+        shown = f"{found:.1e}" if "error" in str(row["case"]) else f"{found:.2f}"
+        print(
+            f"{row['note']:44} {row['shape']:14} {shown:>8} {spread:>13} {target:>7}  {row['met']}"
+        )
+
+
+def progress(words: str) -> None:
+    """One line that overwrites itself; where nobody watches, nothing."""
+    if sys.stderr.isatty():
+        print(f"\r  {words:60}\r", end="", file=sys.stderr, flush=True)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--shape",
-        type=shape,
+        type=parse_shape,
         nargs="+",
-        default=[(1024, 1024, 2048, 32768)],
-        metavar="N,H,Ht,V",
-        help="rows, hidden size, teacher's hidden size, vocabulary (default 1024,1024,2048,32768)",
+        default=[SHAPES[name] for name in DEFAULT_SHAPES],
+        metavar="SHAPE",
+        help=f"N,H,Ht,V or one of {', '.join(SHAPES)} (default: {' '.join(DEFAULT_SHAPES)})",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of all inputs")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls (default 5)")
-    parser.add_argument(
+    add("--case", nargs="+", choices=CASES, help="default: those of the shape")
+    add("--provider", nargs="+", choices=PROVIDERS, help="default: all")
+    add("--dtype", choices=DTYPES, help="of all inputs (default bfloat16; memory: float32)")
+    add("--device", default="cpu", help="cpu or cuda (default cpu)")
+    add("--rounds", type=int, default=5, help="timed calls of each (default 5)")
+    add(
         "--max-seconds",
         type=float,
-        default=10.0,
-        help="a peer whose call would take longer is measured on a few rows (default 10)",
+        default=6.0,
+        help="a peer whose call would take longer is measured on fewer rows (default 6)",
     )
-    parser.add_argument(
-        "--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), help="default: all"
-    )
-    parser.add_argument("--json", type=Path, help="write the rows, with machine and versions, here")
-    return parser.parse_args()
-
-
-def shape(text: str) -> tuple[int, int, int, int]:
+    add("--grad-tol", type=float, default=1e-3, help="of the cases .._tol (default 1e-3)")
+    add("--csv", type=Path, help="write the rows, with machine, versions and commit, here")
+    args = parser.parse_args(arguments)
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: expected at least 1")
+    if args.max_seconds <= 0 or not 0 <= args.grad_tol < 1:
+        parser.error("--max-seconds must be positive, --grad-tol in [0, 1)")
     try:
-        n, h, teacher_h, vocab = (int(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected N,H,Ht,V") from error
-    if min(n, h, teacher_h, vocab) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected four positive numbers")
-    return n, h, teacher_h, vocab
+        device = torch.device(args.device)
+    except RuntimeError as error:
+        parser.error(f"--device {args.device}: {error}")
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"--device {args.device}: expected cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}, but torch sees no CUDA device")
+    return args
 
 
 if __name__ == "__main__":

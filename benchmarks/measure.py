@@ -9,14 +9,41 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
+Call = Callable[[], object]
+PEERS = {
+    "liger_kernel": "liger-kernel",
+    "trl": "trl",
+    "cut_cross_entropy": "cut-cross-entropy",
+}
+
+
+class Quantiles(NamedTuple):
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Quantiles:
+        """Of the values as they are, interpolated between neighbours; NaN if there are none."""
+        if not values:
+            return cls(*[float("nan")] * 3)
+        ranked = sorted(values)
+
+        def at(part: float) -> float:
+            place = part * (len(ranked) - 1)
+            low = int(place)
+            high = min(low + 1, len(ranked) - 1)
+            return ranked[low] + (place - low) * (ranked[high] - ranked[low])
+
+        return cls(statistics.median(ranked), at(0.2), at(0.8))
 
 
 @dataclass
@@ -24,60 +51,32 @@ class Measurement:
     """What is known of one call: the first, watched for memory, and the timed ones after it."""
 
     first: float
-    """Seconds of the first call, which also warms up."""
-    peak_mib: float
-    """Most memory held at any moment of it, above what was held before, gradients included."""
+    """Seconds of the watched call; of a peer measured on fewer rows, the estimate for all."""
+    peak_mib: float | None
+    """Most memory held at any moment of it above what was held before, gradients included."""
     times: list[float] = field(default_factory=list)
+    note: str = ""
 
     @property
-    def seconds(self) -> float:
-        """Median of the timed calls; the first call's where there are none."""
-        return statistics.median(self.times) if self.times else self.first
+    def seconds(self) -> Quantiles:
+        return Quantiles.of(self.times or [self.first])
+
+    @property
+    def rounds(self) -> int:
+        return max(1, len(self.times))
+
+    def over(self, others: list[Measurement]) -> Quantiles:
+        """This time over the sum of the others': ratios of one round, quantiles over the rounds.
+
+        A call that was timed in no round is compared with the others' medians.
+        """
+        if self.times and all(len(other.times) == len(self.times) for other in others):
+            rounds = zip(self.times, *(other.times for other in others), strict=True)
+            return Quantiles.of([mine / sum(rest) for mine, *rest in rounds])
+        return Quantiles.of([self.seconds.median / sum(other.seconds.median for other in others)])
 
 
-def warm_up(call: Callable[[], object], device: torch.device) -> Measurement:
-    peak, seconds = _watched(call, device)
-    return Measurement(seconds, peak / 2**20)
-
-
-def time_each(
-    calls: dict[tuple[str, str], Callable[[], object]],
-    measured: dict[tuple[str, str], Measurement],
-    device: torch.device,
-) -> None:
-    """One round: every call once."""
-    for key, call in calls.items():
-        measured[key].times.append(_timed(call, device))
-
-
-def ratio_of(a: Measurement, over: list[Measurement | None]) -> float:
-    """Median over the rounds of a's time over the sum of the others'; NaN if one is missing.
-
-    A call that was timed in no round has one ratio, that of its time to their medians.
-    """
-    if any(other is None for other in over):
-        return float("nan")
-    if not a.times:
-        return a.seconds / sum(other.seconds for other in over)
-    rounds = zip(a.times, *(other.times for other in over), strict=True)
-    return statistics.median(mine / sum(others) for mine, *others in rounds)
-
-
-def stamp() -> dict[str, str | int]:
-    """Machine, versions and commit, for every row of results."""
-    return {
-        "machine": _cpu_name() if not torch.cuda.is_available() else torch.cuda.get_device_name(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "liger_kernel": _version("liger-kernel"),
-        "commit": _commit(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _timed(call: Callable[[], object], device: torch.device) -> float:
+def timed(call: Call, device: torch.device) -> float:
     _synchronize(device)
     started = time.perf_counter()
     call()
@@ -85,32 +84,107 @@ def _timed(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _watched(call: Callable[[], object], device: torch.device) -> tuple[int, float]:
-    """(peak bytes, seconds). On CPU the resident set is sampled every 2 ms by a thread."""
+def watched(call: Call, device: torch.device) -> Measurement:
+    """One call with its peak memory. On a CPU a thread samples the resident set every 2 ms."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        seconds = _timed(call, device)
-        return torch.cuda.max_memory_allocated(device) - before, seconds
+        seconds = timed(call, device)
+        return Measurement(seconds, (torch.cuda.max_memory_allocated(device) - before) / 2**20)
+    resident = _resident_reader()
+    if resident is None:  # not Linux
+        return Measurement(timed(call, device), None)
     done, peak = threading.Event(), [0]
     ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed must not hide what this one takes
-    before = _resident()
+    before = resident()
 
     def sample() -> None:
         while not done.wait(0.002):
-            peak[0] = max(peak[0], _resident())
+            peak[0] = max(peak[0], resident())
 
     watcher = threading.Thread(target=sample, daemon=True)
     watcher.start()
-    seconds = _timed(call, device)
-    peak[0] = max(peak[0], _resident())
-    done.set()
-    watcher.join()
-    return max(0, peak[0] - before), seconds
+    try:
+        seconds = timed(call, device)
+        peak[0] = max(peak[0], resident())
+    finally:
+        done.set()
+        watcher.join()
+    return Measurement(seconds, max(0, peak[0] - before) / 2**20)
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+def time_in_turn(
+    calls: dict[Hashable, Call], measured: dict[Hashable, Measurement], device: torch.device
+) -> None:
+    """One round, every call once: a machine that slows down slows all of them."""
+    for key, call in calls.items():
+        measured[key].times.append(timed(call, device))
+
+
+def estimated(
+    call_of: Callable[[int], Call],
+    rows: int,
+    device: torch.device,
+    *,
+    longest: float,
+    enough: float = 1.5,
+    compiles: bool = False,
+) -> Measurement | None:
+    """A slow peer's time for all rows from calls on a few; None when it can be timed as it is.
+
+    Rows are doubled until a call takes `enough` seconds; the time of all rows is read off the line
+    through the first point and the last, so that what a call costs whatever its rows (a pass over
+    the head, say) is not multiplied. None as soon as that line promises less than `longest`. A peer
+    that `compiles` runs each number of rows once before it is timed.
+    """
+    few = min(8, rows)
+    timed(call_of(few), device)  # imports, compilation
+    points = [(few, timed(call_of(few), device))]
+    while True:
+        few, seconds = points[-1]
+        promised = _on_line(points, rows)
+        if promised <= longest or 2 * few >= rows:
+            return None
+        if len(points) > 1 and (seconds >= enough or 3 * seconds > longest):
+            note = f"time scaled from calls of {points[0][0]} and {few} rows; memory not measured"
+            return Measurement(promised, None, note=note)
+        if compiles:
+            timed(call_of(2 * few), device)
+        points.append((2 * few, timed(call_of(2 * few), device)))
+
+
+def _on_line(points: list[tuple[int, float]], rows: int) -> float:
+    """Seconds for `rows`: proportional to one point, else along the line of the outer two."""
+    (few, seconds), (more, longer) = points[0], points[-1]
+    if few == more:
+        return seconds * rows / few
+    slope = max(0.0, (longer - seconds) / (more - few))
+    return longer + slope * (rows - more)
+
+
+def stamp() -> dict[str, str | int]:
+    """Machine, versions and commit, for every row of results."""
+    cuda = torch.cuda.is_available()
+    return {
+        "machine": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "capability": "sm_{}{}".format(*torch.cuda.get_device_capability())
+        if cuda
+        else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{column: _version(package) for column, package in PEERS.items()},
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _resident_reader() -> Callable[[], int] | None:
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return None
+    page = os.sysconf("SC_PAGE_SIZE")
+    return lambda: int(statm.read_text().split()[1]) * page
 
 
 def _synchronize(device: torch.device) -> None:
@@ -119,10 +193,11 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
         if line.startswith("model name"):
             return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
-    return platform.machine()
+    return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
 def _version(package: str) -> str:

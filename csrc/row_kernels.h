@@ -23,8 +23,14 @@ template <class Step, class Flush> static inline void sweep(int64_t begin, int64
     }
 }
 
+// A vector of logits: as they are stored, and as the formulas see them. Kernels compiled without CAPPED have no trace of a
+// cap; with it one of the two sides may still have none.
 template <class T> static inline vf read(const T *row, int64_t column, int count) {
     return count == LANES ? load(row + column) : load_part(row + column, count);
+}
+template <bool CAPPED, class T> static inline vf read(const T *row, int64_t column, int count, Cap cap) {
+    vf z = read(row, column, count);
+    return CAPPED && cap.size != 0.0f ? capped(z, cap).value : z;
 }
 
 static inline vf weighted(vf probability, vf value) {  // p * v, 0 where p is 0, NaN where p is NaN
@@ -39,14 +45,16 @@ struct Softmax {
     double entropy() const { return log_sum() - moment / sum; }
 };
 
-template <class T> static Softmax softmax_of(const T *row, int64_t begin, int64_t end, float inverse_temperature) {
+template <bool CAPPED, class T>
+static Softmax softmax_of(const T *row, int64_t begin, int64_t end, float inverse_temperature, Cap cap) {
     Softmax s;
     vf high = splat(NEG_INF);  // skips NaN, which then reaches the sums below
     sweep(begin, end, [&](int64_t column, int count) { high = maximum(read(row, column, count), high); }, [] {});
+    if (CAPPED && cap.size != 0.0f) high = capped(high, cap).value;  // a cap keeps the order
     for (int i = 0; i < LANES; ++i) s.peak = high[i] > s.peak ? high[i] : s.peak;
     Sum sum, moment;
     sweep(begin, end, [&](int64_t column, int count) {
-        vf z = read(row, column, count);
+        vf z = read<CAPPED>(row, column, count, cap);
         vf x = select(z == NEG_INF, z, (z - s.peak) * inverse_temperature);  // a stretch of -inf only has sum 0, not NaN
         vf e = exp_neg(x);
         sum.add(e);
@@ -98,15 +106,16 @@ template <Kind KIND> static inline Pair compare(vf log_q, vf log_p, float beta) 
     return out;
 }
 
-template <class T, Kind KIND>
+template <class T, Kind KIND, bool CAPPED>
 static void divergence(const T *z, const T *y, const Softmax &student, const Softmax &teacher, const RowBatch &b,
                        float *divergence_out, float *student_kl_out) {
-    const float inverse = 1.0f / b.temperature;
+    const float inverse = 1.0f / b.temperature, teacher_inverse = 1.0f / b.teacher_temperature;
+    const Cap cap(b.softcap), teacher_cap(b.teacher_softcap);
     const float log_z = (float)student.log_sum(), log_y = (float)teacher.log_sum();
     Sum student_kl, teacher_kl;
     sweep(0, b.shared, [&](int64_t column, int count) {
-        vf log_q = (read(z, column, count) - student.peak) * inverse - log_z;
-        vf log_p = (read(y, column, count) - teacher.peak) * inverse - log_y;
+        vf log_q = (read<CAPPED>(z, column, count, cap) - student.peak) * inverse - log_z;
+        vf log_p = (read<CAPPED>(y, column, count, teacher_cap) - teacher.peak) * teacher_inverse - log_y;
         Pair at = compare<KIND>(log_q, log_p, b.beta);
         // Each KL as a log(a/b) - a + b: all terms >= 0, and rounding of the log-sums cancels to first order.
         if (KIND == FORWARD_KL) teacher_kl.add(weighted(at.p, at.log_ratio_p) - at.p + at.q);
@@ -123,12 +132,13 @@ static void divergence(const T *z, const T *y, const Softmax &student, const Sof
                                                    : (1.0 - b.beta) * student_kl.total + b.beta * teacher_kl.total);
 }
 
-template <class T> static void forward_row(const RowBatch &b, int64_t row) {
+template <class T, bool CAPPED> static void forward_row(const RowBatch &b, int64_t row) {
     const T *z = (const T *)b.logits + row * b.logits_stride;
     const float inverse = 1.0f / b.temperature;
-    const Softmax shared = softmax_of(z, 0, b.shared, inverse);
+    const Cap cap(b.softcap);
+    const Softmax shared = softmax_of<CAPPED>(z, 0, b.shared, inverse, cap);
     const Softmax whole =
-        b.vocab > b.shared ? merge(shared, softmax_of(z, b.shared, b.vocab, inverse), inverse) : shared;
+        b.vocab > b.shared ? merge(shared, softmax_of<CAPPED>(z, b.shared, b.vocab, inverse, cap), inverse) : shared;
     auto out = [&](Stat stat) -> float & { return b.table[stat * b.n + row]; };
     out(PEAK) = whole.peak;
     out(LOG_SUM) = (float)whole.log_sum();
@@ -136,37 +146,48 @@ template <class T> static void forward_row(const RowBatch &b, int64_t row) {
     out(ENTROPY) = (float)whole.entropy();
     out(LOGPROB) = 0.0f;
     if (b.targets) {
-        double target = read(z, b.targets[row], 1)[0];
+        double target = read<CAPPED>(z, b.targets[row], 1, cap)[0];
         out(LOGPROB) = (float)((target - whole.peak) * inverse - whole.log_sum());
     }
     out(DIVERGENCE) = out(TEACHER_PEAK) = out(TEACHER_LOG_SUM) = out(STUDENT_KL) = 0.0f;
     if (!b.teacher) return;
     const T *y = (const T *)b.teacher + row * b.teacher_stride;
-    const Softmax teacher = softmax_of(y, 0, b.shared, inverse);
+    const Softmax teacher =
+        softmax_of<CAPPED>(y, 0, b.shared, 1.0f / b.teacher_temperature, Cap(b.teacher_softcap));
     out(TEACHER_PEAK) = teacher.peak;
     out(TEACHER_LOG_SUM) = (float)teacher.log_sum();
-    auto run = b.beta == 0.0f ? divergence<T, FORWARD_KL> : b.beta == 1.0f ? divergence<T, REVERSE_KL> : divergence<T, MIXTURE>;
+    auto run = b.beta == 0.0f   ? divergence<T, FORWARD_KL, CAPPED>
+               : b.beta == 1.0f ? divergence<T, REVERSE_KL, CAPPED>
+                                : divergence<T, MIXTURE, CAPPED>;
     run(z, y, shared, teacher, b, &out(DIVERGENCE), &out(STUDENT_KL));
 }
 
-// d logits = [ c (onehot - q) - e q (log q + entropy) + g G ] / temperature on columns [begin, end); G only with KIND.
+// d logits = [ c (onehot - q) - e q (log q + entropy) + g G ] / temperature on columns [begin, end), times the slope of
+// the cap; G only with TEACHER.
 struct RowGrad {
     float c, g, e, entropy, peak, log_sum, shared_log_sum, teacher_peak, teacher_log_sum, student_kl;
     int64_t target;
 };
 
-template <class T, bool TEACHER, Kind KIND>
+template <class T, bool TEACHER, Kind KIND, bool CAPPED>
 static void backward_columns(T *z, const T *y, const RowGrad &at, const RowBatch &b, int64_t begin, int64_t end) {
-    const float inverse = 1.0f / b.temperature;
+    const float inverse = 1.0f / b.temperature, teacher_inverse = 1.0f / b.teacher_temperature;
+    const Cap cap(b.softcap), teacher_cap(b.teacher_softcap);
     const bool one_softmax = b.vocab == b.shared;  // the shared columns are all columns: q need not be computed twice
     vi lane;
     for (int i = 0; i < LANES; ++i) lane[i] = i;
     sweep(begin, end, [&](int64_t column, int count) {
-        vf scaled = (read(z, column, count) - at.peak) * inverse;
+        vf logit = read(z, column, count), slope{};
+        if (CAPPED && b.softcap != 0.0f) {
+            Capped of = capped(logit, cap);
+            logit = of.value, slope = of.slope;
+        }
+        vf scaled = (logit - at.peak) * inverse;
         vf log_q = scaled - at.log_sum;
         vf grad{};
         if (TEACHER) {
-            vf log_p = (read(y, column, count) - at.teacher_peak) * inverse - at.teacher_log_sum;
+            vf other = read<CAPPED>(y, column, count, teacher_cap);
+            vf log_p = (other - at.teacher_peak) * teacher_inverse - at.teacher_log_sum;
             vf log_shared = one_softmax ? log_q : scaled - at.shared_log_sum;
             Pair pair = compare<KIND>(log_shared, log_p, b.beta);
             if (KIND == FORWARD_KL) grad = at.g * (pair.q - pair.p);
@@ -185,32 +206,39 @@ static void backward_columns(T *z, const T *y, const RowGrad &at, const RowBatch
             grad += select(hit, splat(at.c), vf{});
         }
         grad *= inverse;
+        if (CAPPED && b.softcap != 0.0f) grad *= slope;
         if (count == LANES) store(z + column, grad);
         else store_part(z + column, grad, count);
     }, [] {});
 }
 
-template <class T> static void backward_row(const RowBatch &b, int64_t row) {
+template <class T, bool CAPPED> static void backward_row(const RowBatch &b, int64_t row) {
     T *z = (T *)b.logits + row * b.logits_stride;
     auto stat = [&](Stat s) { return b.table[s * b.n + row]; };
     RowGrad at{b.coefficients[row], b.coefficients[b.n + row], b.coefficients[2 * b.n + row],
                stat(ENTROPY), stat(PEAK), stat(LOG_SUM), stat(SHARED_LOG_SUM), stat(TEACHER_PEAK),
                stat(TEACHER_LOG_SUM), stat(STUDENT_KL), b.targets ? b.targets[row] : -1};
     if (!b.targets) at.c = 0.0f;  // no log-probability was asked for, so none sends anything back
-    if (!b.teacher) return backward_columns<T, false, FORWARD_KL>(z, nullptr, at, b, 0, b.vocab);
+    if (!b.teacher) return backward_columns<T, false, FORWARD_KL, CAPPED>(z, nullptr, at, b, 0, b.vocab);
     const T *y = (const T *)b.teacher + row * b.teacher_stride;
-    if (b.beta == 0.0f) backward_columns<T, true, FORWARD_KL>(z, y, at, b, 0, b.shared);
-    else if (b.beta == 1.0f) backward_columns<T, true, REVERSE_KL>(z, y, at, b, 0, b.shared);
-    else backward_columns<T, true, MIXTURE>(z, y, at, b, 0, b.shared);
-    backward_columns<T, false, FORWARD_KL>(z, nullptr, at, b, b.shared, b.vocab);
+    if (b.beta == 0.0f) backward_columns<T, true, FORWARD_KL, CAPPED>(z, y, at, b, 0, b.shared);
+    else if (b.beta == 1.0f) backward_columns<T, true, REVERSE_KL, CAPPED>(z, y, at, b, 0, b.shared);
+    else backward_columns<T, true, MIXTURE, CAPPED>(z, y, at, b, 0, b.shared);
+    backward_columns<T, false, FORWARD_KL, CAPPED>(z, nullptr, at, b, b.shared, b.vocab);
 }
 
 void forward(const RowBatch &b, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) b.dtype == FLOAT32 ? forward_row<float>(b, row) : forward_row<bf16>(b, row);
+    const bool is_capped = b.softcap != 0.0f || b.teacher_softcap != 0.0f;
+    auto run = b.dtype == FLOAT32 ? (is_capped ? forward_row<float, true> : forward_row<float, false>)
+                                  : (is_capped ? forward_row<bf16, true> : forward_row<bf16, false>);
+    for (int64_t row = begin; row < end; ++row) run(b, row);
 }
 
 void backward(const RowBatch &b, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) b.dtype == FLOAT32 ? backward_row<float>(b, row) : backward_row<bf16>(b, row);
+    const bool is_capped = b.softcap != 0.0f || b.teacher_softcap != 0.0f;
+    auto run = b.dtype == FLOAT32 ? (is_capped ? backward_row<float, true> : backward_row<float, false>)
+                                  : (is_capped ? backward_row<bf16, true> : backward_row<bf16, false>);
+    for (int64_t row = begin; row < end; ++row) run(b, row);
 }
 
 }  // namespace KEPO_ISA

@@ -13,7 +13,11 @@
 namespace {
 
 enum Isa : int32_t { BASELINE = 0, AVX2 = 1, AVX512 = 2 };
+#ifdef KEPO_FUZZ
+constexpr int64_t MIN_ELEMENTS_PER_THREAD = 1;  // so that small inputs have threads too
+#else
 constexpr int64_t MIN_ELEMENTS_PER_THREAD = 1 << 16;  // below this a thread costs more than it saves
+#endif
 
 void over_rows(RowRange kernel, const RowBatch &batch, int32_t threads) {
     int64_t useful = batch.n * batch.vocab / MIN_ELEMENTS_PER_THREAD;

@@ -61,6 +61,32 @@ static inline vf expm1_neg(vf x) {
     return select(x == x, select(parts.shifted == ROUND_MAGIC, parts.small, far), x);
 }
 
+// Logits capped to (-size, size): size tanh(z / size). size 0 caps nothing.
+struct Cap {
+    float size, inverse;
+    explicit Cap(float size) : size(size), inverse(size != 0.0f ? 1.0f / size : 0.0f) {}
+};
+
+// The capped logit, and its derivative by the logit. With x = |z / size| and e = exp(-2x)
+//     size tanh x = -size t / (1 + e)            for x < 0.17, with t = e - 1 as the exponential's polynomial gives it
+//                 = size - 2 size e / (1 + e)    beyond; wrong by 2 ulp of `size` at most, by 1/2 in the end
+//     1 - tanh^2  = 4 e / (1 + e)^2              nothing cancels near the cap
+// The sign is set in the bits, after the product: a product that met the next subtraction as one fused operation would
+// not be the rounded number that went into the row's peak. -inf and NaN stay.
+struct Capped {
+    vf value, slope;
+};
+static inline Capped capped(vf z, Cap cap) {
+    vf x = magnitude(z) * (-2.0f * cap.inverse);
+    Reduced parts = reduce(x);
+    vf e = select(x < -87.0f, vf{}, scale_up(parts));
+    vf inverse = 1.0f / (1.0f + e);
+    vf near = cap.size * -parts.small * inverse, far = cap.size - 2.0f * cap.size * e * inverse;
+    vi sign = as_int(z) & (int32_t)0x80000000;
+    vf value = as_float(as_int(select(parts.shifted == ROUND_MAGIC, near, far)) | sign);
+    return {select((z == NEG_INF) | (z != z), z, value), 4.0f * e * inverse * inverse};
+}
+
 // log(1 + u) for -1 < u <= 0 and 1 + u normal, about 1 ulp. 1 + u = 2^e (1 + f), and f is u itself while e = 0. NaN stays.
 static inline vf log1p_neg(vf u) {
     vi bits = as_int(u + 1.0f) - 0x3f3504f3;  // sqrt(1/2): so that the exponent field rounds at sqrt(2)

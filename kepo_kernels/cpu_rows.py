@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kepo_kernels.rows import NUM_STATS, shared_columns
+from kepo_kernels.rows import NUM_STATS, RowSettings, shared_columns
 
 LIBRARY = Path(__file__).with_name("_rows.so")
 BUILD_INFO = Path(__file__).with_name("_build_info.json")
@@ -40,6 +40,9 @@ class _RowBatch(ctypes.Structure):
         ("teacher_stride", ctypes.c_int64),
         ("beta", ctypes.c_float),
         ("temperature", ctypes.c_float),
+        ("teacher_temperature", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("teacher_softcap", ctypes.c_float),
         ("dtype", ctypes.c_int32),
     ]
 
@@ -84,10 +87,10 @@ def isa() -> str:
 
 
 def row_forward(
-    logits: Tensor, targets: Tensor | None, teacher: Tensor | None, beta: float, temperature: float
+    logits: Tensor, targets: Tensor | None, teacher: Tensor | None, settings: RowSettings
 ) -> Tensor:
     """See `kepo_kernels.rows`."""
-    return torch.ops.kepo_kernels.row_forward(logits, targets, teacher, beta, temperature)
+    return torch.ops.kepo_kernels.row_forward(logits, targets, teacher, *settings)
 
 
 def row_backward_(
@@ -96,27 +99,32 @@ def row_backward_(
     teacher: Tensor | None,
     table: Tensor,
     coefficients: Tensor,
-    beta: float,
-    temperature: float,
+    settings: RowSettings,
 ) -> None:
     """See `kepo_kernels.rows`."""
-    torch.ops.kepo_kernels.row_backward_(
-        logits, targets, teacher, table, coefficients, beta, temperature
-    )
+    torch.ops.kepo_kernels.row_backward_(logits, targets, teacher, table, coefficients, *settings)
 
 
 @torch.library.custom_op("kepo_kernels::row_forward", mutates_args=(), device_types="cpu")
 def _forward_op(
-    logits: Tensor, targets: Tensor | None, teacher: Tensor | None, beta: float, temperature: float
+    logits: Tensor,
+    targets: Tensor | None,
+    teacher: Tensor | None,
+    beta: float,
+    temperature: float,
+    teacher_temperature: float,
+    softcap: float,
+    teacher_softcap: float,
 ) -> Tensor:
     table = torch.empty(NUM_STATS, logits.shape[0], dtype=torch.float32)
-    batch = _batch(logits, targets, teacher, table, None, beta, temperature)
+    settings = RowSettings(beta, temperature, teacher_temperature, softcap, teacher_softcap)
+    batch = _batch(logits, targets, teacher, table, None, settings)
     _library().kepo_row_forward(batch, torch.get_num_threads(), ISAS.index(isa()))
     return table
 
 
 @_forward_op.register_fake
-def _(logits, targets, teacher, beta, temperature):
+def _(logits, targets, teacher, *settings):
     return logits.new_empty(NUM_STATS, logits.shape[0], dtype=torch.float32)
 
 
@@ -131,8 +139,12 @@ def _backward_op(
     coefficients: Tensor,
     beta: float,
     temperature: float,
+    teacher_temperature: float,
+    softcap: float,
+    teacher_softcap: float,
 ) -> None:
-    batch = _batch(logits, targets, teacher, table, coefficients, beta, temperature)
+    settings = RowSettings(beta, temperature, teacher_temperature, softcap, teacher_softcap)
+    batch = _batch(logits, targets, teacher, table, coefficients, settings)
     _library().kepo_row_backward(batch, torch.get_num_threads(), ISAS.index(isa()))
 
 
@@ -142,8 +154,7 @@ def _batch(
     teacher: Tensor | None,
     table: Tensor,
     coefficients: Tensor | None,
-    beta: float,
-    temperature: float,
+    settings: RowSettings,
 ) -> _RowBatch:
     """The call as the C struct.
 
@@ -174,8 +185,7 @@ def _batch(
         shared_columns(logits, teacher),
         logits.stride(0),
         0 if teacher is None else teacher.stride(0),
-        beta,
-        temperature,
+        *settings,
         DTYPES[logits.dtype],
     )
 

@@ -1,4 +1,4 @@
-"""The three matrix products of a linear head, for every pairing of operand and logits dtype.
+"""The matrix products of a linear head, for every pairing of operand and logits dtype.
 
     logits  (n, V) = x (n, H) @ w (V, H)^T + bias
     dx      (n, H) = dlogits (n, V) @ w
@@ -7,7 +7,8 @@
 When operands and logits share a dtype these are plain `mm`. 16-bit operands with fp32 logits are
 `mm(out_dtype=)` on CUDA. CPU torch has no such product, and on processors without bf16 instructions
 its bf16 `mm` is 5 to 150 times slower than fp32; there a strip of the head at a time is cast to
-fp32 and multiplied as fp32, which is both the faster and the more exact way.
+fp32 and multiplied as fp32, which is both the faster and the more exact way. The two gradient
+products also run over chosen `columns` of the logits, as if dlogits were 0 in the others.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from torch import Tensor
 
 # Of one upcast strip of a head: it stays in cache and costs little beside the logits.
 STRIP_BYTES = 8 << 20
+LEAST_STRIP_ROWS, MOST_STRIP_ROWS = 64, 4096
 
 
 def fast_bf16(device: torch.device) -> bool:
@@ -41,38 +43,61 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def project_(out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None) -> None:
-    """out <- x @ w^T + bias; the product, and then the sum, are rounded to the dtype of `out`."""
-    if _same(x, out):
-        torch.mm(x, w.T, out=out)
+def one_product(dtype: torch.dtype, logits_dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether each product is one `mm` of tensors of one dtype: neither strips nor upcasts."""
+    if dtype != logits_dtype:
+        return False
+    return dtype != torch.bfloat16 or fast_bf16(device)
+
+
+def project_(
+    out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None, *, add: bool = False
+) -> None:
+    """out <- x @ w^T + bias (`add`: + out); product and sums are rounded to the dtype of `out`."""
+    if _same(w, out):
+        x = x.to(w.dtype)
+        out.addmm_(x, w.T) if add else torch.mm(x, w.T, out=out)
     elif x.is_cuda:
-        torch.mm(x, w.T, out_dtype=out.dtype, out=out)
+        x = x.to(w.dtype)
+        if add:
+            torch.addmm(out, x, w.T, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(x, w.T, out_dtype=out.dtype, out=out)
     else:
         x = x.float()
         for columns, strip in _strips(w):
-            if out.dtype == torch.float32:
-                torch.mm(x, strip.T, out=out[:, columns])
+            part = out[:, columns]
+            if out.dtype != torch.float32:
+                part.copy_(part + x @ strip.T if add else x @ strip.T)
+            elif add:
+                part.addmm_(x, strip.T)
             else:
-                out[:, columns] = x @ strip.T
+                torch.mm(x, strip.T, out=part)
     if bias is not None:
         out += bias.to(out.dtype)
 
 
-def hidden_gradient(dlogits: Tensor, w: Tensor) -> Tensor:
+def hidden_gradient(dlogits: Tensor, w: Tensor, columns: Tensor | None = None) -> Tensor:
     """dlogits @ w, in fp32 where the product is formed in fp32, else in the dtype of `w`."""
-    if _same(w, dlogits):
+    if columns is None and _same(w, dlogits):
         return dlogits @ w
-    if w.is_cuda:
+    if columns is None and w.is_cuda:
         return dlogits.to(w.dtype) @ w
-    dx = torch.zeros(dlogits.shape[0], w.shape[1], dtype=torch.float32, device=w.device)
-    for columns, strip in _strips(w):
-        dx.addmm_(dlogits[:, columns].float(), strip)
+    dtype = gradient_dtype(w.dtype)
+    dx = torch.zeros(dlogits.shape[0], w.shape[1], dtype=dtype, device=w.device)
+    for part, strip in _strips(w, columns):
+        dx.addmm_(_columns(dlogits, part, dtype), strip)
     return dx
 
 
-def accumulate_head_(dw: Tensor, dlogits: Tensor, x: Tensor) -> None:
+def accumulate_head_(dw: Tensor, dlogits: Tensor, x: Tensor, columns: Tensor | None = None) -> None:
     """dw <- dw + dlogits^T @ x."""
-    if dw.dtype == dlogits.dtype == x.dtype:
+    if columns is not None:
+        x = x.to(dw.dtype)
+        for part in _parts(dw, columns):
+            # No id occurs twice, so the order of the additions is fixed on every device.
+            dw.index_add_(0, part, _columns(dlogits, part, dw.dtype).T @ x)
+    elif dw.dtype == dlogits.dtype == x.dtype:
         dw.addmm_(dlogits.T, x)
     elif x.is_cuda:
         torch.addmm(dw, dlogits.to(x.dtype).T, x, out_dtype=dw.dtype, out=dw)
@@ -88,20 +113,38 @@ def accumulate_head_(dw: Tensor, dlogits: Tensor, x: Tensor) -> None:
 
 
 def _same(operand: Tensor, logits: Tensor) -> bool:
-    """Whether the product is one plain `mm` of tensors of one dtype."""
-    if operand.dtype != logits.dtype:
-        return False
-    return operand.dtype != torch.bfloat16 or fast_bf16(operand.device)
+    return one_product(operand.dtype, logits.dtype, operand.device)
 
 
-def _strips(w: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The head in fp32, some rows at a time, in one reused buffer."""
-    ranges = _ranges(w)
-    buffer = w.new_empty(ranges[0].stop if ranges else 0, w.shape[1], dtype=torch.float32)
-    for rows in ranges:
-        yield rows, buffer[: rows.stop - rows.start].copy_(w[rows])
+def _columns(dlogits: Tensor, part: slice | Tensor, dtype: torch.dtype) -> Tensor:
+    chosen = dlogits[:, part] if isinstance(part, slice) else dlogits.index_select(1, part)
+    return chosen.to(dtype)
+
+
+def _strips(w: Tensor, columns: Tensor | None = None) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    """Rows of the head in the dtype of its gradient, some at a time, in one reused buffer."""
+    parts = _parts(w, columns)
+    height = min(len(w), strip_rows(w.shape[1], w.dtype))
+    buffer = w.new_empty(height, w.shape[1], dtype=gradient_dtype(w.dtype))
+    for part in parts:
+        if isinstance(part, slice):
+            yield part, buffer[: part.stop - part.start].copy_(w[part])
+        else:
+            yield part, buffer[: len(part)].copy_(w.index_select(0, part))
+
+
+def strip_rows(width: int, dtype: torch.dtype) -> int:
+    """How many rows of a head (V, width) make a strip."""
+    fitting = STRIP_BYTES // (gradient_dtype(dtype).itemsize * max(1, width))
+    return min(max(LEAST_STRIP_ROWS, fitting), MOST_STRIP_ROWS)
+
+
+def _parts(w: Tensor, columns: Tensor | None) -> list[slice | Tensor]:
+    if columns is None:
+        return _ranges(w)
+    return list(columns.split(strip_rows(w.shape[1], w.dtype))) if len(columns) else []
 
 
 def _ranges(w: Tensor) -> list[slice]:
-    height = max(64, STRIP_BYTES // (4 * w.shape[1]))
+    height = strip_rows(w.shape[1], w.dtype)
     return [slice(start, min(start + height, len(w))) for start in range(0, len(w), height)]

@@ -1,6 +1,7 @@
 """An LM head beyond its weight: what stands between hidden states and logits in real models.
 
-    logits = softcap tanh(y / softcap),   y = logit_scale (x @ weight^T + scale (x @ a^T) @ b^T + bias)
+    y = logit_scale (x @ weight^T + scale (x @ a^T) @ b^T + bias)
+    logits = softcap tanh(y / softcap)
 
 Every public function takes a plain weight tensor (V, H) or a `Head` for `lm_head` and
 `teacher_lm_head`; the bias is an argument of its own.

@@ -4,51 +4,66 @@ Shared arguments, wherever they appear:
 
     hidden            (B, T, H) or (N, H): the states that predict the targets; fp64, fp32, bf16 or
                       fp16
-    lm_head           (V, H) weight; bias (V,) or None
+    lm_head           (V, H) weight, or a `Head`: weight, softcap, logit_scale, LoRA; bias (V,) or
+                      None
     teacher_hidden    (B, T, H_t) or (N, H_t), or only the sequences whose gate is not 0, in their
                       order
-    teacher_lm_head   (V_t, H_t) weight; teacher_bias (V_t,) or None. Vocabularies of different size
-                      are read as the min(V, V_t) rows they share, both distributions normalised
-                      over those. No teacher tensor ever receives a gradient, whatever its
-                      requires_grad says.
+    teacher_lm_head   (V_t, H_t) weight, or a `Head`; teacher_bias (V_t,) or None. Vocabularies of
+                      different size (151,936 against a padded 152,064) are read as the min(V, V_t)
+                      rows they share, both distributions normalised over those. No teacher tensor
+                      ever receives a gradient, whatever its requires_grad says.
     targets           (B, T) or (N,) int64 or int32 token ids, aligned: hidden[t] predicts
                       targets[t]
     completion_mask   (B, T) or (N,), 1 on the tokens of the loss; None = all. What stands elsewhere
                       is never read.
-    temperature       > 0, divides both models' logits
+    temperature       > 0, divides the student's logits, and the teacher's unless
+                      teacher_temperature says otherwise (None = the same)
     reduction         "token_mean", "sequence_mean" or "sum", see `loss_weights`; or pass `weights`
                       of shape (B, T) or (N,), which replace reduction and normaliser: the loss is
-                      sum(weights * mask * term)
-    **engine          impl="auto"|"triton"|"cpu"|"torch"; workspace_bytes (None = 128 MiB on CPU,
-                      2.5 GiB on GPU) for the logits of one chunk, or chunk_rows directly;
-                      logits_dtype (None = fp32, but bf16 for bf16 inputs on CPUs with bf16
-                      instructions); return_stats=True returns (loss, TokenStats)
+                      sum(weights * mask * term). `grpo_weights`, `dapo_weights`, `bnpo_weights`,
+                      `dr_grpo_weights` and `sod_weights` make the usual ones
+    **engine          impl="auto"|"triton"|"cpu"|"torch"; workspace_bytes, the most that may be held
+                      above inputs and gradients (None = 128 to 512 MiB on CPU, 2.5 GiB on GPU;
+                      `engine.plan` explains the choice), or chunk_rows directly; logits_dtype
+                      (None = fp32, but bf16 for bf16 inputs on CPUs with bf16 instructions);
+                      grad_tol=0.0, the share of sum |dlogits| of a chunk that may be left out of
+                      the gradients with the columns that carry it (0 = exact; worthwhile for the
+                      peaked distributions of a trained model); return_stats=True returns
+                      (loss, TokenStats)
 
 Every loss is a 0-d fp32 tensor (fp64 for fp64 inputs), exactly 0 with zero gradients when no token
-takes part, and differentiable once with respect to hidden, lm_head and bias. All raise
-`KepoInputError` (a ValueError) on bad input.
+takes part, and differentiable once with respect to hidden, lm_head, its LoRA and bias. Tokens to
+which the loss sends nothing back cost no gradient product on a CPU; those of which that is known
+beforehand (weight 0, or advantage 0 without penalty or bonus) cost nothing at all, unless
+return_stats asks for their numbers. Under autocast hidden states, weights and biases are cast as a
+linear layer would cast them, and nothing else. All raise `KepoInputError` (a ValueError) on bad
+input.
 """
+
+from collections.abc import Callable
 
 from torch import Tensor
 
+from kepo_kernels.call import Call, Result, at, begin
 from kepo_kernels.engine import TokenStats
-from kepo_kernels.linear import Result, at, check_student, check_weights, run, token_weights
-from kepo_kernels.policy import PolicySettings, policy_token_loss
-from kepo_kernels.problem import Teacher, active_tokens, build_problem
-from kepo_kernels.validate import Validator
+from kepo_kernels.heads import Head
+from kepo_kernels.policy import PolicySettings, PolicyTerm, policy_term
+from kepo_kernels.problem import active_tokens, build_problem
+from kepo_kernels.sequences import with_whole_sequences
 
 
 def fused_gated_kd_loss(
     hidden: Tensor,
-    lm_head: Tensor,
+    lm_head: Tensor | Head,
     teacher_hidden: Tensor,
-    teacher_lm_head: Tensor,
+    teacher_lm_head: Tensor | Head,
     *,
     gate: Tensor | None = None,
     completion_mask: Tensor | None = None,
     weights: Tensor | None = None,
     beta: float = 0.5,
     temperature: float = 1.0,
+    teacher_temperature: float | None = None,
     bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     reduction: str = "token_mean",
@@ -72,19 +87,16 @@ def fused_gated_kd_loss(
     Equals, holding whole matrices: `reference.gated_kd_loss`, i.e. for one open token at beta = 0
     `F.kl_div(log_softmax(student), log_softmax(teacher), log_target=True, reduction="sum")`.
     """
-    check = Validator("fused_gated_kd_loss")
-    lead = check_student(check, hidden, lm_head, bias, completion_mask, engine)
-    check_weights(check, hidden, weights=weights, reduction=reduction)
-    check.softmax(temperature, beta)
-    teacher = Teacher(teacher_hidden, teacher_lm_head, teacher_bias, gate)
-    teacher.check(check, hidden)
-    weights = token_weights(lead, hidden, completion_mask, gate, weights, reduction)
-    check.finite(weights != 0, weights=weights)
-    active = active_tokens(lead, weights)
-    problem = build_problem(
-        check,
-        hidden,
-        lm_head,
+    call = begin("fused_gated_kd_loss", hidden, lm_head, bias, completion_mask, engine)
+    teacher_temperature = call.check.softmax(temperature, beta, teacher_temperature)
+    teacher = call.teacher(teacher_hidden, teacher_lm_head, teacher_bias, gate, teacher_temperature)
+    weights = call.weights(gate, weights=weights, reduction=reduction)
+    active = active_tokens(call.lead, weights)
+    student, problem = build_problem(
+        call.check,
+        call.hidden,
+        call.head,
+        call.bias,
         None,
         teacher,
         active,
@@ -93,19 +105,12 @@ def fused_gated_kd_loss(
         beta=beta,
         temperature=temperature,
     )
-    return run(
-        hidden,
-        lm_head,
-        bias,
-        problem,
-        lambda stats, rows: at(weights, rows) * stats.divergence,
-        engine,
-    )
+    return call.run(student, problem, lambda stats, rows: at(weights, rows) * stats.divergence)
 
 
 def fused_grpo_loss(
     hidden: Tensor,
-    lm_head: Tensor,
+    lm_head: Tensor | Head,
     targets: Tensor,
     advantages: Tensor,
     *,
@@ -113,69 +118,113 @@ def fused_grpo_loss(
     weights: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
+    sampler_weights: Tensor | None = None,
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.2,
+    delta: float | None = None,
     kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
     entropy_coef: float = 0.0,
-    policy_loss: str = "clip",
+    policy_loss: str | Callable[[Tensor, Tensor, Tensor], Tensor] = "clip",
     importance_level: str = "token",
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
     temperature: float = 1.0,
     bias: Tensor | None = None,
     reduction: str = "sequence_mean",
     **engine: object,
 ) -> Result:
-    """The GRPO objective on sampled tokens.
+    """The GRPO objective, and its relatives, on sampled tokens.
 
-        loss = sum_t w_t [ -min(r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t)
-                           + kl_coef (e^d_t - d_t - 1) - entropy_coef H(q_t) ]
+        loss = sum_t w_t [ s_t L(r_t, A_t) + kl_coef K(d_t) - entropy_coef H(q_t) ]
         r_t  = exp(log q(target_t) - old_logprobs_t),   d_t = ref_logprobs_t - log q(target_t)
 
-    (Shao et al. 2024, eq. 3, with the k3 estimator; unequal bounds are DAPO's clip-higher, Yu et
-    al. 2025.)
+        "clip"       L = -min( min(r, delta) A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A )
+        "cispo"      L = -stopgrad(min(r, 1 + epsilon_high)) A log q(target)
+        "sapo"       L = -(4/t) sigmoid(t (r - 1)) A,  t by the sign of A
+        "reinforce"  L = -A log q(target)
+        K            k1 = -d,  k2 = d^2 / 2,  k3 = e^d - d - 1
+
+    (GRPO, Shao et al. 2024, eq. 3; unequal bounds are DAPO's clip-higher, Yu et al. 2025; cispo,
+    MiniMax-M1 2025; sapo, Gao et al. 2025; sequence level is GSPO, Zheng et al. 2025; k1 to k3,
+    Schulman 2020.)
 
     Args:
         advantages: (B,) or one per token.
         old_logprobs: per token, of the policy that sampled, at this temperature. None = that policy
             is this one: the ratio is 1 in value and its gradient is kept (REINFORCE).
         ref_logprobs: per token, of the frozen reference; needed when kl_coef is not 0.
+        sampler_weights: (B,) or one per token; multiply L where the rollouts came from an engine
+            whose probabilities differ, see `kepo_kernels.sampler_weights`. None = 1.
+        delta: upper bound of the ratio, also for negative advantages (dual clip), > 1 +
+            epsilon_high; None = none.
         kl_coef, entropy_coef: 0 = term absent. The entropy bonus lowers the loss.
+        policy_loss: by name, or your own: (logprobs, log_ratio, advantages) of n tokens, the first
+            two with gradient, -> n losses, in any differentiable PyTorch.
+        importance_level: "token", or "sequence": log r is the mean over the sequence's tokens, the
+            same for all of them. Chunks then hold whole sequences; where one does not fit, a pass
+            for the log-probabilities comes first.
+        sapo_temperature_pos, sapo_temperature_neg: t of tokens with A > 0, and of the others.
 
     Equals, holding whole matrices: `reference.grpo_loss`.
     """
-    check = Validator("fused_grpo_loss")
-    lead = check_student(check, hidden, lm_head, bias, completion_mask, engine)
-    check_weights(check, hidden, weights=weights, reduction=reduction)
-    check.softmax(temperature)
-    weights = token_weights(lead, hidden, completion_mask, None, weights, reduction)
-    check.finite(weights != 0, weights=weights)
-    active = active_tokens(lead, weights)
+    call = begin("fused_grpo_loss", hidden, lm_head, bias, completion_mask, engine)
+    call.check.softmax(temperature)
+    weights = call.weights(None, weights=weights, reduction=reduction)
+    active = active_tokens(call.lead, weights)
     settings = PolicySettings(
-        epsilon_low, epsilon_high, kl_coef, entropy_coef, policy_loss, importance_level
+        epsilon_low,
+        epsilon_high,
+        delta,
+        kl_coef,
+        kl_estimator,
+        entropy_coef,
+        policy_loss,
+        importance_level,
+        sapo_temperature_pos,
+        sapo_temperature_neg,
     )
-    term = policy_token_loss(
-        check, settings, lead, active, hidden, advantages, old_logprobs, ref_logprobs
+    policy = policy_term(
+        call.check,
+        settings,
+        call.lead,
+        active,
+        call.hidden,
+        advantages,
+        old_logprobs,
+        ref_logprobs,
+        sampler_weights,
     )
-    check.targets(targets, hidden, active, len(lm_head))
-    problem = build_problem(
-        check, hidden, lm_head, targets, None, active, None, engine, temperature=temperature
-    )
-    return run(
-        hidden,
-        lm_head,
-        bias,
-        problem,
-        lambda stats, rows: at(weights, rows) * term(stats, rows),
+    call.check.targets(targets, call.hidden, active, len(call.head.weight))
+    rows = _rows(call, active, policy)
+    student, problem = build_problem(
+        call.check,
+        call.hidden,
+        call.head,
+        call.bias,
+        targets,
+        None,
+        rows,
+        None,
         engine,
+        temperature=temperature,
     )
+
+    def token_loss(stats: TokenStats, rows: Tensor) -> Tensor:
+        return at(weights, rows) * policy.token_loss(stats, rows)
+
+    if policy.whole_sequences:
+        problem, token_loss = with_whole_sequences(student, problem, call.lead, rows, token_loss)
+    return call.run(student, problem, token_loss)
 
 
 def fused_kepo_loss(
     hidden: Tensor,
-    lm_head: Tensor,
+    lm_head: Tensor | Head,
     targets: Tensor,
     advantages: Tensor,
     teacher_hidden: Tensor,
-    teacher_lm_head: Tensor,
+    teacher_lm_head: Tensor | Head,
     *,
     gate: Tensor,
     completion_mask: Tensor | None = None,
@@ -185,13 +234,19 @@ def fused_kepo_loss(
     beta: float = 0.5,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
+    sampler_weights: Tensor | None = None,
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.2,
+    delta: float | None = None,
     kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
     entropy_coef: float = 0.0,
-    policy_loss: str = "clip",
+    policy_loss: str | Callable[[Tensor, Tensor, Tensor], Tensor] = "clip",
     importance_level: str = "token",
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
     temperature: float = 1.0,
+    teacher_temperature: float | None = None,
     bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     policy_reduction: str = "sequence_mean",
@@ -216,48 +271,69 @@ def fused_kepo_loss(
 
     Equals, holding whole matrices: `reference.kepo_loss`.
     """
-    check = Validator("fused_kepo_loss")
-    lead = check_student(check, hidden, lm_head, bias, completion_mask, engine)
-    check_weights(check, hidden, policy_weights=policy_weights, policy_reduction=policy_reduction)
-    check_weights(
-        check, hidden, distill_weights=distill_weights, distill_reduction=distill_reduction
+    call = begin("fused_kepo_loss", hidden, lm_head, bias, completion_mask, engine)
+    teacher_temperature = call.check.softmax(temperature, beta, teacher_temperature)
+    call.check.number("distill_coef", distill_coef, lambda x: x >= 0, "a finite number >= 0")
+    teacher = call.teacher(teacher_hidden, teacher_lm_head, teacher_bias, gate, teacher_temperature)
+    policy_weights = call.weights(
+        None, policy_weights=policy_weights, policy_reduction=policy_reduction
     )
-    check.softmax(temperature, beta)
-    check.number("distill_coef", distill_coef, lambda x: x >= 0, "a finite number >= 0")
-    teacher = Teacher(teacher_hidden, teacher_lm_head, teacher_bias, gate)
-    teacher.check(check, hidden)
-    policy_weights = token_weights(
-        lead, hidden, completion_mask, None, policy_weights, policy_reduction
+    distill_weights = distill_coef * call.weights(
+        gate, distill_weights=distill_weights, distill_reduction=distill_reduction
     )
-    distill_weights = distill_coef * token_weights(
-        lead, hidden, completion_mask, gate, distill_weights, distill_reduction
-    )
-    check.finite(policy_weights != 0, policy_weights=policy_weights)
-    check.finite(distill_weights != 0, distill_weights=distill_weights)
-    rewarded = active_tokens(lead, policy_weights)
-    distilled = active_tokens(lead, distill_weights)
+    rewarded = active_tokens(call.lead, policy_weights)
+    distilled = active_tokens(call.lead, distill_weights)
     settings = PolicySettings(
-        epsilon_low, epsilon_high, kl_coef, entropy_coef, policy_loss, importance_level
+        epsilon_low,
+        epsilon_high,
+        delta,
+        kl_coef,
+        kl_estimator,
+        entropy_coef,
+        policy_loss,
+        importance_level,
+        sapo_temperature_pos,
+        sapo_temperature_neg,
     )
-    term = policy_token_loss(
-        check, settings, lead, rewarded, hidden, advantages, old_logprobs, ref_logprobs
+    policy = policy_term(
+        call.check,
+        settings,
+        call.lead,
+        rewarded,
+        call.hidden,
+        advantages,
+        old_logprobs,
+        ref_logprobs,
+        sampler_weights,
     )
-    check.targets(targets, hidden, rewarded | distilled, len(lm_head))
-    problem = build_problem(
-        check,
-        hidden,
-        lm_head,
+    call.check.targets(targets, call.hidden, rewarded | distilled, len(call.head.weight))
+    rows = _rows(call, rewarded, policy)
+    student, problem = build_problem(
+        call.check,
+        call.hidden,
+        call.head,
+        call.bias,
         targets,
         teacher,
-        rewarded | distilled,
+        rows | distilled,
         distilled,
         engine,
         beta=beta,
         temperature=temperature,
     )
 
-    def token_loss(stats: TokenStats, rows: Tensor) -> Tensor:
-        policy, distill = at(policy_weights, rows), at(distill_weights, rows)
-        return policy * term(stats, rows) + distill * stats.divergence
+    def policy_part(stats: TokenStats, rows: Tensor) -> Tensor:
+        return at(policy_weights, rows) * policy.token_loss(stats, rows)
 
-    return run(hidden, lm_head, bias, problem, token_loss, engine)
+    if policy.whole_sequences:
+        problem, policy_part = with_whole_sequences(student, problem, call.lead, rows, policy_part)
+
+    def token_loss(stats: TokenStats, rows: Tensor) -> Tensor:
+        return policy_part(stats, rows) + at(distill_weights, rows) * stats.divergence
+
+    return call.run(student, problem, token_loss)
+
+
+def _rows(call: Call, active: Tensor, policy: PolicyTerm) -> Tensor:
+    """Tokens that the policy term computes: all of its own where their numbers were asked for."""
+    return active if call.engine.get("return_stats") else policy.alive

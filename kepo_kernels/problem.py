@@ -1,6 +1,6 @@
-"""From a caller's arguments to the engine's `LinearProblem`.
+"""From a caller's arguments to the chunk loop's `LinearProblem`.
 
-Which rows take part, and how many of them fit a chunk.
+Which rows take part, and in which chunks.
 """
 
 from dataclasses import dataclass
@@ -8,20 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kepo_kernels import gemm
+from kepo_kernels import gemm, torch_rows
 from kepo_kernels.dispatch import pick_rows
-from kepo_kernels.engine import LinearProblem, RowPlan
 from kepo_kernels.errors import KepoInputError
+from kepo_kernels.heads import Head, LoRA
+from kepo_kernels.plan import Sizes, chunk_length
+from kepo_kernels.rows import RowSettings
+from kepo_kernels.sweep import LinearProblem, RowPlan, Student
 from kepo_kernels.validate import Validator, describe
 from kepo_kernels.weights import per_token
 
-# Logits of one chunk, student and teacher together. On a GPU fp32 gradients of a large head cost a
-# pass over the head per chunk, so chunks want to be about 2048 rows; on a CPU they want to be small
-# enough not to page in gigabytes.
-DEFAULT_WORKSPACE = {"cpu": 128 << 20, "cuda": 2560 << 20}
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Teacher:
     """The frozen side of a call.
 
@@ -29,17 +27,18 @@ class Teacher:
     """
 
     hidden: Tensor
-    lm_head: Tensor
+    head: Head
     bias: Tensor | None
     gate: Tensor | None  # (B,)
+    temperature: float
 
     def check(self, check: Validator, student: Tensor) -> None:
         names = ("teacher_hidden", "teacher_lm_head", "teacher_bias")
-        check.head(names, self.hidden, self.lm_head, self.bias)
+        check.head(names, self.hidden, self.head, self.bias)
         check.same_device(
             student,
             teacher_hidden=self.hidden,
-            teacher_lm_head=self.lm_head,
+            teacher_lm_head=self.head.weight,
             teacher_bias=self.bias,
         )
         check.require(
@@ -78,16 +77,17 @@ class Teacher:
 def build_problem(
     check: Validator,
     hidden: Tensor,
-    lm_head: Tensor,
+    head: Head,
+    bias: Tensor | None,
     targets: Tensor | None,
     teacher: Teacher | None,
     active: Tensor,
     distilled: Tensor | None,
-    settings: dict[str, object],
+    engine: dict[str, object],
     *,
     beta: float = 0.5,
-    temperature: float,
-) -> LinearProblem:
+    temperature: float = 1.0,
+) -> tuple[Student, LinearProblem]:
     """Plan the rows and fix every setting of the chunk loop.
 
     `active` and `distilled` are bool of shape lead: tokens that take part, and those among them
@@ -97,60 +97,117 @@ def build_problem(
     active = active.reshape(-1)
     shared = 0
     if teacher is None or distilled is None:
-        plain, teacher_rows = active.nonzero().squeeze(-1), hidden.new_empty(0, dtype=torch.int64)
-        plan = RowPlan(plain, teacher_rows)
+        rows = active.nonzero().squeeze(-1)
+        teacher_rows = rows[:0]
     else:
         distilled = distilled.reshape(-1) & active
         with_teacher = distilled.nonzero().squeeze(-1)
-        without = (active & ~distilled).nonzero().squeeze(-1)
-        plan = RowPlan(torch.cat((with_teacher, without)), teacher.rows(with_teacher, lead))
+        rows = torch.cat((with_teacher, (active & ~distilled).nonzero().squeeze(-1)))
+        teacher_rows = teacher.rows(with_teacher, lead)
         # Where every gate is closed the chunks are those of a call without a teacher, to the row.
-        shared = min(len(lm_head), len(teacher.lm_head)) if len(with_teacher) else 0
+        shared = min(len(head.weight), len(teacher.head.weight)) if len(with_teacher) else 0
     if targets is not None:
         # What stands on inactive tokens is never read; int64 is what the kernels take.
         targets = targets.reshape(-1).to(torch.int64)
 
-    dtype = settings.get("logits_dtype")
+    dtype = engine.get("logits_dtype")
     check.logits_dtype(dtype, hidden)
     dtype = dtype or gemm.default_logits_dtype(hidden.dtype, hidden.device)
-    workspace = settings.get("workspace_bytes") or DEFAULT_WORKSPACE.get(
-        hidden.device.type, DEFAULT_WORKSPACE["cuda"]
-    )
+    grad_tol = float(engine.get("grad_tol", 0.0))
     try:
-        row_kernels = pick_rows(settings.get("impl", "auto"), hidden.device, dtype)
+        row_kernels = pick_rows(engine.get("impl", "auto"), hidden.device, dtype)
+        chunk_rows = chunk_length(
+            Sizes(
+                rows=len(rows),
+                hidden_size=hidden.shape[-1],
+                vocab=len(head.weight),
+                dtype=hidden.dtype,
+                logits_dtype=dtype,
+                device=hidden.device,
+                teacher_rows=len(teacher_rows),
+                teacher_hidden_size=teacher.hidden.shape[-1] if shared else 0,
+                shared_vocab=shared,
+                tokens=active.numel(),
+                lora_rank=0 if head.lora is None else len(head.lora.a),
+                torch_impl=row_kernels is torch_rows,
+                compacts=grad_tol > 0.0,
+            ),
+            engine.get("workspace_bytes"),
+            engine.get("chunk_rows"),
+        )
     except KepoInputError as error:
         check.refuse(str(error))
-    return LinearProblem(
+    scale = 1.0 if teacher is None else teacher.head.logit_scale
+    return student_of(hidden, head, bias), LinearProblem(
         function=check.function,
-        plan=plan,
+        plan=RowPlan(rows, teacher_rows, even_chunks(len(teacher_rows), len(rows), chunk_rows)),
         targets=targets,
         teacher_hidden=None if teacher is None else teacher.hidden.detach().flatten(0, -2),
-        teacher_lm_head=None if teacher is None else teacher.lm_head.detach()[:shared],
+        teacher_lm_head=None if teacher is None else teacher.head.weight.detach()[:shared],
         teacher_bias=None
         if teacher is None or teacher.bias is None
         else teacher.bias.detach()[:shared],
-        beta=float(beta),
-        temperature=float(temperature),
+        teacher_lora=None if teacher is None else _shared(teacher.head.lora, shared),
+        # A scale s is a temperature 1/s: softmax(s z / T), and s z capped at c is s (z capped at
+        # c / s).
+        settings=RowSettings(
+            beta=float(beta),
+            temperature=temperature / head.logit_scale,
+            teacher_temperature=1.0 if teacher is None else teacher.temperature / scale,
+            softcap=(head.softcap or 0.0) / head.logit_scale,
+            teacher_softcap=0.0 if teacher is None else (teacher.head.softcap or 0.0) / scale,
+        ),
+        lora_scale=1.0 if head.lora is None else head.lora.scale,
         logits_dtype=dtype,
         row_kernels=row_kernels,
-        chunk_rows=_chunk_rows(
-            check, workspace, settings.get("chunk_rows"), (len(lm_head) + shared) * dtype.itemsize
-        ),
+        chunk_rows=chunk_rows,
+        grad_tol=grad_tol,
     )
 
 
-def _chunk_rows(
-    check: Validator, workspace_bytes: int, chunk_rows: int | None, row_bytes: int
-) -> int:
-    """Rows per chunk: as asked, or as many as the workspace holds."""
-    if chunk_rows is not None:
-        return chunk_rows
-    check.require(
-        workspace_bytes >= row_bytes,
-        f"workspace_bytes={workspace_bytes}: one row of logits takes {row_bytes} bytes here; pass "
-        "at least that, or None for the default",
-    )
-    return workspace_bytes // row_bytes
+def student_of(hidden: Tensor, head: Head, bias: Tensor | None) -> Student:
+    a, b = (None, None) if head.lora is None else head.lora[:2]
+    return Student(hidden.flatten(0, -2), head.weight, bias, a, b)
+
+
+def _shared(lora: LoRA | None, shared: int) -> LoRA | None:
+    return None if lora is None else LoRA(lora.a.detach(), lora.b.detach()[:shared], lora.scale)
+
+
+def even_chunks(split: int, rows: int, longest: int) -> tuple[tuple[int, int], ...]:
+    """Chunks [start, end) of equal length, on either side of the split. They depend on the active
+    rows alone, so closing a sequence gives bit for bit what leaving it out gives."""
+    chunks = []
+    for begin, stop in ((0, split), (split, rows)):
+        count = -(-(stop - begin) // longest)
+        size = -(-(stop - begin) // max(1, count))
+        chunks += [(start, min(start + size, stop)) for start in range(begin, stop, max(1, size))]
+    return tuple(chunks)
+
+
+def whole_sequence_chunks(
+    plan: RowPlan, tokens: int, longest: int
+) -> tuple[tuple[int, int], ...] | None:
+    """Chunks that never cut a sequence of `tokens` tokens; None if one does not fit in any.
+
+    Nor may one have rows on both sides of the teacher's split: they meet in no chunk.
+    """
+    if len(plan.rows) == 0:
+        return ()
+    of_row, split = plan.rows // tokens, len(plan.teacher_rows)
+    sequence, counts = of_row.unique_consecutive(return_counts=True)
+    if len(sequence.unique()) < len(sequence) or int(counts.max()) > longest:
+        return None
+    if 0 < split < len(of_row) and of_row[split - 1] == of_row[split]:
+        return None
+    chunks = []
+    start = end = 0
+    for length in counts.tolist():
+        if end > start and (end - start + length > longest or end == split):
+            chunks.append((start, end))
+            start = end
+        end += length
+    return (*chunks, (start, end))
 
 
 def active_tokens(lead: torch.Size, *weights: Tensor) -> Tensor:

@@ -12,9 +12,30 @@ import torch
 from torch import Tensor
 
 
-def project(hidden: Tensor, lm_head: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(n, H) hidden states, (V, H) head -> (n, V) logits."""
-    return hidden @ lm_head.T if bias is None else hidden @ lm_head.T + bias
+def project(hidden: Tensor, lm_head: object, bias: Tensor | None = None) -> Tensor:
+    """(n, H) hidden states and a head of V tokens -> (n, V) logits.
+
+        logits = softcap tanh(y / softcap)
+        y = logit_scale (hidden @ weight^T + scale (hidden @ a^T) @ b^T + bias)
+
+    lm_head: the weight (V, H), or anything with `.weight`, `.softcap` (None = no cap),
+    `.logit_scale` and `.lora` (None, or with `.a` (r, H), `.b` (V, r) and `.scale`). A logit of
+    -inf, a token ruled out, stays -inf under a softcap.
+    """
+    if isinstance(lm_head, Tensor):
+        return hidden @ lm_head.T if bias is None else hidden @ lm_head.T + bias
+    logits = hidden @ lm_head.weight.T
+    if lm_head.lora is not None:
+        logits = logits + lm_head.lora.scale * (hidden @ lm_head.lora.a.T) @ lm_head.lora.b.T
+    if bias is not None:
+        logits = logits + bias
+    logits = lm_head.logit_scale * logits
+    if lm_head.softcap is None:
+        return logits
+    # -inf is kept from tanh as well as put back: its gradient there is 0, but inf / inf is NaN.
+    alive = logits > -torch.inf
+    capped = lm_head.softcap * (torch.where(alive, logits, 0) / lm_head.softcap).tanh()
+    return torch.where(alive, capped, -torch.inf)
 
 
 def token_logprob(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -29,16 +50,22 @@ def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def token_divergence(
-    logits: Tensor, teacher_logits: Tensor, beta: float, temperature: float = 1.0
+    logits: Tensor,
+    teacher_logits: Tensor,
+    beta: float,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
 ) -> Tensor:
     """GKD's divergence over the columns both vocabularies share: (n, V), (n, V_t) -> (n,).
 
     beta = 0: KL(p|q), teacher first; beta = 1: KL(q|p); between: beta KL(p|m) + (1 - beta) KL(q|m)
-    with m = (1 - beta) q + beta p (Agarwal et al. 2024, eq. 1, teacher p, student q).
+    with m = (1 - beta) q + beta p (Agarwal et al. 2024, eq. 1). q = softmax(logits / temperature),
+    p = softmax(teacher_logits / teacher_temperature); None = the student's temperature.
     """
+    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
     shared = min(logits.shape[-1], teacher_logits.shape[-1])
     log_q = (logits[..., :shared] / temperature).log_softmax(-1)
-    log_p = (teacher_logits[..., :shared] / temperature).log_softmax(-1)
+    log_p = (teacher_logits[..., :shared] / teacher_temperature).log_softmax(-1)
     if beta == 0.0:
         return _expectation(log_p, log_q).sum(-1)
     if beta == 1.0:
@@ -89,54 +116,99 @@ def reduction_weights(
     raise ValueError(f"reduction {reduction!r} is not token_mean, sequence_mean or sum")
 
 
-def clipped_policy_loss(
+def policy_term(
+    policy_loss: str | Callable[[Tensor, Tensor, Tensor], Tensor],
     logprobs: Tensor,
+    log_ratio: Tensor,
     advantages: Tensor,
-    old_logprobs: Tensor | None = None,
+    *,
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.2,
+    delta: float | None = None,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
 ) -> Tensor:
-    """-min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A) per token.
+    """The policy's loss per token: (n,) each -> (n,). r = exp(log_ratio), A = advantages.
 
-    r = exp(logprobs - old_logprobs)
+        "clip"       -min(min(r, delta) A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A)
+        "cispo"      -stopgrad(min(r, 1 + epsilon_high)) A logprob
+        "sapo"       -(4 / t) sigmoid(t (r - 1)) A,  t = sapo_temperature_pos if A > 0,
+                                                         sapo_temperature_neg otherwise
+        "reinforce"  -A logprob
+        a callable   policy_loss(logprobs, log_ratio, advantages)
+
+    "clip" is PPO's (Schulman et al. 2017, eq. 7), with unequal bounds DAPO's (Yu et al. 2025), with
+    delta also bounded where A < 0 (dual clip, Ye et al. 2020; None = not). "cispo" is MiniMax-M1's
+    (2025); code that bounds r by epsilon_high itself means 1 + ours. "sapo": arXiv 2511.20347.
     """
-    ratio = torch.exp(logprobs - (logprobs.detach() if old_logprobs is None else old_logprobs))
-    clipped = ratio.clamp(1.0 - epsilon_low, 1.0 + epsilon_high)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+    if callable(policy_loss):
+        return policy_loss(logprobs, log_ratio, advantages)
+    if policy_loss == "reinforce":
+        return -advantages * logprobs
+    ratio = log_ratio.exp()
+    if policy_loss == "clip":
+        bounded = ratio if delta is None else ratio.clamp(max=delta)
+        clipped = ratio.clamp(1.0 - epsilon_low, 1.0 + epsilon_high)
+        return -torch.minimum(bounded * advantages, clipped * advantages)
+    if policy_loss == "cispo":
+        return -ratio.clamp(max=1.0 + epsilon_high).detach() * advantages * logprobs
+    if policy_loss == "sapo":
+        pos, neg = (logprobs.new_tensor(t) for t in (sapo_temperature_pos, sapo_temperature_neg))
+        t = torch.where(advantages > 0, pos, neg)
+        return -4.0 / t * torch.sigmoid(t * (ratio - 1.0)) * advantages
+    raise ValueError(f"policy_loss {policy_loss!r} is not clip, cispo, sapo, reinforce or callable")
 
 
-def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(policy|ref): exp(d) - d - 1 with d = ref_logprobs - logprobs."""
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
+    """Schulman's estimates of KL(policy|ref) from a sampled token, with d = ref - logprob.
+
+    k1 = -d, k2 = d^2 / 2, k3 = e^d - d - 1 (Schulman, "Approximating KL divergence", 2020).
+    """
     difference = ref_logprobs - logprobs
-    return difference.exp() - difference - 1.0
+    if estimator == "k1":
+        return -difference
+    if estimator == "k2":
+        return difference.square() / 2.0
+    if estimator == "k3":
+        return difference.exp() - difference - 1.0
+    raise ValueError(f"kl_estimator {estimator!r} is not k1, k2 or k3")
 
 
-def _total(
-    weights: Tensor, term: Callable[[Tensor], Tensor], like: Tensor, scale: float = 1.0
-) -> Tensor:
+def sequence_mean(values: Tensor, sequences: Tensor) -> Tensor:
+    """Each value replaced by the mean of its sequence's: (n,), (n,) sequence numbers -> (n,)."""
+    _, sequences, lengths = sequences.unique(return_inverse=True, return_counts=True)
+    sums = values.new_zeros(len(lengths)).index_add(0, sequences, values)
+    return (sums / lengths)[sequences]
+
+
+def _total(weights: Tensor, term: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     """sum(weights * term) over the rows of non-zero weight; exactly 0 when there is none."""
     rows = weights.reshape(-1).nonzero().squeeze(-1)
     if rows.numel() == 0:
         return like.reshape(-1)[:0].sum()
-    return scale * (weights.reshape(-1)[rows].to(like.dtype) * term(rows)).sum()
+    return (weights.reshape(-1)[rows].to(like.dtype) * term(rows)).sum()
 
 
 def gated_kd_loss(
     hidden: Tensor,
-    lm_head: Tensor,
+    lm_head: object,
     teacher_hidden: Tensor,
-    teacher_lm_head: Tensor,
+    teacher_lm_head: object,
     *,
     gate: Tensor | None = None,
     completion_mask: Tensor | None = None,
     weights: Tensor | None = None,
     beta: float = 0.5,
     temperature: float = 1.0,
+    teacher_temperature: float | None = None,
     bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     reduction: str = "token_mean",
 ) -> Tensor:
-    """Oracle of `kepo_kernels.fused_gated_kd_loss` (`teacher_hidden` for every sequence)."""
+    """Oracle of `kepo_kernels.fused_gated_kd_loss` (`teacher_hidden` for every sequence).
+
+    sum(w * token_divergence), heads as `project` reads them; gated as in KEPO, arXiv 2602.00400.
+    """
     lead = hidden.shape[:-1]
     mask = torch.ones(lead, device=hidden.device) if completion_mask is None else completion_mask
     if weights is None:
@@ -151,6 +223,7 @@ def gated_kd_loss(
             project(teacher[rows], teacher_lm_head, teacher_bias).detach(),
             beta,
             temperature,
+            teacher_temperature,
         )
 
     return _total(weights, term, hidden)
@@ -158,7 +231,7 @@ def gated_kd_loss(
 
 def grpo_loss(
     hidden: Tensor,
-    lm_head: Tensor,
+    lm_head: object,
     targets: Tensor,
     advantages: Tensor,
     *,
@@ -166,33 +239,50 @@ def grpo_loss(
     weights: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
     kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
     entropy_coef: float = 0.0,
+    policy_loss: str | Callable[[Tensor, Tensor, Tensor], Tensor] = "clip",
+    importance_level: str = "token",
+    sampler_weights: Tensor | None = None,
     temperature: float = 1.0,
     bias: Tensor | None = None,
     reduction: str = "sequence_mean",
+    **policy: float | None,
 ) -> Tensor:
-    """Oracle of `kepo_kernels.fused_grpo_loss`."""
+    """Oracle of `kepo_kernels.fused_grpo_loss`.
+
+        sum_t w_t [ s_t policy_term_t + kl_coef kl_estimate_t - entropy_coef entropy_t ]
+
+    s: sampler_weights, (B,) or per token; None = 1. The log-ratio of `policy_term` is l = logprob -
+    old_logprobs (None: its own detached value). importance_level "sequence" puts in its place the
+    mean of l over the sequence's tokens of non-zero weight, for each of them (GSPO, Zheng et al.
+    2025, eq. 4-7). `policy`: epsilon_low, epsilon_high, delta, sapo_temperature_pos and _neg.
+    """
     lead = hidden.shape[:-1]
     mask = torch.ones(lead, device=hidden.device) if completion_mask is None else completion_mask
     weights = reduction_weights(mask, None, reduction) if weights is None else weights * mask
-    if advantages.shape != lead:
-        advantages = advantages.reshape(-1, *[1] * (len(lead) - 1)).expand(lead)
     flat = hidden.flatten(0, -2)
+    tokens = lead[1] if len(lead) == 2 else 1  # of a sequence
 
     def term(rows: Tensor) -> Tensor:
-        def pick(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.reshape(-1)[rows]
+        def pick(x: Tensor) -> Tensor:
+            if x.shape != lead:
+                x = x.reshape(-1, *[1] * (len(lead) - 1)).expand(lead)
+            return x.reshape(-1)[rows]
 
         logits = project(flat[rows], lm_head, bias)
-        logprobs = token_logprob(logits, targets.reshape(-1)[rows], temperature)
-        loss = clipped_policy_loss(
-            logprobs, pick(advantages), pick(old_logprobs), epsilon_low, epsilon_high
-        )
+        logprobs = token_logprob(logits, pick(targets), temperature)
+        log_ratio = logprobs - (logprobs.detach() if old_logprobs is None else pick(old_logprobs))
+        if importance_level == "sequence":
+            log_ratio = sequence_mean(log_ratio, rows // tokens)
+        elif importance_level != "token":
+            raise ValueError(f"importance_level {importance_level!r} is not token or sequence")
+        loss = policy_term(policy_loss, logprobs, log_ratio, pick(advantages), **policy)
+        if sampler_weights is not None:
+            loss = loss * pick(sampler_weights)
         if ref_logprobs is not None and kl_coef != 0.0:
-            loss = loss + kl_coef * k3(logprobs, pick(ref_logprobs))
+            loss = loss + kl_coef * kl_estimate(logprobs, pick(ref_logprobs), kl_estimator)
         return loss - entropy_coef * token_entropy(logits, temperature)
 
     return _total(weights, term, hidden)
@@ -200,47 +290,52 @@ def grpo_loss(
 
 def kepo_loss(
     hidden: Tensor,
-    lm_head: Tensor,
+    lm_head: object,
     targets: Tensor,
     advantages: Tensor,
     teacher_hidden: Tensor,
-    teacher_lm_head: Tensor,
+    teacher_lm_head: object,
     *,
     gate: Tensor,
     completion_mask: Tensor | None = None,
+    policy_weights: Tensor | None = None,
+    distill_weights: Tensor | None = None,
     distill_coef: float = 1.0,
     beta: float = 0.5,
     temperature: float = 1.0,
+    teacher_temperature: float | None = None,
     bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     policy_reduction: str = "sequence_mean",
     distill_reduction: str = "token_mean",
     **policy: object,
 ) -> Tensor:
-    """Oracle of `kepo_kernels.fused_kepo_loss`.
+    """Oracle of `kepo_kernels.fused_kepo_loss`: grpo_loss + distill_coef gated_kd_loss.
 
-    It is the sum of the two losses above, each with its own reduction.
+    Each has its own weights or reduction; `policy` is what else `grpo_loss` takes.
     """
-    return grpo_loss(
+    common = {"completion_mask": completion_mask, "temperature": temperature, "bias": bias}
+    reward = grpo_loss(
         hidden,
         lm_head,
         targets,
         advantages,
-        completion_mask=completion_mask,
-        temperature=temperature,
-        bias=bias,
+        weights=policy_weights,
         reduction=policy_reduction,
+        **common,
         **policy,
-    ) + distill_coef * gated_kd_loss(
+    )
+    distillation = gated_kd_loss(
         hidden,
         lm_head,
         teacher_hidden,
         teacher_lm_head,
         gate=gate,
-        completion_mask=completion_mask,
+        weights=distill_weights,
         beta=beta,
-        temperature=temperature,
-        bias=bias,
+        teacher_temperature=teacher_temperature,
         teacher_bias=teacher_bias,
         reduction=distill_reduction,
+        **common,
     )
+    return reward + distill_coef * distillation

@@ -5,17 +5,18 @@ logits a back-end computes three numbers - `logprob`, `divergence`, `entropy` - 
 loss sends back to them, the gradient on the logits. A back-end is a module with exactly two
 functions:
 
-    row_forward(logits, targets, teacher, beta, temperature) -> table
-    row_backward_(logits, targets, teacher, table, coefficients, beta, temperature) -> None
+    row_forward(logits, targets, teacher, settings) -> table
+    row_backward_(logits, targets, teacher, table, coefficients, settings) -> None
 
-    logits        (n, V)   student logits, before the temperature; `row_backward_` overwrites them
-                           with dlogits
+    logits        (n, V)   student logits, before softcap and temperature; `row_backward_`
+                           overwrites them with dlogits, the gradient on these same raw logits
     targets       (n,)     int64 token ids in [0, V), or None: no log-probability is wanted, and
                            `logprob` is 0
     teacher       (n, V_t) teacher logits in the dtype of `logits`, or None: the divergence is 0
     table         (9, n)   the columns of `RowStats`, in fp32 (fp64 for fp64 logits)
     coefficients  (3, n)   d loss / d logprob, d loss / d divergence, d loss / d entropy; dtype of
                            `table`
+    settings               a `RowSettings`
 
 The divergence reads only the `min(V, V_t)` leading columns that both vocabularies share, each side
 normalised over those; `logprob` and `entropy` read the student's whole row. A back-end never sees a
@@ -29,6 +30,20 @@ import torch
 from torch import Tensor
 
 
+class RowSettings(NamedTuple):
+    """How a row's logits are read, and which divergence is taken.
+
+    A softcap of s > 0 reads the logit z as s tanh(z / s); 0 reads it as it is. A logit of -inf, a
+    token ruled out, stays -inf under a softcap (its tanh would make it -s, a token like any other).
+    """
+
+    beta: float = 0.5  # in [0, 1]
+    temperature: float = 1.0  # > 0, divides the (capped) student logits
+    teacher_temperature: float = 1.0  # > 0, divides the (capped) teacher logits
+    softcap: float = 0.0  # of the student logits
+    teacher_softcap: float = 0.0
+
+
 class RowStats(NamedTuple):
     """What `row_forward` found out about each row.
 
@@ -36,7 +51,7 @@ class RowStats(NamedTuple):
 
     A softmax is kept as the row's largest logit and the log of the sum that remains, so that
     log q = (logit - peak) / temperature - log_sum loses nothing where q is near 1, and is exactly 0
-    when V = 1.
+    when V = 1. Logits and peaks are capped ones throughout.
     """
 
     logprob: Tensor  # (n,) log q(target)

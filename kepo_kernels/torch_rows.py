@@ -6,15 +6,22 @@ It runs on any device and in fp64, and is what every install can fall back to.
 import torch
 from torch import Tensor
 
-from kepo_kernels.rows import NUM_STATS, RowStats, accumulate_dtype, shared_columns
+from kepo_kernels.rows import (
+    NUM_STATS,
+    RowSettings,
+    RowStats,
+    accumulate_dtype,
+    shared_columns,
+)
 
 # Rows are taken a few at a time so that the temporaries (about eight of them) stay at some tens of
 # megabytes however large the chunk is: the caller's workspace budget counts the logits alone.
-BLOCK_ELEMENTS = 1 << 20
+BLOCK_ELEMENTS = 1 << 18
+TEMPORARIES = 14  # blocks in the dtype of the table that are alive at once, at most
 
 
 def row_forward(
-    logits: Tensor, targets: Tensor | None, teacher: Tensor | None, beta: float, temperature: float
+    logits: Tensor, targets: Tensor | None, teacher: Tensor | None, settings: RowSettings
 ) -> Tensor:
     """See `kepo_kernels.rows`."""
     rows = logits.shape[0]
@@ -25,8 +32,7 @@ def row_forward(
             None if targets is None else targets[block],
             None if teacher is None else teacher[block],
             RowStats(*(column[block] for column in table.unbind(0))),
-            beta,
-            temperature,
+            settings,
         )
     return table
 
@@ -37,8 +43,7 @@ def row_backward_(
     teacher: Tensor | None,
     table: Tensor,
     coefficients: Tensor,
-    beta: float,
-    temperature: float,
+    settings: RowSettings,
 ) -> None:
     """See `kepo_kernels.rows`."""
     for block in _blocks(logits):
@@ -48,8 +53,7 @@ def row_backward_(
             None if teacher is None else teacher[block],
             RowStats(*table[:, block].unsqueeze(-1).unbind(0)),
             coefficients[:, block].unsqueeze(-1),
-            beta,
-            temperature,
+            settings,
         )
 
 
@@ -59,12 +63,26 @@ def _blocks(logits: Tensor) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
+def _capped(logits: Tensor, dtype: torch.dtype, softcap: float) -> Tensor:
+    """The logits as the formulas see them, in `dtype`; -inf stays -inf."""
+    logits = logits.to(dtype)
+    if softcap == 0.0:
+        return logits
+    return torch.where(logits > -torch.inf, softcap * (logits / softcap).tanh(), logits)
+
+
+def _cap_slope(logits: Tensor, dtype: torch.dtype, softcap: float) -> Tensor:
+    """d capped / d raw = 1 - tanh^2, without its cancellation at the cap: 4 e / (1 + e)^2."""
+    e = (logits.to(dtype).abs() * (-2.0 / softcap)).exp()
+    return 4.0 * e / (1.0 + e).square()
+
+
 def _log_softmax(logits: Tensor, peak: Tensor, log_sum: Tensor, temperature: float) -> Tensor:
-    return (logits.to(peak.dtype) - peak) / temperature - log_sum
+    return (logits - peak) / temperature - log_sum
 
 
 def _log_sum(logits: Tensor, peak: Tensor, temperature: float) -> Tensor:
-    return ((logits.to(peak.dtype) - peak.unsqueeze(-1)) / temperature).logsumexp(-1)
+    return ((logits - peak.unsqueeze(-1)) / temperature).logsumexp(-1)
 
 
 def _weighted(probability: Tensor, value: Tensor) -> Tensor:
@@ -88,9 +106,10 @@ def _forward_block(
     targets: Tensor | None,
     teacher: Tensor | None,
     out: RowStats,
-    beta: float,
-    temperature: float,
+    settings: RowSettings,
 ) -> None:
+    beta, temperature, teacher_temperature = settings[:3]
+    logits = _capped(logits, out.peak.dtype, settings.softcap)
     out.peak.copy_(logits.amax(-1))
     out.log_sum.copy_(_log_sum(logits, out.peak, temperature))
     log_q = _log_softmax(logits, out.peak.unsqueeze(-1), out.log_sum.unsqueeze(-1), temperature)
@@ -102,15 +121,19 @@ def _forward_block(
         return
 
     shared = shared_columns(logits, teacher)
-    logits, teacher = logits[:, :shared], teacher[:, :shared]
+    logits = logits[:, :shared]
+    teacher = _capped(teacher[:, :shared], logits.dtype, settings.teacher_softcap)
     out.shared_log_sum.copy_(_log_sum(logits, out.peak, temperature))
     out.teacher_peak.copy_(teacher.amax(-1))
-    out.teacher_log_sum.copy_(_log_sum(teacher, out.teacher_peak, temperature))
+    out.teacher_log_sum.copy_(_log_sum(teacher, out.teacher_peak, teacher_temperature))
     log_q = _log_softmax(
         logits, out.peak.unsqueeze(-1), out.shared_log_sum.unsqueeze(-1), temperature
     )
     log_p = _log_softmax(
-        teacher, out.teacher_peak.unsqueeze(-1), out.teacher_log_sum.unsqueeze(-1), temperature
+        teacher,
+        out.teacher_peak.unsqueeze(-1),
+        out.teacher_log_sum.unsqueeze(-1),
+        teacher_temperature,
     )
     p, q = log_p.exp(), log_q.exp()
     # Each KL is summed as a log(a/b) - a + b: every term is >= 0, and a rounding error in a
@@ -135,9 +158,10 @@ def _backward_block(
     teacher: Tensor | None,
     stats: RowStats,
     coefficients: Tensor,
-    beta: float,
-    temperature: float,
+    settings: RowSettings,
 ) -> None:
+    beta, temperature, teacher_temperature = settings[:3]
+    raw, logits = logits, _capped(logits, stats.peak.dtype, settings.softcap)
     c, g, e = coefficients
     log_q = _log_softmax(logits, stats.peak, stats.log_sum, temperature)
     q = log_q.exp()
@@ -148,8 +172,9 @@ def _backward_block(
     if teacher is not None:
         shared = shared_columns(logits, teacher)
         log_q = _log_softmax(logits[:, :shared], stats.peak, stats.shared_log_sum, temperature)
+        teacher = _capped(teacher[:, :shared], logits.dtype, settings.teacher_softcap)
         log_p = _log_softmax(
-            teacher[:, :shared], stats.teacher_peak, stats.teacher_log_sum, temperature
+            teacher, stats.teacher_peak, stats.teacher_log_sum, teacher_temperature
         )
         q = log_q.exp()
         if beta == 0.0:
@@ -160,4 +185,6 @@ def _backward_block(
             log_m = _log_mixture(log_q, log_p, beta)
             direction = (1.0 - beta) * _weighted(q, log_q - log_m - stats.student_kl)
         grad[:, :shared] += g * direction
-    logits.copy_(grad / temperature)
+    if settings.softcap > 0.0:
+        grad *= _cap_slope(raw, grad.dtype, settings.softcap)
+    raw.copy_(grad / temperature)

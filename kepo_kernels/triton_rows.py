@@ -8,88 +8,29 @@ TRITON_INTERPRET=1 set before Triton is first imported the same code runs on CPU
 """
 
 import contextlib
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from kepo_kernels.rows import NUM_COEFFICIENTS, NUM_STATS, shared_columns
-
-try:
-    import triton
-    import triton.language as tl
-
-    IMPORT_ERROR = None
-except ImportError as error:  # `unavailable` then says so, and nobody calls the functions below
-    IMPORT_ERROR = str(error)
-    triton, tl = SimpleNamespace(jit=lambda kernel: kernel), SimpleNamespace(constexpr=None)
+from kepo_kernels.rows import NUM_COEFFICIENTS, NUM_STATS, RowSettings, shared_columns
+from kepo_kernels.triton_math import (
+    IMPORT_ERROR,
+    cap_slope,
+    capped,
+    mixture,
+    policy_grad,
+    read,
+    reduce,
+    scan,
+    tl,
+    triton,
+    weighted,
+)
 
 # An iteration reads BLOCK columns, eight a thread: one 16-byte load in bf16, two in fp32, at no
 # more than 64 registers on an A100 or H100, so that four programs share a multiprocessor.
 MAX_BLOCK = 2048
 COLUMNS_PER_WARP = 256
-
-
-@triton.jit
-def _weighted(probability, value):
-    """probability * value; 0 where the probability is 0, the limit of p log p; NaN where it is."""
-    return tl.where(probability > 0, probability * value, probability)
-
-
-@triton.jit
-def _read(row, column, end):
-    """One block of logits in fp32; past the end they are -inf, which has no probability."""
-    return tl.load(row + column, mask=column < end, other=-float("inf")).to(tl.float32)
-
-
-@triton.jit
-def _scan(row, begin, end, peak, total, moment, inverse_temperature, BLOCK: tl.constexpr):
-    """Takes columns [begin, end) into each lane's peak and sums of e^x and x e^x.
-
-    x = (logit - peak) / temperature. Of a logit and the peak the smaller one's exponential is the
-    only one needed. A NaN never becomes the peak, but stays in the sums.
-    """
-    lanes = tl.arange(0, BLOCK)
-    for start in range(begin, end, BLOCK):
-        logit = _read(row, start + lanes, end)
-        x = tl.where(logit == -float("inf"), logit, (logit - peak) * inverse_temperature)
-        e = tl.exp(-tl.abs(x))
-        rises = x > 0
-        moment = tl.where(rises, _weighted(e, moment - x * total), moment + _weighted(e, x))
-        total = tl.where(rises, e * total + 1.0, total + e)
-        peak = tl.where(rises, logit, peak)
-    return peak, total, moment
-
-
-@triton.jit
-def _reduce(peak, total, moment, inverse_temperature):
-    """The lanes' softmaxes as one."""
-    top = tl.max(peak, 0)
-    x = tl.where(peak == -float("inf"), peak, (peak - top) * inverse_temperature)
-    scale = tl.exp(x)
-    return top, tl.sum(scale * total, 0), tl.sum(_weighted(scale, moment + x * total), 0)
-
-
-@triton.jit
-def _mixture(log_q, log_p, beta):
-    """q, p, log q/m and log p/m of m = (1 - beta) q + beta p.
-
-    log m is taken from the larger of the two, m = high (w + (1 - w) low/high): it does not
-    underflow while one of them lives. Where both are 0 so are the logarithms of the ratios.
-    """
-    teacher_high = log_p > log_q
-    gap = tl.where(teacher_high, log_p - log_q, log_q - log_p)
-    high = tl.exp(tl.where(teacher_high, log_p, log_q))
-    gap = tl.where(high > 0, gap, tl.where(high == high, 0.0, high))
-    ratio = tl.exp(-gap)
-    low = high * ratio
-    weight = tl.where(teacher_high, beta, 1.0 - beta)
-    log_m = tl.log(weight + (1.0 - weight) * ratio)  # log m/high
-    q = tl.where(teacher_high, low, high)
-    p = tl.where(teacher_high, high, low)
-    log_q_m = -log_m - tl.where(teacher_high, gap, 0.0)
-    log_p_m = -log_m - tl.where(teacher_high, 0.0, gap)
-    return q, p, log_q_m, log_p_m
 
 
 # KIND is "none" (no teacher), "forward" (beta = 0), "reverse" (beta = 1) or "mixture" (between).
@@ -108,8 +49,13 @@ def _forward_kernel(
     shared,
     beta,
     inverse_temperature,
+    inverse_teacher_temperature,
+    softcap,
+    teacher_softcap,
     KIND: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    TEACHER_CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -118,20 +64,22 @@ def _forward_kernel(
     none = tl.full((BLOCK,), -float("inf"), tl.float32)
     zeros = tl.zeros((BLOCK,), tl.float32)
 
-    top, sums, moments = _scan(
-        logits, 0, shared, none, zeros, zeros, inverse_temperature, BLOCK=BLOCK
+    top, sums, moments = scan(
+        logits, 0, shared, none, zeros, zeros, inverse_temperature, softcap, CAPPED, BLOCK
     )
-    shared_peak, shared_total, _ = _reduce(top, sums, moments, inverse_temperature)
-    top, sums, moments = _scan(
-        logits, shared, vocab, top, sums, moments, inverse_temperature, BLOCK=BLOCK
+    shared_peak, shared_total, _ = reduce(top, sums, moments, inverse_temperature)
+    top, sums, moments = scan(
+        logits, shared, vocab, top, sums, moments, inverse_temperature, softcap, CAPPED, BLOCK
     )
-    peak, total, moment = _reduce(top, sums, moments, inverse_temperature)
+    peak, total, moment = reduce(top, sums, moments, inverse_temperature)
     log_sum = tl.log(total)
     shared_log_sum = tl.log(shared_total)
 
     logprob = 0.0
     if HAS_TARGETS:
         target = tl.load(logits + tl.load(targets + row)).to(tl.float32)
+        if CAPPED:
+            target = capped(target, softcap)
         logprob = (target - peak) * inverse_temperature - log_sum
 
     divergence = 0.0
@@ -140,31 +88,32 @@ def _forward_kernel(
     teacher_log_sum = 0.0
     if KIND != "none":
         teacher += row * teacher_stride
-        top, sums, moments = _scan(
-            teacher, 0, shared, none, zeros, zeros, inverse_temperature, BLOCK=BLOCK
+        inverse = inverse_teacher_temperature
+        top, sums, moments = scan(
+            teacher, 0, shared, none, zeros, zeros, inverse, teacher_softcap, TEACHER_CAPPED, BLOCK
         )
-        teacher_peak, teacher_total, _ = _reduce(top, sums, moments, inverse_temperature)
+        teacher_peak, teacher_total, _ = reduce(top, sums, moments, inverse)
         teacher_log_sum = tl.log(teacher_total)
 
         # Each KL is summed as a log(a/b) - a + b: every term is >= 0, and rounding of the log-sums
         # cancels to first order.
         student_lanes, teacher_lanes = zeros, zeros
         for start in range(0, shared, BLOCK):
-            z = _read(logits, start + lanes, shared)
-            y = _read(teacher, start + lanes, shared)
+            z = read(logits, start + lanes, shared, softcap, CAPPED)
+            y = read(teacher, start + lanes, shared, teacher_softcap, TEACHER_CAPPED)
             log_q = (z - shared_peak) * inverse_temperature - shared_log_sum
-            log_p = (y - teacher_peak) * inverse_temperature - teacher_log_sum
+            log_p = (y - teacher_peak) * inverse - teacher_log_sum
             if KIND == "mixture":
-                q, p, log_q_m, log_p_m = _mixture(log_q, log_p, beta)
+                q, p, log_q_m, log_p_m = mixture(log_q, log_p, beta)
                 # m - q and m - p, written so that nothing cancels when p is close to q.
-                student_lanes += _weighted(q, log_q_m) + beta * (p - q)
-                teacher_lanes += _weighted(p, log_p_m) + (1.0 - beta) * (q - p)
+                student_lanes += weighted(q, log_q_m) + beta * (p - q)
+                teacher_lanes += weighted(p, log_p_m) + (1.0 - beta) * (q - p)
             else:
                 q, p = tl.exp(log_q), tl.exp(log_p)
                 if KIND == "forward":
-                    teacher_lanes += _weighted(p, log_p - log_q) - p + q
+                    teacher_lanes += weighted(p, log_p - log_q) - p + q
                 else:
-                    student_lanes += _weighted(q, log_q - log_p) - q + p
+                    student_lanes += weighted(q, log_q - log_p) - q + p
         student_kl = tl.sum(student_lanes, 0)
         divergence = tl.sum(teacher_lanes, 0)  # for "forward"
         if KIND == "reverse":
@@ -187,13 +136,6 @@ def _forward_kernel(
 
 
 @triton.jit
-def _policy_grad(log_q, hit, c, e, entropy):
-    """What logprob and entropy send back, before the temperature."""
-    q = tl.exp(log_q)
-    return tl.where(hit, c, 0.0) - c * q - e * _weighted(q, log_q + entropy)
-
-
-@triton.jit
 def _backward_kernel(
     logits,
     targets,
@@ -207,8 +149,13 @@ def _backward_kernel(
     shared,
     beta,
     inverse_temperature,
+    inverse_teacher_temperature,
+    softcap,
+    teacher_softcap,
     KIND: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    TEACHER_CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -238,25 +185,35 @@ def _backward_kernel(
         student_kl = tl.load(table + 8 * rows)
         for start in range(0, shared, BLOCK):
             column = start + lanes
-            x = (_read(logits, column, shared) - peak) * inverse_temperature
-            y = (_read(teacher, column, shared) - teacher_peak) * inverse_temperature
+            raw = read(logits, column, shared, softcap, False)
+            z = capped(raw, softcap) if CAPPED else raw
+            y = read(teacher, column, shared, teacher_softcap, TEACHER_CAPPED)
+            x = (z - peak) * inverse_temperature
             log_q = x - shared_log_sum
-            log_p = y - teacher_log_sum
+            log_p = (y - teacher_peak) * inverse_teacher_temperature - teacher_log_sum
             if KIND == "mixture":
-                q, _, log_q_m, _ = _mixture(log_q, log_p, beta)
-                grad = g * (1.0 - beta) * _weighted(q, log_q_m - student_kl)
+                q, _, log_q_m, _ = mixture(log_q, log_p, beta)
+                grad = g * (1.0 - beta) * weighted(q, log_q_m - student_kl)
             elif KIND == "reverse":
-                grad = g * _weighted(tl.exp(log_q), log_q - log_p - student_kl)
+                grad = g * weighted(tl.exp(log_q), log_q - log_p - student_kl)
             else:
                 grad = g * (tl.exp(log_q) - tl.exp(log_p))
-            grad += _policy_grad(x - log_sum, column == target, c, e, entropy)
-            grad = (grad * inverse_temperature).to(logits.dtype.element_ty)
+            grad += policy_grad(x - log_sum, column == target, c, e, entropy)
+            grad *= inverse_temperature
+            if CAPPED:
+                grad *= cap_slope(raw, softcap)
+            grad = grad.to(logits.dtype.element_ty)
             tl.store(logits + column, grad, mask=column < shared)
     for start in range(begin, vocab, BLOCK):
         column = start + lanes
-        log_q = (_read(logits, column, vocab) - peak) * inverse_temperature - log_sum
-        grad = _policy_grad(log_q, column == target, c, e, entropy)
-        grad = (grad * inverse_temperature).to(logits.dtype.element_ty)
+        raw = read(logits, column, vocab, softcap, False)
+        z = capped(raw, softcap) if CAPPED else raw
+        log_q = (z - peak) * inverse_temperature - log_sum
+        grad = policy_grad(log_q, column == target, c, e, entropy)
+        grad *= inverse_temperature
+        if CAPPED:
+            grad *= cap_slope(raw, softcap)
+        grad = grad.to(logits.dtype.element_ty)
         tl.store(logits + column, grad, mask=column < vocab)
 
 
@@ -273,11 +230,11 @@ def unavailable() -> str | None:
 
 
 def row_forward(
-    logits: Tensor, targets: Tensor | None, teacher: Tensor | None, beta: float, temperature: float
+    logits: Tensor, targets: Tensor | None, teacher: Tensor | None, settings: RowSettings
 ) -> Tensor:
     """See `kepo_kernels.rows`. fp64 logits are refused: `torch_rows` takes them."""
     table = torch.empty(NUM_STATS, logits.shape[0], dtype=torch.float32, device=logits.device)
-    _launch(_forward_kernel, logits, targets, teacher, (table,), beta, temperature)
+    _launch(_forward_kernel, logits, targets, teacher, (table,), settings)
     return table
 
 
@@ -287,14 +244,13 @@ def row_backward_(
     teacher: Tensor | None,
     table: Tensor,
     coefficients: Tensor,
-    beta: float,
-    temperature: float,
+    settings: RowSettings,
 ) -> None:
     """See `kepo_kernels.rows`. fp64 logits are refused: `torch_rows` takes them."""
-    _launch(_backward_kernel, logits, targets, teacher, (table, coefficients), beta, temperature)
+    _launch(_backward_kernel, logits, targets, teacher, (table, coefficients), settings)
 
 
-def _launch(kernel, logits, targets, teacher, columns, beta: float, temperature: float) -> None:
+def _launch(kernel, logits, targets, teacher, columns, settings: RowSettings) -> None:
     """Starts one program per row; what could make it read out of bounds is checked once more."""
     rows, vocab = logits.shape
     if logits.dtype == torch.float64:
@@ -317,6 +273,7 @@ def _launch(kernel, logits, targets, teacher, columns, beta: float, temperature:
     if rows == 0:
         return
 
+    kinds = {0: "forward", 1: "reverse"}
     block = min(max(triton.next_power_of_2(vocab), COLUMNS_PER_WARP), MAX_BLOCK)
     with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
         kernel[(rows,)](
@@ -329,10 +286,15 @@ def _launch(kernel, logits, targets, teacher, columns, beta: float, temperature:
             rows,
             vocab,
             shared_columns(logits, teacher),
-            float(beta),
-            1.0 / temperature,
-            KIND="none" if teacher is None else {0: "forward", 1: "reverse"}.get(beta, "mixture"),
+            float(settings.beta),
+            1.0 / settings.temperature,
+            1.0 / settings.teacher_temperature,
+            float(settings.softcap),
+            float(settings.teacher_softcap),
+            KIND="none" if teacher is None else kinds.get(settings.beta, "mixture"),
             HAS_TARGETS=targets is not None,
+            CAPPED=settings.softcap > 0,
+            TEACHER_CAPPED=settings.teacher_softcap > 0,
             BLOCK=block,
             num_warps=block // COLUMNS_PER_WARP,
             # Triton 3.10 turns this off by default; said here, an upgrade does not change the bits.

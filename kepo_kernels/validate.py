@@ -14,12 +14,21 @@ from torch import Tensor
 
 from kepo_kernels.dispatch import IMPLS
 from kepo_kernels.errors import KepoInputError
+from kepo_kernels.heads import Head
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("token_mean", "sequence_mean", "sum")
-POLICY_LOSSES = ("clip",)
-IMPORTANCE_LEVELS = ("token",)
-ENGINE_SETTINGS = ("impl", "workspace_bytes", "chunk_rows", "logits_dtype", "return_stats")
+POLICY_LOSSES = ("clip", "cispo", "sapo", "reinforce")
+IMPORTANCE_LEVELS = ("token", "sequence")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+ENGINE_SETTINGS = (
+    "impl",
+    "workspace_bytes",
+    "chunk_rows",
+    "logits_dtype",
+    "grad_tol",
+    "return_stats",
+)
 
 
 def describe(x: object) -> str:
@@ -49,20 +58,19 @@ class Validator:
             self.refuse(f"{name} holds {x[tuple(where)].item()} at {where}; expected {expected}")
 
     def head(
-        self, names: tuple[str, str, str], hidden: Tensor, lm_head: Tensor, bias: Tensor | None
+        self, names: tuple[str, str, str], hidden: Tensor, head: Head, bias: Tensor | None
     ) -> None:
-        """hidden (..., H), lm_head (V, H) and bias (V,) fit each other."""
+        """hidden (..., H), the head's weight (V, H) and LoRA, and bias (V,) fit each other."""
         hidden_name, head_name, bias_name = names
+        lm_head = head.weight
         given = [(hidden_name, hidden), (head_name, lm_head)]
         given += [] if bias is None else [(bias_name, bias)]
+        if head.lora is not None:
+            given += [(f"{head_name}.lora.a", head.lora.a), (f"{head_name}.lora.b", head.lora.b)]
         for name, x in given:
             self.require(isinstance(x, Tensor), f"{name} is {describe(x)}; expected a tensor")
         for name, x in given:
-            self.require(
-                type(x).__name__ != "DTensor",
-                f"{name} is a sharded DTensor; pass the unsharded parameter (for FSDP2: call "
-                "lm_head.unshard() first)",
-            )
+            self.whole(name, x)
             self.require(
                 x.dtype in FLOATS,
                 f"{name} {describe(x)}; expected one of "
@@ -93,6 +101,40 @@ class Validator:
                 f"{hidden_name} {describe(hidden)} and {name} {describe(x)} differ in dtype; cast "
                 "one of them",
             )
+        self.number(f"{head_name}.logit_scale", head.logit_scale, lambda x: x > 0, "a number > 0")
+        if head.softcap is not None:
+            self.number(
+                f"{head_name}.softcap", head.softcap, lambda x: x > 0, "None or a number > 0"
+            )
+        if head.lora is None:
+            return
+        a, b, scale = head.lora
+        self.number(f"{head_name}.lora.scale", scale, lambda x: True, "a finite number")
+        self.require(
+            a.dim() == b.dim() == 2
+            and a.shape[1] == lm_head.shape[1]
+            and b.shape == (len(lm_head), len(a)),
+            f"{head_name}.lora.a {describe(a)} and .b {describe(b)} do not fit {head_name} "
+            f"{describe(lm_head)}; expected (r, {lm_head.shape[1]}) and ({len(lm_head)}, r)",
+        )
+        for name, x in given[-2:]:
+            self.require(
+                x.device == lm_head.device,
+                f"{head_name} is on {lm_head.device} and {name} on {x.device}; move one",
+            )
+
+    def whole(self, name: str, x: Tensor) -> None:
+        """Not one shard of a parameter that lives on many devices."""
+        self.require(
+            type(x).__name__ != "DTensor",
+            f"{name} is a sharded DTensor; pass the unsharded parameter (for FSDP2: call "
+            "lm_head.unshard() first)",
+        )
+        self.require(
+            not hasattr(x, "ds_id") or x.numel() > 0,
+            f"{name} is a parameter that DeepSpeed ZeRO-3 has partitioned; call the loss inside "
+            "deepspeed.zero.GatheredParameters([lm_head.weight])",
+        )
 
     def same_device(self, hidden: Tensor, **tensors: Tensor | None) -> None:
         for name, x in tensors.items():
@@ -172,14 +214,22 @@ class Validator:
             good and math.isfinite(value) and holds(value), f"{name}={value!r}; expected {expected}"
         )
 
-    def softmax(self, temperature: float, beta: float = 0.5) -> None:
+    def softmax(
+        self, temperature: float, beta: float = 0.5, teacher_temperature: float | None = None
+    ) -> float:
+        """Returns the teacher's temperature: its own, or the student's."""
         self.number("temperature", temperature, lambda x: x > 0, "a finite number > 0")
         self.number("beta", beta, lambda x: 0 <= x <= 1, "a number in [0, 1]")
+        if teacher_temperature is None:
+            return temperature
+        expected = "None or a finite number > 0"
+        self.number("teacher_temperature", teacher_temperature, lambda x: x > 0, expected)
+        return teacher_temperature
 
-    def choice(self, name: str, value: object, choices: tuple[str, ...]) -> None:
+    def choice(self, name: str, value: object, choices: tuple[str, ...], other: str = "") -> None:
         self.require(
             isinstance(value, str) and value in choices,
-            f"{name}={value!r}; expected one of {', '.join(choices)}",
+            f"{name}={value!r}; expected one of {', '.join(choices)} {other}".rstrip(),
         )
 
     def reduction(self, name: str, value: object) -> None:
@@ -198,6 +248,10 @@ class Validator:
             self.require(
                 value is None or (good and value > 0),
                 f"{name}={value!r}; expected a positive integer or None",
+            )
+        if "grad_tol" in settings:
+            self.number(
+                "grad_tol", settings["grad_tol"], lambda x: 0 <= x < 1, "a number in [0, 1)"
             )
         wanted = settings.get("return_stats", False)
         self.require(isinstance(wanted, bool), f"return_stats={wanted!r}; expected True or False")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kepo_kernels import reference
-from kepo_kernels.rows import RowStats, accumulate_dtype
+from kepo_kernels.rows import RowSettings, RowStats, accumulate_dtype
 
 # Relative L2 error against the fp64 oracle. A correct fp32 kernel is at 1e-7 to 2e-6.
 RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 5e-6}
@@ -194,41 +194,53 @@ def make_problem(
     )
 
 
-def row_oracle(problem: RowProblem, beta: float, temperature: float) -> tuple[RowStats, Tensor]:
+def row_oracle(problem: RowProblem, settings: RowSettings) -> tuple[RowStats, Tensor]:
     """What the table and the gradient should be by their definitions, in fp64."""
-    logits = problem.logits.double().clone().requires_grad_()
-    teacher = None if problem.teacher is None else problem.teacher.double()
-    zeros = torch.zeros(len(logits), dtype=torch.float64)
+    beta, temperature, teacher_temperature, softcap, teacher_softcap = settings
+
+    def capped(logits: Tensor, softcap: float) -> Tensor:
+        if softcap == 0.0:
+            return logits
+        alive = logits > -torch.inf  # masked twice so that autograd meets no inf
+        finite = torch.where(alive, logits, 0.0)
+        return torch.where(alive, softcap * (finite / softcap).tanh(), -torch.inf)
+
+    raw = problem.logits.double().clone().requires_grad_()
+    u = capped(raw, softcap)
+    x = u / temperature
+    y = None
+    if problem.teacher is not None:
+        y = capped(problem.teacher.double(), teacher_softcap) / teacher_temperature
+    zeros = torch.zeros(len(raw), dtype=torch.float64)
 
     logprob, divergence = zeros, zeros
     if problem.targets is not None:
-        logprob = reference.token_logprob(logits, problem.targets, temperature)
-    if teacher is not None:
-        divergence = reference.token_divergence(logits, teacher, beta, temperature)
-    entropy = reference.token_entropy(logits, temperature)
-    numbers = torch.stack([logprob, divergence, entropy])
-    (gradient,) = torch.autograd.grad((problem.coefficients.double() * numbers).sum(), logits)
+        logprob = reference.token_logprob(x, problem.targets)
+    if y is not None:
+        divergence = reference.token_divergence(x, y, beta)
+    numbers = torch.stack([logprob, divergence, reference.token_entropy(x)])
+    (gradient,) = torch.autograd.grad((problem.coefficients.double() * numbers).sum(), raw)
 
-    z = logits.detach()
-    peak = z.amax(-1)
+    x = x.detach()
+    peak = x.amax(-1)
 
     def log_sum(x: Tensor, peak: Tensor) -> Tensor:
-        return ((x - peak.unsqueeze(-1)) / temperature).logsumexp(-1)
+        return (x - peak.unsqueeze(-1)).logsumexp(-1)
 
-    stats = RowStats(*numbers.detach(), peak, *(zeros,) * 5)
-    stats = stats._replace(log_sum=log_sum(z, peak), shared_log_sum=log_sum(z, peak))
-    if teacher is None:
+    stats = RowStats(*numbers.detach(), u.detach().amax(-1), *(zeros,) * 5)
+    stats = stats._replace(log_sum=log_sum(x, peak), shared_log_sum=log_sum(x, peak))
+    if y is None:
         return stats, gradient
-    shared = min(z.shape[1], teacher.shape[1])
-    z, y = z[:, :shared], teacher[:, :shared]
+    shared = min(x.shape[1], y.shape[1])
+    x, y = x[:, :shared], y[:, :shared]
     stats = stats._replace(
-        shared_log_sum=log_sum(z, peak),
-        teacher_peak=y.amax(-1),
+        shared_log_sum=log_sum(x, peak),
+        teacher_peak=y.amax(-1) * teacher_temperature,
         teacher_log_sum=log_sum(y, y.amax(-1)),
     )
     if beta > 0:
         # KL(q|m); m is p for beta = 1.
-        q, p = (z / temperature).softmax(-1), (y / temperature).softmax(-1)
+        q, p = x.softmax(-1), y.softmax(-1)
         m = (1 - beta) * q + beta * p
         stats = stats._replace(student_kl=torch.where(q > 0, q * (q / m).log(), 0).sum(-1))
     return stats, gradient
@@ -237,8 +249,7 @@ def row_oracle(problem: RowProblem, beta: float, temperature: float) -> tuple[Ro
 def run_rows(
     rows: ModuleType | SimpleNamespace,
     problem: RowProblem,
-    beta: float = 0.0,
-    temperature: float = 1.0,
+    settings: RowSettings,
     device: str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """A back-end's table and gradient; the problem is left as it is."""
@@ -247,11 +258,11 @@ def run_rows(
         return None if x is None else x.clone().to(device)
 
     logits, targets, teacher = copy(problem.logits), copy(problem.targets), copy(problem.teacher)
-    table = rows.row_forward(logits, targets, teacher, beta, temperature)
+    table = rows.row_forward(logits, targets, teacher, settings)
     unchanged = torch.equal(logits.cpu().view(torch.uint8), problem.logits.view(torch.uint8))
     assert unchanged, "the forward changed the logits"
     coefficients = copy(problem.coefficients)
-    rows.row_backward_(logits, targets, teacher, table, coefficients, beta, temperature)
+    rows.row_backward_(logits, targets, teacher, table, coefficients, settings)
     return table.cpu(), logits.cpu()
 
 
@@ -264,12 +275,11 @@ def assert_table_close(table: Tensor, problem: RowProblem, stats: RowStats) -> N
 def assert_rows_right(
     rows: ModuleType | SimpleNamespace,
     problem: RowProblem,
-    beta: float = 0.0,
-    temperature: float = 1.0,
+    settings: RowSettings,
     device: str = "cpu",
 ) -> None:
-    table, gradient = run_rows(rows, problem, beta, temperature, device)
-    stats, oracle = row_oracle(problem, beta, temperature)
+    table, gradient = run_rows(rows, problem, settings, device)
+    stats, oracle = row_oracle(problem, settings)
     assert_table_close(table, problem, stats)
     assert gradient.dtype == problem.logits.dtype
     assert_close_to_oracle(gradient, oracle, name="gradient")

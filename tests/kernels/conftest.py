@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from checks import device_of, rows_module, unavailable
+from row_calls import BACK_ENDS, BackEnd
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +16,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=BACK_ENDS, ids=lambda p: f"{p[0]}-{str(p[1]).removeprefix('torch.')}")
+def back_end(request, monkeypatch) -> BackEnd:
+    name, dtype = request.param
+    impl, _, isa = name.partition("-")
+    if reason := unavailable(impl):
+        pytest.skip(f"{impl}: {reason}")
+    rows = rows_module(impl)
+    if isa:
+        monkeypatch.setenv("KEPO_CPU_ISA", isa)
+        try:
+            rows.isa()
+        except ValueError as error:
+            pytest.skip(str(error))
+    return BackEnd(rows, dtype, device_of(impl))

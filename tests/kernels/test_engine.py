@@ -37,6 +37,7 @@ from torch import Tensor
 
 import kepo_kernels
 from kepo_kernels import KepoInputError, engine, gemm, losses
+from kepo_kernels.rows import RowSettings
 
 # --------------------------------------------------------------------------- only what is asked for
 
@@ -305,8 +306,9 @@ def test_opcheck(dtype, teacher_vocab):
         pytest.skip(reason)
     problem = make_row_problem(3, 37, teacher_vocab, dtype=dtype)
     inputs = (problem.logits, problem.targets, problem.teacher)
-    table = rows_module("cpu").row_forward(*inputs, 0.5, 0.7)
-    torch.library.opcheck(torch.ops.kepo_kernels.row_forward, (*inputs, 0.5, 0.7))
+    settings = RowSettings(0.5, 0.7, 1.3, softcap=8.0)
+    table = rows_module("cpu").row_forward(*inputs, settings)
+    torch.library.opcheck(torch.ops.kepo_kernels.row_forward, (*inputs, *settings))
     torch.library.opcheck(
-        torch.ops.kepo_kernels.row_backward_, (*inputs, table, problem.coefficients, 0.5, 0.7)
+        torch.ops.kepo_kernels.row_backward_, (*inputs, table, problem.coefficients, *settings)
     )

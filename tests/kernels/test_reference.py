@@ -90,6 +90,19 @@ def test_token_divergence_reads_the_shared_columns(beta):
     assert_close_to_oracle(swapped, expected, name="teacher wider, roles exchanged")
 
 
+def test_teacher_temperature():
+    """It divides the teacher's logits and nothing else; None is the student's."""
+    problem = make_row_problem(4, 37, 29, dtype=FLOAT64)
+    for beta in (0.0, 0.3, 1.0):
+        scaled = reference.token_divergence(problem.logits / 0.7, problem.teacher / 2.0, beta)
+        apart = reference.token_divergence(problem.logits, problem.teacher, beta, 0.7, 2.0)
+        assert_close_to_oracle(apart, scaled, name="divergence")
+        same = reference.token_divergence(problem.logits, problem.teacher, beta, 0.7, 0.7)
+        default = reference.token_divergence(problem.logits, problem.teacher, beta, 0.7)
+        assert torch.equal(default, same)
+        assert not torch.allclose(default, apart, rtol=0.01)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
 def test_masked_columns_count_for_nothing(beta):
     """Columns that are -inf on both sides: value and gradient are those without these columns."""
@@ -102,48 +115,6 @@ def test_masked_columns_count_for_nothing(beta):
         (divergence + reference.token_entropy(student)).sum().backward()
     assert_close_to_oracle(masked[0].grad[:, alive], kept[0].grad, name="gradient")
     assert not masked[0].grad[:, ~alive].any()
-
-
-# ------------------------------------------------------------------------------- policy terms
-
-
-@pytest.mark.parametrize(
-    ("advantage", "losses", "gradients"),
-    [
-        # ratio      0.5   0.9   1.0   1.1   1.5, clipped to [0.8, 1.3]
-        (2.0, (-1.0, -1.8, -2.0, -2.2, -2.6), (-1.0, -1.8, -2.0, -2.2, 0.0)),
-        (-2.0, (1.6, 1.8, 2.0, 2.2, 3.0), (0.0, 1.8, 2.0, 2.2, 3.0)),
-    ],
-)
-def test_clipped_policy_loss_by_hand(advantage, losses, gradients):
-    old = torch.full((5,), -1.5, dtype=FLOAT64)
-    ratio = torch.tensor([0.5, 0.9, 1.0, 1.1, 1.5], dtype=FLOAT64)
-    logprobs = (old + ratio.log()).requires_grad_()
-    loss = reference.clipped_policy_loss(
-        logprobs, torch.full((5,), advantage), old, epsilon_low=0.2, epsilon_high=0.3
-    )
-    loss.sum().backward()
-    assert loss.tolist() == pytest.approx(losses, rel=1e-14)
-    assert logprobs.grad.tolist() == pytest.approx(gradients, rel=1e-14, abs=0)
-
-
-def test_on_policy_loss_is_minus_the_advantage_with_its_gradient():
-    logprobs = torch.tensor([-0.1, -2.0, -9.0], dtype=FLOAT64, requires_grad=True)
-    advantages = torch.tensor([1.0, -0.5, 2.0], dtype=FLOAT64)
-    loss = reference.clipped_policy_loss(logprobs, advantages)
-    loss.sum().backward()
-    assert torch.equal(loss.detach(), -advantages)
-    assert torch.equal(logprobs.grad, -advantages)
-
-
-def test_k3_by_hand():
-    """d = ref - policy = log 2, 0, -log 2: 2 - log 2 - 1, 0, 1/2 + log 2 - 1; gradient 1 - e^d."""
-    logprobs = torch.full((3,), -3.0, dtype=FLOAT64, requires_grad=True)
-    half = math.log(2.0)
-    k3 = reference.k3(logprobs, torch.tensor([half, 0.0, -half], dtype=FLOAT64) - 3.0)
-    k3.sum().backward()
-    assert k3.tolist() == pytest.approx([1.0 - half, 0.0, half - 0.5], rel=1e-14)
-    assert logprobs.grad.tolist() == pytest.approx([-1.0, 0.0, 0.5], rel=1e-14)
 
 
 # --------------------------------------------------------------------------------- reductions

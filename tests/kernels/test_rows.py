@@ -1,31 +1,25 @@
 """Every back-end of the row contract against fp64 autograd of the oracle, value and gradient."""
 
 import inspect
-from dataclasses import dataclass, replace
-from types import ModuleType, SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 from checks import (
     RowProblem,
     assert_close_to_oracle,
-    assert_rows_right,
     assert_table_close,
-    device_of,
     make_row_problem,
     row_oracle,
     rows_module,
     run_rows,
     unavailable,
 )
-from torch.nn import functional as F
+from row_calls import FLOAT64, INF, KINDS, both_at, check, run
 
-from kepo_kernels.rows import NUM_STATS, RowStats, accumulate_dtype
+from kepo_kernels.rows import NUM_STATS, RowSettings, RowStats, accumulate_dtype
 
-INF = float("inf")
-FLOAT32, FLOAT64, BFLOAT16 = torch.float32, torch.float64, torch.bfloat16
 BETAS = (0.0, 0.1, 0.5, 1.0)
-KINDS = (0.0, 0.1, 1.0)  # one beta for each formula
 
 # (n, V, V_t), temperature. Less than one block, odd; the teacher wider, the teacher narrower (both
 # ends inside of a vector); more than one block of every back-end, odd.
@@ -36,42 +30,6 @@ CASES = (
     ((3, 1000, 900), 1.0),
     ((2, 4099, 4099), 0.7),
 )
-
-BACK_ENDS = (
-    *(("torch", dtype) for dtype in (FLOAT32, FLOAT64, BFLOAT16)),
-    *((f"cpu-{isa}", t) for isa in ("baseline", "avx2", "avx512") for t in (FLOAT32, BFLOAT16)),
-    # Triton's interpreter truncates fp32 to bf16. That the tests see these gradients rounded, as a
-    # GPU rounds them, is the doing of `interpret.checked`.
-    *(("triton", dtype) for dtype in (FLOAT32, BFLOAT16)),
-)
-
-
-@dataclass(frozen=True)
-class BackEnd:
-    rows: ModuleType
-    dtype: torch.dtype
-    device: str
-
-
-@pytest.fixture(params=BACK_ENDS, ids=lambda p: f"{p[0]}-{str(p[1]).removeprefix('torch.')}")
-def back_end(request, monkeypatch) -> BackEnd:
-    name, dtype = request.param
-    impl, _, isa = name.partition("-")
-    if reason := unavailable(impl):
-        pytest.skip(f"{impl}: {reason}")
-    rows = rows_module(impl)
-    if isa:
-        monkeypatch.setenv("KEPO_CPU_ISA", isa)
-        try:
-            rows.isa()
-        except ValueError as error:
-            pytest.skip(str(error))
-    return BackEnd(rows, dtype, device_of(impl))
-
-
-def check(back_end: BackEnd, problem: RowProblem, beta: float, temperature: float = 1.0) -> None:
-    assert_rows_right(back_end.rows, problem, beta, temperature, back_end.device)
-
 
 # ------------------------------------------------------------------------ values and gradients
 
@@ -86,7 +44,7 @@ def test_rows_match_oracle(back_end, shape, beta, temperature):
 def test_one_token_vocabulary(back_end, beta):
     """Its only token has probability 1: all but the peaks is 0, to the bit, as is the gradient."""
     problem = make_row_problem(3, 1, 1, dtype=back_end.dtype)
-    table, gradient = run_rows(back_end.rows, problem, beta, 0.7, back_end.device)
+    table, gradient = run(back_end, problem, beta, 0.7)
     expected = RowStats(*torch.zeros_like(table))
     expected.peak.copy_(problem.logits[:, 0])
     expected.teacher_peak.copy_(problem.teacher[:, 0])
@@ -155,10 +113,10 @@ def test_masked_columns(back_end, beta, masked):
             logits[:, 5:70] = -INF
             logits[0, -1] = -INF
     if (beta, masked) in ((0.0, "student"), (1.0, "teacher")):
-        table, _ = run_rows(back_end.rows, problem, beta, 1.0, back_end.device)
+        table, _ = run(back_end, problem, beta, 1.0)
         assert RowStats(*table).divergence.tolist() == [INF] * 3
         return
-    assert row_oracle(problem, beta, 1.0)[1].isfinite().all()
+    assert row_oracle(problem, both_at(beta))[1].isfinite().all()
     check(back_end, problem, beta)
 
 
@@ -173,13 +131,14 @@ def test_tail_beyond_the_shared_columns(back_end, wider):
     check(back_end, problem, 0.5)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 6.0])
 @pytest.mark.parametrize("beta", KINDS)
-def test_nan_stays_in_its_row_and_stays_nan(back_end, beta):
+def test_nan_stays_in_its_row_and_stays_nan(back_end, beta, softcap):
     clean = make_row_problem(3, 131, 131, dtype=back_end.dtype)
     problem = replace(clean, logits=clean.logits.clone())
     problem.logits[1, 77] = torch.nan
-    expected, expected_gradient = run_rows(back_end.rows, clean, beta, 1.0, back_end.device)
-    table, gradient = run_rows(back_end.rows, problem, beta, 1.0, back_end.device)
+    expected, expected_gradient = run(back_end, clean, beta, softcap=softcap)
+    table, gradient = run(back_end, problem, beta, softcap=softcap)
     assert table[:3, 1].isnan().all()  # logprob, divergence, entropy
     assert gradient[1].isnan().any()
     assert torch.equal(table[:, ::2], expected[:, ::2])
@@ -216,9 +175,10 @@ def test_offsets_beyond_int32(back_end, tmp_path):
 def assert_right_in_place(back_end, problem, logits, teacher):
     """As `check` does, on views of memory that the test laid out."""
     targets, coefficients = (x.to(back_end.device) for x in (problem.targets, problem.coefficients))
-    table = back_end.rows.row_forward(logits, targets, teacher, 0.5, 0.7)
-    back_end.rows.row_backward_(logits, targets, teacher, table, coefficients, 0.5, 0.7)
-    stats, oracle = row_oracle(problem, 0.5, 0.7)
+    settings = both_at(0.5, 0.7)
+    table = back_end.rows.row_forward(logits, targets, teacher, settings)
+    back_end.rows.row_backward_(logits, targets, teacher, table, coefficients, settings)
+    stats, oracle = row_oracle(problem, settings)
     assert_table_close(table, problem, stats)
     assert_close_to_oracle(logits, oracle, name="gradient")
 
@@ -226,7 +186,7 @@ def assert_right_in_place(back_end, problem, logits, teacher):
 @pytest.mark.parametrize("teacher_vocab", [None, 37])
 def test_no_rows(back_end, teacher_vocab):
     problem = make_row_problem(0, 37, teacher_vocab, dtype=back_end.dtype)
-    table, gradient = run_rows(back_end.rows, problem, 0.5, 1.0, back_end.device)
+    table, gradient = run(back_end, problem, 0.5, 1.0)
     assert table.shape == (NUM_STATS, 0) and table.dtype == accumulate_dtype(back_end.dtype)
     assert gradient.shape == (0, 37)
 
@@ -234,11 +194,11 @@ def test_no_rows(back_end, teacher_vocab):
 @pytest.mark.parametrize("beta", KINDS)
 def test_rows_depend_neither_on_their_place_nor_on_their_number(back_end, beta):
     problem = make_row_problem(5, 203, 203, dtype=back_end.dtype)
-    table, gradient = run_rows(back_end.rows, problem, beta, 0.7, back_end.device)
+    table, gradient = run(back_end, problem, beta, 0.7)
     order = torch.tensor([4, 1])
     rows = (problem.logits[order], problem.targets[order], problem.teacher[order])
     moved = RowProblem(*rows, problem.coefficients[:, order].contiguous())
-    moved_table, moved_gradient = run_rows(back_end.rows, moved, beta, 0.7, back_end.device)
+    moved_table, moved_gradient = run(back_end, moved, beta, 0.7)
     assert torch.equal(moved_table, table[:, order])
     assert torch.equal(moved_gradient, gradient[order])
 
@@ -252,9 +212,9 @@ def test_rows_do_not_depend_on_the_number_of_threads(impl, beta):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = run_rows(rows_module(impl), problem, beta, 0.7)
+        one = run_rows(rows_module(impl), problem, both_at(beta, 0.7))
         torch.set_num_threads(2)
-        two = run_rows(rows_module(impl), problem, beta, 0.7)
+        two = run_rows(rows_module(impl), problem, both_at(beta, 0.7))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
@@ -270,77 +230,4 @@ def test_triton_refuses_float64_by_name():
     if reason := unavailable("triton"):
         pytest.skip(reason)
     with pytest.raises(ValueError, match=r"triton_rows: logits are float64.*impl='torch'"):
-        run_rows(rows_module("triton"), make_row_problem(2, 5, dtype=FLOAT64))
-
-
-# ---------------------------------------------------------------------- can these tests fail?
-
-
-def faulty(fault: str) -> SimpleNamespace:
-    """`torch_rows` with one mistake in it."""
-    good = rows_module("torch")
-    changes = {
-        "zero gradient": lambda x, _: x.zero_(),
-        "sign flip": lambda x, _: x.neg_(),
-        "dropped last row": lambda x, _: x[-1].zero_(),
-        "temperature not applied in gradient": lambda x, temperature: x.mul_(temperature),
-        "gradient scaled by 1.05": lambda x, _: x.mul_(1.05),
-    }
-
-    def row_forward(logits, targets, teacher, beta, temperature):
-        if fault == "phantom columns":  # what a kernel without a mask reads past the end
-            logits, teacher = F.pad(logits, (0, 16)), F.pad(teacher, (0, 16))
-        teacher = None if fault == "ignored divergence" else teacher
-        beta = 0.0 if fault == "forward instead of reverse" else beta
-        return good.row_forward(logits, targets, teacher, beta, temperature)
-
-    def row_backward_(logits, targets, teacher, table, coefficients, beta, temperature):
-        beta = 0.0 if fault == "forward instead of reverse in gradient" else beta
-        good.row_backward_(logits, targets, teacher, table, coefficients, beta, temperature)
-        changes.get(fault, lambda *_: None)(logits, temperature)
-
-    return SimpleNamespace(row_forward=row_forward, row_backward_=row_backward_)
-
-
-FAULTS = (
-    "zero gradient",
-    "sign flip",
-    "dropped last row",
-    "phantom columns",
-    "ignored divergence",
-    "forward instead of reverse",
-    "forward instead of reverse in gradient",
-    "temperature not applied in gradient",
-    "gradient scaled by 1.05",
-)
-
-
-@pytest.mark.parametrize("std", [2.0, 12.0])
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-@pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_caught(fault, dtype, std):
-    problem = make_row_problem(4, 203, 203, std=std, offset=-4 * std, dtype=dtype)
-    assert_rows_right(faulty("none"), problem, 1.0, 0.7)
-    with pytest.raises(AssertionError):
-        assert_rows_right(faulty(fault), problem, 1.0, 0.7)
-
-
-@pytest.fixture
-def interpreted() -> ModuleType:
-    if (reason := unavailable("triton")) or not (rows := rows_module("triton")).INTERPRETED:
-        pytest.skip(reason or "not interpreted: the kernels run on a GPU")
-    return rows
-
-
-def test_out_of_bounds_is_caught(interpreted, monkeypatch):
-    monkeypatch.setattr(interpreted, "shared_columns", lambda logits, _: logits.shape[1] + 1)
-    with pytest.raises(Exception, match="1 lanes of a load lie outside of"):
-        run_rows(interpreted, make_row_problem(1, 37, 37))
-
-
-def test_race_between_programs_is_caught(interpreted):
-    problem = make_row_problem(2, 37)
-    one_row = problem.logits[:1].expand(2, -1)
-    table = interpreted.row_forward(one_row, None, None, 0.0, 1.0)
-    with pytest.raises(AssertionError, match="race: 37 addresses"):
-        interpreted.row_backward_(one_row, None, None, table, problem.coefficients, 0.0, 1.0)
+        run_rows(rows_module("triton"), make_row_problem(2, 5, dtype=FLOAT64), RowSettings())

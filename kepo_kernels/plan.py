@@ -1,0 +1,201 @@
+"""How many rows make a chunk, and how many bytes that takes: `workspace_bytes` as a promise.
+
+What a call allocates above its inputs and its gradients grows with the rows of a chunk. This file
+adds it up, term by term in the order of `sweep`, and picks the longest chunk that fits. The tests
+measure that the allocator never hands out more.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from kepo_kernels import gemm, torch_rows
+from kepo_kernels.dispatch import pick_rows
+from kepo_kernels.errors import KepoInputError
+from kepo_kernels.rows import accumulate_dtype
+from kepo_kernels.sparsity import BLOCK_ELEMENTS
+
+# On a GPU the fp32 gradient of a large head costs a pass over the head per chunk, so chunks want to
+# be about 2048 rows. On a CPU they want to be small enough not to page in gigabytes, and long
+# enough that the same pass does not show: 256 rows, up to half a gigabyte.
+DEFAULT_WORKSPACE = {"cpu": 128 << 20, "cuda": 2560 << 20}
+CPU_CHUNK_ROWS = 256
+LARGEST_CPU_DEFAULT = 512 << 20
+
+# Vectors over the tokens of the call (weights, masks, indices) and over the rows of a chunk (the
+# table, the caller's loss and its autograd graph), in bytes per token and per row.
+TOKEN_BYTES = 256
+ROW_BYTES = 1024
+SELECTION_BYTES = 64  # per column, to find the columns that `grad_tol` keeps
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What decides the memory of a call."""
+
+    rows: int
+    hidden_size: int
+    vocab: int
+    dtype: torch.dtype = torch.float32
+    logits_dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    teacher_rows: int = 0
+    teacher_hidden_size: int = 0
+    shared_vocab: int = 0
+    tokens: int = 0
+    lora_rank: int = 0
+    torch_impl: bool = False
+    compacts: bool = False  # grad_tol > 0
+
+    @cached_property
+    def one_product(self) -> bool:
+        return gemm.one_product(self.dtype, self.logits_dtype, self.device)
+
+    def bytes_of(self, rows: int) -> int:
+        """Most that is allocated at a time above inputs and gradients, in chunks of `rows`."""
+        wide = gemm.gradient_dtype(self.dtype).itemsize
+        narrow = self.dtype.itemsize
+        logits = self.logits_dtype.itemsize
+        h, teacher_h = self.hidden_size, self.teacher_hidden_size
+        strip = min(self.vocab, gemm.strip_rows(h, self.dtype))
+        a_row = (self.vocab + self.shared_vocab) * logits + ROW_BYTES
+        a_row += h * (narrow + 2 * wide)  # the states, their upcast, their gradient
+        a_row += teacher_h * (narrow + wide)
+        a_row += 4 * self.lora_rank * wide
+        if self.device.type != "cpu" and self.dtype.itemsize == 2 and logits == 4:
+            a_row += self.vocab * narrow  # dlogits in the dtype of the operands
+        fixed = self.tokens * TOKEN_BYTES
+        fixed += 2 * (self.vocab + self.shared_vocab) * wide  # both biases, upcast
+        fixed += 2 * self.lora_rank * h * wide
+        if not self.one_product or self.logits_dtype == torch.bfloat16 or self.compacts:
+            fixed += strip * h * (2 * wide + narrow)
+            teacher_strip = min(self.shared_vocab, gemm.strip_rows(max(1, teacher_h), self.dtype))
+            fixed += teacher_strip * teacher_h * wide
+            a_row += 3 * strip * wide  # a strip of dlogits, gathered or upcast
+        if self.compacts:
+            fixed += self.vocab * SELECTION_BYTES
+            fixed += min(rows * self.vocab, max(BLOCK_ELEMENTS, self.vocab)) * wide
+        if self.torch_impl:
+            block = min(rows * self.vocab, max(torch_rows.BLOCK_ELEMENTS, self.vocab))
+            fixed += torch_rows.TEMPORARIES * block * accumulate_dtype(self.logits_dtype).itemsize
+        return fixed + rows * a_row
+
+    def default_workspace(self) -> int:
+        if self.device.type != "cpu":
+            return DEFAULT_WORKSPACE["cuda"]
+        wanted = min(self.bytes_of(CPU_CHUNK_ROWS), LARGEST_CPU_DEFAULT)
+        return max(DEFAULT_WORKSPACE["cpu"], wanted, self.bytes_of(1))
+
+    def longest_chunk(self, workspace_bytes: int) -> int:
+        """The most rows whose bytes fit; 0 if not even one does."""
+        low, high = 0, max(1, self.rows)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (
+                (middle, high) if self.bytes_of(middle) <= workspace_bytes else (low, middle - 1)
+            )
+        return low
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """The chunk choice, explained."""
+
+    chunk_rows: int
+    """At most so many rows in a chunk; chunks of one kind are of equal length."""
+    chunks: int
+    """Chunks of rows with a teacher, plus chunks of rows without."""
+    workspace_bytes: int
+    """Most that is held at a time above inputs and gradients: at most what was granted."""
+    gradient_bytes: int
+    """The accumulators of the gradients (fp32, fp64 for fp64) and what backward returns."""
+    least_workspace_bytes: int
+    """The smallest `workspace_bytes` that works here: chunks of one row."""
+
+
+def plan(
+    rows: int,
+    hidden_size: int,
+    vocab: int,
+    *,
+    teacher_rows: int = 0,
+    teacher_hidden_size: int | None = None,
+    teacher_vocab: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    workspace_bytes: int | None = None,
+    chunk_rows: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    impl: str = "auto",
+    grad_tol: float = 0.0,
+    lora_rank: int = 0,
+    trains: tuple[str, ...] = ("hidden", "lm_head"),
+) -> ChunkPlan:
+    """The chunks a call of these sizes will run in, and its memory, without running it.
+
+    Args:
+        rows: tokens of non-zero weight; teacher_rows of them (<= rows) meet the teacher.
+        vocab, teacher_vocab: rows of the two heads; None = the student's.
+        teacher_hidden_size: None = the student's.
+        workspace_bytes, chunk_rows, logits_dtype, impl, grad_tol: as in the losses.
+        lora_rank: of a LoRA on the student's head; 0 = none.
+        trains: which of hidden, lm_head, lora require a gradient.
+
+    Raises:
+        KepoInputError: workspace_bytes is too small; the message has the smallest that works.
+
+    Example: `plan(8192, 2048, 151936, dtype=torch.bfloat16).chunk_rows`.
+    """
+    device = torch.device(device)
+    teacher_vocab = vocab if teacher_vocab is None else teacher_vocab
+    logits_dtype = logits_dtype or gemm.default_logits_dtype(dtype, device)
+    sizes = Sizes(
+        rows=rows,
+        hidden_size=hidden_size,
+        vocab=vocab,
+        dtype=dtype,
+        logits_dtype=logits_dtype,
+        device=device,
+        teacher_rows=teacher_rows,
+        teacher_hidden_size=(teacher_hidden_size or hidden_size) if teacher_rows else 0,
+        shared_vocab=min(vocab, teacher_vocab) if teacher_rows else 0,
+        tokens=rows,
+        lora_rank=lora_rank,
+        torch_impl=pick_rows(impl, device, logits_dtype) is torch_rows,
+        compacts=grad_tol > 0,
+    )
+    accumulators = {
+        "hidden": rows * hidden_size,
+        "lm_head": vocab * hidden_size,
+        "lora": lora_rank * (vocab + hidden_size),
+    }
+    elements = sum(accumulators[name] for name in trains)
+    per_chunk = chunk_length(sizes, workspace_bytes, chunk_rows)
+    return ChunkPlan(
+        chunk_rows=per_chunk,
+        chunks=-(-teacher_rows // per_chunk) + -(-(rows - teacher_rows) // per_chunk),
+        workspace_bytes=sizes.bytes_of(min(per_chunk, max(1, rows))),
+        gradient_bytes=elements * (gemm.gradient_dtype(dtype).itemsize + dtype.itemsize),
+        least_workspace_bytes=sizes.bytes_of(1),
+    )
+
+
+def chunk_length(sizes: Sizes, workspace_bytes: int | None, chunk_rows: int | None) -> int:
+    """Rows per chunk: as asked, or as many as the workspace holds."""
+    if chunk_rows is None:
+        granted = sizes.default_workspace() if workspace_bytes is None else workspace_bytes
+        chunk_rows = sizes.longest_chunk(granted)
+        if chunk_rows == 0:
+            raise KepoInputError(
+                f"workspace_bytes={granted} is too little for a chunk of one row, which takes "
+                f"{sizes.bytes_of(1)} bytes here; pass at least that, or None for the default"
+            )
+        return chunk_rows
+    needed = sizes.bytes_of(min(chunk_rows, max(1, sizes.rows)))
+    if workspace_bytes is not None and needed > workspace_bytes:
+        raise KepoInputError(
+            f"chunk_rows={chunk_rows} takes {needed} bytes and workspace_bytes={workspace_bytes} "
+            f"grants less; leave one of them out ({sizes.longest_chunk(workspace_bytes)} rows fit)"
+        )
+    return chunk_rows

@@ -1,0 +1,71 @@
+"""What of a chunk's dlogits carries gradient: rows that do, and columns that matter.
+
+The gradient GEMMs then run over those alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Columns are compacted only if that leaves less than this share of them: gathering them and a
+# narrower product must cost less than the whole one.
+WORTHWHILE = 0.5
+# Rows are moved a block of columns at a time, so that the copy on the way stays small.
+BLOCK_COLUMNS = 4096
+BLOCK_ELEMENTS = 1 << 19  # of |dlogits| at a time
+
+
+class Mass(NamedTuple):
+    """Sum of |dlogits| over the columns left out, and over all."""
+
+    dropped: float
+    total: float
+
+
+def live_rows(coefficients: Tensor) -> Tensor:
+    """Indices (k,) of the rows to which the loss sends anything back; coefficients (3, n).
+
+    On a GPU all of them: to look would make the host wait for every chunk.
+    """
+    if coefficients.device.type != "cpu":
+        return torch.arange(coefficients.shape[1], device=coefficients.device)
+    return coefficients.ne(0).any(0).nonzero().squeeze(-1)  # NaN is not 0
+
+
+def keep_rows_(dlogits: Tensor, live: Tensor) -> Tensor:
+    """dlogits[live], written over the first rows of dlogits."""
+    for start in range(0, dlogits.shape[1], BLOCK_COLUMNS):
+        block = dlogits[:, start : start + BLOCK_COLUMNS]
+        block[: len(live)] = block.index_select(0, live)
+    return dlogits[: len(live)]
+
+
+def heavy_columns(dlogits: Tensor, grad_tol: float) -> tuple[Tensor | None, Mass]:
+    """The columns that the gradient GEMMs need; None = all of them.
+
+    With m_v = sum_i |dlogits_iv|, the lightest columns are left out as long as
+
+        sum of their m_v <= grad_tol * sum of all m_v.
+
+    So for a chunk of states x_i, sum_i |ddx_i| <= grad_tol * sum_iv |dlogits_iv| * max_v |w_v|, and
+    sum_v |ddw_v| <= the same with max_i |x_i|: a bound that holds also where all errors align.
+    """
+    lightest, order = _mass(dlogits).sort()
+    running = lightest.cumsum(0, dtype=torch.float64)
+    total = running[-1]
+    left_out = int((running <= grad_tol * total).sum())  # 0 if any of them is NaN
+    if dlogits.shape[1] - left_out > WORTHWHILE * dlogits.shape[1]:
+        return None, Mass(0.0, float(total))
+    dropped = float(running[left_out - 1]) if left_out else 0.0
+    return order[left_out:].sort().values, Mass(dropped, float(total))
+
+
+def _mass(dlogits: Tensor) -> Tensor:
+    """(V,) sum of |dlogits| over the rows, a few of them at a time: a tenth of the time of a norm
+    along the first dimension, and no second matrix."""
+    wide = torch.float64 if dlogits.dtype == torch.float64 else torch.float32
+    mass = torch.zeros(dlogits.shape[1], dtype=wide, device=dlogits.device)
+    for block in dlogits.split(max(1, BLOCK_ELEMENTS // dlogits.shape[1])):
+        mass += block.abs().sum(0, dtype=wide)
+    return mass

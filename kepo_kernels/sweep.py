@@ -1,0 +1,226 @@
+"""The only chunk loop.
+
+    for rows in chunks:                                   rows of weight zero are in none of them
+        logits, teacher logits <- two GEMMs               the second for rows that have a teacher
+        table                  <- row_forward             logprob, divergence, entropy of each row
+        c, g, e                <- d loss / d those three  autograd on vectors of length n
+        dlogits                <- row_backward_           in place of the logits
+        dhidden[rows], dlm_head, dbias <- GEMMs, fp32     over rows and columns that carry gradient
+
+Nothing here knows of masks, gates, advantages or clipping.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kepo_kernels import gemm, lora
+from kepo_kernels.errors import KepoInputError
+from kepo_kernels.heads import LoRA
+from kepo_kernels.rows import NUM_COEFFICIENTS, RowSettings, RowStats, accumulate_dtype
+from kepo_kernels.sparsity import heavy_columns, keep_rows_, live_rows
+
+Coefficients = Callable[[Tensor, Tensor], Tensor]  # (rows (n,), numbers (3, n)) -> (3, n)
+
+
+class Student(NamedTuple):
+    """The tensors that may receive a gradient."""
+
+    hidden: Tensor  # (N, H)
+    lm_head: Tensor  # (V, H)
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """Their accumulators: None for those nobody asked for, whose GEMMs are then never run."""
+
+    hidden: Tensor | None
+    lm_head: Tensor | None
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+
+    @classmethod
+    def empty(cls, student: Student, needs: tuple[bool, ...]) -> "Gradients":
+        dtype = gemm.gradient_dtype(student.lm_head.dtype)
+        return cls(
+            *(
+                torch.zeros(x.shape, dtype=dtype, device=x.device) if need else None
+                for x, need in zip(student, needs, strict=True)
+            )
+        )
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Which rows take part, those with a teacher first: indices into the flattened (B * T)."""
+
+    rows: Tensor  # (n,) int64
+    teacher_rows: Tensor  # (n_teacher,) int64: where rows[:n_teacher] stand in `teacher_hidden`
+    chunks: tuple[tuple[int, int], ...]  # [start, end) in `rows`; none holds both kinds of row
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """One call, flattened: all that the chunk loop needs but the tensors with gradient."""
+
+    function: str  # the public one, for error messages
+    plan: RowPlan
+    targets: Tensor | None  # (N,)
+    teacher_hidden: Tensor | None  # (M, H_t)
+    teacher_lm_head: Tensor | None  # (V_t, H_t), cut to the shared rows, as are the next two
+    teacher_bias: Tensor | None
+    teacher_lora: LoRA | None
+    settings: RowSettings
+    lora_scale: float
+    logits_dtype: torch.dtype
+    row_kernels: ModuleType
+    chunk_rows: int
+    grad_tol: float
+
+
+class Dropped(NamedTuple):
+    """Sum of |dlogits| in the columns that were left out of the gradient GEMMs, and in all."""
+
+    dropped: float
+    total: float
+
+
+def sweep(
+    student: Student,
+    problem: LinearProblem,
+    coefficients: Coefficients | None,
+    gradients: Gradients | None,
+) -> tuple[Tensor, Dropped]:
+    """Numbers (3, N), and what the coefficients send back added to `gradients`."""
+    kernels, settings = problem.row_kernels, problem.settings
+    hidden = student.hidden
+    numbers = hidden.new_zeros(
+        NUM_COEFFICIENTS,
+        len(hidden),
+        dtype=accumulate_dtype(problem.logits_dtype),
+        requires_grad=False,
+    )
+    buffers = _Buffers(problem, hidden.device)
+    dropped, total = 0.0, 0.0
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start, end in problem.plan.chunks:
+            rows = problem.plan.rows[start:end]
+            x = _gather(problem, hidden, rows, "hidden")
+            logits = buffers.get("student", len(rows), len(student.lm_head))
+            low = _project_(
+                logits, x, student.lm_head, student.bias, _lora(student, problem.lora_scale)
+            )
+            teacher = _teacher_logits(problem, buffers, start, end)
+            targets = None if problem.targets is None else problem.targets[rows]
+
+            table = kernels.row_forward(logits, targets, teacher, settings)
+            found = RowStats(*table.unbind(0))
+            chunk = torch.stack((found.logprob, found.divergence, found.entropy))
+            numbers[:, rows] = chunk
+            if coefficients is None:
+                continue
+            back = coefficients(rows, chunk).contiguous()
+            if gradients is None or (live := live_rows(back)).numel() == 0:
+                continue
+            kernels.row_backward_(logits, targets, teacher, table, back, settings)
+
+            if len(live) < len(rows):
+                logits, x, rows = keep_rows_(logits, live), x[live], rows[live]
+                low = None if low is None else low[live]
+            columns = None
+            if problem.grad_tol > 0.0:
+                columns, mass = heavy_columns(logits, problem.grad_tol)
+                dropped, total = dropped + mass.dropped, total + mass.total
+            _accumulate_(gradients, student, problem.lora_scale, logits, x, low, rows, columns)
+    return numbers, Dropped(dropped, total)
+
+
+def _lora(student: Student, scale: float) -> LoRA | None:
+    return None if student.lora_a is None else LoRA(student.lora_a, student.lora_b, scale)
+
+
+def _project_(
+    logits: Tensor, x: Tensor, lm_head: Tensor, bias: Tensor | None, update: LoRA | None
+) -> Tensor | None:
+    """Fills `logits`; returns the LoRA's (n, r) states, which its gradients need."""
+    gemm.project_(logits, x, lm_head, bias)
+    return None if update is None else lora.project_(logits, x, *update)
+
+
+def _teacher_logits(
+    problem: LinearProblem, buffers: "_Buffers", start: int, end: int
+) -> Tensor | None:
+    rows = problem.plan.teacher_rows[start:end]
+    if len(rows) == 0:
+        return None
+    logits = buffers.get("teacher", len(rows), len(problem.teacher_lm_head))
+    x = _gather(problem, problem.teacher_hidden, rows, "teacher_hidden")
+    _project_(logits, x, problem.teacher_lm_head, problem.teacher_bias, problem.teacher_lora)
+    return logits
+
+
+def _accumulate_(
+    gradients: Gradients,
+    student: Student,
+    scale: float,
+    dlogits: Tensor,
+    x: Tensor,
+    low: Tensor | None,
+    rows: Tensor,
+    columns: Tensor | None,
+) -> None:
+    """Adds a chunk's part to every gradient that was asked for; `columns` None = all of them."""
+    dx = None
+    if gradients.hidden is not None:
+        dx = gemm.hidden_gradient(dlogits, student.lm_head, columns)
+    if gradients.lm_head is not None:
+        gemm.accumulate_head_(gradients.lm_head, dlogits, x, columns)
+    if gradients.bias is not None:
+        gradients.bias.add_(dlogits.sum(0, dtype=gradients.bias.dtype))
+    if low is not None:
+        dx = None if dx is None else dx.to(gradients.hidden.dtype)
+        da, db = gradients.lora_a, gradients.lora_b
+        a, b = student.lora_a, student.lora_b
+        lora.add_gradients_(dx, da, db, dlogits, x, low, a, b, scale, columns)
+    if dx is not None:
+        gradients.hidden[rows] = dx.to(gradients.hidden.dtype)
+
+
+class _Buffers:
+    """The logits of one chunk, allocated at the first use, reused by every chunk."""
+
+    def __init__(self, problem: LinearProblem, device: torch.device):
+        self.rows = max((end - start for start, end in problem.plan.chunks), default=0)
+        self.dtype, self.device = problem.logits_dtype, device
+        self.kept: dict[str, Tensor] = {}
+
+    def get(self, name: str, rows: int, columns: int) -> Tensor:
+        if name not in self.kept:
+            self.kept[name] = torch.empty(self.rows, columns, dtype=self.dtype, device=self.device)
+        return self.kept[name][:rows]
+
+
+def _gather(problem: LinearProblem, states: Tensor, rows: Tensor, name: str) -> Tensor:
+    """The states of these rows.
+
+    NaN and Inf are refused on a CPU, where looking costs no synchronisation: their sum is finite
+    only if each of them is.
+    """
+    x = states[rows]
+    if x.device.type == "cpu" and not x.sum(dtype=torch.float64).isfinite():
+        bad = torch.isfinite(x).all(-1).logical_not().nonzero()
+        if len(bad) == 0:
+            return x
+        raise KepoInputError(
+            f"{problem.function}: {name} holds NaN or Inf in row {int(rows[int(bad[0])])} of its "
+            "flattened sequence dimensions, which has a non-zero weight; mask it out, or find "
+            "where it comes from"
+        )
+    return x
