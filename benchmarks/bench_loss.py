@@ -30,11 +30,10 @@ from floor import floor
 from losses_of_ours import CASES, GradientCall, NotComparable, gradient_error, ours
 from measure import Call, Measurement, Quantiles, estimated, stamp, time_in_turn, timed, watched
 from peers import COMPILING, PEERS
-from problems import SHAPES, Problem, Shape, parse_shape
+from problems import ALL, SHAPES, Problem, Shape, parse_shape
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEFAULT_SHAPES = ("design", "joint", "peaked", "memory")
-PROVIDERS = ("floor", "ours", *PEERS)
 
 Key = tuple[str, str]  # case and provider
 
@@ -55,20 +54,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 def bench(shape: Shape, args: argparse.Namespace) -> list[table.Row]:
     """One table: its rows, and the ratios that can be formed from it."""
-    device, dtype = torch.device(args.device), args.dtype or shape.dtype or "bfloat16"
-    cases = args.case or shape.cases
-    providers = args.provider or shape.providers or PROVIDERS
-    rounds = shape.rounds if shape.rounds is not None else args.rounds
+    device, dtype = torch.device(args.device), args.dtype
+    dtype = dtype or ("float32" if shape.once else "bfloat16")
+    asked = {case: args.provider or shape.cases.get(case, ALL) for case in args.case or shape.cases}
+    rounds = 0 if shape.once else args.rounds
     progress("building the problem")
     problem = Problem.make(shape, DTYPES[dtype], device)
     progress("")
-    title = f"{shape} {dtype} on {device}, mean entropy {problem.entropy:.2f} nat"
+    title = f"{shape.name}: N={problem.rows} H={shape.hidden} Ht={shape.teacher_hidden} "
+    title += f"V={shape.vocab} {dtype} on {device}, mean entropy {problem.entropy:.2f} nat"
     print(f"\n{title}\n{'-' * len(title)}")
 
     measured: dict[Key, Measurement] = {}
     absent: dict[Key, str] = {}
     calls: dict[Key, Call] = {}
-    for case in cases:
+    for case, providers in asked.items():
         for name in providers:
             progress(f"first call: {case} {name}")
             try:
@@ -81,7 +81,7 @@ def bench(shape: Shape, args: argparse.Namespace) -> list[table.Row]:
                 calls[case, name] = call
     errors = {
         case: gradient_error(problem, case, args.grad_tol)
-        for case in cases
+        for case in asked
         if case.endswith("_tol") and (case, "ours") in measured
     }
     for done in range(rounds):
@@ -102,7 +102,7 @@ def bench(shape: Shape, args: argparse.Namespace) -> list[table.Row]:
     rows = []
     print(f"{'case':10} {'provider':9} {'seconds':>8} {'x floor':>8} {'[p20 p80]':>13}", end="")
     print(f" {'MiB':>7}  note")
-    for case in cases:
+    for case, providers in asked.items():
         for name in providers:
             if (case, name) in absent:
                 print(f"{case:10} {name:9} {'-':>8} {'-':>8} {'':13} {'-':>7}  ", end="")
@@ -148,7 +148,7 @@ def prepare(
         return provider(problem if rows >= problem.rows else problem.first_rows(rows), case)
 
     try:
-        if name in PEERS and shape.scaled:
+        if name in PEERS and not shape.once:
             result = estimated(
                 call_of,
                 problem.rows,
@@ -223,7 +223,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"N,H,Ht,V or one of {', '.join(SHAPES)} (default: {' '.join(DEFAULT_SHAPES)})",
     )
     add("--case", nargs="+", choices=CASES, help="default: those of the shape")
-    add("--provider", nargs="+", choices=PROVIDERS, help="default: all")
+    add("--provider", nargs="+", choices=ALL, help="default: all, fewer at named shapes")
     add("--dtype", choices=DTYPES, help="of all inputs (default bfloat16; memory: float32)")
     add("--device", default="cpu", help="cpu or cuda (default cpu)")
     add("--rounds", type=int, default=5, help="timed calls of each (default 5)")

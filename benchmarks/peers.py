@@ -221,7 +221,7 @@ def _imported(module: str, package: str = ""):
         return import_module(module)
     except (ImportError, AttributeError) as error:
         package = package or module.partition(".")[0].replace("_", "-")
-        raise NotComparable(f"{package} is not installed here ({error})") from error
+        raise NotComparable(f"{package} cannot be imported ({error})") from error
 
 
 PEERS: dict[str, Callable[[Problem, str], Call]] = {

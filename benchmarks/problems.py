@@ -18,6 +18,10 @@ SURE_LOGIT, UNSURE_LOGIT, CANDIDATES = 28.0, 21.0, 8
 TOKENS = 16  # of a sequence
 
 
+ALL = ("floor", "ours", "eager", "compiled", "liger", "trl", "cce", "torch_lce")
+OURS = ALL[:2]
+
+
 @dataclass(frozen=True)
 class Shape:
     """N rows, student's and teacher's hidden size, vocabulary, and what is timed there."""
@@ -27,45 +31,41 @@ class Shape:
     hidden: int
     teacher_hidden: int
     vocab: int
-    cases: tuple[str, ...] = ("kd_open", "kd_half", "grpo", "joint", "logprobs", "ce")
+    cases: dict[str, tuple[str, ...]]  # and by whom, unless the command line says otherwise
     peaked: bool = False
-    rounds: int | None = None  # None = as asked on the command line
-    dtype: str | None = None  # None = as asked on the command line
-    providers: tuple[str, ...] | None = None  # None = all
-    scaled: bool = True  # whether a slow peer may be measured on fewer rows
-
-    def __str__(self) -> str:
-        sizes = f"N={self.n} H={self.hidden} Ht={self.teacher_hidden} V={self.vocab}"
-        return f"{self.name}: {sizes}" if self.name != "custom" else sizes
+    once: bool = False  # whole, whatever it takes: peers unscaled, no rounds, and fp32
 
 
-_MODEL = ("kd_open", "kd_half", "grpo", "joint")
+_EVERYTHING = dict.fromkeys(("kd_open", "kd_half", "grpo", "joint", "logprobs", "ce"), ALL)
+_MODEL = dict.fromkeys(("kd_open", "kd_half", "grpo", "joint"), OURS)
+_TOLERANT = dict.fromkeys(("kd_tol", "grpo_tol"), OURS)
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("tiny", 64, 16, 24, 512),
-        Shape("design", 1024, 1024, 2048, 32768, ("kd_open", "kd_half", "grpo", "logprobs", "ce")),
-        Shape("joint", 1024, 1024, 1024, 32768, ("joint", "two_calls")),
-        Shape("peaked", 1024, 1024, 1024, 32768, ("kd_tol", "grpo_tol"), peaked=True),
-        Shape("peaked-76k", 512, 1024, 1024, 75968, ("kd_tol", "grpo_tol"), peaked=True),
+        Shape("tiny", 64, 16, 24, 512, _EVERYTHING),
+        Shape(
+            "design",
+            1024,
+            1024,
+            2048,
+            32768,
+            {
+                "kd_open": (*OURS, "eager", "compiled", "liger", "trl"),
+                "kd_half": OURS,
+                "grpo": (*OURS, "eager", "liger", "trl"),
+                "ce": (*OURS, "eager", "liger", "trl", "cce", "torch_lce"),
+            },
+        ),
+        Shape("joint", 1024, 1024, 1024, 32768, {"joint": OURS, "two_calls": ("ours",)}),
+        Shape("peaked", 1024, 1024, 1024, 32768, _TOLERANT, peaked=True),
+        Shape("peaked-76k", 512, 1024, 1024, 75968, _TOLERANT, peaked=True),
         # The widths of a Qwen3-VL student of 2B or 8B under a teacher of 32B. A batch has more
-        # rows than this; on a CPU their number changes no ratio, only the minutes.
+        # rows than this, for which a CPU would need too long.
         Shape("qwen3vl-2b-32b", 256, 2048, 5120, 151936, _MODEL),
         Shape("qwen3vl-8b-32b", 128, 4096, 5120, 151936, _MODEL),
-        # Memory cannot be scaled from fewer rows, so eager must run as it is: in fp32, which CPUs
-        # multiply, and once.
-        Shape(
-            "memory",
-            2048,
-            1024,
-            1024,
-            151936,
-            ("kd_open",),
-            rounds=0,
-            dtype="float32",
-            providers=("ours", "eager"),
-            scaled=False,
-        ),
+        # Memory is not read off fewer rows, so eager must run as it is: in fp32, which every
+        # processor multiplies.
+        Shape("memory", 2048, 1024, 1024, 151936, {"kd_open": ("ours", "eager")}, once=True),
     )
 }
 
@@ -81,7 +81,7 @@ def parse_shape(text: str) -> Shape:
         raise argparse.ArgumentTypeError(f"{text!r}; expected N,H,Ht,V or {known}") from error
     if min(n, hidden, teacher_hidden) < 1 or vocab < 2:
         raise argparse.ArgumentTypeError(f"{text!r}; expected positive numbers, V at least 2")
-    return Shape("custom", n, hidden, teacher_hidden, vocab)
+    return Shape("custom", n, hidden, teacher_hidden, vocab, _EVERYTHING)
 
 
 @dataclass(frozen=True)

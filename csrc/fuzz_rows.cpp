@@ -158,7 +158,7 @@ void run_one(const Options &options, uint64_t number) {
     Matrix logits(b.n, b.vocab, b.logits_stride, b.dtype, random);
     Matrix teacher(has_teacher ? b.n : 0, teacher_width, b.teacher_stride, b.dtype, random);
     std::vector<int64_t> targets(has_targets ? b.n : 0);
-    std::vector<float> table(NUM_STATS * b.n), coefficients(3 * b.n);
+    std::vector<float> table(NUM_STATS * b.n - (options.plant == OVER_WRITE && b.n > 0)), coefficients(3 * b.n);
     std::vector<char> is_tame(b.n);
     for (int64_t row = 0; row < b.n; ++row) {
         is_tame[row] = !random.one_in(3);
@@ -185,17 +185,12 @@ void run_one(const Options &options, uint64_t number) {
     b.targets = has_targets ? targets.data() : nullptr;
     const int32_t isa = (int32_t)random.below(kepo_best_isa() + 1), threads = random.one_in(16) ? 3 : 1;
 
-    auto planted = [&](Plant plant) {  // one column too many
-        RowBatch call = b;
-        if (options.plant == plant) call.vocab += 1, call.shared += b.shared == b.vocab && !has_teacher;
-        return call;
-    };
-    RowBatch call = planted(OVER_READ);
+    RowBatch call = b;
+    if (options.plant == OVER_READ) call.vocab += 1;
     kepo_row_forward(&call, threads, isa);
     require(logits.same(logits_before, false), "the forward changed the logits");
     const std::vector<float> table_before = table;
-    call = planted(OVER_WRITE);
-    kepo_row_backward(&call, threads, isa);
+    kepo_row_backward(&b, threads, isa);
 
     if (options.plant == CHANGED_TEACHER && has_teacher && b.n) teacher.set(0, 0, 0x1234);
     if (options.plant == LOST_NAN) for (float &stat : table) stat = std::isnan(stat) ? 0.0f : stat;
@@ -232,7 +227,9 @@ void run_one(const Options &options, uint64_t number) {
         // A softmax does not see a constant added to its logits, so that the gradient sums to 0; a cap does.
         double c = std::fabs(coefficients[row]), g = std::fabs(coefficients[b.n + row]), e = std::fabs(coefficients[2 * b.n + row]);
         double scale = (c + g * (1.0 + stat(STUDENT_KL, row)) + e * (1.0 + entropy)) / b.temperature;
-        double bound = 1e-4 * scale + (b.dtype == FLOAT32 ? 1e-5 : 1.0 / 256) * size;
+        // Where the peak lies beyond the shared columns theirs is that far below it, and known to fp32 of that distance.
+        double relative = 1e-4 + 1e-6 * std::fabs(stat(SHARED_LOG_SUM, row));
+        double bound = relative * scale + (b.dtype == FLOAT32 ? 1e-5 : 1.0 / 256) * size;
         require(b.softcap != 0.0f || std::fabs(sum) <= bound, "the gradient does not sum to 0", row);
     }
 

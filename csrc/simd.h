@@ -44,8 +44,8 @@ static inline Reduced reduce(vf x) {
     p = p * r + 5.0000001201e-1f;
     return {shifted, p * r * r + r};
 }
-static inline vf scale_up(Reduced x) {  // 2^n (1 + small): n is added to the exponent
-    return as_float(as_int(x.small + 1.0f) + (as_int(x.shifted) << 23));
+static inline vf scale_up(Reduced x) {  // 2^n (1 + small): n is added to the exponent; unsigned, for NaN may overflow
+    return (vf)((vu)(x.small + 1.0f) + ((vu)x.shifted << 23));
 }
 
 // e^x for x <= 0 (a probability). Below -87 it is 0; NaN stays.
@@ -89,7 +89,7 @@ static inline Capped capped(vf z, Cap cap) {
 
 // log(1 + u) for -1 < u <= 0 and 1 + u normal, about 1 ulp. 1 + u = 2^e (1 + f), and f is u itself while e = 0. NaN stays.
 static inline vf log1p_neg(vf u) {
-    vi bits = as_int(u + 1.0f) - 0x3f3504f3;  // sqrt(1/2): so that the exponent field rounds at sqrt(2)
+    vi bits = (vi)((vu)(u + 1.0f) - 0x3f3504f3);  // sqrt(1/2): so that the exponent field rounds at sqrt(2)
     vi e = bits >> 23;
     vf f = select(e == 0, u, as_float((bits & 0x7fffff) + 0x3f3504f3) - 1.0f);
     vf exponent = as_float(e + ROUND_MAGIC_BITS) - ROUND_MAGIC;

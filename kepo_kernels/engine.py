@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kepo_kernels.plan import ChunkPlan as ChunkPlan
 from kepo_kernels.plan import plan as plan
+from kepo_kernels.sparsity import BLOCK_ELEMENTS
 from kepo_kernels.sweep import Gradients, LinearProblem, Student, sweep
 
 
@@ -27,8 +28,6 @@ class TokenStats(NamedTuple):
     """0-d, in the stats of a loss with grad_tol > 0: the share of sum |dlogits| that was left out
     of the gradients of hidden and lm_head, at most grad_tol."""
 
-
-BLOCK_ELEMENTS = 1 << 19  # of a gradient scaled at once: its product stays in cache
 
 TokenLoss = Callable[[TokenStats, Tensor], Tensor]
 

@@ -51,7 +51,13 @@ def one_product(dtype: torch.dtype, logits_dtype: torch.dtype, device: torch.dev
 
 
 def project_(
-    out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None, *, add: bool = False
+    out: Tensor,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    *,
+    add: bool = False,
+    strip_rows: int | None = None,
 ) -> None:
     """out <- x @ w^T + bias (`add`: + out); product and sums are rounded to the dtype of `out`."""
     if _same(w, out):
@@ -65,7 +71,7 @@ def project_(
             torch.mm(x, w.T, out_dtype=out.dtype, out=out)
     else:
         x = x.float()
-        for columns, strip in _strips(w):
+        for columns, strip in _strips(w, None, strip_rows):
             part = out[:, columns]
             if out.dtype != torch.float32:
                 part.copy_(part + x @ strip.T if add else x @ strip.T)
@@ -77,7 +83,12 @@ def project_(
         out += bias.to(out.dtype)
 
 
-def hidden_gradient(dlogits: Tensor, w: Tensor, columns: Tensor | None = None) -> Tensor:
+def hidden_gradient(
+    dlogits: Tensor,
+    w: Tensor,
+    columns: Tensor | None = None,
+    strip_rows: int | None = None,
+) -> Tensor:
     """dlogits @ w, in fp32 where the product is formed in fp32, else in the dtype of `w`."""
     if columns is None and _same(w, dlogits):
         return dlogits @ w
@@ -85,16 +96,22 @@ def hidden_gradient(dlogits: Tensor, w: Tensor, columns: Tensor | None = None) -
         return dlogits.to(w.dtype) @ w
     dtype = gradient_dtype(w.dtype)
     dx = torch.zeros(dlogits.shape[0], w.shape[1], dtype=dtype, device=w.device)
-    for part, strip in _strips(w, columns):
+    for part, strip in _strips(w, columns, strip_rows):
         dx.addmm_(_columns(dlogits, part, dtype), strip)
     return dx
 
 
-def accumulate_head_(dw: Tensor, dlogits: Tensor, x: Tensor, columns: Tensor | None = None) -> None:
+def accumulate_head_(
+    dw: Tensor,
+    dlogits: Tensor,
+    x: Tensor,
+    columns: Tensor | None = None,
+    strip_rows: int | None = None,
+) -> None:
     """dw <- dw + dlogits^T @ x."""
     if columns is not None:
         x = x.to(dw.dtype)
-        for part in _parts(dw, columns):
+        for part in _parts(dw, columns, strip_rows):
             # No id occurs twice, so the order of the additions is fixed on every device.
             dw.index_add_(0, part, _columns(dlogits, part, dw.dtype).T @ x)
     elif dw.dtype == dlogits.dtype == x.dtype:
@@ -102,13 +119,13 @@ def accumulate_head_(dw: Tensor, dlogits: Tensor, x: Tensor, columns: Tensor | N
     elif x.is_cuda:
         torch.addmm(dw, dlogits.to(x.dtype).T, x, out_dtype=dw.dtype, out=dw)
     elif _same(x, dlogits):
-        for rows in _ranges(dw):
+        for rows in _ranges(dw, strip_rows):
             dw[rows] += dlogits[:, rows].T @ x
     elif dlogits.dtype == dw.dtype:
         dw.addmm_(dlogits.T, x.to(dw.dtype))
     else:
         x = x.float()
-        for rows in _ranges(dw):
+        for rows in _ranges(dw, strip_rows):
             dw[rows].addmm_(dlogits[:, rows].float().T, x)
 
 
@@ -121,30 +138,33 @@ def _columns(dlogits: Tensor, part: slice | Tensor, dtype: torch.dtype) -> Tenso
     return chosen.to(dtype)
 
 
-def _strips(w: Tensor, columns: Tensor | None = None) -> Iterator[tuple[slice | Tensor, Tensor]]:
+def _strips(
+    w: Tensor, columns: Tensor | None = None, height: int | None = None
+) -> Iterator[tuple[slice | Tensor, Tensor]]:
     """Rows of the head in the dtype of its gradient, some at a time, in one reused buffer."""
-    parts = _parts(w, columns)
-    height = min(len(w), strip_rows(w.shape[1], w.dtype))
+    height = min(len(w), height or default_strip_rows(w.shape[1], w.dtype))
     buffer = w.new_empty(height, w.shape[1], dtype=gradient_dtype(w.dtype))
-    for part in parts:
+    for part in _parts(w, columns, height):
         if isinstance(part, slice):
             yield part, buffer[: part.stop - part.start].copy_(w[part])
         else:
             yield part, buffer[: len(part)].copy_(w.index_select(0, part))
 
 
-def strip_rows(width: int, dtype: torch.dtype) -> int:
-    """How many rows of a head (V, width) make a strip."""
-    fitting = STRIP_BYTES // (gradient_dtype(dtype).itemsize * max(1, width))
+def default_strip_rows(width: int, dtype: torch.dtype, strip_bytes: int | None = None) -> int:
+    """How many rows of a head (V, width) make a strip of so many bytes (None = STRIP_BYTES)."""
+    strip_bytes = STRIP_BYTES if strip_bytes is None else min(STRIP_BYTES, strip_bytes)
+    fitting = strip_bytes // (gradient_dtype(dtype).itemsize * max(1, width))
     return min(max(LEAST_STRIP_ROWS, fitting), MOST_STRIP_ROWS)
 
 
-def _parts(w: Tensor, columns: Tensor | None) -> list[slice | Tensor]:
+def _parts(w: Tensor, columns: Tensor | None, height: int | None) -> list[slice | Tensor]:
     if columns is None:
-        return _ranges(w)
-    return list(columns.split(strip_rows(w.shape[1], w.dtype))) if len(columns) else []
+        return _ranges(w, height)
+    height = height or default_strip_rows(w.shape[1], w.dtype)
+    return list(columns.split(height)) if len(columns) else []
 
 
-def _ranges(w: Tensor) -> list[slice]:
-    height = strip_rows(w.shape[1], w.dtype)
+def _ranges(w: Tensor, height: int | None = None) -> list[slice]:
+    height = height or default_strip_rows(w.shape[1], w.dtype)
     return [slice(start, min(start + height, len(w))) for start in range(0, len(w), height)]

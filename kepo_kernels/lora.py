@@ -13,13 +13,15 @@ from torch import Tensor
 from kepo_kernels import gemm
 
 
-def project_(logits: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def project_(
+    logits: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, strip_rows: int
+) -> Tensor:
     """logits <- logits + low @ b^T; returns low, in fp32 on a CPU (fp64 for fp64)."""
     wide = gemm.gradient_dtype(b.dtype)
     low = (x.to(wide) @ a.to(wide).T).mul_(scale)
     if logits.is_cuda:
         low = low.to(b.dtype)
-    gemm.project_(logits, low, b, add=True)
+    gemm.project_(logits, low, b, add=True, strip_rows=strip_rows)
     return low
 
 
@@ -34,14 +36,15 @@ def add_gradients_(
     b: Tensor,
     scale: float,
     columns: Tensor | None,
+    strip_rows: int,
 ) -> None:
     """Adds what flows through the LoRA; None for what nobody asked for."""
     if db is not None:
-        gemm.accumulate_head_(db, dlogits, low, columns)
+        gemm.accumulate_head_(db, dlogits, low, columns, strip_rows)
     if da is None and dx is None:
         return
     wide = gemm.gradient_dtype(b.dtype)
-    up = gemm.hidden_gradient(dlogits, b, columns).to(wide).mul_(scale)
+    up = gemm.hidden_gradient(dlogits, b, columns, strip_rows).to(wide).mul_(scale)
     if da is not None:
         da.addmm_(up.T, x.to(wide))
     if dx is not None:

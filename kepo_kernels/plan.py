@@ -52,34 +52,44 @@ class Sizes:
     def one_product(self) -> bool:
         return gemm.one_product(self.dtype, self.logits_dtype, self.device)
 
-    def bytes_of(self, rows: int) -> int:
+    def strip_bytes(self, workspace_bytes: int | None) -> int | None:
+        """Of a head: an eighth of a small workspace, or the least where that leaves no row."""
+        if workspace_bytes is None:
+            return None
+        eighth = workspace_bytes // 8
+        return eighth if self.bytes_of(1, eighth) <= workspace_bytes else 0
+
+    def strip_rows(self, width: int, strip_bytes: int | None) -> int:
+        return gemm.default_strip_rows(width, self.dtype, strip_bytes)
+
+    def bytes_of(self, rows: int, strip_bytes: int | None = None) -> int:
         """Most that is allocated at a time above inputs and gradients, in chunks of `rows`."""
         wide = gemm.gradient_dtype(self.dtype).itemsize
-        narrow = self.dtype.itemsize
-        logits = self.logits_dtype.itemsize
+        narrow, logits = self.dtype.itemsize, self.logits_dtype.itemsize
         h, teacher_h = self.hidden_size, self.teacher_hidden_size
-        strip = min(self.vocab, gemm.strip_rows(h, self.dtype))
+        strip = min(self.vocab, self.strip_rows(h, strip_bytes))
         a_row = (self.vocab + self.shared_vocab) * logits + ROW_BYTES
         a_row += h * (narrow + 2 * wide)  # the states, their upcast, their gradient
         a_row += teacher_h * (narrow + wide)
         a_row += 4 * self.lora_rank * wide
-        if self.device.type != "cpu" and self.dtype.itemsize == 2 and logits == 4:
+        if self.device.type != "cpu" and narrow == 2 and logits == 4:
             a_row += self.vocab * narrow  # dlogits in the dtype of the operands
         fixed = self.tokens * TOKEN_BYTES
         fixed += 2 * (self.vocab + self.shared_vocab) * wide  # both biases, upcast
         fixed += 2 * self.lora_rank * h * wide
-        if not self.one_product or self.logits_dtype == torch.bfloat16 or self.compacts:
-            fixed += strip * h * (2 * wide + narrow)
-            teacher_strip = min(self.shared_vocab, gemm.strip_rows(max(1, teacher_h), self.dtype))
-            fixed += teacher_strip * teacher_h * wide
-            a_row += 3 * strip * wide  # a strip of dlogits, gathered or upcast
+        if not self.one_product or narrow == logits == 2:
+            teacher_strip = min(self.shared_vocab, self.strip_rows(teacher_h, strip_bytes))
+            fixed += max(strip * h, teacher_strip * teacher_h) * wide
+        if self.compacts or logits == 2:
+            a_row += strip * (wide + logits)  # a strip of dlogits: gathered, upcast
         if self.compacts:
-            fixed += self.vocab * SELECTION_BYTES
+            fixed += strip * h * (wide + narrow) + self.vocab * SELECTION_BYTES
             fixed += min(rows * self.vocab, max(BLOCK_ELEMENTS, self.vocab)) * wide
         if self.torch_impl:
             block = min(rows * self.vocab, max(torch_rows.BLOCK_ELEMENTS, self.vocab))
             fixed += torch_rows.TEMPORARIES * block * accumulate_dtype(self.logits_dtype).itemsize
-        return fixed + rows * a_row
+        scaled = min(self.vocab * h, BLOCK_ELEMENTS) * wide  # a block of a gradient, in backward
+        return max(fixed + rows * a_row, scaled)
 
     def default_workspace(self) -> int:
         if self.device.type != "cpu":
@@ -87,13 +97,20 @@ class Sizes:
         wanted = min(self.bytes_of(CPU_CHUNK_ROWS), LARGEST_CPU_DEFAULT)
         return max(DEFAULT_WORKSPACE["cpu"], wanted, self.bytes_of(1))
 
+    def least_workspace(self) -> int:
+        """Chunks of one row, with the smallest strips."""
+        return self.bytes_of(1, 0)
+
     def longest_chunk(self, workspace_bytes: int) -> int:
         """The most rows whose bytes fit; 0 if not even one does."""
+        strip_bytes = self.strip_bytes(workspace_bytes)
         low, high = 0, max(1, self.rows)
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (
-                (middle, high) if self.bytes_of(middle) <= workspace_bytes else (low, middle - 1)
+                (middle, high)
+                if self.bytes_of(middle, strip_bytes) <= workspace_bytes
+                else (low, middle - 1)
             )
         return low
 
@@ -172,12 +189,13 @@ def plan(
     }
     elements = sum(accumulators[name] for name in trains)
     per_chunk = chunk_length(sizes, workspace_bytes, chunk_rows)
+    longest = min(per_chunk, max(1, rows))
     return ChunkPlan(
         chunk_rows=per_chunk,
         chunks=-(-teacher_rows // per_chunk) + -(-(rows - teacher_rows) // per_chunk),
-        workspace_bytes=sizes.bytes_of(min(per_chunk, max(1, rows))),
+        workspace_bytes=sizes.bytes_of(longest, sizes.strip_bytes(workspace_bytes)),
         gradient_bytes=elements * (gemm.gradient_dtype(dtype).itemsize + dtype.itemsize),
-        least_workspace_bytes=sizes.bytes_of(1),
+        least_workspace_bytes=sizes.least_workspace(),
     )
 
 
@@ -189,10 +207,11 @@ def chunk_length(sizes: Sizes, workspace_bytes: int | None, chunk_rows: int | No
         if chunk_rows == 0:
             raise KepoInputError(
                 f"workspace_bytes={granted} is too little for a chunk of one row, which takes "
-                f"{sizes.bytes_of(1)} bytes here; pass at least that, or None for the default"
+                f"{sizes.least_workspace()} bytes here; pass at least that, or None for the default"
             )
         return chunk_rows
-    needed = sizes.bytes_of(min(chunk_rows, max(1, sizes.rows)))
+    longest = min(chunk_rows, max(1, sizes.rows))
+    needed = sizes.bytes_of(longest, sizes.strip_bytes(workspace_bytes))
     if workspace_bytes is not None and needed > workspace_bytes:
         raise KepoInputError(
             f"chunk_rows={chunk_rows} takes {needed} bytes and workspace_bytes={workspace_bytes} "

@@ -114,27 +114,26 @@ def build_problem(
     check.logits_dtype(dtype, hidden)
     dtype = dtype or gemm.default_logits_dtype(hidden.dtype, hidden.device)
     grad_tol = float(engine.get("grad_tol", 0.0))
+    workspace_bytes = engine.get("workspace_bytes")
     try:
         row_kernels = pick_rows(engine.get("impl", "auto"), hidden.device, dtype)
-        chunk_rows = chunk_length(
-            Sizes(
-                rows=len(rows),
-                hidden_size=hidden.shape[-1],
-                vocab=len(head.weight),
-                dtype=hidden.dtype,
-                logits_dtype=dtype,
-                device=hidden.device,
-                teacher_rows=len(teacher_rows),
-                teacher_hidden_size=teacher.hidden.shape[-1] if shared else 0,
-                shared_vocab=shared,
-                tokens=active.numel(),
-                lora_rank=0 if head.lora is None else len(head.lora.a),
-                torch_impl=row_kernels is torch_rows,
-                compacts=grad_tol > 0.0,
-            ),
-            engine.get("workspace_bytes"),
-            engine.get("chunk_rows"),
+        sizes = Sizes(
+            rows=len(rows),
+            hidden_size=hidden.shape[-1],
+            vocab=len(head.weight),
+            dtype=hidden.dtype,
+            logits_dtype=dtype,
+            device=hidden.device,
+            teacher_rows=len(teacher_rows),
+            teacher_hidden_size=teacher.hidden.shape[-1] if shared else 0,
+            shared_vocab=shared,
+            tokens=active.numel(),
+            lora_rank=0 if head.lora is None else len(head.lora.a),
+            torch_impl=row_kernels is torch_rows,
+            compacts=grad_tol > 0.0,
         )
+        chunk_rows = chunk_length(sizes, workspace_bytes, engine.get("chunk_rows"))
+        strip_bytes = sizes.strip_bytes(workspace_bytes)
     except KepoInputError as error:
         check.refuse(str(error))
     scale = 1.0 if teacher is None else teacher.head.logit_scale
@@ -161,6 +160,8 @@ def build_problem(
         logits_dtype=dtype,
         row_kernels=row_kernels,
         chunk_rows=chunk_rows,
+        strip_rows=sizes.strip_rows(sizes.hidden_size, strip_bytes),
+        teacher_strip_rows=sizes.strip_rows(sizes.teacher_hidden_size, strip_bytes),
         grad_tol=grad_tol,
     )
 

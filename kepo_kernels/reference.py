@@ -32,10 +32,8 @@ def project(hidden: Tensor, lm_head: object, bias: Tensor | None = None) -> Tens
     logits = lm_head.logit_scale * logits
     if lm_head.softcap is None:
         return logits
-    # -inf is kept from tanh as well as put back: its gradient there is 0, but inf / inf is NaN.
-    alive = logits > -torch.inf
-    capped = lm_head.softcap * (torch.where(alive, logits, 0) / lm_head.softcap).tanh()
-    return torch.where(alive, capped, -torch.inf)
+    capped = lm_head.softcap * (logits / lm_head.softcap).tanh()  # flat at -inf: gradient 0
+    return torch.where(logits > -torch.inf, capped, -torch.inf)
 
 
 def token_logprob(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:

@@ -54,7 +54,7 @@ def heavy_columns(dlogits: Tensor, grad_tol: float) -> tuple[Tensor | None, Mass
     lightest, order = _mass(dlogits).sort()
     running = lightest.cumsum(0, dtype=torch.float64)
     total = running[-1]
-    left_out = int((running <= grad_tol * total).sum())  # 0 if any of them is NaN
+    left_out = int((running <= grad_tol * total).sum()) if total.isfinite() else 0
     if dlogits.shape[1] - left_out > WORTHWHILE * dlogits.shape[1]:
         return None, Mass(0.0, float(total))
     dropped = float(running[left_out - 1]) if left_out else 0.0

@@ -82,6 +82,8 @@ class LinearProblem:
     logits_dtype: torch.dtype
     row_kernels: ModuleType
     chunk_rows: int
+    strip_rows: int  # of the student's head that are upcast at a time, where they have to be
+    teacher_strip_rows: int
     grad_tol: float
 
 
@@ -114,9 +116,11 @@ def sweep(
             rows = problem.plan.rows[start:end]
             x = _gather(problem, hidden, rows, "hidden")
             logits = buffers.get("student", len(rows), len(student.lm_head))
-            low = _project_(
-                logits, x, student.lm_head, student.bias, _lora(student, problem.lora_scale)
-            )
+            gemm.project_(logits, x, *student[1:3], strip_rows=problem.strip_rows)
+            low = None
+            if student.lora_a is not None:
+                ab = student.lora_a, student.lora_b
+                low = lora.project_(logits, x, *ab, problem.lora_scale, problem.strip_rows)
             teacher = _teacher_logits(problem, buffers, start, end)
             targets = None if problem.targets is None else problem.targets[rows]
 
@@ -138,20 +142,8 @@ def sweep(
             if problem.grad_tol > 0.0:
                 columns, mass = heavy_columns(logits, problem.grad_tol)
                 dropped, total = dropped + mass.dropped, total + mass.total
-            _accumulate_(gradients, student, problem.lora_scale, logits, x, low, rows, columns)
+            _accumulate_(gradients, student, problem, logits, x, low, rows, columns)
     return numbers, Dropped(dropped, total)
-
-
-def _lora(student: Student, scale: float) -> LoRA | None:
-    return None if student.lora_a is None else LoRA(student.lora_a, student.lora_b, scale)
-
-
-def _project_(
-    logits: Tensor, x: Tensor, lm_head: Tensor, bias: Tensor | None, update: LoRA | None
-) -> Tensor | None:
-    """Fills `logits`; returns the LoRA's (n, r) states, which its gradients need."""
-    gemm.project_(logits, x, lm_head, bias)
-    return None if update is None else lora.project_(logits, x, *update)
 
 
 def _teacher_logits(
@@ -162,14 +154,17 @@ def _teacher_logits(
         return None
     logits = buffers.get("teacher", len(rows), len(problem.teacher_lm_head))
     x = _gather(problem, problem.teacher_hidden, rows, "teacher_hidden")
-    _project_(logits, x, problem.teacher_lm_head, problem.teacher_bias, problem.teacher_lora)
+    strip_rows = problem.teacher_strip_rows
+    gemm.project_(logits, x, problem.teacher_lm_head, problem.teacher_bias, strip_rows=strip_rows)
+    if problem.teacher_lora is not None:
+        lora.project_(logits, x, *problem.teacher_lora, strip_rows)
     return logits
 
 
 def _accumulate_(
     gradients: Gradients,
     student: Student,
-    scale: float,
+    problem: LinearProblem,
     dlogits: Tensor,
     x: Tensor,
     low: Tensor | None,
@@ -177,20 +172,20 @@ def _accumulate_(
     columns: Tensor | None,
 ) -> None:
     """Adds a chunk's part to every gradient that was asked for; `columns` None = all of them."""
+    chosen = columns, problem.strip_rows
     dx = None
     if gradients.hidden is not None:
-        dx = gemm.hidden_gradient(dlogits, student.lm_head, columns)
+        dx = gemm.hidden_gradient(dlogits, student.lm_head, *chosen).to(gradients.hidden.dtype)
     if gradients.lm_head is not None:
-        gemm.accumulate_head_(gradients.lm_head, dlogits, x, columns)
+        gemm.accumulate_head_(gradients.lm_head, dlogits, x, *chosen)
     if gradients.bias is not None:
         gradients.bias.add_(dlogits.sum(0, dtype=gradients.bias.dtype))
     if low is not None:
-        dx = None if dx is None else dx.to(gradients.hidden.dtype)
-        da, db = gradients.lora_a, gradients.lora_b
-        a, b = student.lora_a, student.lora_b
-        lora.add_gradients_(dx, da, db, dlogits, x, low, a, b, scale, columns)
+        ab = student.lora_a, student.lora_b
+        wanted = dx, gradients.lora_a, gradients.lora_b
+        lora.add_gradients_(*wanted, dlogits, x, low, *ab, problem.lora_scale, *chosen)
     if dx is not None:
-        gradients.hidden[rows] = dx.to(gradients.hidden.dtype)
+        gradients.hidden[rows] = dx
 
 
 class _Buffers:

@@ -32,3 +32,9 @@ def back_end(request, monkeypatch) -> BackEnd:
         except ValueError as error:
             pytest.skip(str(error))
     return BackEnd(rows, dtype, device_of(impl))
+
+
+@pytest.fixture
+def unpoisoned(monkeypatch):
+    """Memory as it comes: poisoning it would allocate a second time."""
+    monkeypatch.undo()

@@ -160,15 +160,29 @@ def test_inputs_are_not_changed(impl, loss):
             assert call[name]._version == versions[name], name
 
 
+CAST = ("hidden", "lm_head", "bias", "teacher_hidden", "teacher_lm_head", "teacher_bias")
+
+
 @pytest.mark.parametrize("total", [*map(function_of, LOSSES), logprobs_sum])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_changes_nothing(total, dtype):
+def test_autocast_casts_states_and_weights_only(total, dtype):
+    """As a linear layer: fp32 parameters get fp32 gradients of what their cast computes."""
     name = total.__name__
     call = logprobs_call() if name == "logprobs_sum" else call_of(name[6:-5])
-    expected = evaluate(total, call)
+    expected = evaluate(
+        lambda **call: total(**{k: x.to(dtype) if k in CAST else x for k, x in call.items()}), call
+    )
     with torch.autocast("cpu", dtype=dtype):
         actual = evaluate(total, call)
     assert_same_bits(actual, expected)
+    assert actual["hidden"].dtype == torch.float32
+
+
+def test_autocast_leaves_float64_alone():
+    call = call_of("kepo", dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = fused("kepo", call)
+    assert_same_bits(actual, fused("kepo", call))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

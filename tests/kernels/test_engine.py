@@ -10,7 +10,6 @@ from functools import partial
 import pytest
 import torch
 from checks import (
-    assert_close_to_oracle,
     device_of,
     make_problem,
     make_row_problem,
@@ -20,7 +19,6 @@ from checks import (
 from loss_calls import (
     DIFFERENTIABLE,
     LOSSES,
-    OPTIONS,
     arguments,
     assert_right,
     assert_same_bits,
@@ -31,12 +29,10 @@ from loss_calls import (
     leaves,
     logprobs_call,
     logprobs_sum,
-    plain,
 )
-from torch import Tensor
 
 import kepo_kernels
-from kepo_kernels import KepoInputError, engine, gemm, losses
+from kepo_kernels import KepoInputError, engine, gemm
 from kepo_kernels.rows import RowSettings
 
 # --------------------------------------------------------------------------- only what is asked for
@@ -50,9 +46,9 @@ def work(monkeypatch) -> Counter:
     def counted(owner: object, name: str) -> None:
         function = getattr(owner, name)
 
-        def counting(*args: object) -> object:
+        def counting(*args: object, **settings: object) -> object:
             count[name] += 1
-            return function(*args)
+            return function(*args, **settings)
 
         monkeypatch.setattr(owner, name, counting)
 
@@ -223,44 +219,7 @@ def test_after_fork(impl):
     assert answer == b"same"
 
 
-# ------------------------------------------------------------------------------------ the workspace
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("chunks", [1, 2.5, 4])
-def test_workspace_is_honoured(loss, chunks, monkeypatch):
-    """As many rows a chunk as fit, and the logits that are held at a time fit."""
-    problem = make_problem(4, 8, vocab=37, teacher_vocab=45)
-    row_bytes = (37 if loss == "grpo" else 2 * 37) * 4
-    workspace = int(chunks * row_bytes)
-    plans, held = [], {}
-    build, project = losses.build_problem, gemm.project_
-
-    def building(*args: object, **settings: object) -> engine.LinearProblem:
-        plans.append(build(*args, **settings))
-        return plans[-1]
-
-    def projecting(out: Tensor, *args: object) -> None:
-        held[out.untyped_storage().data_ptr()] = out.untyped_storage().nbytes()
-        project(out, *args)
-
-    monkeypatch.setattr(losses, "build_problem", building)
-    monkeypatch.setattr(gemm, "project_", projecting)
-    call = arguments(loss, problem, OPTIONS[loss], workspace_bytes=workspace)
-    result = fused(loss, call)
-    assert plans[0].chunk_rows == int(chunks)
-    assert sum(held.values()) <= workspace
-    assert_close_to_oracle(result["hidden"], plain(loss, call)["hidden"], name="hidden")
-
-
-def test_workspace_too_small():
-    """The message names the smallest workspace that works, and it does."""
-    call = call_of("kepo", workspace_bytes=100)
-    with pytest.raises(KepoInputError, match=r"fused_kepo_loss: workspace_bytes=100.* 296 bytes"):
-        kepo_kernels.fused_kepo_loss(**call)
-    assert_right("kepo", call | {"workspace_bytes": 296})
-    with pytest.raises(KepoInputError, match=r"workspace_bytes=295"):
-        kepo_kernels.fused_kepo_loss(**call | {"workspace_bytes": 295})
+# ----------------------------------------------------------------------- losses of the caller's own
 
 
 @pytest.mark.parametrize(

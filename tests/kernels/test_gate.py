@@ -126,7 +126,7 @@ def test_compact_teacher_is_the_full_one(impl, loss):
     assert_same_bits(fused(loss, compact, impl), fused(loss, call, impl))
 
 
-@pytest.mark.parametrize("settings", [COMMON, {"workspace_bytes": 1500}], ids=str)
+@pytest.mark.parametrize("settings", [COMMON, {"workspace_bytes": 12_000}], ids=str)
 def test_joint_loss_with_closed_gates_is_grpo(impl, settings):
     """Also where the workspace sets the chunks: with no teacher to hold they are GRPO's."""
     problem = replace(gated_problem(), gate=torch.zeros(BATCH))
@@ -290,9 +290,9 @@ def test_only_open_rows_meet_a_head(loss, monkeypatch):
     rows = {"student": 0, "teacher": 0}
     project = gemm.project_
 
-    def counting(out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None) -> None:
+    def counting(out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, **how: int) -> None:
         rows["student" if w.shape[1] == problem.lm_head.shape[1] else "teacher"] += len(x)
-        project(out, x, w, bias)
+        project(out, x, w, bias, **how)
 
     monkeypatch.setattr(gemm, "project_", counting)
     fused(loss, arguments(loss, problem, "gate completion_mask", **COMMON))
@@ -307,9 +307,9 @@ def test_no_distillation_no_teacher(monkeypatch):
     problem = gated_problem()
     project = gemm.project_
 
-    def student_only(out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None) -> None:
+    def student_only(out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, **how: int) -> None:
         assert w.shape[1] == problem.lm_head.shape[1]
-        project(out, x, w, bias)
+        project(out, x, w, bias, **how)
 
     monkeypatch.setattr(gemm, "project_", student_only)
     call = arguments("kepo", problem, "completion_mask", distill_coef=0.0)

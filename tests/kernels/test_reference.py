@@ -101,6 +101,11 @@ def test_teacher_temperature():
         default = reference.token_divergence(problem.logits, problem.teacher, beta, 0.7)
         assert torch.equal(default, same)
         assert not torch.allclose(default, apart, rtol=0.01)
+    x = tiny()
+    kd = x.hidden, x.lm_head, x.teacher_hidden
+    scaled = reference.gated_kd_loss(*kd, x.teacher_lm_head / 2.0)
+    apart = reference.gated_kd_loss(*kd, x.teacher_lm_head, teacher_temperature=2.0)
+    assert_close_to_oracle(apart, scaled, name="loss")
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
