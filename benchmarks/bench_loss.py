@@ -117,7 +117,7 @@ def bench(shape: Shape, args: argparse.Namespace) -> list[table.Row]:
                 row["note"] += f" (grad_tol {args.grad_tol:g})"
             print_row(row)
             rows.append(row)
-    rows += table.promised_rows(shape, device.type, measured)
+    rows += table.promised_rows(shape.name, device.type, measured)
     rows += [
         table.ratio_row(
             f"{case}/gradient_error",

@@ -9,7 +9,6 @@ from math import isnan
 from pathlib import Path
 
 from measure import PEERS, Measurement, Quantiles
-from problems import Shape
 
 COLUMNS = (
     *("machine", "capability", "threads", "python", "torch", *PEERS, "commit", "date"),
@@ -117,7 +116,7 @@ def ratio_row(name: str, ratio: Quantiles, target: float | None, note: str) -> R
 
 
 def promised_rows(
-    shape: Shape, device: str, measured: dict[tuple[str, str], Measurement]
+    shape: str, device: str, measured: dict[tuple[str, str], Measurement]
 ) -> list[Row]:
     """The promises whose measurements this run has."""
     rows = []
@@ -127,14 +126,14 @@ def promised_rows(
             continue
         mine, others = measured[promise.over], [measured[key] for key in promise.by]
         if promise.memory:
-            if shape.name not in promise.shapes:  # other shapes' peers are scaled, or too small
+            if shape not in promise.shapes:  # other shapes' peers are scaled, or too small
                 continue
             if mine.peak_mib is None or any(not other.peak_mib for other in others):
                 continue
             ratio = Quantiles.of([mine.peak_mib / sum(other.peak_mib for other in others)])
         else:
             ratio = mine.over(others)
-        target = promise.target.get(device) if shape.name in promise.shapes else None
+        target = promise.target.get(device) if shape in promise.shapes else None
         rows.append(ratio_row(promise.name, ratio, target, promise.title))
     return rows
 

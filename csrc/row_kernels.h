@@ -13,28 +13,45 @@ enum Kind { FORWARD_KL, REVERSE_KL, MIXTURE };  // beta = 0, beta = 1, between
 
 // Calls step(column, vector_count) over [begin, end): whole vectors, then the partial one. `flush` runs every few vectors.
 constexpr int64_t FLUSH_COLUMNS = 32 * LANES;
-template <class Step, class Flush> static inline void sweep(int64_t begin, int64_t end, Step step, Flush flush) {
+template <class Step, class Flush> KEPO_INLINE void sweep(int64_t begin, int64_t end, Step step, Flush flush) {
     for (int64_t block = begin; block < end; block += FLUSH_COLUMNS) {
         int64_t stop = block + FLUSH_COLUMNS < end ? block + FLUSH_COLUMNS : end;
-        int64_t column = block;
-        for (; column + LANES <= stop; column += LANES) step(column, LANES);
-        if (column < stop) step(column, (int)(stop - column));
+        for (int64_t column = block; column < stop; column += LANES) {
+            step(column, column + LANES <= stop ? LANES : (int)(stop - column));
+        }
         flush();
     }
 }
 
 // A vector of logits: as they are stored, and as the formulas see them. Kernels compiled without CAPPED have no trace of a
 // cap; with it one of the two sides may still have none.
-template <class T> static inline vf read(const T *row, int64_t column, int count) {
+template <class T> KEPO_INLINE vf read(const T *row, int64_t column, int count) {
     return count == LANES ? load(row + column) : load_part(row + column, count);
 }
-template <bool CAPPED, class T> static inline vf read(const T *row, int64_t column, int count, Cap cap) {
+template <bool CAPPED, class T> KEPO_INLINE vf read(const T *row, int64_t column, int count, Cap cap) {
     vf z = read(row, column, count);
     return CAPPED && cap.size != 0.0f ? capped(z, cap).value : z;
 }
 
-static inline vf weighted(vf probability, vf value) {  // p * v, 0 where p is 0, NaN where p is NaN
+KEPO_INLINE vf weighted(vf probability, vf value) {  // p * v, 0 where p is 0, NaN where p is NaN
     return select(probability > 0.0f, probability * value, probability);
+}
+
+// Rows of a trained model are peaked: nearly all columns have next to no probability on either side. A vector is skipped if
+// all of its lanes have log-probabilities <= DEAD on every side. What it would have added to a row of V columns is below
+//     V e^-32 = 1.7e-9             to a sum of probabilities, which is >= 1 (V = 2^17)
+//     V 33 e^-32 = 5.5e-8          to the entropy and to the mixture's KLs (x e^x; log(q/m) <= -log(1 - beta) + ...),
+//     V (DEAD_RATIO + 1) e^-32     = 1.1e-7 to KL(p|q) and KL(q|p), where a log-ratio may be anything and is asked for too
+// and that is if all columns were just at the limit; 2^-24 = 6e-8 is the rounding of one number near 1 in such a row, and
+// its log-probabilities carry that many times over. A gradient is set to 0 where it would have been 33 e^-32 = 4e-13 of its
+// coefficient at most. -inf has no probability anyway; against a live other side it is not skipped, nor is NaN ever: rows
+// that are not finite have the limit NaN, which no lane is below.
+constexpr float DEAD = -32.0f, DEAD_RATIO = 64.0f;
+
+static inline float dead_limit(std::initializer_list<float> numbers_of_row) {
+    float sum = 0.0f;
+    for (float number : numbers_of_row) sum += number - number;  // 0, or NaN if one of them is not finite
+    return DEAD + sum;
 }
 
 // One stretch of a row: its largest logit, and with x = (logit - peak) / temperature the sums of e^x and of x e^x.
@@ -52,15 +69,16 @@ static Softmax softmax_of(const T *row, int64_t begin, int64_t end, float invers
     sweep(begin, end, [&](int64_t column, int count) { high = maximum(read(row, column, count), high); }, [] {});
     if (CAPPED && cap.size != 0.0f) high = capped(high, cap).value;  // a cap keeps the order
     for (int i = 0; i < LANES; ++i) s.peak = high[i] > s.peak ? high[i] : s.peak;
+    const float base = s.peak == NEG_INF ? 0.0f : s.peak;  // a stretch of nothing but -inf has sum 0, not NaN
     Sum sum, moment;
     sweep(begin, end, [&](int64_t column, int count) {
-        vf z = read<CAPPED>(row, column, count, cap);
-        vf x = select(z == NEG_INF, z, (z - s.peak) * inverse_temperature);  // a stretch of -inf only has sum 0, not NaN
+        vf x = (read<CAPPED>(row, column, count, cap) - base) * inverse_temperature;
+        if (all(x <= DEAD)) return;
         vf e = exp_neg(x);
         sum.add(e);
-        moment.add(weighted(e, x));
+        moment.add(e * maximum(splat(SMALLEST_LOG), x));
     }, [&] { sum.flush(), moment.flush(); });
-    s.sum = sum.total, s.moment = moment.total;
+    s.sum = sum.total(), s.moment = moment.total();
     return s;
 }
 
@@ -77,14 +95,19 @@ static inline Softmax merge(const Softmax &a, const Softmax &b, float inverse_te
     return out;
 }
 
-// log-probabilities of one column vector and what the mixture kinds need of them.
+// One column vector of both sides.
 struct Pair {
-    vf q, p;              // probabilities
-    vf log_ratio_p;       // log p/q
+    vf q, p;              // probabilities; in a MIXTURE at least e^-87, for the caller to put right where it matters
+    vf log_ratio_p;       // log p/q (not MIXTURE)
     vf log_q_m, log_p_m;  // log q/m, log p/m (MIXTURE only), m by log-add-exp from the larger of the two
 };
 
-template <Kind KIND> static inline Pair compare(vf log_q, vf log_p, float beta) {
+template <Kind KIND> KEPO_INLINE bool is_dead(vf log_q, vf log_p, float limit) {
+    vi dead = maximum(log_q, log_p) <= limit;
+    return all(KIND == MIXTURE ? dead : dead & (magnitude(log_p - log_q) <= DEAD_RATIO));
+}
+
+template <Kind KIND> KEPO_INLINE Pair compare(vf log_q, vf log_p, float beta) {
     Pair out;
     if (KIND != MIXTURE) {
         out.q = exp_neg(log_q), out.p = exp_neg(log_p);
@@ -92,17 +115,17 @@ template <Kind KIND> static inline Pair compare(vf log_q, vf log_p, float beta) 
         return out;
     }
     // m = high (1 + (1 - w)(low/high - 1)): no underflow while `high` lives, and no cancellation where p is close to q.
+    // Both bounded the difference is finite; NaN stays in it, and comes out everywhere.
+    log_q = maximum(splat(SMALLEST_LOG), log_q), log_p = maximum(splat(SMALLEST_LOG), log_p);
     vi teacher_high = log_p > log_q;
-    vf d = select(teacher_high, log_p - log_q, log_q - log_p);  // >= 0; NaN when both are -inf
-    vf high = exp_neg(select(teacher_high, log_p, log_q));
-    d = select(high > 0.0f, d, select(high == high, vf{}, high));
-    vf fall = expm1_neg(-d);  // low/high - 1
+    vf ratio = log_q - log_p;
+    vf high = exp_of(maximum(log_q, log_p));
+    vf fall = expm1_neg(-magnitude(ratio));  // low/high - 1
     vf low = high + high * fall;
-    vf weight = select(teacher_high, splat(beta), splat(1.0f - beta));
-    vf log_m = log1p_neg((1.0f - weight) * fall);  // log m/high
+    vf log_m = log1p_neg(select(teacher_high, splat(1.0f - beta), splat(beta)) * fall);  // log m/high
     out.q = select(teacher_high, low, high), out.p = select(teacher_high, high, low);
-    out.log_q_m = -log_m - select(teacher_high, d, vf{});
-    out.log_p_m = -log_m - select(teacher_high, vf{}, d);
+    out.log_q_m = minimum(vf{}, ratio) - log_m;
+    out.log_p_m = -maximum(vf{}, ratio) - log_m;
     return out;
 }
 
@@ -112,24 +135,27 @@ static void divergence(const T *z, const T *y, const Softmax &student, const Sof
     const float inverse = 1.0f / b.temperature, teacher_inverse = 1.0f / b.teacher_temperature;
     const Cap cap(b.softcap), teacher_cap(b.teacher_softcap);
     const float log_z = (float)student.log_sum(), log_y = (float)teacher.log_sum();
+    const float limit = dead_limit({student.peak, teacher.peak, log_z, log_y});
     Sum student_kl, teacher_kl;
     sweep(0, b.shared, [&](int64_t column, int count) {
         vf log_q = (read<CAPPED>(z, column, count, cap) - student.peak) * inverse - log_z;
         vf log_p = (read<CAPPED>(y, column, count, teacher_cap) - teacher.peak) * teacher_inverse - log_y;
+        if (is_dead<KIND>(log_q, log_p, limit)) return;
         Pair at = compare<KIND>(log_q, log_p, b.beta);
         // Each KL as a log(a/b) - a + b: all terms >= 0, and rounding of the log-sums cancels to first order.
         if (KIND == FORWARD_KL) teacher_kl.add(weighted(at.p, at.log_ratio_p) - at.p + at.q);
         if (KIND == REVERSE_KL) student_kl.add(weighted(at.q, -at.log_ratio_p) - at.q + at.p);
         if (KIND == MIXTURE) {
             vf gap = at.p - at.q;  // m - q = beta gap, m - p = -(1 - beta) gap: nothing cancels when p is close to q
-            student_kl.add(weighted(at.q, at.log_q_m) + b.beta * gap);
-            teacher_kl.add(weighted(at.p, at.log_p_m) - (1.0f - b.beta) * gap);
+            student_kl.add(at.q * at.log_q_m + b.beta * gap);
+            teacher_kl.add(at.p * at.log_p_m - (1.0f - b.beta) * gap);
         }
     }, [&] { student_kl.flush(), teacher_kl.flush(); });
-    *student_kl_out = (float)student_kl.total;
-    *divergence_out = (float)(KIND == FORWARD_KL   ? teacher_kl.total
-                              : KIND == REVERSE_KL ? student_kl.total
-                                                   : (1.0 - b.beta) * student_kl.total + b.beta * teacher_kl.total);
+    const double of_student = student_kl.total(), of_teacher = teacher_kl.total();
+    *student_kl_out = (float)of_student;
+    *divergence_out = (float)(KIND == FORWARD_KL   ? of_teacher
+                              : KIND == REVERSE_KL ? of_student
+                                                   : (1.0 - b.beta) * of_student + b.beta * of_teacher);
 }
 
 template <class T, bool CAPPED> static void forward_row(const RowBatch &b, int64_t row) {
@@ -174,14 +200,21 @@ static void backward_columns(T *z, const T *y, const RowGrad &at, const RowBatch
     const float inverse = 1.0f / b.temperature, teacher_inverse = 1.0f / b.teacher_temperature;
     const Cap cap(b.softcap), teacher_cap(b.teacher_softcap);
     const bool one_softmax = b.vocab == b.shared;  // the shared columns are all columns: q need not be computed twice
+    const float limit = dead_limit({at.c, at.g, at.e, at.entropy, at.peak, at.log_sum, at.shared_log_sum,
+                                    at.teacher_peak, at.teacher_log_sum, at.student_kl});
     vi lane;
     for (int i = 0; i < LANES; ++i) lane[i] = i;
     sweep(begin, end, [&](int64_t column, int count) {
+        auto put = [&](vf grad) {
+            if (count == LANES) store(z + column, grad);
+            else store_part(z + column, grad, count);
+        };
         vf logit = read(z, column, count), slope{};
         if (CAPPED && b.softcap != 0.0f) {
             Capped of = capped(logit, cap);
             logit = of.value, slope = of.slope;
         }
+        const bool has_target = at.target >= column && at.target < column + count;
         vf scaled = (logit - at.peak) * inverse;
         vf log_q = scaled - at.log_sum;
         vf grad{};
@@ -189,26 +222,27 @@ static void backward_columns(T *z, const T *y, const RowGrad &at, const RowBatch
             vf other = read<CAPPED>(y, column, count, teacher_cap);
             vf log_p = (other - at.teacher_peak) * teacher_inverse - at.teacher_log_sum;
             vf log_shared = one_softmax ? log_q : scaled - at.shared_log_sum;
+            if (is_dead<KIND>(log_shared, log_p, limit) && !has_target) return put(vf{});
             Pair pair = compare<KIND>(log_shared, log_p, b.beta);
             if (KIND == FORWARD_KL) grad = at.g * (pair.q - pair.p);
             if (KIND == REVERSE_KL) grad = at.g * weighted(pair.q, -pair.log_ratio_p - at.student_kl);
-            if (KIND == MIXTURE) grad = at.g * (1.0f - b.beta) * weighted(pair.q, pair.log_q_m - at.student_kl);
+            if (KIND == MIXTURE) grad = at.g * (1.0f - b.beta) * (pair.q * (pair.log_q_m - at.student_kl));
             if (at.c != 0.0f || at.e != 0.0f) {
                 vf q = one_softmax ? pair.q : exp_neg(log_q);
-                grad -= at.c * q + at.e * weighted(q, log_q + at.entropy);
+                grad -= q * (at.c + at.e * (maximum(splat(SMALLEST_LOG), log_q) + at.entropy));
             }
+            if (KIND == MIXTURE) grad = select(log_shared < SMALLEST_LOG, vf{}, grad);
         } else {
-            vf q = exp_neg(log_q);
-            grad -= at.c * q + at.e * weighted(q, log_q + at.entropy);
+            if (all(log_q <= limit) && !has_target) return put(vf{});
+            grad -= exp_neg(log_q) * (at.c + at.e * (maximum(splat(SMALLEST_LOG), log_q) + at.entropy));
         }
-        if (at.target >= column && at.target < column + count) {
+        if (has_target) {
             vi hit = lane == splat_int((int32_t)(at.target - column));
             grad += select(hit, splat(at.c), vf{});
         }
         grad *= inverse;
         if (CAPPED && b.softcap != 0.0f) grad *= slope;
-        if (count == LANES) store(z + column, grad);
-        else store_part(z + column, grad, count);
+        put(grad);
     }, [] {});
 }
 

@@ -4,6 +4,12 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+// A function that takes or returns vectors by value is inlined, always: called, it passes them through memory.
+#define KEPO_INLINE static inline __attribute__((always_inline))
 
 namespace KEPO_ISA {
 
@@ -12,29 +18,46 @@ typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint16_t v16 __attribute__((vector_size(2 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef float vh __attribute__((vector_size(2 * LANES)));   // half of a vf
+typedef double vd __attribute__((vector_size(4 * LANES)));  // in double
 
-static inline vf splat(float x) { return x - vf{}; }
-static inline vi splat_int(int32_t x) { return x - vi{}; }
-static inline vf as_float(vi x) { return (vf)x; }
-static inline vi as_int(vf x) { return (vi)x; }
-static inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
-static inline vf maximum(vf a, vf b) { return select(a > b, a, b); }
-static inline vf magnitude(vf a) { return as_float(as_int(a) & 0x7fffffff); }
+KEPO_INLINE vf splat(float x) { return x - vf{}; }
+KEPO_INLINE vi splat_int(int32_t x) { return x - vi{}; }
+KEPO_INLINE vf as_float(vi x) { return (vf)x; }
+KEPO_INLINE vi as_int(vf x) { return (vi)x; }
+KEPO_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+// The larger, the smaller; b where either is NaN.
+KEPO_INLINE vf maximum(vf a, vf b) { return select(a > b, a, b); }
+KEPO_INLINE vf minimum(vf a, vf b) { return select(a < b, a, b); }
+KEPO_INLINE vf magnitude(vf a) { return as_float(as_int(a) & 0x7fffffff); }
+
+// Whether the mask is set in every lane; false on processors that have no one instruction for it (a false costs time only).
+KEPO_INLINE bool all(vi mask) {
+#if KEPO_LANES == 16 && defined(__AVX512DQ__)
+    return _mm512_movepi32_mask((__m512i)mask) == 0xffff;
+#elif KEPO_LANES == 8 && defined(__AVX__)
+    return _mm256_movemask_ps((__m256)mask) == 0xff;
+#elif KEPO_LANES == 4 && defined(__SSE2__)
+    return _mm_movemask_ps((__m128)mask) == 0xf;
+#else
+    return false;
+#endif
+}
 
 constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
 constexpr float LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;  // their sum is ln 2; HIGH has few bits
-constexpr float ROUND_MAGIC = 12582912.0f;                           // 1.5 * 2^23: adding it rounds to an integer
-constexpr int32_t ROUND_MAGIC_BITS = 0x4B400000;
+constexpr float ROUND_MAGIC = 12582912.0f + 127.0f;                  // 1.5 * 2^23: adding it rounds to an integer
+constexpr int32_t ROUND_MAGIC_BITS = 0x4B400000 + 127;
 
-// x = n ln 2 + r with whole n, |r| <= ln 2 / 2, for x in [-87, 0]; e^r = 1 + small, about 1 ulp.
-struct Reduced {
-    vf shifted, small;  // low bits of `shifted` are n
+// e^x for x in [SMALLEST_LOG, 0], about 1 ulp: x = n ln 2 + r with whole n and |r| <= ln 2 / 2, e^r = 1 + small. NaN stays.
+constexpr float SMALLEST_LOG = -87.0f;  // e^-87 is still a normal number
+struct Exp {
+    vf power, small;  // e^x = power (1 + small)
 };
-static inline Reduced reduce(vf x) {
-    vf bounded = select(x < -87.0f, splat(-87.0f), x);
-    vf shifted = bounded * 1.44269504088896341f + ROUND_MAGIC;
+KEPO_INLINE Exp exp_parts(vf x) {
+    vf shifted = x * 1.44269504088896341f + ROUND_MAGIC;
     vf n = shifted - ROUND_MAGIC;
-    vf r = bounded - n * LN2_HIGH;
+    vf r = x - n * LN2_HIGH;
     r = r - n * LN2_LOW;
     vf p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
@@ -42,23 +65,22 @@ static inline Reduced reduce(vf x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    return {shifted, p * r * r + r};
+    return {(vf)((vu)shifted << 23), p * r * r + r};  // the low bits of `shifted` are n + 127: the exponent of 2^n
 }
-static inline vf scale_up(Reduced x) {  // 2^n (1 + small): n is added to the exponent; unsigned, for NaN may overflow
-    return (vf)((vu)(x.small + 1.0f) + ((vu)x.shifted << 23));
+KEPO_INLINE vf exp_of(vf x) {
+    Exp e = exp_parts(x);
+    return e.power * e.small + e.power;
 }
 
 // e^x for x <= 0 (a probability). Below -87 it is 0; NaN stays.
-static inline vf exp_neg(vf x) {
-    vf scaled = select(x < -87.0f, vf{}, scale_up(reduce(x)));
-    return select(x == x, scaled, x);
+KEPO_INLINE vf exp_neg(vf x) {
+    return select(x < SMALLEST_LOG, vf{}, exp_of(maximum(splat(SMALLEST_LOG), x)));
 }
 
-// e^x - 1 for x <= 0, to full relative accuracy near 0: where n = 0 the polynomial already is the answer.
-static inline vf expm1_neg(vf x) {
-    Reduced parts = reduce(x);
-    vf far = select(x < -87.0f, vf{}, scale_up(parts)) - 1.0f;
-    return select(x == x, select(parts.shifted == ROUND_MAGIC, parts.small, far), x);
+// e^x - 1 for x in [SMALLEST_LOG, 0], to full relative accuracy near 0: while n = 0 it is `small`. NaN stays.
+KEPO_INLINE vf expm1_neg(vf x) {
+    Exp e = exp_parts(x);
+    return e.power * e.small + (e.power - 1.0f);
 }
 
 // Logits capped to (-size, size): size tanh(z / size). size 0 caps nothing.
@@ -76,19 +98,19 @@ struct Cap {
 struct Capped {
     vf value, slope;
 };
-static inline Capped capped(vf z, Cap cap) {
+KEPO_INLINE Capped capped(vf z, Cap cap) {
     vf x = magnitude(z) * (-2.0f * cap.inverse);
-    Reduced parts = reduce(x);
-    vf e = select(x < -87.0f, vf{}, scale_up(parts));
+    vf bounded = maximum(splat(SMALLEST_LOG), x);
+    vf t = expm1_neg(bounded), e = select(x < SMALLEST_LOG, vf{}, exp_of(bounded));
     vf inverse = 1.0f / (1.0f + e);
-    vf near = cap.size * -parts.small * inverse, far = cap.size - 2.0f * cap.size * e * inverse;
+    vf near = cap.size * -t * inverse, far = cap.size - 2.0f * cap.size * e * inverse;
     vi sign = as_int(z) & (int32_t)0x80000000;
-    vf value = as_float(as_int(select(parts.shifted == ROUND_MAGIC, near, far)) | sign);
+    vf value = as_float(as_int(select(x > -0.34f, near, far)) | sign);
     return {select((z == NEG_INF) | (z != z), z, value), 4.0f * e * inverse * inverse};
 }
 
-// log(1 + u) for -1 < u <= 0 and 1 + u normal, about 1 ulp. 1 + u = 2^e (1 + f), and f is u itself while e = 0. NaN stays.
-static inline vf log1p_neg(vf u) {
+// log(1 + u) for -1 < u <= 0 and 1 + u normal, about 1 ulp. 1 + u = 2^e (1 + f), and f is u itself while e = 0. Of NaN anything.
+KEPO_INLINE vf log1p_neg(vf u) {
     vi bits = (vi)((vu)(u + 1.0f) - 0x3f3504f3);  // sqrt(1/2): so that the exponent field rounds at sqrt(2)
     vi e = bits >> 23;
     vf f = select(e == 0, u, as_float((bits & 0x7fffff) + 0x3f3504f3) - 1.0f);
@@ -104,7 +126,7 @@ static inline vf log1p_neg(vf u) {
     p = p * f + 3.3333331174e-1f;
     vf square = f * f;
     vf tail = p * f * square + exponent * LN2_LOW - 0.5f * square;
-    return select(u == u, f + tail + exponent * LN2_HIGH, u);
+    return f + tail + exponent * LN2_HIGH;
 }
 
 // Logits are stored as float or as bfloat16 (its sixteen bits are the upper half of a float).
@@ -112,18 +134,18 @@ struct bf16 {
     uint16_t bits;
 };
 
-static inline vf load(const float *p) {
+KEPO_INLINE vf load(const float *p) {
     vf x;
     std::memcpy(&x, p, sizeof x);
     return x;
 }
-static inline vf load(const bf16 *p) {
+KEPO_INLINE vf load(const bf16 *p) {
     v16 x;
     std::memcpy(&x, p, sizeof x);
     return (vf)(__builtin_convertvector(x, vu) << 16);
 }
-static inline void store(float *p, vf x) { std::memcpy(p, &x, sizeof x); }
-static inline void store(bf16 *p, vf x) {
+KEPO_INLINE void store(float *p, vf x) { std::memcpy(p, &x, sizeof x); }
+KEPO_INLINE void store(bf16 *p, vf x) {
     vu bits = (vu)x;
     vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;         // to nearest, ties to even
     vu quiet = (bits >> 16) | 0x40;                                  // a NaN must not round up to infinity
@@ -133,14 +155,14 @@ static inline void store(bf16 *p, vf x) {
 }
 
 // The last, partial vector of a row: absent columns are logits of -inf, which have no probability and no gradient.
-template <class T> static inline vf load_part(const T *p, int count) {
+template <class T> KEPO_INLINE vf load_part(const T *p, int count) {
     T lanes[LANES];
     const float absent = NEG_INF;
     for (int i = 0; i < LANES; ++i) std::memcpy(&lanes[i], (const char *)&absent + sizeof(float) - sizeof(T), sizeof(T));
     std::memcpy(lanes, p, count * sizeof(T));
     return load(lanes);
 }
-template <class T> static inline void store_part(T *p, vf x, int count) {
+template <class T> KEPO_INLINE void store_part(T *p, vf x, int count) {
     T lanes[LANES];
     store(lanes, x);
     std::memcpy(p, lanes, count * sizeof(T));
@@ -149,13 +171,18 @@ template <class T> static inline void store_part(T *p, vf x, int count) {
 // A sum that carries fp32 only over a short block and keeps the total in double: error far below one fp32 ulp.
 struct Sum {
     vf block{};
-    double total = 0.0;
+    vd low{}, high{};
     void add(vf x) { block += x; }
     void flush() {
-        double s = 0.0;
-        for (int i = 0; i < LANES; ++i) s += block[i];
-        total += s;
+        vh halves[2];
+        std::memcpy(halves, &block, sizeof block);
+        low += __builtin_convertvector(halves[0], vd), high += __builtin_convertvector(halves[1], vd);
         block = vf{};
+    }
+    double total() const {
+        double s = 0.0;
+        for (int i = 0; i < LANES / 2; ++i) s += low[i] + high[i];
+        return s;
     }
 };
 

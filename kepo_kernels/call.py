@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kepo_kernels.engine import TokenLoss, TokenStats, fused_loss
+from kepo_kernels.engine import TokenLoss, TokenStats, fused_loss, loss_and_gradients
 from kepo_kernels.heads import Head, LoRA
 from kepo_kernels.problem import Teacher
 from kepo_kernels.sweep import LinearProblem, Student
@@ -25,6 +25,9 @@ class Call:
     bias: Tensor | None
     completion_mask: Tensor | None
     engine: dict[str, object]
+    needs: tuple[bool, ...] | None
+    """None, or what `kepo_kernels.compiled` wants in place of a differentiable loss: which of the
+    student's gradients are to be returned with it."""
 
     @property
     def lead(self) -> torch.Size:
@@ -38,7 +41,7 @@ class Call:
         gate: Tensor | None,
         temperature: float,
     ) -> Teacher:
-        hidden, head, bias = _autocast(hidden, Head.of(lm_head), bias)
+        hidden, head, bias = autocast(hidden, Head.of(lm_head), bias)
         teacher = Teacher(hidden, head, bias, gate, temperature)
         teacher.check(self.check, self.hidden)
         return teacher
@@ -62,6 +65,8 @@ class Call:
 
     def run(self, student: Student, problem: LinearProblem, token_loss: TokenLoss) -> Result:
         """The loss, and the numbers of every token if `return_stats` asks for them."""
+        if self.needs is not None:
+            return loss_and_gradients(student, problem, token_loss, self.needs)
         loss, stats = fused_loss(student, problem, token_loss)
         if not self.engine.get("return_stats"):
             return loss
@@ -79,12 +84,13 @@ def begin(
 ) -> Call:
     """Check what every call has."""
     check = Validator(function)
+    needs = engine.pop("_needs", None)
     check.engine(engine)
-    hidden, head, bias = _autocast(hidden, Head.of(lm_head), bias)
+    hidden, head, bias = autocast(hidden, Head.of(lm_head), bias)
     check.head(("hidden", "lm_head", "bias"), hidden, head, bias)
     check.mask(completion_mask, hidden.shape[:-1])
     check.same_device(hidden, lm_head=head.weight, bias=bias, completion_mask=completion_mask)
-    return Call(check, hidden, head, bias, completion_mask, engine)
+    return Call(check, hidden, head, bias, completion_mask, engine, needs)
 
 
 def at(weights: Tensor, rows: Tensor) -> Tensor:
@@ -92,9 +98,7 @@ def at(weights: Tensor, rows: Tensor) -> Tensor:
     return weights.reshape(-1)[rows]
 
 
-def _autocast(
-    hidden: Tensor, head: Head, bias: Tensor | None
-) -> tuple[Tensor, Head, Tensor | None]:
+def autocast(hidden: Tensor, head: Head, bias: Tensor | None) -> tuple[Tensor, Head, Tensor | None]:
     """States and weights as autocast would hand them to a linear layer; nothing else is cast.
 
     Like there, fp64 stays as it is.

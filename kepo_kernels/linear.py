@@ -3,6 +3,7 @@
 Arguments that are not explained here mean what they mean in `kepo_kernels.losses`.
 """
 
+import torch
 from torch import Tensor
 
 from kepo_kernels.call import Result, at, begin
@@ -13,6 +14,7 @@ from kepo_kernels.validate import describe
 from kepo_kernels.weights import per_token
 
 
+@torch.compiler.disable(reason="log-probabilities of kepo_kernels run outside of the graph")
 def fused_linear_logprobs(
     hidden: Tensor,
     lm_head: Tensor | Head,
@@ -59,6 +61,7 @@ def fused_linear_logprobs(
     return result[0] if len(result) == 1 else result
 
 
+@torch.compiler.disable(reason="a Python token_loss runs outside of the graph")
 def fused_linear_loss(
     hidden: Tensor,
     lm_head: Tensor | Head,

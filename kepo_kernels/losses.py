@@ -45,6 +45,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from kepo_kernels.call import Call, Result, at, begin
+from kepo_kernels.compiled import one_operator
 from kepo_kernels.engine import TokenStats
 from kepo_kernels.heads import Head
 from kepo_kernels.policy import PolicySettings, PolicyTerm, policy_term
@@ -52,6 +53,7 @@ from kepo_kernels.problem import active_tokens, build_problem
 from kepo_kernels.sequences import with_whole_sequences
 
 
+@one_operator
 def fused_gated_kd_loss(
     hidden: Tensor,
     lm_head: Tensor | Head,
@@ -108,6 +110,7 @@ def fused_gated_kd_loss(
     return call.run(student, problem, lambda stats, rows: at(weights, rows) * stats.divergence)
 
 
+@one_operator
 def fused_grpo_loss(
     hidden: Tensor,
     lm_head: Tensor | Head,
@@ -218,6 +221,7 @@ def fused_grpo_loss(
     return call.run(student, problem, token_loss)
 
 
+@one_operator
 def fused_kepo_loss(
     hidden: Tensor,
     lm_head: Tensor | Head,

@@ -1,13 +1,14 @@
 """Calls of the public losses and of their oracles with the same arguments."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from checks import Problem, assert_close_to_oracle, device_of, make_problem
 from torch import Tensor
 
 import kepo_kernels
-from kepo_kernels import reference
+from kepo_kernels import Head, LoRA, reference
 
 # The required tensors of each loss; they are passed by name, as everything is.
 TENSORS = {
@@ -31,7 +32,7 @@ OPTIONS = {
     "kepo": "completion_mask old_logprobs bias teacher_bias",
 }
 DIFFERENTIABLE = ("hidden", "lm_head", "bias")
-ENGINE = ("impl", "workspace_bytes", "chunk_rows", "logits_dtype", "return_stats")
+ENGINE = ("impl", "workspace_bytes", "chunk_rows", "logits_dtype", "grad_tol", "return_stats")
 # Not 1, so that a backward that ignores what comes from upstream is wrong everywhere.
 UPSTREAM = -2.5
 
@@ -64,19 +65,37 @@ def function_of(loss: str) -> Callable[..., Tensor]:
     return getattr(kepo_kernels, f"fused_{loss}_loss")
 
 
+def each_tensor(x: object, change: Callable[[Tensor], Tensor]) -> object:
+    """`change` of a tensor, of all the tensors of a head, and of nothing else."""
+    if isinstance(x, Head):
+        lora = x.lora and LoRA(change(x.lora.a), change(x.lora.b), x.lora.scale)
+        return replace(x, weight=change(x.weight), lora=lora)
+    return change(x) if isinstance(x, Tensor) else x
+
+
+def trainable(call: Arguments) -> dict[str, Tensor]:
+    """What may have a gradient; "lm_head" is the weight of a `Head`, too."""
+    head = Head.of(call["lm_head"])
+    named = {"hidden": call["hidden"], "lm_head": head.weight, "bias": call.get("bias")}
+    if head.lora is not None:
+        named |= {"lora_a": head.lora.a, "lora_b": head.lora.b}
+    return {name: x for name, x in named.items() if x is not None}
+
+
 def evaluate(
     function: Callable[..., Tensor],
     call: Arguments,
     frozen: tuple[str, ...] = (),
     upstream: float = UPSTREAM,
 ) -> dict[str, Tensor]:
-    """The loss, and the gradient of `upstream * loss` for each tensor that may have one."""
-    call = {name: x.detach() if isinstance(x, Tensor) else x for name, x in call.items()}
-    wanted = [name for name in DIFFERENTIABLE if call.get(name) is not None and name not in frozen]
-    for name in wanted:
-        call[name].requires_grad_()
+    """The loss, and the gradient of `upstream * loss` for each tensor that is not frozen."""
+    call = {name: each_tensor(x, Tensor.detach) for name, x in call.items()}
+    wanted = {name: x for name, x in trainable(call).items() if name not in frozen}
+    for x in wanted.values():
+        x.requires_grad_()
     loss = function(**call)
-    gradients = torch.autograd.grad(upstream * loss, [call[name] for name in wanted])
+    assert loss.requires_grad == bool(wanted)
+    gradients = torch.autograd.grad(upstream * loss, list(wanted.values())) if wanted else ()
     return {"loss": loss.detach()} | dict(zip(wanted, gradients, strict=True))
 
 
@@ -84,20 +103,23 @@ def fused(
     loss: str, call: Arguments, impl: str = "torch", frozen: tuple[str, ...] = ()
 ) -> dict[str, Tensor]:
     """What the package computes."""
-    moved = {
-        name: x.to(device_of(impl)) if isinstance(x, Tensor) else x for name, x in call.items()
-    }
+    moved = {name: each_tensor(x, lambda t: t.to(device_of(impl))) for name, x in call.items()}
     return evaluate(function_of(loss), moved | {"impl": impl}, frozen)
 
 
-def plain(loss: str, call: Arguments, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def plain(
+    loss: str,
+    call: Arguments,
+    dtype: torch.dtype = torch.float64,
+    frozen: tuple[str, ...] = (),
+) -> dict[str, Tensor]:
     """The same by whole-matrix autograd: in fp64 the oracle, in 16 bits eager torch."""
 
-    def cast(x: object) -> object:
-        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+    def cast(x: Tensor) -> Tensor:
+        return x.to(dtype) if x.is_floating_point() else x
 
-    call = {name: cast(x) for name, x in call.items() if name not in ENGINE}
-    return evaluate(getattr(reference, f"{loss}_loss"), call)
+    call = {name: each_tensor(x, cast) for name, x in call.items() if name not in ENGINE}
+    return evaluate(getattr(reference, f"{loss}_loss"), call, frozen)
 
 
 def assert_right(
@@ -106,10 +128,11 @@ def assert_right(
     impl: str = "torch",
     oracle_call: Arguments | None = None,
     against_eager: bool = False,
+    frozen: tuple[str, ...] = (),
 ) -> None:
     """Loss and gradients against the oracle, which may need other arguments for the same thing."""
     oracle_call = call if oracle_call is None else oracle_call
-    actual, oracle = fused(loss, call, impl), plain(loss, oracle_call)
+    actual, oracle = fused(loss, call, impl, frozen), plain(loss, oracle_call, frozen=frozen)
     eager = plain(loss, oracle_call, call["hidden"].dtype) if against_eager else {}
     assert actual.keys() == oracle.keys()
     for name, x in actual.items():

@@ -1,236 +1,24 @@
 """Every public function against fp64 autograd through the oracle, in value and in gradient."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from cases import CASES
 from checks import assert_close_to_oracle, make_problem
-from loss_calls import LOSSES, Arguments, arguments, assert_right, flat, fused, plain
+from loss_calls import LOSSES, arguments, assert_right, flat, fused, plain
 from torch import Tensor
 
 import kepo_kernels
 
-HUGE = 10**9
-INF = float("inf")
-ALL = "completion_mask old_logprobs ref_logprobs bias teacher_bias"
-
-
-# --------------------------------------------------------- how a call may differ from the plain one
-
-
-def soft_gate(call: Arguments) -> Arguments:
-    return call | {"gate": torch.tensor([0.4, 0.0, 1.7], dtype=call["hidden"].dtype)}
-
-
-def token_weights(call: Arguments) -> Arguments:
-    """Zero, negative and large weights; they multiply mask and gate."""
-    weights = torch.randn(call["hidden"].shape[:2], dtype=torch.float64)
-    weights[1, 2:4] = 0.0
-    return call | {"weights": weights * 3.0}
-
-
-def token_advantages(call: Arguments) -> Arguments:
-    lead = call["hidden"].shape[:2]
-    return call | {"advantages": torch.randn(lead).to(call["hidden"].dtype)}
-
-
-def far_ratios(call: Arguments) -> Arguments:
-    """Ratios of e^4 and e^-4, far outside of the clip, at advantages of either sign."""
-    far = 4.0 * torch.randint(-1, 2, call["old_logprobs"].shape)
-    return token_advantages(call) | {"old_logprobs": call["old_logprobs"] + far}
-
-
-def ratio_overflow(call: Arguments) -> Arguments:
-    """e^200 has no float32; at a positive advantage it is clipped, and all is finite."""
-    old = call["old_logprobs"].clone()
-    old[-1, :2] -= 200.0
-    return call | {"old_logprobs": old}
-
-
-def int32_targets(call: Arguments) -> Arguments:
-    return call | {"targets": call["targets"].int()}
-
-
-def ruled_out(call: Arguments) -> Arguments:
-    """-inf biases: tokens that student, teacher or both cannot produce. p x = 0 where p = 0."""
-    bias, teacher_bias = call["bias"].clone(), call["teacher_bias"].clone()
-    bias[3:9] = -INF
-    teacher_bias[6:12] = -INF
-    call = call | {"bias": bias, "teacher_bias": teacher_bias}
-    return call | {"targets": call["targets"] % 3} if "targets" in call else call
-
-
-def exact_logits(call: Arguments) -> Arguments:
-    """Multiples of 1/8, whose products fp32 adds up exactly.
-
-    With logits of 40, what any fp32 matrix product rounds off is 1e-5 of the gradient, eager
-    torch's as much as ours, and would hide the row kernels' own error.
-    """
-    names = ("hidden", "lm_head", "teacher_hidden", "teacher_lm_head", "bias", "teacher_bias")
-    return call | {name: (call[name] * 8).round() / 8 for name in names if name in call}
-
-
-def chain(*changes: Callable[[Arguments], Arguments]) -> Callable[[Arguments], Arguments]:
-    def all_of_them(call: Arguments) -> Arguments:
-        for change in changes:
-            call = change(call)
-        return call
-
-    return all_of_them
-
-
-@dataclass(frozen=True)
-class Case:
-    loss: str
-    options: str = ""
-    settings: dict[str, object] = field(default_factory=dict)
-    problem: dict[str, object] = field(default_factory=dict)
-    change: Callable[[Arguments], Arguments] = lambda call: call
-
-    def call(self, dtype: torch.dtype) -> Arguments:
-        temperature = self.settings.get("temperature", 1.0)
-        problem = make_problem(**{"temperature": temperature, "dtype": dtype} | self.problem)
-        return self.change(arguments(self.loss, problem, self.options, **self.settings))
-
-
-KD = "gate completion_mask"
-PEAKED = {"std": 12.0}
-# Chosen so that every argument, every branch of a kernel and every way through the chunk loop is in
-# some case, next to different others; the comment says what a case is there for.
-CASES = {
-    # Each kind of divergence, through bias, mask and gate, in one chunk.
-    "kd forward": Case("gated_kd", KD + " bias teacher_bias", {"beta": 0.0}),
-    "kd reverse": Case("gated_kd", KD + " bias teacher_bias", {"beta": 1.0}),
-    "kd mixture": Case("gated_kd", KD + " bias teacher_bias", {"beta": 0.5}),
-    # An uneven mixture tells beta from 1 - beta, which 0.5 cannot.
-    "kd uneven mixture": Case("gated_kd", KD, {"beta": 0.1, "reduction": "sum"}),
-    # Nothing optional: the defaults, every token of every sequence.
-    "kd defaults": Case("gated_kd"),
-    # Teacher vocabulary wider and narrower, temperature, one row and three rows a chunk.
-    "kd wider teacher": Case(
-        "gated_kd",
-        KD + " bias teacher_bias",
-        {"beta": 1.0, "temperature": 0.7, "reduction": "sequence_mean", "chunk_rows": 1},
-        {"teacher_vocab": 45},
-    ),
-    "kd narrower teacher": Case(
-        "gated_kd",
-        KD + " teacher_bias",
-        {"beta": 0.5, "temperature": 0.7, "chunk_rows": 3},
-        {"teacher_vocab": 29},
-    ),
-    # Gates multiply; one of them is above 1.
-    "kd soft gate": Case("gated_kd", "completion_mask", {"beta": 0.0}, {}, soft_gate),
-    "kd weights": Case("gated_kd", KD, {"beta": 0.5, "chunk_rows": 3}, {}, token_weights),
-    "kd flat": Case("gated_kd", KD, {"beta": 0.0, "reduction": "sequence_mean"}, {}, flat),
-    # Peaked rows: a phantom column of logit 0 would carry mass here, and most q are nearly 0.
-    "kd peaked forward": Case("gated_kd", KD, {"beta": 0.0}, PEAKED, exact_logits),
-    "kd peaked reverse": Case(
-        "gated_kd", KD, {"beta": 1.0, "temperature": 0.7}, PEAKED, exact_logits
-    ),
-    # Where both are certain and differ, the mixture's gradient vanishes: half as peaked.
-    "kd peaked mixture": Case("gated_kd", KD, {"beta": 0.5}, {"std": 5.0}, exact_logits),
-    "kd ruled-out tokens": Case(
-        "gated_kd", KD + " bias teacher_bias", {"beta": 0.5}, {}, ruled_out
-    ),
-    # The smallest and the oddest sizes.
-    "kd one of each": Case(
-        "gated_kd",
-        "",
-        {"beta": 0.5},
-        {"batch": 1, "length": 1, "hidden": 1, "vocab": 2, "teacher_hidden": 1, "seed": 2},
-    ),
-    "kd one-token vocabulary": Case("gated_kd", "", {"beta": 0.5}, {"vocab": 1}),
-    # More than one block of columns of any back-end, and no multiple of anything.
-    "kd wide": Case(
-        "gated_kd",
-        KD + " bias",
-        {"beta": 0.5, "chunk_rows": HUGE},
-        {"batch": 2, "length": 3, "vocab": 2311, "teacher_vocab": 2203, "hidden": 33},
-    ),
-    # On policy: ratio 1 in value, gradient kept.
-    "grpo on policy": Case("grpo", "completion_mask bias", {"temperature": 0.7}),
-    "grpo defaults": Case("grpo"),
-    "grpo clipped": Case(
-        "grpo",
-        "completion_mask old_logprobs",
-        {"epsilon_low": 0.2, "epsilon_high": 0.28, "reduction": "token_mean", "chunk_rows": 3},
-    ),
-    "grpo far ratios": Case(
-        "grpo",
-        "completion_mask old_logprobs",
-        {"epsilon_high": 0.4, "reduction": "sum"},
-        {},
-        far_ratios,
-    ),
-    "grpo ratio overflow": Case("grpo", "old_logprobs", {}, {}, ratio_overflow),
-    # Penalty and bonus: the coefficients of logprob and entropy, each of its own sign and size.
-    "grpo penalty": Case(
-        "grpo",
-        "completion_mask old_logprobs ref_logprobs",
-        {"kl_coef": 0.3, "reduction": "sum", "chunk_rows": 1},
-    ),
-    "grpo entropy": Case(
-        "grpo",
-        "completion_mask old_logprobs ref_logprobs bias",
-        {"kl_coef": 0.04, "entropy_coef": 0.2, "temperature": 0.7, "chunk_rows": HUGE},
-    ),
-    # Reference log-probabilities that no coefficient asks for; an entropy that is lowered.
-    "grpo unused reference": Case(
-        "grpo", "old_logprobs ref_logprobs", {"kl_coef": 0.0, "entropy_coef": -0.1}
-    ),
-    "grpo weights": Case("grpo", "completion_mask old_logprobs", {}, {}, token_weights),
-    "grpo flat": Case(
-        "grpo",
-        "completion_mask old_logprobs",
-        {"reduction": "token_mean"},
-        {},
-        chain(int32_targets, flat),
-    ),
-    "grpo peaked": Case("grpo", "completion_mask", {"entropy_coef": 0.2}, PEAKED, exact_logits),
-    # Everything at once, in chunks, some of whose rows meet the teacher and some do not.
-    "kepo everything": Case(
-        "kepo",
-        ALL,
-        {
-            "beta": 0.5,
-            "distill_coef": 0.3,
-            "temperature": 0.7,
-            "kl_coef": 0.1,
-            "entropy_coef": 0.05,
-            "epsilon_high": 0.28,
-            "chunk_rows": 3,
-        },
-        {"teacher_vocab": 45},
-        chain(far_ratios, soft_gate),
-    ),
-    "kepo other reductions": Case(
-        "kepo",
-        "completion_mask old_logprobs",
-        {"beta": 0.0, "policy_reduction": "sum", "distill_reduction": "sequence_mean"},
-        {"teacher_vocab": 29, "seed": 1},
-    ),
-    "kepo reverse": Case(
-        "kepo", ALL, {"beta": 1.0, "policy_reduction": "token_mean", "chunk_rows": 1}
-    ),
-    "kepo without distillation": Case("kepo", "completion_mask", {"distill_coef": 0.0}),
-    "kepo flat": Case("kepo", ALL, {"beta": 0.0, "distill_reduction": "sum"}, {}, flat),
-    "kepo peaked": Case(
-        "kepo", "completion_mask", {"beta": 0.5, "temperature": 0.7}, PEAKED, exact_logits
-    ),
-    "kepo ruled-out tokens": Case("kepo", ALL, {"beta": 0.5}, {}, ruled_out),
-}
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_losses_match_oracle(impl, case):
-    assert_right(case.loss, case.call(torch.float32), impl)
+    case.judge(impl)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_losses_match_oracle_in_float64(case):
-    assert_right(case.loss, case.call(torch.float64), "torch")
+    replace(case, dtype=torch.float64).judge("torch")
 
 
 # ------------------------------------------------------------- arguments the oracle has no name for

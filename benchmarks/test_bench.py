@@ -1,0 +1,30 @@
+"""The cases of bench_loss.py through pytest-benchmark: pytest --benchmark-only benchmarks/"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bench_loss import DTYPES, provider_of
+from losses_of_ours import CASES, NotComparable
+from problems import ALL, Problem, parse_shape
+
+pytest.importorskip("pytest_benchmark")
+
+
+@pytest.fixture(scope="module")
+def problem(request: pytest.FixtureRequest) -> Problem:
+    shape = parse_shape(request.config.getoption("--kepo-shape"))
+    dtype = DTYPES[request.config.getoption("--kepo-dtype")]
+    return Problem.make(shape, dtype, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("provider", ALL)
+@pytest.mark.parametrize("case", CASES)
+def test_bench(benchmark, problem: Problem, case: str, provider: str) -> None:
+    benchmark.group = case
+    try:
+        call = provider_of(provider, grad_tol=1e-3)(problem, case)
+    except NotComparable as reason:
+        pytest.skip(f"{provider}: {reason}")
+    benchmark.extra_info |= {"N": problem.rows, "entropy": problem.entropy}
+    benchmark.pedantic(call, rounds=3, warmup_rounds=1)

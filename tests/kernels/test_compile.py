@@ -1,0 +1,152 @@
+"""torch.compile of a model that ends in a loss: one graph, the same bits, the same gradients."""
+
+import pytest
+import torch
+from checks import make_problem
+from loss_calls import LOSSES, OPTIONS, arguments
+
+import kepo_kernels
+from kepo_kernels import Head, LoRA
+from kepo_kernels.compiled import STUDENT
+
+TEACHER = {"gated_kd": "gate completion_mask teacher_bias"}
+
+
+class Model(torch.nn.Module):
+    """A layer, a softcapped head with a LoRA, and a loss."""
+
+    def __init__(self, loss: str, dtype: torch.dtype = torch.float32, **settings: object):
+        super().__init__()
+        torch.manual_seed(0)
+        self.loss, self.settings = loss, settings
+        self.below = torch.nn.Linear(16, 16, dtype=dtype)
+        self.head = torch.nn.Linear(16, 37, dtype=dtype)
+        self.a = torch.nn.Parameter(torch.randn(4, 16, dtype=dtype))
+        self.b = torch.nn.Parameter(torch.randn(37, 4, dtype=dtype))
+
+    def forward(self, x: torch.Tensor, call: dict[str, object]):
+        hidden = self.below(x).tanh()
+        head = Head(self.head.weight, softcap=5.0, logit_scale=1.5, lora=LoRA(self.a, self.b, 0.5))
+        function = getattr(kepo_kernels, f"fused_{self.loss}_loss")
+        return function(hidden, head, bias=self.head.bias, **call, **self.settings)
+
+
+def call_for(loss: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, dict]:
+    problem = make_problem(length=5, dtype=dtype)
+    options = TEACHER.get(loss, OPTIONS[loss].replace(" bias", ""))
+    call = arguments(loss, problem, options, chunk_rows=4)
+    return call.pop("hidden"), {name: x for name, x in call.items() if name not in STUDENT}
+
+
+def run(model: torch.nn.Module, step: torch.nn.Module, x: torch.Tensor, call: dict) -> dict:
+    model.zero_grad()
+    result = step(x, call)
+    loss, stats = result if isinstance(result, tuple) else (result, ())
+    (-2.5 * loss).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    numbers = {f"stats {i}": number for i, number in enumerate(stats) if number is not None}
+    return {"loss": loss.detach()} | gradients | numbers
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("return_stats", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_one_graph(loss, return_stats):
+    """fullgraph=True: nothing of the loss breaks it."""
+    model = Model(loss, return_stats=return_stats)
+    x, call = call_for(loss)
+    expected = run(model, model, x, call)
+    actual = run(model, torch.compile(model, fullgraph=True, backend="aot_eager"), x, call)
+    assert actual.keys() == expected.keys() and len(actual) == 7 + 3 * return_stats
+    for name, number in expected.items():
+        assert torch.allclose(actual[name], number, rtol=1e-6, atol=1e-7), name
+
+
+@pytest.mark.parametrize("settings", [{"grad_tol": 1e-3}, {"logits_dtype": torch.float32}], ids=str)
+def test_engine_settings(settings):
+    model = Model("grpo", torch.bfloat16, return_stats=True, **settings)
+    x, call = call_for("grpo", torch.bfloat16)
+    expected = run(model, model, x, call)
+    actual = run(model, torch.compile(model, fullgraph=True, backend="aot_eager"), x, call)
+    assert actual.keys() == expected.keys()
+    for name, number in expected.items():
+        assert torch.equal(actual[name], number), name
+
+
+def test_one_graph_for_all_lengths():
+    """A second length makes it dynamic; a third is not compiled again."""
+    model, compiles = Model("grpo"), []
+
+    def counting(graph, inputs):
+        compiles.append(graph)
+        return graph
+
+    step = torch.compile(model, fullgraph=True, backend=counting)
+    for length in (5, 6, 9, 11):
+        call = arguments("grpo", make_problem(length=length), "completion_mask old_logprobs")
+        x = call.pop("hidden")
+        call.pop("lm_head")
+        assert torch.allclose(step(x, call), model(x, call), rtol=1e-6)
+    assert len(compiles) <= 2
+
+
+def test_autocast_in_the_graph():
+    model = Model("grpo")
+    x, call = call_for("grpo")
+
+    def step(x, call):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x, call)
+
+    expected = run(model, step, x, call)
+    actual = run(model, torch.compile(step, fullgraph=True, backend="aot_eager"), x, call)
+    for name, number in expected.items():
+        assert torch.allclose(actual[name], number, rtol=2**-7, atol=1e-5), name
+        assert actual[name].dtype == torch.float32
+
+
+def test_a_callable_breaks_the_graph_and_says_why():
+    model = Model("grpo", policy_loss=lambda logprobs, log_ratio, advantages: -advantages * logprobs)
+    x, call = call_for("grpo")
+    expected = run(model, model, x, call)
+    actual = run(model, torch.compile(model, backend="aot_eager"), x, call)
+    assert all(torch.allclose(actual[k], expected[k], rtol=1e-6, atol=1e-7) for k in expected)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Python callable runs outside"):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(x, call)
+
+
+def test_bad_input_is_refused_when_the_graph_runs():
+    model = Model("grpo")
+    x, call = call_for("grpo")
+    call["targets"] = call["targets"] + 1000
+    with pytest.raises(kepo_kernels.KepoInputError, match="fused_grpo_loss: targets holds"):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(x, call)
+
+
+def test_opcheck_of_the_loss():
+    problem = make_problem(length=5)
+    settings = "{'lm_head.softcap': None, 'lm_head.logit_scale': 1.0, 'temperature': 0.7, "
+    settings += "'return_stats': True, 'tensors': 'targets advantages completion_mask'}"
+    student = (problem.hidden, problem.lm_head, problem.bias)
+    others = [problem.targets, problem.advantages, problem.completion_mask]
+    arguments = ("fused_grpo_loss", settings, *(x.requires_grad_() for x in student), None, None)
+    needs = [True, True, True, False, False]
+    torch.library.opcheck(torch.ops.kepo_kernels.fused_loss, (*arguments, others, needs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES)
+def test_inductor(loss):
+    model = Model(loss)
+    x, call = call_for(loss)
+    expected = run(model, model, x, call)
+    actual = run(model, torch.compile(model, fullgraph=True), x, call)
+    for name, number in expected.items():
+        assert torch.allclose(actual[name], number, rtol=1e-5, atol=1e-6), name
