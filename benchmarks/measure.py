@@ -127,25 +127,27 @@ def estimated(
     device: torch.device,
     *,
     longest: float,
-    enough: float = 1.5,
+    enough: float = 1.0,
     compiles: bool = False,
 ) -> Measurement | None:
     """A slow peer's time for all rows from calls on a few; None when it can be timed as it is.
 
     Rows are doubled until a call takes `enough` seconds; the time of all rows is read off the line
     through the first point and the last, so that what a call costs whatever its rows (a pass over
-    the head, say) is not multiplied. None as soon as that line promises less than `longest`. A peer
-    that `compiles` runs each number of rows once before it is timed.
+    the head, say) is not multiplied. None if that is at most `longest`. A peer that `compiles` runs
+    each number of rows once before it is timed.
     """
     few = min(8, rows)
     timed(call_of(few), device)  # imports, compilation
     points = [(few, timed(call_of(few), device))]
     while True:
         few, seconds = points[-1]
-        promised = _on_line(points, rows)
-        if promised <= longest or 2 * few >= rows:
+        if seconds * rows / few <= longest or 2 * few >= rows:  # the line can promise no more
             return None
-        if len(points) > 1 and (seconds >= enough or 3 * seconds > longest):
+        if len(points) > 1 and seconds >= enough:
+            promised = _on_line(points, rows)
+            if promised <= longest:
+                return None
             note = f"time scaled from calls of {points[0][0]} and {few} rows; memory not measured"
             return Measurement(promised, None, note=note)
         if compiles:

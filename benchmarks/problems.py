@@ -50,10 +50,10 @@ SHAPES = {
             2048,
             32768,
             {
-                "kd_open": (*OURS, "eager", "compiled", "liger", "trl"),
+                "kd_open": (*OURS, "eager", "liger", "trl"),
                 "kd_half": OURS,
-                "grpo": (*OURS, "eager", "liger", "trl"),
-                "ce": (*OURS, "eager", "liger", "trl", "cce", "torch_lce"),
+                "grpo": (*OURS, "eager", "liger"),
+                "ce": (*OURS, "liger", "cce", "torch_lce"),
             },
         ),
         Shape("joint", 1024, 1024, 1024, 32768, {"joint": OURS, "two_calls": ("ours",)}),

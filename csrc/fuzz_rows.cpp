@@ -1,5 +1,5 @@
-// Random inputs for the CPU row kernels, to be built with -fsanitize=address,undefined; tests/kernels/test_fuzz.py does,
-// the package does not. Buffers end where the last row ends and what lies between two rows is poisoned, so that one
+// Random inputs for the CPU row kernels, to be built with -fsanitize=address,undefined: tests/kernels/test_fuzz.py does
+// so, the package does not. Buffers end where the last row ends and what lies between two rows is poisoned, so that one
 // element too many is reported by the sanitizer; what it cannot see is checked here. Every input has a seed of its own:
 // a failure names its number, and `--only` runs it alone.
 #include <chrono>
@@ -198,7 +198,8 @@ void run_one(const Options &options, uint64_t number) {
     require(teacher.same(teacher_before, false), "the teacher changed");
     require(targets == targets_before && coefficients == coefficients_before, "targets or coefficients changed");
     if (options.plant != LOST_NAN) {
-        require(table.empty() || !std::memcmp(table.data(), table_before.data(), 4 * table.size()), "the table changed");
+        bool same = table.empty() || !std::memcmp(table.data(), table_before.data(), 4 * table.size());
+        require(same, "the table changed");
     }
 
     auto stat = [&](Stat s, int64_t row) { return (double)table[s * b.n + row]; };
@@ -225,9 +226,10 @@ void run_one(const Options &options, uint64_t number) {
             sum += gradient, size += std::fabs(gradient);
         }
         // A softmax does not see a constant added to its logits, so that the gradient sums to 0; a cap does.
-        double c = std::fabs(coefficients[row]), g = std::fabs(coefficients[b.n + row]), e = std::fabs(coefficients[2 * b.n + row]);
-        double scale = (c + g * (1.0 + stat(STUDENT_KL, row)) + e * (1.0 + entropy)) / b.temperature;
-        // Where the peak lies beyond the shared columns theirs is that far below it, and known to fp32 of that distance.
+        auto coefficient = [&](int k) { return std::fabs((double)coefficients[k * b.n + row]); };
+        double scale = coefficient(0) + coefficient(1) * (1.0 + stat(STUDENT_KL, row));
+        scale = (scale + coefficient(2) * (1.0 + entropy)) / b.temperature;
+        // If the peak lies beyond the shared columns they are that far below it, and known to fp32 of that distance.
         double relative = 1e-4 + 1e-6 * std::fabs(stat(SHARED_LOG_SUM, row));
         double bound = relative * scale + (b.dtype == FLOAT32 ? 1e-5 : 1.0 / 256) * size;
         require(b.softcap != 0.0f || std::fabs(sum) <= bound, "the gradient does not sum to 0", row);
@@ -246,8 +248,8 @@ void run_one(const Options &options, uint64_t number) {
 
 constexpr const char *HELP =
     "fuzz_rows [--inputs N] [--seed S] [--only I] [--plant over-read|over-write|changed-teacher|lost-nan]\n"
-    "Runs N random inputs (default 20000) through the row kernels; --only runs input I of seed S alone; --plant makes a\n"
-    "mistake, which must be reported. Status 0: nothing was found.\n";
+    "Runs N random inputs (default 20000) through the row kernels; --only runs input I of seed S alone; --plant makes\n"
+    "a mistake, which must be reported. Status 0: nothing was found.\n";
 
 Options parse(int argc, char **argv) {
     Options options;
@@ -279,5 +281,6 @@ int main(int argc, char **argv) {
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     const uint64_t inputs = options.one ? 1 : options.inputs;
     std::printf("%llu inputs of seed %llu in %.1f s, %.0f inputs/s, instruction sets 0 to %d: nothing found\n",
-                (unsigned long long)inputs, (unsigned long long)options.seed, seconds, inputs / seconds, kepo_best_isa());
+                (unsigned long long)inputs, (unsigned long long)options.seed, seconds, inputs / seconds,
+                kepo_best_isa());
 }

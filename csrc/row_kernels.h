@@ -16,15 +16,15 @@ constexpr int64_t FLUSH_COLUMNS = 32 * LANES;
 template <class Step, class Flush> KEPO_INLINE void sweep(int64_t begin, int64_t end, Step step, Flush flush) {
     for (int64_t block = begin; block < end; block += FLUSH_COLUMNS) {
         int64_t stop = block + FLUSH_COLUMNS < end ? block + FLUSH_COLUMNS : end;
-        for (int64_t column = block; column < stop; column += LANES) {
-            step(column, column + LANES <= stop ? LANES : (int)(stop - column));
-        }
+        int64_t column = block;
+        for (; column + LANES <= stop; column += LANES) step(column, LANES);
+        if (column < stop) step(column, (int)(stop - column));
         flush();
     }
 }
 
-// A vector of logits: as they are stored, and as the formulas see them. Kernels compiled without CAPPED have no trace of a
-// cap; with it one of the two sides may still have none.
+// A vector of logits: as they are stored, and as the formulas see them. Kernels compiled without CAPPED have no trace of
+// a cap; with it one of the two sides may still have none.
 template <class T> KEPO_INLINE vf read(const T *row, int64_t column, int count) {
     return count == LANES ? load(row + column) : load_part(row + column, count);
 }
@@ -37,16 +37,14 @@ KEPO_INLINE vf weighted(vf probability, vf value) {  // p * v, 0 where p is 0, N
     return select(probability > 0.0f, probability * value, probability);
 }
 
-// Rows of a trained model are peaked: nearly all columns have next to no probability on either side. A vector is skipped if
-// all of its lanes have log-probabilities <= DEAD on every side. What it would have added to a row of V columns is below
-//     V e^-32 = 1.7e-9             to a sum of probabilities, which is >= 1 (V = 2^17)
-//     V 33 e^-32 = 5.5e-8          to the entropy and to the mixture's KLs (x e^x; log(q/m) <= -log(1 - beta) + ...),
-//     V (DEAD_RATIO + 1) e^-32     = 1.1e-7 to KL(p|q) and KL(q|p), where a log-ratio may be anything and is asked for too
-// and that is if all columns were just at the limit; 2^-24 = 6e-8 is the rounding of one number near 1 in such a row, and
-// its log-probabilities carry that many times over. A gradient is set to 0 where it would have been 33 e^-32 = 4e-13 of its
-// coefficient at most. -inf has no probability anyway; against a live other side it is not skipped, nor is NaN ever: rows
-// that are not finite have the limit NaN, which no lane is below.
-constexpr float DEAD = -32.0f, DEAD_RATIO = 64.0f;
+// Rows of a trained model are peaked: nearly all columns have next to no probability on either side. The mixture, which
+// costs most, skips a vector if all of its lanes have q, p <= e^DEAD = 1.3e-14. The most that this can leave out:
+//     divergence  (1 - beta)(q log(q/m) - q + m) is in [0, q/e + m], for log(q/m) <= -log(1 - beta); so is p's: 4e-14
+//                 per column, and 5e-9 in a row of V = 2^17 if all columns were just at the limit
+//     gradient    3e-14 |g|, 1.3e-14 |c| and 6e-13 |e| (the last for |log q + H| <= 45); 0 is stored instead
+// What is there already is 6e-8 = 2^-24, the rounding of one log-probability, of every term in a column that lives.
+// -inf is dead like any other, NaN never: where a row is not finite the limit is NaN, which no lane is below.
+constexpr float DEAD = -32.0f;
 
 static inline float dead_limit(std::initializer_list<float> numbers_of_row) {
     float sum = 0.0f;
@@ -73,7 +71,6 @@ static Softmax softmax_of(const T *row, int64_t begin, int64_t end, float invers
     Sum sum, moment;
     sweep(begin, end, [&](int64_t column, int count) {
         vf x = (read<CAPPED>(row, column, count, cap) - base) * inverse_temperature;
-        if (all(x <= DEAD)) return;
         vf e = exp_neg(x);
         sum.add(e);
         moment.add(e * maximum(splat(SMALLEST_LOG), x));
@@ -101,11 +98,6 @@ struct Pair {
     vf log_ratio_p;       // log p/q (not MIXTURE)
     vf log_q_m, log_p_m;  // log q/m, log p/m (MIXTURE only), m by log-add-exp from the larger of the two
 };
-
-template <Kind KIND> KEPO_INLINE bool is_dead(vf log_q, vf log_p, float limit) {
-    vi dead = maximum(log_q, log_p) <= limit;
-    return all(KIND == MIXTURE ? dead : dead & (magnitude(log_p - log_q) <= DEAD_RATIO));
-}
 
 template <Kind KIND> KEPO_INLINE Pair compare(vf log_q, vf log_p, float beta) {
     Pair out;
@@ -140,7 +132,7 @@ static void divergence(const T *z, const T *y, const Softmax &student, const Sof
     sweep(0, b.shared, [&](int64_t column, int count) {
         vf log_q = (read<CAPPED>(z, column, count, cap) - student.peak) * inverse - log_z;
         vf log_p = (read<CAPPED>(y, column, count, teacher_cap) - teacher.peak) * teacher_inverse - log_y;
-        if (is_dead<KIND>(log_q, log_p, limit)) return;
+        if (KIND == MIXTURE && all(maximum(log_q, log_p) <= limit)) return;
         Pair at = compare<KIND>(log_q, log_p, b.beta);
         // Each KL as a log(a/b) - a + b: all terms >= 0, and rounding of the log-sums cancels to first order.
         if (KIND == FORWARD_KL) teacher_kl.add(weighted(at.p, at.log_ratio_p) - at.p + at.q);
@@ -222,7 +214,7 @@ static void backward_columns(T *z, const T *y, const RowGrad &at, const RowBatch
             vf other = read<CAPPED>(y, column, count, teacher_cap);
             vf log_p = (other - at.teacher_peak) * teacher_inverse - at.teacher_log_sum;
             vf log_shared = one_softmax ? log_q : scaled - at.shared_log_sum;
-            if (is_dead<KIND>(log_shared, log_p, limit) && !has_target) return put(vf{});
+            if (KIND == MIXTURE && !has_target && all(maximum(log_shared, log_p) <= limit)) return put(vf{});
             Pair pair = compare<KIND>(log_shared, log_p, b.beta);
             if (KIND == FORWARD_KL) grad = at.g * (pair.q - pair.p);
             if (KIND == REVERSE_KL) grad = at.g * weighted(pair.q, -pair.log_ratio_p - at.student_kl);
@@ -233,7 +225,6 @@ static void backward_columns(T *z, const T *y, const RowGrad &at, const RowBatch
             }
             if (KIND == MIXTURE) grad = select(log_shared < SMALLEST_LOG, vf{}, grad);
         } else {
-            if (all(log_q <= limit) && !has_target) return put(vf{});
             grad -= exp_neg(log_q) * (at.c + at.e * (maximum(splat(SMALLEST_LOG), log_q) + at.entropy));
         }
         if (has_target) {

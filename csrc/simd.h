@@ -9,7 +9,11 @@
 #endif
 
 // A function that takes or returns vectors by value is inlined, always: called, it passes them through memory.
+#ifdef KEPO_FUZZ
+#define KEPO_INLINE static inline  // under sanitizers time is spent elsewhere, and this compiles in half of it
+#else
 #define KEPO_INLINE static inline __attribute__((always_inline))
+#endif
 
 namespace KEPO_ISA {
 
@@ -31,7 +35,7 @@ KEPO_INLINE vf maximum(vf a, vf b) { return select(a > b, a, b); }
 KEPO_INLINE vf minimum(vf a, vf b) { return select(a < b, a, b); }
 KEPO_INLINE vf magnitude(vf a) { return as_float(as_int(a) & 0x7fffffff); }
 
-// Whether the mask is set in every lane; false on processors that have no one instruction for it (a false costs time only).
+// Whether the mask is set in every lane. Where no single instruction tells, the answer is no, which costs time only.
 KEPO_INLINE bool all(vi mask) {
 #if KEPO_LANES == 16 && defined(__AVX512DQ__)
     return _mm512_movepi32_mask((__m512i)mask) == 0xffff;
@@ -49,7 +53,7 @@ constexpr float LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;  // their su
 constexpr float ROUND_MAGIC = 12582912.0f + 127.0f;                  // 1.5 * 2^23: adding it rounds to an integer
 constexpr int32_t ROUND_MAGIC_BITS = 0x4B400000 + 127;
 
-// e^x for x in [SMALLEST_LOG, 0], about 1 ulp: x = n ln 2 + r with whole n and |r| <= ln 2 / 2, e^r = 1 + small. NaN stays.
+// e^x for x in [SMALLEST_LOG, 0], about 1 ulp. x = n ln 2 + r with whole n, |r| <= ln 2 / 2; e^r = 1 + small. NaN stays.
 constexpr float SMALLEST_LOG = -87.0f;  // e^-87 is still a normal number
 struct Exp {
     vf power, small;  // e^x = power (1 + small)
@@ -59,13 +63,14 @@ KEPO_INLINE Exp exp_parts(vf x) {
     vf n = shifted - ROUND_MAGIC;
     vf r = x - n * LN2_HIGH;
     r = r - n * LN2_LOW;
-    vf p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    return {(vf)((vu)shifted << 23), p * r * r + r};  // the low bits of `shifted` are n + 127: the exponent of 2^n
+    vf square = r * r;  // even and odd powers apart: two short chains of dependent steps instead of a long one
+    vf odd = splat(1.9875691500e-4f), even = splat(1.3981999507e-3f);
+    odd = odd * square + 8.3334519073e-3f;
+    even = even * square + 4.1665795894e-2f;
+    odd = odd * square + 1.6666665459e-1f;
+    even = even * square + 5.0000001201e-1f;
+    vf p = odd * r + even;
+    return {(vf)((vu)shifted << 23), p * square + r};  // the low bits of `shifted` are n + 127: the exponent of 2^n
 }
 KEPO_INLINE vf exp_of(vf x) {
     Exp e = exp_parts(x);
@@ -109,22 +114,23 @@ KEPO_INLINE Capped capped(vf z, Cap cap) {
     return {select((z == NEG_INF) | (z != z), z, value), 4.0f * e * inverse * inverse};
 }
 
-// log(1 + u) for -1 < u <= 0 and 1 + u normal, about 1 ulp. 1 + u = 2^e (1 + f), and f is u itself while e = 0. Of NaN anything.
+// log(1 + u) for -1 < u <= 0 and 1 + u normal, about 1 ulp. 1 + u = 2^e (1 + f), and f is u itself while e = 0. Of NaN it
+// makes anything.
 KEPO_INLINE vf log1p_neg(vf u) {
     vi bits = (vi)((vu)(u + 1.0f) - 0x3f3504f3);  // sqrt(1/2): so that the exponent field rounds at sqrt(2)
     vi e = bits >> 23;
     vf f = select(e == 0, u, as_float((bits & 0x7fffff) + 0x3f3504f3) - 1.0f);
     vf exponent = as_float(e + ROUND_MAGIC_BITS) - ROUND_MAGIC;
-    vf p = splat(7.0376836292e-2f);
-    p = p * f - 1.1514610310e-1f;
-    p = p * f + 1.1676998740e-1f;
-    p = p * f - 1.2420140846e-1f;
-    p = p * f + 1.4249322787e-1f;
-    p = p * f - 1.6668057665e-1f;
-    p = p * f + 2.0000714765e-1f;
-    p = p * f - 2.4999993993e-1f;
-    p = p * f + 3.3333331174e-1f;
     vf square = f * f;
+    vf even = splat(7.0376836292e-2f), odd = splat(-1.1514610310e-1f);
+    even = even * square + 1.1676998740e-1f;
+    odd = odd * square - 1.2420140846e-1f;
+    even = even * square + 1.4249322787e-1f;
+    odd = odd * square - 1.6668057665e-1f;
+    even = even * square + 2.0000714765e-1f;
+    odd = odd * square - 2.4999993993e-1f;
+    even = even * square + 3.3333331174e-1f;
+    vf p = odd * f + even;
     vf tail = p * f * square + exponent * LN2_LOW - 0.5f * square;
     return f + tail + exponent * LN2_HIGH;
 }

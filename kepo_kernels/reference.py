@@ -168,7 +168,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
     if estimator == "k2":
         return difference.square() / 2.0
     if estimator == "k3":
-        return difference.exp() - difference - 1.0
+        return difference.expm1() - difference
     raise ValueError(f"kl_estimator {estimator!r} is not k1, k2 or k3")
 
 

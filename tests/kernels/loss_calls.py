@@ -32,6 +32,18 @@ OPTIONS = {
     "kepo": "completion_mask old_logprobs bias teacher_bias",
 }
 DIFFERENTIABLE = ("hidden", "lm_head", "bias")
+PER_TOKEN = (
+    "hidden",
+    "teacher_hidden",
+    "targets",
+    "completion_mask",
+    "weights",
+    "policy_weights",
+    "distill_weights",
+    "old_logprobs",
+    "ref_logprobs",
+)
+PER_SEQUENCE = ("gate", "advantages", "sampler_weights")  # the last two also per token
 ENGINE = ("impl", "workspace_bytes", "chunk_rows", "logits_dtype", "grad_tol", "return_stats")
 # Not 1, so that a backward that ignores what comes from upstream is wrong everywhere.
 UPSTREAM = -2.5
@@ -48,16 +60,13 @@ def arguments(loss: str, problem: Problem, options: str = "", **settings: object
 def flat(call: Arguments) -> Arguments:
     """The same tokens as (N, ...): every token is its own sequence."""
     length = call["hidden"].shape[1]
-    lead = call["hidden"].shape[:2]
 
-    def flatten(x: object) -> object:
-        if not isinstance(x, Tensor):
+    def flatten(name: str, x: object) -> object:
+        if x is None or name not in PER_TOKEN + PER_SEQUENCE:
             return x
-        if x.shape[:2] == lead:
-            return x.flatten(0, 1)
-        return x.repeat_interleave(length, 0) if x.shape == lead[:1] else x
+        return x.repeat_interleave(length, 0) if x.dim() == 1 else x.flatten(0, 1)
 
-    return {name: flatten(x) for name, x in call.items()}
+    return {name: flatten(name, x) for name, x in call.items()}
 
 
 def function_of(loss: str) -> Callable[..., Tensor]:
@@ -87,15 +96,25 @@ def evaluate(
     call: Arguments,
     frozen: tuple[str, ...] = (),
     upstream: float = UPSTREAM,
+    unused: bool = False,
 ) -> dict[str, Tensor]:
-    """The loss, and the gradient of `upstream * loss` for each tensor that is not frozen."""
+    """The loss, and the gradient of `upstream * loss` for each tensor that is not frozen.
+
+    `unused`: it need not depend on all of them, as the oracle does not when no token takes part.
+    """
     call = {name: each_tensor(x, Tensor.detach) for name, x in call.items()}
     wanted = {name: x for name, x in trainable(call).items() if name not in frozen}
     for x in wanted.values():
         x.requires_grad_()
     loss = function(**call)
-    assert loss.requires_grad == bool(wanted)
-    gradients = torch.autograd.grad(upstream * loss, list(wanted.values())) if wanted else ()
+    if unused and not loss.requires_grad:
+        gradients = [torch.zeros_like(x) for x in wanted.values()]
+    else:
+        assert loss.requires_grad == bool(wanted)
+        gradients = ()
+        if wanted:
+            inputs = list(wanted.values())
+            gradients = torch.autograd.grad(upstream * loss, inputs, materialize_grads=unused)
     return {"loss": loss.detach()} | dict(zip(wanted, gradients, strict=True))
 
 
@@ -119,7 +138,7 @@ def plain(
         return x.to(dtype) if x.is_floating_point() else x
 
     call = {name: each_tensor(x, cast) for name, x in call.items() if name not in ENGINE}
-    return evaluate(getattr(reference, f"{loss}_loss"), call, frozen)
+    return evaluate(getattr(reference, f"{loss}_loss"), call, frozen, unused=True)
 
 
 def assert_right(

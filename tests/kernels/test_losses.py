@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kepo_kernels
 
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_losses_match_oracle(impl, case):
     case.judge(impl)

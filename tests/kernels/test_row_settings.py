@@ -22,7 +22,7 @@ def test_softcaps_and_temperatures(back_end, shape, settings, beta):
 
 
 @pytest.mark.parametrize("softcap", [30.0, 8.0], ids=["some flattened", "nearly all flattened"])
-@pytest.mark.parametrize("beta", KINDS)
+@pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_softcaps_of_peaked_logits(back_end, beta, softcap):
     """Near the cap 1 - tanh^2 is what is left of a difference, if one takes the difference."""
     problem = make_row_problem(4, 257, 203, std=12.0, offset=-3.0, dtype=back_end.dtype)
@@ -33,7 +33,7 @@ def test_softcap_without_teacher(back_end):
     check(back_end, make_row_problem(4, 203, dtype=back_end.dtype), 0.5, 0.7, softcap=6.0)
 
 
-@pytest.mark.parametrize("size", [1e-6, 1e-3, 0.1, 1.0], ids=str)
+@pytest.mark.parametrize("size", [1e-6, 0.1, 1.0], ids=str)
 def test_softcap_of_small_arguments(back_end, size):
     """tanh x = x - x^3/3 there; 1 - 2/(1 + e^2x) would have no digits left of it."""
     problem = make_row_problem(4, 203, 203, std=2.0 * size, offset=0.0, dtype=back_end.dtype)

@@ -15,7 +15,7 @@ from checks import (
     run_rows,
     unavailable,
 )
-from row_calls import FLOAT64, INF, KINDS, both_at, check, run
+from row_calls import FLOAT64, INF, KINDS, BackEnd, both_at, check, run
 
 from kepo_kernels.rows import NUM_STATS, RowSettings, RowStats, accumulate_dtype
 
@@ -96,6 +96,50 @@ def test_each_coefficient_alone(back_end, alone, beta):
     check(back_end, problem, beta, 0.7)
 
 
+# --------------------------------------------------------- columns of next to no probability
+
+
+def mostly_dead(back_end: BackEnd) -> RowProblem:
+    """Three tokens share each row, the others are 30 to 48 nats down on both sides."""
+    problem = make_row_problem(4, 519, 519, dtype=back_end.dtype)
+    alive = torch.tensor([0, 257, 518])
+    for logits in (problem.logits, problem.teacher):
+        tops = logits[:, alive].clone()
+        logits.copy_(2.0 * logits.clamp(-11.0, -5.0) - 22.0)
+        logits[:, alive] = tops + 8.0
+    problem.targets[:] = 257
+    return problem
+
+
+@pytest.mark.parametrize("beta", KINDS)
+def test_columns_of_no_probability(back_end, beta):
+    """A back-end may skip them; what they would have added is far below the tolerance."""
+    check(back_end, mostly_dead(back_end), beta)
+
+
+@pytest.mark.parametrize("beta", KINDS)
+def test_what_may_not_be_skipped_among_them(back_end, beta):
+    """The target, whatever its probability, and a token that lives on one side only."""
+    problem = mostly_dead(back_end)
+    problem.targets[:2] = 350
+    problem.teacher[2, 300] = 1.0
+    problem.logits[3, 301] = 1.0
+    problem.logits[3, 400:500] = -INF
+    problem.teacher[3, 400:500] = -INF
+    check(back_end, problem, beta)
+
+
+@pytest.mark.parametrize("column", [300, 515])  # in a whole vector, in the last one
+@pytest.mark.parametrize("side", ["logits", "teacher"])
+def test_nan_is_not_skipped_among_them(back_end, side, column):
+    problem = mostly_dead(back_end)
+    getattr(problem, side)[1, column] = torch.nan
+    table, gradient = run(back_end, problem, 0.1)
+    assert RowStats(*table).divergence.isnan().tolist() == [False, True, False, False]
+    assert torch.equal(gradient.isnan().all(-1), gradient.isnan().any(-1))
+    assert gradient.isnan().any(-1).tolist() == [False, True, False, False]
+
+
 # ----------------------------------------------------------------------------- masked columns
 
 
@@ -131,8 +175,7 @@ def test_tail_beyond_the_shared_columns(back_end, wider):
     check(back_end, problem, 0.5)
 
 
-@pytest.mark.parametrize("softcap", [0.0, 6.0])
-@pytest.mark.parametrize("beta", KINDS)
+@pytest.mark.parametrize(("beta", "softcap"), [*((beta, 0.0) for beta in KINDS), (0.1, 6.0)])
 def test_nan_stays_in_its_row_and_stays_nan(back_end, beta, softcap):
     clean = make_row_problem(3, 131, 131, dtype=back_end.dtype)
     problem = replace(clean, logits=clean.logits.clone())
