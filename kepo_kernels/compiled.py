@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import wraps
+from functools import cache, wraps
 
 import torch
 from torch import Tensor
@@ -33,9 +33,7 @@ def one_operator(function: Callable) -> Callable:
     """
     names = tuple(inspect.signature(function).parameters)
     LOSSES[function.__name__] = function
-    eager = torch.compiler.disable(
-        function, reason=f"{function.__name__} with a Python callable runs outside of the graph"
-    )
+    broken = breaks_graph(f"{function.__name__} with a Python callable")(function)
 
     @wraps(function)
     def loss(*args, **kwargs):
@@ -43,10 +41,30 @@ def one_operator(function: Callable) -> Callable:
             return function(*args, **kwargs)
         arguments = dict(zip(names, args, strict=False)) | kwargs
         if callable(arguments.get("policy_loss")):
-            return eager(**arguments)
+            return broken(**arguments)
         return _call_operator(function.__name__, arguments)
 
     return loss
+
+
+def breaks_graph(what: str) -> Callable[[Callable], Callable]:
+    """Makes a function run outside of the graph, once and with a reason, under torch.compile.
+
+    `torch.compiler.disable` does that, but as a decorator it would import the whole compiler, and
+    Triton, with this package. So it is applied when a compiler first asks.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @wraps(function)
+        def call(*args, **kwargs):
+            if torch.compiler.is_compiling():
+                torch._dynamo.graph_break(msg=f"{what} runs outside of the graph")
+                return _disabled(function)(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def _call_operator(name: str, arguments: dict[str, object]):
@@ -87,6 +105,11 @@ def _call_operator(name: str, arguments: dict[str, object]):
     dropped = share if arguments.get("grad_tol", 0.0) > 0.0 else None
     shaped = numbers.detach().reshape(3, *student[0].shape[:-1])
     return total, TokenStats(shaped[0], shaped[1], shaped[2], dropped)
+
+
+@cache
+def _disabled(function: Callable) -> Callable:
+    return torch.compiler.disable(function)
 
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]

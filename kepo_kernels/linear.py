@@ -3,10 +3,10 @@
 Arguments that are not explained here mean what they mean in `kepo_kernels.losses`.
 """
 
-import torch
 from torch import Tensor
 
 from kepo_kernels.call import Result, at, begin
+from kepo_kernels.compiled import breaks_graph
 from kepo_kernels.engine import TokenLoss, TokenStats, row_numbers
 from kepo_kernels.heads import Head
 from kepo_kernels.problem import active_tokens, build_problem
@@ -14,7 +14,7 @@ from kepo_kernels.validate import describe
 from kepo_kernels.weights import per_token
 
 
-@torch.compiler.disable(reason="log-probabilities of kepo_kernels run outside of the graph")
+@breaks_graph("fused_linear_logprobs")
 def fused_linear_logprobs(
     hidden: Tensor,
     lm_head: Tensor | Head,
@@ -61,7 +61,7 @@ def fused_linear_logprobs(
     return result[0] if len(result) == 1 else result
 
 
-@torch.compiler.disable(reason="a Python token_loss runs outside of the graph")
+@breaks_graph("fused_linear_loss with a Python token_loss")
 def fused_linear_loss(
     hidden: Tensor,
     lm_head: Tensor | Head,

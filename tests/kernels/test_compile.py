@@ -112,7 +112,9 @@ def test_autocast_in_the_graph():
 
 
 def test_a_callable_breaks_the_graph_and_says_why():
-    model = Model("grpo", policy_loss=lambda logprobs, log_ratio, advantages: -advantages * logprobs)
+    model = Model(
+        "grpo", policy_loss=lambda logprobs, log_ratio, advantages: -advantages * logprobs
+    )
     x, call = call_for("grpo")
     expected = run(model, model, x, call)
     actual = run(model, torch.compile(model, backend="aot_eager"), x, call)
@@ -120,6 +122,31 @@ def test_a_callable_breaks_the_graph_and_says_why():
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="Python callable runs outside"):
         torch.compile(model, fullgraph=True, backend="aot_eager")(x, call)
+
+
+@pytest.mark.parametrize("open_call", ["logprobs", "loss"])
+def test_open_calls_break_the_graph_and_say_why(open_call):
+    """They run eagerly between two graphs."""
+    problem = make_problem(length=5)
+    below = torch.nn.Linear(16, 16)
+
+    def step(x):
+        hidden = below(x).tanh()
+        given = hidden, problem.lm_head, problem.targets
+        if open_call == "logprobs":
+            result = -kepo_kernels.fused_linear_logprobs(*given).mean()
+        else:
+            result = kepo_kernels.fused_linear_loss(*given, lambda stats, _: -stats.logprobs) / 15
+        result.backward()
+        gradient, below.weight.grad = below.weight.grad, None
+        return result.detach() * 2, gradient
+
+    expected = step(problem.hidden)
+    actual = torch.compile(step, backend="aot_eager")(problem.hidden)
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(actual, expected, strict=True))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=f"fused_linear_{open_call}.* outside"):
+        torch.compile(step, fullgraph=True, backend="aot_eager")(problem.hidden)
 
 
 def test_bad_input_is_refused_when_the_graph_runs():
