@@ -132,19 +132,25 @@ def estimated(
 ) -> Measurement | None:
     """A slow peer's time for all rows from calls on a few; None when it can be timed as it is.
 
-    Rows are doubled until a call takes `enough` seconds; the time of all rows is read off the line
-    through the first point and the last, so that what a call costs whatever its rows (a pass over
-    the head, say) is not multiplied. None if that is at most `longest`. A peer that `compiles` runs
-    each number of rows once before it is timed.
+    Rows are doubled until a call takes `enough` seconds and half as long again as the first, so
+    that their cost stands out against noise. The time of all rows is read off the line through the
+    first point and the last: what a call costs whatever its rows (a pass over the head, say) is not
+    multiplied. None if that is at most `longest`. A peer that `compiles` runs each number of rows
+    once before it is timed.
     """
+
+    def point(rows: int) -> tuple[int, float]:
+        call = call_of(rows)
+        return rows, min(timed(call, device) for _ in range(2))
+
     few = min(8, rows)
     timed(call_of(few), device)  # imports, compilation
-    points = [(few, timed(call_of(few), device))]
+    points = [point(few)]
     while True:
         few, seconds = points[-1]
         if seconds * rows / few <= longest or 2 * few >= rows:  # the line can promise no more
             return None
-        if len(points) > 1 and seconds >= enough:
+        if seconds >= max(enough, 1.5 * points[0][1]):
             promised = _on_line(points, rows)
             if promised <= longest:
                 return None
@@ -152,7 +158,7 @@ def estimated(
             return Measurement(promised, None, note=note)
         if compiles:
             timed(call_of(2 * few), device)
-        points.append((2 * few, timed(call_of(2 * few), device)))
+        points.append(point(2 * few))
 
 
 def _on_line(points: list[tuple[int, float]], rows: int) -> float:

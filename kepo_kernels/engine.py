@@ -80,7 +80,9 @@ def loss_and_gradients(
                 return torch.zeros_like(numbers)
             return torch.autograd.grad(subtotal, leaves)[0]
 
-    gradients = Gradients.empty(student, needs) if any(needs) else None
+    gradients = None
+    if any(needs):
+        gradients = Gradients.empty(student, needs, problem.grad_tol > 0.0)
     numbers, mass = sweep(student, problem, coefficients, gradients)
     share = total.new_tensor(mass.dropped / mass.total if mass.total else 0.0)
     return total.to(numbers.dtype), numbers, share, gradients or Gradients(*[None] * len(student))

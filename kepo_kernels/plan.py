@@ -80,8 +80,9 @@ class Sizes:
         if not self.one_product or narrow == logits == 2:
             teacher_strip = min(self.shared_vocab, self.strip_rows(teacher_h, strip_bytes))
             fixed += max(strip * h, teacher_strip * teacher_h) * wide
+            a_row += max(strip, teacher_strip) * wide  # the product with a strip
         if self.compacts or logits == 2:
-            a_row += strip * (wide + logits)  # a strip of dlogits: gathered, upcast
+            a_row += strip * (wide + logits)  # strips of dlogits: gathered, upcast
         if self.compacts:
             fixed += strip * h * (wide + narrow) + self.vocab * SELECTION_BYTES
             fixed += min(rows * self.vocab, max(BLOCK_ELEMENTS, self.vocab)) * wide

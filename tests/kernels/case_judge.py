@@ -2,7 +2,7 @@
 
 import torch
 from cases import full_teacher
-from checks import OF_ROUNDING, RELATIVE_ERROR
+from checks import OF_ROUNDING, RELATIVE_ERROR, SMALLEST_ORACLE
 from loss_calls import Arguments, assert_right, each_tensor, fused, plain
 from torch import Tensor
 
@@ -44,7 +44,10 @@ def _as_good_as_allowed(
 
     for name, x in actual.items():
         bound = OF_ALLOWED * max(error(other[name], name) for other in others)
-        bound += RELATIVE_ERROR[arithmetic] * float(oracle[name].norm())
+        size = float(oracle[name].norm())
+        bound += RELATIVE_ERROR[arithmetic] * size
+        if arithmetic == torch.float64 and size < SMALLEST_ORACLE:
+            bound += RELATIVE_ERROR[arithmetic]  # the oracle has no more digits itself
         if x.dtype not in RELATIVE_ERROR:
             bound += OF_ROUNDING * error(oracle[name].to(x.dtype), name)
         if not error(x, name) <= bound:

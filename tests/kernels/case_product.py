@@ -28,7 +28,7 @@ CHOICES = {
     "vocab": VOCABULARIES,
     "flat": (False, True),
     "strides": ("contiguous", "transposed", "sliced", "expanded"),
-    "mask": (None, "ragged", "holes", "integers", "floats", "nothing"),
+    "mask": (None, *("ragged", "holes", "integers", "floats") * 2, "nothing"),
     "weights": ("token_mean", "sequence_mean", "sum", "weights"),
     "temperature": (1.0, 0.7, 2.0),
     "bias": (False, True),
@@ -162,7 +162,7 @@ def weightings(chosen: dict[str, object], lead: tuple[int, int], normal: partial
     prefixes = ("policy_", "distill_") if chosen["loss"] == "kepo" else ("",)
     if chosen["weights"] != "weights":
         return {f"{prefix}reduction": chosen["weights"] for prefix in prefixes}
-    return {f"{prefix}weights": normal(lead) * (normal(lead) > -0.5) for prefix in prefixes}
+    return {f"{prefix}weights": normal(lead) * (normal(lead) > 0.0) for prefix in prefixes}
 
 
 def policies(
@@ -189,7 +189,7 @@ def earlier(chosen: dict[str, object], call: Arguments, normal: partial) -> Argu
     given = {"targets": call["targets"].to(chosen["targets"])}
     for name, wanted in (("old_logprobs", "old"), ("ref_logprobs", "kl_estimator")):
         if chosen[wanted]:
-            given[name] = (logprobs + 0.3 * normal(chosen["lead"])).to(chosen["dtype"])
+            given[name] = (logprobs + 0.5 * normal(chosen["lead"])).to(chosen["dtype"])
     return given
 
 

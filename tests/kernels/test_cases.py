@@ -16,7 +16,7 @@ from loss_calls import assert_same_bits, function_of, fused
 
 from kepo_kernels.errors import KepoInputError
 
-QUICK = 160
+QUICK = 240
 BLOCK, BLOCKS = 400, 16
 INTERPRETED = 150  # Triton's interpreter takes a second for what the others do in 30 ms
 ILL_CONDITIONED = "ill-conditioned"

@@ -26,7 +26,7 @@ SPOILERS = {
     "halves": lambda x: x.half(),
     "doubles": lambda x: x.double(),
     "complex": lambda x: x.to(torch.complex64),
-    "NaN": lambda x: torch.full_like(x, torch.nan) if x.is_floating_point() else x - 10**6,
+    "NaN": lambda x: torch.full_like(x, torch.nan) if x.is_floating_point() else x.long() - 10**6,
     "no tensor": lambda x: x.tolist(),
     "none": lambda x: None,
     "elsewhere": lambda x: x.to("meta"),
@@ -86,20 +86,22 @@ def calls(draw: st.DrawFn, spoilt: bool) -> Drawn:
 def judge(drawn: Drawn) -> None:
     """What is right is never refused; what may be wrong is refused by name, or computed right."""
     try:
-        function_of(drawn.loss)(**drawn.call, impl=drawn.impl)
+        loss = function_of(drawn.loss)(**drawn.call, impl=drawn.impl)
     except KepoInputError as error:
         assert drawn.spoilt, "a right call is refused"
         assert str(error).startswith(f"fused_{drawn.loss}_loss: "), error
         assert any(name in str(error) for name in drawn.call), error
-    else:
-        well_conditioned(drawn.loss, drawn.call, drawn.impl)
+        return
+    if drawn.spoilt.endswith("NaN") and loss.isnan():
+        return  # a head is not searched for NaN, but the loss shows it
+    well_conditioned(drawn.loss, drawn.call, drawn.impl)
 
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
 @given(calls(spoilt=False))
-@settings(max_examples=60, **COMMON)
+@settings(max_examples=80, **COMMON)
 def test_right_calls(drawn):
     judge(drawn)
 
