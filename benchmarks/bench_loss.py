@@ -230,7 +230,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--provider", nargs="+", choices=ALL, help="default: all, fewer at named shapes")
     add("--dtype", choices=DTYPES, help="of all inputs (default bfloat16; memory: float32)")
     add("--device", default="cpu", help="cpu or cuda (default cpu)")
-    add("--rounds", type=int, default=4, help="timed calls of each (default 4)")
+    add("--rounds", type=int, default=5, help="timed calls of each (default 5)")
     add(
         "--max-seconds",
         type=float,

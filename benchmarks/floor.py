@@ -13,7 +13,7 @@ from measure import Call
 from problems import Problem
 from torch import Tensor
 
-from kepo_kernels import engine, gemm
+from kepo_kernels import engine, gemm, pages
 
 
 def chunk_rows(problem: Problem, rows: int, teacher_rows: int) -> int:
@@ -64,11 +64,11 @@ def _products(p: Problem, with_teacher: Tensor, without: Tensor, forwards: int =
     longest = max((len(rows) for rows, _ in chunks), default=0)
 
     def run() -> None:
-        dw = torch.zeros(w.shape, dtype=gemm.gradient_dtype(dtype), device=device)
-        student = torch.empty(longest, len(w), dtype=logits_dtype, device=device)
+        dw = pages.zeros(w.shape, gemm.gradient_dtype(dtype), device)
+        student = pages.empty((longest, len(w)), logits_dtype, device)
         teacher = None
         if len(with_teacher):
-            teacher = torch.empty(longest, len(teacher_w), dtype=logits_dtype, device=device)
+            teacher = pages.empty((longest, len(teacher_w)), logits_dtype, device)
         for sweep in range(forwards):
             for rows, has_teacher in chunks:
                 chunk, logits = x[rows], student[: len(rows)]

@@ -3,7 +3,7 @@
 kd_open    gated distillation (JSD, beta 0.5), every sequence open
 kd_half    the same, every other sequence closed
 grpo       the clipped objective
-joint      grpo on all sequences and kd_half, at once
+joint      grpo and kd_open at once
 two_calls  the same two losses, one call after the other
 kd_tol     kd_open with grad_tol
 grpo_tol   grpo with grad_tol

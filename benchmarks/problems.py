@@ -151,9 +151,8 @@ class Problem:
         return self.targets.numel()
 
     def gate(self, case: str) -> Tensor:
-        """(B,): kd_half, joint and two_calls close every other sequence."""
-        halved = case in ("kd_half", "joint", "two_calls")
-        return self.half if halved else torch.ones_like(self.half)
+        """(B,): kd_half closes every other sequence."""
+        return self.half if case == "kd_half" else torch.ones_like(self.half)
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Those of both leaves, in new tensors: each call starts from nothing."""

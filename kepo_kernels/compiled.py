@@ -137,9 +137,9 @@ def _operator(
         given = zip(STUDENT, (hidden, lm_head, bias, lora_a, lora_b), strict=True)
         student = {name: x.detach() for name, x in given if x is not None}
         arguments = _arguments(ast.literal_eval(settings), student, others)
-        total, numbers, share, gradients = LOSSES[function](**arguments, _needs=tuple(needs))
-    gradients = [hidden.new_empty(0) if x is None else x for x in gradients]
-    return total, numbers, share, *gradients
+        formed = LOSSES[function](**arguments, _needs=tuple(needs))
+    gradients = [hidden.new_empty(0) if x is None else x for x in formed.gradients]
+    return formed.total, formed.numbers, formed.dropped, *gradients
 
 
 def _arguments(
@@ -175,7 +175,7 @@ def _(function, settings, hidden, lm_head, bias, lora_a, lora_b, others, needs) 
     gradients[0] = gradients[0].flatten(0, -2) if needs[0] else gradients[0]
     rows = math.prod(hidden.shape[:-1])  # Size.numel() would fix a dynamic length
     numbers = hidden.new_empty(3, rows, dtype=wide)
-    share = hidden.new_empty((), dtype=torch.float64)
+    share = hidden.new_empty((), dtype=wide)
     return hidden.new_empty((), dtype=wide), numbers, share, *gradients
 
 

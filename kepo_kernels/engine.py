@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kepo_kernels import pages
 from kepo_kernels.plan import ChunkPlan as ChunkPlan
 from kepo_kernels.plan import plan as plan
 from kepo_kernels.sparsity import BLOCK_ELEMENTS
@@ -65,10 +66,20 @@ def _differentiable_once(backward: Callable) -> Callable:
     return checked
 
 
+class Formed(NamedTuple):
+    """A loss and its gradients, formed together."""
+
+    total: Tensor  # 0-d
+    numbers: Tensor  # (3, N)
+    dropped: Tensor  # 0-d: share of gradient left out
+    gradients: Gradients  # wide, not yet multiplied by the upstream gradient
+    head_rows: Tensor | None  # those of the head's gradient that are not 0; None: any may be
+
+
 def loss_and_gradients(
     student: Student, problem: LinearProblem, loss: TokenLoss, needs: tuple[bool, ...]
-) -> tuple[Tensor, Tensor, Tensor, Gradients]:
-    """(sum of per-row losses, numbers (3, N), share of gradient dropped, gradients)."""
+) -> Formed:
+    """Sum of `loss` over the plan's rows, and the gradients that are needed."""
     total = torch.zeros((), dtype=torch.float64, device=student.hidden.device)
 
     def coefficients(rows: Tensor, numbers: Tensor) -> Tensor:
@@ -83,20 +94,32 @@ def loss_and_gradients(
     gradients = None
     if any(needs):
         gradients = Gradients.empty(student, needs, problem.grad_tol > 0.0)
-    numbers, mass = sweep(student, problem, coefficients, gradients)
-    share = total.new_tensor(mass.dropped / mass.total if mass.total else 0.0)
-    return total.to(numbers.dtype), numbers, share, gradients or Gradients(*[None] * len(student))
+    numbers, dropped, head_rows = sweep(student, problem, coefficients, gradients)
+    gradients = gradients or Gradients(*[None] * len(student))
+    total = total.to(numbers.dtype)
+    return Formed(total, numbers, total.new_tensor(dropped), gradients, head_rows)
 
 
-def scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """gradient * factor in a new tensor of `dtype`, rounded once, with no other copy on the way."""
+def scaled(
+    gradient: Tensor | None, factor: Tensor, dtype: torch.dtype, rows: Tensor | None = None
+) -> Tensor | None:
+    """gradient * factor in a new tensor of `dtype`, rounded once, with no other copy on the way.
+
+    `rows`: all others are 0.
+    """
     if gradient is None:
         return None
-    out = torch.empty_like(gradient, dtype=dtype)
-    rows = max(1, BLOCK_ELEMENTS // max(1, gradient[:1].numel()))
     # Reading the factor waits for nothing on a CPU, and spares a pass over the head when it is 1.
     plain = type(factor) is Tensor and factor.device.type == "cpu" and factor.item() == 1.0
-    for to, block in zip(out.split(rows), gradient.split(rows), strict=True):
+    step = max(1, BLOCK_ELEMENTS // max(1, gradient[:1].numel()))
+    if rows is not None and factor.isfinite():
+        out = pages.untouched_zeros(gradient.shape, dtype, gradient.device)
+        for part in rows.split(step):
+            block = gradient.index_select(0, part)
+            out[part] = (block if plain else block * factor.to(gradient.dtype)).to(dtype)
+        return out
+    out = pages.empty(gradient.shape, dtype, gradient.device)
+    for to, block in zip(out.split(step), gradient.split(step), strict=True):
         to.copy_(block if plain else block * factor.to(gradient.dtype))
     return out
 
@@ -111,21 +134,22 @@ class FusedLoss(torch.autograd.Function):
     def forward(ctx, hidden, lm_head, bias, lora_a, lora_b, problem, loss, wanted):
         student = Student(hidden, lm_head, bias, lora_a, lora_b)
         needs = tuple(wanted and need for need in ctx.needs_input_grad[:5])
-        total, numbers, share, gradients = loss_and_gradients(student, problem, loss, needs)
-        ctx.save_for_backward(*gradients)
+        formed = loss_and_gradients(student, problem, loss, needs)
+        ctx.save_for_backward(*formed.gradients, formed.head_rows)
         ctx.dtypes = [None if x is None else x.dtype for x in student]
-        ctx.mark_non_differentiable(numbers, share)
-        return total, numbers, share
+        ctx.mark_non_differentiable(formed.numbers, formed.dropped)
+        return formed.total, formed.numbers, formed.dropped
 
     @staticmethod
     @_differentiable_once
-    def backward(ctx, grad_total, _grad_numbers, _grad_share):
+    def backward(ctx, grad_total, _grad_numbers, _grad_dropped):
         # New tensors: what was saved stays as it was, so a retained graph may be walked again.
-        gradients = [
-            scaled(x, grad_total, dtype)
-            for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        *gradients, head_rows = ctx.saved_tensors
+        results = [
+            scaled(x, grad_total, dtype, head_rows if name in ("lm_head", "lora_b") else None)
+            for name, x, dtype in zip(Student._fields, gradients, ctx.dtypes, strict=True)
         ]
-        return *gradients, None, None, None
+        return *results, None, None, None
 
 
 class RowNumbers(torch.autograd.Function):
@@ -139,7 +163,7 @@ class RowNumbers(torch.autograd.Function):
         student = Student(hidden, lm_head, bias, lora_a, lora_b)
         ctx.save_for_backward(*student)
         ctx.problem = problem
-        return sweep(student, problem, None, None)[0]
+        return sweep(student, problem, None, None).numbers
 
     @staticmethod
     @_differentiable_once

@@ -71,7 +71,7 @@ def project_(
             torch.mm(x, w.T, out_dtype=out.dtype, out=out)
     else:
         x = x.float()
-        for columns, strip in _strips(w, None, strip_rows):
+        for columns, strip in _strips(w, strip_rows):
             # Multiplied into the columns of `out` directly, each strip takes a tenth longer.
             product = x @ strip.T
             if add:
@@ -82,38 +82,52 @@ def project_(
         out += bias.to(out.dtype)
 
 
-def hidden_gradient(
+def add_gradients_(
+    dw: Tensor | None,
     dlogits: Tensor,
     w: Tensor,
+    x: Tensor,
+    wants_dx: bool,
     columns: Tensor | None = None,
     strip_rows: int | None = None,
-) -> Tensor:
-    """dlogits @ w, in fp32 where the product is formed in fp32, else in the dtype of `w`."""
-    if columns is None and _same(w, dlogits):
-        return dlogits @ w
-    if columns is None and w.is_cuda:
-        return dlogits.to(w.dtype) @ w
-    dtype = gradient_dtype(w.dtype)
-    dx = torch.zeros(dlogits.shape[0], w.shape[1], dtype=dtype, device=w.device)
-    for part, strip in _strips(w, columns, strip_rows):
-        dx.addmm_(_columns(dlogits, part, dtype), strip)
+) -> Tensor | None:
+    """dw <- dw + dlogits^T @ x, where there is a dw; returns dlogits @ w, or None if not wanted.
+
+    Over all columns of dlogits, or over the chosen ones as if it were 0 in the others.
+    """
+    if columns is None:
+        dx = hidden_gradient(dlogits, w, strip_rows) if wants_dx else None
+        if dw is not None:
+            accumulate_head_(dw, dlogits, x, strip_rows)
+        return dx
+    wide = gradient_dtype(w.dtype)
+    dx = torch.zeros(len(dlogits), w.shape[1], dtype=wide, device=w.device) if wants_dx else None
+    x = x.to(wide)
+    for part in columns.split(strip_rows or default_strip_rows(w.shape[1], w.dtype)):
+        chosen = dlogits.gather(1, part.expand(len(dlogits), -1)).to(wide)
+        if dx is not None:
+            dx.addmm_(chosen, w.index_select(0, part).to(wide))
+        if dw is not None:  # no id occurs twice, so every element is written once
+            dw[part] = dw.index_select(0, part).addmm_(chosen.T, x)
     return dx
 
 
-def accumulate_head_(
-    dw: Tensor,
-    dlogits: Tensor,
-    x: Tensor,
-    columns: Tensor | None = None,
-    strip_rows: int | None = None,
-) -> None:
+def hidden_gradient(dlogits: Tensor, w: Tensor, strip_rows: int | None = None) -> Tensor:
+    """dlogits @ w, in fp32 where the product is formed in fp32, else in the dtype of `w`."""
+    if _same(w, dlogits):
+        return dlogits @ w
+    if w.is_cuda:
+        return dlogits.to(w.dtype) @ w
+    wide = gradient_dtype(w.dtype)
+    dx = torch.zeros(dlogits.shape[0], w.shape[1], dtype=wide, device=w.device)
+    for columns, strip in _strips(w, strip_rows):
+        dx.addmm_(dlogits[:, columns].to(wide), strip)
+    return dx
+
+
+def accumulate_head_(dw: Tensor, dlogits: Tensor, x: Tensor, strip_rows: int | None = None) -> None:
     """dw <- dw + dlogits^T @ x."""
-    if columns is not None:
-        x = x.to(dw.dtype)
-        for part in _parts(dw, columns, strip_rows):
-            # No id occurs twice, so the order of the additions is fixed on every device.
-            dw.index_add_(0, part, _columns(dlogits, part, dw.dtype).T @ x)
-    elif dw.dtype == dlogits.dtype == x.dtype:
+    if dw.dtype == dlogits.dtype == x.dtype:
         dw.addmm_(dlogits.T, x)
     elif x.is_cuda:
         torch.addmm(dw, dlogits.to(x.dtype).T, x, out_dtype=dw.dtype, out=dw)
@@ -132,22 +146,13 @@ def _same(operand: Tensor, logits: Tensor) -> bool:
     return one_product(operand.dtype, logits.dtype, operand.device)
 
 
-def _columns(dlogits: Tensor, part: slice | Tensor, dtype: torch.dtype) -> Tensor:
-    chosen = dlogits[:, part] if isinstance(part, slice) else dlogits.index_select(1, part)
-    return chosen.to(dtype)
-
-
-def _strips(
-    w: Tensor, columns: Tensor | None = None, height: int | None = None
-) -> Iterator[tuple[slice | Tensor, Tensor]]:
-    """Rows of the head in the dtype of its gradient, some at a time, in one reused buffer."""
-    height = min(len(w), height or default_strip_rows(w.shape[1], w.dtype))
-    buffer = w.new_empty(height, w.shape[1], dtype=gradient_dtype(w.dtype))
-    for part in _parts(w, columns, height):
-        if isinstance(part, slice):
-            yield part, buffer[: part.stop - part.start].copy_(w[part])
-        else:
-            yield part, buffer[: len(part)].copy_(w.index_select(0, part))
+def _strips(w: Tensor, height: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """The head in the dtype of its gradient, some rows at a time, in one reused buffer."""
+    ranges = _ranges(w, height)
+    longest = ranges[0].stop if ranges else 0
+    buffer = w.new_empty(longest, w.shape[1], dtype=gradient_dtype(w.dtype))
+    for rows in ranges:
+        yield rows, buffer[: rows.stop - rows.start].copy_(w[rows])
 
 
 def default_strip_rows(width: int, dtype: torch.dtype, strip_bytes: int | None = None) -> int:
@@ -155,13 +160,6 @@ def default_strip_rows(width: int, dtype: torch.dtype, strip_bytes: int | None =
     strip_bytes = STRIP_BYTES if strip_bytes is None else min(STRIP_BYTES, strip_bytes)
     fitting = strip_bytes // (gradient_dtype(dtype).itemsize * max(1, width))
     return min(max(LEAST_STRIP_ROWS, fitting), MOST_STRIP_ROWS)
-
-
-def _parts(w: Tensor, columns: Tensor | None, height: int | None) -> list[slice | Tensor]:
-    if columns is None:
-        return _ranges(w, height)
-    height = height or default_strip_rows(w.shape[1], w.dtype)
-    return list(columns.split(height)) if len(columns) else []
 
 
 def _ranges(w: Tensor, height: int | None = None) -> list[slice]:

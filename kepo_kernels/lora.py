@@ -39,12 +39,12 @@ def add_gradients_(
     strip_rows: int,
 ) -> None:
     """Adds what flows through the LoRA; None for what nobody asked for."""
-    if db is not None:
-        gemm.accumulate_head_(db, dlogits, low, columns, strip_rows)
-    if da is None and dx is None:
+    wants_up = da is not None or dx is not None
+    up = gemm.add_gradients_(db, dlogits, b, low, wants_up, columns, strip_rows)
+    if up is None:
         return
     wide = gemm.gradient_dtype(b.dtype)
-    up = gemm.hidden_gradient(dlogits, b, columns, strip_rows).to(wide).mul_(scale)
+    up = up.to(wide).mul_(scale)
     if da is not None:
         da.addmm_(up.T, x.to(wide))
     if dx is not None:

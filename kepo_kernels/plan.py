@@ -19,7 +19,7 @@ from kepo_kernels.sparsity import BLOCK_ELEMENTS
 # On a GPU the fp32 gradient of a large head costs a pass over the head per chunk, so chunks want to
 # be about 2048 rows. On a CPU they want to be small enough not to page in gigabytes, and long
 # enough that the same pass does not show: 256 rows, up to half a gigabyte.
-DEFAULT_WORKSPACE = {"cpu": 128 << 20, "cuda": 2560 << 20}
+DEFAULT_WORKSPACE = {"cpu": 192 << 20, "cuda": 2560 << 20}
 CPU_CHUNK_ROWS = 256
 LARGEST_CPU_DEFAULT = 512 << 20
 

@@ -34,7 +34,7 @@ def with_whole_sequences(
         teacher_lm_head=None,
     )
     with torch.no_grad():
-        numbers, _ = sweep(student, alone, None, None)
+        numbers = sweep(student, alone, None, None).numbers
     return problem, linearised(token_loss, numbers, rows)
 
 

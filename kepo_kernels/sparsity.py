@@ -61,6 +61,35 @@ def heavy_columns(dlogits: Tensor, grad_tol: float) -> tuple[Tensor | None, Mass
     return order[left_out:].sort().values, Mass(dropped, float(total))
 
 
+class LightColumns:
+    """Chooses the columns of every chunk, and keeps account of what they leave out."""
+
+    def __init__(self, grad_tol: float, vocab: int, device: torch.device):
+        self.grad_tol = grad_tol
+        self.dropped = self.total = 0.0
+        self.needed = torch.zeros(vocab, dtype=torch.bool, device=device) if grad_tol > 0 else None
+
+    def leave_out(self, dlogits: Tensor) -> Tensor | None:
+        """The columns that the chunk's gradient products need; None = all of them."""
+        if self.grad_tol == 0.0:
+            return None
+        columns, mass = heavy_columns(dlogits, self.grad_tol)
+        self.dropped, self.total = self.dropped + mass.dropped, self.total + mass.total
+        self.needed[slice(None) if columns is None else columns] = True
+        return columns
+
+    @property
+    def share(self) -> float:
+        return self.dropped / self.total if self.total else 0.0
+
+    @property
+    def kept(self) -> Tensor | None:
+        """Columns that some chunk needed; None if that is most of them."""
+        if self.needed is None or self.needed.sum() > WORTHWHILE * len(self.needed):
+            return None
+        return self.needed.nonzero().squeeze(-1)
+
+
 def _mass(dlogits: Tensor) -> Tensor:
     """(V,) sum of |dlogits| over the rows, a few of them at a time: a tenth of the time of a norm
     along the first dimension, and no second matrix."""

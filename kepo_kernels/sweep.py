@@ -10,7 +10,6 @@
 Nothing here knows of masks, gates, advantages or clipping.
 """
 
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -19,11 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kepo_kernels import gemm, lora
+from kepo_kernels import gemm, lora, pages
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.heads import LoRA
 from kepo_kernels.rows import NUM_COEFFICIENTS, RowSettings, RowStats, accumulate_dtype
-from kepo_kernels.sparsity import heavy_columns, keep_rows_, live_rows
+from kepo_kernels.sparsity import LightColumns, keep_rows_, live_rows
 
 Coefficients = Callable[[Tensor, Tensor], Tensor]  # (rows (n,), numbers (3, n)) -> (3, n)
 
@@ -51,26 +50,13 @@ class Gradients(NamedTuple):
     def empty(cls, student: Student, needs: tuple[bool, ...], sparse: bool = False) -> "Gradients":
         """`sparse`: most rows of the head's will never be written (grad_tol > 0)."""
         dtype = gemm.gradient_dtype(student.lm_head.dtype)
-        zeros = _untouched_zeros if sparse and student.hidden.device.type == "cpu" else torch.zeros
+        zeros = pages.untouched_zeros if sparse else pages.zeros
         return cls(
             *(
-                zeros(x.shape, dtype=dtype, device=x.device) if need else None
+                zeros(x.shape, dtype, x.device) if need else None
                 for x, need in zip(student, needs, strict=True)
             )
         )
-
-
-def _untouched_zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that the system hands out page by page, when they are first written.
-
-    For the gradient of a head of which a few rows are ever added to: half of the time of filling
-    and copying all of it. Where all are, `torch.zeros` is the faster one.
-    """
-    if shape.numel() == 0:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    pages = mmap.mmap(-1, shape.numel() * dtype.itemsize, flags=private)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 @dataclass(frozen=True)
@@ -103,11 +89,12 @@ class LinearProblem:
     grad_tol: float
 
 
-class Dropped(NamedTuple):
-    """Sum of |dlogits| in the columns that were left out of the gradient GEMMs, and in all."""
+class Swept(NamedTuple):
+    """What a sweep found, beside the gradients it added to."""
 
-    dropped: float
-    total: float
+    numbers: Tensor  # (3, N)
+    dropped: float  # share of sum |dlogits| in columns left out of the gradient products
+    head_rows: Tensor | None  # rows of the head whose gradient is not 0; None: any may be
 
 
 def sweep(
@@ -115,8 +102,8 @@ def sweep(
     problem: LinearProblem,
     coefficients: Coefficients | None,
     gradients: Gradients | None,
-) -> tuple[Tensor, Dropped]:
-    """Numbers (3, N), and what the coefficients send back added to `gradients`."""
+) -> Swept:
+    """The chunk loop; what the coefficients send back is added to `gradients`."""
     kernels, settings = problem.row_kernels, problem.settings
     hidden = student.hidden
     numbers = hidden.new_zeros(
@@ -126,7 +113,7 @@ def sweep(
         requires_grad=False,
     )
     buffers = _Buffers(problem, hidden.device)
-    dropped, total = 0.0, 0.0
+    light = LightColumns(problem.grad_tol, len(student.lm_head), hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         for start, end in problem.plan.chunks:
             rows = problem.plan.rows[start:end]
@@ -154,12 +141,9 @@ def sweep(
             if len(live) < len(rows):
                 logits, x, rows = keep_rows_(logits, live), x[live], rows[live]
                 low = None if low is None else low[live]
-            columns = None
-            if problem.grad_tol > 0.0:
-                columns, mass = heavy_columns(logits, problem.grad_tol)
-                dropped, total = dropped + mass.dropped, total + mass.total
+            columns = light.leave_out(logits)
             _accumulate_(gradients, student, problem, logits, x, low, rows, columns)
-    return numbers, Dropped(dropped, total)
+    return Swept(numbers, light.share, light.kept)
 
 
 def _teacher_logits(
@@ -188,18 +172,17 @@ def _accumulate_(
     columns: Tensor | None,
 ) -> None:
     """Adds a chunk's part to every gradient that was asked for; `columns` None = all of them."""
-    chosen = columns, problem.strip_rows
-    dx = None
-    if gradients.hidden is not None:
-        dx = gemm.hidden_gradient(dlogits, student.lm_head, *chosen).to(gradients.hidden.dtype)
-    if gradients.lm_head is not None:
-        gemm.accumulate_head_(gradients.lm_head, dlogits, x, *chosen)
+    how = columns, problem.strip_rows
+    dx = gemm.add_gradients_(
+        gradients.lm_head, dlogits, student.lm_head, x, gradients.hidden is not None, *how
+    )
     if gradients.bias is not None:
         gradients.bias.add_(dlogits.sum(0, dtype=gradients.bias.dtype))
+    dx = None if dx is None else dx.to(gradients.hidden.dtype)
     if low is not None:
         ab = student.lora_a, student.lora_b
         wanted = dx, gradients.lora_a, gradients.lora_b
-        lora.add_gradients_(*wanted, dlogits, x, low, *ab, problem.lora_scale, *chosen)
+        lora.add_gradients_(*wanted, dlogits, x, low, *ab, problem.lora_scale, *how)
     if dx is not None:
         gradients.hidden[rows] = dx
 
@@ -214,7 +197,7 @@ class _Buffers:
 
     def get(self, name: str, rows: int, columns: int) -> Tensor:
         if name not in self.kept:
-            self.kept[name] = torch.empty(self.rows, columns, dtype=self.dtype, device=self.device)
+            self.kept[name] = pages.empty((self.rows, columns), self.dtype, self.device)
         return self.kept[name][:rows]
 
 

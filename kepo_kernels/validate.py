@@ -145,7 +145,7 @@ class Validator:
         """Tensors with one value per token, or None."""
         for name, x in tensors.items():
             self.require(
-                x is None or (isinstance(x, Tensor) and x.shape == lead),
+                x is None or (isinstance(x, Tensor) and x.shape == lead and not x.is_complex()),
                 f"{name} {describe(x)}; expected one value per token, shape {list(lead)} (hidden "
                 "without its last dimension)",
             )
@@ -153,7 +153,7 @@ class Validator:
     def per_sequence_or_token(self, lead: torch.Size, **tensors: Tensor) -> None:
         for name, x in tensors.items():
             self.require(
-                isinstance(x, Tensor) and x.shape in (lead, lead[:1]),
+                isinstance(x, Tensor) and x.shape in (lead, lead[:1]) and not x.is_complex(),
                 f"{name} {describe(x)}; expected shape {list(lead[:1])} (per sequence) or "
                 f"{list(lead)} (per token)",
             )

@@ -66,7 +66,7 @@ def test_peers_compute_the_same_gradients(flat, name):
 
 def test_floor_is_our_matrix_products_in_our_chunks(monkeypatch):
     """Rows of every product, call by call, of the floor and of the loss itself."""
-    shape = problems.Shape("wide", 600, 4, 6, 32768, {})  # so wide that it takes several chunks
+    shape = problems.Shape("wide", 1000, 4, 6, 32768, {})  # so wide that it takes several chunks
     problem = problems.Problem.make(shape, torch.float32, CPU)
     seen = []
 

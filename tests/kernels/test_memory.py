@@ -1,6 +1,8 @@
 """`workspace_bytes` is a promise: what the allocator hands out is measured, not computed."""
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -214,6 +216,46 @@ def test_plan_explains_itself():
 def test_plan_refuses_a_contradiction():
     with pytest.raises(KepoInputError, match=r"chunk_rows=100 takes .* \(\d+ rows fit\)"):
         engine.plan(100, 16, 1000, chunk_rows=100, workspace_bytes=200_000, impl="cpu")
+
+
+RESIDENT = """
+import torch, kepo_kernels
+from pathlib import Path
+
+def status(name):
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if name in x)
+    return int(line.split()[1]) << 10
+
+torch.manual_seed(0)
+hidden = torch.randn(512, 256, dtype=torch.bfloat16, requires_grad=True)
+head = torch.randn(40000, 256, dtype=torch.bfloat16, requires_grad=True)
+targets, advantages = torch.randint(40000, (512,)), torch.randn(512)
+
+def step(rows):
+    gate = torch.ones(rows)
+    part = hidden[:rows], head, targets[:rows], advantages[:rows], hidden[:rows].detach(), head
+    loss = kepo_kernels.fused_kepo_loss(*part, gate=gate, workspace_bytes={workspace})
+    return torch.autograd.grad(loss, (hidden, head))
+
+step(2)
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+before = status("VmRSS")
+gradients = step(512)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workspace_is_kept_by_the_process():
+    """The largest tensors come from the system, past torch's allocator: here the kernel counts."""
+    workspace, slack = 48 << 20, 16 << 20  # the matrix library has buffers of its own
+    code = RESIDENT.replace("{workspace}", str(workspace))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    plan = engine.plan(
+        512, 256, 40000, teacher_rows=512, dtype=torch.bfloat16, workspace_bytes=workspace
+    )
+    above = int(run.stdout) - plan.gradient_bytes
+    assert plan.chunks > 2 and workspace // 2 < above < workspace + slack
 
 
 @pytest.mark.parametrize("impl", ["cpu", "torch"])

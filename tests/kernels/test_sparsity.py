@@ -16,24 +16,22 @@ from kepo_kernels.sparsity import heavy_columns, keep_rows_, live_rows
 
 @pytest.fixture
 def work(monkeypatch) -> Counter:
-    """Rows and columns that went through each matrix product."""
+    """Rows through the forward product; rows and columns through those of the gradients."""
     count = Counter()
+    project, add = gemm.project_, gemm.add_gradients_
 
-    def counted(name: str, rows_of: int) -> None:
-        function = getattr(gemm, name)
+    def projecting(out: Tensor, *args: object, **settings: object) -> None:
+        count["forward"] += len(out)
+        project(out, *args, **settings)
 
-        def counting(*args: object, **settings: object) -> object:
-            count[name] += len(args[rows_of])
-            chosen = args[2] if name == "hidden_gradient" else args[3] if len(args) > 3 else None
-            if name != "project_":
-                dlogits = args[1] if name == "accumulate_head_" else args[0]
-                count[f"{name} columns"] += dlogits.shape[1] if chosen is None else len(chosen)
-            return function(*args, **settings)
+    def adding(dw, dlogits, w, x, wants_dx, columns=None, strip_rows=None):
+        count["gradient"] += len(dlogits)
+        count["columns"] += dlogits.shape[1] if columns is None else len(columns)
+        count["chunks"] += 1
+        return add(dw, dlogits, w, x, wants_dx, columns, strip_rows)
 
-        monkeypatch.setattr(gemm, name, counting)
-
-    for name, rows_of in (("project_", 0), ("hidden_gradient", 0), ("accumulate_head_", 1)):
-        counted(name, rows_of)
+    monkeypatch.setattr(gemm, "project_", projecting)
+    monkeypatch.setattr(gemm, "add_gradients_", adding)
     return count
 
 
@@ -48,8 +46,8 @@ def test_zero_advantages_cost_nothing(impl, policy_loss, work):
     call = arguments("grpo", problem, "completion_mask old_logprobs", policy_loss=policy_loss)
     assert_right("grpo", call, impl)
     alive = int(problem.completion_mask[[1, 3]].sum())
-    assert work["project_"] == alive
-    assert 0 < work["hidden_gradient"] == work["accumulate_head_"] <= alive  # some are clipped
+    assert work["forward"] == alive
+    assert 0 < work["gradient"] <= alive  # some are clipped
 
 
 def test_zero_advantages_with_a_penalty_cost(work):
@@ -57,7 +55,7 @@ def test_zero_advantages_with_a_penalty_cost(work):
     problem = replace(problem, advantages=torch.tensor([0.0, 1.0, 0.0, -0.5]))
     options = "completion_mask old_logprobs ref_logprobs"
     assert_right("grpo", arguments("grpo", problem, options, kl_coef=0.1))
-    assert work["project_"] == work["hidden_gradient"] == int(problem.completion_mask.sum())
+    assert work["forward"] == work["gradient"] == int(problem.completion_mask.sum())
 
 
 def test_stats_of_zero_advantages_are_computed(work):
@@ -69,8 +67,8 @@ def test_stats_of_zero_advantages_are_computed(work):
     loss, stats = kepo_kernels.fused_grpo_loss(**call)
     loss.backward()
     assert (stats.entropy[problem.completion_mask] > 0).all()
-    assert work["project_"] == int(problem.completion_mask.sum())
-    assert work["hidden_gradient"] == int(problem.completion_mask[[1, 3]].sum())
+    assert work["forward"] == int(problem.completion_mask.sum())
+    assert work["gradient"] == int(problem.completion_mask[[1, 3]].sum())
     assert (hidden.grad[[0, 2]] == 0).all()
 
 
@@ -88,8 +86,8 @@ def test_clipped_tokens_cost_no_gradient(impl, loss, work):
     logprobs = logits.log_softmax(-1).gather(-1, problem.targets[..., None])[..., 0]
     clipped = (logprobs - problem.old_logprobs).exp() > 1.2
     live = int((problem.completion_mask & ~clipped).sum())
-    assert 0 < live < rows and work["project_"] == rows
-    assert work["hidden_gradient"] == work["accumulate_head_"] == live
+    assert 0 < live < rows and work["forward"] == rows
+    assert work["gradient"] == live
 
 
 def test_all_clipped_costs_no_gradient(work):
@@ -97,7 +95,7 @@ def test_all_clipped_costs_no_gradient(work):
     problem = replace(problem, advantages=torch.ones(3), old_logprobs=problem.old_logprobs - 9.0)
     actual = fused("grpo", arguments("grpo", problem, "old_logprobs"))
     assert actual["loss"] != 0 and (actual["hidden"] == 0).all() and (actual["lm_head"] == 0).all()
-    assert work["hidden_gradient"] == work["accumulate_head_"] == 0
+    assert work["gradient"] == 0
 
 
 def test_live_rows():
@@ -136,8 +134,7 @@ def test_light_columns_are_left_out(loss, dtype, grad_tol, work):
     exact = evaluate(function_of(loss), call | {"impl": impl})
     work.clear()
     actual = evaluate(function_of(loss), call | {"impl": impl, "grad_tol": grad_tol})
-    chunks = work["accumulate_head_ columns"] / 3001
-    assert work["hidden_gradient columns"] < 0.35 * 3001 * chunks or chunks < 0.35 * 3
+    assert 0 < work["columns"] < 0.35 * 3001 * work["chunks"]
     assert torch.equal(actual["loss"], exact["loss"]) and torch.equal(actual["bias"], exact["bias"])
     differs = False
     for name in ("hidden", "lm_head"):
@@ -181,7 +178,7 @@ def test_flat_gradients_are_left_whole(work):
     exact = evaluate(function_of("grpo"), call)
     actual = evaluate(function_of("grpo"), call | {"grad_tol": 1e-3})
     assert all(torch.equal(actual[name], exact[name]) for name in exact)
-    assert work["hidden_gradient columns"] == 2 * 37
+    assert work["columns"] == work["chunks"] * 37
 
 
 def test_no_tolerance_is_exact():
@@ -205,8 +202,7 @@ def test_products_over_columns():
         dlogits, w = torch.randn(6, 300).to(logits), torch.randn(300, 20).to(operands)
         x, start = torch.randn(6, 20).to(operands), torch.randn(300, 20)
         dw = start.clone()
-        dx = gemm.hidden_gradient(dlogits, w, columns, 64)
-        gemm.accumulate_head_(dw, dlogits, x, columns, 64)
+        dx = gemm.add_gradients_(dw, dlogits, w, x, True, columns, 64)
         kept: Tensor = torch.zeros(300, dtype=torch.float64)
         kept[columns] = 1
         oracle = dlogits.double() * kept

@@ -1,5 +1,6 @@
 """Wrong input is refused by name: the function, the arguments, what came."""
 
+import inspect
 import re
 
 import numpy
@@ -47,8 +48,7 @@ def test_refused_by_name(wrong):
 
 def takes(function: str, name: str) -> bool:
     """Whether this is an argument of the function or an engine setting."""
-    code = getattr(kepo_kernels, function).__code__
-    parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    parameters = inspect.signature(getattr(kepo_kernels, function)).parameters
     return name in parameters or name in validate.ENGINE_SETTINGS
 
 
