@@ -1,50 +1,90 @@
 """Memory for the largest tensors of a call on a CPU: logits, and the gradient of the head.
 
-In pages of 4 KiB, each of which the system zeroes on its own when it is first written, such a
-tensor costs a tenth of the matrix product that fills it. `zeros` and `empty` ask Linux for pages of
-2 MiB. `untouched_zeros` does the opposite, for a tensor of which only a few rows will ever be
-written: what is not written costs nothing. On other devices and systems these are torch.zeros and
-torch.empty.
+Fresh from the system, in pages of 4 KiB that are zeroed one by one when they are first written,
+such a tensor costs a tenth of the matrix product that fills it, and more on a virtual machine whose
+host has to find the memory first. So `empty` and `zeros` ask Linux for pages of 2 MiB, and what is
+freed is kept for the next call of the same sizes, up to KEPT_BYTES; `release` gives it back.
+`untouched_zeros` is always fresh, for a tensor of which only a few rows will ever be written: what
+is not written costs nothing. On other devices and systems these are torch.zeros and torch.empty.
 """
 
 import contextlib
+import ctypes
 import mmap
+import weakref
 
 import torch
 from torch import Tensor
 
 # Below this the allocator that torch uses has memory at hand that was written before.
 LEAST_BYTES = 8 << 20
+KEPT_BYTES = 512 << 20
+
+_kept: list[mmap.mmap] = []
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """All of it will be written before it is read."""
-    if _is_mapped(shape, dtype, device):
-        return zeros(shape, dtype, device)
-    return torch.empty(shape, dtype=dtype, device=device)
+    if not _is_mapped(shape, dtype, device):
+        return torch.empty(shape, dtype=dtype, device=device)
+    return _tensor(_pages(_bytes(shape, dtype)), shape, dtype, keep=True)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """All of it will be written."""
-    return _mapped(shape, dtype, device, huge=True)
+    if not _is_mapped(shape, dtype, device):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return empty(shape, dtype, device).zero_()
 
 
 def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Few of its rows will be written."""
-    return _mapped(shape, dtype, device, huge=False)
+    if not _is_mapped(shape, dtype, device):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return _tensor(_fresh(_bytes(shape, dtype)), shape, dtype, keep=False)
+
+
+def release() -> None:
+    """Give what is kept for the next call back to the system."""
+    _kept.clear()
+
+
+def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
 
 
 def _is_mapped(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
-    large = torch.Size(shape).numel() * dtype.itemsize >= LEAST_BYTES
+    large = _bytes(shape, dtype) >= LEAST_BYTES
     return large and device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE")
 
 
-def _mapped(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, huge: bool) -> Tensor:
-    if not _is_mapped(shape, dtype, device):
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size = torch.Size(shape).numel() * dtype.itemsize
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if huge:
-        with contextlib.suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+def _pages(size: int) -> mmap.mmap:
+    """Kept ones of this size, or new ones; then what is kept was of another call, and goes."""
+    for place, pages in enumerate(_kept):
+        if len(pages) == size:
+            with contextlib.suppress(IndexError):  # another thread was faster
+                if len(taken := _kept.pop(place)) == size:
+                    return taken
+    release()
+    pages = _fresh(size)
+    with contextlib.suppress(OSError):  # a kernel without pages of 2 MiB
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
+
+
+def _fresh(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _tensor(pages: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype, keep: bool) -> Tensor:
+    if not keep:
+        return torch.frombuffer(pages, dtype=dtype).view(shape)
+    # The tensor's storage holds the view, the view its pages; with the last tensor the view goes.
+    view = (ctypes.c_char * len(pages)).from_buffer(pages)
+    weakref.finalize(view, _keep, pages).atexit = False
+    return torch.frombuffer(view, dtype=dtype).view(shape)
+
+
+def _keep(pages: mmap.mmap) -> None:
+    if sum(map(len, list(_kept))) + len(pages) <= KEPT_BYTES:
+        _kept.append(pages)

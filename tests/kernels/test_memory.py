@@ -220,6 +220,7 @@ def test_plan_refuses_a_contradiction():
 
 RESIDENT = """
 import torch, kepo_kernels
+from kepo_kernels import pages
 from pathlib import Path
 
 def status(name):
@@ -238,6 +239,7 @@ def step(rows):
     return torch.autograd.grad(loss, (hidden, head))
 
 step(2)
+pages.release()
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
 before = status("VmRSS")
 gradients = step(512)
