@@ -20,11 +20,12 @@ help:  ## print this list
 demo: $(VENV)/demo.stamp  ## train a tiny vision-language model with KEPO on scanned digits
 	$(PY) -m kepo.demo
 
+# One process a core, one thread in each: threads of two processes would wait for each other.
 test: $(VENV)/test.stamp  ## the test suite
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto
 
 test-slow: $(VENV)/test.stamp  ## the slow tests, those that install the package included
-	$(PY) -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow
 
 lint: $(VENV)/test.stamp  ## ruff check and ruff format --check
 	$(PY) -m ruff check .

@@ -237,7 +237,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=3.0,
         help="a peer whose call would take longer is measured on fewer rows (default 3)",
     )
-    add("--grad-tol", type=float, default=5e-4, help="of the cases .._tol (default 5e-4)")
+    add("--grad-tol", type=float, default=6e-4, help="of the cases .._tol (default 6e-4)")
     add("--csv", type=Path, help="write the rows, with machine, versions and commit, here")
     args = parser.parse_args(arguments)
     if args.rounds < 1:

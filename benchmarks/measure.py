@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from kepo_kernels import pages
+
 Call = Callable[[], object]
 PEERS = {
     "liger_kernel": "liger-kernel",
@@ -95,7 +97,9 @@ def watched(call: Call, device: torch.device) -> Measurement:
     if resident is None:  # not Linux
         return Measurement(timed(call, device), None)
     done, peak = threading.Event(), [0]
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed must not hide what this one takes
+    # What earlier calls freed, or left for the next one, must not hide what this one takes.
+    ctypes.CDLL(None).malloc_trim(0)
+    pages.release()
     before = resident()
 
     def sample() -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 # Columns are compacted only if that leaves less than this share of them: gathering them and a
 # narrower product must cost less than the whole one.
 WORTHWHILE = 0.5
-# Rows are moved a block of columns at a time, so that the copy on the way stays small.
-BLOCK_COLUMNS = 4096
+# Few enough rows that their columns are few, and enough to feed a matrix product.
+PART_ROWS = 256
 BLOCK_ELEMENTS = 1 << 19  # of |dlogits| at a time
 
 
@@ -33,12 +33,20 @@ def live_rows(coefficients: Tensor) -> Tensor:
     return coefficients.ne(0).any(0).nonzero().squeeze(-1)  # NaN is not 0
 
 
-def keep_rows_(dlogits: Tensor, live: Tensor) -> Tensor:
-    """dlogits[live], written over the first rows of dlogits."""
-    for start in range(0, dlogits.shape[1], BLOCK_COLUMNS):
-        block = dlogits[:, start : start + BLOCK_COLUMNS]
-        block[: len(live)] = block.index_select(0, live)
-    return dlogits[: len(live)]
+def keep_rows_(dlogits: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """(the live rows, which rows they were): the last ones fill the places of the dead ones.
+
+    So no more rows are moved than there are dead ones; `live` is ascending.
+    """
+    count = len(live)
+    dead = torch.ones(len(dlogits), dtype=torch.bool, device=live.device)
+    dead[live] = False
+    places, movers = dead[:count].nonzero().squeeze(-1), live[live >= count]
+    for place, mover in zip(places.tolist(), movers.tolist(), strict=True):
+        dlogits[place] = dlogits[mover]
+    order = torch.arange(count, device=live.device)
+    order[places] = movers
+    return dlogits[:count], order
 
 
 def heavy_columns(dlogits: Tensor, grad_tol: float) -> tuple[Tensor | None, Mass]:
@@ -48,7 +56,7 @@ def heavy_columns(dlogits: Tensor, grad_tol: float) -> tuple[Tensor | None, Mass
 
         sum of their m_v <= grad_tol * sum of all m_v.
 
-    So for a chunk of states x_i, sum_i |ddx_i| <= grad_tol * sum_iv |dlogits_iv| * max_v |w_v|, and
+    So for rows with states x_i, sum_i |ddx_i| <= grad_tol * sum_iv |dlogits_iv| * max_v |w_v|, and
     sum_v |ddw_v| <= the same with max_i |x_i|: a bound that holds also where all errors align.
     """
     lightest, order = _mass(dlogits).sort()
@@ -62,15 +70,20 @@ def heavy_columns(dlogits: Tensor, grad_tol: float) -> tuple[Tensor | None, Mass
 
 
 class LightColumns:
-    """Chooses the columns of every chunk, and keeps account of what they leave out."""
+    """Chooses columns, and keeps account of what they leave out."""
 
     def __init__(self, grad_tol: float, vocab: int, device: torch.device):
         self.grad_tol = grad_tol
         self.dropped = self.total = 0.0
         self.needed = torch.zeros(vocab, dtype=torch.bool, device=device) if grad_tol > 0 else None
 
+    def parts(self, rows: int) -> list[slice]:
+        """Rows that choose their columns together: the fewer, the fewer columns they need."""
+        step = max(1, rows) if self.grad_tol == 0.0 else PART_ROWS
+        return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
     def leave_out(self, dlogits: Tensor) -> Tensor | None:
-        """The columns that the chunk's gradient products need; None = all of them."""
+        """The columns that the gradient products of these rows need; None = all of them."""
         if self.grad_tol == 0.0:
             return None
         columns, mass = heavy_columns(dlogits, self.grad_tol)

@@ -139,10 +139,13 @@ def sweep(
             kernels.row_backward_(logits, targets, teacher, table, back, settings)
 
             if len(live) < len(rows):
-                logits, x, rows = keep_rows_(logits, live), x[live], rows[live]
+                logits, live = keep_rows_(logits, live)
+                x, rows = x[live], rows[live]
                 low = None if low is None else low[live]
-            columns = light.leave_out(logits)
-            _accumulate_(gradients, student, problem, logits, x, low, rows, columns)
+            for part in light.parts(len(rows)):
+                columns = light.leave_out(logits[part])
+                of_rows = logits[part], x[part], None if low is None else low[part], rows[part]
+                _accumulate_(gradients, student, problem, *of_rows, columns)
     return Swept(numbers, light.share, light.kept)
 
 
