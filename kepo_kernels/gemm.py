@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 # Of one upcast strip of a head: it stays in cache and costs little beside the logits.
-STRIP_BYTES = 8 << 20
+STRIP_BYTES = 2 << 20
 LEAST_STRIP_ROWS, MOST_STRIP_ROWS = 64, 4096
 
 
