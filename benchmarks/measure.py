@@ -17,8 +17,6 @@ from typing import NamedTuple
 
 import torch
 
-from kepo_kernels import pages
-
 Call = Callable[[], object]
 PEERS = {
     "liger_kernel": "liger-kernel",
@@ -96,6 +94,8 @@ def watched(call: Call, device: torch.device) -> Measurement:
     resident = _resident_reader()
     if resident is None:  # not Linux
         return Measurement(timed(call, device), None)
+    from kepo_kernels import pages  # here, because plot.py has no need of the package
+
     done, peak = threading.Event(), [0]
     # What earlier calls freed, or left for the next one, must not hide what this one takes.
     ctypes.CDLL(None).malloc_trim(0)

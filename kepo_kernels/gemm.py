@@ -73,11 +73,10 @@ def project_(
         x = x.float()
         for columns, strip in _strips(w, strip_rows):
             # Multiplied into the columns of `out` directly, each strip takes a tenth longer.
-            product = x @ strip.T
             if add:
-                out[:, columns] += product
+                out[:, columns] += x @ strip.T
             else:
-                out[:, columns] = product
+                out[:, columns] = x @ strip.T
     if bias is not None:
         out += bias.to(out.dtype)
 
@@ -109,6 +108,7 @@ def add_gradients_(
             dx.addmm_(chosen, w.index_select(0, part).to(wide))
         if dw is not None:  # no id occurs twice, so every element is written once
             dw[part] = dw.index_select(0, part).addmm_(chosen.T, x)
+        del chosen  # before the next one is allocated
     return dx
 
 
