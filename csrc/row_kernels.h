@@ -52,7 +52,7 @@ static inline float dead_limit(std::initializer_list<float> numbers_of_row) {
     return DEAD + sum;
 }
 
-// One stretch of a row: its largest logit, and with x = (logit - peak) / temperature the sums of e^x and of x e^x.
+// One stretch of a row: its largest logit, and with x = (logit - peak) / temperature the sums of e^x and (MOMENT) of x e^x.
 struct Softmax {
     float peak = NEG_INF;
     double sum = 0.0, moment = 0.0;
@@ -60,7 +60,7 @@ struct Softmax {
     double entropy() const { return log_sum() - moment / sum; }
 };
 
-template <bool CAPPED, class T>
+template <bool CAPPED, bool MOMENT, class T>
 static Softmax softmax_of(const T *row, int64_t begin, int64_t end, float inverse_temperature, Cap cap) {
     Softmax s;
     vf high = splat(NEG_INF);  // skips NaN, which then reaches the sums below
@@ -73,7 +73,7 @@ static Softmax softmax_of(const T *row, int64_t begin, int64_t end, float invers
         vf x = (read<CAPPED>(row, column, count, cap) - base) * inverse_temperature;
         vf e = exp_neg(x);
         sum.add(e);
-        moment.add(e * maximum(splat(SMALLEST_LOG), x));
+        if (MOMENT) moment.add(e * maximum(splat(SMALLEST_LOG), x));
     }, [&] { sum.flush(), moment.flush(); });
     s.sum = sum.total(), s.moment = moment.total();
     return s;
@@ -132,7 +132,7 @@ static void divergence(const T *z, const T *y, const Softmax &student, const Sof
     sweep(0, b.shared, [&](int64_t column, int count) {
         vf log_q = (read<CAPPED>(z, column, count, cap) - student.peak) * inverse - log_z;
         vf log_p = (read<CAPPED>(y, column, count, teacher_cap) - teacher.peak) * teacher_inverse - log_y;
-        if (KIND == MIXTURE && all(maximum(log_q, log_p) <= limit)) return;
+        if (KIND == MIXTURE && all_at_most(maximum(log_q, log_p), splat(limit))) return;
         Pair at = compare<KIND>(log_q, log_p, b.beta);
         // Each KL as a log(a/b) - a + b: all terms >= 0, and rounding of the log-sums cancels to first order.
         if (KIND == FORWARD_KL) teacher_kl.add(weighted(at.p, at.log_ratio_p) - at.p + at.q);
@@ -154,9 +154,9 @@ template <class T, bool CAPPED> static void forward_row(const RowBatch &b, int64
     const T *z = (const T *)b.logits + row * b.logits_stride;
     const float inverse = 1.0f / b.temperature;
     const Cap cap(b.softcap);
-    const Softmax shared = softmax_of<CAPPED>(z, 0, b.shared, inverse, cap);
+    const Softmax shared = softmax_of<CAPPED, true>(z, 0, b.shared, inverse, cap);
     const Softmax whole =
-        b.vocab > b.shared ? merge(shared, softmax_of<CAPPED>(z, b.shared, b.vocab, inverse, cap), inverse) : shared;
+        b.vocab > b.shared ? merge(shared, softmax_of<CAPPED, true>(z, b.shared, b.vocab, inverse, cap), inverse) : shared;
     auto out = [&](Stat stat) -> float & { return b.table[stat * b.n + row]; };
     out(PEAK) = whole.peak;
     out(LOG_SUM) = (float)whole.log_sum();
@@ -171,7 +171,7 @@ template <class T, bool CAPPED> static void forward_row(const RowBatch &b, int64
     if (!b.teacher) return;
     const T *y = (const T *)b.teacher + row * b.teacher_stride;
     const Softmax teacher =
-        softmax_of<CAPPED>(y, 0, b.shared, 1.0f / b.teacher_temperature, Cap(b.teacher_softcap));
+        softmax_of<CAPPED, false>(y, 0, b.shared, 1.0f / b.teacher_temperature, Cap(b.teacher_softcap));
     out(TEACHER_PEAK) = teacher.peak;
     out(TEACHER_LOG_SUM) = (float)teacher.log_sum();
     auto run = b.beta == 0.0f   ? divergence<T, FORWARD_KL, CAPPED>
@@ -214,7 +214,9 @@ static void backward_columns(T *z, const T *y, const RowGrad &at, const RowBatch
             vf other = read<CAPPED>(y, column, count, teacher_cap);
             vf log_p = (other - at.teacher_peak) * teacher_inverse - at.teacher_log_sum;
             vf log_shared = one_softmax ? log_q : scaled - at.shared_log_sum;
-            if (KIND == MIXTURE && !has_target && all(maximum(log_shared, log_p) <= limit)) return put(vf{});
+            if (KIND == MIXTURE && !has_target && all_at_most(maximum(log_shared, log_p), splat(limit))) {
+                return put(vf{});
+            }
             Pair pair = compare<KIND>(log_shared, log_p, b.beta);
             if (KIND == FORWARD_KL) grad = at.g * (pair.q - pair.p);
             if (KIND == REVERSE_KL) grad = at.g * weighted(pair.q, -pair.log_ratio_p - at.student_kl);

@@ -35,14 +35,14 @@ KEPO_INLINE vf maximum(vf a, vf b) { return select(a > b, a, b); }
 KEPO_INLINE vf minimum(vf a, vf b) { return select(a < b, a, b); }
 KEPO_INLINE vf magnitude(vf a) { return as_float(as_int(a) & 0x7fffffff); }
 
-// Whether the mask is set in every lane. Where no single instruction tells, the answer is no, which costs time only.
-KEPO_INLINE bool all(vi mask) {
-#if KEPO_LANES == 16 && defined(__AVX512DQ__)
-    return _mm512_movepi32_mask((__m512i)mask) == 0xffff;
+// Whether a <= b in every lane. Where no single instruction tells, the answer is no, which costs time only.
+KEPO_INLINE bool all_at_most(vf a, vf b) {
+#if KEPO_LANES == 16 && defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ) == 0xffff;
 #elif KEPO_LANES == 8 && defined(__AVX__)
-    return _mm256_movemask_ps((__m256)mask) == 0xff;
+    return _mm256_movemask_ps((__m256)(a <= b)) == 0xff;
 #elif KEPO_LANES == 4 && defined(__SSE2__)
-    return _mm_movemask_ps((__m128)mask) == 0xf;
+    return _mm_movemask_ps((__m128)(a <= b)) == 0xf;
 #else
     return false;
 #endif
@@ -135,6 +135,24 @@ KEPO_INLINE vf log1p_neg(vf u) {
     return f + tail + exponent * LN2_HIGH;
 }
 
+// 16 bits to 32 with zeros, and the lower 16 of 32. GCC 12 splits in halves what one instruction does.
+KEPO_INLINE vu widened(v16 x) {
+#if KEPO_LANES == 16 && defined(__AVX512F__)
+    return (vu)_mm512_cvtepu16_epi32((__m256i)x);
+#elif KEPO_LANES == 8 && defined(__AVX2__)
+    return (vu)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+    return __builtin_convertvector(x, vu);
+#endif
+}
+KEPO_INLINE v16 narrowed(vu x) {
+#if KEPO_LANES == 16 && defined(__AVX512F__)
+    return (v16)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+    return __builtin_convertvector(x, v16);
+#endif
+}
+
 // Logits are stored as float or as bfloat16 (its sixteen bits are the upper half of a float).
 struct bf16 {
     uint16_t bits;
@@ -148,7 +166,7 @@ KEPO_INLINE vf load(const float *p) {
 KEPO_INLINE vf load(const bf16 *p) {
     v16 x;
     std::memcpy(&x, p, sizeof x);
-    return (vf)(__builtin_convertvector(x, vu) << 16);
+    return (vf)(widened(x) << 16);
 }
 KEPO_INLINE void store(float *p, vf x) { std::memcpy(p, &x, sizeof x); }
 KEPO_INLINE void store(bf16 *p, vf x) {
@@ -156,7 +174,7 @@ KEPO_INLINE void store(bf16 *p, vf x) {
     vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;         // to nearest, ties to even
     vu quiet = (bits >> 16) | 0x40;                                  // a NaN must not round up to infinity
     vu nan = (vu)(x != x);
-    v16 out = __builtin_convertvector((nan & quiet) | (~nan & rounded), v16);
+    v16 out = narrowed((nan & quiet) | (~nan & rounded));
     std::memcpy(p, &out, sizeof out);
 }
 

@@ -22,11 +22,16 @@ LEAST_STRIP_ROWS, MOST_STRIP_ROWS = 64, 4096
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether this device multiplies bf16 matrices at least as fast as fp32 ones."""
+    """Whether this device multiplies bf16 matrices at least as fast as fp32 ones.
+
+    A CPU does if it has instructions for that, and if oneDNN, which multiplies for torch, was not
+    told to leave them alone (ONEDNN_MAX_CPU_ISA).
+    """
     if device.type != "cpu":
         return True
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    has_them = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return has_them and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def default_logits_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -100,14 +105,15 @@ def add_gradients_(
             accumulate_head_(dw, dlogits, x, strip_rows)
         return dx
     wide = gradient_dtype(w.dtype)
+    operands = w.dtype if _same(w, dlogits) else wide
     dx = torch.zeros(len(dlogits), w.shape[1], dtype=wide, device=w.device) if wants_dx else None
-    x = x.to(wide)
+    x = x.to(operands)
     for part in columns.split(strip_rows or default_strip_rows(w.shape[1], w.dtype)):
-        chosen = dlogits.gather(1, part.expand(len(dlogits), -1)).to(wide)
+        chosen = dlogits.gather(1, part.expand(len(dlogits), -1)).to(operands)
         if dx is not None:
-            dx.addmm_(chosen, w.index_select(0, part).to(wide))
+            _add_product_(dx, chosen, w.index_select(0, part).to(operands))
         if dw is not None:  # no id occurs twice, so every element is written once
-            dw[part] = dw.index_select(0, part).addmm_(chosen.T, x)
+            dw[part] = _add_product_(dw.index_select(0, part), chosen.T, x)
         del chosen  # before the next one is allocated
     return dx
 
@@ -140,6 +146,11 @@ def accumulate_head_(dw: Tensor, dlogits: Tensor, x: Tensor, strip_rows: int | N
         x = x.float()
         for rows in _ranges(dw, strip_rows):
             dw[rows].addmm_(dlogits[:, rows].float().T, x)
+
+
+def _add_product_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out <- out + a @ b, returned; a product of 16-bit operands is rounded before it is added."""
+    return out.addmm_(a, b) if a.dtype == out.dtype else out.add_(a @ b)
 
 
 def _same(operand: Tensor, logits: Tensor) -> bool:

@@ -4,8 +4,10 @@ Fresh from the system, in pages of 4 KiB that are zeroed one by one when they ar
 such a tensor costs a tenth of the matrix product that fills it, and more on a virtual machine whose
 host has to find the memory first. So `empty` and `zeros` ask Linux for pages of 2 MiB, and what is
 freed is kept for the next call of the same sizes, up to KEPT_BYTES; `release` gives it back.
-`untouched_zeros` is always fresh, for a tensor of which only a few rows will ever be written: what
-is not written costs nothing. On other devices and systems these are torch.zeros and torch.empty.
+`untouched_zeros` is for a tensor of which only a few rows will ever be written: one too large to be
+kept is fresh and small-paged, so that what is not written costs nothing; to fill kept pages with
+zeros takes less time than to fault a few thousand in. On other devices and systems these are
+torch.zeros and torch.empty.
 """
 
 import contextlib
@@ -39,8 +41,8 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Few of its rows will be written."""
-    if not _is_mapped(shape, dtype, device):
-        return torch.zeros(shape, dtype=dtype, device=device)
+    if _bytes(shape, dtype) <= KEPT_BYTES or not _is_mapped(shape, dtype, device):
+        return zeros(shape, dtype, device)
     return _tensor(_fresh(_bytes(shape, dtype)), shape, dtype, keep=False)
 
 

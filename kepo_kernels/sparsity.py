@@ -59,14 +59,22 @@ def heavy_columns(dlogits: Tensor, grad_tol: float) -> tuple[Tensor | None, Mass
     So for rows with states x_i, sum_i |ddx_i| <= grad_tol * sum_iv |dlogits_iv| * max_v |w_v|, and
     sum_v |ddw_v| <= the same with max_i |x_i|: a bound that holds also where all errors align.
     """
-    lightest, order = _mass(dlogits).sort()
-    running = lightest.cumsum(0, dtype=torch.float64)
-    total = running[-1]
-    left_out = int((running <= grad_tol * total).sum()) if total.isfinite() else 0
-    if dlogits.shape[1] - left_out > WORTHWHILE * dlogits.shape[1]:
+    mass = _mass(dlogits)
+    total = mass.sum(dtype=torch.float64)
+    if not total.isfinite():
         return None, Mass(0.0, float(total))
-    dropped = float(running[left_out - 1]) if left_out else 0.0
-    return order[left_out:].sort().values, Mass(dropped, float(total))
+    limit = grad_tol * total
+    # V columns of at most limit / V each stay under the limit: only the others need sorting.
+    light = mass <= limit / len(mass)
+    sum_of_light = mass[light].sum(dtype=torch.float64)
+    others = light.logical_not().nonzero().squeeze(-1)
+    lightest, order = mass[others].sort()
+    running = sum_of_light + lightest.cumsum(0, dtype=torch.float64)
+    left_out = int((running <= limit).sum())
+    if len(others) - left_out > WORTHWHILE * len(mass):
+        return None, Mass(0.0, float(total))
+    dropped = float(running[left_out - 1] if left_out else sum_of_light)
+    return others[order[left_out:]].sort().values, Mass(dropped, float(total))
 
 
 class LightColumns:

@@ -203,6 +203,7 @@ def test_least_workspace(seed):
 
 def test_plan_explains_itself():
     big = {"teacher_rows": 4096, "teacher_hidden_size": 5120, "dtype": torch.bfloat16}
+    big["logits_dtype"] = torch.float32  # on every processor
     plan = engine.plan(8192, 2048, 151936, **big, workspace_bytes=1 << 30, impl="torch")
     assert plan.chunk_rows * 2 * 151936 * 4 <= plan.workspace_bytes <= 1 << 30
     assert plan.chunks == 2 * -(-4096 // plan.chunk_rows)
@@ -235,7 +236,8 @@ targets, advantages = torch.randint(40000, (512,)), torch.randn(512)
 def step(rows):
     gate = torch.ones(rows)
     part = hidden[:rows], head, targets[:rows], advantages[:rows], hidden[:rows].detach(), head
-    loss = kepo_kernels.fused_kepo_loss(*part, gate=gate, workspace_bytes={workspace})
+    engine = {"workspace_bytes": {workspace}, "logits_dtype": torch.float32}
+    loss = kepo_kernels.fused_kepo_loss(*part, gate=gate, **engine)
     return torch.autograd.grad(loss, (hidden, head))
 
 step(2)
@@ -253,9 +255,8 @@ def test_workspace_is_kept_by_the_process():
     workspace, slack = 48 << 20, 16 << 20  # the matrix library has buffers of its own
     code = RESIDENT.replace("{workspace}", str(workspace))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    plan = engine.plan(
-        512, 256, 40000, teacher_rows=512, dtype=torch.bfloat16, workspace_bytes=workspace
-    )
+    dtypes = {"dtype": torch.bfloat16, "logits_dtype": torch.float32}
+    plan = engine.plan(512, 256, 40000, teacher_rows=512, workspace_bytes=workspace, **dtypes)
     above = int(run.stdout) - plan.gradient_bytes
     assert plan.chunks > 2 and workspace // 2 < above < workspace + slack
 

@@ -58,7 +58,9 @@ def test_no_more_is_kept_than_said(monkeypatch):
     assert kept() == []
 
 
-def test_untouched_zeros_are_zeros():
+@pytest.mark.parametrize("kept_bytes", [pages.KEPT_BYTES, 0])
+def test_untouched_zeros_are_zeros(monkeypatch, kept_bytes):
+    monkeypatch.setattr(pages, "KEPT_BYTES", kept_bytes)
     pages.empty(SHAPE, FLOAT32, CPU).fill_(7.0)
     x = pages.untouched_zeros(SHAPE, torch.float32, CPU)
     assert not x.any() and x.add_(1).sum() == x.numel()
