@@ -108,7 +108,7 @@ def add_gradients_(
     dx = torch.zeros(len(dlogits), w.shape[1], dtype=wide, device=w.device) if wants_dx else None
     x = x.to(wide)
     for part in columns.split(strip_rows or default_strip_rows(w.shape[1], w.dtype)):
-        # In 16 bits the products take half of the time, and dx is rounded once a strip: 3x the error.
+        # 16-bit products take half of the time, but round dx once a strip, for 3x the error.
         chosen = dlogits.gather(1, part.expand(len(dlogits), -1)).to(wide)
         if dx is not None:
             dx.addmm_(chosen, w.index_select(0, part).to(wide))
