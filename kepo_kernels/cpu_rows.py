@@ -100,9 +100,12 @@ def row_backward_(
     table: Tensor,
     coefficients: Tensor,
     settings: RowSettings,
+    out: Tensor | None = None,
 ) -> None:
     """See `kepo_kernels.rows`."""
     torch.ops.kepo_kernels.row_backward_(logits, targets, teacher, table, coefficients, *settings)
+    if out is not None:
+        out.copy_(logits)
 
 
 @torch.library.custom_op("kepo_kernels::row_forward", mutates_args=(), device_types="cpu")

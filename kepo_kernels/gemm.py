@@ -43,6 +43,16 @@ def default_logits_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtyp
     return torch.float32
 
 
+def dlogits_dtype(
+    dtype: torch.dtype, logits_dtype: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """In which the gradient on the logits meets operands of `dtype` in the gradient products.
+
+    On CUDA that is the dtype of the operands: written so by the row kernel, it is never converted.
+    """
+    return dtype if device.type == "cuda" else logits_dtype
+
+
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     """In which the head's gradient is summed over chunks."""
     return torch.float64 if dtype == torch.float64 else torch.float32

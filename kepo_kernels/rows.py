@@ -6,7 +6,7 @@ loss sends back to them, the gradient on the logits. A back-end is a module with
 functions:
 
     row_forward(logits, targets, teacher, settings) -> table
-    row_backward_(logits, targets, teacher, table, coefficients, settings) -> None
+    row_backward_(logits, targets, teacher, table, coefficients, settings, out=None) -> None
 
     logits        (n, V)   student logits, before softcap and temperature; `row_backward_`
                            overwrites them with dlogits, the gradient on these same raw logits
@@ -17,6 +17,8 @@ functions:
     coefficients  (3, n)   d loss / d logprob, d loss / d divergence, d loss / d entropy; dtype of
                            `table`
     settings               a `RowSettings`
+    out           (n, V)   None, or where dlogits go instead, in any float dtype; what then stands
+                           in `logits` is undefined
 
 The divergence reads only the `min(V, V_t)` leading columns that both vocabularies share, each side
 normalised over those; `logprob` and `entropy` read the student's whole row. A back-end never sees a

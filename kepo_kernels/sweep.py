@@ -4,7 +4,7 @@
         logits, teacher logits <- two GEMMs               the second for rows that have a teacher
         table                  <- row_forward             logprob, divergence, entropy of each row
         c, g, e                <- d loss / d those three  autograd on vectors of length n
-        dlogits                <- row_backward_           in place of the logits
+        dlogits                <- row_backward_           in place of the logits if of their dtype
         dhidden[rows], dlm_head, dbias <- GEMMs, fp32     over rows and columns that carry gradient
 
 Nothing here knows of masks, gates, advantages or clipping.
@@ -112,7 +112,7 @@ def sweep(
         dtype=accumulate_dtype(problem.logits_dtype),
         requires_grad=False,
     )
-    buffers = _Buffers(problem, hidden.device)
+    buffers = _Buffers(problem, hidden)
     light = LightColumns(problem.grad_tol, len(student.lm_head), hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         for start, end in problem.plan.chunks:
@@ -136,15 +136,17 @@ def sweep(
             back = coefficients(rows, chunk).contiguous()
             if gradients is None or (live := live_rows(back)).numel() == 0:
                 continue
-            kernels.row_backward_(logits, targets, teacher, table, back, settings)
+            dlogits = buffers.dlogits(logits)
+            out = None if dlogits is logits else dlogits
+            kernels.row_backward_(logits, targets, teacher, table, back, settings, out)
 
             if len(live) < len(rows):
-                logits, live = keep_rows_(logits, live)
+                dlogits, live = keep_rows_(dlogits, live)
                 x, rows = x[live], rows[live]
                 low = None if low is None else low[live]
             for part in light.parts(len(rows)):
-                columns = light.leave_out(logits[part])
-                of_rows = logits[part], x[part], None if low is None else low[part], rows[part]
+                columns = light.leave_out(dlogits[part])
+                of_rows = dlogits[part], x[part], None if low is None else low[part], rows[part]
                 _accumulate_(gradients, student, problem, *of_rows, columns)
     return Swept(numbers, light.share, light.kept)
 
@@ -193,15 +195,22 @@ def _accumulate_(
 class _Buffers:
     """The logits of one chunk, allocated at the first use, reused by every chunk."""
 
-    def __init__(self, problem: LinearProblem, device: torch.device):
+    def __init__(self, problem: LinearProblem, hidden: Tensor):
         self.rows = max((end - start for start, end in problem.plan.chunks), default=0)
-        self.dtype, self.device = problem.logits_dtype, device
+        self.dtype, self.device = problem.logits_dtype, hidden.device
+        self.gradient_dtype = gemm.dlogits_dtype(hidden.dtype, self.dtype, self.device)
         self.kept: dict[str, Tensor] = {}
 
-    def get(self, name: str, rows: int, columns: int) -> Tensor:
+    def get(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
         if name not in self.kept:
-            self.kept[name] = pages.empty((self.rows, columns), self.dtype, self.device)
+            self.kept[name] = pages.empty((self.rows, columns), dtype or self.dtype, self.device)
         return self.kept[name][:rows]
+
+    def dlogits(self, logits: Tensor) -> Tensor:
+        """Where their gradient goes: over them, or beside them if it is of another dtype."""
+        if self.gradient_dtype == self.dtype:
+            return logits
+        return self.get("dlogits", *logits.shape, self.gradient_dtype)
 
 
 def _gather(problem: LinearProblem, states: Tensor, rows: Tensor, name: str) -> Tensor:

@@ -44,6 +44,7 @@ def row_backward_(
     table: Tensor,
     coefficients: Tensor,
     settings: RowSettings,
+    out: Tensor | None = None,
 ) -> None:
     """See `kepo_kernels.rows`."""
     for block in _blocks(logits):
@@ -55,6 +56,8 @@ def row_backward_(
             coefficients[:, block].unsqueeze(-1),
             settings,
         )
+        if out is not None:
+            out[block] = logits[block]
 
 
 def _blocks(logits: Tensor) -> list[slice]:

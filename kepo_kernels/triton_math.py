@@ -6,24 +6,27 @@ The formulas stand in docs/math.md. Everything is fp32.
 from types import SimpleNamespace
 
 try:
-    import triton
     import triton.language as tl
+    from triton import jit
 
     IMPORT_ERROR = None
 except ImportError as error:  # then nobody calls what follows
     IMPORT_ERROR = str(error)
-    triton, tl = SimpleNamespace(jit=lambda kernel: kernel), SimpleNamespace(constexpr=None)
+    tl = SimpleNamespace(constexpr=None)
+
+    def jit(kernel=None, **_):
+        return kernel or jit
 
 
-@triton.jit
+@jit
 def weighted(probability, value):
     """probability * value; 0 where the probability is 0, the limit of p log p; NaN where it is."""
     return tl.where(probability > 0, probability * value, probability)
 
 
-@triton.jit
+@jit
 def capped(logit, softcap):
-    """softcap tanh(logit / softcap); -inf stays -inf.
+    """softcap tanh(logit / softcap); -inf stays -inf, and a softcap of 0 caps nothing.
 
     With x = |logit| / softcap and e = exp(-2x) it is softcap - softcap 2e / (1 + e). From x = 5/8
     up the fraction is under 0.45, so that an exponential right to 2 ulp adds under 0.9 ulp of the
@@ -33,7 +36,7 @@ def capped(logit, softcap):
     `where` comes last: a product that met the next subtraction as one fused operation would not be
     the rounded number that the peak was taken from.
     """
-    x = tl.abs(logit) * (1.0 / softcap)
+    x = tl.abs(logit) * (1.0 / tl.where(softcap > 0, softcap, 1.0))
     e = tl.exp(-2.0 * x)
     s = x * x
     p = -5.70498872745e-3 * s + 2.06390887954e-2
@@ -44,44 +47,55 @@ def capped(logit, softcap):
     far = softcap - tl.div_rn(2.0 * softcap * e, 1.0 + e)
     value = tl.where(x < 0.625, near, far)
     value = tl.where(logit < 0, -value, value)
-    return tl.where(logit == -float("inf"), logit, value)
+    return tl.where((softcap > 0) & (logit > -float("inf")), value, logit)
 
 
-@triton.jit
+@jit
 def cap_slope(logit, softcap):
     """d capped / d logit = 1 - tanh^2, without its cancellation at the cap: 4 e / (1 + e)^2."""
-    e = tl.exp(tl.abs(logit) * (-2.0 / softcap))
-    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+    e = tl.exp(tl.abs(logit) * (-2.0 / tl.where(softcap > 0, softcap, 1.0)))
+    return tl.where(softcap > 0, 4.0 * e / ((1.0 + e) * (1.0 + e)), 1.0)
 
 
-@triton.jit
-def read(row, column, end, softcap, CAPPED: tl.constexpr):
+@jit
+def read(row, column, end, softcap, CAPPED: tl.constexpr, EVICT: tl.constexpr = ""):
     """One block of logits in fp32; past the end they are -inf, which has no probability."""
-    logit = tl.load(row + column, mask=column < end, other=-float("inf")).to(tl.float32)
+    logit = tl.load(row + column, mask=column < end, other=-float("inf"), eviction_policy=EVICT).to(
+        tl.float32
+    )
     if CAPPED:
         logit = capped(logit, softcap)
     return logit
 
 
-@triton.jit
+@jit
+def section_columns(section, shared, vocab, SECTION: tl.constexpr):
+    """Columns [begin, end) of a section: none lies on both sides of the shared columns' end."""
+    inside = tl.cdiv(shared, SECTION)
+    is_inside = section < inside
+    begin = tl.where(is_inside, section * SECTION, shared + (section - inside) * SECTION)
+    return begin, tl.minimum(begin + SECTION, tl.where(is_inside, shared, vocab))
+
+
+@jit
 def scan(
     row,
     begin,
     end,
-    peak,
-    total,
-    moment,
     inverse_temperature,
     softcap,
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Takes columns [begin, end) into each lane's peak and sums of e^x and x e^x.
+    """Each lane's peak and sums of e^x and x e^x over its columns among [begin, end).
 
     x = (logit - peak) / temperature. Of a logit and the peak the smaller one's exponential is the
     only one needed. A NaN never becomes the peak, but stays in the sums.
     """
     lanes = tl.arange(0, BLOCK)
+    peak = tl.full((BLOCK,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    moment = total
     for start in range(begin, end, BLOCK):
         logit = read(row, start + lanes, end, softcap, CAPPED)
         x = tl.where(logit == -float("inf"), logit, (logit - peak) * inverse_temperature)
@@ -93,7 +107,7 @@ def scan(
     return peak, total, moment
 
 
-@triton.jit
+@jit
 def reduce(peak, total, moment, inverse_temperature):
     """The lanes' softmaxes as one."""
     top = tl.max(peak, 0)
@@ -102,7 +116,19 @@ def reduce(peak, total, moment, inverse_temperature):
     return top, tl.sum(scale * total, 0), tl.sum(weighted(scale, moment + x * total), 0)
 
 
-@triton.jit
+@jit
+def merged(parts, row, count, sections, inverse_temperature, SECTIONS: tl.constexpr):
+    """Peak and sums of a row's first `count` sections out of `sections` <= SECTIONS."""
+    lanes = tl.arange(0, SECTIONS)
+    present = lanes < count
+    parts += row * (3 * sections) + lanes
+    peak = tl.load(parts, mask=present, other=-float("inf"))
+    total = tl.load(parts + sections, mask=present, other=0.0)
+    moment = tl.load(parts + 2 * sections, mask=present, other=0.0)
+    return reduce(peak, total, moment, inverse_temperature)
+
+
+@jit
 def mixture(log_q, log_p, beta):
     """q, p, log q/m and log p/m of m = (1 - beta) q + beta p.
 
@@ -124,7 +150,7 @@ def mixture(log_q, log_p, beta):
     return q, p, log_q_m, log_p_m
 
 
-@triton.jit
+@jit
 def policy_grad(log_q, hit, c, e, entropy):
     """What logprob and entropy send back, before the temperature."""
     q = tl.exp(log_q)
