@@ -12,7 +12,7 @@ from kepo_kernels import gemm, torch_rows
 from kepo_kernels.dispatch import pick_rows
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.heads import Head, LoRA
-from kepo_kernels.plan import Sizes, chunk_length
+from kepo_kernels.plan import Sizes, chunk_length, multiprocessors
 from kepo_kernels.rows import RowSettings
 from kepo_kernels.sweep import LinearProblem, RowPlan, Student
 from kepo_kernels.validate import Validator, describe
@@ -131,6 +131,7 @@ def build_problem(
             lora_rank=0 if head.lora is None else len(head.lora.a),
             torch_impl=row_kernels is torch_rows,
             compacts=grad_tol > 0.0,
+            multiprocessors=multiprocessors(hidden.device),
         )
         chunk_rows = chunk_length(sizes, workspace_bytes, engine.get("chunk_rows"))
         strip_bytes = sizes.strip_bytes(workspace_bytes)

@@ -4,7 +4,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kepo_kernels
 from kepo_kernels import KepoInputError, engine, sweep
+from kepo_kernels.plan import Sizes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -212,6 +213,19 @@ def test_plan_explains_itself():
     assert one.chunk_rows == 512 and one.chunks == 16
     # Every chunk of a large head costs a pass over its gradient: the default has 256 rows there.
     assert engine.plan(8192, 2048, 151936, dtype=torch.bfloat16, impl="torch").chunk_rows >= 256
+
+
+def test_chunks_waste_little_of_a_gpu():
+    """132 multiprocessors, 2048 wide: 16 x 8 tiles fill one wave, 17 x 8 begin a second."""
+    sizes = Sizes(rows=8192, hidden_size=2048, vocab=151936, multiprocessors=132)
+    assert sizes.fewest_waves(2048) == 2048
+    assert sizes.fewest_waves(2200) == 2048  # 4 chunks either way
+    assert sizes.fewest_waves(3000) == 2048  # 3 chunks of 2 waves against 4 of one
+    assert sizes.fewest_waves(4224) == 4096
+    both = replace(sizes, teacher_rows=4096)
+    assert both.fewest_waves(3000) == 2048
+    assert sizes.fewest_waves(1) == 1 and replace(sizes, rows=0).fewest_waves(7) == 7
+    assert replace(sizes, multiprocessors=0).fewest_waves(3000) == 3000
 
 
 def test_plan_refuses_a_contradiction():
