@@ -1,0 +1,318 @@
+"""Compile every Triton kernel in every configuration that is launched, for GPUs that are not here.
+
+    python benchmarks/compile_kernels.py                        # all targets; minutes
+    python benchmarks/compile_kernels.py --target sm_90 gfx942 --csv variants.csv
+    python benchmarks/compile_kernels.py --quick                # a sample, two targets; seconds
+
+No GPU, driver or CUDA toolkit is needed: Triton brings its compilers. Exit status 1, with reasons,
+if a kernel does not compile, spills registers, needs more shared memory than the target has,
+computes the address of a row in 32 bits, uses an atomic or a TF32 dot, or reads aligned rows with
+loads of fewer than 16 bytes.
+
+Nobody lists the configurations: `row_forward` and `row_backward_` run on tensors without memory,
+and what they would launch is written down, specialised as Triton's JIT does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import importlib
+import io
+import itertools
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from kernel_report import SHARED_LIMIT, Report, examine
+
+QUICK_TARGETS = ("sm_90", "gfx942")
+# Vocabulary and the teacher's: under one block, several blocks, Qwen's with equal, wider, narrower.
+WIDTHS = ((37, 37), (1000, 1000), (151_936, 151_936), (151_936, 152_064), (151_936, 151_669))
+ROWS = (1, 7, 8192)
+BETAS = (None, 0.0, 0.5, 1.0)  # None: no teacher
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as the JIT would compile it; everything can be sent to another process."""
+
+    module: str
+    kernel: str
+    target: str
+    signature: tuple[tuple[str, str], ...]
+    constexprs: tuple[tuple[int, object], ...]
+    attrs: tuple[tuple[int, tuple], ...]
+    options: tuple[tuple[str, object], ...]
+
+    def __str__(self) -> str:
+        names = [name for name, _ in self.signature]
+        words = [f"{name}: {kind}" for name, kind in self.signature if kind.startswith("*")]
+        words += [f"{names[place]}={value}" for place, value in self.constexprs]
+        words += [f"{name}={value}" for name, value in self.options]
+        return f"{self.kernel} on {self.target} ({', '.join(words)})"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    started = time.perf_counter()
+    targets = args.target or (QUICK_TARGETS if args.quick else tuple(SHARED_LIMIT))
+    variants = launched_variants(targets, args.quick)
+    results = []
+    for done, result in enumerate(compiled(variants, args.jobs), 1):
+        results.append(result)
+        progress(f"{done} of {len(variants)}: {result[0].kernel} on {result[0].target}")
+    progress("")
+    print_table(results)
+    if args.csv:
+        write(args.csv, results)
+    notes = {note for _, report in results for note in report.notes}
+    for note in sorted(notes):
+        print(f"note: {note}")
+    faults = [(variant, fault) for variant, report in results for fault in report.faults]
+    for variant, fault in faults:
+        print(f"FAULT {fault}\n      {variant}")
+    seconds = time.perf_counter() - started
+    print(f"{len(variants)} variants in {seconds:.0f} s, {len(faults)} faults")
+    return 1 if faults else 0
+
+
+def launched_variants(targets: Iterable[str], quick: bool) -> list[Variant]:
+    """All launches of both row functions, once each for every target."""
+    from kepo_kernels import triton_rows
+
+    found: dict[Variant, None] = {}
+
+    def record(kernel, grid, device, *args, **options) -> None:
+        for target in targets:
+            found.setdefault(specialised(kernel, target, args, options))
+
+    original = triton_rows._start
+    triton_rows._start = record
+    try:
+        call_rows(triton_rows, quick)
+    finally:
+        triton_rows._start = original
+    return list(found)
+
+
+def call_rows(rows_module, quick: bool) -> None:
+    """Both row functions over the product of all that they can be given."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from kepo_kernels.rows import NUM_COEFFICIENTS, RowSettings
+
+    dtypes = (
+        (torch.bfloat16, torch.float32) if quick else (torch.bfloat16, torch.float16, torch.float32)
+    )
+    betas = (None, 0.5) if quick else BETAS
+    softcaps = (
+        ((0.0, 0.0), (30.0, 30.0)) if quick else tuple(itertools.product((0.0, 30.0), repeat=2))
+    )
+    widths = WIDTHS[2:3] if quick else WIDTHS
+    product = itertools.product(
+        dtypes,
+        betas,
+        softcaps,
+        (True,) if quick else (True, False),
+        ROWS[2:] if quick else ROWS,
+        widths,
+    )
+    with FakeTensorMode():
+        for dtype, beta, (softcap, teacher_softcap), has_targets, n, (
+            vocab,
+            teacher_vocab,
+        ) in product:
+
+            def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+                return torch.empty(*shape, dtype=dtype, device="cuda")
+
+            logits = empty(n, vocab, dtype=dtype)
+            targets = empty(n, dtype=torch.int64) if has_targets else None
+            teacher = None if beta is None else empty(n, teacher_vocab, dtype=dtype)
+            settings = RowSettings(
+                0.5 if beta is None else beta, 1.1, 1.2, softcap, teacher_softcap
+            )
+            table = rows_module.row_forward(logits, targets, teacher, settings)
+            coefficients = empty(NUM_COEFFICIENTS, n)
+            rows_module.row_backward_(logits, targets, teacher, table, coefficients, settings)
+
+
+def specialised(kernel, target: str, args: tuple, options: dict) -> Variant:
+    """The variant that `kernel[grid](*args, **options)` would compile, by Triton's own code.
+
+    Tensors without memory have address 0, and so are aligned, as the allocator's are.
+    """
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(gpu_target(target))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # asking for that address is frowned upon
+        bound, found, rest = bind(*args, **options)
+    values = list(bound.values())
+    names = [param.name for param in kernel.params]
+    constant = [kind == "constexpr" for kind, _ in found]
+    return Variant(
+        kernel.fn.__module__,
+        kernel.fn.__qualname__,
+        target,
+        tuple((name, kind) for name, (kind, _) in zip(names, found, strict=True)),
+        tuple((place, values[place]) for place, yes in enumerate(constant) if yes),
+        tuple(
+            (place, tuple(map(tuple, backend.parse_attr(attribute))))
+            for place, (_, attribute) in enumerate(found)
+            if not constant[place] and isinstance(attribute, str) and attribute
+        ),
+        tuple(sorted(rest.items())),
+    )
+
+
+def gpu_target(name: str):
+    from triton.backends.compiler import GPUTarget
+
+    if name.startswith("sm_"):
+        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    return GPUTarget("hip", name, 64)
+
+
+def compiled(variants: list[Variant], jobs: int) -> Iterator[tuple[Variant, Report]]:
+    """Each variant with its report, as they are done, from `jobs` processes."""
+    with tempfile.TemporaryDirectory(prefix="compile-kernels-") as cache:
+        if jobs == 1:
+            _start_worker(cache)
+            yield from map(_compile, variants)
+            return
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(jobs, _start_worker, (cache,)) as pool:
+            yield from pool.imap_unordered(_compile, variants)
+
+
+def _start_worker(cache: str) -> None:
+    # A cached kernel would have no words of ptxas.
+    os.environ["TRITON_CACHE_DIR"] = cache
+    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+
+
+def _compile(variant: Variant) -> tuple[Variant, Report]:
+    import triton
+    from triton.compiler import ASTSource
+
+    started = time.perf_counter()
+    kernel = getattr(importlib.import_module(variant.module), variant.kernel)
+    source = ASTSource(
+        kernel,
+        dict(variant.signature),
+        {(place,): value for place, value in variant.constexprs},
+        {(place,): [list(attribute) for attribute in found] for place, found in variant.attrs},
+    )
+    target = gpu_target(variant.target)
+    log = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(log):
+            binary = triton.compile(source, target=target, options=dict(variant.options))
+        threads = binary.metadata.num_warps * target.warp_size
+        report = examine(
+            variant.target, binary.asm, binary.metadata.shared, threads, log.getvalue()
+        )
+    except Exception as error:  # whatever the compiler raises is what we want to know
+        words = " ".join(str(error).split())[:300]
+        report = Report(faults=[f"does not compile: {type(error).__name__}: {words}"])
+    report.seconds = time.perf_counter() - started
+    return variant, report
+
+
+def print_table(results: list[tuple[Variant, Report]]) -> None:
+    """One line per kernel and target: the worst of all configurations."""
+    print(
+        f"{'kernel':20} {'target':7} {'variants':>8} {'registers':>9} {'spill B':>8} {'shared':>7} "
+        f"{'load B':>7} {'fma':>5} {'addptr 32/64':>12} {'seconds':>8}  faults"
+    )
+    groups: dict[tuple[str, str], list[Report]] = {}
+    for variant, report in results:
+        groups.setdefault((variant.kernel, variant.target), []).append(report)
+    for (kernel, target), reports in sorted(groups.items()):
+
+        def most(value: Callable[[Report], int], among: list[Report] = reports) -> int:
+            return max(map(value, among))
+
+        widths = [
+            width
+            for report in reports
+            for width in (report.narrowest_load, report.widest_load)
+            if width
+        ]
+        loads = f"{min(widths)}-{max(widths)}" if widths else "-"
+        addptr = f"{most(lambda r: r.addptr_i32)}/{most(lambda r: r.addptr_i64)}"
+        print(
+            f"{kernel:20} {target:7} {len(reports):8} {most(lambda r: r.registers):9} "
+            f"{most(lambda r: r.spill_bytes):8} {most(lambda r: r.shared):7} {loads:>7} "
+            f"{most(lambda r: r.fma):5} {addptr:>12} {sum(r.seconds for r in reports):8.1f}  "
+            f"{sum(len(r.faults) for r in reports)}"
+        )
+
+
+def write(path: Path, results: list[tuple[Variant, Report]]) -> None:
+    """One row per variant, with versions and commit."""
+    import torch
+    import triton
+    from measure import stamp
+
+    commit = stamp()["commit"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        columns = ["kernel", "target", "variant", *asdict(Report()), "triton", "torch", "commit"]
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        for variant, report in results:
+            facts = asdict(report)
+            facts |= {"faults": "; ".join(report.faults), "notes": "; ".join(report.notes)}
+            writer.writerow(
+                facts
+                | {"kernel": variant.kernel, "target": variant.target, "variant": str(variant)}
+                | {"seconds": f"{report.seconds:.2f}", "commit": commit}
+                | {"triton": triton.__version__, "torch": torch.__version__}
+            )
+
+
+def progress(words: str) -> None:
+    """One line that overwrites itself; where nobody watches, nothing."""
+    if sys.stderr.isatty():
+        print(f"\r  {words:60}\r", end="", file=sys.stderr, flush=True)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--target", nargs="+", choices=SHARED_LIMIT, help="default: all")
+    add("--quick", action="store_true", help=f"a sample, for {' and '.join(QUICK_TARGETS)}")
+    add("--jobs", type=int, default=2, help="processes (default 2)")
+    add("--csv", type=Path, help="write one row per variant, with versions and commit, here")
+    args = parser.parse_args(arguments)
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: expected at least 1")
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        parser.error(f"triton cannot be imported: {error}")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())
