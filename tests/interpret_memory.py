@@ -1,9 +1,9 @@
 """The memory that one launch of an interpreted kernel touches: addresses, races, what is undefined.
 
 A pointer may go anywhere in the tensor that it was passed as or computed from, and nowhere else;
-what lies between the rows of a strided view is outside of it. A race is an address
-that two programs use, unless both read it or both do so atomically. Not seen are races within one
-program: a GPU orders the accesses of its threads only at a barrier, the interpreter always.
+what lies between the rows of a strided view is outside of it. A race is an address that two
+programs use, unless both read it or both do so atomically. Not seen are races within one program:
+a GPU orders the accesses of its threads only at a barrier, the interpreter always.
 """
 
 from dataclasses import dataclass, field
