@@ -1,117 +1,207 @@
 """The Triton interpreter, with the checks that it lacks.
 
 The stock interpreter (Triton 3.4 to 3.9) executes kernels on the CPU, but it reads and writes
-whatever address it is told to, runs the programs one after another, so that a race cannot show, and
-cuts fp32 off to bf16 where a GPU rounds to nearest. Inside `checked()` it refuses addresses outside
-of the tensors that were passed, and addresses that one program writes and another one uses; it
-rounds as a GPU does; and it runs the grid backwards. What only a GPU can show stays unseen: shared
-memory, layouts, registers, speed.
+whatever address it is told to, runs the programs one after another in the order of the grid, so
+that a race cannot show, lets int32 wrap around, skips `tl.device_assert`, reads 0 where a mask
+hides the address and no `other` is given, and knows of bf16 only the bits. Inside `checked()`
+
+- addresses outside of the tensor that a pointer belongs to and races are refused, as are two lanes
+  of one store that write different values to one address (interpret_memory.py),
+- so are sums, differences and products of int32 that leave it,
+- bf16 computes and is rounded as on a GPU (interpret_bfloat16.py),
+- `tl.device_assert` asserts, and what a GPU leaves undefined is NaN or a large odd integer,
+- the programs run in the order asked for, by default from the last to the first.
+
+What only a GPU can show stays unseen: shared memory, layouts, registers, speed, races within one
+program. So does the overflow of Python's integers: here a loop's index is one of them.
 """
 
 import contextlib
-from collections.abc import Iterator
+import copy
+import dataclasses
+import functools
+import operator
+import random
+from collections.abc import Callable, Iterator
 
 import pytest
-import torch
-from torch import Tensor
+
+ORDERS = ("backwards", "forwards", "shuffled")
 
 
 @contextlib.contextmanager
-def checked() -> Iterator[None]:
-    """Runs interpreted kernels under the checks above; a violation raises, and says which it is."""
+def checked(order: str = "backwards", seed: int = 0) -> Iterator[None]:
+    """Runs interpreted kernels under the checks above; a violation raises, and says which it is.
+
+    "shuffled" draws an order for each launch, the same ones for the same seed. `checked` within
+    `checked` replaces the outer one.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"order is {order!r}, expected one of {', '.join(ORDERS)}")
+    import interpret_bfloat16
+    import interpret_memory as memory
     import numpy as np
     from triton.runtime import interpreter
 
-    Builder, Executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    load, store, cast = Builder.create_masked_load, Builder.create_masked_store, Builder.cast_impl
-    execute, set_grid_idx = Executor.__call__, Builder.set_grid_idx
-    patch_language = interpreter._patch_lang
-    tensors: list[Tensor] = []
-    touched: list[tuple[int, bool, np.ndarray]] = []  # (program, is a store, addresses)
+    stock = _stock()
+    launch = memory.launched("no kernel", {})
+    ahead: Iterator[memory.Program] = iter(())  # the programs of this launch that are to run
     patched: set[int] = set()
-    program = 0
+    generator = random.Random(seed)
 
-    def visit(kind: str, pointers, mask) -> None:
-        # Copies: the kernel goes on to use these arrays.
-        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.int64)
-        outside = ~np.logical_or.reduce([_inside(addresses, tensor) for tensor in tensors])
-        if outside.any():
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-            raise AssertionError(
-                f"program {program}: {outside.sum()} lanes of a {kind} lie outside of {shapes}"
+    def load(builder, pointers, mask, other, *rest):
+        memory.visit(launch, memory.LOAD, pointers, mask.data)
+        if other is None and not mask.data.all():
+            dtype = pointers.get_element_ty()
+            other = memory.undefined(
+                pointers.data.shape, interpreter._get_np_dtype(dtype), dtype.is_floating()
             )
-        touched.append((program, kind == "store", np.unique(addresses)))
+            other = interpreter.TensorHandle(other, dtype)
+        return stock["create_masked_load"](builder, pointers, mask, other, *rest)
 
-    def checked_load(self, pointers, mask, *rest):
-        visit("load", pointers, mask)
-        return load(self, pointers, mask, *rest)
+    def store(builder, pointers, value, mask, *rest):
+        addresses = memory.visit(launch, memory.STORE, pointers, mask.data)
+        lanes = np.broadcast_to(mask.data, pointers.data.shape)
+        values = np.broadcast_to(value.data, pointers.data.shape)[lanes]
+        memory.refuse_ambiguous_store(launch, addresses, values)
+        return stock["create_masked_store"](builder, pointers, value, mask, *rest)
 
-    def checked_store(self, pointers, value, mask, *rest):
-        visit("store", pointers, mask)
-        return store(self, pointers, value, mask, *rest)
+    def atomic_rmw(builder, operation, pointers, value, mask, *rest):
+        memory.visit(launch, memory.ATOMIC, pointers, mask.data)
+        return stock["create_atomic_rmw"](builder, operation, pointers, value, mask, *rest)
 
-    def rounding_cast(self, source, dtype):
-        result = cast(self, source, dtype)
-        names = (source.dtype.scalar.name, dtype.scalar.name)
-        if names == ("fp32", "bf16"):
-            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
-            result.data = rounded.view(torch.int16).numpy().view(np.uint16)
-        return result
+    def atomic_cas(builder, pointers, *rest):
+        memory.visit(launch, memory.ATOMIC, pointers, np.array(True))
+        return stock["create_atomic_cas"](builder, pointers, *rest)
 
-    def backwards(self, x, y, z):
-        nonlocal program
-        program = self.grid_dim[0] - 1 - x
-        set_grid_idx(self, program, y, z)
+    def convert(argument):
+        value = stock["_implicit_cvt"](argument)
+        if hasattr(argument, "data_ptr"):
+            # Pointers that are computed from this one share its type, and so remember their tensor.
+            value.handle.dtype = copy.copy(value.handle.dtype)
+            value.handle.dtype.tensor_start = argument.data_ptr()
+        return value
 
-    def checked_execute(self, *args, **kwargs):
-        tensors[:] = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
-        touched.clear()
+    def refuse_overflow(_, lhs, rhs, operation):
+        lhs, rhs = lhs.handle.data, rhs.handle.data
+        if lhs.dtype.kind != "i" or lhs.itemsize == 8:  # unsigned numbers are meant to wrap
+            return
+        compute = getattr(operator, operation.__name__)
+        exact = np.asarray(compute(lhs.astype(np.int64), rhs.astype(np.int64)))
+        limits = np.iinfo(lhs.dtype)
+        outside = (exact < limits.min) | (exact > limits.max)
+        if outside.any():
+            raise AssertionError(
+                f"{launch.here()}: {outside.sum()} lanes of {operation.__name__} overflow "
+                f"{lhs.dtype}; the first is {exact[outside][0]}"
+            )
+
+    def device_assert(_, condition, message):
+        if not condition.data.all():
+            failed = np.count_nonzero(~condition.data)
+            raise AssertionError(
+                f"{launch.here()}: device_assert fails in {failed} of {condition.data.size} "
+                f"lanes: {message}"
+            )
+
+    def set_grid_dim(builder, *grid):
+        nonlocal ahead
+        stock["set_grid_dim"](builder, *grid)
+        programs = list(np.ndindex(*grid))
+        if order == "backwards":
+            programs.reverse()
+        elif order == "shuffled":
+            generator.shuffle(programs)
+        ahead = iter(programs)
+
+    def set_grid_idx(builder, *_):
+        launch.programs.append(next(ahead))
+        stock["set_grid_idx"](builder, *launch.programs[-1])
+
+    def execute(executor, *args, **kwargs):
+        nonlocal launch
+        named = dict(zip(executor.arg_names, args, strict=False)) | kwargs
+        launch = memory.launched(executor.fn.__name__, named)
         patched.clear()
-        with np.errstate(all="ignore"):  # a GPU does not warn of inf - inf either
-            execute(self, *args, **kwargs)
-        _refuse_races(touched)
+        try:
+            with np.errstate(all="ignore"):  # a GPU does not warn of inf - inf either
+                stock["__call__"](executor, *args, **kwargs)
+        except interpreter.InterpreterError as error:
+            raise _cause(error) from None  # not as the text of a text
+        memory.refuse_races(launch)
 
-    def patch_language_once(function):
+    def patch_language(function):
         # Done anew at each call of a helper by a kernel, this takes half of the time.
         if id(function.__globals__) not in patched:
             patched.add(id(function.__globals__))
-            return patch_language(function)
+            return stock["_patch_lang"](function)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", patch_language_once)
-        patch.setattr(Builder, "create_masked_load", checked_load)
-        patch.setattr(Builder, "create_masked_store", checked_store)
-        patch.setattr(Builder, "cast_impl", rounding_cast)
-        patch.setattr(Builder, "set_grid_idx", backwards)
-        patch.setattr(Executor, "__call__", checked_execute)
+    replacements = {
+        "_implicit_cvt": convert,
+        "create_masked_load": load,
+        "create_masked_store": store,
+        "create_atomic_rmw": atomic_rmw,
+        "create_atomic_cas": atomic_cas,
+        "binary_op_sanitize_overflow_impl": refuse_overflow,
+        "create_assert": device_assert,
+        # Without debug no device_assert gets as far as create_assert.
+        "options": dataclasses.replace(stock["options"], debug=True),
+        "set_grid_dim": set_grid_dim,
+        "set_grid_idx": set_grid_idx,
+        "__call__": execute,
+        "_patch_lang": patch_language,
         # CPU tensors are used where they are: copied onto themselves, a sparse file would fill up.
-        patch.setattr(Executor, "_restore_args_dev", lambda *_: None)
+        "_restore_args_dev": lambda *_: None,
+        **interpret_bfloat16.replacements(stock),
+    }
+    with _replaced(replacements):
         yield
 
 
-def _inside(addresses, tensor: Tensor):
-    """Which addresses are elements of a 1-d tensor, or of a 2-d one with contiguous rows."""
-    offset, misaligned = divmod(addresses - tensor.data_ptr(), tensor.element_size())
-    rows, width = (1, *tensor.shape)[-2:]
-    pitch = tensor.stride(0) if rows > 1 else 0
-    row, column = divmod(offset, pitch or max(1, width))
-    return (misaligned == 0) & (row >= 0) & (row < rows) & (column < width)
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """The interpreter as Triton has it, also within `checked`."""
+    with _replaced(_stock()):
+        yield
 
 
-def _refuse_races(touched) -> None:
-    """No address that is stored to may be touched by two programs."""
-    import numpy as np
+@contextlib.contextmanager
+def _replaced(replacements: dict[str, object]) -> Iterator[None]:
+    owners = _owners()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, replacement in replacements.items():
+            patch.setattr(owners[name], name, replacement)
+        yield
 
-    if not touched:
-        return
-    by_program = [
-        np.unique(np.concatenate([a for owner, _, a in touched if owner == program]))
-        for program in {owner for owner, _, _ in touched}
-    ]
-    addresses, programs = np.unique(np.concatenate(by_program), return_counts=True)
-    stored = np.concatenate([a for _, is_store, a in touched if is_store] or [addresses[:0]])
-    raced = np.isin(addresses[programs > 1], stored).sum()
-    if raced:
-        raise AssertionError(
-            f"race: {raced} addresses are written by one program and used by another"
-        )
+
+@functools.cache
+def _owners() -> dict[str, object]:
+    """What of the interpreter is replaced: the name, and the class or module that it belongs to."""
+    from triton.runtime import interpreter
+
+    names = {
+        interpreter.InterpreterBuilder: "create_masked_load create_masked_store create_atomic_rmw "
+        "create_atomic_cas create_assert set_grid_dim set_grid_idx cast_impl unary_op binary_op "
+        "ternary_op create_fma create_dot",
+        interpreter.interpreter_builder: "options",
+        type(interpreter.interpreter_semantic): "binary_op_sanitize_overflow_impl",
+        interpreter.ReduceScanOpInterface: "check_tensor",
+        interpreter.GridExecutor: "__call__ _restore_args_dev",
+        interpreter: "_patch_lang _implicit_cvt",
+    }
+    return {name: owner for owner, listed in names.items() for name in listed.split()}
+
+
+@functools.cache
+def _stock() -> dict[str, Callable]:
+    """What Triton has under these names; first called when nothing is replaced yet."""
+    return {name: getattr(owner, name) for name, owner in _owners().items()}
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error in a kernel that the interpreter wrapped, once for each call of a helper."""
+    from triton.runtime.interpreter import InterpreterError
+
+    while isinstance(error, InterpreterError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
