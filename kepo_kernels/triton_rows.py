@@ -13,8 +13,9 @@ from kepo_kernels import triton_kernels as kernels
 from kepo_kernels.rows import NUM_COEFFICIENTS, NUM_STATS, RowSettings, shared_columns
 from kepo_kernels.triton_math import IMPORT_ERROR
 
-# Columns that a program reads at a time: eight a thread, which is one 16-byte load in bf16 and two
-# in fp32, at no more than 64 registers, so that four programs share a multiprocessor.
+# Columns that a program reads at a time: eight a thread, one 16-byte load in bf16 and two in fp32.
+# On an H100 that takes 125 registers at most, none of them spilled, so that two to three programs
+# share a multiprocessor (benchmarks/compile_kernels.py).
 BLOCK = 2048
 COLUMNS_PER_THREAD = 8
 # Columns of a program: long enough that starting it costs little, short enough that a dozen rows
