@@ -22,7 +22,18 @@ SHARED_LIMIT = {
     "gfx942": 65_536,
     "gfx950": 163_840,
 }
+VALUE = re.compile(r"%[\w$.-]+")
+BLOCK_LOAD = re.compile(
+    r"= tt\.load (%[^:]*?) : tensor<([\dx]+)x!tt\.ptr<(f32|bf16|f16)>>.*loc\((#\w+)\)"
+)
 BITS = {"f32": 32, "bf16": 16, "f16": 16}
+FOR = re.compile(r"scf\.for (%[\w$.-]+) = (%[\w$.-]+) to %[\w$.-]+ step (%[\w$.-]+)")
+PTX_LOAD = re.compile(r"\bld\.(?:\w+\.)?global[\w.:]*?(?:\.v(\d))?\.[bfus](\d+)")
+PTX_ASYNC_COPY = re.compile(r"\bcp\.async\.\w+\.shared\.global.*?\], \[.*?\], (0x\w+|\d+)")
+AMD_WIDTH = {"dword": 4, "ushort": 2, "sshort": 2, "short": 2, "ubyte": 1, "sbyte": 1}
+AMD_LOAD = re.compile(
+    rf"\b(?:global|buffer|flat)_load_(?:lds_)?({'|'.join(AMD_WIDTH)})(?:x(\d))?(?:_d16\w*)?\b"
+)
 Place = tuple[str, str]  # line and column of the source
 
 
@@ -152,7 +163,7 @@ def _read_ttir(report: Report, ttir: str) -> None:
 
 
 def _judge_loads(report: Report, ttir: str, machine: str, threads: int) -> None:
-    """Every load of a block from aligned rows must be of 16 bytes; found by its place in the source.
+    """Every load of a block from aligned rows must be of 16 bytes; found by its source line.
 
     A place that several calls of a helper share is judged where all of them are aligned. A block
     that has less than 16 bytes for each thread has no load that wide, and is shown, not judged.
@@ -161,11 +172,15 @@ def _judge_loads(report: Report, ttir: str, machine: str, threads: int) -> None:
     found: dict[Place, list[int]] = {}
     for place, width in _machine_loads(machine):
         found.setdefault(place, []).append(width)
+    locations = _locations(ttir)
+    places = {locations.get(name) for name in re.findall(r"tt\.load .*loc\((#\w+)\)", ttir)}
+    moved = [width for place, widths in found.items() if place not in places for width in widths]
     for place in sorted({load.place for load in loads}):
         here = [load for load in loads if load.place == place]
         if not all(load.aligned for load in here):
             continue
-        widths = found.get(place, [])
+        # Some compilers give a load the place of what follows it, where no other load is.
+        widths = found.get(place) or moved
         if not widths:
             report.notes.append(f"line {place[0]}: its load is at no known place")
             continue
@@ -194,82 +209,87 @@ def _block_loads(ttir: str) -> Iterator[_BlockLoad]:
     """
     locations = _locations(ttir)
     for function in re.split(r"(?=tt\.func )", ttir)[1:]:
-        sources, roots = _dataflow(function)
-        for line in function.splitlines():
-            load = re.search(
-                r"= tt\.load (%[^:]*?) : tensor<([\dx]+)x!tt\.ptr<(f32|bf16|f16)>>.*loc\((#\w+)\)",
-                line,
-            )
-            if not load:
+        function, sources, roots = _dataflow(function)
+        for line in function:
+            load = BLOCK_LOAD.search(line)
+            if not load or (place := locations.get(load[4])) is None:
                 continue
-            place = locations.get(load[4])
-            if place is None:
-                continue
-            address_and_mask = re.findall(r"%[\w$.#-]+", load[1])[:2]
+            address_and_mask = VALUE.findall(load[1])[:2]
             size = BITS[load[3]] // 8
             for extent in load[2].split("x"):
                 size *= int(extent)
             yield _BlockLoad(place, size, _all_aligned(address_and_mask, sources, roots))
 
 
-def _dataflow(function: str) -> tuple[dict[str, set[str]], dict[str, bool]]:
-    """What each value is computed from; and the arguments and loads, True for a multiple of 16."""
+def _dataflow(function: str) -> tuple[list[str], dict[str, set[str]], dict[str, bool]]:
+    """The lines, what each value is computed from, and the roots: True for a multiple of 16.
+
+    Sibling regions reuse names; here every value has its own. Roots are arguments and loads.
+    """
+    lines: list[str] = []
     sources: dict[str, set[str]] = {}
     roots: dict[str, bool] = {}
-    regions: list[tuple[list[str], list[str]]] = []  # results and iteration arguments of open ops
+    scopes: list[dict[str, str]] = [{}]
+    regions: list[tuple[list[str], list[str]]] = []  # results and carried values of open regions
+
+    def define(name: str, scope: dict[str, str]) -> str:
+        scope[name] = f"{name}.{len(lines)}"
+        return scope[name]
+
+    def known(name: str) -> str:
+        return next((scope[name] for scope in reversed(scopes) if name in scope), name)
+
     for line in function.splitlines():
-        code = re.sub(r" loc\(.*?\)", "", line)
-        names = re.findall(r"%[\w$.-]+", code)
+        code, _, location = line.partition(" loc(")
         if "tt.func" in code:
-            for name, words in re.findall(r"(%[\w$.-]+): ([^%]*)", code):
-                integer_or_pointer = bool(re.match(r"(?:i\d+|!tt\.ptr)", words))
-                roots[name] = not integer_or_pointer or "tt.divisibility = 16" in words
-            regions.append(([], []))
+            for name, words in re.findall(r"(%[\w$.-]+): ([^%]*)", line):
+                number = bool(re.match(r"i\d+|!tt\.ptr", words))
+                roots[define(name, scopes[0])] = not number or "tt.divisibility = 16" in words
             continue
-        if code.lstrip().startswith("}"):
-            if regions and "else" not in code:
-                regions.pop()
+        if code.lstrip().startswith("}") and regions:
+            scopes.pop()
+            results, carried = regions.pop()
+            if code.rstrip().endswith("{"):  # } else {
+                regions.append((results, carried))
+                scopes.append({})
             continue
-        if "scf.yield" in code or "scf.condition" in code:
-            results, carried = regions[-1] if regions else ([], [])
-            for number, name in enumerate(names):
-                for targets in (results, carried):
-                    if number < len(targets):
-                        sources.setdefault(targets[number], set()).add(name)
-            continue
-        left, equals, right = code.partition(" = ")
+        left, equals, right = code.partition(" = ") if re.match(r"\s*%", code) else ("", "", code)
+        inner: dict[str, str] = {}
+        carried: list[str] = []
+        operands = {known(name) for name in VALUE.findall(right)}
+        for name, start in re.findall(r"(%[\w$.-]+) = (%[\w$.-]+)", right):
+            if "scf.for" in right or "scf.while" in right:
+                unique = define(name, inner)
+                sources[unique] = {known(start)}
+                carried.append(unique)
+        if loop := FOR.search(right):
+            carried.remove(inner[loop[1]])
+            sources[inner[loop[1]]] = {known(loop[2]), known(loop[3])}
+        if "scf.yield" in right and regions:
+            values = [known(name) for name in VALUE.findall(right)]
+            for targets in regions[-1]:
+                for target, value in zip(targets, values, strict=False):
+                    sources.setdefault(target, set()).add(value)
         results = []
-        if equals and left.lstrip().startswith("%"):
-            for name, count in re.findall(r"(%[\w$.-]+)(?::(\d+))?", left):
-                # The parts of a result of several are named %a#0, %a#1, ...; all stand for %a.
-                results += [name] * int(count or 1)
-        else:
-            right = code
-        operands = re.findall(r"%[\w$.-]+", right)
-        carried = []
-        if "iter_args(" in right:
-            pairs = re.findall(r"(%[\w$.-]+) = (%[\w$.-]+)", right.partition("iter_args(")[2])
-            carried = [name for name, _ in pairs]
-            for name, start in pairs:
-                sources.setdefault(name, set()).add(start)
-        counter = re.search(
-            r"scf\.for (%[\w$.-]+) = (%[\w$.-]+) to %[\w$.-]+ step (%[\w$.-]+)", right
-        )
-        if counter:
-            sources[counter[1]] = {counter[2], counter[3]}
-        for name in results:
+        for name, count in re.findall(r"(%[\w$.-]+)(?::(\d+))?", left):
+            # The parts of a result of several are called %a#0, %a#1, ...; here all are %a.
+            unique = define(name, scopes[-1])
+            results += [unique] * int(count or 1)
             if "tt.load" in right:
-                roots[name] = False
+                roots[unique] = False
             elif "scf." not in right:
-                sources.setdefault(name, set()).update(operands)
+                sources[unique] = operands
+        renamed = VALUE.sub(lambda found: known(found[0]), right)
+        lines.append(f"{left}{equals}{renamed} loc({location}")
         if code.rstrip().endswith("{"):
+            scopes.append(inner)
             regions.append((results, carried))
-    return sources, roots
+    return lines, sources, roots
 
 
 def _all_aligned(values: list[str], sources: dict[str, set[str]], roots: dict[str, bool]) -> bool:
     seen: set[str] = set()
-    todo = [re.sub(r"#\d+$", "", value) for value in values]
+    todo = list(values)
     while todo:
         value = todo.pop()
         if value in seen:
@@ -304,20 +324,10 @@ def _machine_loads(machine: str) -> Iterator[tuple[Place, int]]:
         if here:
             place = here[1], here[2]
             continue
-        if found := re.search(
-            r"\bld\.(?:relaxed\.|volatile\.)?global[\w.:]*?(?:\.v(\d))?\.[bfus](\d+)", line
-        ):
+        if found := PTX_LOAD.search(line):
             yield place, int(found[1] or 1) * int(found[2]) // 8
-        elif found := re.search(
-            r"\bcp\.async\.\w+\.shared\.global.*?\], \[.*?\], (0x\w+|\d+)", line
-        ):
+        elif found := PTX_ASYNC_COPY.search(line):
             yield place, int(found[1], 0)
-        elif found := re.search(
-            r"\b(?:global|buffer|flat)_load_(?:lds_)?([a-z]+)(?:x(\d))?(\d*)", line
-        ):
-            kind, times, bits = found.groups()
-            width = {"dword": 4, "ushort": 2, "sshort": 2, "short": 2, "ubyte": 1, "sbyte": 1}
-            yield (
-                place,
-                int(bits) // 8 if bits and kind == "b" else width.get(kind, 1) * int(times or 1),
-            )
+        elif found := AMD_LOAD.search(line):
+            kind, times = found.groups()
+            yield place, AMD_WIDTH[kind] * int(times or 1)

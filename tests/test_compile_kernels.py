@@ -1,0 +1,189 @@
+"""The offline compilation gate: it passes good kernels and names each planted fault.
+
+Triton is interpreted in this process, so whatever compiles runs in another: this file as a script
+compiles the planted kernels and prints their reports.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+COMMAND = BENCHMARKS / "compile_kernels.py"
+sys.path.insert(0, str(BENCHMARKS))
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+
+@triton.jit
+def sound(x, out, stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + lanes
+        total += tl.load(x + row * stride + column, mask=column < width, other=0.0).to(tl.float32)
+    tl.store(out + row, tl.sum(total, 0))
+
+
+@triton.jit
+def row_of_32_bits(x, out, stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    lanes = tl.arange(0, BLOCK)
+    total = tl.load(x + row * stride + lanes, mask=lanes < width, other=0.0)
+    tl.store(out + row, tl.sum(total, 0))
+
+
+@triton.jit
+def atomic(x, out, stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    total = tl.load(x + row * stride + lanes, mask=lanes < width, other=0.0)
+    tl.atomic_add(out, tl.sum(total, 0))
+
+
+@triton.jit
+def narrow(x, out, stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    total = tl.load(x + row * stride + lanes + 1, mask=lanes < width, other=0.0)
+    tl.store(out + row, tl.sum(total, 0))
+
+
+@triton.jit
+def spilling(x, out, stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    block = tl.load(x + row * stride + lanes, mask=lanes < width, other=0.0)
+    scaled = tl.exp(block - tl.max(block, 0))
+    tl.store(x + row * stride + lanes, scaled / tl.sum(scaled, 0) + block, mask=lanes < width)
+
+
+@triton.jit
+def tensor_float(x, out, stride, width, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    square = lanes[:, None] * BLOCK + lanes[None, :]
+    a = tl.load(x + square)
+    tl.store(out + square, tl.dot(a, a, input_precision="tf32"))
+
+
+@triton.jit
+def shared_memory(x, out, stride, width, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    square = lanes[:, None] * BLOCK + lanes[None, :]
+    a = tl.load(x + square)
+    tl.store(out + square, tl.dot(a, a, input_precision="ieee"))
+
+
+@triton.jit
+def undefined(x, out, stride, width, BLOCK: tl.constexpr):
+    tl.store(out, nowhere)  # noqa: F821
+
+
+# Kernel, target, BLOCK, warps -> the beginning of the fault that must be named.
+PLANTED = {
+    ("sound", "sm_90", 1024, 4): None,
+    ("sound", "gfx942", 1024, 4): None,
+    ("row_of_32_bits", "sm_90", 1024, 4): "32-bit row arithmetic: ",
+    ("atomic", "sm_80", 1024, 4): "atomic: ",
+    ("atomic", "gfx942", 1024, 4): "atomic: ",
+    ("narrow", "sm_90", 1024, 4): "narrow load: 4 bytes",
+    ("narrow", "gfx942", 1024, 4): "narrow load: 4 bytes",
+    ("spilling", "sm_120", 16384, 1): "spills: ",
+    ("spilling", "gfx950", 32768, 1): "spills: ",
+    ("tensor_float", "sm_90", 32, 4): "TF32: ",
+    ("shared_memory", "gfx942", 256, 8): "shared memory: ",
+    ("undefined", "sm_90", 32, 1): "does not compile: ",
+}
+
+
+def compile_planted() -> None:
+    """The script: a JSON list of the faults of each planted kernel."""
+    import tempfile
+
+    import compile_kernels
+    import test_compile_kernels as here  # by its importable name, as a worker finds it
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    found = []
+    with tempfile.TemporaryDirectory() as cache:
+        compile_kernels._start_worker(cache)
+        for name, target, block, warps in PLANTED:
+            with FakeTensorMode():
+                x = torch.empty(64, 1024, device="cuda")
+                args = (x, torch.empty(64, device="cuda"), 1024, 1024)
+                options = {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
+                kernel = getattr(here, name)
+                variant = compile_kernels.specialised(kernel, target, args, options)
+            found.append(compile_kernels._compile(variant)[1].faults)
+    print(json.dumps(found))
+
+
+def run(*words: str | Path) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{Path(__file__).parent}"
+    words = [sys.executable, *map(str, words)]
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def planted() -> list[list[str]]:
+    done = run(__file__)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "number", range(len(PLANTED)), ids=lambda i: "-".join(list(PLANTED)[i][:2])
+)
+def test_planted_faults_are_named(planted, number):
+    expected = list(PLANTED.values())[number]
+    if expected is None:
+        assert planted[number] == []
+    else:
+        assert [fault for fault in planted[number] if fault.startswith(expected)], planted[number]
+
+
+def test_our_kernels_pass_on_two_targets(tmp_path):
+    results = tmp_path / "variants.csv"
+    done = run(COMMAND, "--quick", "--csv", results)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 faults" in done.stdout
+    import csv
+
+    with results.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["target"] for row in rows} == {"sm_90", "gfx942"}
+    assert all(row["commit"] and row["triton"] and int(row["registers"]) > 0 for row in rows)
+    nvidia = [row for row in rows if row["target"] == "sm_90"]
+    assert any(row["narrowest_load"] == row["widest_load"] == "16" for row in nvidia)
+
+
+@pytest.mark.parametrize(
+    "arguments, word", [(["--target", "sm_1"], "sm_80"), (["--jobs", "0"], "at least 1")]
+)
+def test_bad_arguments_are_refused(arguments, word):
+    done = run(COMMAND, *arguments)
+    assert done.returncode == 2 and word in done.stderr
+
+
+def test_interpreted_kernels_are_refused():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, COMMAND, "--quick"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "unset it" in done.stderr
+
+
+if __name__ == "__main__":
+    compile_planted()
