@@ -19,15 +19,14 @@ if torch.cuda.is_available():
 
 from kepo_kernels.triton_math import tl, triton
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 
 @contextlib.contextmanager
 def caught(*words: str):
     """The block raises under the checks, and its message holds the words."""
     with pytest.raises(AssertionError, match=".*".join(re.escape(word) for word in words)):
         yield
-
-
-# ---------------------------------------------------------------------------------------- integers
 
 
 @triton.jit
@@ -81,9 +80,6 @@ def test_the_last_int32_is_no_overflow():
     assert out.tolist() == [1 - 2**31, -(2**31)]
 
 
-# ------------------------------------------------------------------------------------------- order
-
-
 @triton.jit
 def note_order(counter, out):
     y, z = tl.num_programs(1), tl.num_programs(2)
@@ -120,9 +116,6 @@ def test_an_unknown_order_is_refused():
         checked(order="sideways"),
     ):
         pass
-
-
-# ------------------------------------------------------------------------------------------ memory
 
 
 @triton.jit
@@ -248,9 +241,7 @@ def load_some(x, out, OTHER: tl.constexpr, LANES: tl.constexpr):
     tl.store(out + lanes, value)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
-)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_masked_lanes_without_other_are_nan(dtype):
     x, out = torch.zeros(4, dtype=dtype), torch.zeros(4, dtype=dtype)
     load_some[(1,)](x, out, False, 4)
