@@ -31,7 +31,9 @@ def replacements(stock: Mapping[str, Callable]) -> dict[str, Callable]:
         if not _is_bfloat16(lhs):
             return stock["binary_op"](builder, lhs, rhs, op)
         result = op(widened(lhs.data), widened(rhs.data))
-        return TensorHandle(result, tl.int1) if result.dtype == bool else _rounded(result)
+        if result.dtype == bool:  # of the other types a comparison keeps what was compared
+            return TensorHandle(result, tl.int1)
+        return _rounded(result)
 
     def ternary(builder, first, second, third, op):
         if op is np.where or not _is_bfloat16(third):  # a choice need not know what it chooses from
@@ -85,13 +87,12 @@ def _cut_off(values: np.ndarray) -> np.ndarray:
     nearest = values.astype(np.float32)
     bits = nearest.view(np.uint32).copy()
     bits -= np.abs(nearest) > np.abs(values)
-    bits |= (nearest != values) & ~np.isnan(values)
+    bits |= nearest != values
     return bits.view(np.float32)
 
 
 def _is_bfloat16(handle: TensorHandle) -> bool:
-    """Not the outcome of a comparison, which keeps the type of what was compared."""
-    return handle.data.dtype == np.uint16 and handle.dtype.scalar == tl.bfloat16
+    return handle.dtype.scalar == tl.bfloat16
 
 
 def _widened(handle: TensorHandle) -> TensorHandle:

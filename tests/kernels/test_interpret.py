@@ -19,15 +19,14 @@ if torch.cuda.is_available():
 
 from kepo_kernels.triton_math import tl, triton
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 
 @contextlib.contextmanager
 def caught(*words: str):
     """The block raises under the checks, and its message holds the words."""
     with pytest.raises(AssertionError, match=".*".join(re.escape(word) for word in words)):
         yield
-
-
-# ---------------------------------------------------------------------------------------- integers
 
 
 @triton.jit
@@ -41,6 +40,8 @@ def index(out, a, b, OPERATION: tl.constexpr):
         result = a * (b + lanes)
     elif OPERATION == "wide":
         result = a.to(tl.int64) * (b + lanes)
+    elif OPERATION == "unsigned":
+        result = a.to(tl.uint32) + (b + lanes).to(tl.uint32) + 2147483648
     elif OPERATION == "meant":
         result = tl.add(a, b + lanes, sanitize_overflow=False)
     else:
@@ -67,11 +68,13 @@ def test_int32_overflow_is_caught(operation, a, b, grid, words):
     assert not out.any() or out.prod() < 0 or operation == "program"
 
 
-@pytest.mark.parametrize("operation", ["wide", "meant"])
-def test_what_does_not_overflow_or_says_that_it_may(operation):
+@pytest.mark.parametrize(
+    ("operation", "expected"), [("wide", 2**32 - 2), ("unsigned", 1), ("meant", 1 - 2**31)]
+)
+def test_what_does_not_overflow_or_says_that_it_may(operation, expected):
     out = torch.zeros(2, dtype=torch.int64)
     index[(1,)](out, 2**31 - 1, 2, operation)
-    assert out[0] == (2**32 - 2 if operation == "wide" else 1 - 2**31)
+    assert out[0] == expected
 
 
 def test_the_last_int32_is_no_overflow():
@@ -79,9 +82,6 @@ def test_the_last_int32_is_no_overflow():
     index[(1,)](out, 2**31 - 3, 1, "add")
     index[(1,)](out, -(2**31) + 2, 1, "sub")
     assert out.tolist() == [1 - 2**31, -(2**31)]
-
-
-# ------------------------------------------------------------------------------------------- order
 
 
 @triton.jit
@@ -120,9 +120,6 @@ def test_an_unknown_order_is_refused():
         checked(order="sideways"),
     ):
         pass
-
-
-# ------------------------------------------------------------------------------------------ memory
 
 
 @triton.jit
@@ -195,15 +192,22 @@ def test_lanes_of_one_store_must_agree():
 
 
 @triton.jit
-def walk(x, out, offset, STORE: tl.constexpr):
+def walk(x, out, offset, HOW: tl.constexpr):
     place = x + offset + tl.arange(0, 4)
-    if STORE:
-        tl.store(place, 7.0)
+    if HOW == "store":
+        tl.store(place, 7)
+    elif HOW == "atomic_add":
+        tl.atomic_add(place, 7)
+    elif HOW == "atomic_cas":
+        tl.atomic_cas(place, 0, 7)
+    elif HOW == "load from integers":
+        place = (x.to(tl.int64) + offset).to(tl.pointer_type(tl.int32)) + tl.arange(0, 4)
+        tl.store(out + tl.arange(0, 4), tl.load(place))
     else:
         tl.store(out + tl.arange(0, 4), tl.load(place))
 
 
-@pytest.mark.parametrize("store", [False, True], ids=["load", "store"])
+@pytest.mark.parametrize("how", ["load", "store", "atomic_add", "atomic_cas"])
 @pytest.mark.parametrize(
     ("offset", "words"),
     [
@@ -213,20 +217,29 @@ def walk(x, out, offset, STORE: tl.constexpr):
         (16, ("4 lanes of", "outside of x (3, 4); the first lies 0 bytes after x")),  # in `out`
     ],
 )
-def test_addresses_outside_are_caught(offset, words, store):
+def test_addresses_outside_are_caught(offset, words, how):
     """Where the stock interpreter finds other numbers, or overwrites them."""
-    buffer = torch.full((40,), torch.nan)
+    buffer = torch.zeros(40, dtype=torch.int32)
     x, out = buffer[4:].as_strided((3, 4), (6, 1)), buffer[20:24]
     with caught("walk, program (0, 0, 0): ", *words):
-        walk[(1,)](x, out, offset, store)
+        walk[(1,)](x, out, offset, how)
     with unchecked():
-        walk[(1,)](x, out, offset, store)
-    assert not store or 7.0 in buffer
+        walk[(1,)](x, out, offset, how)
+    assert (how == "load") != (7 in buffer)
+
+
+def test_pointers_made_of_integers():
+    """Such a pointer may go to all tensors, but only to whole elements."""
+    buffer, out = torch.arange(8, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    walk[(1,)](buffer[:4], out, out.data_ptr() - buffer.data_ptr(), "load from integers")
+    walk[(1,)](buffer, out, 16, "load from integers")
+    assert out.tolist() == [4, 5, 6, 7]
+    with caught("4 lanes of a load", "between elements of x"):
+        walk[(1,)](buffer, out, 5, "load from integers")
 
 
 def test_elements_of_any_strides_are_inside():
-    buffer = torch.arange(64.0)
-    out = torch.empty(4)
+    buffer, out = torch.arange(64, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
     for view, offset in [
         (buffer.view(2, 4, 8)[:, 1:3, 2:6], 32 + 8),
         (buffer.view(8, 8).T[4:, :5], 8),
@@ -234,7 +247,7 @@ def test_elements_of_any_strides_are_inside():
         (buffer.as_strided((5, 4), (1, 1)), 4),
         (buffer[:4], 0),
     ]:
-        walk[(1,)](view, out, offset, False)
+        walk[(1,)](view, out, offset, "load")
         assert out[0] == view.storage_offset() + offset
 
 
@@ -248,9 +261,7 @@ def load_some(x, out, OTHER: tl.constexpr, LANES: tl.constexpr):
     tl.store(out + lanes, value)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
-)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_masked_lanes_without_other_are_nan(dtype):
     x, out = torch.zeros(4, dtype=dtype), torch.zeros(4, dtype=dtype)
     load_some[(1,)](x, out, False, 4)

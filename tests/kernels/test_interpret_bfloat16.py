@@ -118,6 +118,8 @@ def compute(x, y, out, OPERATION: tl.constexpr, LANES: tl.constexpr):
         result = a < b
     elif OPERATION == "equal":
         result = a == b
+    elif OPERATION == "unordered":
+        result = ~((a < b) | (a >= b))
     else:
         result = tl.where(a > b, a, b + 1.0)
     tl.store(out + lanes, result)
@@ -143,6 +145,7 @@ IN_TORCH = {
     "scalar": lambda a, b: a * 3.0,
     "less": torch.lt,
     "equal": torch.eq,
+    "unordered": lambda a, b: a.isnan() | b.isnan(),
     "where": lambda a, b: torch.where(a > b, a, b + 1.0),
 }
 
