@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import csv
 import importlib
+import inspect
 import io
 import multiprocessing
 import os
@@ -53,6 +54,7 @@ class Case(NamedTuple):
     has_targets: bool = True
     rows: int = 8192
     widths: tuple[int, int] = (151_936, 151_936)
+    out: str | None = None  # dtype of a gradient that does not go where the logits are
 
 
 @dataclass(frozen=True)
@@ -101,21 +103,42 @@ def main(arguments: list[str] | None = None) -> int:
 
 def launched_variants(targets: Iterable[str], quick: bool) -> list[Variant]:
     """All launches of both row functions, once each for every target."""
+    import torch
+
     from kepo_kernels import triton_rows
 
     found: dict[Variant, None] = {}
+    start, select_device, hip = triton_rows._start, torch.cuda.device, torch.version.hip
+    for amd in (False, True):
+        ours = [target for target in targets if target.startswith("gfx") == amd]
 
-    def record(kernel, grid, device, *args, **options) -> None:
-        for target in targets:
-            found.setdefault(specialised(kernel, target, args, options))
+        def listen(kernel, *rest, ours: list[str] = ours, **options) -> None:
+            start(_Listener(kernel, ours, found), *rest, **options)
 
-    original = triton_rows._start
-    triton_rows._start = record
-    try:
-        call_rows(triton_rows, quick)
-    finally:
-        triton_rows._start = original
+        triton_rows._start = listen
+        torch.cuda.device = lambda _: contextlib.nullcontext()  # there is none to select
+        torch.version.hip = "0" if amd else None  # by this the launches tell whose GPU it is
+        try:
+            if ours:
+                call_rows(triton_rows, quick)
+        finally:
+            triton_rows._start, torch.cuda.device, torch.version.hip = start, select_device, hip
     return list(found)
+
+
+class _Listener(NamedTuple):
+    """Stands for a kernel: a launch is written down."""
+
+    kernel: object
+    targets: list[str]
+    found: dict[Variant, None]
+
+    def __getitem__(self, grid) -> Callable[..., None]:
+        def launch(*args, **options) -> None:
+            for target in self.targets:
+                self.found.setdefault(specialised(self.kernel, target, args, options))
+
+        return launch
 
 
 def cases(quick: bool) -> list[Case]:
@@ -140,6 +163,7 @@ def cases(quick: bool) -> list[Case]:
         for beta in (None, 0.5):
             found += [Case(dtype, beta, rows=rows) for rows in (1, 7)]
             found += [Case(dtype, beta, widths=widths) for widths in WIDTHS]
+    found += [Case("float32", 0.5, out=dtype) for dtype in DTYPES]
     return found
 
 
@@ -164,7 +188,12 @@ def call_rows(rows_module, quick: bool) -> None:
             settings = RowSettings(beta, 1.1, 1.2, case.softcap, case.teacher_softcap)
             table = rows_module.row_forward(logits, targets, teacher, settings)
             coefficients = empty(NUM_COEFFICIENTS, n)
-            rows_module.row_backward_(logits, targets, teacher, table, coefficients, settings)
+            args = (logits, targets, teacher, table, coefficients, settings)
+            if case.out is None:
+                rows_module.row_backward_(*args)
+            elif "out" in inspect.signature(rows_module.row_backward_).parameters:
+                out = empty(n, vocab, dtype=getattr(torch, case.out))
+                rows_module.row_backward_(*args, out=out)
 
 
 def specialised(kernel, target: str, args: tuple, options: dict) -> Variant:

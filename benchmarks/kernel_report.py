@@ -84,7 +84,6 @@ def examine(target: str, asm: dict, shared: int, threads: int, ptxas_log: str) -
 
 def _read_nvidia(report: Report, cubin: bytes, log: str) -> None:
     usage = _cuobjdump(cubin, "-res-usage")
-    sass = _cuobjdump(cubin, "-sass")
 
     def count(pattern: str, text: str) -> int | None:
         found = re.search(pattern, text)
@@ -101,7 +100,9 @@ def _read_nvidia(report: Report, cubin: bytes, log: str) -> None:
     if not log:
         report.notes.append("no words of ptxas: spilled bytes are the stack alone")
         report.spill_bytes = count(r"STACK:(\d+)", usage or "") or 0
-    if sass is None:
+    # Disassembling takes as long as compiling; where ptxas says that nothing spills nothing does.
+    sass = _cuobjdump(cubin, "-sass") if report.spill_bytes or not log else ""
+    if usage is None or sass is None:
         report.notes.append("no cuobjdump: STL and LDL are not counted, ptxas' words are all")
     report.spill_instructions = len(re.findall(r"\b(?:STL|LDL)\b", sass or ""))
 
@@ -174,7 +175,9 @@ def _judge_loads(report: Report, ttir: str, machine: str, threads: int) -> None:
         found.setdefault(place, []).append(width)
     locations = _locations(ttir)
     places = {locations.get(name) for name in re.findall(r"tt\.load .*loc\((#\w+)\)", ttir)}
-    moved = [width for place, widths in found.items() if place not in places for width in widths]
+    # A thread's share of a block that is judged is at least WIDE; so little is a single number's.
+    strangers = [widths for place, widths in found.items() if place not in places]
+    moved = [width for widths in strangers if sum(widths) >= WIDE for width in widths]
     for place in sorted({load.place for load in loads}):
         here = [load for load in loads if load.place == place]
         if not all(load.aligned for load in here):
