@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -114,7 +115,8 @@ def run_check(name: str, device: torch.device, left, log: Log) -> str:
 
 def release(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # after an illegal access each call raises; keep the report
+            torch.cuda.empty_cache()
 
 
 def first_line(error: Exception) -> str:

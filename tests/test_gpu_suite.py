@@ -118,5 +118,6 @@ def test_what_does_not_fit_is_named(tmp_path, capsys):
 def test_unknown_names_are_refused_with_the_list(capsys):
     with pytest.raises(SystemExit) as stop:
         gpu_suite.main(["--only", "correct"])
-    assert stop.value.code == 2
-    assert all(name in capsys.readouterr().err for name in gpu_checks.CHECKS)
+    words = capsys.readouterr().err
+    assert stop.value.code == 2 and "'correct'" in words
+    assert all(name in words for name in (*gpu_checks.CHECKS, *gpu_timings.TIMINGS))
