@@ -12,7 +12,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow lint bench gpu clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -33,6 +33,10 @@ lint: $(VENV)/test.stamp  ## ruff check and ruff format --check
 
 bench: $(VENV)/bench.stamp  ## time the losses against their peers
 	$(PY) benchmarks/bench_loss.py
+
+# In no environment of ours: images with CUDA come with their own torch and Triton.
+gpu:  ## correctness and times on a CUDA device, in 8 minutes, with the torch that PYTHON has
+	$(PYTHON) benchmarks/gpu_suite.py
 
 clean:  ## remove the environment and everything that was built (runs/ stays)
 	rm -rf $(VENV) build dist *.egg-info kepo_kernels/_rows.so kepo_kernels/_build_info.json
