@@ -17,7 +17,7 @@ if reason := unavailable("triton"):
 if torch.cuda.is_available():
     pytest.skip("not interpreted: the kernels run on a GPU", allow_module_level=True)
 
-from kepo_kernels.triton_math import tl, triton
+from kepo_kernels.triton_math import jit, tl
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -29,7 +29,7 @@ def caught(*words: str):
         yield
 
 
-@triton.jit
+@jit
 def index(out, a, b, OPERATION: tl.constexpr):
     lanes = tl.arange(0, 2)
     if OPERATION == "add":
@@ -84,7 +84,7 @@ def test_the_last_int32_is_no_overflow():
     assert out.tolist() == [1 - 2**31, -(2**31)]
 
 
-@triton.jit
+@jit
 def note_order(counter, out):
     y, z = tl.num_programs(1), tl.num_programs(2)
     program = (tl.program_id(0) * y + tl.program_id(1)) * z + tl.program_id(2)
@@ -122,7 +122,7 @@ def test_an_unknown_order_is_refused():
         pass
 
 
-@triton.jit
+@jit
 def share(x, out, AXIS: tl.constexpr, HOW: tl.constexpr):
     program = tl.program_id(AXIS)
     if HOW == "both write":
@@ -173,7 +173,7 @@ def test_what_programs_may_share(how):
     share[(4,)](torch.ones(1, dtype=torch.int32), torch.zeros(4, dtype=torch.int32), 0, how)
 
 
-@triton.jit
+@jit
 def scatter(out, values, places, LANES: tl.constexpr):
     lanes = tl.arange(0, LANES)
     tl.store(out + tl.load(places + lanes), tl.load(values + lanes))
@@ -191,7 +191,7 @@ def test_lanes_of_one_store_must_agree():
         scatter[(1,)](out, different, places, 4)
 
 
-@triton.jit
+@jit
 def walk(x, out, offset, HOW: tl.constexpr):
     place = x + offset + tl.arange(0, 4)
     if HOW == "store":
@@ -251,7 +251,7 @@ def test_elements_of_any_strides_are_inside():
         assert out[0] == view.storage_offset() + offset
 
 
-@triton.jit
+@jit
 def load_some(x, out, OTHER: tl.constexpr, LANES: tl.constexpr):
     lanes = tl.arange(0, LANES)
     if OTHER:
@@ -281,7 +281,7 @@ def test_masked_lanes_without_other_are_odd(dtype):
     assert out.tolist() == [0, 0, 1, 1]
 
 
-@triton.jit
+@jit
 def require(x, BOUND: tl.constexpr, ALL: tl.constexpr):
     lanes = tl.arange(0, 4)
     if ALL:

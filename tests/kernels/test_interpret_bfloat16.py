@@ -11,7 +11,7 @@ if reason := unavailable("triton"):
 if torch.cuda.is_available():
     pytest.skip("not interpreted: the kernels run on a GPU", allow_module_level=True)
 
-from kepo_kernels.triton_math import tl, triton
+from kepo_kernels.triton_math import jit, tl
 
 BFLOAT16, FLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 INF = float("inf")
@@ -32,7 +32,7 @@ def bfloat16s(seed: int) -> Tensor:
     return torch.cat([bits[: LANES // 2], numbers[LANES // 2 :]])
 
 
-@triton.jit
+@jit
 def convert(x, out, LANES: tl.constexpr):
     lanes = tl.arange(0, LANES)
     tl.store(out + lanes, tl.load(x + lanes).to(out.dtype.element_ty))
@@ -88,7 +88,7 @@ def test_integers_and_bfloat16():
         assert not torch.equal(converted(x, BFLOAT16), x.to(BFLOAT16))
 
 
-@triton.jit
+@jit
 def compute(x, y, out, OPERATION: tl.constexpr, LANES: tl.constexpr):
     lanes = tl.arange(0, LANES)
     a, b = tl.load(x + lanes), tl.load(y + lanes)
@@ -187,7 +187,7 @@ def test_float16_needs_no_help(operation):
         assert_same(converted(x, FLOAT16), x.to(FLOAT16))
 
 
-@triton.jit
+@jit
 def multiply(x, y, out, SIZE: tl.constexpr):
     row, column = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     place = row * SIZE + column
@@ -204,7 +204,7 @@ def test_dot_of_bfloat16():
     assert out.abs().max() > 1e6  # the product of the bit patterns
 
 
-@triton.jit
+@jit
 def reduce(x, out, OPERATION: tl.constexpr, LANES: tl.constexpr):
     numbers = tl.load(x + tl.arange(0, LANES))
     if OPERATION == "sum":
