@@ -102,7 +102,7 @@ PLANTED = {
     ("spilling", "sm_120", 8192, 1): "spills: ",
     ("spilling", "gfx950", 16384, 1): "spills: ",
     ("tensor_float", "sm_90", 32, 4): "TF32: ",
-    ("shared_memory", "gfx942", 128, 8): "shared memory: ",
+    ("shared_memory", "gfx942", 256, 8): "shared memory: ",
     ("undefined", "sm_90", 32, 1): "does not compile: ",
 }
 
