@@ -272,7 +272,7 @@ def test_workspace_is_kept_by_the_process():
     dtypes = {"dtype": torch.bfloat16, "logits_dtype": torch.float32}
     plan = engine.plan(512, 256, 40000, teacher_rows=512, workspace_bytes=workspace, **dtypes)
     above = int(run.stdout) - plan.gradient_bytes
-    assert plan.chunks > 2 and workspace // 2 < above < workspace + slack
+    assert plan.chunks > 2 and workspace // 4 < above < workspace + slack
 
 
 @pytest.mark.parametrize("impl", ["cpu", "torch"])
