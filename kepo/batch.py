@@ -12,9 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from kepo.config import Config
 from kepo.credit import group_advantages, quality_gate
 from kepo.prompts import question_prompt
-from kepo.rollout import Group, total_reward
+from kepo.rollout import Group, Rollout, reward_of, total_rewards
 from kepo.vlm import Prompt
-from kepo_kernels import loss_weights
+from kepo_kernels import dr_grpo_weights, loss_weights
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,18 @@ class Batch:
     advantages: Tensor
     """(B,) fp32"""
     gate: Tensor
-    """(B,) bool"""
+    """(B,) fp32, 0 where it is closed"""
     policy_weights: Tensor
     """(B, T) weights of the policy term, normalised over the whole step."""
     distill_weights: Tensor
     """(B, T) weights of the divergence, normalised over the whole step; 0 where the gate is
     closed."""
+    sampler_logprobs: Tensor
+    """(B, T) fp32 log-probabilities under the law that sampled; NaN where nobody did."""
+    hinted: Tensor
+    """(B,) bool, sampled with a hint."""
+    old_logprobs: Tensor | None = None
+    """(B, T) fp32, of the policy before the step's first update; None in the first iteration."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -45,52 +51,68 @@ class Batch:
         return [self._rows(start, start + size) for start in range(0, len(self), size)]
 
     def to(self, device: torch.device) -> Batch:
-        moved = {
-            f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "prompts"
-        }
-        return replace(self, **moved)
+        return replace(self, **{name: x.to(device) for name, x in self._tensors().items()})
 
     def _rows(self, start: int, end: int) -> Batch:
         length = max(1, int(self.completion_mask[start:end].sum(-1).max()))
-        cut = {}
-        for f in fields(self):
-            value = getattr(self, f.name)[start:end]
-            cut[f.name] = value[:, :length] if f.name != "prompts" and value.dim() == 2 else value
-        return Batch(**cut)
+        cut = {
+            name: x[start:end, :length] if x.dim() == 2 else x[start:end]
+            for name, x in self._tensors().items()
+        }
+        return replace(self, prompts=self.prompts[start:end], **cut)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: x for name, x in values.items() if isinstance(x, Tensor)}
 
 
-def collate(groups: Sequence[Group], config: Config) -> Batch:
+def collate(groups: Sequence[Group], config: Config, data: Sequence[Rollout] = ()) -> Batch:
     """Advantages, gate, masks and weights of all rollouts of one step.
 
-    Every group must have the same number of samples. With ``mask_truncated`` a completion that hit
-    the length limit keeps its place in the group statistics but carries no loss. The gate reads
-    ``gate_reward``; without a teacher to distil from, every gate is closed.
+    Every group must have the same number of samples; ``data`` are the dataset's own solutions, each
+    by itself with advantage 1. With ``mask_truncated`` a completion that hit the length limit keeps
+    its place in the group statistics but carries no loss. The gate reads ``gate_reward``; without a
+    teacher to distil from, every gate is closed.
     """
-    rollouts = [rollout for group in groups for rollout in group]
-    rewards = torch.tensor([[total_reward(r, config) for r in group] for group in groups])
-    quality = torch.tensor(
-        [
-            total_reward(r, config)
-            if config.gate_reward == "total"
-            else r.rewards.get(config.gate_reward, 0.0)
-            for r in rollouts
-        ]
-    )
-    gate = quality_gate(quality, None if config.gate_reward is None else config.gate_threshold)
-    if not config.distils:
-        gate = torch.zeros_like(gate)
+    rollouts = [rollout for group in groups for rollout in group] + list(data)
+    advantages = torch.ones(len(data))
+    if groups:
+        relative = group_advantages(total_rewards(groups, config), config.scale_rewards)
+        advantages = torch.cat([relative.flatten(), advantages])
 
     ids = pad_sequence([r.completion_ids for r in rollouts], batch_first=True)
     lengths = torch.tensor([len(r.completion_ids) for r in rollouts])
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     if config.mask_truncated:
         mask &= ~torch.tensor([r.truncated for r in rollouts])[:, None]
+    gate = gates(rollouts, config)
+    if config.policy_reduction == "dr_grpo":
+        policy_weights = dr_grpo_weights(mask, config.max_completion_length)
+    else:
+        policy_weights = loss_weights(mask, None, config.policy_reduction)
+    unknown = [torch.full((len(r.completion_ids),), torch.nan) for r in rollouts]
+    drawn = [
+        nan if r.sampler_logprobs is None else r.sampler_logprobs
+        for r, nan in zip(rollouts, unknown, strict=True)
+    ]
     return Batch(
         prompts=tuple(Prompt(question_prompt(r.example), r.example.image) for r in rollouts),
         completion_ids=ids,
         completion_mask=mask,
-        advantages=group_advantages(rewards).flatten(),
+        advantages=advantages,
         gate=gate,
-        policy_weights=loss_weights(mask, None, config.policy_reduction),
+        policy_weights=config.policy_coef * policy_weights,
         distill_weights=loss_weights(mask, gate, config.distill_reduction),
+        sampler_logprobs=pad_sequence(drawn, batch_first=True, padding_value=torch.nan),
+        hinted=torch.tensor([r.hinted for r in rollouts]),
     )
+
+
+def gates(rollouts: Sequence[Rollout], config: Config) -> Tensor:
+    """(B,) fp32: how much each completion is distilled on, by its quality alone."""
+    if not config.distils:
+        return torch.zeros(len(rollouts))
+    if config.gate_reward is None:
+        return torch.ones(len(rollouts))
+    quality = torch.tensor([reward_of(r, config.gate_reward, config) for r in rollouts])
+    return quality_gate(quality, config.gate_threshold)

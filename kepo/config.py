@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kepo.errors import KepoConfigError
-from kepo.rewards import REWARDS
 
-TOTAL = "total"  # as gate_reward: the weighted sum of all rewards
+PRESETS = Path(__file__).parent / "presets"
+TOTAL = "total"  # in place of a reward's name: the weighted sum of them all
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,13 @@ class Config:
     """Questions per step; each is answered num_generations times."""
     num_generations: int = 8
     """Completions per question, the group in which advantages are relative."""
+    num_iterations: int = 1
+    """Optimiser steps on the same completions; from the second on the ratio is not 1."""
+    data_fraction: float = 0.0
+    """Share of a step's questions that the dataset's own worked solution answers, once, with
+    advantage 1, instead of the student. 1 = supervised training, between = GKD's mixture."""
+    dynamic_sampling: int = 0
+    """Rounds in which groups of equal rewards are replaced by other questions. 0 = they stay."""
     micro_batch: int = 32
     """Completions per forward and backward; gradients accumulate over the step."""
     rollout_batch: int = 256
@@ -82,8 +87,18 @@ class Config:
     """Names from kepo.rewards.REWARDS."""
     reward_weights: tuple[float, ...] = (1.0, 1.0)
     """Their weights in the total reward, from which advantages are made."""
+    overlong_buffer: int = 0
+    """Over the last so many tokens that fit, the total reward falls by up to 1 (DAPO). 0 = not."""
+    scale_rewards: str = "group"
+    """group: advantages are divided by the group's standard deviation. none: they are not."""
 
     # ---- policy term (GRPO) ----
+    policy_coef: float = 1.0
+    """Weight of the whole policy term, penalty and bonus included. 0 = none."""
+    policy_loss: str = "clip"
+    """clip, cispo, sapo or reinforce."""
+    importance_level: str = "token"
+    """token, or sequence for GSPO's ratios."""
     epsilon_low: float = 0.2
     """The ratio is clipped below 1 - epsilon_low."""
     epsilon_high: float = 0.2
@@ -94,7 +109,7 @@ class Config:
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     policy_reduction: str = "sequence_mean"
-    """token_mean, sequence_mean or sum."""
+    """token_mean, sequence_mean, sum, or dr_grpo: sum / (completions * max_completion_length)."""
     temperature: float = 1.0
     """Softmax temperature of log-probabilities and divergence."""
 
@@ -105,22 +120,45 @@ class Config:
     """0 = KL(teacher|student), 1 = KL(student|teacher), between = JSD."""
     gate_reward: str | None = "accuracy"
     """The reward the quality gate reads: one of rewards, or total. None = distil on everything."""
-    gate_threshold: float = 1.0
-    """The gate is open where that reward is at least this."""
+    gate_threshold: float | None = 1.0
+    """The gate is open where that reward is at least this. None = a soft gate: the reward, where it
+    is positive, multiplies the divergence."""
+    step_weights: bool = False
+    """Distil less where student and teacher have drifted apart since the first step of a
+    completion, a line or a tagged part of it (SOD)."""
     distill_reduction: str = "token_mean"
     """token_mean, sequence_mean or sum, over the open sequences."""
 
     # ---- hints ----
+    hint_trigger: str = "failed"
+    """failed: hints for groups of which no sample reaches hint_threshold; always: for every group;
+    never."""
+    hint_reward: str = "accuracy"
+    """The reward by which a group has failed: one of rewards, or total."""
+    hint_threshold: float = 1.0
+    """See hint_trigger."""
+    accept_reward: str = "accuracy"
+    """A completion with a hint is a success where this reward, one of rewards or total ..."""
+    accept_threshold: float = 1.0
+    """... is at least this; unless it was cut off, or speaks of the hint."""
     num_hinted: int = 2
-    """Failures of a failed group that hinted successes may replace. 0 = no hints."""
+    """Worse samples of its group that hinted successes may replace."""
     max_attempts: int = 5
     """Rounds of sampling with a hint."""
-    hint_reward: str = "accuracy"
-    """A group has failed when no sample of it reaches hint_threshold on this reward."""
-    hint_threshold: float = 1.0
-    """See hint_reward."""
     hint_with_answer: bool = False
     """Tell the teacher the right letter when it writes the hint."""
+    hint_gives_answer: bool = False
+    """Tell the student the right letter along with the hint."""
+    leak_filter: bool = True
+    """Pass over hints that state the answer."""
+    hinted_correction: str = "none"
+    """none: hinted successes are trained on as if sampled without the hint. truncate: their tokens
+    are weighted by the ratio of the two probabilities, at most hinted_cap. shape: by
+    g q / (q + g)^2, q the probability without the hint and g = hinted_gamma (LUFFY)."""
+    hinted_cap: float = 2.0
+    """See hinted_correction."""
+    hinted_gamma: float = 0.1
+    """See hinted_correction."""
 
     # ---- losses ----
     impl: str = "auto"
@@ -139,6 +177,8 @@ class Config:
     """Questions per modality in an evaluation. None = all."""
     eval_batch: int = 64
     """Questions answered at once in an evaluation."""
+    log_completions_every: int = 10
+    """Steps between those whose completions are all written to completions.jsonl. 0 = never."""
 
     @property
     def distils(self) -> bool:
@@ -146,7 +186,7 @@ class Config:
 
     @property
     def hints(self) -> bool:
-        return self.teacher is not None and self.num_hinted > 0
+        return self.teacher is not None and self.hint_trigger != "never"
 
 
 MAY_CHANGE_ON_RESUME = frozenset(
@@ -158,24 +198,47 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "eval_limit",
         "eval_batch",
         "max_skipped_steps",
+        "log_completions_every",
     }
 )
 """Settings that decide what a run writes down, not what each step computes."""
 
 
-def load_yaml(path: str | Path) -> Config:
-    """A Config from a YAML mapping; KepoConfigError names unknown keys and wrong types."""
+def load(*layers: str | Path) -> Config:
+    """A Config from YAML files and presets (`presets()`), where later ones override earlier ones.
+
+    Each layer is a path to a YAML mapping, or a preset's name. KepoConfigError names unreadable
+    files, unknown keys and wrong types.
+    """
+    values: dict[str, Any] = {}
+    for layer in layers:
+        path = presets().get(str(layer), Path(layer))
+        content = _mapping(path)
+        from_mapping(content, str(path))  # so that an error names the layer it is in
+        values |= content
+    return from_mapping(values, "config")
+
+
+def presets() -> dict[str, Path]:
+    """The methods that come with the package, by name: each a few lines over the defaults."""
+    return {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
+
+
+def _mapping(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise KepoConfigError(f"config file {path} cannot be read: {error}") from error
+        raise KepoConfigError(
+            f"config file {path} cannot be read: {error}; expected a YAML file or a preset, one of "
+            f"{', '.join(presets())}"
+        ) from error
     except yaml.YAMLError as error:
         raise KepoConfigError(f"config file {path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise KepoConfigError(f"config file {path} holds {content!r}; expected `key: value` lines")
-    return from_mapping(content, str(path))
+    return content
 
 
 def from_mapping(values: dict[str, Any], source: str) -> Config:
@@ -185,91 +248,6 @@ def from_mapping(values: dict[str, Any], source: str) -> Config:
     if unknown:
         raise KepoConfigError(f"{source}: unknown keys {unknown}; known are {sorted(known)}")
     return Config(**{name: _typed(name, value, source) for name, value in values.items()})
-
-
-def check(config: Config) -> None:
-    """Refuse, by name, what cannot work: before any model is loaded."""
-    _ranges(config)
-    _names(config)
-    if not config.student:
-        _refuse("student is not set; give the folder of a vision-language model")
-    if not config.train_data:
-        _refuse("train_data is not set; give a folder in OmniMedVQA's layout")
-    for name in ("train_data", "eval_data"):
-        folder = getattr(config, name)
-        if folder is not None and not (Path(folder) / "QA_information").is_dir():
-            _refuse(
-                f"{name}={folder!r}: no folder QA_information in it; expected OmniMedVQA's layout"
-            )
-    if config.num_hinted > config.num_generations:
-        _refuse(
-            f"num_hinted={config.num_hinted} is more than num_generations="
-            f"{config.num_generations}: a group has no more samples to replace"
-        )
-    if config.teacher is None:
-        needs = [("num_hinted", config.num_hinted, 0), ("gate_reward", config.gate_reward, None)]
-        needs += [("distill_coef", config.distill_coef, 0.0)]
-        for name, value, off in needs:
-            if value != off:
-                _refuse(f"{name}={value!r} needs a teacher; set teacher, or {name} to {off}")
-
-
-def _ranges(config: Config) -> None:
-    def bound(names: str, holds: Any, expected: str) -> None:
-        for name in names.split():
-            value = getattr(config, name)
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                _refuse(f"{name}={value!r}; expected {expected}")
-
-    bound(
-        "steps prompts_per_step micro_batch rollout_batch max_completion_length max_attempts "
-        "save_every keep_checkpoints eval_limit eval_batch workspace_bytes",
-        lambda x: x >= 1,
-        "a number >= 1",
-    )
-    bound("num_generations", lambda x: x >= 2, "at least 2: advantages are relative to a group")
-    bound(
-        "num_hinted warmup_steps weight_decay kl_coef distill_coef eval_every epsilon_high "
-        "max_skipped_steps seed",
-        lambda x: x >= 0,
-        "a number >= 0",
-    )
-    bound("lr max_grad_norm sampling_temperature temperature", lambda x: x > 0, "a number > 0")
-    bound("top_p", lambda x: 0 < x <= 1, "a number in (0, 1]")
-    bound("beta epsilon_low lr_end", lambda x: 0 <= x <= 1, "a number in [0, 1]")
-    bound("entropy_coef gate_threshold hint_threshold", lambda x: True, "a finite number")
-
-
-def _names(config: Config) -> None:
-    def choose(name: str, choices: Sequence[Any]) -> None:
-        value = getattr(config, name)
-        if value not in choices:
-            _refuse(f"{name}={value!r}; expected one of {', '.join(map(str, choices))}")
-
-    choose("dtype", ("float32", "bfloat16", "float16"))
-    choose("impl", ("auto", "triton", "cpu", "torch"))
-    for name in ("policy_reduction", "distill_reduction"):
-        choose(name, ("token_mean", "sequence_mean", "sum"))
-    if not config.rewards or len(set(config.rewards)) != len(config.rewards):
-        _refuse(f"rewards={config.rewards!r}; expected at least one name, each once")
-    for name in config.rewards:
-        if name not in REWARDS:
-            _refuse(f"rewards has {name!r}; known are {', '.join(REWARDS)}")
-    if len(config.reward_weights) != len(config.rewards):
-        _refuse(
-            f"reward_weights has {len(config.reward_weights)} values for "
-            f"{len(config.rewards)} rewards"
-        )
-    if not all(map(math.isfinite, config.reward_weights)):
-        _refuse(f"reward_weights={config.reward_weights!r}; expected finite numbers")
-    if config.gate_reward is not None:
-        choose("gate_reward", (*config.rewards, TOTAL))
-    if config.num_hinted:
-        choose("hint_reward", config.rewards)
-
-
-def _refuse(message: str) -> None:
-    raise KepoConfigError(f"config: {message}")
 
 
 _TYPES: dict[str, tuple[type, ...]] = {

@@ -23,7 +23,7 @@ from kepo.config import Config
 from kepo.data import load_omnimedvqa
 from kepo.digits import MODALITIES, write_digits
 from kepo.errors import KepoConfigError, KepoError
-from kepo.evaluate import evaluate, summary
+from kepo.evaluate import evaluate, means, summary
 from kepo.metrics import read_metrics
 from kepo.sft import train_supervised
 from kepo.tiny import build_tiny
@@ -184,9 +184,10 @@ def report(root: Path, teacher: Path, data: Path) -> None:
     if table.exists() and (known := json.loads(table.read_text()))["after"] == after:
         of_teacher = known["teacher"]
     else:
-        of_teacher = evaluate(
+        scores = evaluate(
             VLM.load(teacher), load_omnimedvqa(data / "test"), max_new_tokens=COMPLETION_TOKENS
         )
+        of_teacher = means(scores)
     rows = [(name, before[name], after[name], of_teacher[name]) for name in after]
     others = [summary(column, SOURCE)[1] for column in (before, after, of_teacher)]
     table.write_text(

@@ -20,8 +20,8 @@ def evaluate(
     max_new_tokens: int,
     batch_size: int = 64,
     progress: bool = False,
-) -> dict[str, float]:
-    """Mean ``accuracy`` of greedy answers by modality, in order of first sight.
+) -> dict[str, list[float]]:
+    """``accuracy`` of the greedy answer to each example, by modality in order of first sight.
 
     Draws no random numbers. progress: show a bar. Raises KepoDataError if there are no examples.
     """
@@ -33,9 +33,15 @@ def evaluate(
     for start in tqdm(range(0, len(examples), batch_size), desc="eval", disable=not progress):
         batch = examples[start : start + batch_size]
         inputs = vlm.encode([Prompt(question_prompt(e), e.image) for e in batch])
-        answers = vlm.decode(*vlm.generate(inputs, max_new_tokens=max_new_tokens, temperature=0.0))
+        ids, mask, _ = vlm.generate(inputs, max_new_tokens=max_new_tokens, temperature=0.0)
+        answers = vlm.decode(ids, mask)
         for example, answer in zip(batch, answers, strict=True):
             scores.setdefault(example.modality, []).append(accuracy(answer, example.answer))
+    return scores
+
+
+def means(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Accuracy of each modality."""
     return {modality: sum(values) / len(values) for modality, values in scores.items()}
 
 

@@ -11,108 +11,159 @@ per sample, and nothing happens to groups that need no help.)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from kepo.config import Config
 from kepo.data import Example
-from kepo.prompts import hint_request, hinted_prompt, parse_hint
-from kepo.rollout import Group, sample, total_reward
+from kepo.prompts import hint_request, parse_hint, states_answer
+from kepo.rollout import Group, Rollout, reward_of, sample, total_reward
 from kepo.vlm import VLM, Prompt
 
 MAX_HINT_LENGTH = 256
 
+Hints = dict[str, str | None]
+"""By example id: what the teacher wrote; None where that was no usable hint."""
+
 
 @dataclass(frozen=True)
 class RescueReport:
-    """What a call to `rescue` did, in counts."""
+    """What calls to `rescue` did, in counts."""
 
-    failed: int = 0
-    """Groups in which every sample failed."""
+    groups: int = 0
+    """Groups that hints were asked for."""
+    written: int = 0
+    """Hints the teacher wrote; the others were known from an earlier step."""
     unhinted: int = 0
-    """Of those, the ones for which the teacher gave no usable hint."""
+    """Groups for which there was no usable hint."""
     rescued: int = 0
     """Groups that received at least one success."""
     attempts: int = 0
     """Rounds of sampling with hints, over all groups."""
     sampled: int = 0
     """Completions sampled with a hint."""
+    successes: int = 0
+    """Of those, the ones that succeeded."""
     accepted: int = 0
     """Of those, the ones that replaced a failure."""
 
+    def __add__(self, other: RescueReport) -> RescueReport:
+        sums = (getattr(self, f.name) + getattr(other, f.name) for f in fields(self))
+        return RescueReport(*sums)
+
 
 def rescue(
-    groups: Sequence[Group], policy: VLM, teacher: VLM, config: Config
+    groups: Sequence[Group], policy: VLM, teacher: VLM, config: Config, hints: Hints
 ) -> tuple[list[Group], RescueReport]:
-    """The groups, with up to ``num_hinted`` hinted successes in each that had failed entirely.
+    """The groups, with up to ``num_hinted`` hinted successes in each that ``hint_trigger`` names.
 
-    A sample fails when its reward ``hint_reward`` is below ``hint_threshold``. Each of at most
-    ``max_attempts`` rounds draws as many completions as a group still lacks, for those groups only.
-    Groups that had a success are returned as they came; no input list is changed.
+    Each of at most ``max_attempts`` rounds draws ``num_hinted`` completions for the groups that
+    still lack successes, and for those only. Other groups are returned as they came; no input list
+    is changed. ``hints`` is what the teacher wrote so far, and is added to.
     """
     groups = [list(group) for group in groups]
-    failed = [place for place, group in enumerate(groups) if all_failed(group, config)]
-    if not failed or config.num_hinted == 0:
-        return groups, RescueReport(failed=len(failed))
-    hints = write_hints(teacher, [groups[place][0].example for place in failed], config)
-    hint_of = {place: hint for place, hint in zip(failed, hints, strict=True) if hint is not None}
+    room = {place: _room(group, config) for place, group in enumerate(groups)}
+    helped = [place for place, group in enumerate(groups) if room[place] and _calls(group, config)]
+    if not helped:
+        return groups, RescueReport()
+    asked = [groups[place][0].example for place in helped]
+    written = _learn_hints(teacher, asked, config, hints)
+    hint_of = {place: hints[e.id] for place, e in zip(helped, asked, strict=True) if hints[e.id]}
     found: dict[int, Group] = {place: [] for place in hint_of}
-    attempts = sampled = 0
+    attempts = sampled = successes = 0
     for _ in range(config.max_attempts):
-        lacking = [place for place in hint_of if len(found[place]) < config.num_hinted]
+        lacking = [place for place in hint_of if len(found[place]) < room[place]]
         if not lacking:
             break
-        by_id = {groups[place][0].example.id: hint_of[place] for place in lacking}
         tries = sample(
             policy,
             [groups[place][0].example for place in lacking],
             config,
             num_generations=config.num_hinted,
-            prompt=lambda example, by_id=by_id: hinted_prompt(example, by_id[example.id]),
-            hinted=True,
+            hints=[hint_of[place] for place in lacking],
         )
         attempts += len(lacking)
         sampled += len(lacking) * config.num_hinted
         for place, group in zip(lacking, tries, strict=True):
-            successes = [r for r in group if r.rewards[config.hint_reward] >= config.hint_threshold]
-            found[place] = (found[place] + successes)[: config.num_hinted]
-    for place, successes in found.items():
-        groups[place] = replace_worst(groups[place], successes, config)
+            good = [rollout for rollout in group if succeeds(rollout, config)]
+            successes += len(good)
+            found[place] = (found[place] + good)[: room[place]]
+    for place, good in found.items():
+        groups[place] = replace_worst(groups[place], good, config)
     return groups, RescueReport(
-        failed=len(failed),
-        unhinted=len(failed) - len(hint_of),
-        rescued=sum(bool(successes) for successes in found.values()),
+        groups=len(helped),
+        written=written,
+        unhinted=len(helped) - len(hint_of),
+        rescued=sum(bool(good) for good in found.values()),
         attempts=attempts,
         sampled=sampled,
+        successes=successes,
         accepted=sum(map(len, found.values())),
     )
 
 
 def all_failed(group: Group, config: Config) -> bool:
     """Whether no sample of the group reaches ``hint_threshold`` on ``hint_reward``."""
-    return all(r.rewards[config.hint_reward] < config.hint_threshold for r in group)
+    return all(reward_of(r, config.hint_reward, config) < config.hint_threshold for r in group)
+
+
+def succeeds(rollout: Rollout, config: Config) -> bool:
+    """Whether a completion may be trained on as a success.
+
+    It reaches ``accept_threshold`` on ``accept_reward``, came to its end, and says nothing of a
+    hint: under the plain question there is none.
+    """
+    good = reward_of(rollout, config.accept_reward, config) >= config.accept_threshold
+    return good and not rollout.truncated and "hint" not in rollout.text.lower()
 
 
 def write_hints(teacher: VLM, examples: Sequence[Example], config: Config) -> list[str | None]:
-    """One greedy hint per example; None where the teacher's text holds no well-formed hint."""
+    """One greedy hint per example; None where the teacher's text holds no well-formed hint, or one
+    that states the answer (``leak_filter``; not where the student is told the answer anyway)."""
     requests = [
         Prompt(hint_request(example, with_answer=config.hint_with_answer), example.image)
         for example in examples
     ]
-    ids, mask = teacher.generate(
+    ids, mask, _ = teacher.generate(
         teacher.encode(requests),
         max_new_tokens=min(MAX_HINT_LENGTH, config.max_completion_length),
         temperature=0.0,
     )
-    return [parse_hint(text) for text in teacher.decode(ids, mask)]
+    hints = [parse_hint(text) for text in teacher.decode(ids, mask)]
+    if not config.leak_filter or config.hint_gives_answer:
+        return hints
+    return [
+        None if hint is None or states_answer(hint, example) else hint
+        for hint, example in zip(hints, examples, strict=True)
+    ]
 
 
 def replace_worst(group: Group, successes: Group, config: Config) -> Group:
-    """The group with its lowest-reward samples (later ones first among equals) replaced, each
+    """The group with its lowest-reward failures (later ones first among equals) replaced, each
     once."""
-    order = sorted(
-        range(len(group)), key=lambda place: (total_reward(group[place], config), -place)
-    )
+    failures = [place for place, rollout in enumerate(group) if not succeeds(rollout, config)]
+    failures.sort(key=lambda place: (total_reward(group[place], config), -place))
     group = list(group)
-    for place, success in zip(order, successes, strict=False):
+    for place, success in zip(failures, successes, strict=False):
         group[place] = success
     return group
+
+
+def _calls(group: Group, config: Config) -> bool:
+    """Whether ``hint_trigger`` names this group."""
+    return config.hint_trigger == "always" or all_failed(group, config)
+
+
+def _room(group: Group, config: Config) -> int:
+    """How many of its samples hinted successes may replace."""
+    return min(config.num_hinted, sum(not succeeds(rollout, config) for rollout in group))
+
+
+def _learn_hints(teacher: VLM, examples: Sequence[Example], config: Config, hints: Hints) -> int:
+    """Hints for the examples that have none yet: the teacher is frozen and greedy, so a hint holds.
+
+    Returns how many were written.
+    """
+    unknown = {e.id: e for e in examples if e.id not in hints}
+    if unknown:
+        hints |= zip(unknown, write_hints(teacher, list(unknown.values()), config), strict=True)
+    return len(unknown)

@@ -1,15 +1,113 @@
-"""metrics.jsonl, one line per step or evaluation, and the picture drawn from it."""
+"""What a step was like, in numbers: TRL's names where they mean the same, ours under kepo/.
+
+metrics.jsonl has one line per step or evaluation, completions.jsonl one per completion.
+"""
 
 from __future__ import annotations
 
 import json
+import resource
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from kepo.batch import Batch
 from kepo.checkpoint import append_durably
+from kepo.config import Config
+from kepo.explore import Exploration
+from kepo.prompts import question_prompt
+from kepo.rollout import Rollout, total_rewards
+from kepo.step import StepTotals
 
 
-class MetricsLog:
+def step_metrics(
+    found: Exploration, data: Sequence[Rollout], batch: Batch, totals: StepTotals, config: Config
+) -> dict[str, float]:
+    """The log record of a step, times and optimiser apart. docs/metrics.md says what each is."""
+    rollouts = [rollout for group in found.groups for rollout in group]
+    values: dict[str, float] = {}
+    if rollouts:  # not where the dataset answered every question
+        rewards = total_rewards(found.groups, config)
+        deviations = rewards.std(-1)
+        values |= {
+            "reward": rewards.mean().item(),
+            "reward_std": deviations.mean().item(),
+            "frac_reward_zero_std": (deviations == 0).float().mean().item(),
+        }
+        for name in rollouts[0].rewards:
+            column = torch.tensor([rollout.rewards[name] for rollout in rollouts])
+            values[f"rewards/{name}/mean"] = column.mean().item()
+            values[f"rewards/{name}/std"] = column.std().item()
+    lengths = torch.tensor([len(r.completion_ids) for r in [*rollouts, *data]]).float()
+    cut = [r.truncated for r in [*rollouts, *data]]
+    iterations = config.num_iterations
+    tokens, teacher_tokens = totals.tokens // iterations, totals.teacher_tokens // iterations
+    report, groups = found.report, max(1, len(found.groups))
+    return values | {
+        "entropy": totals.entropy / max(1, totals.tokens),
+        "kl": totals.kl / max(1, totals.tokens),
+        "clip_ratio/low_mean": totals.clipped_low / max(1, totals.tokens - tokens),
+        "clip_ratio/high_mean": totals.clipped_high / max(1, totals.tokens - tokens),
+        "completions/mean_length": lengths.mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": sum(cut) / len(cut),
+        "sampling/sampling_logp_difference/mean": totals.sampler_gap
+        / max(1, totals.sampled_tokens),
+        "sampling/sampling_logp_difference/max": totals.sampler_gap_max,
+        "num_tokens": tokens,
+        "kepo/policy_loss": totals.policy_loss / iterations,
+        "kepo/kd_loss": totals.distill_loss / iterations,
+        "kepo/divergence": totals.divergence / max(1, totals.teacher_tokens),
+        "kepo/gate_rate": (batch.gate > 0).float().mean().item(),
+        "kepo/teacher_tokens": teacher_tokens,
+        "kepo/teacher_skipped_frac": 1.0 - teacher_tokens / max(1, tokens),
+        "kepo/sampled_completions": found.sampled,
+        "kepo/data_completions": len(data),
+        "kepo/resampled_groups": found.resampled,
+        "kepo/hint_groups": report.groups,
+        "kepo/hint_rate": report.groups / groups,
+        "kepo/hints_written": report.written,
+        "kepo/hints_unusable": report.unhinted,
+        "kepo/hint_attempts": report.attempts,
+        "kepo/hint_accept_rate": report.successes / max(1, report.sampled),
+        "kepo/hint_accepted": report.accepted,
+        "kepo/rescue_rate": report.rescued / groups,
+        "kepo/hinted_rate": batch.hinted.float().mean().item(),
+    }
+
+
+def peak_gb(device: torch.device) -> float:
+    """Most memory held so far, in GB: allocated on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+
+
+def completion_records(rollouts: Sequence[Rollout], batch: Batch) -> list[dict[str, Any]]:
+    """One record per completion of a step, in the order of the batch."""
+    return [
+        {
+            "prompt": question_prompt(rollout.example),
+            "image": str(rollout.example.image),
+            "hint": rollout.hint,
+            "completion": rollout.text,
+            "answer": rollout.example.answer,
+            "rewards": rollout.rewards,
+            "advantage": batch.advantages[place].item(),
+            "gate": batch.gate[place].item(),
+            "truncated": rollout.truncated,
+            "from_data": rollout.sampler_logprobs is None,
+        }
+        for place, rollout in enumerate(rollouts)
+    ]
+
+
+class StepLog:
     """Appends records; on resume, those of steps that will be run again are dropped first."""
 
     def __init__(self, path: Path, resume_step: int):
@@ -20,8 +118,12 @@ class MetricsLog:
         fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         fresh.replace(path)
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        append_durably(self.path, json.dumps({"step": step, **values}))
+    def write(self, step: int, *records: dict[str, Any]) -> None:
+        self._append(json.dumps({"step": step, **values}) for values in records)
+
+    def _append(self, lines: Iterable[str]) -> None:
+        if text := "\n".join(lines):
+            append_durably(self.path, text)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -35,57 +137,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return records
-
-
-def plot_curves(metrics: Path, picture: Path, source: str | None = None) -> None:
-    """Reward, accuracy, gate and rescue rates, divergence and entropy, seconds per phase, over
-    steps.
-
-    source: the training modality, drawn apart from the mean over the others.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    records = read_metrics(metrics)
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
-    panels = [
-        ("reward", ["reward/mean", "reward/accuracy", "reward/format"]),
-        ("rates", ["gate/rate", "rescue/failed_rate", "rescue/rate", "completion/truncated"]),
-        ("student against teacher", ["distill/divergence", "policy/entropy"]),
-        ("loss", ["loss/policy", "loss/distill"]),
-        ("seconds per step", ["time/rollout", "time/rescue", "time/teacher", "time/update"]),
-    ]
-    for axis, (title, keys) in zip(axes.flat, panels, strict=False):
-        for key in keys:
-            points = [(r["step"], r[key]) for r in records if key in r]
-            if points:
-                axis.plot(*zip(*_smooth(points), strict=True), label=key)
-        axis.set(title=title, xlabel="step")
-        axis.legend(fontsize="small")
-        axis.grid(alpha=0.3)
-    _plot_accuracy(axes.flat[-1], records, source)
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
-
-
-def _plot_accuracy(axis: Any, records: list[dict[str, Any]], source: str | None) -> None:
-    tables = [(r["step"], r["eval"]) for r in records if "eval" in r]
-    for name in sorted({name for _, table in tables for name in table}):
-        style = dict(linewidth=2.5, color="black") if name == source else dict(alpha=0.6)
-        points = [(step, table[name]) for step, table in tables if name in table]
-        axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
-    axis.set(title="greedy accuracy on unseen images", xlabel="step", ylim=(0, 1))
-    if tables:
-        axis.legend(fontsize="x-small", ncols=2)
-    axis.grid(alpha=0.3)
-
-
-def _smooth(points: list[tuple[int, float]], window: int = 7) -> list[tuple[int, float]]:
-    """Trailing mean, so that a trend shows through the noise of single steps."""
-    values = [value for _, value in points]
-    return [
-        (step, sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window))
-        for i, (step, _) in enumerate(points)
-    ]

@@ -23,9 +23,10 @@ def hint_request(example: Example, with_answer: bool) -> str:
     return f"{_question(example)}\n{told}{HINT_INSTRUCTION}"
 
 
-def hinted_prompt(example: Example, hint: str) -> str:
-    """``question_prompt`` with a hint as its last line."""
-    return f"{question_prompt(example)}\nHint: {hint}"
+def hinted_prompt(example: Example, hint: str, gives_answer: bool = False) -> str:
+    """``question_prompt`` with a hint as its last line; ``gives_answer``: and the right letter."""
+    told = f"\nThe answer is {example.answer}." if gives_answer else ""
+    return f"{question_prompt(example)}\nHint: {hint}{told}"
 
 
 def parse_hint(text: str) -> str | None:
@@ -37,6 +38,30 @@ def parse_hint(text: str) -> str | None:
         return None
     match = _HINT.search(text)
     return (match.group(1).strip() or None) if match else None
+
+
+def states_answer(hint: str, example: Example) -> bool:
+    """Whether a hint gives the solution away: the right option's text as whole words, or the
+    letter.
+
+    A letter counts where it is all of the hint, stands in brackets or quotes, or follows "answer",
+    "option", "choice" or "letter": "A" is also a word.
+    """
+    right = re.escape(example.options[LETTERS.index(example.answer)].strip())
+    letter = example.answer
+    patterns = (
+        rf"(?<!\w){right}(?!\w)",
+        rf"^\W*{letter}\W*$",
+        rf"[(\[<>\"']\s*{letter}\s*[)\]<>\"'.:]",
+        rf"\b(?:answer|option|choice|letter)\b\W*(?:is\b|would be\b)?\W*{letter}\b",
+    )
+    return any(re.search(pattern, hint, re.IGNORECASE) for pattern in patterns)
+
+
+def worked_answer(example: Example) -> str:
+    """``<think>3 + 5 = 8</think><answer>C</answer>``; without a rationale only the answer."""
+    thought = f"<think>{example.rationale}</think>" if example.rationale else ""
+    return f"{thought}<answer>{example.answer}</answer>"
 
 
 def _question(example: Example) -> str:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from kepo.data import Example
 from kepo.errors import KepoConfigError, KepoDataError
-from kepo.prompts import hint_request, hinted_prompt, question_prompt
+from kepo.prompts import hint_request, hinted_prompt, question_prompt, worked_answer
 from kepo.vlm import VLM, Prompt
 
 WARMUP_SHARE = 0.05
@@ -68,11 +68,6 @@ def train_supervised(
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     vlm.model.eval()
     return losses
-
-
-def worked_answer(example: Example) -> str:
-    """``<think>3 + 5 = 8</think><answer>C</answer>``."""
-    return f"<think>{example.rationale}</think><answer>{example.answer}</answer>"
 
 
 def worked_hint(example: Example) -> str:

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kepo.batch import Batch
 from kepo.config import Config
+from kepo.credit import hinted_weights
+from kepo.steps import drift_weights
 from kepo.vlm import VLM
 from kepo_kernels import TokenStats, fused_grpo_loss, fused_kepo_loss, fused_linear_logprobs
 
 
 @dataclass
 class StepTotals:
-    """Sums over the micro-batches of a step, from which its metrics are made."""
+    """Sums over the micro-batches and iterations of a step, from which its metrics are made."""
 
     policy_loss: float = 0.0
     distill_loss: float = 0.0
     kl: float = 0.0
     entropy: float = 0.0
     divergence: float = 0.0
+    clipped_low: float = 0.0
+    clipped_high: float = 0.0
     tokens: int = 0
     teacher_tokens: int = 0
     teacher_seconds: float = 0.0
+    sampler_gap: float = 0.0
+    sampler_gap_max: float = 0.0
+    sampled_tokens: int = 0
 
 
 def kepo_step(
@@ -35,44 +43,75 @@ def kepo_step(
     micro: Batch,
     config: Config,
     totals: StepTotals,
-) -> Tensor:
-    """The loss of a micro-batch, ready for backward; adds its numbers to ``totals``.
+) -> tuple[Tensor, Tensor]:
+    """The loss of a micro-batch, ready for backward, and its (B, T) detached log-probabilities.
 
     One student forward feeds the policy term and the divergence. The teacher's backbone and head
     meet the sequences whose gate is open and no others; with every gate closed it does not run.
+    Adds the numbers of the micro-batch to ``totals``.
     """
     micro = micro.to(policy.device)
     ids, mask = micro.completion_ids, micro.completion_mask
     hidden = policy.completion_hidden(policy.encode(micro.prompts), ids, mask)
-    settings = dict(
+    scoring = dict(
+        temperature=config.temperature, impl=config.impl, workspace_bytes=config.workspace_bytes
+    )
+
+    def logprobs_of(states: Tensor, model: VLM, rows: Tensor, chosen: Tensor) -> Tensor:
+        with torch.no_grad():
+            return fused_linear_logprobs(
+                states, model.lm_head, ids[rows], completion_mask=chosen, **scoring
+            )
+
+    settings: dict[str, Any] = dict(
         completion_mask=mask,
-        temperature=config.temperature,
+        old_logprobs=micro.old_logprobs,
         epsilon_low=config.epsilon_low,
         epsilon_high=config.epsilon_high,
         kl_coef=config.kl_coef,
         entropy_coef=config.entropy_coef,
-        impl=config.impl,
-        workspace_bytes=config.workspace_bytes,
+        policy_loss=config.policy_loss,
+        importance_level=config.importance_level,
         return_stats=True,
+        **scoring,
     )
+    every = torch.arange(len(micro), device=ids.device)
     if ref is not None:
         with torch.no_grad():
             ref_hidden = ref.completion_hidden(ref.encode(micro.prompts), ids, mask)
-            settings["ref_logprobs"] = fused_linear_logprobs(
-                ref_hidden,
-                ref.lm_head,
-                ids,
-                completion_mask=mask,
-                temperature=config.temperature,
-                impl=config.impl,
-                workspace_bytes=config.workspace_bytes,
-            )
+        settings["ref_logprobs"] = logprobs_of(ref_hidden, ref, every, mask)
+    hinted = mask & micro.hinted[:, None]
+    if config.hinted_correction != "none" and bool(hinted.any()):
+        before = micro.old_logprobs
+        if before is None:
+            before = logprobs_of(hidden.detach(), policy, every, hinted)
+        settings["sampler_weights"] = hinted_weights(
+            before,
+            micro.sampler_logprobs,
+            hinted,
+            config.hinted_correction,
+            config.hinted_cap,
+            config.hinted_gamma,
+        )
 
-    if teacher is not None and bool(micro.gate.any()):
+    opened = (micro.gate > 0).nonzero().squeeze(-1)
+    if teacher is not None and len(opened):
         started = time.perf_counter()
-        teacher_hidden = _open_hidden(teacher, micro)
+        teacher_hidden = _open_hidden(teacher, micro, opened)
         totals.teacher_seconds += time.perf_counter() - started
-        totals.teacher_tokens += int(mask[micro.gate].sum())
+        totals.teacher_tokens += int(mask[opened].sum())
+        distill_weights = micro.distill_weights
+        if config.step_weights:
+            factors = drift_weights(
+                policy.tokenizer,
+                ids[opened],
+                logprobs_of(hidden.detach()[opened], policy, opened, mask[opened]),
+                logprobs_of(teacher_hidden, teacher, opened, mask[opened]),
+                mask[opened],
+            )
+            distill_weights = distill_weights.index_copy(
+                0, opened, distill_weights[opened] * factors
+            )
         loss, stats = fused_kepo_loss(
             hidden,
             policy.lm_head,
@@ -80,13 +119,15 @@ def kepo_step(
             micro.advantages,
             teacher_hidden,
             teacher.lm_head,
-            gate=micro.gate,
+            # Its value is in the weights already; here it only says who is open.
+            gate=micro.gate > 0,
             policy_weights=micro.policy_weights,
-            distill_weights=micro.distill_weights,
+            distill_weights=distill_weights,
             distill_coef=config.distill_coef,
             beta=config.beta,
             **settings,
         )
+        distill_loss = float((distill_weights * stats.divergence).sum())
     else:
         loss, stats = fused_grpo_loss(
             hidden,
@@ -96,38 +137,50 @@ def kepo_step(
             weights=micro.policy_weights,
             **settings,
         )
-    _add(totals, loss, stats, micro, config, settings.get("ref_logprobs"))
-    return loss
+        distill_loss = 0.0
+    totals.distill_loss += distill_loss
+    totals.policy_loss += float(loss.detach()) - config.distill_coef * distill_loss
+    _add(totals, stats, micro, config, settings.get("ref_logprobs"))
+    return loss, stats.logprobs
 
 
-def _open_hidden(teacher: VLM, micro: Batch) -> Tensor:
+def _open_hidden(teacher: VLM, micro: Batch, opened: Tensor) -> Tensor:
     """The teacher's states of the open sequences, on the policy's device."""
-    opened = micro.gate.nonzero().squeeze(-1)
     prompts = [micro.prompts[place] for place in opened.tolist()]
-    device = micro.gate.device
     with torch.no_grad():
         hidden = teacher.completion_hidden(
             teacher.encode(prompts),
             micro.completion_ids[opened].to(teacher.device),
             micro.completion_mask[opened].to(teacher.device),
         )
-    return hidden.to(device)
+    return hidden.to(micro.gate.device)
 
 
 def _add(
     totals: StepTotals,
-    loss: Tensor,
     stats: TokenStats,
     micro: Batch,
     config: Config,
     ref_logprobs: Tensor | None,
 ) -> None:
-    distill = float((micro.distill_weights * stats.divergence).sum())
-    totals.distill_loss += distill
-    totals.policy_loss += float(loss.detach()) - config.distill_coef * distill
-    totals.tokens += int(micro.completion_mask.sum())
+    mask = micro.completion_mask
+    totals.tokens += int(mask.sum())
     totals.entropy += float(stats.entropy.sum())
     totals.divergence += float(stats.divergence.sum())
     if ref_logprobs is not None:
-        difference = (ref_logprobs - stats.logprobs)[micro.completion_mask]
+        difference = (ref_logprobs - stats.logprobs)[mask]
         totals.kl += float((difference.expm1() - difference).sum())
+    if micro.old_logprobs is not None:
+        ratio = (stats.logprobs - micro.old_logprobs).exp()
+        up = mask & (micro.advantages > 0)[:, None]
+        down = mask & (micro.advantages < 0)[:, None]
+        totals.clipped_high += int((up & (ratio > 1 + config.epsilon_high)).sum())
+        totals.clipped_low += int((down & (ratio < 1 - config.epsilon_low)).sum())
+        return
+    # The first iteration: what trains is what sampled, up to top_p, temperatures and rounding.
+    sampled = mask & ~micro.hinted[:, None] & ~micro.sampler_logprobs.isnan()
+    if bool(sampled.any()):
+        gap = (stats.logprobs - micro.sampler_logprobs)[sampled].abs()
+        totals.sampler_gap += float(gap.sum())
+        totals.sampler_gap_max = max(totals.sampler_gap_max, float(gap.max()))
+        totals.sampled_tokens += int(sampled.sum())

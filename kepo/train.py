@@ -2,6 +2,7 @@
 step.
 
     python -m kepo.train recipe.yaml --lr 1e-5        # flags override the file; see --help
+    python -m kepo.train recipe.yaml dr_grpo          # and so does a preset, or another file
 
 The same command after a crash, a kill or Ctrl-C goes on from the last checkpoint, to the same bits.
 """
@@ -10,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
-import random
+import itertools
+import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,13 +25,17 @@ from tqdm import tqdm
 
 from kepo import checkpoint
 from kepo.batch import collate
-from kepo.config import MAY_CHANGE_ON_RESUME, Config, check, from_mapping, load_yaml
+from kepo.check import check
+from kepo.config import MAY_CHANGE_ON_RESUME, Config, from_mapping, load
 from kepo.data import Example, load_omnimedvqa
 from kepo.errors import KepoConfigError, KepoError
-from kepo.evaluate import evaluate
-from kepo.hints import RescueReport, rescue
-from kepo.metrics import MetricsLog, plot_curves
-from kepo.rollout import Group, sample, total_reward
+from kepo.evaluate import evaluate, means
+from kepo.explore import explore
+from kepo.hints import Hints
+from kepo.metrics import StepLog, completion_records, peak_gb, step_metrics
+from kepo.plots import plot_curves
+from kepo.questions import draw, from_data, seed_of
+from kepo.rollout import demonstrations
 from kepo.signals import StopRequest
 from kepo.step import StepTotals, kepo_step
 from kepo.vlm import VLM
@@ -65,10 +71,13 @@ def train(config: Config) -> int:
         if resume is not None:
             checkpoint.load_optimizer(resume, parameters, optimizer)
             print(f"resuming after step {done} from {resume}")
-        log = MetricsLog(run_dir / "metrics.jsonl", resume_step=done if resume else -1)
+        hints: Hints = state["hints"] if resume is not None else {}
+        resume_step = done if resume is not None else -1
+        log = StepLog(run_dir / "metrics.jsonl", resume_step)
+        completions = StepLog(run_dir / "completions.jsonl", resume_step)
 
         def save(step: int) -> None:
-            state = {"step": step, "config": dataclasses.asdict(config)}
+            state = {"step": step, "config": dataclasses.asdict(config), "hints": hints}
             checkpoint.save_checkpoint(
                 checkpoints,
                 step,
@@ -81,13 +90,13 @@ def train(config: Config) -> int:
 
         def measure(step: int) -> None:
             if eval_examples:
-                table = evaluate(
+                scores = evaluate(
                     policy,
                     eval_examples,
                     max_new_tokens=config.max_completion_length,
                     batch_size=config.eval_batch,
                 )
-                log.write(step, {"eval": table})
+                log.write(step, {"eval": means(scores), "eval_items": as_digits(scores)})
 
         if resume is None:
             measure(0)
@@ -98,51 +107,59 @@ def train(config: Config) -> int:
             started = time.perf_counter()
             torch.manual_seed(seed_of(config.seed, step))
             questions = draw(examples, config, step)
-            groups = sample(policy, questions, config, num_generations=config.num_generations)
-            sampled = time.perf_counter()
-            report = RescueReport()
-            if config.hints:
-                groups, report = rescue(groups, policy, teacher, config)
-            rescued = time.perf_counter()
+            own = len(questions) - from_data(config, step)
+            data = demonstrations(policy, questions[own:], config)
+            found = explore(questions[:own], policy, teacher, config, hints, examples, step)
+            explored = time.perf_counter()
 
-            batch = collate(groups, config)
+            batch = collate(found.groups, config, data)
+            micros = batch.split(config.micro_batch)
             totals = StepTotals()
-            policy.model.train()
-            optimizer.zero_grad(set_to_none=True)
-            for micro in batch.split(config.micro_batch):
-                kepo_step(policy, teacher, ref, micro, config, totals).backward()
-            policy.model.eval()
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * lr_share(step, config)
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
-            if torch.isfinite(norm):
-                optimizer.step()
-                skipped = 0
-            else:
-                skipped += 1
-                tqdm.write(f"step {step}: gradient norm is {norm.item()}; the step is skipped")
+            for _ in range(config.num_iterations):
+                policy.model.train()
+                optimizer.zero_grad(set_to_none=True)
+                for place, micro in enumerate(micros):
+                    loss, logprobs = kepo_step(policy, teacher, ref, micro, config, totals)
+                    loss.backward()
+                    if micro.old_logprobs is None and config.num_iterations > 1:
+                        micros[place] = replace(micro, old_logprobs=logprobs)
+                policy.model.eval()
+                norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+                if torch.isfinite(norm):
+                    optimizer.step()
+                    skipped = 0
+                else:
+                    skipped += 1
+                    tqdm.write(f"step {step}: gradient norm is {norm.item()}; the step is skipped")
             ended = time.perf_counter()
 
-            values = step_metrics(groups, report, batch.gate, totals, config)
+            values = step_metrics(found, data, batch, totals, config)
             values |= {
                 "grad_norm": norm.item(),
-                "lr": optimizer.param_groups[0]["lr"],
+                "learning_rate": optimizer.param_groups[0]["lr"],
                 "skipped": skipped,
-                "time/rollout": sampled - started,
-                "time/rescue": rescued - sampled,
+                "time/rollout": found.rollout_seconds,
+                "time/hint": found.hint_seconds,
                 "time/teacher": totals.teacher_seconds,
-                "time/update": ended - rescued - totals.teacher_seconds,
-                "time/step": ended - started,
+                "time/update": ended - explored - totals.teacher_seconds,
+                "step_time": ended - started,
+                "mem/peak_gb": peak_gb(policy.device),
             }
             log.write(step, values)
+            rollouts = [rollout for group in found.groups for rollout in group] + data
+            every = config.log_completions_every
+            if every and (step == 1 or step % every == 0):
+                completions.write(step, *completion_records(rollouts, batch))
             bar.set_postfix(
-                reward=f"{values['reward/mean']:.2f}",
-                gate=f"{values['gate/rate']:.2f}",
-                rescue=f"{values['rescue/rate']:.2f}",
+                reward=f"{values.get('reward', math.nan):.2f}",
+                gate=f"{values['kepo/gate_rate']:.2f}",
+                rescue=f"{values['kepo/rescue_rate']:.2f}",
                 refresh=False,
             )
             if skipped > config.max_skipped_steps:
-                ids = [group[0].example.id for group in groups]
+                ids = [example.id for example in questions]
                 raise KepoError(
                     f"{skipped} steps in a row had no finite gradient; questions: {ids}"
                 )
@@ -157,61 +174,6 @@ def train(config: Config) -> int:
         return stop.exit_code
 
 
-def step_metrics(
-    groups: Sequence[Group],
-    report: RescueReport,
-    gate: torch.Tensor,
-    totals: StepTotals,
-    config: Config,
-) -> dict[str, float]:
-    """The log record of a step. Rates are per completion, except rescue/*, which are per group."""
-    rollouts = [rollout for group in groups for rollout in group]
-    rewards = torch.tensor([[total_reward(r, config) for r in group] for group in groups])
-    values = {
-        "reward/mean": rewards.mean().item(),
-        "reward/std": rewards.std(-1).mean().item(),
-        "reward/frac_zero_std": (rewards.std(-1) == 0).float().mean().item(),
-    }
-    for name in config.rewards:
-        values[f"reward/{name}"] = sum(r.rewards[name] for r in rollouts) / len(rollouts)
-    return values | {
-        "gate/rate": gate.float().mean().item(),
-        "rescue/failed_rate": report.failed / len(groups),
-        "rescue/rate": report.rescued / len(groups),
-        "rescue/attempts": report.attempts,
-        "rescue/accepted": report.accepted,
-        "loss/policy": totals.policy_loss,
-        "loss/distill": totals.distill_loss,
-        "distill/divergence": totals.divergence / max(1, totals.teacher_tokens),
-        "policy/entropy": totals.entropy / max(1, totals.tokens),
-        "policy/kl": totals.kl / max(1, totals.tokens),
-        "completion/length": totals.tokens / len(rollouts),
-        "completion/truncated": sum(r.truncated for r in rollouts) / len(rollouts),
-        "tokens/student": totals.tokens,
-        "tokens/teacher": totals.teacher_tokens,
-    }
-
-
-def draw(examples: Sequence[Example], config: Config, step: int) -> list[Example]:
-    """The questions of a step: a pass over all of them in shuffled order, then another in a new
-    one.
-
-    A function of (seed, step) alone, so a resumed run meets the questions it would have met.
-    """
-    first = (step - 1) * config.prompts_per_step
-    places = range(first, first + config.prompts_per_step)
-    orders: dict[int, list[int]] = {}
-    drawn = []
-    for place in places:
-        epoch, index = divmod(place, len(examples))
-        if epoch not in orders:
-            order = list(range(len(examples)))
-            random.Random(seed_of(config.seed, epoch, "order")).shuffle(order)
-            orders[epoch] = order
-        drawn.append(examples[orders[epoch][index]])
-    return drawn
-
-
 def lr_share(step: int, config: Config) -> float:
     """Share of ``lr`` at a step: a rise over ``warmup_steps``, then a line from 1 to ``lr_end``."""
     if step <= config.warmup_steps:
@@ -220,9 +182,9 @@ def lr_share(step: int, config: Config) -> float:
     return 1.0 - (1.0 - config.lr_end) * passed
 
 
-def seed_of(*facts: object) -> int:
-    """A 63-bit seed from any facts, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8], "big") >> 1
+def as_digits(scores: dict[str, list[float]]) -> dict[str, str]:
+    """The 0 and 1 of each question, in a string per modality."""
+    return {name: "".join(str(round(x)) for x in values) for name, values in scores.items()}
 
 
 def source_of(config: Config) -> str | None:
@@ -310,12 +272,13 @@ def main() -> None:
     import tyro
 
     arguments = sys.argv[1:]
-    default = Config()
-    if arguments and not arguments[0].startswith("-"):
-        default = load_yaml(arguments[0])
-        arguments = arguments[1:]
+    layers = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
     config = tyro.cli(
-        Config, prog="python -m kepo.train", args=arguments, default=default, description=__doc__
+        Config,
+        prog="python -m kepo.train",
+        args=arguments[len(layers) :],
+        default=load(*layers),
+        description=__doc__,
     )
     sys.exit(train(config))
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kepo.data import open_rgb
 from kepo.errors import KepoCheckpointError, KepoConfigError, KepoDataError
+from kepo.sampling import Sampled, SamplingLaw
 
 IMAGE_CACHE_BYTES = 256 * 2**20
 """Patches kept per VLM, so that an image met every epoch is decoded once."""
@@ -182,12 +183,10 @@ class VLM:
         temperature: float,
         top_p: float = 1.0,
         num_return_sequences: int = 1,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Sampled:
         """Sample ``num_return_sequences`` completions per prompt, those of a prompt in a row.
 
-        Returns ``completion_ids (B n, T)`` int64, pad id after the end, and
-        ``completion_mask (B n, T)`` bool, True on sampled tokens with the end token; T is at most
-        max_new_tokens. A row that is True throughout and has no end token was cut off.
+        A row that is True throughout in the mask and has no end token was cut off.
 
         temperature: 0.0 is greedy. Placeholder, pad and padding-row tokens cannot be sampled.
         Randomness comes from torch's global generator: seed it before. Leaves the mode
@@ -205,29 +204,37 @@ class VLM:
             )
         from transformers import GenerationConfig
 
-        sampling = (
-            dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
-            if temperature > 0
-            else dict(do_sample=False, temperature=1.0, top_p=1.0, top_k=50)
-        )
+        law = SamplingLaw(temperature, top_p) if temperature > 0 else None
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
+            do_sample=law is not None,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0 if law else 50,
             suppress_tokens=self._never_sampled(),
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
             repetition_penalty=1.0,
             num_beams=1,
             use_cache=True,
-            **sampling,
         )
         repeated = inputs.repeat(num_return_sequences)
         with _eval_mode(self.model), torch.no_grad():
-            sequences = self.model.generate(**vars(repeated), generation_config=settings)
+            sequences = self.model.generate(
+                **vars(repeated),
+                generation_config=settings,
+                logits_processor=[law] if law else [],
+            )
         completion_ids = sequences[:, inputs.input_ids.shape[1] :]
+        logprobs = law.logprobs(completion_ids) if law else torch.zeros(completion_ids.shape)
         ended = completion_ids == self.tokenizer.eos_token_id
         completion_mask = (ended.cumsum(-1) - ended.long()) == 0  # nothing before me ended
         pad = completion_ids.new_tensor(self.tokenizer.pad_token_id)
-        return torch.where(completion_mask, completion_ids, pad), completion_mask
+        return Sampled(
+            torch.where(completion_mask, completion_ids, pad),
+            completion_mask,
+            torch.where(completion_mask, logprobs.to(completion_ids.device), 0.0),
+        )
 
     def completion_hidden(
         self, inputs: Inputs, completion_ids: Tensor, completion_mask: Tensor

@@ -1,0 +1,112 @@
+"""Refusing, by name, settings that cannot work: before any model is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kepo.config import TOTAL, Config
+from kepo.errors import KepoConfigError
+from kepo.rewards import REWARDS
+
+
+def check(config: Config) -> None:
+    """Raise KepoConfigError for the first setting that is out of range, unknown or at odds."""
+    _ranges(config)
+    _names(config)
+    if not config.student:
+        _refuse("student is not set; give the folder of a vision-language model")
+    if not config.train_data:
+        _refuse("train_data is not set; give a folder in OmniMedVQA's layout")
+    for name in ("train_data", "eval_data"):
+        folder = getattr(config, name)
+        if folder is not None and not (Path(folder) / "QA_information").is_dir():
+            _refuse(
+                f"{name}={folder!r}: no folder QA_information in it; expected OmniMedVQA's layout"
+            )
+    if config.hints and config.num_hinted > config.num_generations:
+        _refuse(
+            f"num_hinted={config.num_hinted} is more than num_generations="
+            f"{config.num_generations}: a group has no more samples to replace"
+        )
+    if config.teacher is None:
+        needs = [("hint_trigger", config.hint_trigger, "never")]
+        needs += [("gate_reward", config.gate_reward, None)]
+        needs += [("distill_coef", config.distill_coef, 0.0)]
+        for name, value, off in needs:
+            if value != off:
+                _refuse(f"{name}={value!r} needs a teacher; set teacher, or {name} to {off}")
+
+
+def _ranges(config: Config) -> None:
+    def bound(names: str, holds: Any, expected: str) -> None:
+        for name in names.split():
+            value = getattr(config, name)
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                _refuse(f"{name}={value!r}; expected {expected}")
+
+    bound(
+        "steps prompts_per_step num_iterations micro_batch rollout_batch max_completion_length "
+        "num_hinted max_attempts save_every keep_checkpoints eval_limit eval_batch workspace_bytes",
+        lambda x: x >= 1,
+        "a number >= 1",
+    )
+    bound("num_generations", lambda x: x >= 2, "at least 2: advantages are relative to a group")
+    bound(
+        "warmup_steps weight_decay kl_coef policy_coef distill_coef eval_every epsilon_high "
+        "max_skipped_steps seed dynamic_sampling overlong_buffer log_completions_every",
+        lambda x: x >= 0,
+        "a number >= 0",
+    )
+    bound(
+        "lr max_grad_norm sampling_temperature temperature hinted_cap hinted_gamma",
+        lambda x: x > 0,
+        "a number > 0",
+    )
+    bound("top_p", lambda x: 0 < x <= 1, "a number in (0, 1]")
+    bound("beta epsilon_low lr_end data_fraction", lambda x: 0 <= x <= 1, "a number in [0, 1]")
+    bound(
+        "entropy_coef gate_threshold hint_threshold accept_threshold",
+        lambda x: True,
+        "a finite number",
+    )
+
+
+def _names(config: Config) -> None:
+    def choose(name: str, choices: Sequence[Any]) -> None:
+        value = getattr(config, name)
+        if value not in choices:
+            _refuse(f"{name}={value!r}; expected one of {', '.join(map(str, choices))}")
+
+    choose("dtype", ("float32", "bfloat16", "float16"))
+    choose("impl", ("auto", "triton", "cpu", "torch"))
+    choose("policy_reduction", ("token_mean", "sequence_mean", "sum", "dr_grpo"))
+    choose("distill_reduction", ("token_mean", "sequence_mean", "sum"))
+    choose("policy_loss", ("clip", "cispo", "sapo", "reinforce"))
+    choose("importance_level", ("token", "sequence"))
+    choose("scale_rewards", ("group", "none"))
+    choose("hint_trigger", ("failed", "always", "never"))
+    choose("hinted_correction", ("none", "truncate", "shape"))
+    if not config.rewards or len(set(config.rewards)) != len(config.rewards):
+        _refuse(f"rewards={config.rewards!r}; expected at least one name, each once")
+    for name in config.rewards:
+        if name not in REWARDS:
+            _refuse(f"rewards has {name!r}; known are {', '.join(REWARDS)}")
+    if len(config.reward_weights) != len(config.rewards):
+        _refuse(
+            f"reward_weights has {len(config.reward_weights)} values for "
+            f"{len(config.rewards)} rewards"
+        )
+    if not all(map(math.isfinite, config.reward_weights)):
+        _refuse(f"reward_weights={config.reward_weights!r}; expected finite numbers")
+    if config.gate_reward is not None:
+        choose("gate_reward", (*config.rewards, TOTAL))
+    if config.hint_trigger != "never":
+        choose("hint_reward", (*config.rewards, TOTAL))
+        choose("accept_reward", (*config.rewards, TOTAL))
+
+
+def _refuse(message: str) -> None:
+    raise KepoConfigError(f"config: {message}")
