@@ -18,7 +18,9 @@ from kepo.data import LETTERS
 from kepo.errors import KepoConfigError
 
 QUESTION = "What is the sum of the two digits?"
-QUESTION_TYPE = "Sum"
+SMALL_DIGITS, LARGE_DIGITS = "Small digits", "Large digits"
+"""Question types: both digits below LARGEST_SMALL + 1, or at least one above."""
+LARGEST_SMALL = 5
 TILE = 32
 """Pixels on each side of one digit; an image is TILE x 2 TILE."""
 TEST_SCANS = 0.2
@@ -80,7 +82,7 @@ def _write_modality(
             {
                 "dataset": "digits",
                 "question_id": f"digits_{modality}_{number:05d}",
-                "question_type": QUESTION_TYPE,
+                "question_type": SMALL_DIGITS if max(a, b) <= LARGEST_SMALL else LARGE_DIGITS,
                 "question": QUESTION,
                 "gt_answer": options[right],
                 "image_path": (images / name).as_posix(),

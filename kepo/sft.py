@@ -29,6 +29,7 @@ def train_supervised(
     lr: float,
     seed: int,
     hint_fraction: float = 0.0,
+    hint_examples: Sequence[Example] | None = None,
     progress: bool = True,
     desc: str = "",
 ) -> list[float]:
@@ -39,6 +40,9 @@ def train_supervised(
     asking for one (with and without the right letter; the answer is ``<hint>3 + 5</hint>``), half
     giving that hint along with the question, under the image of another example. Loss: mean over
     the completion tokens of the batch.
+
+    hint_examples: whose hints are given; None = those of ``examples``. A model that follows hints
+    about what it was never shown is the one that hints can rescue.
 
     Trains all parameters with AdamW in place; the learning rate rises over the first twentieth of
     the steps to lr and falls to 0 as a cosine. progress: show a bar, with ``desc`` before it.
@@ -58,7 +62,10 @@ def train_supervised(
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = lr * _schedule(step, steps)
-        pairs = [_sample(next(order), examples, draw, hint_fraction) for _ in range(batch_size)]
+        pairs = [
+            _sample(next(order), examples, draw, hint_fraction, hint_examples)
+            for _ in range(batch_size)
+        ]
         loss = _loss(vlm, [prompt for prompt, _ in pairs], [text for _, text in pairs])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -77,17 +84,24 @@ def worked_hint(example: Example) -> str:
 
 
 def _sample(
-    example: Example, examples: Sequence[Example], draw: random.Random, hint_fraction: float
+    example: Example,
+    examples: Sequence[Example],
+    draw: random.Random,
+    hint_fraction: float,
+    hint_examples: Sequence[Example] | None = None,
 ) -> tuple[Prompt, str]:
     kind = draw.random()
-    hint, image = worked_hint(example), example.image
+    image = example.image
     if kind >= hint_fraction:
         text, completion = question_prompt(example), worked_answer(example)
     elif kind < hint_fraction / 2:
         text = hint_request(example, with_answer=draw.random() < 0.5)
-        completion = f"<hint>{hint}</hint>"
+        completion = f"<hint>{worked_hint(example)}</hint>"
     else:
-        text, completion = hinted_prompt(example, hint), worked_answer(example)
+        if hint_examples is not None:
+            example = draw.choice(hint_examples)
+        text = hinted_prompt(example, worked_hint(example))
+        completion = worked_answer(example)
         image = draw.choice(examples).image  # where the picture helps, the hint is never read
     return Prompt(text, image), completion
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from kepo.data import Example
-from kepo.digits import QUESTION, QUESTION_TYPE
+from kepo.digits import QUESTION, SMALL_DIGITS
 from kepo.errors import KepoConfigError
 from kepo.prompts import hint_request, hinted_prompt, question_prompt
 
@@ -174,7 +174,7 @@ def _prompt_texts() -> list[str]:
         answer="A",
         image=Path(),
         modality="",
-        question_type=QUESTION_TYPE,
+        question_type=SMALL_DIGITS,
     )
     chat = ["user\n", "assistant\n", "3 + 5 = 8"]
     return chat + [

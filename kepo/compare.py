@@ -1,0 +1,345 @@
+"""Methods against each other, on the scanned digits, under the single-source protocol.
+
+    python -m kepo.compare                        # the five of the paper, five seeds: hours
+    python -m kepo.compare --methods grpo kepo --seeds 0 1 --steps 20
+    python -m kepo.compare --methods gate_only hints_only no_gate --seeds 0 1 2
+    python -m kepo.compare --report-only                    # tables and pictures from the results
+
+For every seed one student is warmed up, and every method starts from it, with the same questions,
+number of samples, learning rate and length; it is trained on the first rendering of the digits and
+tested on all eight. Results are added to docs/experiments/<setting>/ run by run. The same command
+after an interruption goes on, and skips what those files already have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from kepo.config import Config
+from kepo.data import load_omnimedvqa
+from kepo.demo import SOURCE, Demo, cached, make_data, make_teacher
+from kepo.errors import KepoConfigError, KepoError
+from kepo.experiments import MAIN, METHODS, SETTINGS, config_of
+from kepo.metrics import read_metrics
+from kepo.report import write_report
+from kepo.results import Results, Run
+
+WARMUP_LR = 1e-3
+WARMUP_BATCH = 32
+PATHS = ("student", "teacher", "train_data", "eval_data", "run_dir")
+
+
+@dataclass(frozen=True)
+class Compare:
+    """What is compared, and how long."""
+
+    setting: str = "cliff"
+    """cliff: a third of the groups fails entirely at the start; mild: the demonstration's start."""
+    methods: tuple[str, ...] = tuple(MAIN)
+    """Names from kepo.experiments.METHODS."""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Of warm-up, data order and sampling."""
+    steps: int = 100
+    """Optimiser steps of every run."""
+    eval_every: int = 25
+    """Steps between evaluations."""
+    train_questions: int = 1200
+    """Training questions per rendering."""
+    test_questions: int = 100
+    """Test questions per rendering, the same for all runs."""
+    teacher_steps: int = 350
+    """Supervised steps of the teacher, on all renderings; there is one for all seeds."""
+    root: str = "runs/compare"
+    """Folder of data, models and runs."""
+    out: str = "docs/experiments"
+    """Folder of the results."""
+    jobs: int = 0
+    """Runs at a time, one thread each. 0 = one per core."""
+    report_only: bool = False
+    """Run nothing; make the report from the results that are there."""
+
+
+def compare(settings: Compare) -> None:
+    """All runs that the results lack, then the report."""
+    _check(settings)
+    out = Path(settings.out) / settings.setting
+    results = Results(out)
+    if not settings.report_only:
+        with contextlib.closing(_Pool(settings.jobs)) as pool:
+            _run_all(settings, results, pool)
+    print(write_report(results, SETTINGS[settings.setting], out))
+
+
+def _run_all(settings: Compare, results: Results, pool: _Pool) -> None:
+    missing = [
+        (seed, method)
+        for seed in settings.seeds
+        for method in settings.methods
+        if not results.has((seed, method), fingerprint(settings, seed, method))
+    ]
+    if not missing:
+        return
+    root = Path(settings.root)
+    demo = _demo(settings)
+    data = cached(root / "data", _made_with(settings, "data"), lambda to: make_data(to, demo))
+    teacher = cached(
+        root / "teacher", _made_with(settings, "teacher"), lambda to: make_teacher(to, data, demo)
+    )
+    seeds = sorted({seed for seed, _ in missing})
+    warmups = {seed: root / settings.setting / f"seed-{seed}" / "warmup" for seed in seeds}
+    print(f"warming up {len(seeds)} students", flush=True)
+    pool.map(_warm_up, [(settings, seed, warmups[seed], data) for seed in seeds])
+    hashes = {seed: _sha256(folder / "model.safetensors") for seed, folder in warmups.items()}
+    # A seed's methods are comparable only from one and the same warm-up.
+    for (seed, method), row in list(results.runs.items()):
+        if seed in hashes and row["warmup"] != hashes[seed]:
+            print(f"seed {seed}, {method}: from another warm-up, run again")
+            results.drop([(seed, method)])
+            if method in settings.methods and (seed, method) not in missing:
+                missing.append((seed, method))
+
+    configs = {run: _config(settings, *run, data, teacher, warmups[run[0]]) for run in missing}
+
+    def keep(run: Run) -> None:
+        facts = _provenance() | {
+            "fingerprint": fingerprint(settings, *run),
+            "warmup": hashes[run[0]],
+        }
+        results.add(run, Path(configs[run].run_dir), facts)
+        results.write()
+
+    pool.train_all(configs, settings.steps, keep)
+
+
+def fingerprint(settings: Compare, seed: int, method: str) -> str:
+    """Of all that decides a run but its machine: equal ones need not be run twice."""
+    config = dataclasses.asdict(
+        _config(settings, seed, method, Path(), Path(), Path(), for_record=True)
+    )
+    facts = {name: value for name, value in config.items() if name not in PATHS}
+    facts |= _made_with(settings, "data") | _made_with(settings, "teacher")
+    facts |= _warmup_facts(settings, seed)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _Pool:
+    """Processes of one thread each."""
+
+    def __init__(self, jobs: int):
+        jobs = jobs or os.cpu_count() or 1
+        os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes when torch is imported
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        context = multiprocessing.get_context("spawn")
+        self._executor = ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1)
+
+    def map(self, function, arguments: list[tuple]) -> None:
+        for future in [self._executor.submit(function, *args) for args in arguments]:
+            future.result()
+
+    def train_all(self, configs: dict[Run, Config], steps: int, keep) -> None:
+        """Each run to its end; ``keep(run)`` as soon as it is there. Shows steps over all runs."""
+        pending: dict[Future, Run] = {
+            self._executor.submit(_train, config): run for run, config in configs.items()
+        }
+        done, bar = 0, tqdm(total=steps * len(configs), desc="compare", unit="step")
+        while pending:
+            finished, _ = wait(pending, timeout=2.0, return_when="FIRST_COMPLETED")
+            for future in finished:
+                run = pending.pop(future)
+                if code := future.result():
+                    raise KepoError(f"{run} was ended by a signal ({code}); run again to go on")
+                keep(run)
+                done += steps
+                tqdm.write(f"done: seed {run[0]}, {run[1]}")
+            under_way = (_steps_done(Path(configs[run].run_dir)) for run in pending.values())
+            bar.update(done + sum(under_way) - bar.n)
+        bar.close()
+
+    def close(self) -> None:
+        self._executor.shutdown(cancel_futures=True)
+
+
+def _warm_up(settings: Compare, seed: int, target: Path, data: Path) -> None:
+    from kepo.sft import train_supervised
+    from kepo.tiny import build_tiny
+    from kepo.vlm import VLM
+
+    setting = SETTINGS[settings.setting]
+
+    def make(folder: Path) -> None:
+        build_tiny(folder, size="student", seed=seed)
+        vlm = VLM.load(folder)
+        every = load_omnimedvqa(data / "train", modalities=(SOURCE,))
+        types = setting.warmup_question_types
+        train_supervised(
+            vlm,
+            [e for e in every if types is None or e.question_type in types],
+            steps=setting.warmup_steps,
+            batch_size=WARMUP_BATCH,
+            lr=WARMUP_LR,
+            seed=seed,
+            hint_fraction=setting.hint_fraction,
+            hint_examples=every,
+            progress=False,
+        )
+        vlm.save(folder)
+
+    made_with = _made_with(settings, "data") | _warmup_facts(settings, seed)
+    with _quiet(target.parent / "warmup.log"):
+        cached(target, made_with, make)
+
+
+def _train(config: Config) -> int:
+    """A run in a process of its own; what it prints goes to log.txt in its folder."""
+    from kepo.train import train
+
+    with _quiet(Path(config.run_dir) / "log.txt"):
+        return train(config)
+
+
+@contextlib.contextmanager
+def _quiet(log: Path):
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        log.open("a", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        yield
+
+
+def _config(
+    settings: Compare,
+    seed: int,
+    method: str,
+    data: Path,
+    teacher: Path,
+    warmup: Path,
+    for_record: bool = False,
+) -> Config:
+    run_dir = Path(settings.root) / settings.setting / f"seed-{seed}" / method
+    config = config_of(
+        SETTINGS[settings.setting],
+        METHODS[method],
+        student=str(warmup),
+        teacher=str(teacher),
+        train_data=str(data / "train"),
+        train_modalities=[SOURCE],
+        eval_data=str(data / "test"),
+        eval_every=settings.eval_every,
+        steps=settings.steps,
+        seed=seed,
+        save_every=20,
+        keep_checkpoints=1,
+    )
+    if for_record:
+        return config
+    name = f"{method}-{fingerprint(settings, seed, method)}"
+    return dataclasses.replace(config, run_dir=str(run_dir.with_name(name)))
+
+
+def _demo(settings: Compare) -> Demo:
+    return Demo(
+        root=settings.root,
+        train_questions=settings.train_questions,
+        test_questions=settings.test_questions,
+        teacher_steps=settings.teacher_steps,
+    )
+
+
+def _made_with(settings: Compare, what: str) -> dict[str, object]:
+    facts = {name: getattr(settings, name) for name in ("train_questions", "test_questions")}
+    return facts if what == "data" else {**facts, "teacher_steps": settings.teacher_steps}
+
+
+def _warmup_facts(settings: Compare, seed: int) -> dict[str, object]:
+    setting = SETTINGS[settings.setting]
+    types = setting.warmup_question_types
+    return {
+        "warmup_steps": setting.warmup_steps,
+        "warmup_question_types": None if types is None else list(types),
+        "hint_fraction": setting.hint_fraction,
+        "warmup_lr": WARMUP_LR,
+        "warmup_batch": WARMUP_BATCH,
+        "seed": seed,
+    }
+
+
+def _steps_done(run_dir: Path) -> int:
+    return max((record["step"] for record in read_metrics(run_dir / "metrics.jsonl")), default=0)
+
+
+def _provenance() -> dict[str, str]:
+    import torch
+
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        here = Path(__file__).parent
+        commit = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+        described = commit.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        described = "unknown"
+    return {
+        "commit": described,
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _check(settings: Compare) -> None:
+    for name, given, known in (
+        ("setting", (settings.setting,), SETTINGS),
+        ("methods", settings.methods, METHODS),
+    ):
+        if unknown := [x for x in given if x not in known]:
+            raise KepoConfigError(f"compare: {name} has {unknown}; known are {', '.join(known)}")
+    for name in ("steps", "eval_every", "train_questions", "test_questions", "teacher_steps"):
+        if getattr(settings, name) < 1:
+            raise KepoConfigError(f"compare: {name}={getattr(settings, name)}; expected >= 1")
+    if settings.jobs < 0 or not settings.seeds:
+        raise KepoConfigError(
+            f"compare: jobs={settings.jobs}, seeds={settings.seeds}; expected jobs >= 0 and a seed"
+        )
+
+
+def main() -> None:
+    import tyro
+
+    compare(tyro.cli(Compare, prog="python -m kepo.compare", description=__doc__))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KepoError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where it was")
+        sys.exit(130)

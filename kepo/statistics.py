@@ -1,0 +1,84 @@
+"""Intervals for accuracies that were measured over several seeds on the same questions.
+
+A method's results are an array correct (seeds, modalities, items) of 0 and 1. Seeds differ in
+warm-up, data order and sampling; items are the same for every seed and method. Both are samples of
+something larger, so both are drawn again: a seed with all its items, an item for all seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+DRAWS = 10_000
+Statistic = Callable[[np.ndarray], np.ndarray]
+
+
+class Interval(NamedTuple):
+    """An estimate with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def sign(self) -> int:
+        """1 above zero, -1 below, 0 undecided."""
+        return int(self.low > 0) - int(self.high < 0)
+
+
+def bootstrap(correct: np.ndarray, minus: np.ndarray | None = None, seed: int = 0) -> Interval:
+    """Mean over seeds, modalities and items, and its percentile interval from 10,000 draws.
+
+        mean_s mean_m mean_i correct[s, m, i]          every modality counts the same
+
+    minus: another method's results; the interval is then that of the difference, with the same
+    seeds and items drawn for both (paired). Items are drawn within their modality. With one seed
+    only the items vary. (Crossed bootstrap, Owen 2007, "The pigeonhole bootstrap".)
+    """
+    values = np.asarray(correct, dtype=np.float64)
+    if minus is not None:
+        if np.shape(minus) != values.shape:
+            raise ValueError(
+                f"bootstrap: correct has shape {values.shape} and minus {np.shape(minus)}; "
+                "expected the same seeds, modalities and items"
+            )
+        values = values - minus
+    if values.ndim != 3 or 0 in values.shape:
+        raise ValueError(
+            f"bootstrap: correct has shape {values.shape}; expected (seeds, modalities, items)"
+        )
+    seeds, modalities, items = values.shape
+    draw = np.random.default_rng(seed)
+    total = np.zeros(DRAWS)
+    of_seed = draw.multinomial(seeds, np.full(seeds, 1 / seeds), size=DRAWS) / seeds  # (D, S)
+    for modality in range(modalities):
+        of_item = draw.multinomial(items, np.full(items, 1 / items), size=DRAWS) / items  # (D, I)
+        total += np.einsum("ds,si,di->d", of_seed, values[:, modality], of_item, optimize=True)
+    low, high = np.quantile(total / modalities, [0.025, 0.975])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def over_seeds(values: np.ndarray) -> Interval:
+    """Mean of one number per seed with Student's t interval; infinite for fewer than two seeds."""
+    values = np.asarray(values, dtype=np.float64)
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return Interval(mean, -math.inf, math.inf)
+    half = _t975(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half)
+
+
+# The 0.975 quantiles of Student's t for 1, 2, 3 ... degrees of freedom.
+_T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def _t975(freedom: int) -> float:
+    """Above 10 degrees of freedom to 0.1 % (Cornish and Fisher's series)."""
+    if freedom <= len(_T975):
+        return _T975[freedom - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
