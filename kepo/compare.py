@@ -17,24 +17,20 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-
-from tqdm import tqdm
 
 from kepo.config import Config
 from kepo.data import load_omnimedvqa
 from kepo.demo import SOURCE, Demo, cached, make_data, make_teacher
 from kepo.errors import KepoConfigError, KepoError
 from kepo.experiments import MAIN, METHODS, SETTINGS, config_of
-from kepo.metrics import read_metrics
+from kepo.pool import Pool, quiet
 from kepo.report import write_report
 from kepo.results import Results, Run
 
@@ -79,12 +75,12 @@ def compare(settings: Compare) -> None:
     out = Path(settings.out) / settings.setting
     results = Results(out)
     if not settings.report_only:
-        with contextlib.closing(_Pool(settings.jobs)) as pool:
+        with contextlib.closing(Pool(settings.jobs)) as pool:
             _run_all(settings, results, pool)
     print(write_report(results, SETTINGS[settings.setting], out))
 
 
-def _run_all(settings: Compare, results: Results, pool: _Pool) -> None:
+def _run_all(settings: Compare, results: Results, pool: Pool) -> None:
     missing = [
         (seed, method)
         for seed in settings.seeds
@@ -103,11 +99,14 @@ def _run_all(settings: Compare, results: Results, pool: _Pool) -> None:
     warmups = {seed: root / settings.setting / f"seed-{seed}" / "warmup" for seed in seeds}
     print(f"warming up {len(seeds)} students", flush=True)
     pool.map(_warm_up, [(settings, seed, warmups[seed], data) for seed in seeds])
-    hashes = {seed: _sha256(folder / "model.safetensors") for seed, folder in warmups.items()}
-    # A seed's methods are comparable only from one and the same warm-up.
+    start = {
+        seed: {"warmup": _sha256(folder), "teacher": _sha256(teacher)}
+        for seed, folder in warmups.items()
+    }
+    # A seed's methods are comparable only from one and the same start.
     for (seed, method), row in list(results.runs.items()):
-        if seed in hashes and row["warmup"] != hashes[seed]:
-            print(f"seed {seed}, {method}: from another warm-up, run again")
+        if seed in start and any(row[name] != value for name, value in start[seed].items()):
+            print(f"seed {seed}, {method}: made from other models than these; dropped")
             results.drop([(seed, method)])
             if method in settings.methods and (seed, method) not in missing:
                 missing.append((seed, method))
@@ -115,10 +114,7 @@ def _run_all(settings: Compare, results: Results, pool: _Pool) -> None:
     configs = {run: _config(settings, *run, data, teacher, warmups[run[0]]) for run in missing}
 
     def keep(run: Run) -> None:
-        facts = _provenance() | {
-            "fingerprint": fingerprint(settings, *run),
-            "warmup": hashes[run[0]],
-        }
+        facts = _provenance() | start[run[0]] | {"fingerprint": fingerprint(settings, *run)}
         results.add(run, Path(configs[run].run_dir), facts)
         results.write()
 
@@ -130,47 +126,17 @@ def fingerprint(settings: Compare, seed: int, method: str) -> str:
     config = dataclasses.asdict(
         _config(settings, seed, method, Path(), Path(), Path(), for_record=True)
     )
-    facts = {name: value for name, value in config.items() if name not in PATHS}
+    # Defaults are left out, so that a setting added to Config later does not void old results.
+    default = dataclasses.asdict(Config())
+    facts = {
+        name: value
+        for name, value in config.items()
+        if name not in PATHS and value != default[name]
+    }
+    facts["distils"] = config["teacher"] is not None
     facts |= _made_with(settings, "data") | _made_with(settings, "teacher")
     facts |= _warmup_facts(settings, seed)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-class _Pool:
-    """Processes of one thread each."""
-
-    def __init__(self, jobs: int):
-        jobs = jobs or os.cpu_count() or 1
-        os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes when torch is imported
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        context = multiprocessing.get_context("spawn")
-        self._executor = ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1)
-
-    def map(self, function, arguments: list[tuple]) -> None:
-        for future in [self._executor.submit(function, *args) for args in arguments]:
-            future.result()
-
-    def train_all(self, configs: dict[Run, Config], steps: int, keep) -> None:
-        """Each run to its end; ``keep(run)`` as soon as it is there. Shows steps over all runs."""
-        pending: dict[Future, Run] = {
-            self._executor.submit(_train, config): run for run, config in configs.items()
-        }
-        done, bar = 0, tqdm(total=steps * len(configs), desc="compare", unit="step")
-        while pending:
-            finished, _ = wait(pending, timeout=2.0, return_when="FIRST_COMPLETED")
-            for future in finished:
-                run = pending.pop(future)
-                if code := future.result():
-                    raise KepoError(f"{run} was ended by a signal ({code}); run again to go on")
-                keep(run)
-                done += steps
-                tqdm.write(f"done: seed {run[0]}, {run[1]}")
-            under_way = (_steps_done(Path(configs[run].run_dir)) for run in pending.values())
-            bar.update(done + sum(under_way) - bar.n)
-        bar.close()
-
-    def close(self) -> None:
-        self._executor.shutdown(cancel_futures=True)
 
 
 def _warm_up(settings: Compare, seed: int, target: Path, data: Path) -> None:
@@ -199,27 +165,8 @@ def _warm_up(settings: Compare, seed: int, target: Path, data: Path) -> None:
         vlm.save(folder)
 
     made_with = _made_with(settings, "data") | _warmup_facts(settings, seed)
-    with _quiet(target.parent / "warmup.log"):
+    with quiet(target.parent / "warmup.log"):
         cached(target, made_with, make)
-
-
-def _train(config: Config) -> int:
-    """A run in a process of its own; what it prints goes to log.txt in its folder."""
-    from kepo.train import train
-
-    with _quiet(Path(config.run_dir) / "log.txt"):
-        return train(config)
-
-
-@contextlib.contextmanager
-def _quiet(log: Path):
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        log.open("a", encoding="utf-8") as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
-    ):
-        yield
 
 
 def _config(
@@ -279,10 +226,6 @@ def _warmup_facts(settings: Compare, seed: int) -> dict[str, object]:
     }
 
 
-def _steps_done(run_dir: Path) -> int:
-    return max((record["step"] for record in read_metrics(run_dir / "metrics.jsonl")), default=0)
-
-
 def _provenance() -> dict[str, str]:
     import torch
 
@@ -309,8 +252,8 @@ def _processor() -> str:
     return platform.machine()
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def _sha256(model: Path) -> str:
+    return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def _check(settings: Compare) -> None:

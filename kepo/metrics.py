@@ -34,7 +34,7 @@ def step_metrics(
         deviations = rewards.std(-1)
         values |= {
             "reward": rewards.mean().item(),
-            "reward_std": deviations.mean().item(),
+            "reward_std": rewards.std().item(),
             "frac_reward_zero_std": (deviations == 0).float().mean().item(),
         }
         for name in rollouts[0].rewards:
@@ -49,8 +49,8 @@ def step_metrics(
     return values | {
         "entropy": totals.entropy / max(1, totals.tokens),
         "kl": totals.kl / max(1, totals.tokens),
-        "clip_ratio/low_mean": totals.clipped_low / max(1, totals.tokens - tokens),
-        "clip_ratio/high_mean": totals.clipped_high / max(1, totals.tokens - tokens),
+        "clip_ratio/low_mean": totals.clipped_low / max(1, totals.tokens),
+        "clip_ratio/high_mean": totals.clipped_high / max(1, totals.tokens),
         "completions/mean_length": lengths.mean().item(),
         "completions/min_length": lengths.min().item(),
         "completions/max_length": lengths.max().item(),
@@ -58,7 +58,7 @@ def step_metrics(
         "sampling/sampling_logp_difference/mean": totals.sampler_gap
         / max(1, totals.sampled_tokens),
         "sampling/sampling_logp_difference/max": totals.sampler_gap_max,
-        "num_tokens": tokens,
+        "kepo/completion_tokens": tokens,
         "kepo/policy_loss": totals.policy_loss / iterations,
         "kepo/kd_loss": totals.distill_loss / iterations,
         "kepo/divergence": totals.divergence / max(1, totals.teacher_tokens),

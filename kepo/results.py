@@ -22,7 +22,7 @@ Run = tuple[int, str]  # seed, method
 COSTS = {  # summed over the steps
     "seconds": "step_time",
     "sampled_completions": "kepo/sampled_completions",
-    "student_tokens": "num_tokens",
+    "student_tokens": "kepo/completion_tokens",
     "teacher_tokens": "kepo/teacher_tokens",
     "hint_groups": "kepo/hint_groups",
     "hint_attempts": "kepo/hint_attempts",
@@ -46,6 +46,7 @@ FILES = {
         "method",
         "fingerprint",
         "warmup",
+        "teacher",
         *COSTS,
         "commit",
         "machine",

@@ -54,12 +54,18 @@ def bootstrap(correct: np.ndarray, minus: np.ndarray | None = None, seed: int = 
     seeds, modalities, items = values.shape
     draw = np.random.default_rng(seed)
     total = np.zeros(DRAWS)
-    of_seed = draw.multinomial(seeds, np.full(seeds, 1 / seeds), size=DRAWS) / seeds  # (D, S)
+    of_seed = _shares(draw, seeds)  # (D, S)
     for modality in range(modalities):
-        of_item = draw.multinomial(items, np.full(items, 1 / items), size=DRAWS) / items  # (D, I)
-        total += np.einsum("ds,si,di->d", of_seed, values[:, modality], of_item, optimize=True)
+        of_item = _shares(draw, items)  # (D, I)
+        total += (of_seed @ values[:, modality] * of_item).sum(1)
     low, high = np.quantile(total / modalities, [0.025, 0.975])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def _shares(draw: np.random.Generator, n: int) -> np.ndarray:
+    """(DRAWS, n): how often each of n was drawn, in n draws with replacement, over n."""
+    drawn = draw.integers(n, size=(DRAWS, n)) + n * np.arange(DRAWS)[:, None]
+    return np.bincount(drawn.ravel(), minlength=DRAWS * n).reshape(DRAWS, n) / n
 
 
 def over_seeds(values: np.ndarray) -> Interval:
