@@ -212,8 +212,8 @@ def _start(results: Results, methods: list[str]) -> str:
         line = [f"`{method}`"]
         for column in ("hint_rate", "rescue_rate", "frac_reward_zero_std"):
             _, values = results.curve(method, column)
-            line += [f"{100 * np.nanmean(values[:, :5]):.0f} %"]
-            line += [f"{100 * np.nanmean(values[:, -5:]):.0f} %"]
+            ends = (values[:, :5], values[:, -5:])
+            line += ["" if np.isnan(x).all() else f"{100 * np.nanmean(x):.0f} %" for x in ends]
         rows.append(line)
     header = ["mean of the first and last five steps", "groups hinted", "", "rescued", ""]
     return table([*header, "equal rewards", ""], rows)

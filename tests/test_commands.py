@@ -16,12 +16,12 @@ def run(*words: object) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("module", ["kepo.train", "kepo.demo", "kepo_kernels"])
+@pytest.mark.parametrize("module", ["kepo.train", "kepo.demo", "kepo.compare", "kepo_kernels"])
 def test_help(module):
     out = run("-m", module, "--help")
     assert f"usage: python -m {module}" in out
 
 
-@pytest.mark.parametrize("script", ["bench_loss.py", "plot.py", "compare.py"])
+@pytest.mark.parametrize("script", ["bench_loss.py", "bench_gate.py", "plot.py", "compare.py"])
 def test_help_of_scripts(script):
     assert "usage:" in run(f"benchmarks/{script}", "--help")
