@@ -9,7 +9,8 @@ Every number is of forward and backward together, gradients of hidden states and
 `x floor` is the time over that of the bare matrix products of our loss, in the same chunks through
 the same calls. All calls of one table are timed in turn, round after round, and ratios are taken
 within a round; [p20 p80] are quantiles over the rounds. A peer that would take too long is measured
-on fewer rows and scaled, one that has no such loss is named with the reason.
+on fewer rows and scaled, one that has no such loss is named with the reason. A peer that compiles
+is first tried in a process of its own, and named if it crashes or hangs there.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from floor import floor
 from losses_of_ours import CASES, GradientCall, NotComparable, gradient_error, ours
 from measure import Call, Measurement, Quantiles, estimated, stamp, time_in_turn, timed, watched
 from peers import COMPILING, PEERS
+from probe import FEW, must_survive
 from problems import ALL, SHAPES, Problem, Shape, parse_shape
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -148,6 +150,9 @@ def prepare(
         return provider(problem if rows >= problem.rows else problem.first_rows(rows), case)
 
     try:
+        if name in COMPILING:
+            call_of(FEW)  # what is absent needs no process to say so
+            must_survive(provider, case, shape, problem.hidden.dtype, device)
         if name in PEERS and not shape.once:
             result = estimated(
                 call_of,

@@ -114,7 +114,7 @@ def caption(rows: list[Row]) -> str:
     return "\n".join(
         (
             *sorted(machines),
-            "; ".join(sizes.values()),
+            *sizes.values(),
             "forward + backward; * = time scaled from fewer rows",
         )
     )

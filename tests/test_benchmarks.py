@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ import floor
 import measure
 import peers
 import plot
+import probe
 import problems
 import table
 from losses_of_ours import CASES, NotComparable, gradient_error, ours
@@ -180,6 +183,41 @@ def test_table_csv_and_picture(tmp_path, monkeypatch, capsys):
 
     plot.main([str(results), "--picture", str(picture)])
     assert picture.stat().st_size > 10_000
+
+
+def aborts(problem, case):
+    """A planted peer: well on few rows, its end on all of them."""
+    return os.abort if problem.rows == problems.SHAPES["tiny"].n else lambda: None
+
+
+def sleeps(problem, case):
+    return lambda: time.sleep(600)
+
+
+@pytest.mark.parametrize(
+    "planted, patience, reason",
+    [(aborts, probe.PATIENCE, "crashes here: SIGABRT"), (sleeps, 0.5, "hangs here")],
+)
+def test_bench_survives_a_peer_that_does_not(planted, patience, reason, monkeypatch, capsys):
+    """What stands after it is still measured."""
+    monkeypatch.setitem(peers.PEERS, "cce", planted)
+    monkeypatch.setattr(probe, "PATIENCE", patience)
+    settings = ["--shape", "tiny", "--dtype", "float32", "--rounds", "1", "--case", "ce"]
+    bench_loss.main([*settings, "--provider", "floor", "cce", "ours"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    table_of = {words[1]: words for words in lines if words[:1] == ["ce"]}
+    assert " ".join(table_of["cce"]).startswith(f"ce cce - - - {reason}")
+    assert float(table_of["ours"][2]) > 0
+
+
+def test_a_peer_that_raises_is_not_refused(capfd):
+    """The bench itself will name what was raised."""
+    probe.must_survive(raises, "ce", problems.SHAPES["tiny"], torch.float32, CPU)
+    assert capfd.readouterr() == ("", "")
+
+
+def raises(problem, case):
+    raise ValueError("no such thing")
 
 
 @pytest.mark.parametrize(
