@@ -133,3 +133,8 @@ class TableVLM(ScriptedVLM):
         hidden = self.completion_hidden(texts, batch.completion_ids, batch.completion_mask)
         del self.read[met:]
         return hidden @ self.lm_head.T
+
+    def logprobs(self, batch):
+        """(B, T) of the tokens of a batch's completions, from `logits`."""
+        chosen = batch.completion_ids[..., None]
+        return self.logits(batch).log_softmax(-1).gather(-1, chosen).squeeze(-1)
