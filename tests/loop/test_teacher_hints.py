@@ -78,7 +78,9 @@ def test_an_unusable_hint_leaves_the_group_alone(text):
 
 def test_a_hint_of_several_lines_is_a_hint():
     policy = solver()
-    _, report = rescue([failed_group()], policy, teacher("So: <hint>look\nleft </hint>"), CONFIG, {})
+    _, report = rescue(
+        [failed_group()], policy, teacher("So: <hint>look\nleft </hint>"), CONFIG, {}
+    )
     assert policy.seen == [hinted_prompt(example("bad"), "look\nleft")] * 2
     assert report.unhinted == 0
 
