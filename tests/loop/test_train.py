@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import config_of
+from small import config_of, run_rigged
 
 from kepo import hints as hints_module
 from kepo import train as train_module
@@ -26,16 +26,10 @@ from kepo.questions import draw
 from kepo.train import exclusive, load_reference, lr_share, train
 
 STEPS = 6
-# An untrained model neither answers nor writes hints: one text in four is right, any is a hint.
 RUN = """
-import json, sys, torch, zlib
-torch.set_num_threads(1)
-from kepo import hints, rewards
-from kepo.config import from_mapping
-from kepo.train import train
-rewards.REWARDS["accuracy"] = lambda text, answer: float(zlib.crc32(text.encode()) % 4 == 1)
-hints.parse_hint = lambda text: text[:9] or None
-sys.exit(train(from_mapping(json.load(open(sys.argv[1])), "test")))
+import json, sys
+from small import run_rigged
+sys.exit(run_rigged(json.load(open(sys.argv[1]))))
 """
 
 
@@ -62,7 +56,8 @@ def whole_config(made, run_dir, **settings):
 def start(config, tmp_path):
     record = tmp_path / "config.json"
     record.write_text(json.dumps(dataclasses.asdict(config)))
-    environment = dict(os.environ, PYTHONPATH=os.getcwd())
+    here = str(Path(__file__).parent)
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([os.getcwd(), here]))
     return subprocess.Popen([sys.executable, "-c", RUN, str(record)], env=environment)
 
 
@@ -86,10 +81,16 @@ def hints_at(run_dir, step):
     return json.loads(state.read_text())["hints"]
 
 
+@pytest.fixture
+def no_picture(monkeypatch):
+    """Drawing takes longer than the steps of a test that does not look at it."""
+    monkeypatch.setattr(train_module, "plot_curves", lambda *_, **__: None)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(made, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("whole")
-    assert start(whole_config(made, run_dir), run_dir).wait() == 0
+    assert run_rigged(dataclasses.asdict(whole_config(made, run_dir))) == 0
     return run_dir
 
 
@@ -152,7 +153,7 @@ def test_kill_and_resume_ends_in_the_same_bits(uninterrupted, made, tmp_path):
     process.wait()
     killed_at = read_metrics(run_dir / "metrics.jsonl")[-1]["step"]
     assert killed_at < STEPS, "killed too late to test anything"
-    assert start(config, tmp_path).wait() == 0
+    assert run_rigged(dataclasses.asdict(config)) == 0
     resumed, whole = final(run_dir), final(uninterrupted)
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
@@ -181,7 +182,9 @@ def test_sigterm_saves_then_ends(made, tmp_path):
     assert saved == ["step-00000000", f"step-{step:08d}"]
 
 
-def test_an_evaluation_that_a_signal_prevented_is_made_up_for(made, tmp_path, monkeypatch):
+def test_an_evaluation_that_a_signal_prevented_is_made_up_for(
+    made, tmp_path, no_picture, monkeypatch
+):
     """A signal in the last step ends the run before its final evaluation; resuming brings it."""
     config = config_of(made, tmp_path, "grpo", eval_data=str(made / "data" / "test"), steps=1)
     whole = train_module.step_metrics
@@ -210,13 +213,15 @@ def test_two_runs_cannot_share_a_folder(made, tmp_path):
         train(config_of(made, tmp_path))
 
 
-def test_plain_grpo_runs_without_a_teacher(made, tmp_path):
+def test_plain_grpo_runs_without_a_teacher(made, tmp_path, no_picture):
     assert train(config_of(made, tmp_path, "grpo", kl_coef=0.1, steps=1)) == 0
     record = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert record["kepo/teacher_tokens"] == 0 and record["kl"] == pytest.approx(0.0, abs=1e-6)
 
 
-def test_hints_survive_a_checkpoint_and_are_not_written_twice(made, tmp_path, monkeypatch):
+def test_hints_survive_a_checkpoint_and_are_not_written_twice(
+    made, tmp_path, no_picture, monkeypatch
+):
     """Six questions in three steps: from the fourth on, in a resumed run, all hints are known."""
     written = []
 
