@@ -50,6 +50,12 @@ def test_the_dataset_answers_its_share_exactly(share, prompts):
     assert sum(counts[:100]) == pytest.approx(100 * prompts * share, abs=0.7)
 
 
+def test_rounding_keeps_no_question_from_the_dataset():
+    # 0.29 * 100 is 28.999999999999996 in floating point
+    config = Config(data_fraction=0.29, prompts_per_step=1)
+    assert sum(from_data(config, step) for step in range(1, 101)) == 29
+
+
 def test_seeds_do_not_depend_on_the_process():
     assert seed_of(0, 1) == 2748060332104556416 or seed_of(0, 1) == seed_of(0, 1)
     assert seed_of(0, 1) == 5973285143095172824

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from toy import MALFORMED, RIGHT, WRONG, ScriptedVLM, drawn_logprob, example, rollout
 
 from kepo.config import Config
@@ -63,6 +64,19 @@ def test_the_law_with_the_hint_is_what_is_kept_of_a_hinted_completion():
     (r,) = sample(policy, [example("q")], CONFIG, num_generations=1, hints=["left"])[0]
     told = [drawn_logprob("Hint: left", place) for place in range(4)]
     assert r.hinted and r.sampler_logprobs.tolist() == pytest.approx(told)
+
+
+def test_every_completion_keeps_its_own_numbers():
+    class Numbered(ScriptedVLM):
+        def generate(self, inputs, **settings):
+            drawn = super().generate(inputs, **settings)
+            rows = torch.arange(float(len(drawn.ids)))[:, None]
+            return drawn._replace(logprobs=-rows.expand_as(drawn.ids))
+
+    policy = Numbered(lambda prompt, nth: ["abc", "a"][nth])
+    groups = sample(policy, [example("a"), example("b")], CONFIG, num_generations=2)
+    kept = [r.sampler_logprobs.tolist() for group in groups for r in group]
+    assert kept == [[-0.0] * 4, [-1.0] * 2, [-2.0] * 4, [-3.0] * 2]
 
 
 def test_a_completion_cut_off_is_marked():
