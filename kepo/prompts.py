@@ -47,7 +47,10 @@ def states_answer(hint: str, example: Example) -> bool:
     A letter counts where it is all of the hint, stands in brackets or quotes, or follows "answer",
     "option", "choice" or "letter": "A" is also a word.
     """
-    right = re.escape(example.options[LETTERS.index(example.answer)].strip())
+    option = example.options[LETTERS.index(example.answer)]
+    # As in data.py: an option is the same with other spaces and without its final period.
+    words = (option.rstrip(". ") or option).split()
+    right = r"\s+".join(map(re.escape, words))
     letter = example.answer
     patterns = (
         rf"(?<!\w){right}(?!\w)",

@@ -32,7 +32,7 @@ from kepo.errors import KepoConfigError, KepoError
 from kepo.evaluate import evaluate, means
 from kepo.explore import explore
 from kepo.hints import Hints
-from kepo.metrics import StepLog, completion_records, peak_gb, step_metrics
+from kepo.metrics import StepLog, completion_records, peak_gb, read_metrics, step_metrics
 from kepo.plots import plot_curves
 from kepo.questions import draw, from_data, seed_of
 from kepo.rollout import demonstrations
@@ -98,9 +98,18 @@ def train(config: Config) -> int:
                 )
                 log.write(step, {"eval": means(scores), "eval_items": as_digits(scores)})
 
+        def is_measured(step: int) -> bool:
+            return step in (0, config.steps) or bool(
+                config.eval_every and step % config.eval_every == 0
+            )
+
         if resume is None:
             measure(0)
             save(0)
+        elif is_measured(done) and not any(
+            "eval" in record for record in read_metrics(log.path) if record["step"] == done
+        ):
+            measure(done)  # a signal ended the run before it could
         skipped = 0
         bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc="kepo")
         for step in (number + 1 for number in bar):
@@ -163,10 +172,9 @@ def train(config: Config) -> int:
                 raise KepoError(
                     f"{skipped} steps in a row had no finite gradient; questions: {ids}"
                 )
-            last = step == config.steps
-            if not stop and (last or (config.eval_every and step % config.eval_every == 0)):
+            if not stop and is_measured(step):
                 measure(step)
-            if stop or last or step % config.save_every == 0:
+            if stop or step == config.steps or step % config.save_every == 0:
                 save(step)
             if stop:
                 break

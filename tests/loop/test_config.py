@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from kepo import train as train_module
-from kepo.config import Config, check, from_mapping, load_yaml
+from kepo.check import check
+from kepo.config import Config, from_mapping, load, presets
 from kepo.errors import KepoConfigError
 
 
@@ -20,33 +21,49 @@ REFUSED = {
     "more hinted than generations": ({"num_hinted": 9}, "num_hinted=9 .* num_generations=8"),
     "hints without teacher": (
         {"teacher": None, "gate_reward": None, "distill_coef": 0.0},
-        "num_hinted=2 needs a teacher",
+        "hint_trigger='failed' needs a teacher",
     ),
     "gate without teacher": (
-        {"teacher": None, "num_hinted": 0, "distill_coef": 0.0},
+        {"teacher": None, "hint_trigger": "never", "distill_coef": 0.0},
         "gate_reward='accuracy' needs a teacher",
     ),
     "distillation without teacher": (
-        {"teacher": None, "num_hinted": 0, "gate_reward": None},
+        {"teacher": None, "hint_trigger": "never", "gate_reward": None},
         "distill_coef=1.0 needs a teacher",
     ),
     "gate on a missing reward": (
         {"rewards": ("format",), "reward_weights": (1.0,), "hint_reward": "format"},
         "gate_reward='accuracy'; expected one of format, total",
     ),
+    "acceptance on a missing reward": ({"accept_reward": "length"}, "accept_reward='length'"),
     "hints on a missing reward": ({"hint_reward": "length"}, "hint_reward='length'"),
     "unknown reward": ({"rewards": ("accuracy", "style")}, "rewards has 'style'"),
     "weights of another length": ({"reward_weights": (1.0,)}, "reward_weights has 1 values for 2"),
     "missing folder": ({"train_data": "/nowhere"}, "train_data='/nowhere'"),
     "missing eval folder": ({"eval_data": "/nowhere"}, "eval_data='/nowhere'"),
     "no student": ({"student": ""}, "student is not set"),
-    "one generation": ({"num_generations": 1, "num_hinted": 0}, "num_generations=1"),
+    "one generation": ({"num_generations": 1, "hint_trigger": "never"}, "num_generations=1"),
     "beta": ({"beta": 1.5}, "beta=1.5"),
     "temperature": ({"temperature": 0.0}, "temperature=0.0"),
     "nan": ({"lr": float("nan")}, "lr=nan"),
     "top_p": ({"top_p": 0.0}, "top_p=0.0"),
     "dtype": ({"dtype": "int8"}, "dtype='int8'"),
     "impl": ({"impl": "magic"}, "impl='magic'"),
+    "trigger": ({"hint_trigger": "sometimes"}, "hint_trigger='sometimes'"),
+    "correction": ({"hinted_correction": "clip"}, "hinted_correction='clip'"),
+    "cap": ({"hinted_cap": 0.0}, "hinted_cap=0.0"),
+    "gamma": ({"hinted_gamma": -0.1}, "hinted_gamma=-0.1"),
+    "accept_threshold": ({"accept_threshold": float("inf")}, "accept_threshold=inf"),
+    "no hinted": ({"num_hinted": 0}, "num_hinted=0"),
+    "scale": ({"scale_rewards": "batch"}, "scale_rewards='batch'"),
+    "data_fraction": ({"data_fraction": 1.1}, "data_fraction=1.1"),
+    "iterations": ({"num_iterations": 0}, "num_iterations=0"),
+    "dynamic sampling": ({"dynamic_sampling": -1}, "dynamic_sampling=-1"),
+    "overlong": ({"overlong_buffer": -1}, "overlong_buffer=-1"),
+    "distillation by completion length": (
+        {"distill_reduction": "dr_grpo"},
+        "distill_reduction='dr_grpo'",
+    ),
     "reduction": ({"policy_reduction": "mean"}, "policy_reduction='mean'"),
 }
 
@@ -63,8 +80,10 @@ def test_refused_by_name_before_anything_loads(good, monkeypatch, settings, mess
 
 def test_good_settings_pass(good):
     check(good)
-    check(replace(good, teacher=None, num_hinted=0, gate_reward=None, distill_coef=0.0))
+    check(replace(good, teacher=None, hint_trigger="never", gate_reward=None, distill_coef=0.0))
     check(replace(good, num_hinted=8, gate_reward="total"))
+    check(replace(good, num_hinted=9, hint_trigger="never"))  # it is not read then
+    check(replace(good, gate_reward="total", gate_threshold=None, accept_reward="total"))
 
 
 def test_yaml_is_read_with_its_types(tmp_path):
@@ -72,7 +91,7 @@ def test_yaml_is_read_with_its_types(tmp_path):
     path.write_text(
         "student: s\nlr: 1\nsteps: 5\nrewards: [format]\nreward_weights: [2]\nteacher: null\n"
     )
-    config = load_yaml(path)
+    config = load(path)
     assert (config.lr, config.steps, config.rewards, config.teacher) == (1.0, 5, ("format",), None)
     assert isinstance(config.lr, float) and config.reward_weights == (2.0,)
 
@@ -94,7 +113,52 @@ def test_yaml_mistakes_are_named(tmp_path, text, message):
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(KepoConfigError, match=message):
-        load_yaml(path)
+        load(path)
+
+
+# ---- layers and presets ----
+
+
+def test_later_layers_override_earlier_ones(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("student: s\nlr: 0.5\nsteps: 7\n")
+    second.write_text("lr: 0.25\n")
+    assert load(first, second) == Config(student="s", lr=0.25, steps=7)
+    assert load(second, first).lr == 0.5
+    assert load() == Config()
+    # A preset's name stands for its file, before or after the user's own.
+    assert load(first, "dr_grpo").policy_reduction == "dr_grpo"
+    second.write_text("policy_reduction: sum\n")
+    assert load("dr_grpo", second).policy_reduction == "sum"
+
+
+def test_a_mistake_is_blamed_on_its_layer(tmp_path):
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("stepz: 1")
+    with pytest.raises(KepoConfigError, match=r"wrong\.yaml: unknown keys \['stepz'\]"):
+        load("grpo", wrong, "opd")
+    with pytest.raises(KepoConfigError, match=r"krpo cannot be read.*a preset, one of .*grpo"):
+        load("krpo")
+
+
+def test_the_methods_of_the_comparison_are_presets():
+    assert set(presets()) >= {
+        *("sft", "grpo", "dr_grpo", "dapo", "gkd", "opd", "kdpo_tau0", "kdpo_tau1"),
+        *("kepo_official", "kepo", "sod"),
+    }
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_is_a_few_lines_that_pass_the_check(good, name):
+    lines = presets()[name].read_text().splitlines()
+    assert lines[0].startswith("# ") and len(lines) <= 15
+    config = load(name)
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
+    # What the user supplies. Presets without a teacher say so; the others take the user's.
+    own |= {"student": "s", "train_data": good.train_data}
+    if "teacher: null" not in lines:
+        own["teacher"] = "t"
+    check(from_mapping(own, name))
 
 
 def test_a_config_survives_its_own_record(good):

@@ -1,9 +1,9 @@
-"""Advantages and the gate, against numbers worked out by hand."""
+"""Advantages, the gate and the weights of hinted tokens, against numbers worked out by hand."""
 
 import pytest
 import torch
 
-from kepo.credit import group_advantages, quality_gate
+from kepo.credit import group_advantages, hinted_weights, quality_gate
 
 
 def test_advantages_by_hand():
@@ -31,7 +31,52 @@ def test_advantages_need_groups(shape):
         group_advantages(torch.zeros(shape))
 
 
+def test_unscaled_advantages_are_the_distance_from_the_mean():
+    rewards = torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 0.3]])
+    expected = torch.tensor([[-1.0, 0.0, 1.0], [-0.1, -0.1, 0.2]])
+    torch.testing.assert_close(group_advantages(rewards, "none"), expected)
+    equal = torch.full((1, 7), 0.1)
+    assert torch.equal(group_advantages(equal, "none"), torch.zeros(1, 7))
+
+
 def test_gate_opens_at_the_threshold():
     quality = torch.tensor([0.0, 0.999, 1.0, 2.0])
-    assert quality_gate(quality, 1.0).tolist() == [False, False, True, True]
-    assert quality_gate(quality, None).all()
+    gate = quality_gate(quality, 1.0)
+    assert gate.dtype == torch.float32 and gate.tolist() == [0, 0, 1, 1]
+
+
+def test_a_gate_without_a_threshold_is_the_quality_where_it_is_positive():
+    gate = quality_gate(torch.tensor([-3.0, 0.0, 0.25, 2.0]).double(), None)
+    assert gate.dtype == torch.float32 and gate.tolist() == [0, 0, 0.25, 2]
+
+
+# ---- hinted tokens ----
+
+Q = torch.tensor([[0.9, 0.1, 0.01, 0.5]])  # without the hint
+B = torch.tensor([[0.3, 0.2, 0.90, torch.nan]])  # with it; nobody drew the last
+HINTED = torch.tensor([[True, True, True, False]])
+
+
+def test_truncated_weights_are_the_capped_ratio_of_the_two_laws():
+    weights = hinted_weights(Q.log(), B.log(), HINTED, "truncate", cap=2.0, gamma=0.1)
+    expected = torch.tensor([[2.0, 0.5, 1 / 90, 1.0]])  # 0.9 / 0.3 is capped
+    torch.testing.assert_close(weights, expected.double())
+    uncapped = hinted_weights(Q.log(), B.log(), HINTED, "truncate", cap=5.0, gamma=0.1)
+    torch.testing.assert_close(uncapped[0, 0].item(), 3.0, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.7])
+def test_shaped_weights_are_the_gradient_of_the_shaped_probability(gamma):
+    logprobs = Q.log().double().requires_grad_()
+    q = logprobs.exp()
+    (expected,) = torch.autograd.grad((q / (q + gamma)).sum(), logprobs)
+    assert expected[0, 1] > Q[0, 1]  # the unlikely are spared: more than q, as a ratio would give
+    weights = hinted_weights(logprobs, B.log(), HINTED, "shape", cap=2.0, gamma=gamma)
+    assert not weights.requires_grad
+    torch.testing.assert_close(weights[HINTED], expected[HINTED])
+    assert weights[~HINTED].tolist() == [1.0]
+
+
+def test_hinted_weights_know_their_corrections():
+    with pytest.raises(ValueError, match="correction is 'clip'"):
+        hinted_weights(Q.log(), B.log(), HINTED, "clip", cap=2.0, gamma=0.1)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from kepo.data import Example
-from kepo.prompts import hint_request, hinted_prompt, parse_hint, question_prompt
+from kepo.prompts import hint_request, hinted_prompt, parse_hint, question_prompt, worked_answer
 
 BRACES = Example(
     id="q",
@@ -45,6 +45,16 @@ def test_hinted_prompt_is_the_question_prompt_with_one_line_more():
     plain, hinted = question_prompt(BRACES).split("\n"), hinted_prompt(BRACES, "{h}").split("\n")
     assert "Hint: {h}" in hinted
     assert [line for line in hinted if line != "Hint: {h}"] == plain
+
+
+def test_hinted_prompt_gives_the_letter_only_if_asked():
+    told = hinted_prompt(BRACES, "h", gives_answer=True)
+    assert told == hinted_prompt(BRACES, "h") + "\nThe answer is B."
+
+
+def test_worked_answer_has_reasoning_where_the_dataset_has():
+    assert worked_answer(BRACES) == "<think>secret reasoning</think><answer>B</answer>"
+    assert worked_answer(Example(**{**vars(BRACES), "rationale": ""})) == "<answer>B</answer>"
 
 
 @pytest.mark.parametrize(

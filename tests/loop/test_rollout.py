@@ -1,13 +1,21 @@
-"""Sampling: who is asked how often, and what is kept of the answer."""
+"""Sampling: who is asked how often, and what is kept of the answer; worked solutions; rewards."""
 
 from dataclasses import replace
 
 import pytest
-from toy import MALFORMED, RIGHT, WRONG, ScriptedVLM, example, rollout
+import torch
+from toy import MALFORMED, RIGHT, WRONG, ScriptedVLM, drawn_logprob, example, rollout
 
 from kepo.config import Config
-from kepo.prompts import question_prompt
-from kepo.rollout import sample, total_reward
+from kepo.prompts import hinted_prompt, question_prompt
+from kepo.rollout import (
+    demonstrations,
+    overlong_penalty,
+    reward_of,
+    sample,
+    total_reward,
+    total_rewards,
+)
 
 CONFIG = Config()
 
@@ -28,8 +36,17 @@ def test_batching_of_generation_changes_nothing(rollout_batch):
     names = [f"q{i}" for i in range(5)]
     policy = ScriptedVLM(lambda prompt, nth: prompt[9:11] + str(nth))
     config = replace(CONFIG, rollout_batch=rollout_batch)
-    groups = sample(policy, [example(name) for name in names], config, num_generations=2)
+    groups = sample(
+        policy,
+        [example(name) for name in names],
+        config,
+        num_generations=2,
+        hints=[f"hint for {name}" for name in names],
+    )
     assert [[r.text for r in group] for group in groups] == [[n + "0", n + "1"] for n in names]
+    assert [[r.hint for r in group] for group in groups] == [[f"hint for {n}"] * 2 for n in names]
+    prompts = [hinted_prompt(example(name), f"hint for {name}") for name in names]
+    assert policy.seen == [prompt for prompt in prompts for _ in range(2)]
 
 
 def test_tokens_keep_the_end_and_drop_the_padding():
@@ -37,6 +54,29 @@ def test_tokens_keep_the_end_and_drop_the_padding():
     long, short = sample(policy, [example("q")], CONFIG, num_generations=2)[0]
     assert long.completion_ids.tolist() == [*b"abc", 0]
     assert short.completion_ids.tolist() == [*b"a", 0]
+    for kept in (long, short):  # a number per token, of the prompt that was shown
+        plain = [drawn_logprob("", place) for place in range(len(kept.completion_ids))]
+        assert kept.sampler_logprobs.tolist() == pytest.approx(plain)
+
+
+def test_the_law_with_the_hint_is_what_is_kept_of_a_hinted_completion():
+    policy = ScriptedVLM(lambda prompt, nth: "abc")
+    (r,) = sample(policy, [example("q")], CONFIG, num_generations=1, hints=["left"])[0]
+    told = [drawn_logprob("Hint: left", place) for place in range(4)]
+    assert r.hinted and r.sampler_logprobs.tolist() == pytest.approx(told)
+
+
+def test_every_completion_keeps_its_own_numbers():
+    class Numbered(ScriptedVLM):
+        def generate(self, inputs, **settings):
+            drawn = super().generate(inputs, **settings)
+            rows = torch.arange(float(len(drawn.ids)))[:, None]
+            return drawn._replace(logprobs=-rows.expand_as(drawn.ids))
+
+    policy = Numbered(lambda prompt, nth: ["abc", "a"][nth])
+    groups = sample(policy, [example("a"), example("b")], CONFIG, num_generations=2)
+    kept = [r.sampler_logprobs.tolist() for group in groups for r in group]
+    assert kept == [[-0.0] * 4, [-1.0] * 2, [-2.0] * 4, [-3.0] * 2]
 
 
 def test_a_completion_cut_off_is_marked():
@@ -47,6 +87,60 @@ def test_a_completion_cut_off_is_marked():
     assert not whole.truncated
 
 
+# ---- worked solutions ----
+
+
+def test_demonstrations_are_the_worked_answers_and_nobody_sampled_them():
+    policy = ScriptedVLM(lambda prompt, nth: WRONG)
+    first, second = demonstrations(
+        policy, [example("a", rationale="x"), example("b", answer="B")], CONFIG
+    )
+    assert (first.text, second.text) == (RIGHT, "<answer>B</answer>")
+    assert first.completion_ids.tolist() == [*RIGHT.encode(), 0]
+    assert second.completion_ids.tolist() == [*b"<answer>B</answer>", 0]
+    assert first.rewards == {"accuracy": 1.0, "format": 1.0}
+    assert second.rewards == {"accuracy": 1.0, "format": 0.0}
+    for r in (first, second):
+        assert r.sampler_logprobs is None and not r.hinted and not r.truncated
+    assert policy.seen == [] and demonstrations(policy, [], CONFIG) == []
+
+
+def test_a_demonstration_too_long_is_cut_and_says_so():
+    config = replace(CONFIG, max_completion_length=5)
+    (r,) = demonstrations(ScriptedVLM(lambda p, n: ""), [example("a")], config)
+    assert r.truncated and r.completion_ids.tolist() == [*b"<answ"]
+
+
+# ---- rewards ----
+
+
 def test_total_reward_is_the_weighted_sum():
     config = replace(CONFIG, reward_weights=(2.0, 0.5))
     assert [total_reward(rollout(t), config) for t in (RIGHT, WRONG, MALFORMED)] == [2.5, 0.5, 0.0]
+
+
+def test_a_reward_is_read_by_its_name_or_as_the_total():
+    r = rollout(WRONG)
+    assert [reward_of(r, name, CONFIG) for name in ("accuracy", "format", "total")] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("length", "fine"),
+    [(1, 0.0), (12, 0.0), (13, 0.125), (16, 0.5), (20, 1.0), (33, 1.0)],
+)
+def test_overlong_completions_are_fined_in_a_line_to_one(length, fine):
+    # eq. 13 of DAPO with L_max = 20, L_cache = 8: 0 up to 12, then (12 - length) / 8, then -1
+    config = replace(CONFIG, max_completion_length=20, overlong_buffer=8)
+    assert overlong_penalty(length, config) == -fine
+
+
+def test_the_fine_counts_tokens_and_is_part_of_the_total_and_only_there():
+    config = replace(CONFIG, max_completion_length=40, overlong_buffer=10)
+    policy = ScriptedVLM(lambda prompt, nth: [RIGHT, "<answer>A</answer>"][nth])
+    group = sample(policy, [example("q")], config, num_generations=2)[0]
+    assert [len(r.completion_ids) for r in group] == [35, 19]  # the end token counts
+    assert [r.rewards["overlong"] for r in group] == [-0.5, 0.0]
+    assert total_rewards([group], config).tolist() == [[1.5, 1.0]]
+    assert [reward_of(r, "accuracy", config) for r in group] == [1.0, 1.0]
+    (unfined,) = sample(policy, [example("r")], CONFIG, num_generations=1)[0]
+    assert "overlong" not in unfined.rewards

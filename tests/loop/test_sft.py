@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from kepo.data import load_omnimedvqa
 from kepo.digits import write_digits
 from kepo.errors import KepoConfigError, KepoDataError
-from kepo.evaluate import evaluate, summary
+from kepo.evaluate import evaluate, means, summary
 from kepo.prompts import hint_request, hinted_prompt, question_prompt
 from kepo.sft import _loss, _sample, _schedule, train_supervised, worked_answer, worked_hint
 from kepo.tiny import build_tiny
@@ -62,15 +62,23 @@ def test_loss_is_the_mean_cross_entropy_of_completion_tokens(folder, examples):
 def test_training_learns_a_handful_by_heart_and_evaluate_sees_it(folder, examples):
     vlm = VLM.load(folder)
     before = evaluate(vlm, examples, max_new_tokens=14)
-    assert sum(before.values()) == 0  # random weights do not write the format
+    assert means(before) == {
+        example.modality: 0.0 for example in examples
+    }  # random weights do not write the format
     losses = train_supervised(vlm, examples, steps=60, seed=0, **SETTINGS)
     assert len(losses) == 60 and losses[0] > 3 and losses[-1] < 0.05
     assert not vlm.model.training
     table = evaluate(vlm, examples, max_new_tokens=14, batch_size=3)
-    assert table == {example.modality: 1.0 for example in examples}
+    assert table == {example.modality: [1.0] for example in examples}
     wrong = [replace(e, answer="A" if e.answer != "A" else "B") for e in examples]
-    assert set(evaluate(vlm, wrong, max_new_tokens=14).values()) == {0.0}
-    assert set(evaluate(vlm, examples, max_new_tokens=3).values()) == {0.0}  # cut off
+    assert evaluate(vlm, wrong, max_new_tokens=14) == {e.modality: [0.0] for e in examples}
+    cut_off = evaluate(vlm, examples, max_new_tokens=3)
+    assert cut_off == {e.modality: [0.0] for e in examples}
+    # Every answer by itself, in the order of the questions, under its modality.
+    one = [replace(e, modality="CT") for e in (examples[0], wrong[1], examples[2])]
+    scores = evaluate(vlm, [*one, examples[3]], max_new_tokens=14)
+    assert scores == {"CT": [1.0, 0.0, 1.0], examples[3].modality: [1.0]}
+    assert means(scores) == {"CT": 2 / 3, examples[3].modality: 1.0}
 
 
 def test_training_repeats_to_the_bit(folder, examples):

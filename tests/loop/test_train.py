@@ -9,71 +9,60 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from small import config_of, run_rigged
 
+from kepo import hints as hints_module
+from kepo import train as train_module
 from kepo.config import Config
-from kepo.digits import write_digits
-from kepo.errors import KepoConfigError
-from kepo.metrics import MetricsLog, read_metrics
-from kepo.tiny import build_tiny
-from kepo.train import draw, exclusive, lr_share, train
+from kepo.data import load_omnimedvqa
+from kepo.errors import KepoConfigError, KepoError
+from kepo.metrics import read_metrics
+from kepo.questions import draw
+from kepo.train import exclusive, load_reference, lr_share, train
 
 STEPS = 6
 RUN = """
-import json, sys, torch
-torch.set_num_threads(1)
-from kepo.config import from_mapping
-from kepo.train import train
-sys.exit(train(from_mapping(json.load(open(sys.argv[1])), "test")))
+import json, sys
+from small import run_rigged
+sys.exit(run_rigged(json.load(open(sys.argv[1]))))
 """
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    root = tmp_path_factory.mktemp("made")
-    write_digits(root / "data", train=6, test=1, seed=0)
-    for size in ("student", "teacher"):
-        build_tiny(root / size, size=size, seed=1)
-    return root
-
-
-def config_of(made, run_dir, **settings):
-    base = Config(
-        student=str(made / "student"),
-        teacher=str(made / "teacher"),
-        train_data=str(made / "data" / "train"),
-        train_modalities=("scanned",),
+def whole_config(made, run_dir, **settings):
+    """Everything at once: hints, the dataset's answers, exchanged questions, two iterations."""
+    everything = dict(
         eval_data=str(made / "data" / "test"),
-        run_dir=str(run_dir),
         steps=STEPS,
-        prompts_per_step=2,
-        num_generations=2,
-        micro_batch=3,
-        max_completion_length=5,
-        # An untrained model never answers; format and a gate on it open for everything instead.
+        prompts_per_step=3,
+        num_iterations=2,
+        data_fraction=0.4,
+        dynamic_sampling=1,
         gate_reward=None,
-        num_hinted=0,
-        lr=1e-3,
-        save_every=1,
+        max_attempts=3,
+        hinted_correction="truncate",
         keep_checkpoints=STEPS,
+        log_completions_every=2,
+        lr=2e-4,
+        seed=2,  # one in which groups are rescued and exchanged
     )
-    return replace(base, **settings)
+    return config_of(made, run_dir, **{**everything, **settings})
 
 
 def start(config, tmp_path):
     record = tmp_path / "config.json"
     record.write_text(json.dumps(dataclasses.asdict(config)))
-    environment = dict(os.environ, PYTHONPATH=os.getcwd())
+    here = str(Path(__file__).parent)
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([os.getcwd(), here]))
     return subprocess.Popen([sys.executable, "-c", RUN, str(record)], env=environment)
 
 
 def wait_for_step(run_dir, step, process):
-    for _ in range(1200):
+    for _ in range(4000):  # a process may be slow to start on a busy machine
         if any(r["step"] >= step for r in read_metrics(Path(run_dir) / "metrics.jsonl")):
             return
         assert process.poll() is None, "the run ended early"
@@ -81,81 +70,142 @@ def wait_for_step(run_dir, step, process):
     raise AssertionError(f"step {step} was never reached")
 
 
-def final(run_dir):
-    folder = run_dir / "checkpoints" / f"step-{STEPS:08d}"
+def final(run_dir, step=STEPS):
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
     tensors = load_file(folder / "policy" / "model.safetensors")
     return tensors | load_file(folder / "optimizer.safetensors")
+
+
+def hints_at(run_dir, step):
+    state = run_dir / "checkpoints" / f"step-{step:08d}" / "state.json"
+    return json.loads(state.read_text())["hints"]
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """Drawing takes longer than the steps of a test that does not look at it."""
+    monkeypatch.setattr(train_module, "plot_curves", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(made, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("whole")
-    assert start(config_of(made, run_dir), run_dir).wait() == 0
+    assert run_rigged(dataclasses.asdict(whole_config(made, run_dir))) == 0
     return run_dir
 
 
 def test_a_run_writes_what_it_promises(uninterrupted, made):
     records = read_metrics(uninterrupted / "metrics.jsonl")
-    steps = [r for r in records if "reward/mean" in r]
+    steps = [r for r in records if "reward" in r]
     assert [r["step"] for r in steps] == list(range(1, STEPS + 1))
     for key in (
-        "gate/rate",
-        "rescue/rate",
-        "distill/divergence",
-        "policy/entropy",
-        "loss/distill",
+        "kepo/gate_rate",
+        "kepo/rescue_rate",
+        "kepo/divergence",
+        "entropy",
+        "kepo/kd_loss",
         "time/rollout",
         "time/update",
         "time/teacher",
     ):
         assert all(key in r for r in steps), key
-    assert all(r["distill/divergence"] > 0 and r["tokens/teacher"] > 0 for r in steps)
+    assert all(r["kepo/divergence"] > 0 and r["kepo/teacher_tokens"] > 0 for r in steps)
     assert [r["step"] for r in records if "eval" in r] == [0, STEPS]
     assert (uninterrupted / "curves.png").stat().st_size > 10_000
     before = load_file(made / "student" / "model.safetensors")
     after = final(uninterrupted)
     assert any(not torch.equal(before[name], after[name]) for name in before)
     # It learns: every gate is open, so the student must move towards the teacher.
-    assert steps[-1]["distill/divergence"] < steps[0]["distill/divergence"]
+    assert steps[-1]["kepo/divergence"] < steps[0]["kepo/divergence"]
+    # And every part was there.
+    for key in (
+        "hint_groups",
+        "hint_accepted",
+        "hinted_rate",
+        "data_completions",
+        "resampled_groups",
+    ):
+        assert sum(r[f"kepo/{key}"] for r in steps) > 0, key
+    assert sum(r["kepo/data_completions"] for r in steps) == int(0.4 * 3 * STEPS + 1e-9)
+
+
+def test_completions_are_written_down(uninterrupted, made):
+    lines = read_metrics(uninterrupted / "completions.jsonl")
+    assert sorted({r["step"] for r in lines}) == [1, 2, 4, 6]
+    for r in lines:
+        assert set(r) == {
+            *("step", "prompt", "image", "hint", "completion", "answer", "rewards"),
+            *("advantage", "gate", "truncated", "from_data"),
+        }
+        assert Path(r["image"]).is_file() and "Hint:" not in r["prompt"]
+        assert r["gate"] == 1.0 and set(r["rewards"]) == {"accuracy", "format"}
+    assert {r["from_data"] for r in lines} == {bool(r["hint"]) for r in lines} == {False, True}
+    assert all(r["advantage"] == 1.0 and r["hint"] is None for r in lines if r["from_data"])
+    assert all(r["rewards"]["accuracy"] == 1.0 and not r["truncated"] for r in lines if r["hint"])
 
 
 def test_kill_and_resume_ends_in_the_same_bits(uninterrupted, made, tmp_path):
     run_dir = tmp_path / "run"
-    config = config_of(made, run_dir, save_every=2)
+    config = whole_config(made, run_dir, save_every=2)
     process = start(config, tmp_path)
     wait_for_step(run_dir, 3, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     killed_at = read_metrics(run_dir / "metrics.jsonl")[-1]["step"]
     assert killed_at < STEPS, "killed too late to test anything"
-    assert start(config, tmp_path).wait() == 0
+    assert run_rigged(dataclasses.asdict(config)) == 0
     resumed, whole = final(run_dir), final(uninterrupted)
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert hints_at(run_dir, STEPS) == hints_at(uninterrupted, STEPS) != {}
 
-    def without_times(folder):
+    def without_machine(folder):
         return [
-            {key: value for key, value in r.items() if not key.startswith("time/")}
+            {k: v for k, v in r.items() if not k.startswith(("time/", "step_time", "mem/"))}
             for r in read_metrics(folder / "metrics.jsonl")
         ]
 
-    assert without_times(run_dir) == without_times(uninterrupted)
+    assert without_machine(run_dir) == without_machine(uninterrupted)
+    lines = (run_dir / "completions.jsonl").read_text()
+    assert lines == (uninterrupted / "completions.jsonl").read_text()
 
 
 def test_sigterm_saves_then_ends(made, tmp_path):
     run_dir = tmp_path / "run"
-    process = start(config_of(made, run_dir, save_every=1000, steps=1000), tmp_path)
+    config = config_of(made, run_dir, "grpo", save_every=1000, steps=1000)
+    process = start(config, tmp_path)
     wait_for_step(run_dir, 2, process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
+    assert process.wait(timeout=200) == 143
     step = read_metrics(run_dir / "metrics.jsonl")[-1]["step"]
     saved = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert saved == ["step-00000000", f"step-{step:08d}"]
 
 
+def test_an_evaluation_that_a_signal_prevented_is_made_up_for(
+    made, tmp_path, no_picture, monkeypatch
+):
+    """A signal in the last step ends the run before its final evaluation; resuming brings it."""
+    config = config_of(made, tmp_path, "grpo", eval_data=str(made / "data" / "test"), steps=1)
+    whole = train_module.step_metrics
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return whole(*arguments)
+
+    monkeypatch.setattr(train_module, "step_metrics", interrupted)
+    assert train(config) == 143
+    monkeypatch.setattr(train_module, "step_metrics", whole)
+    for _ in range(2):  # once, and not again
+        assert train(config) == 0
+        records = read_metrics(tmp_path / "metrics.jsonl")
+        assert [r["step"] for r in records if "eval" in r] == [0, 1]
+        assert [r["step"] for r in records if "reward" in r] == [1]
+
+
 def test_other_settings_do_not_resume(uninterrupted, made):
-    with pytest.raises(KepoConfigError, match=r"lr: 0\.001 -> 0\.01"):
-        train(config_of(made, uninterrupted, lr=0.01))
+    with pytest.raises(KepoConfigError, match=r"lr: 0\.0002 -> 0\.01"):
+        train(whole_config(made, uninterrupted, lr=0.01))
 
 
 def test_two_runs_cannot_share_a_folder(made, tmp_path):
@@ -163,33 +213,71 @@ def test_two_runs_cannot_share_a_folder(made, tmp_path):
         train(config_of(made, tmp_path))
 
 
-def test_plain_grpo_runs_without_a_teacher(made, tmp_path):
-    settings = dict(teacher=None, distill_coef=0.0, gate_reward=None, kl_coef=0.1, steps=1)
-    assert train(config_of(made, tmp_path, eval_data=None, **settings)) == 0
+def test_plain_grpo_runs_without_a_teacher(made, tmp_path, no_picture):
+    assert train(config_of(made, tmp_path, "grpo", kl_coef=0.1, steps=1)) == 0
     record = read_metrics(tmp_path / "metrics.jsonl")[-1]
-    assert record["tokens/teacher"] == 0 and record["policy/kl"] == pytest.approx(0.0, abs=1e-6)
+    assert record["kepo/teacher_tokens"] == 0 and record["kl"] == pytest.approx(0.0, abs=1e-6)
 
 
-def test_questions_come_round_in_epochs_and_depend_on_the_step_alone(made, tmp_path):
-    config = config_of(made, tmp_path, prompts_per_step=4)
-    examples = list(range(6))
-    steps = [draw(examples, config, step) for step in range(1, 7)]
-    seen = [q for step in steps for q in step]
-    for epoch in range(4):
-        assert sorted(seen[6 * epoch : 6 * epoch + 6]) == examples
-    assert seen[:6] != seen[6:12]
-    assert draw(examples, config, 5) == steps[4]
+def test_hints_survive_a_checkpoint_and_are_not_written_twice(
+    made, tmp_path, no_picture, monkeypatch
+):
+    """Six questions in three steps: from the fourth on, in a resumed run, all hints are known."""
+    written = []
+
+    def write(teacher, examples, config):
+        written.extend(example.id for example in examples)
+        return [f"look at {example.id}" for example in examples]
+
+    shown = []
+    whole_sample = hints_module.sample
+
+    def sample(*arguments, hints, **settings):
+        shown.extend(hints)
+        return whole_sample(*arguments, hints=hints, **settings)
+
+    monkeypatch.setattr(hints_module, "write_hints", write)
+    monkeypatch.setattr(hints_module, "sample", sample)
+    settings = dict(distill_coef=0.0, gate_reward=None, max_attempts=1)  # nobody ever succeeds
+    assert train(config_of(made, tmp_path, steps=3, **settings)) == 0
+    assert len(written) == len(set(written)) == 6
+    assert hints_at(tmp_path, 3) == {name: f"look at {name}" for name in written}
+    shown.clear()
+    assert train(config_of(made, tmp_path, steps=4, **settings)) == 0
+    config = config_of(made, tmp_path)
+    examples = load_omnimedvqa(config.train_data, modalities=config.train_modalities)
+    assert shown == [f"look at {example.id}" for example in draw(examples, config, 4)]
+    assert len(written) == 6
+    assert [r["kepo/hints_written"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [
+        2,
+        2,
+        2,
+        0,
+    ]
 
 
-def test_metrics_of_steps_to_be_repeated_are_dropped(tmp_path):
-    path = tmp_path / "m.jsonl"
-    log = MetricsLog(path, resume_step=-1)
-    for step in (0, 1, 2, 3):
-        log.write(step, {"x": step})
-    with path.open("a") as file:
-        file.write('{"step": 4, "x"')  # cut short by a kill
-    MetricsLog(path, resume_step=2).write(3, {"x": 30})
-    assert read_metrics(path) == [{"step": s, "x": x} for s, x in ((0, 0), (1, 1), (2, 2), (3, 30))]
+def test_steps_without_a_finite_gradient_are_skipped_until_it_is_too_many(
+    made, tmp_path, monkeypatch
+):
+    whole = train_module.kepo_step
+
+    def broken(*arguments):
+        loss, logprobs = whole(*arguments)
+        return loss * torch.nan, logprobs
+
+    monkeypatch.setattr(train_module, "kepo_step", broken)
+    config = config_of(made, tmp_path, "grpo", max_skipped_steps=1)
+    with pytest.raises(KepoError, match="2 steps in a row had no finite gradient"):
+        train(config)
+    assert [r["skipped"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    before, after = load_file(made / "student" / "model.safetensors"), final(tmp_path, 1)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_reference_is_kept_only_for_its_penalty(monkeypatch):
+    monkeypatch.setattr(train_module, "load_model", lambda config, path: path)
+    assert load_reference(Config(student="s")) is None
+    assert load_reference(Config(student="s", kl_coef=0.1)) == "s"
 
 
 def test_learning_rate_rises_then_falls_in_a_line():

@@ -208,7 +208,7 @@ def test_select_and_repeat_refuse_nonsense(vlm, prompts):
 
 def test_greedy_generation_is_the_argmax_of_completion_hidden(vlm, prompts):
     inputs = vlm.encode(prompts)
-    ids, mask = vlm.generate(inputs, max_new_tokens=8, temperature=0.0)
+    ids, mask, _ = vlm.generate(inputs, max_new_tokens=8, temperature=0.0)
     with torch.no_grad():
         logits = vlm.completion_hidden(inputs, ids, mask) @ vlm.lm_head.T
     logits[..., vlm._never_sampled()] = -torch.inf
@@ -219,7 +219,7 @@ def test_generate_stops_at_the_end_token_and_never_samples_placeholders(vlm, pro
     torch.manual_seed(0)
     end = vlm.tokenizer.eos_token_id
     vlm.model.train()
-    ids, mask = vlm.generate(
+    ids, mask, _ = vlm.generate(
         vlm.encode(prompts), max_new_tokens=200, temperature=3.0, num_return_sequences=8
     )
     assert vlm.model.training
@@ -245,8 +245,8 @@ def test_generate_repeats_with_the_seed_and_keeps_samples_of_a_prompt_together(v
         )[0]
 
     assert torch.equal(sample(1), sample(1)) and not torch.equal(sample(1), sample(2))
-    greedy, _ = vlm.generate(vlm.encode(prompts), max_new_tokens=6, temperature=0.0)
-    cold, _ = vlm.generate(
+    greedy, _, _ = vlm.generate(vlm.encode(prompts), max_new_tokens=6, temperature=0.0)
+    cold, _, _ = vlm.generate(
         vlm.encode(prompts), max_new_tokens=6, temperature=1e-5, num_return_sequences=2
     )
     assert torch.equal(cold, greedy.repeat_interleave(2, 0))

@@ -1,0 +1,35 @@
+"""A tiny student, its teacher and a few questions, made once for all tests of the whole loop."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """Folder with `student`, `teacher` and `data`; the student ends after a few tokens or many."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("sklearn")
+    from kepo.data import load_omnimedvqa
+    from kepo.digits import write_digits
+    from kepo.prompts import question_prompt
+    from kepo.tiny import build_tiny
+    from kepo.vlm import VLM, Prompt
+
+    root = tmp_path_factory.mktemp("made")
+    write_digits(root / "data", train=6, test=1, seed=0)
+    for size in ("student", "teacher"):
+        build_tiny(root / size, size=size, seed=1)
+
+    # Untrained, it ends one time in hundreds, and a completion cut off is never a success.
+    student = VLM.load(root / "student")
+    asked = load_omnimedvqa(root / "data" / "train")[:8]
+    inputs = student.encode([Prompt(question_prompt(e), e.image) for e in asked])
+    torch.manual_seed(0)
+    ids, mask, _ = student.generate(inputs, max_new_tokens=8, temperature=1.0)
+    with torch.no_grad():
+        states = student.completion_hidden(inputs, ids, mask)[mask]
+        towards = states.mean(0)
+        head = student.lm_head
+        head[student.tokenizer.eos_token_id] = towards * 5.0 / towards.square().sum()
+    student.save(root / "student")
+    return root
