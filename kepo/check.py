@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from kepo.config import TOTAL, Config
-from kepo.errors import KepoConfigError
+from kepo.data import layout_of
+from kepo.errors import KepoConfigError, KepoDataError
 from kepo.rewards import REWARDS
 
 
@@ -19,13 +19,16 @@ def check(config: Config) -> None:
     if not config.student:
         _refuse("student is not set; give the folder of a vision-language model")
     if not config.train_data:
-        _refuse("train_data is not set; give a folder in OmniMedVQA's layout")
+        _refuse("train_data is not set; give a folder in OmniMedVQA's layout, or see --help")
     for name in ("train_data", "eval_data"):
         folder = getattr(config, name)
-        if folder is not None and not (Path(folder) / "QA_information").is_dir():
-            _refuse(
-                f"{name}={folder!r}: no folder QA_information in it; expected OmniMedVQA's layout"
-            )
+        if folder is not None:
+            try:
+                layout_of(folder)
+            except KepoDataError as error:
+                _refuse(f"{name}={folder!r}: {error}")
+    if config.eval_share and config.eval_data is not None:
+        _refuse(f"eval_share={config.eval_share} and eval_data are two evaluations; give one")
     if config.hints and config.num_hinted > config.num_generations:
         _refuse(
             f"num_hinted={config.num_hinted} is more than num_generations="
@@ -66,6 +69,7 @@ def _ranges(config: Config) -> None:
         "a number > 0",
     )
     bound("top_p", lambda x: 0 < x <= 1, "a number in (0, 1]")
+    bound("eval_share", lambda x: 0 <= x < 1, "a number in [0, 1)")
     bound("beta epsilon_low lr_end data_fraction", lambda x: 0 <= x <= 1, "a number in [0, 1]")
     bound(
         "entropy_coef gate_threshold hint_threshold accept_threshold",
@@ -81,6 +85,7 @@ def _names(config: Config) -> None:
             _refuse(f"{name}={value!r}; expected one of {', '.join(map(str, choices))}")
 
     choose("dtype", ("float32", "bfloat16", "float16"))
+    choose("bad_records", ("skip", "fail"))
     choose("impl", ("auto", "triton", "cpu", "torch"))
     choose("policy_reduction", ("token_mean", "sequence_mean", "sum", "dr_grpo"))
     choose("distill_reduction", ("token_mean", "sequence_mean", "sum"))

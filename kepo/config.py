@@ -24,11 +24,25 @@ class Config:
     teacher: str | None = None
     """Folder or Hub name of the frozen teacher with the same tokenizer. None = plain GRPO."""
     train_data: str = ""
-    """Folder in OmniMedVQA's layout."""
+    """Folder in OmniMedVQA's layout, Med-R1's split files, or what datasets.save_to_disk wrote."""
     train_modalities: tuple[str, ...] | None = None
     """Train on these modalities only. None = all."""
+    train_question_types: tuple[str, ...] | None = None
+    """Train on these types of question only. None = all."""
     eval_data: str | None = None
-    """Folder in OmniMedVQA's layout for greedy evaluation, all modalities. None = no evaluation."""
+    """Data for greedy evaluation, all of it, in any of those layouts. None = no evaluation."""
+    eval_share: float = 0.0
+    """In place of eval_data: evaluate on this share of the images of train_data, all modalities,
+    and train on none of them. The same images for every seed. 0 = no such split."""
+    image_root: str | None = None
+    """Where image paths begin. None = the dataset's folder; for Med-R1's files the nearest folder
+    above with Images in it."""
+    bad_records: str = "skip"
+    """skip: records that are wrong, or whose image is missing or outside image_root, are left out
+    and counted in data.json. fail: the first one ends the run."""
+    verify_images: bool = True
+    """Decode every image before the first step: an unreadable one is a bad record then, not an
+    error in the middle, and images are compared by content. False = see only that they exist."""
     run_dir: str = "runs/kepo"
     """Where checkpoints, metrics.jsonl and curves.png go. An existing run there is resumed."""
     dtype: str = "float32"

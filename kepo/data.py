@@ -1,38 +1,130 @@
-"""Multiple-choice questions about images, read from OmniMedVQA's own layout on disk."""
+"""Multiple-choice questions about images, read from disk in any of three layouts.
+
+    python -m kepo.data check PATH        # reads everything once and lists what is wrong
+
+OmniMedVQA as published (``omnimedvqa``), Med-R1's split files (``medr1``), and what
+``datasets.save_to_disk`` wrote (``hf``).
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from tqdm import tqdm
 
+from kepo import hf, medr1, omnimedvqa
 from kepo.errors import KepoConfigError, KepoDataError
+from kepo.example import LETTERS, UNKNOWN, Example
+from kepo.images import load_image, locate, open_rgb
+from kepo.records import KINDS, BadRecord, Parsed, Problem, Source
 
-LETTERS = "ABCD"
-_LAYOUT = "QA_information/**/*.json next to the images, as OmniMedVQA is published"
+__all__ = [
+    "LETTERS",
+    "UNKNOWN",
+    "DataReport",
+    "Example",
+    "layout_of",
+    "load_examples",
+    "load_image",
+    "load_omnimedvqa",
+    "open_rgb",
+]
 
 
 @dataclass(frozen=True)
-class Example:
-    """One question about one image."""
+class Layout:
+    """How one kind of dataset is read; ``records`` says what rows and parse promise."""
 
-    id: str
-    """question_id of the file, unique in the dataset."""
-    question: str
-    options: tuple[str, ...]
-    """Texts of options A, B, C, D in this order; two to four of them."""
-    answer: str
-    """The right letter."""
-    image: Path
-    """Absolute path; existed under the dataset root when it was read."""
-    modality: str
-    question_type: str
-    rationale: str = ""
-    """Worked solution where the file has one ("3 + 5 = 8"); "" for plain OmniMedVQA."""
+    name: str
+    rows: Callable[[Path], Iterator[tuple[str, Any]]]
+    parse: Callable[[Any, str], Parsed]
+    quirks: Callable[[dict[str, Any], Example], list[str]] = lambda record, example: []
+
+
+OMNIMEDVQA = Layout("OmniMedVQA", omnimedvqa.rows, omnimedvqa.parse, omnimedvqa.quirks)
+MEDR1 = Layout("Med-R1 split", medr1.rows, medr1.parse)
+HF = Layout("datasets folder", hf.rows, medr1.parse)
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What a loader found: how much it read and kept, and everything it left out."""
+
+    path: Path
+    layout: str
+    records: int
+    """Read in all."""
+    questions: int
+    """Kept after filters, limits and bad records."""
+    problems: tuple[Problem, ...]
+    """One per record that was left out because something is wrong with it."""
+    quirks: dict[str, int]
+    """Departures from the published schema that were understood, and how many records have them."""
+
+    def counts(self) -> dict[str, int]:
+        """Records left out, by kind of problem."""
+        found = Counter(problem.kind for problem in self.problems)
+        return {kind: found[kind] for kind in KINDS if found[kind]}
+
+    def summary(self) -> str:
+        """One line; with problems, a second one that counts them and names the first."""
+        line = f"{self.path}: {self.questions} of {self.records} questions ({self.layout})"
+        if not self.problems:
+            return line
+        kinds = ", ".join(f"{kind} {count}" for kind, count in self.counts().items())
+        return (
+            f"{line}\n  {len(self.problems)} bad records left out: {kinds}; "
+            f"first: {self.problems[0]}"
+        )
+
+
+def layout_of(path: str | Path) -> Layout:
+    """The layout of a folder, or of a JSON file; KepoDataError if it is none of the three."""
+    path = Path(path)
+    if (path / omnimedvqa.FOLDER).is_dir():
+        return OMNIMEDVQA
+    if any((path / name).is_file() for name in (hf.DICT, hf.SINGLE)):
+        return HF
+    if (path.suffix == ".json" and path.is_file()) or next(path.rglob("*.json"), None):
+        return MEDR1
+    found = "is not there" if not path.exists() else "is of no layout known here"
+    raise KepoDataError(
+        f"{path} {found}; expected a folder with {omnimedvqa.FOLDER}, one written by "
+        "datasets.save_to_disk, or JSON files of image, problem, solution"
+    )
+
+
+def load_examples(
+    path: str | Path,
+    *,
+    modalities: Sequence[str] | None = None,
+    question_types: Sequence[str] | None = None,
+    limit: int | None = None,
+    image_root: str | Path | None = None,
+    bad_records: str = "skip",
+    progress: bool = False,
+) -> tuple[list[Example], DataReport]:
+    """Read a dataset of any layout, in the order of its sorted files.
+
+    modalities, question_types: keep only these; None keeps all.
+    limit: the first so many of what is kept; None keeps all.
+    image_root: where image paths begin, and which they must not leave. None = the dataset's folder;
+        for Med-R1's files the nearest folder above that has ``Images``.
+    bad_records: "skip" leaves out records with which something is wrong and reports them, "fail"
+        raises at the first.
+    progress: show a bar.
+
+    The images must exist; whether they can be decoded, ``images.digests_of`` says.
+    Raises KepoDataError for an unknown layout, an unknown name in a filter, or if nothing is left.
+    """
+    return _load(
+        layout_of(path), Path(path), modalities, question_types, limit, image_root, bad_records,
+        progress,
+    )  # fmt: skip
 
 
 def load_omnimedvqa(
@@ -42,140 +134,93 @@ def load_omnimedvqa(
     question_types: Sequence[str] | None = None,
     limit: int | None = None,
 ) -> list[Example]:
-    """Read ``root/QA_information/**/*.json``, files in sorted order, records in file order.
+    """``load_examples`` for data of which every record must be right: the first bad one raises."""
+    return _load(OMNIMEDVQA, Path(root), modalities, question_types, limit, None, "fail")[0]
 
-    Each file is a JSON list of objects with ``question_id, question_type, question, gt_answer,
-    image_path, option_A ...`` and ``modality_type`` (or ``modality``). Options C and D may be
-    absent. ``image_path`` is relative to ``root``. The right letter is that of the one option equal
-    to ``gt_answer``, apart from case, spaces and a final period.
 
-    modalities, question_types: keep only these; None keeps all.
-    limit: the first so many of what is kept; None keeps all.
-
-    Raises KepoDataError, which names the file and the index in it, for a missing folder, a broken
-    record, a repeated id, an unknown name in a filter, an image that is missing or outside root.
-    """
+def _load(
+    layout: Layout,
+    path: Path,
+    modalities: Sequence[str] | None,
+    question_types: Sequence[str] | None,
+    limit: int | None,
+    image_root: str | Path | None,
+    bad_records: str,
+    progress: bool = False,
+) -> tuple[list[Example], DataReport]:
     if limit is not None and limit < 1:
-        raise KepoConfigError(f"load_omnimedvqa: limit is {limit}; give None or a number >= 1")
-    root = Path(root).resolve()
-    folder = root / "QA_information"
-    if not folder.is_dir():
-        raise KepoDataError(
-            f"load_omnimedvqa: root={root} has no folder QA_information; expected {_LAYOUT}"
+        raise KepoConfigError(f"load_examples: limit is {limit}; give None or a number >= 1")
+    if bad_records not in ("skip", "fail"):
+        raise KepoConfigError(
+            f"load_examples: bad_records is {bad_records!r}; expected 'skip' or 'fail'"
         )
-    files = sorted(folder.rglob("*.json"))
-    if not files:
-        raise KepoDataError(f"load_omnimedvqa: no *.json under {folder}; expected {_LAYOUT}")
+    path = path.resolve()
+    root = _image_root(layout, path, image_root)
+    problems: list[Problem] = []
 
-    records: list[tuple[str, Example]] = []
+    def bad(where: str, error: BadRecord) -> None:
+        problem = Problem(error.kind, where, str(error))
+        if bad_records == "fail":
+            raise KepoDataError(f"load_examples: {problem}")
+        problems.append(problem)
+
+    parsed: list[tuple[str, Example, Source]] = []
     first_seen: dict[str, str] = {}
-    for file in files:
-        for index, record in enumerate(_read_list(file)):
-            where = f"{file}[{index}]"
-            example = _parse(record, root, where)
-            if example.id in first_seen:
-                raise KepoDataError(
-                    f"load_omnimedvqa: question_id {example.id!r} at {where} was already used at "
-                    f"{first_seen[example.id]}; ids must be unique in a dataset"
+    quirks: Counter[str] = Counter()
+    records = 0
+    rows = tqdm(layout.rows(path), desc=path.name, unit=" records", disable=not progress)
+    for where, record in rows:
+        records += 1
+        try:
+            if isinstance(record, BadRecord):
+                raise record
+            example, source = layout.parse(record, where)
+            if (earlier := first_seen.setdefault(example.id, where)) != where:
+                raise BadRecord(
+                    "duplicate id",
+                    f"the id {example.id!r} was already used at {earlier}; ids must be unique",
                 )
-            first_seen[example.id] = where
-            records.append((where, example))
+        except BadRecord as error:
+            bad(where, error)
+            continue
+        quirks.update(layout.quirks(record, example))
+        parsed.append((where, example, source))
 
-    _check_names("modalities", modalities, {e.modality for _, e in records})
-    _check_names("question_types", question_types, {e.question_type for _, e in records})
-    kept = [
-        (where, example)
-        for where, example in records
-        if (modalities is None or example.modality in modalities)
-        and (question_types is None or example.question_type in question_types)
-    ][:limit]
+    if parsed:  # otherwise the names are not to blame
+        _check_names("modalities", modalities, {e.modality for _, e, _ in parsed})
+        _check_names("question_types", question_types, {e.question_type for _, e, _ in parsed})
+    kept: list[Example] = []
     # Only what is returned is looked up on disk: a subset may be used without all 88,996 images.
-    for where, example in kept:
-        _check_image(example.image, root, where)
-    return [example for _, example in kept]
+    for where, example, source in parsed:
+        if modalities is not None and example.modality not in modalities:
+            continue
+        if question_types is not None and example.question_type not in question_types:
+            continue
+        if len(kept) == limit:
+            break
+        try:
+            kept.append(replace(example, image=locate(source, root)))
+        except BadRecord as error:
+            bad(where, error)
+    report = DataReport(path, layout.name, records, len(kept), tuple(problems), dict(quirks))
+    if not kept:
+        raise KepoDataError(f"load_examples: no question is left of {report.summary()}")
+    return kept, report
 
 
-def load_image(example: Example) -> Image.Image:
-    """The example's image as RGB; KepoDataError if it cannot be decoded."""
-    return open_rgb(example.image)
-
-
-def open_rgb(path: Path) -> Image.Image:
-    """Decode an image file fully, as RGB; KepoDataError names the file that cannot be decoded."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise KepoDataError(
-            f"open_rgb: cannot read the image {path}: {error}; expected a readable PNG or JPEG"
-        ) from error
-
-
-def _read_list(file: Path) -> list[Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise KepoDataError(f"load_omnimedvqa: {file} is not readable JSON: {error}") from error
-    if not isinstance(content, list):
-        raise KepoDataError(
-            f"load_omnimedvqa: {file} holds a {type(content).__name__}; expected a list of objects"
-        )
-    return content
-
-
-def _parse(record: Any, root: Path, where: str) -> Example:
-    if not isinstance(record, dict):
-        raise KepoDataError(
-            f"load_omnimedvqa: {where} is a {type(record).__name__}; expected an object"
-        )
-    options = _options(record, where)
-    modality_key = "modality_type" if "modality_type" in record else "modality"
-    return Example(
-        id=_text(record, "question_id", where),
-        question=_text(record, "question", where),
-        options=options,
-        answer=_right_letter(_text(record, "gt_answer", where), options, where),
-        image=root / _text(record, "image_path", where),
-        modality=_text(record, modality_key, where),
-        question_type=_text(record, "question_type", where),
-        rationale=_text(record, "rationale", where) if "rationale" in record else "",
+def _image_root(layout: Layout, path: Path, given: str | Path | None) -> Path:
+    if given is not None:
+        if not Path(given).is_dir():
+            raise KepoDataError(f"load_examples: image_root={str(given)!r} is not a folder")
+        return Path(given).resolve()
+    if layout is not MEDR1:
+        return path
+    for folder in (path, *path.parents):
+        if (folder / "Images").is_dir():
+            return folder
+    raise KepoDataError(
+        f"load_examples: no folder above {path} has Images; set image_root to the one that does"
     )
-
-
-def _text(record: dict[str, Any], key: str, where: str) -> str:
-    value = record.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise KepoDataError(
-            f"load_omnimedvqa: {where} has {key}={value!r}; expected a non-empty string"
-        )
-    return value
-
-
-def _options(record: dict[str, Any], where: str) -> tuple[str, ...]:
-    present = [letter for letter in LETTERS if record.get(f"option_{letter}") is not None]
-    if len(present) < 2 or "".join(present) != LETTERS[: len(present)]:
-        raise KepoDataError(
-            f"load_omnimedvqa: {where} has options {present}; expected option_A, option_B and "
-            "optionally option_C, option_D, without gaps"
-        )
-    return tuple(_text(record, f"option_{letter}", where) for letter in present)
-
-
-def _right_letter(gt_answer: str, options: tuple[str, ...], where: str) -> str:
-    wanted = _plain(gt_answer)
-    matches = [
-        letter for letter, option in zip(LETTERS, options, strict=False) if _plain(option) == wanted
-    ]
-    if len(matches) != 1:
-        raise KepoDataError(
-            f"load_omnimedvqa: {where} has gt_answer={gt_answer!r}, which equals "
-            f"{len(matches)} of the options {options}; expected exactly one"
-        )
-    return matches[0]
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).rstrip(". ").casefold()
 
 
 def _check_names(argument: str, wanted: Sequence[str] | None, present: set[str]) -> None:
@@ -183,21 +228,16 @@ def _check_names(argument: str, wanted: Sequence[str] | None, present: set[str])
         return
     if isinstance(wanted, str):
         raise KepoConfigError(
-            f"load_omnimedvqa: {argument}={wanted!r} is a string; give a sequence of names"
+            f"load_examples: {argument}={wanted!r} is a string; give a sequence of names"
         )
     if unknown := sorted(set(wanted) - present):
         raise KepoDataError(
-            f"load_omnimedvqa: {argument} names {unknown}, which the dataset lacks; "
+            f"load_examples: {argument} names {unknown}, which the dataset lacks; "
             f"it has {sorted(present)}"
         )
 
 
-def _check_image(image: Path, root: Path, where: str) -> None:
-    # resolve() also follows links, so a link inside root cannot lead out of it.
-    if not image.resolve().is_relative_to(root):
-        raise KepoDataError(
-            f"load_omnimedvqa: image_path of {where} leads to {image.resolve()}, outside {root}; "
-            "image paths must stay inside the dataset root"
-        )
-    if not image.is_file():
-        raise KepoDataError(f"load_omnimedvqa: image of {where} not found at {image}")
+if __name__ == "__main__":
+    from kepo.datacheck import run
+
+    run()

@@ -1,4 +1,4 @@
-"""Greedy accuracy by modality, and its split into in-domain and out-of-domain."""
+"""Greedy accuracy by modality or type of question; its split into in-domain and out-of-domain."""
 
 from __future__ import annotations
 
@@ -40,9 +40,21 @@ def evaluate(
     return scores
 
 
+def by_question_type(
+    examples: Sequence[Example], scores: Mapping[str, Sequence[float]]
+) -> dict[str, list[float]]:
+    """The scores that ``evaluate`` gave these same examples, by type of question instead."""
+    left = {modality: iter(values) for modality, values in scores.items()}
+    types: dict[str, list[float]] = {}
+    for example in examples:
+        types.setdefault(example.question_type, []).append(next(left[example.modality]))
+    assert all(next(values, None) is None for values in left.values()), "other examples"
+    return types
+
+
 def means(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Accuracy of each modality."""
-    return {modality: sum(values) / len(values) for modality, values in scores.items()}
+    """Accuracy of each modality, or type of question."""
+    return {name: sum(values) / len(values) for name, values in scores.items()}
 
 
 def summary(table: Mapping[str, float], source: str) -> tuple[float, float]:

@@ -27,9 +27,8 @@ from kepo import checkpoint
 from kepo.batch import collate
 from kepo.check import check
 from kepo.config import MAY_CHANGE_ON_RESUME, Config, from_mapping, load
-from kepo.data import Example, load_omnimedvqa
 from kepo.errors import KepoConfigError, KepoError
-from kepo.evaluate import evaluate, means
+from kepo.evaluate import by_question_type, evaluate, means
 from kepo.explore import explore
 from kepo.hints import Hints
 from kepo.metrics import StepLog, completion_records, peak_gb, read_metrics, step_metrics
@@ -37,6 +36,7 @@ from kepo.plots import plot_curves
 from kepo.questions import draw, from_data, seed_of
 from kepo.rollout import demonstrations
 from kepo.signals import StopRequest
+from kepo.sources import load_data, write_record
 from kepo.step import StepTotals, kepo_step
 from kepo.vlm import VLM
 
@@ -45,14 +45,15 @@ def train(config: Config) -> int:
     """Run (or resume) the training that ``config`` describes; returns the exit code.
 
     0 when all steps are done, 130 or 143 when Ctrl-C or SIGTERM ended it after saving.
-    Writes checkpoints, metrics.jsonl and curves.png under ``config.run_dir``.
+    Writes checkpoints, metrics.jsonl, data.json and curves.png under ``config.run_dir``.
     """
     check(config)
     own_progress_only()
     run_dir = Path(config.run_dir)
     checkpoints = run_dir / "checkpoints"
-    examples = load_omnimedvqa(config.train_data, modalities=config.train_modalities)
-    eval_examples = load_eval(config)
+    data = load_data(config)
+    print(data.summary, flush=True)
+    examples = data.train
     with exclusive(run_dir), StopRequest() as stop:
         resume = checkpoint.latest_checkpoint(checkpoints)
         done = 0
@@ -60,6 +61,7 @@ def train(config: Config) -> int:
             state = checkpoint.load_state(resume)
             refuse_other_config(config, state["config"], resume)
             done = state["step"]
+        write_record(data, run_dir, resuming=resume is not None)
         policy = load_model(config, str(resume / "policy") if resume else config.student)
         teacher = load_model(config, config.teacher) if config.distils or config.hints else None
         ref = load_reference(config)
@@ -89,14 +91,17 @@ def train(config: Config) -> int:
             )
 
         def measure(step: int) -> None:
-            if eval_examples:
+            if data.eval:
                 scores = evaluate(
                     policy,
-                    eval_examples,
+                    data.eval,
                     max_new_tokens=config.max_completion_length,
                     batch_size=config.eval_batch,
                 )
-                log.write(step, {"eval": means(scores), "eval_items": as_digits(scores)})
+                values = {"eval": means(scores), "eval_items": as_digits(scores)}
+                if len(types := by_question_type(data.eval, scores)) > 1:
+                    values["eval_types"] = means(types)
+                log.write(step, values)
 
         def is_measured(step: int) -> bool:
             return step in (0, config.steps) or bool(
@@ -117,11 +122,11 @@ def train(config: Config) -> int:
             torch.manual_seed(seed_of(config.seed, step))
             questions = draw(examples, config, step)
             own = len(questions) - from_data(config, step)
-            data = demonstrations(policy, questions[own:], config)
+            given = demonstrations(policy, questions[own:], config)
             found = explore(questions[:own], policy, teacher, config, hints, examples, step)
             explored = time.perf_counter()
 
-            batch = collate(found.groups, config, data)
+            batch = collate(found.groups, config, given)
             micros = batch.split(config.micro_batch)
             totals = StepTotals()
             for group in optimizer.param_groups:
@@ -144,7 +149,7 @@ def train(config: Config) -> int:
                     tqdm.write(f"step {step}: gradient norm is {norm.item()}; the step is skipped")
             ended = time.perf_counter()
 
-            values = step_metrics(found, data, batch, totals, config)
+            values = step_metrics(found, given, batch, totals, config)
             values |= {
                 "grad_norm": norm.item(),
                 "learning_rate": optimizer.param_groups[0]["lr"],
@@ -157,7 +162,7 @@ def train(config: Config) -> int:
                 "mem/peak_gb": peak_gb(policy.device),
             }
             log.write(step, values)
-            rollouts = [rollout for group in found.groups for rollout in group] + data
+            rollouts = [rollout for group in found.groups for rollout in group] + given
             every = config.log_completions_every
             if every and (step == 1 or step % every == 0):
                 completions.write(step, *completion_records(rollouts, batch))
@@ -199,19 +204,6 @@ def source_of(config: Config) -> str | None:
     """The one training modality, if it is one."""
     single = config.train_modalities is not None and len(config.train_modalities) == 1
     return config.train_modalities[0] if single else None
-
-
-def load_eval(config: Config) -> list[Example]:
-    """The evaluation questions, at most ``eval_limit`` of each modality, in file order."""
-    if config.eval_data is None:
-        return []
-    kept: list[Example] = []
-    count: dict[str, int] = {}
-    for example in load_omnimedvqa(config.eval_data):
-        count[example.modality] = count.get(example.modality, 0) + 1
-        if config.eval_limit is None or count[example.modality] <= config.eval_limit:
-            kept.append(example)
-    return kept
 
 
 def load_model(config: Config, path: str) -> VLM:

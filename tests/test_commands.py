@@ -16,10 +16,12 @@ def run(*words: object) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("module", ["kepo.train", "kepo.demo", "kepo.compare", "kepo_kernels"])
-def test_help(module):
-    out = run("-m", module, "--help")
-    assert f"usage: python -m {module}" in out
+@pytest.mark.parametrize(
+    "command", ["kepo.train", "kepo.demo", "kepo.compare", "kepo.data check", "kepo_kernels"]
+)
+def test_help(command):
+    out = run("-m", *command.split(), "--help")
+    assert f"usage: python -m {command}" in out
 
 
 @pytest.mark.parametrize("script", ["bench_loss.py", "bench_gate.py", "plot.py", "compare.py"])
