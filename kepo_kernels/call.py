@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kepo_kernels.devices import moved
 from kepo_kernels.engine import TokenLoss, TokenStats, fused_loss, loss_and_gradients
 from kepo_kernels.heads import Head, LoRA
 from kepo_kernels.problem import Teacher
@@ -24,6 +25,9 @@ class Call:
     head: Head
     bias: Tensor | None
     completion_mask: Tensor | None
+    planned_on: torch.device
+    """Where it is worked out which rows take part: the CPU, where that waits for no device, if all
+    that decides it is there or None; else where the states are."""
     engine: dict[str, object]
     needs: tuple[bool, ...] | None
     """None, or what `kepo_kernels.compiled` wants in place of a differentiable loss: which of the
@@ -46,22 +50,29 @@ class Call:
         teacher.check(self.check, self.hidden)
         return teacher
 
-    def weights(self, gate: Tensor | None, **given: Tensor | str | None) -> Tensor:
-        """One fp64 weight per token: `..reduction` of mask and gate, or `..weights` times both."""
+    def weights(
+        self, gate: Tensor | None, coefficient: float = 1.0, **given: Tensor | str | None
+    ) -> tuple[Tensor, Tensor]:
+        """One fp64 weight per token, on the states' device: `coefficient` times `..reduction` of
+        mask and gate, or times `..weights` and both. And where it is not 0, where rows are planned.
+        """
         (weights_name, weights), (reduction_name, reduction) = given.items()
         self.check.reduction(reduction_name, reduction)
         self.check.lead(self.lead, **{weights_name: weights})
-        self.check.same_device(self.hidden, **{weights_name: weights})
-        mask = self.completion_mask
-        if mask is None:
-            mask = torch.ones(self.lead, dtype=torch.bool, device=self.hidden.device)
-        gate = None if gate is None else gate.to(mask.device)
+        self.check.same_device_or_cpu(self.hidden, **{weights_name: weights})
+        mask, here = self.completion_mask, self.planned_on
+        mask = torch.ones(self.lead, dtype=torch.bool, device=here) if mask is None else mask
+        mask, gate, weights = (
+            None if x is None else moved(x.detach(), here) for x in (mask, gate, weights)
+        )
         if weights is None:
-            return loss_weights(mask, gate, reduction)
-        present = loss_weights(mask, gate, "sum")
-        weights = torch.where(present != 0, weights.detach().to(torch.float64) * present, 0)
-        self.check.finite(weights != 0, **{weights_name: weights})
-        return weights
+            weights = loss_weights(mask, gate, reduction)
+        else:
+            present = loss_weights(mask, gate, "sum")
+            weights = torch.where(present != 0, weights.to(torch.float64) * present, 0)
+            self.check.finite(weights != 0, **{weights_name: weights})
+        weights = coefficient * weights
+        return moved(weights, self.hidden.device), weights != 0
 
     def run(self, student: Student, problem: LinearProblem, token_loss: TokenLoss) -> Result:
         """The loss, and the numbers of every token if `return_stats` asks for them."""
@@ -81,16 +92,21 @@ def begin(
     bias: Tensor | None,
     completion_mask: Tensor | None,
     engine: dict[str, object],
+    *deciding: Tensor | None,
 ) -> Call:
-    """Check what every call has."""
+    """Check what every call has; `deciding` are gate and weights, by which rows take part."""
     check = Validator(function)
     needs = engine.pop("_needs", None)
     check.engine(engine)
     hidden, head, bias = autocast(hidden, Head.of(lm_head), bias)
     check.head(("hidden", "lm_head", "bias"), hidden, head, bias)
     check.mask(completion_mask, hidden.shape[:-1])
-    check.same_device(hidden, lm_head=head.weight, bias=bias, completion_mask=completion_mask)
-    return Call(check, hidden, head, bias, completion_mask, engine, needs)
+    check.same_device(hidden, lm_head=head.weight, bias=bias)
+    check.same_device_or_cpu(hidden, completion_mask=completion_mask)
+    given = [x.device for x in (completion_mask, *deciding) if isinstance(x, Tensor)]
+    cpu = torch.device("cpu")
+    planned_on = cpu if hidden.is_cuda and all(x == cpu for x in given) else hidden.device
+    return Call(check, hidden, head, bias, completion_mask, planned_on, engine, needs)
 
 
 def at(weights: Tensor, rows: Tensor) -> Tensor:

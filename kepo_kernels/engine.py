@@ -97,7 +97,9 @@ def loss_and_gradients(
     numbers, dropped, head_rows = sweep(student, problem, coefficients, gradients)
     gradients = gradients or Gradients(*[None] * len(student))
     total = total.to(numbers.dtype)
-    return Formed(total, numbers, total.new_tensor(dropped), gradients, head_rows)
+    # new_tensor would copy the number from the host, and wait for the device.
+    dropped = total.new_full((), dropped)
+    return Formed(total, numbers, dropped, gradients, head_rows)
 
 
 def scaled(

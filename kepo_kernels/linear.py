@@ -7,9 +7,10 @@ from torch import Tensor
 
 from kepo_kernels.call import Result, at, begin
 from kepo_kernels.compiled import breaks_graph
+from kepo_kernels.devices import moved
 from kepo_kernels.engine import TokenLoss, TokenStats, row_numbers
 from kepo_kernels.heads import Head
-from kepo_kernels.problem import active_tokens, build_problem
+from kepo_kernels.problem import build_problem
 from kepo_kernels.validate import describe
 from kepo_kernels.weights import per_token
 
@@ -39,7 +40,7 @@ def fused_linear_logprobs(
     call = begin("fused_linear_logprobs", hidden, lm_head, bias, completion_mask, engine)
     check, lead = call.check, call.lead
     check.softmax(temperature)
-    active = active_tokens(lead, call.weights(None, weights=None, reduction="sum"))
+    _, active = call.weights(None, weights=None, reduction="sum")
     check.targets(targets, call.hidden, active, len(call.head.weight))
     student, problem = build_problem(
         check,
@@ -99,7 +100,8 @@ def fused_linear_loss(
     `fused_linear_loss(hidden, lm_head, targets, lambda stats, rows: -stats.logprobs,
     reduction="token_mean")`.
     """
-    call = begin("fused_linear_loss", hidden, lm_head, bias, completion_mask, engine)
+    deciding = gate, weights
+    call = begin("fused_linear_loss", hidden, lm_head, bias, completion_mask, engine, *deciding)
     check, lead = call.check, call.lead
     teacher_temperature = check.softmax(temperature, beta, teacher_temperature)
     check.require(
@@ -116,14 +118,15 @@ def fused_linear_loss(
             "or leave it out (`weights` and `completion_mask` take sequences out of the loss)",
         )
     check.gate(gate, lead)
-    weights = call.weights(None, weights=weights, reduction=reduction)
-    active = active_tokens(lead, weights)
+    weights, active = call.weights(None, weights=weights, reduction=reduction)
     teacher = distilled = None
     if teacher_hidden is not None:
         teacher = call.teacher(
             teacher_hidden, teacher_lm_head, teacher_bias, gate, teacher_temperature
         )
-        distilled = active if gate is None else active & per_token(gate != 0, lead)
+        distilled = active
+        if gate is not None:
+            distilled = active & per_token(moved(gate, active.device) != 0, lead)
     if targets is not None:
         check.targets(targets, call.hidden, active, len(call.head.weight))
     student, problem = build_problem(

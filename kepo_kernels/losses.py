@@ -15,7 +15,9 @@ Shared arguments, wherever they appear:
     targets           (B, T) or (N,) int64 or int32 token ids, aligned: hidden[t] predicts
                       targets[t]
     completion_mask   (B, T) or (N,), 1 on the tokens of the loss; None = all. What stands elsewhere
-                      is never read.
+                      is never read. Beside CUDA states mask, gate and weights may be on the CPU:
+                      with all of them there, or None, the host never waits for the GPU (unless
+                      grad_tol > 0), and reads no advantages, so that those of 0 spare no work.
     temperature       > 0, divides the student's logits, and the teacher's unless
                       teacher_temperature says otherwise (None = the same)
     reduction         "token_mean", "sequence_mean" or "sum", see `loss_weights`; or pass `weights`
@@ -49,7 +51,7 @@ from kepo_kernels.compiled import one_operator
 from kepo_kernels.engine import TokenStats
 from kepo_kernels.heads import Head
 from kepo_kernels.policy import PolicySettings, PolicyTerm, policy_term
-from kepo_kernels.problem import active_tokens, build_problem
+from kepo_kernels.problem import build_problem
 from kepo_kernels.sequences import with_whole_sequences
 
 
@@ -89,11 +91,11 @@ def fused_gated_kd_loss(
     Equals, holding whole matrices: `reference.gated_kd_loss`, i.e. for one open token at beta = 0
     `F.kl_div(log_softmax(student), log_softmax(teacher), log_target=True, reduction="sum")`.
     """
-    call = begin("fused_gated_kd_loss", hidden, lm_head, bias, completion_mask, engine)
+    deciding = gate, weights
+    call = begin("fused_gated_kd_loss", hidden, lm_head, bias, completion_mask, engine, *deciding)
     teacher_temperature = call.check.softmax(temperature, beta, teacher_temperature)
     teacher = call.teacher(teacher_hidden, teacher_lm_head, teacher_bias, gate, teacher_temperature)
-    weights = call.weights(gate, weights=weights, reduction=reduction)
-    active = active_tokens(call.lead, weights)
+    weights, active = call.weights(gate, weights=weights, reduction=reduction)
     student, problem = build_problem(
         call.check,
         call.hidden,
@@ -171,10 +173,9 @@ def fused_grpo_loss(
 
     Equals, holding whole matrices: `reference.grpo_loss`.
     """
-    call = begin("fused_grpo_loss", hidden, lm_head, bias, completion_mask, engine)
+    call = begin("fused_grpo_loss", hidden, lm_head, bias, completion_mask, engine, weights)
     call.check.softmax(temperature)
-    weights = call.weights(None, weights=weights, reduction=reduction)
-    active = active_tokens(call.lead, weights)
+    weights, active = call.weights(None, weights=weights, reduction=reduction)
     settings = PolicySettings(
         epsilon_low,
         epsilon_high,
@@ -275,18 +276,17 @@ def fused_kepo_loss(
 
     Equals, holding whole matrices: `reference.kepo_loss`.
     """
-    call = begin("fused_kepo_loss", hidden, lm_head, bias, completion_mask, engine)
+    deciding = gate, policy_weights, distill_weights
+    call = begin("fused_kepo_loss", hidden, lm_head, bias, completion_mask, engine, *deciding)
     teacher_temperature = call.check.softmax(temperature, beta, teacher_temperature)
     call.check.number("distill_coef", distill_coef, lambda x: x >= 0, "a finite number >= 0")
     teacher = call.teacher(teacher_hidden, teacher_lm_head, teacher_bias, gate, teacher_temperature)
-    policy_weights = call.weights(
+    policy_weights, rewarded = call.weights(
         None, policy_weights=policy_weights, policy_reduction=policy_reduction
     )
-    distill_weights = distill_coef * call.weights(
-        gate, distill_weights=distill_weights, distill_reduction=distill_reduction
+    distill_weights, distilled = call.weights(
+        gate, distill_coef, distill_weights=distill_weights, distill_reduction=distill_reduction
     )
-    rewarded = active_tokens(call.lead, policy_weights)
-    distilled = active_tokens(call.lead, distill_weights)
     settings = PolicySettings(
         epsilon_low,
         epsilon_high,

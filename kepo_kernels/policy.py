@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kepo_kernels.devices import moved
 from kepo_kernels.engine import TokenLoss, TokenStats
 from kepo_kernels.validate import (
     IMPORTANCE_LEVELS,
@@ -102,9 +103,8 @@ def _cispo(to: PolicySettings, logprobs: Tensor, log_ratio: Tensor, advantages: 
 
 def _sapo(to: PolicySettings, logprobs: Tensor, log_ratio: Tensor, advantages: Tensor) -> Tensor:
     ratio = torch.exp(log_ratio.clamp(max=LARGEST_LOG_RATIO))
-    positive = ratio.new_tensor(to.sapo_temperature_pos)
-    negative = ratio.new_tensor(to.sapo_temperature_neg)
-    t = torch.where(advantages > 0, positive, negative)
+    t = torch.full_like(ratio, to.sapo_temperature_neg)  # filled there, not copied from the host
+    t = t.masked_fill(advantages > 0, to.sapo_temperature_pos)
     return -4.0 / t * torch.sigmoid(t * (ratio - 1.0)) * advantages
 
 
@@ -152,7 +152,10 @@ def policy_term(
     ref_logprobs: Tensor | None,
     sampler_weights: Tensor | None,
 ) -> PolicyTerm:
-    """sampler_weight * policy loss + kl_coef * k(ref) - entropy_coef * entropy, inputs checked."""
+    """sampler_weight * policy loss + kl_coef * k(ref) - entropy_coef * entropy, inputs checked.
+
+    `active` (lead) may be on the CPU beside all others on a GPU.
+    """
     settings.check(check)
     check.per_sequence_or_token(lead, advantages=advantages)
     if sampler_weights is not None:
@@ -182,7 +185,7 @@ def policy_term(
     by_sequence = settings.importance_level == "sequence" and len(lead) == 2
     alive = _alive(settings, by_sequence, active, advantages, sampler_weights)
     of_tokens = settings.of_tokens(check)
-    live_tokens = active.reshape(-1)
+    live_tokens = moved(active, hidden.device).reshape(-1)
     advantages, old_logprobs, ref_logprobs, sampler_weights = (
         None if x is None else x.detach().reshape(-1)
         for x in (advantages, old_logprobs, ref_logprobs, sampler_weights)
@@ -218,7 +221,10 @@ def _alive(
 ) -> Tensor:
     """Every built-in policy loss is proportional to advantage and sampler weight: where one of them
     is 0, and neither penalty nor bonus is asked for, a token has nothing to say. It may still be
-    part of a sequence-level ratio: there a sequence lives or dies as a whole."""
+    part of a sequence-level ratio: there a sequence lives or dies as a whole. Advantages on a GPU
+    are not looked at where rows are planned on the CPU: the host would wait for them."""
+    if active.device != advantages.device:
+        return active
     if settings.kl_coef != 0.0 or settings.entropy_coef != 0.0 or callable(settings.policy_loss):
         return active
     alive = active & (advantages != 0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kepo_kernels import gemm, torch_rows
+from kepo_kernels.devices import moved
 from kepo_kernels.dispatch import pick_rows
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.heads import Head, LoRA
@@ -16,7 +17,6 @@ from kepo_kernels.plan import Sizes, chunk_length, multiprocessors
 from kepo_kernels.rows import RowSettings
 from kepo_kernels.sweep import LinearProblem, RowPlan, Student
 from kepo_kernels.validate import Validator, describe
-from kepo_kernels.weights import per_token
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ def build_problem(
     """Plan the rows and fix every setting of the chunk loop.
 
     `active` and `distilled` are bool of shape lead: tokens that take part, and those among them
-    that meet the teacher (None: none do).
+    that meet the teacher (None: none do). With both on the CPU the host does not wait for a GPU.
     """
     lead = hidden.shape[:-1]
     active = active.reshape(-1)
@@ -138,9 +138,11 @@ def build_problem(
     except KepoInputError as error:
         check.refuse(str(error))
     scale = 1.0 if teacher is None else teacher.head.logit_scale
+    chunks = even_chunks(len(teacher_rows), len(rows), chunk_rows)
+    there = (moved(x, hidden.device) for x in (rows, teacher_rows))
     return student_of(hidden, head, bias), LinearProblem(
         function=check.function,
-        plan=RowPlan(rows, teacher_rows, even_chunks(len(teacher_rows), len(rows), chunk_rows)),
+        plan=RowPlan(*there, chunks, rows),
         targets=targets,
         teacher_hidden=None if teacher is None else teacher.hidden.detach().flatten(0, -2),
         teacher_lm_head=None if teacher is None else teacher.head.weight.detach()[:shared],
@@ -196,7 +198,7 @@ def whole_sequence_chunks(
     """
     if len(plan.rows) == 0:
         return ()
-    of_row, split = plan.rows // tokens, len(plan.teacher_rows)
+    of_row, split = plan.planned_rows // tokens, len(plan.teacher_rows)
     sequence, counts = of_row.unique_consecutive(return_counts=True)
     if len(sequence.unique()) < len(sequence) or int(counts.max()) > longest:
         return None
@@ -210,11 +212,3 @@ def whole_sequence_chunks(
             start = end
         end += length
     return (*chunks, (start, end))
-
-
-def active_tokens(lead: torch.Size, *weights: Tensor) -> Tensor:
-    """Tokens on which any of the weights is not 0."""
-    active = torch.zeros(lead, dtype=torch.bool, device=weights[0].device)
-    for weight in weights:
-        active |= per_token(weight, lead) != 0
-    return active

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kepo_kernels.devices import moved
 from kepo_kernels.engine import TokenLoss, TokenStats
 from kepo_kernels.problem import even_chunks, whole_sequence_chunks
 from kepo_kernels.sweep import LinearProblem, RowPlan, Student, sweep
@@ -26,10 +27,11 @@ def with_whole_sequences(
     chunks = whole_sequence_chunks(problem.plan, lead[1], problem.chunk_rows)
     if chunks is not None:
         return replace(problem, plan=replace(problem.plan, chunks=chunks)), token_loss
-    rows = active.reshape(-1).nonzero().squeeze(-1)
+    planned = active.reshape(-1).nonzero().squeeze(-1)
+    rows = moved(planned, student.hidden.device)
     alone = replace(
         problem,
-        plan=RowPlan(rows, rows[:0], even_chunks(0, len(rows), problem.chunk_rows)),
+        plan=RowPlan(rows, rows[:0], even_chunks(0, len(rows), problem.chunk_rows), planned),
         teacher_hidden=None,
         teacher_lm_head=None,
     )

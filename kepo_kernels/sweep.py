@@ -66,6 +66,7 @@ class RowPlan:
     rows: Tensor  # (n,) int64
     teacher_rows: Tensor  # (n_teacher,) int64: where rows[:n_teacher] stand in `teacher_hidden`
     chunks: tuple[tuple[int, int], ...]  # [start, end) in `rows`; none holds both kinds of row
+    planned_rows: Tensor  # `rows`, perhaps on the CPU: where looking at them waits for nothing
 
 
 @dataclass(frozen=True)

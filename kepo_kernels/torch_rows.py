@@ -99,7 +99,8 @@ def _log_mixture(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
     q and p may both underflow while their ratio matters.
     """
     high, low = torch.maximum(log_q, log_p), torch.minimum(log_q, log_p)
-    low_weight = torch.where(log_p > log_q, log_q.new_tensor(1.0 - beta), log_q.new_tensor(beta))
+    mine, theirs = log_q.new_full((), 1.0 - beta), log_q.new_full((), beta)
+    low_weight = torch.where(log_p > log_q, mine, theirs)
     fall = torch.where(high > -torch.inf, (low - high).expm1(), 0)  # low/high - 1
     return high + torch.log1p(low_weight * fall)
 

@@ -58,7 +58,7 @@ def softmax_kernel(
     tl.store(parts + 2 * sections, moment)
 
 
-@jit
+@jit(do_not_specialize=["sections"])
 def divergence_kernel(
     logits,
     teacher,
@@ -119,7 +119,7 @@ def divergence_kernel(
     tl.store(divergences + inside, tl.sum(teacher_lanes, 0))
 
 
-@jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows", "sections", "inside"])
 def finish_kernel(
     logits,
     targets,
@@ -225,7 +225,7 @@ def backward_kernel(
     log_sum = tl.load(table + 4 * rows)
     coefficients += row
     e = tl.load(coefficients + 2 * rows)
-    target = tl.load(targets + row)
+    target = tl.load(targets + row).to(tl.int32)  # it meets columns, which are
     c = tl.where(target >= 0, tl.load(coefficients), 0.0)  # without a target logprob is a constant
 
     distils = False

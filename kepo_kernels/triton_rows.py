@@ -14,7 +14,7 @@ from kepo_kernels.rows import NUM_COEFFICIENTS, NUM_STATS, RowSettings, shared_c
 from kepo_kernels.triton_math import IMPORT_ERROR
 
 # Columns that a program reads at a time: eight a thread, one 16-byte load in bf16 and two in fp32.
-# On an H100 that takes 125 registers at most, none of them spilled, so that two to three programs
+# On an H100 that takes 127 registers at most, none of them spilled, so that two to three programs
 # share a multiprocessor (benchmarks/compile_kernels.py).
 BLOCK = 2048
 COLUMNS_PER_THREAD = 8

@@ -141,6 +141,15 @@ class Validator:
             if x is not None and x.device != hidden.device:
                 self.refuse(f"hidden is on {hidden.device} and {name} on {x.device}; move one")
 
+    def same_device_or_cpu(self, hidden: Tensor, **tensors: Tensor | None) -> None:
+        """Tensors that decide which rows take part: beside CUDA states also those on the CPU."""
+        others = {
+            name: x
+            for name, x in tensors.items()
+            if x is not None and not (hidden.is_cuda and x.device.type == "cpu")
+        }
+        self.same_device(hidden, **others)
+
     def lead(self, lead: torch.Size, **tensors: Tensor | None) -> None:
         """Tensors with one value per token, or None."""
         for name, x in tensors.items():

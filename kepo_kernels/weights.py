@@ -105,7 +105,7 @@ def dapo_weights(completion_mask: Tensor, num_items: float | Tensor | None = Non
             f"num_items={num_items}, but completion_mask has tokens; expected the tokens of the "
             "whole batch",
         )
-        num_items = completion_mask.new_tensor(num_items, dtype=torch.float64)
+        num_items = completion_mask.new_full((), num_items, dtype=torch.float64)
     items = num_items.to(completion_mask.device, torch.float64)
     return completion_mask.to(torch.float64) / torch.where(items == 0, 1.0, items)
 

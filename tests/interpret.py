@@ -8,7 +8,8 @@ hides the address and no `other` is given, and knows of bf16 only the bits. Insi
 - addresses outside of the tensor that a pointer belongs to and races are refused, as are two lanes
   of one store that write different values to one address (interpret_memory.py),
 - so are sums, differences and products of int32 that leave it,
-- bf16 computes and is rounded as on a GPU (interpret_bfloat16.py),
+- bf16 computes and is rounded as on a GPU (interpret_bfloat16.py), and of NaN and a number the
+  minimum is the number, as on a GPU and not in Triton up to 3.7,
 - `tl.device_assert` asserts, and what a GPU leaves undefined is NaN or a large odd integer,
 - the programs run in the order asked for, by default from the last to the first.
 
@@ -41,6 +42,7 @@ def checked(order: str = "backwards", seed: int = 0) -> Iterator[None]:
     import interpret_bfloat16
     import interpret_memory as memory
     import numpy as np
+    import triton.language as tl
     from triton.runtime import interpreter
 
     stock = _stock()
@@ -104,6 +106,11 @@ def checked(order: str = "backwards", seed: int = 0) -> Iterator[None]:
                 f"lanes: {message}"
             )
 
+    def clamp(builder, x, low, high, propagate_nan):
+        if propagate_nan != tl.PropagateNan.NONE:
+            return stock["create_clampf"](builder, x, low, high, propagate_nan)
+        return builder.create_minnumf(builder.create_maxnumf(x, low), high)
+
     def set_grid_dim(builder, *grid):
         nonlocal ahead
         stock["set_grid_dim"](builder, *grid)
@@ -144,6 +151,9 @@ def checked(order: str = "backwards", seed: int = 0) -> Iterator[None]:
         "create_atomic_cas": atomic_cas,
         "binary_op_sanitize_overflow_impl": refuse_overflow,
         "create_assert": device_assert,
+        "create_minnumf": lambda builder, x, y: builder.binary_op(x, y, np.fmin),
+        "create_maxnumf": lambda builder, x, y: builder.binary_op(x, y, np.fmax),
+        "create_clampf": clamp,
         # Without debug no device_assert gets as far as create_assert.
         "options": dataclasses.replace(stock["options"], debug=True),
         "set_grid_dim": set_grid_dim,
@@ -170,7 +180,7 @@ def _replaced(replacements: dict[str, object]) -> Iterator[None]:
     owners = _owners()
     with pytest.MonkeyPatch.context() as patch:
         for name, replacement in replacements.items():
-            patch.setattr(owners[name], name, replacement)
+            patch.setattr(owners[name], name, replacement, raising=False)
         yield
 
 
@@ -182,7 +192,7 @@ def _owners() -> dict[str, object]:
     names = {
         interpreter.InterpreterBuilder: "create_masked_load create_masked_store create_atomic_rmw "
         "create_atomic_cas create_assert set_grid_dim set_grid_idx cast_impl unary_op binary_op "
-        "ternary_op create_fma create_dot",
+        "ternary_op create_fma create_dot create_minnumf create_maxnumf create_clampf get_bf16",
         interpreter.interpreter_builder: "options",
         type(interpreter.interpreter_semantic): "binary_op_sanitize_overflow_impl",
         interpreter.ReduceScanOpInterface: "check_tensor",
@@ -195,7 +205,8 @@ def _owners() -> dict[str, object]:
 @functools.cache
 def _stock() -> dict[str, Callable]:
     """What Triton has under these names; first called when nothing is replaced yet."""
-    return {name: getattr(owner, name) for name, owner in _owners().items()}
+    owners = _owners().items()
+    return {name: getattr(owner, name) for name, owner in owners if hasattr(owner, name)}
 
 
 def _cause(error: BaseException) -> BaseException:

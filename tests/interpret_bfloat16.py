@@ -46,6 +46,9 @@ def replacements(stock: Mapping[str, Callable]) -> dict[str, Callable]:
         x, y, z = (widened(operand.data).astype(np.float64) for operand in (x, y, z))
         return _rounded(x * y + z)
 
+    def constant(builder, value):  # Triton up to 3.7 makes none
+        return _rounded(np.array([value], np.float32))
+
     def dot(builder, lhs, rhs, *rest):
         return stock["create_dot"](builder, _widened(lhs), _widened(rhs), *rest)
 
@@ -64,6 +67,7 @@ def replacements(stock: Mapping[str, Callable]) -> dict[str, Callable]:
         "ternary_op": ternary,
         "create_fma": fma,
         "create_dot": dot,
+        "get_bf16": constant,
         "check_tensor": check_tensor,
     }
 

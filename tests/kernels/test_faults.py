@@ -13,7 +13,7 @@ from checks import make_problem
 from loss_calls import LOSSES, arguments, assert_right
 from torch import Tensor
 
-from kepo_kernels import call, gemm, losses, problem, torch_rows
+from kepo_kernels import call, gemm, problem, torch_rows
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,14 +31,14 @@ def scaled_gradient(factor: float) -> Plant:
 
 def dropped_rows(count: int) -> Plant:
     """The last of those that take part."""
-    good = losses.active_tokens
+    good = call.Call.weights
 
-    def bad(lead: torch.Size, *weights: Tensor) -> Tensor:
-        active = good(lead, *weights)
+    def bad(*args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        weights, active = good(*args, **kwargs)
         active.view(-1)[active.flatten().nonzero()[-count:]] = False
-        return active
+        return weights, active
 
-    return lambda patch: patch.setattr(losses, "active_tokens", bad)
+    return lambda patch: patch.setattr(call.Call, "weights", bad)
 
 
 def phantom_columns(patch: pytest.MonkeyPatch, count: int = 7) -> None:

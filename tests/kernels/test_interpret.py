@@ -5,6 +5,7 @@ where it must not, so that a check which Triton comes to have itself is noticed.
 """
 
 import contextlib
+import inspect
 import re
 
 import pytest
@@ -199,7 +200,7 @@ def walk(x, out, offset, HOW: tl.constexpr):
     elif HOW == "atomic_add":
         tl.atomic_add(place, 7)
     elif HOW == "atomic_cas":
-        tl.atomic_cas(place, 0, 7)
+        tl.atomic_cas(place, tl.zeros((4,), tl.int32), tl.full((4,), 7, tl.int32))
     elif HOW == "load from integers":
         place = (x.to(tl.int64) + offset).to(tl.pointer_type(tl.int32)) + tl.arange(0, 4)
         tl.store(out + tl.arange(0, 4), tl.load(place))
@@ -293,7 +294,8 @@ def require(x, BOUND: tl.constexpr, ALL: tl.constexpr):
 def test_device_assert():
     x = torch.arange(8)
     require[(1,)](x, 4, True)
-    require[(1,)](x, 2, False)
+    if "mask" in inspect.signature(tl.device_assert).parameters:  # Triton 3.4 has none
+        require[(1,)](x, 2, False)
     with caught("require, program (1, 0, 0): device_assert fails in 2 of 4 lanes: too large"):
         require[(2,)](x, 2, True)
     with unchecked():

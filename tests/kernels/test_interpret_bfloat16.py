@@ -1,5 +1,7 @@
 """bf16 under tests/interpret.py, against torch, and that the stock interpreter gets it wrong."""
 
+import inspect
+
 import pytest
 import torch
 from checks import unavailable
@@ -221,6 +223,9 @@ def reduce(x, out, OPERATION: tl.constexpr, LANES: tl.constexpr):
 
 @pytest.mark.parametrize("operation", ["sum", "cumsum", "argmax"])
 def test_reductions_of_bfloat16_are_refused(operation):
+    source = inspect.getsource((tl.max if operation == "argmax" else getattr(tl, operation)).fn)
+    if "_promote_bfloat16" in source:
+        pytest.skip("this Triton widens it by itself, on a GPU too")
     x, out = -torch.ones(LANES).to(BFLOAT16), torch.empty(LANES)
     with pytest.raises(AssertionError, match=r"Ops of bfloat16.*expected float32, as of x\.to\(tl"):
         reduce[(1,)](x, out, operation, LANES)

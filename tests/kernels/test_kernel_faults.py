@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import interpret
 import pytest
 import torch
 from checks import assert_rows_right, make_row_problem, rows_module, unavailable
 from row_calls import both_at
+from torch import Tensor
 
 from kepo_kernels import triton_kernels, triton_math
 
@@ -122,3 +124,42 @@ def test_planted_faults_are_caught(triton_rows, tmp_path, monkeypatch):
     table = "\n".join(["", *lines])
     print(table)
     assert NOTHING not in found.values(), table
+
+
+STORED = """    divergences += row * (2 * inside) + section
+    tl.store(divergences, tl.sum(student_lanes, 0))
+    tl.store(divergences + inside, tl.sum(teacher_lanes, 0))
+"""
+ADDED = """    divergences += row * (2 * inside)
+    tl.atomic_add(divergences, tl.sum(student_lanes, 0))
+    tl.atomic_add(divergences + inside, tl.sum(teacher_lanes, 0))
+"""
+
+
+def orders_that_differ(triton_rows: ModuleType, vocab: int, beta: float | None) -> list[str]:
+    """Orders of the programs that do not give the bits of the grid's own."""
+    problem = make_row_problem(2, vocab, None if beta is None else vocab - 1000)
+    settings = both_at(0.5 if beta is None else beta)
+
+    def run(order: str) -> Tensor:
+        logits = problem.logits.clone()
+        side = (logits, problem.targets, problem.teacher)
+        with interpret.checked(order):
+            table = triton_rows.row_forward(*side, settings)
+            triton_rows.row_backward_(*side, table, problem.coefficients, settings)
+        return torch.cat((table.flatten(), logits.flatten()))
+
+    expected = run("forwards")
+    others = [order for order in interpret.ORDERS if order != "forwards"]
+    return [order for order in others if not torch.equal(run(order), expected)]
+
+
+def test_the_order_of_programs_changes_no_bit(triton_rows, tmp_path, monkeypatch):
+    """Of five sections a row; sums by atomics, which are no race, would change some."""
+    monkeypatch.setattr(triton_rows, "SECTION", triton_rows.BLOCK)
+    vocab = 4 * triton_rows.BLOCK - 7
+    for beta in (None, 0.0, 0.5, 1.0):
+        assert not orders_that_differ(triton_rows, vocab, beta)
+    monkeypatch.setattr(triton_rows, "kernels", mutant(STORED, ADDED, tmp_path))
+    monkeypatch.setattr(triton_rows, "_fp32", lambda _, *shape: torch.zeros(shape))
+    assert orders_that_differ(triton_rows, vocab, 0.5)

@@ -97,7 +97,8 @@ def test_flat_tokens_are_their_own_sequences(impl):
 
 
 def plan(rows: list[int], split: int) -> RowPlan:
-    return RowPlan(torch.tensor(rows, dtype=torch.int64), torch.arange(split), ())
+    planned = torch.tensor(rows, dtype=torch.int64)
+    return RowPlan(planned, torch.arange(split), (), planned)
 
 
 @pytest.mark.parametrize(
