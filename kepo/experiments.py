@@ -82,7 +82,7 @@ def _kepo(about: str, **changes: Any) -> Method:
 
 MAIN = {
     "grpo": Method("grpo", {}, "policy term alone"),
-    "opd": Method("opd", {}, "KL(student|teacher) on every sample, no reward"),
+    "opd": Method("opd", {}, "KL(student‖teacher) on every sample, no reward"),
     "kdpo_tau1": Method("kdpo_tau1", {}, "GRPO + JSD where accuracy + format >= 1"),
     "kepo_official": Method("kepo_official", {}, "kdpo_tau1 + hints with the answer, rarely"),
     "kepo": _kepo("GRPO + JSD where right + hints where all samples failed"),
@@ -96,8 +96,8 @@ ABLATIONS = {
     "gate_total": _kepo("kepo, gate on accuracy + format >= 1", gate_reward="total"),
     "k1": _kepo("kepo, one success per failed group", num_hinted=1),
     "one_attempt": _kepo("kepo, one round of hinted samples", max_attempts=1),
-    "beta0": _kepo("kepo with KL(teacher|student)", beta=0.0),
-    "beta1": _kepo("kepo with KL(student|teacher)", beta=1.0),
+    "beta0": _kepo("kepo with KL(teacher‖student)", beta=0.0),
+    "beta1": _kepo("kepo with KL(student‖teacher)", beta=1.0),
     "truncated": _kepo("kepo, hinted tokens by their ratio", hinted_correction="truncate"),
     "shaped": _kepo("kepo, hinted tokens by policy shaping", hinted_correction="shape"),
 }

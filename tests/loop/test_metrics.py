@@ -54,7 +54,7 @@ def test_metrics_by_hand():
     expected = {
         # totals 2, 0 | 1, 1 | 1, 1
         "reward": 1.0,
-        "reward_std": 2**0.5 / 3,
+        "reward_std": 0.4**0.5,
         "frac_reward_zero_std": 2 / 3,
         "rewards/accuracy/mean": 2 / 6,
         "rewards/accuracy/std": torch.tensor([1.0, 0, 0, 0, 0, 1]).std().item(),
@@ -65,11 +65,11 @@ def test_metrics_by_hand():
         "completions/clipped_ratio": 1 / 7,
         "entropy": 2.0,
         "kl": 0.01,
-        "clip_ratio/low_mean": 0.1,
-        "clip_ratio/high_mean": 0.05,
+        "clip_ratio/low_mean": 0.05,
+        "clip_ratio/high_mean": 0.025,
         "sampling/sampling_logp_difference/mean": 0.05,
         "sampling/sampling_logp_difference/max": 0.5,
-        "num_tokens": 200,
+        "kepo/completion_tokens": 200,
         "kepo/policy_loss": 1.5,
         "kepo/kd_loss": 0.5,
         "kepo/divergence": 0.5,

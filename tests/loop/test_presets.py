@@ -140,7 +140,7 @@ def the_divergence_alone(seen):
     for record in seen.steps:
         assert record["kepo/policy_loss"] == pytest.approx(0.0, abs=1e-6)
         assert record["kepo/kd_loss"] > 0 and record["kepo/gate_rate"] == 1.0
-        assert record["kepo/teacher_tokens"] == record["num_tokens"]
+        assert record["kepo/teacher_tokens"] == record["kepo/completion_tokens"]
     assert not any(batch.policy_weights.any() for _, batch in seen.batches)
     assert seen.config.beta == {0.0: 1.0, 0.5: 0.5}[seen.config.data_fraction]
 
@@ -205,7 +205,7 @@ def the_gate_reads_the_total(seen):
 def the_gate_reads_accuracy_and_failed_groups_are_rescued(seen):
     opened = [x > 0 for _, batch in seen.batches for x in batch.gate.tolist()]
     assert opened == right(seen) and 0 < sum(opened) < len(opened)
-    assert total(seen, "teacher_tokens") < sum(record["num_tokens"] for record in seen.steps)
+    assert total(seen, "teacher_tokens") < sum(record["kepo/completion_tokens"] for record in seen.steps)
     assert total(seen, "hint_groups") > 0 and total(seen, "hint_accepted") > 0
     assert total(seen, "rescue_rate") > 0 and total(seen, "hinted_rate") > 0
     for r in seen.lines:
