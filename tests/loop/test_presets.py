@@ -205,7 +205,9 @@ def the_gate_reads_the_total(seen):
 def the_gate_reads_accuracy_and_failed_groups_are_rescued(seen):
     opened = [x > 0 for _, batch in seen.batches for x in batch.gate.tolist()]
     assert opened == right(seen) and 0 < sum(opened) < len(opened)
-    assert total(seen, "teacher_tokens") < sum(record["kepo/completion_tokens"] for record in seen.steps)
+    assert total(seen, "teacher_tokens") < sum(
+        record["kepo/completion_tokens"] for record in seen.steps
+    )
     assert total(seen, "hint_groups") > 0 and total(seen, "hint_accepted") > 0
     assert total(seen, "rescue_rate") > 0 and total(seen, "hinted_rate") > 0
     for r in seen.lines:
