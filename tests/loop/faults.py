@@ -1,7 +1,7 @@
 """Faults of KEPO's official code, by the numbers of the list that this loop was written against.
 
 A check states what is right. A fault, planted by a monkeypatch, is what the official code does
-instead. test_faults.py pairs them.
+instead. test_official_faults.py pairs them.
 """
 
 import random
