@@ -1,207 +1,24 @@
-"""Right calls of every public function, and what may be wrong with them."""
+"""What may be wrong with a call: its tensors (`bad_shapes.py`), their values, its settings."""
 
-from dataclasses import replace
-
-import numpy
 import torch
-from checks import make_problem
-from loss_calls import arguments
-from torch import Tensor
-
-NAN, INF = float("nan"), float("inf")
-BATCH, LENGTH, HIDDEN, VOCAB, TEACHER_HIDDEN, TEACHER_VOCAB = 3, 4, 16, 37, 24, 45
-PROBLEM = replace(
-    make_problem(BATCH, LENGTH, teacher_vocab=TEACHER_VOCAB),
-    completion_mask=torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]]).bool(),
+from bad_shapes import BAD_HEADS, BAD_SHAPES
+from right_calls import (
+    BATCH,
+    GRPO,
+    INF,
+    KD,
+    KEPO,
+    LENGTH,
+    LINEAR,
+    NAN,
+    POLICY,
+    PROBLEM,
+    STUDENT,
+    TARGETS,
+    TEACHER,
+    VOCAB,
+    at,
 )
-FUNCTIONS = {
-    "fused_gated_kd_loss": arguments("gated_kd", PROBLEM, "gate completion_mask"),
-    "fused_grpo_loss": arguments("grpo", PROBLEM, "completion_mask"),
-    "fused_kepo_loss": arguments("kepo", PROBLEM, "completion_mask"),
-    "fused_linear_logprobs": {
-        name: getattr(PROBLEM, name) for name in ("hidden", "lm_head", "targets", "completion_mask")
-    },
-    "fused_linear_loss": {
-        name: getattr(PROBLEM, name) for name in ("hidden", "lm_head", "targets", "completion_mask")
-    }
-    | {"token_loss": lambda stats, rows: -stats.logprobs},
-}
-KD, GRPO, KEPO, LOGPROBS, LINEAR = FUNCTIONS
-STUDENT = tuple(FUNCTIONS)
-TEACHER = (KD, KEPO)
-POLICY = (GRPO, KEPO)
-TARGETS = (GRPO, KEPO, LOGPROBS, LINEAR)
-
-
-def at(x: Tensor, place: tuple[int, ...], value: float) -> Tensor:
-    """A copy with one element changed."""
-    x = x.clone()
-    x[place] = value
-    return x
-
-
-# what is wrong: (the functions it is wrong for, the arguments, what the message has to say)
-BAD_HEADS = {
-    "no tensor": (STUDENT, {"hidden": [1.0]}, ["hidden is list", "expected a tensor"]),
-    "numpy": (STUDENT, {"lm_head": numpy.ones((VOCAB, HIDDEN))}, ["lm_head is ndarray"]),
-    "none": (TEACHER, {"teacher_hidden": None}, ["teacher_hidden is NoneType"]),
-    "one dimension": (STUDENT, {"hidden": torch.ones(HIDDEN)}, ["hidden [16] float32", "(N, H)"]),
-    "four dimensions": (STUDENT, {"hidden": torch.ones(1, 3, 4, HIDDEN)}, ["hidden [1, 3, 4, 16]"]),
-    "head of one dimension": (STUDENT, {"lm_head": torch.ones(HIDDEN)}, ["lm_head [16]", "(V, H)"]),
-    "empty head": (STUDENT, {"lm_head": torch.ones(0, HIDDEN)}, ["lm_head [0, 16]", "non-empty"]),
-    "a module": (STUDENT, {"lm_head": torch.nn.Linear(HIDDEN, VOCAB)}, ["lm_head is Linear"]),
-    "transposed head": (
-        STUDENT,
-        {"lm_head": torch.ones(HIDDEN, VOCAB)},
-        ["hidden [3, 4, 16]", "lm_head [16, 37]", "must be (V, 16)"],
-    ),
-    "transposed teacher head": (
-        TEACHER,
-        {"teacher_lm_head": torch.ones(TEACHER_HIDDEN, TEACHER_VOCAB)},
-        ["teacher_hidden [3, 4, 24]", "teacher_lm_head [24, 45]", "must be (V, 24)"],
-    ),
-    "integer states": (
-        STUDENT,
-        {"hidden": torch.ones(3, 4, HIDDEN, dtype=torch.int64)},
-        ["hidden", "int64", "float32"],
-    ),
-    "complex states": (
-        STUDENT,
-        {"hidden": torch.ones(3, 4, HIDDEN, dtype=torch.complex64)},
-        ["hidden", "complex64"],
-    ),
-    "fp8 head": (
-        STUDENT,
-        {"lm_head": PROBLEM.lm_head.to(torch.float8_e4m3fn)},
-        ["lm_head", "float8_e4m3fn"],
-    ),
-    "mixed dtypes": (
-        STUDENT,
-        {"lm_head": PROBLEM.lm_head.bfloat16()},
-        ["hidden", "float32", "lm_head", "bfloat16", "cast one"],
-    ),
-    "mixed bias": (STUDENT, {"bias": PROBLEM.bias.double()}, ["hidden", "bias [37] float64"]),
-    "mixed teacher": (
-        TEACHER,
-        {
-            "teacher_hidden": PROBLEM.teacher_hidden.half(),
-            "teacher_lm_head": PROBLEM.teacher_lm_head.half(),
-        },
-        ["hidden is [3, 4, 16] float32", "teacher_hidden [3, 4, 24] float16"],
-    ),
-    "bias of the hidden size": (STUDENT, {"bias": torch.ones(HIDDEN)}, ["bias [16]", "(37,)"]),
-    "bias of one": (STUDENT, {"bias": torch.ones(1)}, ["bias [1]", "(37,)"]),
-    "teacher bias of the student": (
-        TEACHER,
-        {"teacher_bias": PROBLEM.bias},
-        ["teacher_bias [37]", "(45,)"],
-    ),
-    "another device": (
-        STUDENT,
-        {"lm_head": PROBLEM.lm_head.to("meta")},
-        ["hidden is on cpu and lm_head on meta"],
-    ),
-    "teacher elsewhere": (
-        TEACHER,
-        {"teacher_hidden": PROBLEM.teacher_hidden.to("meta")},
-        ["hidden is on cpu and teacher_hidden on meta"],
-    ),
-    "teacher bias elsewhere": (
-        TEACHER,
-        {"teacher_bias": PROBLEM.teacher_bias.to("meta")},
-        ["teacher_bias on meta"],
-    ),
-}
-
-BAD_SHAPES = {
-    "teacher of one token": (
-        TEACHER,
-        {"teacher_hidden": PROBLEM.teacher_hidden[:1, :1]},
-        ["teacher_hidden [1, 1, 24]", "all 3 sequences", "the 2 open ones", "[3, 4]"],
-    ),
-    "teacher of one sequence": (
-        TEACHER,
-        {"teacher_hidden": PROBLEM.teacher_hidden[:1]},
-        ["teacher_hidden [1, 4, 24]"],
-    ),
-    "teacher of one row, all open": (
-        (KD,),
-        {"teacher_hidden": PROBLEM.teacher_hidden[:1], "gate": None},
-        ["teacher_hidden [1, 4, 24]", "nor all ones"],
-    ),
-    "teacher of other length": (
-        TEACHER,
-        {"teacher_hidden": PROBLEM.teacher_hidden[:, :3]},
-        ["teacher_hidden [3, 3, 24]"],
-    ),
-    "flat teacher": (
-        TEACHER,
-        {"teacher_hidden": PROBLEM.teacher_hidden.flatten(0, 1)},
-        ["teacher_hidden [12, 24]"],
-    ),
-    "gate (B, 1)": (
-        TEACHER,
-        {"gate": PROBLEM.gate[:, None]},
-        ["gate [3, 1] bool", "expected shape [3]"],
-    ),
-    "gate (B, T)": (
-        TEACHER,
-        {"gate": PROBLEM.completion_mask},
-        ["gate [3, 4] bool", "one real value per sequence"],
-    ),
-    "gate of one": (TEACHER, {"gate": torch.ones(1)}, ["gate [1]", "expected shape [3]"]),
-    "gate a number": (TEACHER, {"gate": 1.0}, ["gate float", "expected shape [3]"]),
-    "mask (T,)": (
-        STUDENT,
-        {"completion_mask": torch.ones(LENGTH)},
-        ["completion_mask [4]", "shape [3, 4]"],
-    ),
-    "mask (B, 1)": (STUDENT, {"completion_mask": torch.ones(BATCH, 1)}, ["completion_mask [3, 1]"]),
-    "mask flat": (STUDENT, {"completion_mask": torch.ones(12)}, ["completion_mask [12]"]),
-    "mask a list": (STUDENT, {"completion_mask": [[1] * 4] * 3}, ["completion_mask list"]),
-    "weights (B,)": (
-        (KD, GRPO, LINEAR),
-        {"weights": torch.ones(BATCH)},
-        ["weights [3]", "shape [3, 4]"],
-    ),
-    "policy weights (B, 1)": (
-        (KEPO,),
-        {"policy_weights": torch.ones(BATCH, 1)},
-        ["policy_weights [3, 1]"],
-    ),
-    "distill weights (T,)": (
-        (KEPO,),
-        {"distill_weights": torch.ones(LENGTH)},
-        ["distill_weights [4]"],
-    ),
-    "no targets": ((GRPO, KEPO, LOGPROBS), {"targets": None}, ["targets is NoneType"]),
-    "targets (B,)": (TARGETS, {"targets": PROBLEM.targets[:, 0]}, ["targets [3]", "shape [3, 4]"]),
-    "targets shifted": (TARGETS, {"targets": PROBLEM.targets[:, 1:]}, ["targets [3, 3]"]),
-    "targets elsewhere": (TARGETS, {"targets": PROBLEM.targets.to("meta")}, ["targets on meta"]),
-    "no advantages": (POLICY, {"advantages": None}, ["advantages NoneType"]),
-    "advantages (B, 1)": (
-        POLICY,
-        {"advantages": torch.ones(BATCH, 1)},
-        ["advantages [3, 1]", "[3]", "[3, 4]"],
-    ),
-    "advantages (T,)": (POLICY, {"advantages": torch.ones(LENGTH)}, ["advantages [4]"]),
-    "one advantage": (POLICY, {"advantages": torch.tensor(1.0)}, ["advantages []"]),
-    "advantages elsewhere": (
-        POLICY,
-        {"advantages": PROBLEM.advantages.to("meta")},
-        ["advantages on meta"],
-    ),
-    "old_logprobs (B,)": (
-        POLICY,
-        {"old_logprobs": torch.ones(BATCH)},
-        ["old_logprobs [3]", "[3, 4]"],
-    ),
-    "ref_logprobs (T,)": (
-        POLICY,
-        {"ref_logprobs": torch.ones(LENGTH)},
-        ["ref_logprobs [4]", "[3, 4]"],
-    ),
-}
 
 # (1, 1) and (2, 0) take part; (0, 3) is masked; sequence 0 is closed.
 BAD_VALUES = {

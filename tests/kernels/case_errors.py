@@ -1,7 +1,7 @@
 """What may be wrong with any call: edits after which it must be refused, naming the argument.
 
-`bad_inputs.py` has one right call for each public function and every way to spoil it; these few
-edits fit all the calls of `cases.py` and `case_product.py`.
+`bad_inputs.py` has every way to spoil one right call of each public function; these few edits
+fit all the calls of `cases.py` and `case_product.py`.
 """
 
 from collections.abc import Callable

@@ -6,9 +6,10 @@ import re
 import numpy
 import pytest
 import torch
-from bad_inputs import FUNCTIONS, GRPO, KEPO, NAN, PROBLEM, TABLE
+from bad_inputs import TABLE
 from checks import unavailable
 from loss_calls import Arguments
+from right_calls import FUNCTIONS, GRPO, KEPO, NAN, PROBLEM
 from torch import Tensor
 
 import kepo_kernels
