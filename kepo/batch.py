@@ -85,7 +85,7 @@ def collate(groups: Sequence[Group], config: Config, data: Sequence[Rollout] = (
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     if config.mask_truncated:
         mask &= ~torch.tensor([r.truncated for r in rollouts])[:, None]
-    gate = gates(rollouts, config)
+    gate = gates(rollouts, config) * mask.any(-1)  # the teacher need not read what has no loss
     if config.policy_reduction == "dr_grpo":
         policy_weights = dr_grpo_weights(mask, config.max_completion_length)
     else:

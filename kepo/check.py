@@ -34,6 +34,11 @@ def check(config: Config) -> None:
             f"num_hinted={config.num_hinted} is more than num_generations="
             f"{config.num_generations}: a group has no more samples to replace"
         )
+    if config.overlong_buffer > config.max_completion_length:
+        _refuse(
+            f"overlong_buffer={config.overlong_buffer} is more than max_completion_length="
+            f"{config.max_completion_length}: every completion would be fined"
+        )
     if config.teacher is None:
         needs = [("hint_trigger", config.hint_trigger, "never")]
         needs += [("gate_reward", config.gate_reward, None)]

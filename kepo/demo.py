@@ -24,6 +24,7 @@ from kepo.data import load_omnimedvqa
 from kepo.digits import MODALITIES, write_digits
 from kepo.errors import KepoConfigError, KepoError
 from kepo.evaluate import evaluate, means, summary
+from kepo.experiments import COMPLETION_TOKENS, DIGITS_RUN
 from kepo.metrics import read_metrics
 from kepo.sft import train_supervised
 from kepo.tiny import build_tiny
@@ -31,7 +32,6 @@ from kepo.train import own_progress_only, train
 from kepo.vlm import VLM
 
 SOURCE = next(iter(MODALITIES))
-COMPLETION_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -98,22 +98,12 @@ def config_of(demo: Demo, data: Path, teacher: Path, student: Path) -> Config:
         eval_data=str(data / "test"),
         run_dir=demo.root,
         steps=demo.steps,
-        # More questions and fewer answers to each than usual: what the model has to learn is to
-        # see, and for that it is the number of different images that counts.
-        prompts_per_step=32,
-        num_generations=4,
         num_hinted=1,
         max_attempts=2,
-        micro_batch=64,
-        max_completion_length=COMPLETION_TOKENS,
-        lr=demo.lr,
-        lr_end=0.1,
-        warmup_steps=10,
-        # A JSD is about five times smaller than a KL, and on right answers smaller still.
-        distill_coef=10.0,
         seed=demo.seed,
         save_every=10,
         eval_every=0,
+        **{**DIGITS_RUN, "lr": demo.lr},
     )
 
 

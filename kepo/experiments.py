@@ -29,23 +29,22 @@ class Setting:
     """Settings of the run that override a method's preset."""
 
 
-_COMMON = dict(
+DIGITS_RUN = dict(
     # More questions and fewer answers to each than usual: what the model has to learn is to see,
     # and for that it is the number of different images that counts.
     prompts_per_step=32,
     num_generations=4,
-    num_hinted=2,
-    max_attempts=3,
     micro_batch=64,
     max_completion_length=COMPLETION_TOKENS,
-    sampling_temperature=1.0,
-    top_p=1.0,
     lr=4e-4,
     lr_end=0.1,
     warmup_steps=10,
     # A JSD is about five times smaller than a KL, and on right answers smaller still.
     distill_coef=10.0,
 )
+"""Settings of a run on the digits, of the demonstration as of the comparison."""
+
+_COMMON = DIGITS_RUN | dict(num_hinted=2, max_attempts=3, sampling_temperature=1.0, top_p=1.0)
 
 SETTINGS = {
     "cliff": Setting(

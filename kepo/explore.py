@@ -20,6 +20,8 @@ class Exploration:
 
     groups: list[Group] = field(default_factory=list)
     report: RescueReport = field(default_factory=RescueReport)
+    asked: int = 0
+    """Groups that were sampled, those of exchanged questions included."""
     resampled: int = 0
     """Groups whose question was exchanged for another."""
     sampled: int = 0
@@ -53,6 +55,7 @@ def explore(
             groups, report = rescue(groups, policy, teacher, config, hints)
             found.report += report
             found.sampled += report.sampled
+        found.asked += len(groups)
         found.sampled += len(groups) * config.num_generations
         found.rollout_seconds += sampled - started
         found.hint_seconds += time.perf_counter() - sampled

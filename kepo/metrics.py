@@ -45,7 +45,7 @@ def step_metrics(
     cut = [r.truncated for r in [*rollouts, *data]]
     iterations = config.num_iterations
     tokens, teacher_tokens = totals.tokens // iterations, totals.teacher_tokens // iterations
-    report, groups = found.report, max(1, len(found.groups))
+    report, asked = found.report, max(1, found.asked)
     return values | {
         "entropy": totals.entropy / max(1, totals.tokens),
         "kl": totals.kl / max(1, totals.tokens),
@@ -69,13 +69,13 @@ def step_metrics(
         "kepo/data_completions": len(data),
         "kepo/resampled_groups": found.resampled,
         "kepo/hint_groups": report.groups,
-        "kepo/hint_rate": report.groups / groups,
+        "kepo/hint_rate": report.groups / asked,
         "kepo/hints_written": report.written,
         "kepo/hints_unusable": report.unhinted,
         "kepo/hint_attempts": report.attempts,
         "kepo/hint_accept_rate": report.successes / max(1, report.sampled),
         "kepo/hint_accepted": report.accepted,
-        "kepo/rescue_rate": report.rescued / groups,
+        "kepo/rescue_rate": report.rescued / asked,
         "kepo/hinted_rate": batch.hinted.float().mean().item(),
     }
 

@@ -102,14 +102,16 @@ def demonstrations(policy: VLM, examples: Sequence[Example], config: Config) -> 
     ids, mask = (x.cpu() for x in policy.encode_completions(texts))
     limit = config.max_completion_length
     rollouts = []
-    for row, (example, text) in enumerate(zip(examples, texts, strict=True)):
+    cut = policy.decode(ids[:, :limit], mask[:, :limit])  # what is trained on is what is judged
+    for row, example in enumerate(examples):
         tokens = ids[row][mask[row]]
+        kept = tokens[:limit]
         rollouts.append(
             Rollout(
                 example=example,
-                completion_ids=tokens[:limit],
-                text=text,
-                rewards=_rewards(text, len(tokens), example, config),
+                completion_ids=kept,
+                text=cut[row],
+                rewards=_rewards(cut[row], len(kept), example, config),
                 truncated=len(tokens) > limit,
             )
         )

@@ -28,6 +28,7 @@ def config_of(made: Path, run_dir: Path, *layers: str, **settings: object) -> Co
         num_generations=4,
         micro_batch=3,
         max_completion_length=8,
+        overlong_buffer=min(8, base.overlong_buffer),
         lr=1e-3,
         save_every=1,
     )

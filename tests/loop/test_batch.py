@@ -97,6 +97,12 @@ def test_truncated_completions_count_in_the_group_but_carry_no_loss():
     assert not masked.completion_mask[1].any()
 
 
+def test_the_teacher_need_not_read_what_carries_no_loss():
+    groups = [[rollout(WRONG), rollout(RIGHT, truncated=True)]]
+    kept, masked = collate(groups, CONFIG), collate(groups, replace(CONFIG, mask_truncated=True))
+    assert kept.gate.tolist() == [0.0, 1.0] and masked.gate.tolist() == [0.0, 0.0]
+
+
 def test_dr_grpo_divides_by_what_could_have_been_written():
     config = replace(CONFIG, policy_reduction="dr_grpo", max_completion_length=50, policy_coef=3.0)
     batch = collate(GROUPS, config)

@@ -60,6 +60,10 @@ REFUSED = {
     "iterations": ({"num_iterations": 0}, "num_iterations=0"),
     "dynamic sampling": ({"dynamic_sampling": -1}, "dynamic_sampling=-1"),
     "overlong": ({"overlong_buffer": -1}, "overlong_buffer=-1"),
+    "overlong throughout": (
+        {"overlong_buffer": 129},
+        "overlong_buffer=129 is more than max_completion_length=128",
+    ),
     "distillation by completion length": (
         {"distill_reduction": "dr_grpo"},
         "distill_reduction='dr_grpo'",

@@ -63,6 +63,7 @@ def test_dull_groups_are_replaced_and_lively_ones_stay_in_their_place():
     assert found.groups[1][0].example == mine
     assert names(found.groups) == [other.id, mine.id, questions[2].id, questions[3].id]
     assert found.resampled == 1 and not is_dull(found.groups[0], CONFIG)
+    assert found.asked == 4 + 3  # three were dull, and as many others were tried
 
 
 def test_a_dull_group_is_never_replaced_by_another_dull_one():

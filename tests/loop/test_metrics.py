@@ -26,7 +26,7 @@ def metrics(groups, data=(), **totals):
     report = RescueReport(
         groups=2, written=1, unhinted=1, rescued=1, attempts=3, sampled=6, successes=2, accepted=1
     )
-    found = Exploration(groups=groups, report=report, resampled=1, sampled=12)
+    found = Exploration(groups=groups, report=report, asked=4, resampled=1, sampled=12)
     batch = collate(groups, CONFIG, data)
     return step_metrics(found, data, batch, StepTotals(**totals), CONFIG)
 
@@ -80,13 +80,13 @@ def test_metrics_by_hand():
         "kepo/data_completions": 1,
         "kepo/resampled_groups": 1,
         "kepo/hint_groups": 2,
-        "kepo/hint_rate": 2 / 3,
+        "kepo/hint_rate": 2 / 4,  # three groups, and one that was exchanged
         "kepo/hints_written": 1,
         "kepo/hints_unusable": 1,
         "kepo/hint_attempts": 3,
         "kepo/hint_accept_rate": 1 / 3,
         "kepo/hint_accepted": 1,
-        "kepo/rescue_rate": 1 / 3,
+        "kepo/rescue_rate": 1 / 4,
         "kepo/hinted_rate": 1 / 7,
     }
     assert set(values) == {*expected, "rewards/format/std"}

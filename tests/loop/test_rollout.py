@@ -109,6 +109,8 @@ def test_a_demonstration_too_long_is_cut_and_says_so():
     config = replace(CONFIG, max_completion_length=5)
     (r,) = demonstrations(ScriptedVLM(lambda p, n: ""), [example("a")], config)
     assert r.truncated and r.completion_ids.tolist() == [*b"<answ"]
+    # It is judged by what is left: a gate on accuracy must not open for half an answer.
+    assert r.text == "<answ" and r.rewards == {"accuracy": 0.0, "format": 0.0}
 
 
 # ---- rewards ----

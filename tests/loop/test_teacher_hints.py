@@ -147,6 +147,10 @@ LEAKS = [
     "Option B fits",
     "choice (b)",
     "the letter B",
+    "choose B",
+    "pick (b)",
+    "B is right",
+    "I see why B is the answer",
 ]
 FAIR = [
     "look at the round shape",
@@ -172,9 +176,10 @@ def test_hints_that_only_help_pass(hint):
 
 def test_a_is_an_article_too():
     about_a = example("q", answer="A")
-    for hint in ("a round shape", "A shape on the left", "look for a line, a long one"):
+    articles = ("the answer is a number", "choose a colour", "an option: a round one")
+    for hint in ("a round shape", "A shape on the left", "look for a line, a long one", *articles):
         assert not states_answer(hint, about_a)
-    for hint in ("A", "the answer is A", "(A)", "option a"):
+    for hint in ("A", "the answer is A", "(A)", "option a", "choose a.", "A is correct"):
         assert states_answer(hint, about_a)
 
 
