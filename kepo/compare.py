@@ -123,9 +123,7 @@ def _run_all(settings: Compare, results: Results, pool: Pool) -> None:
 
 def fingerprint(settings: Compare, seed: int, method: str) -> str:
     """Of all that decides a run but its machine: equal ones need not be run twice."""
-    config = dataclasses.asdict(
-        _config(settings, seed, method, Path(), Path(), Path(), for_record=True)
-    )
+    config = dataclasses.asdict(_as_method(settings, seed, method, teacher="any"))
     # Defaults are left out, so that a setting added to Config later does not void old results.
     default = dataclasses.asdict(Config())
     facts = {
@@ -170,33 +168,33 @@ def _warm_up(settings: Compare, seed: int, target: Path, data: Path) -> None:
 
 
 def _config(
-    settings: Compare,
-    seed: int,
-    method: str,
-    data: Path,
-    teacher: Path,
-    warmup: Path,
-    for_record: bool = False,
+    settings: Compare, seed: int, method: str, data: Path, teacher: Path, warmup: Path
 ) -> Config:
-    run_dir = Path(settings.root) / settings.setting / f"seed-{seed}" / method
-    config = config_of(
-        SETTINGS[settings.setting],
-        METHODS[method],
+    folder = Path(settings.root) / settings.setting / f"seed-{seed}"
+    return _as_method(
+        settings,
+        seed,
+        method,
         student=str(warmup),
         teacher=str(teacher),
         train_data=str(data / "train"),
-        train_modalities=[SOURCE],
         eval_data=str(data / "test"),
+        run_dir=str(folder / f"{method}-{fingerprint(settings, seed, method)}"),
+    )
+
+
+def _as_method(settings: Compare, seed: int, method: str, **paths: str) -> Config:
+    return config_of(
+        SETTINGS[settings.setting],
+        METHODS[method],
+        train_modalities=[SOURCE],
         eval_every=settings.eval_every,
         steps=settings.steps,
         seed=seed,
         save_every=20,
         keep_checkpoints=1,
+        **paths,
     )
-    if for_record:
-        return config
-    name = f"{method}-{fingerprint(settings, seed, method)}"
-    return dataclasses.replace(config, run_dir=str(run_dir.with_name(name)))
 
 
 def _demo(settings: Compare) -> Demo:

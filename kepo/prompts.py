@@ -49,7 +49,7 @@ def states_answer(hint: str, example: Example) -> bool:
     it counts at the end of a sentence only.
     """
     option = example.options[LETTERS.index(example.answer)]
-    # As in data.py: an option is the same with other spaces and without its final period.
+    # As in records.py: an option is the same with other spaces and without its final period.
     words = (option.rstrip(". ") or option).split()
     right = r"\s+".join(map(re.escape, words))
     letter = example.answer

@@ -88,7 +88,15 @@ def _others(results: Results) -> list[str]:
     return [modality for modality in results.modalities() if modality != SOURCE]
 
 
-def final(results: Results, method: str, modalities: list[str], minus: str | None = None):
+def last(results: Results, method: str, modalities: list[str]) -> np.ndarray:
+    """(seeds, modalities, items): what was right after the last step."""
+    step = results.eval_steps()[-1]
+    return results.correct(method, results.seeds(method), step, modalities)
+
+
+def final(
+    results: Results, method: str, modalities: list[str], minus: str | None = None
+) -> Interval:
     """Accuracy after the last step, or its paired difference to another method's."""
     step = results.eval_steps()[-1]
     seeds = results.seeds(method) if minus is None else results.seeds(method, minus)
@@ -177,8 +185,7 @@ def _fall(results: Results, method: str, seeds: list[int]) -> np.ndarray:
 def _modality_table(results: Results, methods: list[str]) -> str:
     modalities = [SOURCE, *_others(results)]
     rows = [
-        [f"`{method}`"]
-        + [f"{100 * final(results, method, [modality]).mean:.0f}" for modality in modalities]
+        [f"`{method}`"] + [f"{100 * x:.0f}" for x in last(results, method, modalities).mean((0, 2))]
         for method in methods
     ]
     return table(["accuracy, %", *modalities], rows)

@@ -11,7 +11,7 @@ from kepo.compare import Compare, compare, fingerprint
 from kepo.digits import MODALITIES
 from kepo.errors import KepoConfigError
 from kepo.experiments import ABLATIONS, MAIN, METHODS, SETTINGS, config_of
-from kepo.report import WORDS
+from kepo.report import WORDS, write_report
 from kepo.results import Results
 from kepo.statistics import Interval
 
@@ -172,3 +172,13 @@ def test_fingerprints_tell_runs_apart_and_nothing_else():
     others += [fingerprint(replace(one, teacher_steps=1), 1, "kepo")]
     others += [fingerprint(replace(one, setting="mild"), 1, "kepo")]
     assert len({fingerprint(one, 1, "kepo"), *others}) == 5
+
+
+def test_the_published_report_is_that_of_the_published_results(tmp_path):
+    folder = module.Path(__file__).parents[2] / "docs" / "experiments" / "cliff"
+    results, settings = Results(folder), Compare()
+    for seed in settings.seeds:
+        for method in MAIN:
+            assert results.has((seed, method), fingerprint(settings, seed, method)), (seed, method)
+    text = write_report(results, SETTINGS["cliff"], tmp_path / "cliff")
+    assert text == (folder / "report.md").read_text(encoding="utf-8")
