@@ -57,23 +57,25 @@ def _ranges(config: Config) -> None:
 
     bound(
         "steps prompts_per_step num_iterations micro_batch rollout_batch max_completion_length "
-        "num_hinted max_attempts save_every keep_checkpoints eval_limit eval_batch workspace_bytes",
+        "num_hinted max_attempts save_every keep_checkpoints eval_limit eval_batch workspace_bytes "
+        "rollout_tokens",
         lambda x: x >= 1,
         "a number >= 1",
     )
     bound("num_generations", lambda x: x >= 2, "at least 2: advantages are relative to a group")
     bound(
         "warmup_steps weight_decay kl_coef policy_coef distill_coef eval_every epsilon_high "
-        "max_skipped_steps seed dynamic_sampling overlong_buffer log_completions_every",
+        "max_skipped_steps seed dynamic_sampling overlong_buffer log_completions_every lora_rank",
         lambda x: x >= 0,
         "a number >= 0",
     )
     bound(
-        "lr max_grad_norm sampling_temperature temperature hinted_cap hinted_gamma",
+        "lr max_grad_norm sampling_temperature temperature hinted_cap hinted_gamma "
+        "sampler_cap lora_alpha",
         lambda x: x > 0,
         "a number > 0",
     )
-    bound("top_p", lambda x: 0 < x <= 1, "a number in (0, 1]")
+    bound("top_p vllm_memory", lambda x: 0 < x <= 1, "a number in (0, 1]")
     bound("eval_share", lambda x: 0 <= x < 1, "a number in [0, 1)")
     bound("beta epsilon_low lr_end data_fraction", lambda x: 0 <= x <= 1, "a number in [0, 1]")
     bound(
@@ -90,6 +92,11 @@ def _names(config: Config) -> None:
             _refuse(f"{name}={value!r}; expected one of {', '.join(map(str, choices))}")
 
     choose("dtype", ("float32", "bfloat16", "float16"))
+    choose("sharding", ("none", "fsdp2"))
+    choose("teacher_placement", ("copy", "fsdp2", "offload"))
+    choose("teacher_bits", (None, 8, 4))
+    choose("engine", ("transformers", "vllm"))
+    choose("sampler_correction", ("none", "truncate"))
     choose("bad_records", ("skip", "fail"))
     choose("impl", ("auto", "triton", "cpu", "torch"))
     choose("policy_reduction", ("token_mean", "sequence_mean", "sum", "dr_grpo"))

@@ -46,9 +46,36 @@ class Config:
     run_dir: str = "runs/kepo"
     """Where checkpoints, metrics.jsonl and curves.png go. An existing run there is resumed."""
     dtype: str = "float32"
-    """Of student and teacher: float32, bfloat16 or float16."""
+    """In which student and teacher compute: float32, bfloat16 or float16. Weights that are trained
+    are kept in float32 under sharding fsdp2, and as LoRA adapters."""
     device: str = "cpu"
-    """Where student and teacher live, as torch spells it."""
+    """Where student and teacher live, as torch spells it; under torchrun, cuda is each process's
+    own."""
+
+    # ---- how the models are held ----
+    sharding: str = "none"
+    """Of the student over the processes of torchrun. none: each has a whole copy (DDP). fsdp2: each
+    has a share of weights, gradients and optimiser."""
+    rollout_gather: bool = True
+    """Under fsdp2, gather the student's weights once for a rollout. False = layer by layer for
+    every token: slower by far, with no more than one layer in memory."""
+    teacher_placement: str = "copy"
+    """copy: a whole teacher in every process. fsdp2: shared out over the processes. offload: the
+    same, kept in host memory and moved layer by layer."""
+    teacher_bits: int | None = None
+    """8 or 4: quantise the teacher's layers, not its head, with bitsandbytes. None = not."""
+    lora_rank: int = 0
+    """Train adapters of this rank on the language model's linear layers. 0 = all weights."""
+    lora_alpha: float = 32.0
+    """Adapters count lora_alpha / lora_rank times."""
+    freeze_vision: bool = False
+    """Do not train the vision tower. (With adapters it is never trained.)"""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in backward rather than keep what it computed."""
+    attn_implementation: str | None = None
+    """As transformers names it, flash_attention_2 for one. None = transformers' choice."""
+    liger_layers: bool = False
+    """Liger's kernels for norms, rotary embedding and MLP. On CUDA, with liger-kernel."""
 
     # ---- how much ----
     steps: int = 200
@@ -67,7 +94,14 @@ class Config:
     micro_batch: int = 32
     """Completions per forward and backward; gradients accumulate over the step."""
     rollout_batch: int = 256
-    """Completions generated at once, at most."""
+    """Completions generated at once in a process, at most."""
+    rollout_tokens: int | None = None
+    """Tokens of those, prompts and max_completion_length together, at most. None = no such
+    bound."""
+    engine: str = "transformers"
+    """What generates: transformers, or vllm in the same processes."""
+    vllm_memory: float = 0.3
+    """Share of a GPU's memory that vLLM takes for itself."""
     max_completion_length: int = 128
     """Tokens per completion, at most."""
     mask_truncated: bool = False
@@ -95,6 +129,12 @@ class Config:
     one."""
     top_p: float = 1.0
     """Nucleus of generation. 1 = off."""
+    sampler_correction: str = "none"
+    """truncate: tokens sampled without a hint are weighted by the ratio of the policy's probability
+    to the one they were drawn with, at most sampler_cap; for an engine that computes in another
+    way."""
+    sampler_cap: float = 2.0
+    """See sampler_correction."""
 
     # ---- rewards ----
     rewards: tuple[str, ...] = ("accuracy", "format")
@@ -213,9 +253,12 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "eval_batch",
         "max_skipped_steps",
         "log_completions_every",
+        *("device", "sharding", "rollout_gather", "teacher_placement"),
+        *("gradient_checkpointing", "attn_implementation", "liger_layers", "vllm_memory"),
+        *("micro_batch", "rollout_batch", "rollout_tokens", "workspace_bytes"),
     }
 )
-"""Settings that decide what a run writes down, not what each step computes."""
+"""Settings that decide what a run writes down, or where and in what portions it computes."""
 
 
 def load(*layers: str | Path) -> Config:
