@@ -101,7 +101,7 @@ def random_model(parts: VLM, size: Size, vocab: int, seed: int) -> VLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3VLForConditionalGeneration(config).float().eval()
-    return VLM(model, parts.tokenizer, parts.image_processor)
+    return VLM(model, parts.encoder)
 
 
 def count_tokens(teacher: VLM, seen: list[int]) -> None:

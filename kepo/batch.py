@@ -11,9 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kepo.config import Config
 from kepo.credit import group_advantages, quality_gate
+from kepo.encoding import Prompt
 from kepo.prompts import question_prompt
 from kepo.rollout import Group, Rollout, reward_of, total_rewards
-from kepo.vlm import Prompt
 from kepo_kernels import dr_grpo_weights, loss_weights
 
 

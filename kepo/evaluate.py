@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from tqdm import tqdm
 
 from kepo.data import Example
+from kepo.encoding import Prompt
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.prompts import question_prompt
 from kepo.rewards import accuracy
-from kepo.vlm import VLM, Prompt
+from kepo.vlm import VLM
 
 
 def evaluate(

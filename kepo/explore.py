@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from kepo.config import Config
 from kepo.data import Example
+from kepo.engine import Engine
 from kepo.hints import Hints, RescueReport, rescue
 from kepo.questions import draw
 from kepo.rollout import Group, sample, total_rewards
@@ -32,7 +33,7 @@ class Exploration:
 
 def explore(
     questions: Sequence[Example],
-    policy: VLM,
+    engine: Engine,
     teacher: VLM | None,
     config: Config,
     hints: Hints,
@@ -47,12 +48,15 @@ def explore(
     """
     found = Exploration()
 
-    def answered(questions: Sequence[Example]) -> list[Group]:
+    def answered(questions: Sequence[Example], extra_round: int = 0) -> list[Group]:
         started = time.perf_counter()
-        groups = sample(policy, questions, config, num_generations=config.num_generations)
+        stream = (step, extra_round)
+        groups = sample(
+            engine, questions, config, num_generations=config.num_generations, stream=stream
+        )
         sampled = time.perf_counter()
         if config.hints:
-            groups, report = rescue(groups, policy, teacher, config, hints)
+            groups, report = rescue(groups, engine, teacher, config, hints, stream)
             found.report += report
             found.sampled += report.sampled
         found.asked += len(groups)
@@ -66,7 +70,7 @@ def explore(
         dull = [place for place, group in enumerate(found.groups) if is_dull(group, config)]
         if not dull:
             break
-        others = answered(draw(examples, config, step, extra_round)[: len(dull)])
+        others = answered(draw(examples, config, step, extra_round)[: len(dull)], extra_round)
         lively = [group for group in others if not is_dull(group, config)]
         for place, group in zip(dull, lively, strict=False):
             found.groups[place] = group

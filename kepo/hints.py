@@ -15,9 +15,12 @@ from dataclasses import dataclass, fields
 
 from kepo.config import Config
 from kepo.data import Example
+from kepo.encoding import Prompt
+from kepo.engine import Engine
+from kepo.parallel import shared_out
 from kepo.prompts import hint_request, parse_hint, states_answer
 from kepo.rollout import Group, Rollout, reward_of, sample, total_reward
-from kepo.vlm import VLM, Prompt
+from kepo.vlm import VLM
 
 MAX_HINT_LENGTH = 256
 
@@ -52,13 +55,19 @@ class RescueReport:
 
 
 def rescue(
-    groups: Sequence[Group], policy: VLM, teacher: VLM, config: Config, hints: Hints
+    groups: Sequence[Group],
+    engine: Engine,
+    teacher: VLM,
+    config: Config,
+    hints: Hints,
+    stream: tuple[object, ...] = (),
 ) -> tuple[list[Group], RescueReport]:
     """The groups, with up to ``num_hinted`` hinted successes in each that ``hint_trigger`` names.
 
     Each of at most ``max_attempts`` rounds draws ``num_hinted`` completions for the groups that
     still lack successes, and for those only. Other groups are returned as they came; no input list
-    is changed. ``hints`` is what the teacher wrote so far, and is added to.
+    is changed. ``hints`` is what the teacher wrote so far, and is added to. ``stream`` names the
+    random numbers of `sample`.
     """
     groups = [list(group) for group in groups]
     room = {place: _room(group, config) for place, group in enumerate(groups)}
@@ -70,15 +79,16 @@ def rescue(
     hint_of = {place: hints[e.id] for place, e in zip(helped, asked, strict=True) if hints[e.id]}
     found: dict[int, Group] = {place: [] for place in hint_of}
     attempts = sampled = successes = 0
-    for _ in range(config.max_attempts):
+    for attempt in range(config.max_attempts):
         lacking = [place for place in hint_of if len(found[place]) < room[place]]
         if not lacking:
             break
         tries = sample(
-            policy,
+            engine,
             [groups[place][0].example for place in lacking],
             config,
             num_generations=config.num_hinted,
+            stream=(*stream, "hinted", attempt),
             hints=[hint_of[place] for place in lacking],
         )
         attempts += len(lacking)
@@ -119,16 +129,25 @@ def succeeds(rollout: Rollout, config: Config) -> bool:
 def write_hints(teacher: VLM, examples: Sequence[Example], config: Config) -> list[str | None]:
     """One greedy hint per example; None where the teacher's text holds no well-formed hint, or one
     that states the answer (``leak_filter``; not where the student is told the answer anyway)."""
-    requests = [
-        Prompt(hint_request(example, with_answer=config.hint_with_answer), example.image)
-        for example in examples
-    ]
-    ids, mask, _ = teacher.generate(
-        teacher.encode(requests),
-        max_new_tokens=min(MAX_HINT_LENGTH, config.max_completion_length),
-        temperature=0.0,
-    )
-    hints = [parse_hint(text) for text in teacher.decode(ids, mask)]
+
+    def work(some: Sequence[Example]) -> list[str]:
+        ids, mask, _ = teacher.sample(
+            [
+                Prompt(hint_request(example, with_answer=config.hint_with_answer), example.image)
+                for example in some
+            ],
+            num_return_sequences=1,
+            max_new_tokens=min(MAX_HINT_LENGTH, config.max_completion_length),
+            temperature=0.0,
+        )
+        return teacher.decode(ids, mask)
+
+    def portions(share: Sequence[Example]) -> list[Sequence[Example]]:
+        at_once = config.rollout_batch
+        return [share[start : start + at_once] for start in range(0, len(share), at_once)]
+
+    texts = shared_out(examples, work, portions, in_step=teacher.in_step)
+    hints = [parse_hint(text) for text in texts]
     if not config.leak_filter or config.hint_gives_answer:
         return hints
     return [

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kepo.config import TOTAL, Config
 from kepo.data import Example
+from kepo.encoding import Encoder, Prompt
+from kepo.engine import Engine
+from kepo.parallel import shared_out
 from kepo.prompts import hinted_prompt, question_prompt, worked_answer
+from kepo.questions import seed_of
 from kepo.rewards import score
-from kepo.vlm import VLM, Prompt
+from kepo.sampling import Sampled
 
 
 @dataclass
@@ -42,67 +47,122 @@ Group = list[Rollout]
 
 
 def sample(
-    policy: VLM,
+    engine: Engine,
     examples: Sequence[Example],
     config: Config,
     *,
     num_generations: int,
+    stream: tuple[object, ...] = (),
     hints: Sequence[str] | None = None,
 ) -> list[Group]:
     """``num_generations`` scored completions for each example, in its order.
 
-    hints: one per example, shown with the question. Draws from torch's global generator. ``config``
-    gives length limit, temperature, top_p and the rewards; ``rollout_batch`` bounds how many
-    sequences are generated at once.
+    All processes call it with the same examples; each samples its share, and all get the whole.
+    stream: names the random numbers, which with it, ``config.seed``, an example's place and a
+    completion's give the same completion however they are shared out. hints: one per example, shown
+    with the question. ``config`` gives length limit, temperature, top_p, the rewards, and how much
+    is generated at once.
     """
-    per_call = max(1, config.rollout_batch // num_generations)
-    groups: list[Group] = []
-    for start in range(0, len(examples), per_call):
-        some = examples[start : start + per_call]
-        told: Sequence[str | None] = [None] * len(some)
-        if hints is not None:
-            told = hints[start : start + per_call]
-        inputs = policy.encode(
-            [Prompt(_text(e, hint, config), e.image) for e, hint in zip(some, told, strict=True)]
-        )
-        ids, mask, logprobs = policy.generate(
-            inputs,
+    told: Sequence[str | None] = [None] * len(examples) if hints is None else hints
+    asked = [
+        _Asked(place, example, hint)
+        for place, (example, hint) in enumerate(zip(examples, told, strict=True))
+    ]
+
+    def work(some: Sequence[_Asked]) -> list[Group]:
+        sampled = engine.sample(
+            [_prompt(one, config) for one in some],
+            num_return_sequences=num_generations,
             max_new_tokens=config.max_completion_length,
             temperature=config.sampling_temperature,
             top_p=config.top_p,
-            num_return_sequences=num_generations,
+            seeds=[
+                seed_of(config.seed, *stream, one.place, number)
+                for one in some
+                for number in range(num_generations)
+            ],
         )
-        texts = policy.decode(ids, mask)
-        ended = ((ids == policy.tokenizer.eos_token_id) & mask).any(-1).tolist()
-        ids, mask, logprobs = ids.cpu(), mask.cpu(), logprobs.cpu()
-        for place, (example, hint) in enumerate(zip(some, told, strict=True)):
-            rows = range(place * num_generations, (place + 1) * num_generations)
-            groups.append(
-                [
-                    Rollout(
-                        example=example,
-                        completion_ids=ids[row][mask[row]],
-                        text=texts[row],
-                        rewards=_rewards(texts[row], int(mask[row].sum()), example, config),
-                        sampler_logprobs=logprobs[row][mask[row]],
-                        hint=hint,
-                        truncated=not ended[row],
-                    )
-                    for row in rows
-                ]
+        return _scored(some, sampled, engine.encoder, config, num_generations)
+
+    def portions(share: Sequence[_Asked]) -> list[Sequence[_Asked]]:
+        return _portions(share, engine.encoder, config, num_generations)
+
+    return shared_out(asked, work, portions, in_step=engine.in_step)
+
+
+class _Asked(NamedTuple):
+    place: int
+    example: Example
+    hint: str | None
+
+
+def _prompt(asked: _Asked, config: Config) -> Prompt:
+    if asked.hint is None:
+        text = question_prompt(asked.example)
+    else:
+        text = hinted_prompt(asked.example, asked.hint, config.hint_gives_answer)
+    return Prompt(text, asked.example.image)
+
+
+def _portions(
+    share: Sequence[_Asked], encoder: Encoder, config: Config, num_generations: int
+) -> list[Sequence[_Asked]]:
+    """Runs of the share that ``rollout_batch`` and ``rollout_tokens`` let be generated at once;
+    a single question always may."""
+    most = max(1, config.rollout_batch // num_generations)
+    if config.rollout_tokens is None:
+        return [share[start : start + most] for start in range(0, len(share), most)]
+    prompts = [_prompt(one, config) for one in share]
+    lengths = encoder.encode(prompts).attention_mask.sum(-1).tolist()
+    portions: list[list[_Asked]] = []
+    longest = 0
+    for one, length in zip(share, lengths, strict=True):
+        count = len(portions[-1]) + 1 if portions else 1
+        padded = max(longest, length) + config.max_completion_length  # of every sequence
+        if not portions or count > most or count * num_generations * padded > config.rollout_tokens:
+            portions.append([])
+            longest = 0
+        portions[-1].append(one)
+        longest = max(longest, length)
+    return portions
+
+
+def _scored(
+    asked: Sequence[_Asked],
+    sampled: Sampled,
+    encoder: Encoder,
+    config: Config,
+    num_generations: int,
+) -> list[Group]:
+    ids, mask, logprobs = sampled
+    texts = encoder.decode(ids, mask)
+    ended = ((ids == encoder.tokenizer.eos_token_id) & mask).any(-1).tolist()
+    groups: list[Group] = [[] for _ in asked]
+    for row, text in enumerate(texts):
+        one = asked[row // num_generations]
+        groups[row // num_generations].append(
+            Rollout(
+                example=one.example,
+                completion_ids=ids[row][mask[row]],
+                text=text,
+                rewards=_rewards(text, int(mask[row].sum()), one.example, config),
+                sampler_logprobs=logprobs[row][mask[row]],
+                hint=one.hint,
+                truncated=not ended[row],
             )
+        )
     return groups
 
 
-def demonstrations(policy: VLM, examples: Sequence[Example], config: Config) -> list[Rollout]:
+def demonstrations(encoder: Encoder, examples: Sequence[Example], config: Config) -> list[Rollout]:
     """The dataset's own worked solution of each example, as a scored completion."""
     if not examples:
         return []
     texts = [worked_answer(example) for example in examples]
-    ids, mask = (x.cpu() for x in policy.encode_completions(texts))
+    ids, mask = encoder.encode_completions(texts)
     limit = config.max_completion_length
     rollouts = []
-    cut = policy.decode(ids[:, :limit], mask[:, :limit])  # what is trained on is what is judged
+    cut = encoder.decode(ids[:, :limit], mask[:, :limit])  # what is trained on is what is judged
     for row, example in enumerate(examples):
         tokens = ids[row][mask[row]]
         kept = tokens[:limit]
@@ -134,12 +194,6 @@ def total_rewards(groups: Sequence[Group], config: Config) -> Tensor:
     """(P, G) fp32 total rewards of groups of one size."""
     rewards = [[total_reward(rollout, config) for rollout in group] for group in groups]
     return torch.tensor(rewards).reshape(len(groups), -1)
-
-
-def _text(example: Example, hint: str | None, config: Config) -> str:
-    if hint is None:
-        return question_prompt(example)
-    return hinted_prompt(example, hint, config.hint_gives_answer)
 
 
 def _rewards(text: str, length: int, example: Example, config: Config) -> dict[str, float]:

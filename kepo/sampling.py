@@ -1,7 +1,8 @@
-"""What generation returns, and the law that its tokens are drawn from."""
+"""The law that completions are drawn from, with a stream of random numbers for each of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,35 +18,50 @@ class Sampled(NamedTuple):
 
 
 class SamplingLaw:
-    """Temperature and nucleus, as the last logits processor of `generate`; keeps the
-    log-probability of every token that is drawn.
+    """Temperature and nucleus, as the last logits processor of a greedy `generate`: it draws the
+    token itself, leaves no other, and keeps its log-probability.
 
-    Of one step it holds the whole law, (n, V), and of the others a number per completion:
-    `generate(output_scores=True)` would hold T such laws.
+    Each completion has its own seed, so what it draws does not depend on its neighbours in the
+    batch, nor on how a step's completions are shared out over batches and processes. Of the laws
+    themselves nothing is kept; `generate(output_scores=True)` would hold T of them.
     """
 
-    def __init__(self, temperature: float, top_p: float):
+    def __init__(self, temperature: float, top_p: float, seeds: Sequence[int], length: int):
+        """seeds: one per completion, of at most ``length`` tokens."""
         from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
         self._warpers = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
         self._warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-        self._law: Tensor | None = None
-        self._drawn: list[Tensor] = []
+        self._uniforms = torch.stack([_stream(seed, length) for seed in seeds])
+        self._logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(n, L) tokens so far, (n, V) logits -> the logits to draw the next one from."""
-        self._keep(input_ids)
+        """(n, L) tokens so far, (n, V) logits -> 0 at the token drawn next, -inf elsewhere."""
         scores = scores.float()
         for warper in self._warpers:
             scores = warper(input_ids, scores)
-        self._law = scores.log_softmax(-1)
-        return scores
+        law = scores.log_softmax(-1)
+        uniforms = self._uniforms[:, len(self._logprobs)].to(law.device)
+        token = draw(law, uniforms)
+        self._logprobs.append(law.gather(1, token))
+        return torch.full_like(law, -torch.inf).scatter_(1, token, 0.0)
 
-    def logprobs(self, completion_ids: Tensor) -> Tensor:
-        """(n, T) fp32, for the tokens that were drawn. Call it once, after generation."""
-        self._keep(completion_ids)
-        return torch.cat(self._drawn[: completion_ids.shape[1]], dim=1)
+    def logprobs(self, length: int) -> Tensor:
+        """(n, length) fp32, for the tokens that were drawn."""
+        return torch.cat(self._logprobs[:length], dim=1)
 
-    def _keep(self, ids: Tensor) -> None:
-        if self._law is not None:
-            self._drawn.append(self._law.gather(1, ids[:, -1:]))
+
+def draw(law: Tensor, uniforms: Tensor) -> Tensor:
+    """(n, 1) tokens: the first whose cumulative probability passes a number in [0, 1).
+
+    law ``(n, V)`` log-probabilities, uniforms ``(n,)`` fp64. A token of probability 0 is never
+    drawn. The sums are fp64: in fp32 the rare tokens of a large vocabulary would round away.
+    """
+    cumulative = law.double().exp().cumsum(-1)
+    reached = uniforms[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, reached, right=True).clamp_(max=law.shape[1] - 1)
+
+
+def _stream(seed: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(length, generator=generator, dtype=torch.float64)

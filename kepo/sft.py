@@ -11,9 +11,10 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from kepo.data import Example
+from kepo.encoding import Prompt
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.prompts import hint_request, hinted_prompt, question_prompt, worked_answer
-from kepo.vlm import VLM, Prompt
+from kepo.vlm import VLM
 
 WARMUP_SHARE = 0.05
 WEIGHT_DECAY = 0.01

@@ -50,7 +50,7 @@ def build_tiny(path: str | Path, *, size: Literal["student", "teacher"], seed: i
     """
     from transformers import Qwen3VLForConditionalGeneration
 
-    from kepo.vlm import image_processor_class
+    from kepo.encoding import image_processor_class
 
     if size not in _SIZES:
         raise KepoConfigError(f"build_tiny: size is {size!r}; expected one of {sorted(_SIZES)}")

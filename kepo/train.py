@@ -33,7 +33,7 @@ from kepo.explore import explore
 from kepo.hints import Hints
 from kepo.metrics import StepLog, completion_records, peak_gb, read_metrics, step_metrics
 from kepo.plots import plot_curves
-from kepo.questions import draw, from_data, seed_of
+from kepo.questions import draw, from_data
 from kepo.rollout import demonstrations
 from kepo.signals import StopRequest
 from kepo.sources import load_data, write_record
@@ -119,10 +119,9 @@ def train(config: Config) -> int:
         bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc="kepo")
         for step in (number + 1 for number in bar):
             started = time.perf_counter()
-            torch.manual_seed(seed_of(config.seed, step))
             questions = draw(examples, config, step)
             own = len(questions) - from_data(config, step)
-            given = demonstrations(policy, questions[own:], config)
+            given = demonstrations(policy.encoder, questions[own:], config)
             found = explore(questions[:own], policy, teacher, config, hints, examples, step)
             explored = time.perf_counter()
 

@@ -1,84 +1,27 @@
-"""A Qwen-VL model with its tokenizer and image processor: encode, generate, hidden states.
-
-Their shared conventions: prompts are padded on the left, completions on the right, each prompt has
-one image, and every forward gets ``mm_token_type_ids``, without which the positions of image tokens
-are silently wrong in some versions of transformers.
-"""
+"""A Qwen-VL model with its encoder: generate, hidden states, save and load."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kepo.data import open_rgb
+from kepo.encoding import Encoder, Inputs, Prompt, image_processor_class
 from kepo.errors import KepoCheckpointError, KepoConfigError, KepoDataError
 from kepo.sampling import Sampled, SamplingLaw
-
-IMAGE_CACHE_BYTES = 256 * 2**20
-"""Patches kept per VLM, so that an image met every epoch is decoded once."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Text without chat markup and the image it is about."""
-
-    text: str
-    image: Path
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """B encoded prompts with one image each; all tensors on the model's device."""
-
-    input_ids: Tensor  # (B, L) int64, padded on the left
-    attention_mask: Tensor  # (B, L) int64, 0 on padding
-    mm_token_type_ids: Tensor  # (B, L) int64, 1 on image tokens
-    pixel_values: Tensor  # (sum of patches, values per patch), the images one after another
-    image_grid_thw: Tensor  # (B, 3) int64, patches of each image in time, height, width
-
-    def __len__(self) -> int:
-        return self.input_ids.shape[0]
-
-    def repeat(self, n: int) -> Inputs:
-        """Each prompt n times in a row: p0 p0 .. p1 p1 .."""
-        if n < 1:
-            raise KepoConfigError(f"Inputs.repeat: n is {n}; expected a number >= 1")
-        return self.select(torch.arange(len(self)).repeat_interleave(n))
-
-    def select(self, indices: Sequence[int] | Tensor) -> Inputs:
-        """The prompts at these places, in this order; repeats are allowed. The padding stays."""
-        rows = torch.as_tensor(indices, device=self.input_ids.device)
-        if rows.dtype == torch.bool or rows.dim() != 1:
-            raise KepoConfigError(
-                f"Inputs.select: indices have dtype {rows.dtype} and shape {tuple(rows.shape)}; "
-                "expected a list of whole numbers"
-            )
-        rows = rows.long()
-        images = self.pixel_values.split(self.image_grid_thw.prod(-1).tolist())
-        chosen = [images[i] for i in rows.tolist()]
-        return Inputs(
-            input_ids=self.input_ids[rows],
-            attention_mask=self.attention_mask[rows],
-            mm_token_type_ids=self.mm_token_type_ids[rows],
-            pixel_values=torch.cat(chosen) if chosen else self.pixel_values[:0],
-            image_grid_thw=self.image_grid_thw[rows],
-        )
 
 
 @dataclass
 class VLM:
-    """The model and what turns prompts into its tensors."""
+    """The model, and what turns prompts into its tensors."""
 
     model: Any
-    tokenizer: Any
-    image_processor: Any
-    _patches: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    encoder: Encoder
 
     @classmethod
     def load(cls, path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> VLM:
@@ -101,13 +44,13 @@ class VLM:
                 f"VLM.load: cannot load a vision-language model from {path}: {error}; expected "
                 "config.json, *.safetensors, tokenizer files and preprocessor_config.json"
             ) from error
-        vlm = cls(model.to(device).eval(), tokenizer, image_processor)
-        vlm._check()
-        return vlm
+        _check(model, tokenizer)
+        encoder = Encoder(tokenizer, image_processor, model.config.image_token_id)
+        return cls(model.to(device).eval(), encoder)
 
     def save(self, path: str | Path) -> None:
         """Write the layout that ``load`` and ``from_pretrained`` read."""
-        for part in (self.model, self.tokenizer, self.image_processor):
+        for part in (self.model, self.encoder.tokenizer, self.encoder.image_processor):
             part.save_pretrained(path)
 
     @property
@@ -119,59 +62,50 @@ class VLM:
     def device(self) -> torch.device:
         return self.lm_head.device
 
-    # ---- prompts and text ----
+    # ---- prompts and text: the encoder's, on the model's device ----
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.encoder.tokenizer
 
     def encode(self, prompts: Sequence[Prompt]) -> Inputs:
-        """Apply the chat template, expand image placeholders, pad on the left.
-
-        Raises KepoDataError if there are no prompts, if an image is unreadable, or if a text itself
-        contains an image placeholder.
-        """
-        if not prompts:
-            raise KepoDataError("VLM.encode: prompts is empty; expected at least one")
-        images = [self._image(Path(prompt.image)) for prompt in prompts]
-        merge = self.image_processor.merge_size**2
-        rows = []
-        for prompt, ids, (_, grid) in zip(prompts, self._chat_ids(prompts), images, strict=True):
-            if ids.count(self._image_id) != 1:
-                raise KepoDataError(
-                    f"VLM.encode: the prompt {prompt.text!r} gives {ids.count(self._image_id)} "
-                    "image placeholders; expected 1: take the placeholder out of the text, and "
-                    "check that the chat template writes one per image"
-                )
-            at = ids.index(self._image_id)
-            count = int(grid.prod()) // merge
-            rows.append(ids[:at] + [self._image_id] * count + ids[at + 1 :])
-
-        length = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = torch.arange(length) >= (length - lengths)[:, None]
-        on_device = dict(device=self.device, non_blocking=True)
-        return Inputs(
-            input_ids=input_ids.to(**on_device),
-            attention_mask=mask.long().to(**on_device),
-            mm_token_type_ids=(mask & (input_ids == self._image_id)).long().to(**on_device),
-            pixel_values=torch.cat([patches for patches, _ in images]).to(**on_device),
-            image_grid_thw=torch.stack([grid for _, grid in images]).to(**on_device),
-        )
+        return self.encoder.encode(prompts).to(self.device)
 
     def encode_completions(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Texts as ``(completion_ids, completion_mask)`` of ``generate``, end token included."""
-        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        rows = [row + [self.tokenizer.eos_token_id] for row in rows]
-        length = max(map(len, rows), default=0)
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows]).long()
-        lengths = torch.tensor([len(row) for row in rows]).long()
-        mask = torch.arange(length) < lengths[:, None]
+        ids, mask = self.encoder.encode_completions(texts)
         return ids.to(self.device), mask.to(self.device)
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
-        """Text of each row where mask is True; control tokens are left out, format tags stay."""
-        rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu().bool(), strict=True)]
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return self.encoder.decode(ids, mask)
+
+    # ---- as an Engine ----
+
+    in_step = False
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        yield
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_return_sequences: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+        seeds: Sequence[int] | None = None,
+    ) -> Sampled:
+        """`generate` for prompts, its result on the CPU."""
+        sampled = self.generate(
+            self.encode(prompts),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            num_return_sequences=num_return_sequences,
+            seeds=seeds,
+        )
+        return Sampled(*(x.cpu() for x in sampled))
 
     # ---- model ----
 
@@ -183,15 +117,18 @@ class VLM:
         temperature: float,
         top_p: float = 1.0,
         num_return_sequences: int = 1,
+        seeds: Sequence[int] | None = None,
     ) -> Sampled:
         """Sample ``num_return_sequences`` completions per prompt, those of a prompt in a row.
 
         A row that is True throughout in the mask and has no end token was cut off.
 
         temperature: 0.0 is greedy. Placeholder, pad and padding-row tokens cannot be sampled.
-        Randomness comes from torch's global generator: seed it before. Leaves the mode
-        (train or eval) as it was.
+        seeds: one per completion, and then a completion does not depend on which others are
+        sampled beside it, rounding apart. None: drawn from torch's global generator. Leaves the
+        mode (train or eval) as it was.
         """
+        rows = len(inputs) * num_return_sequences
         if max_new_tokens < 1 or num_return_sequences < 1:
             raise KepoConfigError(
                 f"VLM.generate: max_new_tokens={max_new_tokens} and num_return_sequences="
@@ -204,13 +141,22 @@ class VLM:
             )
         from transformers import GenerationConfig
 
-        law = SamplingLaw(temperature, top_p) if temperature > 0 else None
+        law = None
+        if temperature > 0:
+            if seeds is None:
+                seeds = torch.randint(2**62, (rows,)).tolist()
+            if len(seeds) != rows:
+                raise KepoConfigError(
+                    f"VLM.generate: {len(seeds)} seeds for {len(inputs)} prompts and "
+                    f"num_return_sequences={num_return_sequences}; expected {rows}"
+                )
+            law = SamplingLaw(temperature, top_p, seeds, max_new_tokens)
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
-            do_sample=law is not None,
+            do_sample=False,  # what the law leaves is one token
             temperature=1.0,
             top_p=1.0,
-            top_k=0 if law else 50,
+            top_k=50,
             suppress_tokens=self._never_sampled(),
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
@@ -226,14 +172,18 @@ class VLM:
                 logits_processor=[law] if law else [],
             )
         completion_ids = sequences[:, inputs.input_ids.shape[1] :]
-        logprobs = law.logprobs(completion_ids) if law else torch.zeros(completion_ids.shape)
+        logprobs = (
+            law.logprobs(completion_ids.shape[1])
+            if law
+            else completion_ids.new_zeros(completion_ids.shape, dtype=torch.float32)
+        )
         ended = completion_ids == self.tokenizer.eos_token_id
         completion_mask = (ended.cumsum(-1) - ended.long()) == 0  # nothing before me ended
         pad = completion_ids.new_tensor(self.tokenizer.pad_token_id)
         return Sampled(
             torch.where(completion_mask, completion_ids, pad),
             completion_mask,
-            torch.where(completion_mask, logprobs.to(completion_ids.device), 0.0),
+            torch.where(completion_mask, logprobs, 0.0),
         )
 
     def completion_hidden(
@@ -269,70 +219,12 @@ class VLM:
 
     # ---- private ----
 
-    def _check(self) -> None:
-        if getattr(self.model.config, "image_token_id", None) is None:
-            raise KepoCheckpointError(
-                f"VLM.load: {type(self.model).__name__} has no image_token_id in its config; "
-                "expected a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
-            )
-        for name in ("pad_token_id", "eos_token_id", "chat_template"):
-            if getattr(self.tokenizer, name, None) is None:
-                raise KepoCheckpointError(f"VLM.load: the tokenizer has no {name}; set it and save")
-
-    @property
-    def _image_id(self) -> int:
-        return self.model.config.image_token_id
-
     def _never_sampled(self) -> list[int]:
         config = self.model.config
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         ids = {getattr(config, name, None) for name in names} - {None}
         ids |= {self.tokenizer.pad_token_id} - {self.tokenizer.eos_token_id}
         return sorted(ids | set(range(len(self.tokenizer), self.lm_head.shape[0])))
-
-    def _chat_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        chats = [
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image"}, {"type": "text", "text": prompt.text}],
-                }
-            ]
-            for prompt in prompts
-        ]
-        texts = self.tokenizer.apply_chat_template(
-            chats, tokenize=False, add_generation_prompt=True
-        )
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-    def _image(self, path: Path) -> tuple[Tensor, Tensor]:
-        """Patches ``(n, values)`` and grid ``(3,)`` of an image file, cached while unchanged."""
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise KepoDataError(f"VLM.encode: image {path} cannot be read: {error}") from error
-        key = (str(path), stat.st_mtime_ns, stat.st_size)
-        if key not in self._patches:
-            out = self.image_processor(images=[open_rgb(path)], return_tensors="pt")
-            entry = (out["pixel_values"], out["image_grid_thw"][0])
-            room = IMAGE_CACHE_BYTES - entry[0].nbytes
-            held = sum(patches.nbytes for patches, _ in self._patches.values())
-            while self._patches and held > room:
-                held -= self._patches.pop(next(iter(self._patches)))[0].nbytes  # oldest first
-            self._patches[key] = entry
-        return self._patches[key]
-
-
-def image_processor_class() -> Any:
-    """The image processor that needs no torchvision, under the name this transformers gives it."""
-    try:
-        from transformers import Qwen2VLImageProcessorPil  # 5.4 and later
-
-        return Qwen2VLImageProcessorPil
-    except ImportError:
-        from transformers import Qwen2VLImageProcessor  # before, this name was the PIL one
-
-        return Qwen2VLImageProcessor
 
 
 @contextmanager
@@ -343,3 +235,14 @@ def _eval_mode(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def _check(model: Any, tokenizer: Any) -> None:
+    if getattr(model.config, "image_token_id", None) is None:
+        raise KepoCheckpointError(
+            f"VLM.load: {type(model).__name__} has no image_token_id in its config; "
+            "expected a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
+        )
+    for name in ("pad_token_id", "eos_token_id", "chat_template"):
+        if getattr(tokenizer, name, None) is None:
+            raise KepoCheckpointError(f"VLM.load: the tokenizer has no {name}; set it and save")

@@ -11,9 +11,10 @@ def made(tmp_path_factory):
     pytest.importorskip("sklearn")
     from kepo.data import load_omnimedvqa
     from kepo.digits import write_digits
+    from kepo.encoding import Prompt
     from kepo.prompts import question_prompt
     from kepo.tiny import build_tiny
-    from kepo.vlm import VLM, Prompt
+    from kepo.vlm import VLM
 
     root = tmp_path_factory.mktemp("made")
     write_digits(root / "data", train=6, test=1, seed=0)

@@ -6,9 +6,10 @@ from PIL import Image
 
 pytest.importorskip("transformers")
 
+from kepo.encoding import Prompt
 from kepo.sampling import SamplingLaw
 from kepo.tiny import build_tiny
-from kepo.vlm import VLM, Prompt
+from kepo.vlm import VLM
 
 LAWS = [(1.0, 1.0), (0.7, 0.9), (1.0, 0.5), (3.0, 1.0), (0.9, 0.95)]  # temperature, top_p
 CLOSE = dict(rtol=1e-4, atol=1e-5)

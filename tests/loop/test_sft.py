@@ -12,12 +12,13 @@ pytest.importorskip("transformers")
 
 from kepo.data import load_omnimedvqa
 from kepo.digits import write_digits
+from kepo.encoding import Prompt
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.evaluate import evaluate, means, summary
 from kepo.prompts import hint_request, hinted_prompt, question_prompt
 from kepo.sft import _loss, _sample, _schedule, train_supervised, worked_answer, worked_hint
 from kepo.tiny import build_tiny
-from kepo.vlm import VLM, Prompt
+from kepo.vlm import VLM
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ from PIL import Image
 
 pytest.importorskip("transformers")
 
+from kepo.encoding import Inputs, Prompt
 from kepo.errors import KepoCheckpointError, KepoConfigError, KepoDataError
 from kepo.tiny import FORMAT_TAGS, build_tiny, build_tokenizer
-from kepo.vlm import VLM, Inputs, Prompt
+from kepo.vlm import VLM
 
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 

@@ -70,6 +70,15 @@ class ScriptedVLM:
     def encode_completions(self, texts):
         return self._padded([[*text.encode(), EOS] for text in texts])
 
+    @property
+    def encoder(self):
+        return self
+
+    in_step = False
+
+    def sample(self, prompts, *, seeds=None, **settings):
+        return self.generate(self.encode(prompts), **settings)
+
     def generate(self, inputs, *, max_new_tokens, num_return_sequences=1, **sampling):
         asked = [prompt for prompt in inputs for _ in range(num_return_sequences)]
         rows = []
