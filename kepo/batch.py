@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from kepo.config import Config
 from kepo.credit import group_advantages, quality_gate
 from kepo.encoding import Prompt
+from kepo.parallel import share_of, world_size
 from kepo.prompts import question_prompt
 from kepo.rollout import Group, Rollout, reward_of, total_rewards
 from kepo_kernels import dr_grpo_weights, loss_weights
@@ -50,8 +51,21 @@ class Batch:
         """Micro-batches of up to ``size`` completions, each cut to its own longest one."""
         return [self._rows(start, start + size) for start in range(0, len(self), size)]
 
+    def own_micros(self, size: int) -> list[Batch]:
+        """Micro-batches of this process's share; in every process as many, so that all can work
+        together on each. Where a share has run out they are one completion without any loss."""
+        rows = share_of(range(len(self)))
+        most = max(len(share_of(range(len(self)), place)) for place in range(world_size()))
+        micros = self._rows(rows.start, rows.stop).split(size) if len(rows) else []
+        return micros + [self._lossless()] * (-(-most // size) - len(micros))
+
     def to(self, device: torch.device) -> Batch:
         return replace(self, **{name: x.to(device) for name, x in self._tensors().items()})
+
+    def _lossless(self) -> Batch:
+        row = self._rows(0, 1)
+        names = ("completion_mask", "gate", "policy_weights", "distill_weights")
+        return replace(row, **{name: torch.zeros_like(getattr(row, name)) for name in names})
 
     def _rows(self, start: int, end: int) -> Batch:
         length = max(1, int(self.completion_mask[start:end].sum(-1).max()))

@@ -34,6 +34,19 @@ def check(config: Config) -> None:
             f"num_hinted={config.num_hinted} is more than num_generations="
             f"{config.num_generations}: a group has no more samples to replace"
         )
+    if config.dtype != "float32" and config.sharding == "none" and not config.lora_rank:
+        _refuse(
+            f"dtype={config.dtype!r} would keep the trained weights in 16 bits, where steps of "
+            f"lr={config.lr} vanish; set sharding: fsdp2 (in one process too), which keeps them in "
+            "float32 and computes in dtype, or lora_rank"
+        )
+    if config.teacher_bits is not None and config.teacher_placement != "copy":
+        _refuse(
+            f"teacher_bits={config.teacher_bits} and teacher_placement="
+            f"{config.teacher_placement!r}: a quantised teacher is a copy in every process"
+        )
+    if config.engine == "vllm" and config.lora_rank:
+        _refuse("engine='vllm' takes whole weights, not adapters; set lora_rank: 0")
     if config.overlong_buffer > config.max_completion_length:
         _refuse(
             f"overlong_buffer={config.overlong_buffer} is more than max_completion_length="

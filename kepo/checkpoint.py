@@ -15,15 +15,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from kepo.errors import KepoCheckpointError
+from kepo.optimizer_state import save_optimizer
+from kepo.parallel import by_first, together, world_size
 
 MANIFEST = "manifest.json"
 
@@ -38,15 +39,31 @@ def save_checkpoint(
     keep: int,
 ) -> Path:
     """Write ``root/step-<step>``: ``policy/`` (by ``write_policy``), the optimiser, ``state``;
-    prune to ``keep``."""
+    prune to ``keep``.
+
+    All processes call, and all call ``write_policy``. The first writes all else but the others'
+    shares of a sharded optimiser, which each process writes and hashes for itself; the folder must
+    be on a disk that all can reach.
+    """
     target = root / f"step-{step:08d}"
-    with new_folder(target) as folder:
+    folder = by_first(lambda: begin_folder(target))
+    try:
         write_policy(folder / "policy")
-        save_file(_optimizer_tensors(named_parameters, optimizer), folder / "optimizer.safetensors")
-        (folder / "state.json").write_text(json.dumps(state, indent=1))
-        write_manifest(folder, step=step)
-    for old in _steps(root)[:-keep]:
-        shutil.rmtree(old)
+        own = save_optimizer(folder, named_parameters, optimizer)
+        hashes = together({path.name: described(path) for path in own})
+
+        def finish() -> None:
+            (folder / "state.json").write_text(json.dumps(state, indent=1))
+            known = {name: facts for each in hashes for name, facts in each.items()}
+            write_manifest(folder, known, step=step)
+            finish_folder(folder, target)
+            for old in _steps(root)[:-keep]:
+                shutil.rmtree(old)
+
+        by_first(finish)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return target
 
 
@@ -73,39 +90,30 @@ def load_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text())
 
 
-def load_optimizer(
-    folder: Path,
-    named_parameters: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """Put the saved AdamW moments back, by parameter name."""
-    tensors = load_file(folder / "optimizer.safetensors")
-    names = {name for key in tensors for name in [key.partition("/")[2]]}
-    if names - set(named_parameters):
-        raise KepoCheckpointError(
-            f"{folder}: its optimizer knows {sorted(names - set(named_parameters))[:3]}, which the "
-            "model lacks; it belongs to another model"
-        )
-    for key, value in tensors.items():
-        field, _, name = key.partition("/")
-        parameter = named_parameters[name]
-        at = value if field == "step" else value.to(parameter.device)
-        optimizer.state[parameter][field] = at
-
-
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder that appears at ``target`` whole or not at all; an existing one is replaced."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(".tmp-*"):
-        shutil.rmtree(stale)
-    folder = target.parent / f".tmp-{os.getpid()}"
-    folder.mkdir()
+    folder = begin_folder(target)
     try:
         yield folder
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    finish_folder(folder, target)
+
+
+def begin_folder(target: Path) -> Path:
+    """A new folder beside ``target``; what killed processes left there is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for stale in target.parent.glob(".tmp-*"):
+        shutil.rmtree(stale)
+    folder = target.parent / f".tmp-{os.getpid()}"
+    folder.mkdir()
+    return folder
+
+
+def finish_folder(folder: Path, target: Path) -> None:
+    """Make it durable, then rename it to ``target``."""
     for path in [*folder.rglob("*"), folder]:
         if path.is_file():
             path.chmod(0o644)  # safetensors writes 0600
@@ -116,14 +124,25 @@ def new_folder(target: Path) -> Iterator[Path]:
     _fsync(target.parent)
 
 
-def write_manifest(folder: Path, **facts: Any) -> None:
-    """List every file with size and sha256; must come after all of them are written."""
-    files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    (folder / MANIFEST).write_text(json.dumps({**facts, "world_size": 1, "files": files}, indent=1))
+def write_manifest(
+    folder: Path, known: Mapping[str, dict[str, Any]] | None = None, **facts: Any
+) -> None:
+    """List every file with size and sha256; must come after all of them are written.
+
+    known: what `described` said of files in it, which are not read again.
+    """
+    files = dict(known or {})
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and name not in files:
+            files[name] = described(path)
+    text = json.dumps({**facts, "world_size": world_size(), "files": files}, indent=1)
+    (folder / MANIFEST).write_text(text)
+
+
+def described(path: Path) -> dict[str, Any]:
+    """A file's entry in the manifest."""
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def verify(folder: Path) -> str | None:
@@ -139,7 +158,7 @@ def verify(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != facts["bytes"] or _sha256(path) != facts["sha256"]:
+        if path.stat().st_size != facts["bytes"] or described(path) != facts:
             return f"{name} is not the file that was saved"
     return None
 
@@ -154,16 +173,6 @@ def append_durably(path: Path, line: str) -> None:
 
 def _steps(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step-*") if path.is_dir())
-
-
-def _optimizer_tensors(
-    named_parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    return {
-        f"{field}/{name}": value.contiguous()
-        for name, parameter in named_parameters.items()
-        for field, value in optimizer.state[parameter].items()
-    }
 
 
 def _sha256(path: Path) -> str:

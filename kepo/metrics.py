@@ -18,6 +18,7 @@ from kepo.batch import Batch
 from kepo.checkpoint import append_durably
 from kepo.config import Config
 from kepo.explore import Exploration
+from kepo.parallel import by_first, is_first
 from kepo.prompts import question_prompt
 from kepo.rollout import Rollout, total_rewards
 from kepo.step import StepTotals
@@ -108,18 +109,28 @@ def completion_records(rollouts: Sequence[Rollout], batch: Batch) -> list[dict[s
 
 
 class StepLog:
-    """Appends records; on resume, those of steps that will be run again are dropped first."""
+    """Appends records; on resume, those of steps that will be run again are dropped first.
+
+    Of several processes only the first writes.
+    """
 
     def __init__(self, path: Path, resume_step: int):
         self.path = path
+        if not is_first():
+            return
         kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(".tmp")
         fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         fresh.replace(path)
 
+    def at(self, step: int) -> list[dict[str, Any]]:
+        """The records of a step. All processes must call."""
+        return by_first(lambda: [r for r in read_metrics(self.path) if r["step"] == step])
+
     def write(self, step: int, *records: dict[str, Any]) -> None:
-        self._append(json.dumps({"step": step, **values}) for values in records)
+        if is_first():
+            self._append(json.dumps({"step": step, **values}) for values in records)
 
     def _append(self, lines: Iterable[str]) -> None:
         if text := "\n".join(lines):

@@ -26,20 +26,23 @@ PATIENCE = timedelta(hours=2)
 
 
 @contextmanager
-def processes(device: str) -> Iterator[torch.device]:
+def processes(device: str, *, alone: bool = False) -> Iterator[torch.device]:
     """Join the processes that torchrun started, if it did; yields this one's own device.
 
-    ``cuda`` becomes ``cuda:<local rank>``. A process group that is there already is used as it is.
+    ``cuda`` becomes ``cuda:<local rank>``. alone: without torchrun, form a group of one, which
+    sharding needs. A process group that is there already is used as it is.
     """
     own = torch.device(device)
     if own.type == "cuda" and own.index is None:
         own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    started = "WORLD_SIZE" in os.environ and not dist.is_initialized()
+    several = "WORLD_SIZE" in os.environ
+    started = (several or alone) and not dist.is_initialized()
     if started:
-        backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "cpu:gloo"
+        here = {} if several else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=PATIENCE, **here)
     try:
         yield own
     finally:

@@ -12,6 +12,7 @@ from torch import Tensor
 from kepo.batch import Batch
 from kepo.config import Config
 from kepo.credit import hinted_weights
+from kepo.parallel import any_of, together
 from kepo.steps import drift_weights
 from kepo.vlm import VLM
 from kepo_kernels import TokenStats, fused_grpo_loss, fused_kepo_loss, fused_linear_logprobs
@@ -35,6 +36,15 @@ class StepTotals:
     sampler_gap_max: float = 0.0
     sampled_tokens: int = 0
 
+    def of_all(self) -> StepTotals:
+        """Those of all processes as one: sums, and the larger of what is a maximum or a time."""
+        everyones = [vars(totals) for totals in together(self)]
+        of = {name: max if name in _LARGEST else sum for name in vars(self)}
+        return StepTotals(**{name: of[name](t[name] for t in everyones) for name in of})
+
+
+_LARGEST = ("sampler_gap_max", "teacher_seconds")
+
 
 def kepo_step(
     policy: VLM,
@@ -47,8 +57,9 @@ def kepo_step(
     """The loss of a micro-batch, ready for backward, and its (B, T) detached log-probabilities.
 
     One student forward feeds the policy term and the divergence. The teacher's backbone and head
-    meet the sequences whose gate is open and no others; with every gate closed it does not run.
-    Adds the numbers of the micro-batch to ``totals``.
+    meet the sequences whose gate is open and no others; with every gate closed it does not run,
+    unless it is sharded and another process has open ones. Call it through `VLM.within` where the
+    policy is spread over processes. Adds the numbers of the micro-batch to ``totals``.
     """
     micro = micro.to(policy.device)
     ids, mask = micro.completion_ids, micro.completion_mask
@@ -95,7 +106,10 @@ def kepo_step(
         )
 
     opened = (micro.gate > 0).nonzero().squeeze(-1)
-    if teacher is not None and len(opened):
+    distils = teacher is not None and len(opened) > 0
+    if teacher is not None and teacher.in_step and any_of(distils) and not distils:
+        _open_hidden(teacher, micro, every[:1])  # for those who need this process's share of it
+    if distils:
         started = time.perf_counter()
         teacher_hidden = _open_hidden(teacher, micro, opened)
         totals.teacher_seconds += time.perf_counter() - started
@@ -148,11 +162,11 @@ def _open_hidden(teacher: VLM, micro: Batch, opened: Tensor) -> Tensor:
     """The teacher's states of the open sequences, on the policy's device."""
     prompts = [micro.prompts[place] for place in opened.tolist()]
     with torch.no_grad():
-        hidden = teacher.completion_hidden(
-            teacher.encode(prompts),
-            micro.completion_ids[opened].to(teacher.device),
-            micro.completion_mask[opened].to(teacher.device),
+        inputs = teacher.encode(prompts)
+        ids, mask = (
+            x[opened].to(teacher.device) for x in (micro.completion_ids, micro.completion_mask)
         )
+        hidden = teacher.within(lambda: teacher.completion_hidden(inputs, ids, mask))
     return hidden.to(micro.gate.device)
 
 

@@ -3,6 +3,7 @@ step.
 
     python -m kepo.train recipe.yaml --lr 1e-5        # flags override the file; see --help
     python -m kepo.train recipe.yaml dr_grpo          # and so does a preset, or another file
+    torchrun --nproc-per-node=8 -m kepo.train recipe.yaml
 
 The same command after a crash, a kill or Ctrl-C goes on from the last checkpoint, to the same bits.
 """
@@ -16,8 +17,9 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,10 +33,14 @@ from kepo.errors import KepoConfigError, KepoError
 from kepo.evaluate import by_question_type, evaluate, means
 from kepo.explore import explore
 from kepo.hints import Hints
-from kepo.metrics import StepLog, completion_records, peak_gb, read_metrics, step_metrics
+from kepo.loading import load_policy, load_reference, load_teacher
+from kepo.metrics import StepLog, completion_records, peak_gb, step_metrics
+from kepo.optimizer_state import load_optimizer
+from kepo.parallel import by_first, is_first, processes, together, world_size
 from kepo.plots import plot_curves
 from kepo.questions import draw, from_data
 from kepo.rollout import demonstrations
+from kepo.sharding import own_gradients, whole
 from kepo.signals import StopRequest
 from kepo.sources import load_data, write_record
 from kepo.step import StepTotals, kepo_step
@@ -45,34 +51,41 @@ def train(config: Config) -> int:
     """Run (or resume) the training that ``config`` describes; returns the exit code.
 
     0 when all steps are done, 130 or 143 when Ctrl-C or SIGTERM ended it after saving.
-    Writes checkpoints, metrics.jsonl, data.json and curves.png under ``config.run_dir``.
+    Writes checkpoints, metrics.jsonl, data.json and curves.png under ``config.run_dir``. Every
+    process of torchrun calls it; all see the whole of a step but for the micro-batches, of which
+    each has its share (kepo.parallel).
     """
     check(config)
     own_progress_only()
     run_dir = Path(config.run_dir)
     checkpoints = run_dir / "checkpoints"
-    data = load_data(config)
-    print(data.summary, flush=True)
-    examples = data.train
-    with exclusive(run_dir), StopRequest() as stop:
-        resume = checkpoint.latest_checkpoint(checkpoints)
+    groups_of_one = config.sharding == "fsdp2" or config.teacher_placement != "copy"
+    with (
+        processes(config.device, alone=groups_of_one) as device,
+        StopRequest() as stop,
+        exclusive(run_dir),
+    ):
+        data = by_first(lambda: load_data(config))
+        examples = data.train
+        say(data.summary)
+        resume = by_first(lambda: checkpoint.latest_checkpoint(checkpoints))
         done = 0
         if resume is not None:
             state = checkpoint.load_state(resume)
             refuse_other_config(config, state["config"], resume)
             done = state["step"]
-        write_record(data, run_dir, resuming=resume is not None)
-        policy = load_model(config, str(resume / "policy") if resume else config.student)
-        teacher = load_model(config, config.teacher) if config.distils or config.hints else None
-        ref = load_reference(config)
+        by_first(lambda: write_record(data, run_dir, resuming=resume is not None))
+        policy = load_policy(config, device, resume / "policy" if resume else None)
+        teacher = load_teacher(config, device) if config.distils or config.hints else None
+        ref = load_reference(config, device)
         check_same_tokens(policy, teacher)
-        parameters = dict(policy.model.named_parameters())
+        parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
             parameters.values(), lr=config.lr, weight_decay=config.weight_decay
         )
         if resume is not None:
-            checkpoint.load_optimizer(resume, parameters, optimizer)
-            print(f"resuming after step {done} from {resume}")
+            load_optimizer(resume, parameters, optimizer)
+            say(f"resuming after step {done} from {resume}")
         hints: Hints = state["hints"] if resume is not None else {}
         resume_step = done if resume is not None else -1
         log = StepLog(run_dir / "metrics.jsonl", resume_step)
@@ -92,12 +105,13 @@ def train(config: Config) -> int:
 
         def measure(step: int) -> None:
             if data.eval:
-                scores = evaluate(
-                    policy,
-                    data.eval,
-                    max_new_tokens=config.max_completion_length,
-                    batch_size=config.eval_batch,
-                )
+                with policy.ready():
+                    scores = evaluate(
+                        policy,
+                        data.eval,
+                        max_new_tokens=config.max_completion_length,
+                        batch_size=config.eval_batch,
+                    )
                 values = {"eval": means(scores), "eval_items": as_digits(scores)}
                 if len(types := by_question_type(data.eval, scores)) > 1:
                     values["eval_types"] = means(types)
@@ -111,22 +125,27 @@ def train(config: Config) -> int:
         if resume is None:
             measure(0)
             save(0)
-        elif is_measured(done) and not any(
-            "eval" in record for record in read_metrics(log.path) if record["step"] == done
-        ):
+        elif is_measured(done) and not any("eval" in record for record in log.at(done)):
             measure(done)  # a signal ended the run before it could
         skipped = 0
-        bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc="kepo")
+        bar = tqdm(
+            range(done, config.steps),
+            initial=done,
+            total=config.steps,
+            desc="kepo",
+            disable=not is_first(),
+        )
         for step in (number + 1 for number in bar):
             started = time.perf_counter()
             questions = draw(examples, config, step)
             own = len(questions) - from_data(config, step)
             given = demonstrations(policy.encoder, questions[own:], config)
-            found = explore(questions[:own], policy, teacher, config, hints, examples, step)
+            with policy.ready():
+                found = explore(questions[:own], policy, teacher, config, hints, examples, step)
             explored = time.perf_counter()
 
             batch = collate(found.groups, config, given)
-            micros = batch.split(config.micro_batch)
+            micros = batch.own_micros(config.micro_batch)
             totals = StepTotals()
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * lr_share(step, config)
@@ -134,20 +153,26 @@ def train(config: Config) -> int:
                 policy.model.train()
                 optimizer.zero_grad(set_to_none=True)
                 for place, micro in enumerate(micros):
-                    loss, logprobs = kepo_step(policy, teacher, ref, micro, config, totals)
-                    loss.backward()
+                    work = partial(kepo_step, policy, teacher, ref, micro, config, totals)
+                    with own_gradients(policy.whole, last=place == len(micros) - 1):
+                        loss, logprobs = policy.within(work)
+                        # Gradients are averaged over processes; the loss's weights are of the sum.
+                        (loss * world_size()).backward()
                     if micro.old_logprobs is None and config.num_iterations > 1:
                         micros[place] = replace(micro, old_logprobs=logprobs)
                 policy.model.eval()
-                norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+                norm = whole(
+                    torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+                )
                 if torch.isfinite(norm):
                     optimizer.step()
                     skipped = 0
                 else:
                     skipped += 1
-                    tqdm.write(f"step {step}: gradient norm is {norm.item()}; the step is skipped")
+                    say(f"step {step}: gradient norm is {norm.item()}; the step is skipped")
             ended = time.perf_counter()
 
+            totals = totals.of_all()
             values = step_metrics(found, given, batch, totals, config)
             values |= {
                 "grad_norm": norm.item(),
@@ -158,7 +183,7 @@ def train(config: Config) -> int:
                 "time/teacher": totals.teacher_seconds,
                 "time/update": ended - explored - totals.teacher_seconds,
                 "step_time": ended - started,
-                "mem/peak_gb": peak_gb(policy.device),
+                "mem/peak_gb": max(together(peak_gb(device))),
             }
             log.write(step, values)
             rollouts = [rollout for group in found.groups for rollout in group] + given
@@ -176,14 +201,22 @@ def train(config: Config) -> int:
                 raise KepoError(
                     f"{skipped} steps in a row had no finite gradient; questions: {ids}"
                 )
+            stop.agree()
             if not stop and is_measured(step):
                 measure(step)
             if stop or step == config.steps or step % config.save_every == 0:
                 save(step)
             if stop:
                 break
-        plot_curves(log.path, run_dir / "curves.png", source=source_of(config))
+        if is_first():
+            plot_curves(log.path, run_dir / "curves.png", source=source_of(config))
         return stop.exit_code
+
+
+def say(text: str) -> None:
+    """A line on the terminal, from one process, beside the bar."""
+    if is_first():
+        tqdm.write(text)
 
 
 def lr_share(step: int, config: Config) -> float:
@@ -203,15 +236,6 @@ def source_of(config: Config) -> str | None:
     """The one training modality, if it is one."""
     single = config.train_modalities is not None and len(config.train_modalities) == 1
     return config.train_modalities[0] if single else None
-
-
-def load_model(config: Config, path: str) -> VLM:
-    return VLM.load(path, dtype=config.dtype, device=config.device)
-
-
-def load_reference(config: Config) -> VLM | None:
-    """The frozen start point for the k3 penalty; None when there is no penalty."""
-    return load_model(config, config.student) if config.kl_coef > 0 else None
 
 
 def own_progress_only() -> None:
@@ -254,16 +278,22 @@ def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
 
 @contextmanager
 def exclusive(run_dir: Path) -> Iterator[None]:
-    """Refuse a second run in the same folder; the lock goes with the process, however it ends."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise KepoConfigError(
-                f"run_dir={str(run_dir)!r} is in use by another process; wait for it, or choose "
-                "another"
-            ) from error
+    """Refuse a second run in the same folder; the lock goes with the first process, however it
+    ends."""
+    with ExitStack() as stack:
+
+        def lock() -> None:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((run_dir / "lock").open("w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise KepoConfigError(
+                    f"run_dir={str(run_dir)!r} is in use by another process; wait for it, or "
+                    "choose another"
+                ) from error
+
+        by_first(lock)
         yield
 
 

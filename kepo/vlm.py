@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kepo.encoding import Encoder, Inputs, Prompt, image_processor_class
-from kepo.errors import KepoCheckpointError, KepoConfigError, KepoDataError
+from kepo.encoding import Encoder, Inputs, Prompt
+from kepo.errors import KepoConfigError, KepoDataError
+from kepo.parallel import is_first, world_size
+from kepo.reading import load_encoder, read_model
 from kepo.sampling import Sampled, SamplingLaw
+from kepo.sharding import gathered, whole_state
+
+T = TypeVar("T")
+CPU = torch.device("cpu")
 
 
 @dataclass
 class VLM:
-    """The model, and what turns prompts into its tensors."""
+    """The model, what turns prompts into its tensors, and how it is held."""
 
     model: Any
     encoder: Encoder
+    device: torch.device = CPU
+    whole: nn.Module | None = None
+    """The module around the model through which its processes work together (kepo.sharding)."""
+    sharded: bool = False
+    """Each process has a share of the weights: every forward needs all processes."""
+    gathers: bool = False
+    """Sharded weights are held whole while it is `ready` to sample."""
+    adapters: Any = None
+    """peft's wrapper, where adapters are trained and saved in place of the model."""
+    _gathered: bool = False
 
     @classmethod
     def load(cls, path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> VLM:
@@ -30,37 +46,43 @@ class VLM:
         dtype: "float32", "bfloat16" or "float16". Raises KepoConfigError for another dtype,
         KepoCheckpointError if something is missing or the model is not an image-text model.
         """
-        from transformers import AutoModelForImageTextToText, AutoTokenizer
-
         dtypes = ("float32", "bfloat16", "float16")
         if dtype not in dtypes:
             raise KepoConfigError(f"VLM.load: dtype is {dtype!r}; expected one of {dtypes}")
-        try:
-            model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype))
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            image_processor = image_processor_class().from_pretrained(path)
-        except (OSError, ValueError, KeyError) as error:
-            raise KepoCheckpointError(
-                f"VLM.load: cannot load a vision-language model from {path}: {error}; expected "
-                "config.json, *.safetensors, tokenizer files and preprocessor_config.json"
-            ) from error
-        _check(model, tokenizer)
-        encoder = Encoder(tokenizer, image_processor, model.config.image_token_id)
-        return cls(model.to(device).eval(), encoder)
+        model = read_model(path, getattr(torch, dtype))
+        encoder = load_encoder(path, model)
+        return cls(model.to(device).eval(), encoder, torch.device(device))
 
     def save(self, path: str | Path) -> None:
-        """Write the layout that ``load`` and ``from_pretrained`` read."""
-        for part in (self.model, self.encoder.tokenizer, self.encoder.image_processor):
+        """Write the layout that ``load`` and ``from_pretrained`` read; of adapters, peft's.
+
+        All processes of a sharded model call; the first one writes.
+        """
+        saved = self.adapters or self.model
+        settings: dict[str, Any] = {}
+        if self.sharded:
+            only = "lora_" if self.adapters else ""
+            settings["state_dict"] = whole_state(saved, only)
+        if not is_first():
+            return
+        if self.adapters:
+            settings["save_embedding_layers"] = False
+        saved.save_pretrained(path, **settings)
+        for part in (self.encoder.tokenizer, self.encoder.image_processor):
             part.save_pretrained(path)
+
+    def within(self, work: Callable[[], T]) -> T:
+        """``work``, with the model's weights there for it and its gradients shared afterwards.
+
+        `generate` sees to it itself; a loss on `completion_hidden` and `lm_head` is computed within
+        one such call, if the model may be spread over processes. All processes call.
+        """
+        return work() if self.whole is None else self.whole(work)
 
     @property
     def lm_head(self) -> Tensor:
         """Output embedding ``(V, H)``; V may exceed the tokenizer's length (padding rows)."""
         return self.model.get_output_embeddings().weight
-
-    @property
-    def device(self) -> torch.device:
-        return self.lm_head.device
 
     # ---- prompts and text: the encoder's, on the model's device ----
 
@@ -80,11 +102,21 @@ class VLM:
 
     # ---- as an Engine ----
 
-    in_step = False
+    @property
+    def in_step(self) -> bool:
+        return self.sharded and not self._gathered
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        yield
+        if not (self.sharded and self.gathers):
+            yield
+            return
+        with gathered(self.whole):
+            self._gathered = True
+            try:
+                yield
+            finally:
+                self._gathered = False
 
     def sample(
         self,
@@ -166,10 +198,13 @@ class VLM:
         )
         repeated = inputs.repeat(num_return_sequences)
         with _eval_mode(self.model), torch.no_grad():
-            sequences = self.model.generate(
-                **vars(repeated),
-                generation_config=settings,
-                logits_processor=[law] if law else [],
+            sequences = self.within(
+                lambda: self.model.generate(
+                    **vars(repeated),
+                    generation_config=settings,
+                    logits_processor=[law] if law else [],
+                    synced_gpus=self.in_step and world_size() > 1,
+                )
             )
         completion_ids = sequences[:, inputs.input_ids.shape[1] :]
         logprobs = (
@@ -235,14 +270,3 @@ def _eval_mode(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def _check(model: Any, tokenizer: Any) -> None:
-    if getattr(model.config, "image_token_id", None) is None:
-        raise KepoCheckpointError(
-            f"VLM.load: {type(model).__name__} has no image_token_id in its config; "
-            "expected a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
-        )
-    for name in ("pad_token_id", "eos_token_id", "chat_template"):
-        if getattr(tokenizer, name, None) is None:
-            raise KepoCheckpointError(f"VLM.load: the tokenizer has no {name}; set it and save")

@@ -7,10 +7,12 @@ import stat
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kepo import checkpoint
 from kepo.checkpoint import latest_checkpoint, new_folder, save_checkpoint, verify
 from kepo.errors import KepoCheckpointError
+from kepo.optimizer_state import load_optimizer
 
 
 def write(root, step, keep=3):
@@ -22,7 +24,7 @@ def write(root, step, keep=3):
 
     def policy(folder):
         folder.mkdir()
-        checkpoint.save_file(model.state_dict(), folder / "model.safetensors")
+        save_file(model.state_dict(), folder / "model.safetensors")
 
     names = dict(model.named_parameters())
     return (
@@ -43,7 +45,7 @@ def test_the_newest_is_found_and_old_ones_pruned(tmp_path):
 def test_optimizer_comes_back_bit_for_bit(tmp_path):
     folder, names, optimizer = write(tmp_path, 1)
     fresh = torch.optim.AdamW(names.values(), lr=0.1)
-    checkpoint.load_optimizer(folder, names, fresh)
+    load_optimizer(folder, names, fresh)
     for parameter in names.values():
         before, after = optimizer.state[parameter], fresh.state[parameter]
         assert before.keys() == after.keys()
@@ -54,7 +56,7 @@ def test_optimizer_of_another_model_is_refused(tmp_path):
     folder, _, _ = write(tmp_path, 1)
     other = torch.nn.Linear(3, 2, bias=False)
     with pytest.raises(KepoCheckpointError, match="bias"):
-        checkpoint.load_optimizer(
+        load_optimizer(
             folder, dict(other.named_parameters()), torch.optim.AdamW(other.parameters())
         )
 

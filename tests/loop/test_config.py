@@ -48,6 +48,14 @@ REFUSED = {
     "nan": ({"lr": float("nan")}, "lr=nan"),
     "top_p": ({"top_p": 0.0}, "top_p=0.0"),
     "dtype": ({"dtype": "int8"}, "dtype='int8'"),
+    "trained in 16 bits": ({"dtype": "bfloat16"}, "set sharding: fsdp2"),
+    "quantised and sharded": (
+        {"teacher_bits": 4, "teacher_placement": "fsdp2"},
+        "a quantised teacher is a copy",
+    ),
+    "adapters in vllm": ({"engine": "vllm", "lora_rank": 4}, "not adapters"),
+    "sharding": ({"sharding": "zero3"}, "sharding='zero3'"),
+    "bits": ({"teacher_bits": 2}, "teacher_bits=2"),
     "impl": ({"impl": "magic"}, "impl='magic'"),
     "trigger": ({"hint_trigger": "sometimes"}, "hint_trigger='sometimes'"),
     "correction": ({"hinted_correction": "clip"}, "hinted_correction='clip'"),
@@ -77,7 +85,7 @@ def test_refused_by_name_before_anything_loads(good, monkeypatch, settings, mess
     def no_model(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(train_module, "load_model", no_model)
+    monkeypatch.setattr(train_module, "load_policy", no_model)
     with pytest.raises(KepoConfigError, match=message):
         train_module.train(replace(good, **settings))
 

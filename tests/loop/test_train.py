@@ -17,13 +17,15 @@ from safetensors.torch import load_file
 from small import config_of, run_rigged
 
 from kepo import hints as hints_module
+from kepo import loading
 from kepo import train as train_module
 from kepo.config import Config
 from kepo.data import load_omnimedvqa
 from kepo.errors import KepoConfigError, KepoError
+from kepo.loading import load_reference
 from kepo.metrics import read_metrics
 from kepo.questions import draw
-from kepo.train import exclusive, load_reference, lr_share, train
+from kepo.train import exclusive, lr_share, train
 
 STEPS = 6
 RUN = """
@@ -275,9 +277,10 @@ def test_steps_without_a_finite_gradient_are_skipped_until_it_is_too_many(
 
 
 def test_a_reference_is_kept_only_for_its_penalty(monkeypatch):
-    monkeypatch.setattr(train_module, "load_model", lambda config, path: path)
-    assert load_reference(Config(student="s")) is None
-    assert load_reference(Config(student="s", kl_coef=0.1)) == "s"
+    monkeypatch.setattr(loading, "_load", lambda path, *_: path)
+    cpu = torch.device("cpu")
+    assert load_reference(Config(student="s"), cpu) is None
+    assert load_reference(Config(student="s", kl_coef=0.1), cpu) == "s"
 
 
 def test_learning_rate_rises_then_falls_in_a_line():

@@ -76,6 +76,9 @@ class ScriptedVLM:
 
     in_step = False
 
+    def within(self, work):
+        return work()
+
     def sample(self, prompts, *, seeds=None, **settings):
         return self.generate(self.encode(prompts), **settings)
 
