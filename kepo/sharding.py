@@ -7,6 +7,7 @@ whose forward is whatever it is given.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -46,9 +47,9 @@ def replicate(model: nn.Module) -> nn.Module:
     if world_size() == 1:
         return Whole(model)
     # No buffer of these models changes, and a rollout must not wait for the others.
-    return DistributedDataParallel(
-        Whole(model), broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(Whole(model), gradient_as_bucket_view=True, **{name: False})
 
 
 def shard(
