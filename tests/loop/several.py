@@ -1,0 +1,58 @@
+"""Runs in several processes: recorded configs, one after another in the same processes.
+
+torchrun ... tests/loop/several.py configs.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+
+
+def torchrun(
+    *arguments: object, processes: int = 2, standalone: bool = True, **settings: object
+) -> subprocess.Popen:
+    """A started `torchrun`; settings go to Popen."""
+    environment = dict(
+        os.environ,
+        PYTHONPATH=os.pathsep.join(map(str, (REPOSITORY, HERE))),
+        OMP_NUM_THREADS="1",
+    )
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += ["--standalone"] if standalone else []
+    command += [f"--nproc-per-node={processes}", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, text=True, **settings)
+
+
+def run_all(configs: Sequence, record: Path, processes: int = 2) -> None:
+    """Train by each config in turn, all in the same processes, and wait."""
+    record.write_text(json.dumps([dataclasses.asdict(config) for config in configs]))
+    done = torchrun(
+        __file__, record, processes=processes, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    output, _ = done.communicate(timeout=280)
+    assert done.returncode == 0, output[-6000:]
+
+
+def main() -> None:
+    from small import run_rigged
+
+    from kepo.parallel import processes
+
+    with processes("cpu"):
+        for settings in json.loads(Path(sys.argv[1]).read_text()):
+            code = run_rigged(settings)
+            if code:
+                sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
