@@ -32,7 +32,8 @@ def load_policy(config: Config, device: torch.device, saved: Path | None = None)
 
     def prepare(model: Any) -> Any:
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(model, "activation_checkpointing_enable", None)  # its name from v6 on
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         if adapters:
             return with_adapters(model, config, saved)
         if config.freeze_vision:
