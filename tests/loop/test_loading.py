@@ -81,7 +81,7 @@ def test_adapters_of_another_kind_are_refused(made, adapted, tmp_path):
 
 
 def test_without_peft_it_is_said_how_to_get_it(made, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(
         KepoConfigError, match=r"lora_rank=4 needs peft; pip install 'kepo\[lora\]'"
     ):
