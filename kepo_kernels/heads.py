@@ -61,8 +61,8 @@ def lm_head_weight(model: nn.Module) -> Iterator[Tensor]:
     What was sharded on entry is gathered, in the `param_dtype` of its mixed precision, and sharded
     again on exit, also after an error. Backward may run inside of the block, or after it where it
     reads the weight no more: so with every fused loss, which has formed its gradients by then, but
-    not with `fused_linear_logprobs`; torch then says that the tensor's data is not allocated.
-    A head that is whole on entry is left as it is.
+    not with `fused_linear_logprobs`, where torch then raises for a storage of size 0. A head that
+    is whole on entry is left as it is.
 
     Softcap, logit scale and bias are not the weight's and remain the caller's: wrap the weight in a
     `Head`, and read the layer's bias inside of the block.
@@ -101,8 +101,8 @@ def _output_layer(model: nn.Module) -> nn.Module:
         head = getattr(inner, "lm_head", None)
     if not isinstance(head, nn.Module):
         _refuse(
-            f"model {type(inner).__name__} has no LM head: get_output_embeddings() and lm_head give "
-            "no module; pass the model that holds it, e.g. ...ForCausalLM, not its backbone"
+            f"model {type(inner).__name__} has no LM head: get_output_embeddings() and lm_head "
+            "give no module; pass the model that holds it, e.g. ...ForCausalLM, not its backbone"
         )
     _refuse_fsdp1(model, head)
     return _without_peft(head)
@@ -117,10 +117,10 @@ def _without_peft(head: nn.Module) -> nn.Module:
     # Every tuner layer wraps the layer it adapts, as does the one that trains single tokens.
     if hasattr(head, "base_layer") or hasattr(head, "token_adapter"):
         _refuse(
-            f"PEFT has adapted the LM head ({type(head).__name__}): its weight alone does not make "
-            "the logits; for LoRA pass Head(head.base_layer.weight, lora=LoRA(a, b, scale)) with "
-            "its lora_A, lora_B and scaling to the loss, else leave lm_head out of the adapter's "
-            "targets or train it in full by modules_to_save"
+            f"PEFT has adapted the LM head ({type(head).__module__}.{type(head).__name__}): its "
+            "weight alone does not make the logits; for LoRA pass Head(head.base_layer.weight, "
+            "lora=LoRA(a, b, scale)) with its lora_A, lora_B and scaling to the loss, else leave "
+            "lm_head out of the adapter's targets or train it in full by modules_to_save"
         )
     return head
 
