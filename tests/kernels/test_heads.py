@@ -170,10 +170,21 @@ def test_adapted_heads_are_refused(tied, settings):
 # ------------------------------------------------------------------------- sharded, in this process
 
 
+def assert_gradients_agree(model: nn.Module, plain: nn.Module) -> None:
+    grads = [
+        {name: p.grad for name, p in one.named_parameters() if p.grad is not None}
+        for one in (model, plain)
+    ]
+    errors = distance({name: x.full_tensor() for name, x in grads[0].items()}, grads[1])
+    assert max(errors.values()) <= TOLERANCE, errors
+
+
+@pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("backward", ["inside", "after"])
 @pytest.mark.parametrize("layout", SHARDED)
-def test_sharded_again_on_exit(alone, layout, backward):
+def test_sharded_again_on_exit(alone, layout, backward, trained):
     plain = Toy(tied=False)
+    plain.lm_head.requires_grad_(trained)
     model = held(copy.deepcopy(plain), layout)
     for one in (plain, model):
         hidden = one(IDS)
@@ -187,9 +198,8 @@ def test_sharded_again_on_exit(alone, layout, backward):
             assert type(one.lm_head.weight) is before
             loss.backward()
     assert "DTensor" in str(type(model.lm_head.weight))
-    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-    errors = distance(grads, {name: p.grad for name, p in plain.named_parameters()})
-    assert max(errors.values()) <= TOLERANCE, errors
+    assert (plain.lm_head.weight.grad is not None) == trained
+    assert_gradients_agree(model, plain)
 
 
 def test_frozen_teacher_in_mixed_precision(alone):
@@ -224,9 +234,7 @@ def test_micro_batches_add_up(alone):
             with lm_head_weight(one) as weight:
                 loss = fused_grpo_loss(hidden, weight, *(x[last : last + 1] for x in ARGS))
             loss.backward()
-    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-    errors = distance(grads, {name: p.grad for name, p in plain.named_parameters()})
-    assert max(errors.values()) <= TOLERANCE, errors
+    assert_gradients_agree(model, plain)
 
 
 def test_log_probabilities_want_their_backward_inside(alone):
