@@ -56,13 +56,14 @@ def lm_head_weight(model: nn.Module) -> Iterator[Tensor]:
     group, tied or not. The forward must be that of the wrapper or of the sharded root, as ever;
     then the gradients of head and body are those of a single process. DDP and FSDP2 average over
     processes: to divide by a count of tokens, divide by the count over all of them and multiply by
-    their number.
+    their number. With DDP's `find_unused_parameters` the loss belongs inside of its forward, else
+    backward raises.
 
     What was sharded on entry is gathered, in the `param_dtype` of its mixed precision, and sharded
-    again on exit, also after an error. Backward may run inside of the block, or after it where it
-    reads the weight no more: so with every fused loss, which has formed its gradients by then, but
-    not with `fused_linear_logprobs`, where torch then raises for a storage of size 0. A head that
-    is whole on entry is left as it is.
+    again on exit, also after an error: the tensor then has no memory and must not be read. Backward
+    may run inside of the block, or after it with every fused loss, which has formed its gradients
+    by then. `fused_linear_logprobs` reads the weight in backward: run it inside, or torch raises
+    for a storage of size 0. A head that is whole on entry is left as it is.
 
     Softcap, logit scale and bias are not the weight's and remain the caller's: wrap the weight in a
     `Head`, and read the layer's bias inside of the block.
