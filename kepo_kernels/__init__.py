@@ -7,6 +7,7 @@ from kepo_kernels.engine import TokenStats as TokenStats
 from kepo_kernels.errors import KepoInputError as KepoInputError
 from kepo_kernels.heads import Head as Head
 from kepo_kernels.heads import LoRA as LoRA
+from kepo_kernels.heads import lm_head_weight as lm_head_weight
 from kepo_kernels.linear import fused_linear_logprobs as fused_linear_logprobs
 from kepo_kernels.linear import fused_linear_loss as fused_linear_loss
 from kepo_kernels.losses import fused_gated_kd_loss as fused_gated_kd_loss

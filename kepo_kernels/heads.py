@@ -1,4 +1,4 @@
-"""An LM head beyond its weight: what stands between hidden states and logits in real models.
+"""LM heads: how logits are read from one, and how a model's own is found and held whole.
 
     y = logit_scale (x @ weight^T + scale (x @ a^T) @ b^T + bias)
     logits = softcap tanh(y / softcap)
@@ -7,10 +7,14 @@ Every public function takes a plain weight tensor (V, H) or a `Head` for `lm_hea
 `teacher_lm_head`; the bias is an argument of its own.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from kepo_kernels.errors import KepoInputError
 
 
 class LoRA(NamedTuple):
@@ -37,3 +41,142 @@ class Head:
     @classmethod
     def of(cls, lm_head: "Tensor | Head") -> "Head":
         return lm_head if isinstance(lm_head, Head) else cls(lm_head)
+
+
+@contextmanager
+def lm_head_weight(model: nn.Module) -> Iterator[Tensor]:
+    """The weight (V, H) of a model's LM head, whole, for a loss computed outside of its forward.
+
+        hidden = model(ids)
+        with lm_head_weight(model) as weight:
+            loss = fused_grpo_loss(hidden, weight, targets, advantages, weights=weights)
+        loss.backward()
+
+    `model` may be plain, wrapped by DDP or PEFT, or sharded by `fully_shard` with the head in any
+    group, tied or not. The forward must be that of the wrapper or of the sharded root, as ever;
+    then the gradients of head and body are those of a single process. DDP and FSDP2 average over
+    processes: to divide by a count of tokens, divide by the count over all of them and multiply by
+    their number. With DDP's `find_unused_parameters` the loss belongs inside of its forward, else
+    backward raises.
+
+    What was sharded on entry is gathered, in the `param_dtype` of its mixed precision, and sharded
+    again on exit, also after an error: the tensor then has no memory and must not be read. Backward
+    may run inside of the block, or after it with every fused loss, which has formed its gradients
+    by then. `fused_linear_logprobs` reads the weight in backward: run it inside, or torch raises
+    for a storage of size 0. A head that is whole on entry is left as it is.
+
+    Softcap, logit scale and bias are not the weight's and remain the caller's: wrap the weight in a
+    `Head`, and read the layer's bias inside of the block.
+
+    Raises KepoInputError for a model without a head, a head that PEFT has adapted (not one in its
+    `modules_to_save`), and FSDP1, ZeRO-3 and tensor-parallel heads, each with the remedy.
+    """
+    head = _output_layer(model)
+    holder = _fsdp2_holder(model, head)
+    if holder is not None:
+        holder.unshard()
+    try:
+        yield _whole_weight(head)
+    finally:
+        if holder is not None:
+            holder.reshard()
+
+
+def _refuse(message: str) -> NoReturn:
+    raise KepoInputError(f"lm_head_weight: {message}")
+
+
+def _output_layer(model: nn.Module) -> nn.Module:
+    """`get_output_embeddings()`, else `lm_head`, of what the wrappers hold."""
+    if not isinstance(model, nn.Module):
+        _refuse(f"model is {type(model).__name__}; expected a torch.nn.Module with an LM head")
+    inner = model
+    while not hasattr(inner, "lm_head") and not hasattr(inner, "get_output_embeddings"):
+        if not isinstance(getattr(inner, "module", None), nn.Module):
+            break
+        inner = inner.module  # DDP
+    head = None
+    if hasattr(inner, "get_output_embeddings"):
+        head = inner.get_output_embeddings()
+    if head is None:
+        head = getattr(inner, "lm_head", None)
+    if not isinstance(head, nn.Module):
+        _refuse(
+            f"model {type(inner).__name__} has no LM head: get_output_embeddings() and lm_head "
+            "give no module; pass the model that holds it, e.g. ...ForCausalLM, not its backbone"
+        )
+    _refuse_fsdp1(model, head)
+    return _without_peft(head)
+
+
+def _without_peft(head: nn.Module) -> nn.Module:
+    """The layer whose weight alone makes the logits."""
+    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
+        if head.disable_adapters or not head.active_adapters:
+            return head.original_module
+        return head.modules_to_save[head.active_adapters[0]]
+    # Every tuner layer wraps the layer it adapts, as does the one that trains single tokens.
+    if hasattr(head, "base_layer") or hasattr(head, "token_adapter"):
+        _refuse(
+            f"PEFT has adapted the LM head ({type(head).__module__}.{type(head).__name__}): its "
+            "weight alone does not make the logits; for LoRA pass Head(head.base_layer.weight, "
+            "lora=LoRA(a, b, scale)) with its lora_A, lora_B and scaling to the loss, else leave "
+            "lm_head out of the adapter's targets or train it in full by modules_to_save"
+        )
+    return head
+
+
+def _holders(model: nn.Module, head: nn.Module) -> list[nn.Module]:
+    """The modules of the model that contain the head, from the outermost in."""
+    return [module for module in model.modules() if any(m is head for m in module.modules())]
+
+
+def _refuse_fsdp1(model: nn.Module, head: nn.Module) -> None:
+    names = [type(module).__name__ for module in _holders(model, head)]
+    if "FullyShardedDataParallel" in names:
+        _refuse(
+            "the LM head is part of a flat parameter of FSDP1 (FullyShardedDataParallel); shard "
+            "the model with torch.distributed.fsdp.fully_shard instead, or compute the loss "
+            "inside the forward of the module that FSDP1 wraps, from its lm_head.weight there"
+        )
+
+
+def _fsdp2_holder(model: nn.Module, head: nn.Module) -> nn.Module | None:
+    """The module whose group holds the head's shards; None if the weight is no shard now."""
+    if not _is_dtensor(getattr(head, "weight", None)):
+        return None
+    sharded = [module for module in _holders(model, head) if hasattr(module, "unshard")]
+    if not sharded:
+        _refuse(
+            "lm_head.weight is a DTensor, and no module of model was given to fully_shard; pass "
+            "the sharded root; a tensor-parallel head is not supported: leave lm_head out of the "
+            "plan"
+        )
+    return sharded[-1]  # fully_shard gives a parameter to the innermost
+
+
+def _whole_weight(head: nn.Module) -> Tensor:
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor):
+        _refuse(f"the LM head ({type(head).__name__}) has no weight; expected a linear layer")
+    if _is_dtensor(weight):
+        _refuse(
+            f"lm_head.weight is still a DTensor {list(weight.shape)} after unshard(): the head is "
+            "tensor-parallel, which is not supported; leave lm_head out of the plan"
+        )
+    if hasattr(weight, "ds_id") and weight.numel() == 0:
+        _refuse(
+            "lm_head.weight is a parameter that DeepSpeed ZeRO-3 has partitioned; run the loss "
+            "and its backward inside deepspeed.zero.GatheredParameters([lm_head.weight])"
+        )
+    if weight.dim() != 2 or not weight.is_floating_point():
+        _refuse(
+            f"lm_head.weight {list(weight.shape)} {str(weight.dtype).removeprefix('torch.')}; "
+            "expected a floating-point (V, H); a quantized head has to be dequantized first"
+        )
+    return weight
+
+
+def _is_dtensor(x: object) -> bool:
+    """By name: torch may have been built without torch.distributed."""
+    return type(x).__name__ == "DTensor"

@@ -127,13 +127,15 @@ class Validator:
         """Not one shard of a parameter that lives on many devices."""
         self.require(
             type(x).__name__ != "DTensor",
-            f"{name} is a sharded DTensor; pass the unsharded parameter (for FSDP2: call "
-            "lm_head.unshard() first)",
+            f"{name} is a sharded DTensor; expected a plain tensor: a head that fully_shard holds "
+            "comes from `with kepo_kernels.lm_head_weight(model) as weight` (a bare full_tensor() "
+            "would train it wrongly), states of this process's own tokens from to_local()",
         )
         self.require(
             not hasattr(x, "ds_id") or x.numel() > 0,
-            f"{name} is a parameter that DeepSpeed ZeRO-3 has partitioned; call the loss inside "
-            "deepspeed.zero.GatheredParameters([lm_head.weight])",
+            f"{name} is a parameter that DeepSpeed ZeRO-3 has partitioned; run the loss and its "
+            "backward inside deepspeed.zero.GatheredParameters([lm_head.weight]), where "
+            "kepo_kernels.lm_head_weight(model) finds it whole",
         )
 
     def same_device(self, hidden: Tensor, **tensors: Tensor | None) -> None:

@@ -20,6 +20,20 @@ from right_calls import (
     TEACHER_VOCAB,
     VOCAB,
 )
+from torch import Tensor
+
+
+def shard(x: Tensor) -> Tensor:
+    """What FSDP2 hands out; only the name of the type is looked at, so this one will do."""
+    return x.as_subclass(type("DTensor", (Tensor,), {}))
+
+
+def partitioned() -> Tensor:
+    """What DeepSpeed ZeRO-3 leaves of a parameter."""
+    x = torch.ones(0)
+    x.ds_id = 7
+    return x
+
 
 # what is wrong: (the functions it is wrong for, the arguments, what the message has to say)
 BAD_HEADS = {
@@ -86,6 +100,31 @@ BAD_HEADS = {
         TEACHER,
         {"teacher_hidden": PROBLEM.teacher_hidden.to("meta")},
         ["hidden is on cpu and teacher_hidden on meta"],
+    ),
+    "sharded states": (
+        STUDENT,
+        {"hidden": shard(PROBLEM.hidden)},
+        ["hidden is a sharded DTensor", "to_local()"],
+    ),
+    "sharded head": (
+        STUDENT,
+        {"lm_head": shard(PROBLEM.lm_head)},
+        ["lm_head is a sharded DTensor", "with kepo_kernels.lm_head_weight(model)"],
+    ),
+    "sharded teacher head": (
+        TEACHER,
+        {"teacher_lm_head": shard(PROBLEM.teacher_lm_head)},
+        ["teacher_lm_head is a sharded DTensor", "kepo_kernels.lm_head_weight(model)"],
+    ),
+    "partitioned head": (
+        STUDENT,
+        {"lm_head": partitioned()},
+        ["lm_head is a parameter", "ZeRO-3", "kepo_kernels.lm_head_weight(model)"],
+    ),
+    "partitioned teacher head": (
+        TEACHER,
+        {"teacher_lm_head": partitioned()},
+        ["teacher_lm_head is a parameter", "GatheredParameters"],
     ),
     "teacher bias elsewhere": (
         TEACHER,
