@@ -50,7 +50,7 @@ def build_tiny(path: str | Path, *, size: Literal["student", "teacher"], seed: i
     """
     from transformers import Qwen3VLForConditionalGeneration
 
-    from kepo.encoding import image_processor_class
+    from kepo.processors import pillow_processor_class
 
     if size not in _SIZES:
         raise KepoConfigError(f"build_tiny: size is {size!r}; expected one of {sorted(_SIZES)}")
@@ -62,7 +62,7 @@ def build_tiny(path: str | Path, *, size: Literal["student", "teacher"], seed: i
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
 
-    processor = image_processor_class()(
+    processor = pillow_processor_class()(
         patch_size=PATCH,
         merge_size=2,
         temporal_patch_size=2,
@@ -172,7 +172,7 @@ def _prompt_texts() -> list[str]:
         question=QUESTION,
         options=("0", "1", "2", "3"),
         answer="A",
-        image=Path(),
+        images=(),
         modality="",
         question_type=SMALL_DIGITS,
     )

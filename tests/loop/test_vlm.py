@@ -48,7 +48,10 @@ def completion(vlm) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def same(a: Inputs, b: Inputs) -> bool:
-    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(Inputs))
+    def equal(x, y):
+        return torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+    return all(equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(Inputs))
 
 
 # ---- tokenizer ----
@@ -118,7 +121,7 @@ def test_encode_refuses_what_it_cannot_place(vlm, prompts, tmp_path):
     with pytest.raises(KepoDataError, match="prompts is empty"):
         vlm.encode([])
     with pytest.raises(KepoDataError, match="2 image placeholders"):
-        vlm.encode([Prompt("look <|image_pad|>", prompts[0].image)])
+        vlm.encode([Prompt("look <|image_pad|>", prompts[0].images)])
     with pytest.raises(KepoDataError, match=r"gone\.png"):
         vlm.encode([Prompt("?", tmp_path / "gone.png")])
 
@@ -154,7 +157,7 @@ def test_completion_hidden_does_not_depend_on_padding(vlm, prompts, completion):
 
 def test_completion_hidden_sees_its_image_and_ignores_masked_tokens(vlm, prompts, completion):
     ids, mask = completion
-    swapped = [Prompt(prompts[0].text, prompts[2].image), *prompts[1:]]
+    swapped = [Prompt(prompts[0].text, prompts[2].images), *prompts[1:]]
     spoiled = torch.where(mask, ids, torch.full_like(ids, vlm.model.config.image_token_id))
     with torch.no_grad():
         plain = vlm.completion_hidden(vlm.encode(prompts), ids, mask)
