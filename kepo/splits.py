@@ -49,8 +49,8 @@ def split_by_image(
     images = sum(map(len, families))
     if len(families) < 2:
         raise KepoDataError(
-            f"split_by_image: {len(examples)} examples have {images} images in {len(families)} "
-            "sets that are shown together; expected at least 2 such sets, one for each side"
+            f"split_by_image: {len(examples)} examples have {images} images; expected at least 2 "
+            "that no question links, one for each side"
         )
     random.Random(seed).shuffle(families)
     wanted = max(1, round(test_share * images))
