@@ -1,6 +1,6 @@
 """The image processor: transformers' torchvision one where torchvision works, else that of Pillow.
 
-Both give the same grids; where images are resized, a few values differ by a step of 8 bits.
+Both give the same grids and, but where an image is resized, the same values up to rounding.
 """
 
 from __future__ import annotations

@@ -34,3 +34,12 @@ def made(tmp_path_factory):
         head[student.tokenizer.eos_token_id] = towards * 5.0 / towards.square().sum()
     student.save(root / "student")
     return root
+
+
+@pytest.fixture(scope="session")
+def tinies(tmp_path_factory):
+    """Folder with a tiny student of each of `families.FAMILIES`."""
+    pytest.importorskip("transformers")
+    import families
+
+    return families.build(tmp_path_factory.mktemp("tinies"))
