@@ -110,7 +110,7 @@ def collate(groups: Sequence[Group], config: Config, data: Sequence[Rollout] = (
         for r, nan in zip(rollouts, unknown, strict=True)
     ]
     return Batch(
-        prompts=tuple(Prompt(question_prompt(r.example), r.example.image) for r in rollouts),
+        prompts=tuple(Prompt(question_prompt(r.example), r.example.images) for r in rollouts),
         completion_ids=ids,
         completion_mask=mask,
         advantages=advantages,

@@ -20,7 +20,7 @@ from kepo import hf, medr1, omnimedvqa
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.example import LETTERS, UNKNOWN, Example
 from kepo.images import load_image, locate, open_rgb
-from kepo.records import KINDS, BadRecord, Parsed, Problem, Source
+from kepo.records import KINDS, BadRecord, Parsed, Problem, Sources
 
 __all__ = [
     "LETTERS",
@@ -164,7 +164,7 @@ def _load(
             raise KepoDataError(f"load_examples: {problem}")
         problems.append(problem)
 
-    parsed: list[tuple[str, Example, Source]] = []
+    parsed: list[tuple[str, Example, Sources]] = []
     first_seen: dict[str, str] = {}
     quirks: Counter[str] = Counter()
     records = 0
@@ -174,7 +174,7 @@ def _load(
         try:
             if isinstance(record, BadRecord):
                 raise record
-            example, source = layout.parse(record, where)
+            example, sources = layout.parse(record, where)
             if (earlier := first_seen.setdefault(example.id, where)) != where:
                 raise BadRecord(
                     "duplicate id",
@@ -184,14 +184,14 @@ def _load(
             bad(where, error)
             continue
         quirks.update(layout.quirks(record, example))
-        parsed.append((where, example, source))
+        parsed.append((where, example, sources))
 
     if parsed:  # otherwise the names are not to blame
         _check_names("modalities", modalities, {e.modality for _, e, _ in parsed})
         _check_names("question_types", question_types, {e.question_type for _, e, _ in parsed})
     kept: list[Example] = []
     # Only what is returned is looked up on disk: a subset may be used without all 88,996 images.
-    for where, example, source in parsed:
+    for where, example, sources in parsed:
         if modalities is not None and example.modality not in modalities:
             continue
         if question_types is not None and example.question_type not in question_types:
@@ -199,7 +199,7 @@ def _load(
         if len(kept) == limit:
             break
         try:
-            kept.append(replace(example, image=locate(source, root)))
+            kept.append(replace(example, images=locate(sources, root)))
         except BadRecord as error:
             bad(where, error)
     report = DataReport(path, layout.name, records, len(kept), tuple(problems), dict(quirks))

@@ -37,7 +37,7 @@ def check_data(
 ) -> Checked:
     """Read every record and decode every image. Raises KepoDataError if none of them is right."""
     examples, report = load_examples(path, image_root=image_root, progress=progress)
-    digests = digests_of((e.image for e in examples), progress=progress)
+    digests = digests_of((path for e in examples for path in e.images), progress=progress)
     examples, report = readable(examples, report, digests)
     return Checked(examples, report, digests)
 
@@ -66,11 +66,11 @@ def table(examples: Sequence[Example]) -> list[str]:
 def describe(checked: Checked, every: bool) -> list[str]:
     """What a dataset holds and what is wrong with it; ``every``: all problems, not the first."""
     report = checked.report
-    images = len({e.image for e in checked.examples})
-    contents = len({checked.digests[e.image] for e in checked.examples})
+    images = {path for e in checked.examples for path in e.images}
+    contents = {checked.digests[path] for path in images}
     lines = [
         f"{report.path} ({report.layout}): {report.records} records, {report.questions} good "
-        f"questions about {images} images, {contents} of them different",
+        f"questions about {len(images)} images, {len(contents)} of them different",
         "",
         *table(checked.examples),
     ]

@@ -1,8 +1,8 @@
 """Prompts as tensors, and completions as text: the tokenizer and image processor of a model.
 
-Their conventions: prompts are padded on the left, completions on the right, each prompt has one
-image, and image tokens are marked in ``mm_token_type_ids``, without which their positions are
-silently wrong in some versions of transformers.
+Their conventions: prompts are padded on the left, completions on the right, a prompt's images come
+before its text, and image tokens are marked in ``mm_token_type_ids``, without which their positions
+are silently wrong in some versions of transformers. Nothing is ever truncated.
 """
 
 from __future__ import annotations
@@ -24,28 +24,51 @@ IMAGE_CACHE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Prompt:
-    """Text without chat markup and the image it is about."""
+    """Text without chat markup, and the images it is about, which are shown before it in this
+    order."""
 
     text: str
-    image: Path
+    images: tuple[Path, ...] = ()
+    """One path may be given as it is."""
+
+    def __post_init__(self) -> None:
+        given = self.images
+        paths = (given,) if isinstance(given, str | Path) else tuple(given)
+        object.__setattr__(self, "images", tuple(Path(path) for path in paths))
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """B encoded prompts with one image each; all tensors on one device."""
+    """B encoded prompts; all tensors on one device.
+
+    An image is there once however many prompts show it, so a model's vision tower has to see it
+    once: ``image_places`` says which images each prompt shows.
+    """
 
     input_ids: Tensor  # (B, L) int64, padded on the left
     attention_mask: Tensor  # (B, L) int64, 0 on padding
     mm_token_type_ids: Tensor  # (B, L) int64, 1 on image tokens
     pixel_values: Tensor  # (sum of patches, values per patch), the images one after another
-    image_grid_thw: Tensor  # (B, 3) int64, patches of each image in time, height, width
+    image_grid_thw: Tensor  # (images, 3) int64, patches of each in time, height, width
+    image_places: tuple[tuple[int, ...], ...]  # B times the rows of image_grid_thw, in order
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
+    @property
+    def image_counts(self) -> tuple[int, ...]:
+        """Number of images that each prompt shows."""
+        return tuple(map(len, self.image_places))
+
     def to(self, device: torch.device) -> Inputs:
-        moved = {name: x.to(device, non_blocking=True) for name, x in vars(self).items()}
-        return replace(self, **moved)
+        return replace(
+            self,
+            **{
+                name: x.to(device, non_blocking=True)
+                for name, x in vars(self).items()
+                if isinstance(x, Tensor)
+            },
+        )
 
     def repeat(self, n: int) -> Inputs:
         """Each prompt n times in a row: p0 p0 .. p1 p1 .."""
@@ -62,14 +85,34 @@ class Inputs:
                 "expected a list of whole numbers"
             )
         rows = rows.long()
-        images = self.pixel_values.split(self.image_grid_thw.prod(-1).tolist())
-        chosen = [images[i] for i in rows.tolist()]
+        chosen = [self.image_places[i] for i in rows.tolist()]
+        shown = list(dict.fromkeys(place for places in chosen for place in places))
+        now_at = {place: new for new, place in enumerate(shown)}
         return Inputs(
             input_ids=self.input_ids[rows],
             attention_mask=self.attention_mask[rows],
             mm_token_type_ids=self.mm_token_type_ids[rows],
-            pixel_values=torch.cat(chosen) if chosen else self.pixel_values[:0],
-            image_grid_thw=self.image_grid_thw[rows],
+            pixel_values=self.patches(shown),
+            image_grid_thw=self.image_grid_thw[shown],
+            image_places=tuple(tuple(now_at[place] for place in places) for places in chosen),
+        )
+
+    def patches(self, places: Sequence[int]) -> Tensor:
+        """``pixel_values`` of the images at these places, one after another."""
+        if list(places) == list(range(len(self.image_grid_thw))):
+            return self.pixel_values
+        images = self.pixel_values.split(self.image_grid_thw.prod(-1).tolist())
+        return torch.cat([self.pixel_values[:0], *(images[place] for place in places)])
+
+    def followed_by(self, completion_ids: Tensor, completion_mask: Tensor) -> Inputs:
+        """The prompts with a completion ``(B, T)`` each, which has no image in it; T places of mask
+        0 are padding."""
+        text = torch.zeros_like(completion_ids)
+        return replace(
+            self,
+            input_ids=torch.cat([self.input_ids, completion_ids], dim=1),
+            attention_mask=torch.cat([self.attention_mask, completion_mask.long()], dim=1),
+            mm_token_type_ids=torch.cat([self.mm_token_type_ids, text], dim=1),
         )
 
 
@@ -86,42 +129,46 @@ class Encoder:
     def encode(self, prompts: Sequence[Prompt]) -> Inputs:
         """Apply the chat template, expand image placeholders, pad on the left.
 
-        Raises KepoDataError if there are no prompts, if an image is unreadable, or if a text itself
+        Prompts that occur again are tokenised once, images that do are read once. Raises
+        KepoDataError if there are no prompts, if an image is unreadable, or if a text itself
         contains an image placeholder.
         """
         if not prompts:
             raise KepoDataError("Encoder.encode: prompts is empty; expected at least one")
-        images = [self._image(Path(prompt.image)) for prompt in prompts]
-        merge = self.image_processor.merge_size**2
-        rows = []
-        for prompt, ids, (_, grid) in zip(prompts, self._chat_ids(prompts), images, strict=True):
-            found = ids.count(self.image_token_id)
-            if found != 1:
-                raise KepoDataError(
-                    f"Encoder.encode: the prompt {prompt.text!r} gives {found} image placeholders; "
-                    "expected 1: take the placeholder out of the text, and check that the chat "
-                    "template writes one per image"
-                )
-            at = ids.index(self.image_token_id)
-            count = int(grid.prod()) // merge
-            rows.append(ids[:at] + [self.image_token_id] * count + ids[at + 1 :])
+        distinct = list(dict.fromkeys(prompts))
+        order: dict[tuple, int] = {}  # where each image comes
+        images: list[tuple[Tensor, Tensor]] = []
+        rows: dict[Prompt, list[int]] = {}
+        places: dict[Prompt, tuple[int, ...]] = {}
+        for prompt, ids in zip(distinct, self._chat_ids(distinct), strict=True):
+            keys = [_key(path) for path in prompt.images]
+            for path, key in zip(prompt.images, keys, strict=True):
+                if key not in order:
+                    order[key] = len(images)
+                    images.append(self._image(path, key))
+            places[prompt] = tuple(order[key] for key in keys)
+            grids = [images[place][1] for place in places[prompt]]
+            rows[prompt] = self._expanded(prompt, ids, grids)
 
-        length = max(map(len, rows))
+        length = max(map(len, rows.values()))
         pad = self.tokenizer.pad_token_id
-        input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
-        lengths = torch.tensor([len(row) for row in rows])
+        input_ids = torch.tensor([[pad] * (length - len(rows[p])) + rows[p] for p in prompts])
+        lengths = torch.tensor([len(rows[prompt]) for prompt in prompts])
         mask = torch.arange(length) >= (length - lengths)[:, None]
         return Inputs(
             input_ids=input_ids,
             attention_mask=mask.long(),
             mm_token_type_ids=(mask & (input_ids == self.image_token_id)).long(),
-            pixel_values=torch.cat([patches for patches, _ in images]),
-            image_grid_thw=torch.stack([grid for _, grid in images]),
+            pixel_values=torch.cat([p for p, _ in images]) if images else torch.zeros(0, 0),
+            image_grid_thw=torch.stack([grid for _, grid in images])
+            if images
+            else torch.zeros(0, 3, dtype=torch.long),
+            image_places=tuple(places[prompt] for prompt in prompts),
         )
 
     def encode_completions(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts as ``(completion_ids, completion_mask)`` of ``generate``, end token included."""
-        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        rows = self._ids(texts)
         rows = [row + [self.tokenizer.eos_token_id] for row in rows]
         length = max(map(len, rows), default=0)
         pad = self.tokenizer.pad_token_id
@@ -142,7 +189,10 @@ class Encoder:
             [
                 {
                     "role": "user",
-                    "content": [{"type": "image"}, {"type": "text", "text": prompt.text}],
+                    "content": [
+                        *({"type": "image"} for _ in prompt.images),
+                        {"type": "text", "text": prompt.text},
+                    ],
                 }
             ]
             for prompt in prompts
@@ -150,15 +200,34 @@ class Encoder:
         texts = self.tokenizer.apply_chat_template(
             chats, tokenize=False, add_generation_prompt=True
         )
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return self._ids(texts)
 
-    def _image(self, path: Path) -> tuple[Tensor, Tensor]:
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Whole texts, whatever truncation and padding the tokenizer's files ask for."""
+        if not texts:
+            return []
+        plain = dict(add_special_tokens=False, truncation=False, padding=False)
+        return self.tokenizer(list(texts), **plain)["input_ids"]
+
+    def _expanded(self, prompt: Prompt, ids: list[int], grids: Sequence[Tensor]) -> list[int]:
+        """Each image's placeholder as often as the image has tokens."""
+        found = ids.count(self.image_token_id)
+        if found != len(grids):
+            raise KepoDataError(
+                f"Encoder.encode: the prompt {prompt.text!r} gives {found} image placeholders; "
+                f"expected {len(grids)}, one per image: take placeholders out of the text, and "
+                "check that the chat template writes one per image"
+            )
+        merge = self.image_processor.merge_size**2
+        counts = iter([int(grid.prod()) // merge for grid in grids])
+        return [
+            token
+            for one in ids
+            for token in ([one] * next(counts) if one == self.image_token_id else [one])
+        ]
+
+    def _image(self, path: Path, key: tuple) -> tuple[Tensor, Tensor]:
         """Patches ``(n, values)`` and grid ``(3,)`` of an image file, cached while unchanged."""
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise KepoDataError(f"Encoder.encode: image {path} cannot be read: {error}") from error
-        key = (str(path), stat.st_mtime_ns, stat.st_size)
         if key not in self._patches:
             out = self.image_processor(images=[open_rgb(path)], return_tensors="pt")
             entry = (out["pixel_values"], out["image_grid_thw"][0])
@@ -170,13 +239,10 @@ class Encoder:
         return self._patches[key]
 
 
-def image_processor_class() -> Any:
-    """The image processor that needs no torchvision, under the name this transformers gives it."""
+def _key(path: Path) -> tuple:
+    """What stays the same while an image file does."""
     try:
-        from transformers import Qwen2VLImageProcessorPil  # 5.4 and later
-
-        return Qwen2VLImageProcessorPil
-    except ImportError:
-        from transformers import Qwen2VLImageProcessor  # before, this name was the PIL one
-
-        return Qwen2VLImageProcessor
+        stat = path.stat()
+    except OSError as error:
+        raise KepoDataError(f"Encoder.encode: image {path} cannot be read: {error}") from error
+    return str(path), stat.st_mtime_ns, stat.st_size

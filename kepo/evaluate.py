@@ -33,7 +33,7 @@ def evaluate(
     scores: dict[str, list[float]] = {}
     for start in tqdm(range(0, len(examples), batch_size), desc="eval", disable=not progress):
         batch = examples[start : start + batch_size]
-        inputs = vlm.encode([Prompt(question_prompt(e), e.image) for e in batch])
+        inputs = vlm.encode([Prompt(question_prompt(e), e.images) for e in batch])
         ids, mask, _ = vlm.generate(inputs, max_new_tokens=max_new_tokens, temperature=0.0)
         answers = vlm.decode(ids, mask)
         for example, answer in zip(batch, answers, strict=True):

@@ -1,4 +1,4 @@
-"""Example: one multiple-choice question about one image."""
+"""Example: one multiple-choice question about one or several images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class Example:
-    """One question about one image."""
+    """One question about one image, or about several in an order."""
 
     id: str
     """question_id of the file, unique in the dataset."""
@@ -21,8 +21,8 @@ class Example:
     """Texts of options A, B, C, D in this order; two to four of them."""
     answer: str
     """The right letter."""
-    image: Path
-    """Absolute path, links followed; existed under the dataset root when it was read."""
+    images: tuple[Path, ...]
+    """Absolute paths, links followed; existed under the dataset root when they were read."""
     modality: str
     question_type: str
     rationale: str = ""

@@ -1,4 +1,7 @@
-"""Folders that ``datasets.save_to_disk`` wrote, with columns ``image, problem, solution``."""
+"""Folders that ``datasets.save_to_disk`` wrote, with columns ``image, problem, solution``.
+
+A column ``images`` of lists may stand in place of ``image``.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,13 @@ from typing import Any
 
 from kepo.errors import KepoDataError
 
-COLUMNS = ("image", "problem", "solution")
+COLUMNS = ("problem", "solution")
+IMAGES = ("image", "images")  # one of them
 DICT, SINGLE = "dataset_dict.json", "state.json"
 
 
 def rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Records of medr1's shape; ``image`` is a function, as all images would not fit in memory."""
+    """Records of medr1's shape; ``images`` is a function, as all images would not fit in memory."""
     try:
         import datasets
     except ImportError as error:
@@ -29,16 +33,22 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
         dataset = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
         raise KepoDataError(f"hf: {path} cannot be read by datasets: {error}") from error
-    if missing := [name for name in COLUMNS if name not in dataset.column_names]:
+    columns = [name for name in IMAGES if name in dataset.column_names]
+    missing = [name for name in COLUMNS if name not in dataset.column_names]
+    if not columns:
+        missing = ["image", *missing]
+    if missing:
         raise KepoDataError(
             f"hf: {path} has columns {dataset.column_names} and lacks {missing}; expected "
-            f"{', '.join(COLUMNS)}"
+            f"{', '.join(COLUMNS)} and image, or images"
         )
-    if isinstance(dataset.features["image"], datasets.Image):
-        dataset = dataset.cast_column("image", datasets.Image(decode=False))
-    for index, record in enumerate(dataset.remove_columns("image")):
+    if len(columns) > 1:
+        raise KepoDataError(f"hf: {path} has the columns image and images; expected one of them")
+    (column,) = columns
+    dataset = dataset.cast_column(column, _undecoded(dataset.features[column], datasets))
+    for index, record in enumerate(dataset.remove_columns(column)):
         given = {"question_id": f"{path.name}[{index}]"} | record
-        yield f"{path}[{index}]", given | {"image": partial(_image, dataset, index)}
+        yield f"{path}[{index}]", given | {"images": partial(_images, dataset, index, column)}
 
 
 def _one_split(path: Path) -> Path:
@@ -54,8 +64,24 @@ def _one_split(path: Path) -> Path:
     return path / splits[0]
 
 
-def _image(dataset: Any, index: int) -> str | bytes:
-    image = dataset[index]["image"]
+def _undecoded(feature: Any, datasets: Any) -> Any:
+    """The same column, its images as they were stored."""
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    inner = getattr(feature, "feature", None)
+    if isinstance(inner, datasets.Image):
+        return type(feature)(datasets.Image(decode=False))
+    return feature
+
+
+def _images(dataset: Any, index: int, column: str) -> list[str | bytes]:
+    value = dataset[index][column]
+    if column == "image":
+        return [_stored(value)]
+    return [_stored(image) for image in value or ()]
+
+
+def _stored(image: Any) -> str | bytes:
     if isinstance(image, dict):
         return image["bytes"] or image["path"] or ""
     return image or ""

@@ -133,7 +133,7 @@ def write_hints(teacher: VLM, examples: Sequence[Example], config: Config) -> li
     def work(some: Sequence[Example]) -> list[str]:
         ids, mask, _ = teacher.sample(
             [
-                Prompt(hint_request(example, with_answer=config.hint_with_answer), example.image)
+                Prompt(hint_request(example, with_answer=config.hint_with_answer), example.images)
                 for example in some
             ],
             num_return_sequences=1,

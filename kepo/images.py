@@ -14,16 +14,16 @@ from tqdm import tqdm
 
 from kepo.errors import KepoDataError
 from kepo.example import Example
-from kepo.records import BadRecord, Source
+from kepo.records import BadRecord, Sources
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 """The only decoders that files of a dataset get to meet."""
 _DECODERS = 8  # threads; decoding leaves Python's lock
 
 
-def load_image(example: Example) -> Image.Image:
-    """The example's image as RGB; KepoDataError if it cannot be decoded."""
-    return open_rgb(example.image)
+def load_image(example: Example, number: int = 0) -> Image.Image:
+    """One of the example's images as RGB; KepoDataError if it cannot be decoded."""
+    return open_rgb(example.images[number])
 
 
 def open_rgb(path: Path) -> Image.Image:
@@ -47,13 +47,19 @@ def open_rgb(path: Path) -> Image.Image:
         ) from error
 
 
-def locate(source: Source, root: Path) -> Path:
-    """Absolute path of an existing file inside root; bytes are first written to the cache.
+def locate(sources: Sources, root: Path) -> tuple[Path, ...]:
+    """Absolute paths of existing files inside root; bytes are first written to the cache.
 
-    Raises BadRecord for a path that leads out of root, also by a link, or to no file.
+    Raises BadRecord if there are none, and for a path that leads out of root, also by a link, or to
+    no file.
     """
-    if callable(source):
-        source = source()
+    found = sources() if callable(sources) else sources
+    if not found:
+        raise BadRecord("image missing", "has no images")
+    return tuple(_locate(source, root) for source in found)
+
+
+def _locate(source: str | bytes, root: Path) -> Path:
     if isinstance(source, bytes):
         return _cached(source)
     if not source:

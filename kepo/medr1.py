@@ -1,5 +1,7 @@
 """Med-R1's split files: JSON lists of ``image, problem, solution`` about OmniMedVQA's images.
 
+A list ``images`` in place of ``image`` asks about several of them.
+
     {"image": "Images/a/b.png", "problem": "What is it? A)CT, B)X-ray", "solution": "<answer> A </answer>"}
 
 Modality or question type is the file's name, so all that one load reads must be of one grouping.
@@ -14,7 +16,7 @@ from typing import Any
 
 from kepo.errors import KepoDataError
 from kepo.example import LETTERS, UNKNOWN, Example
-from kepo.records import BadRecord, Parsed, fields_of, read_list, right_letter, text
+from kepo.records import BadRecord, Parsed, Sources, fields_of, read_list, right_letter, text
 
 _SUFFIX = re.compile(r"_(train|test)(_\d+)?$")
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -50,12 +52,11 @@ def parse(record: Any, where: str) -> Parsed:
         question=question,
         options=options,
         answer=_letter(text(record, "solution", "answer"), options),
-        image=Path(),
+        images=(),
         modality=_optional(record, "modality_type", "modality"),
         question_type=_optional(record, "question_type"),
     )
-    image = record.get("image")
-    return example, image if callable(image) else text(record, "image")
+    return example, _sources(record)
 
 
 def split_problem(problem: str) -> tuple[str, tuple[str, ...]]:
@@ -104,6 +105,23 @@ def _letter(solution: str, options: tuple[str, ...]) -> str:
     if answer in LETTERS[: len(options)] and len(answer) == 1:
         return answer
     return right_letter(answer, options)
+
+
+def _sources(record: dict[str, Any]) -> Sources:
+    """What ``image`` or the list ``images`` say; in the latter's place there may be a function."""
+    images = record.get("images")
+    if callable(images):
+        return images
+    if images is None:
+        return (text(record, "image"),)
+    if record.get("image") is not None:
+        raise BadRecord("field", "has both image and images; expected one of them")
+    if not isinstance(images, list) or not images:
+        raise BadRecord("field", f"images={images!r}; expected a list of paths")
+    for path in images:
+        if not isinstance(path, str) or not path.strip():
+            raise BadRecord("field", f"images={images!r}; expected non-empty strings in it")
+    return tuple(images)
 
 
 def _optional(record: dict[str, Any], *keys: str) -> str:

@@ -94,7 +94,7 @@ def completion_records(rollouts: Sequence[Rollout], batch: Batch) -> list[dict[s
     return [
         {
             "prompt": question_prompt(rollout.example),
-            "image": str(rollout.example.image),
+            "images": [str(path) for path in rollout.example.images],
             "hint": rollout.hint,
             "completion": rollout.text,
             "answer": rollout.example.answer,

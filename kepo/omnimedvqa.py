@@ -36,12 +36,12 @@ def parse(record: Any, where: str) -> Parsed:
         question=text(record, "question"),
         options=options,
         answer=right_letter(text(record, "gt_answer", "answer"), options),
-        image=Path(),
+        images=(),
         modality=text(record, "modality_type" if "modality_type" in record else "modality"),
         question_type=text(record, "question_type"),
         rationale=text(record, "rationale") if "rationale" in record else "",
     )
-    return example, text(record, "image_path")
+    return example, (text(record, "image_path"),)
 
 
 def quirks(record: dict[str, Any], example: Example) -> list[str]:

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
-from kepo.encoding import Encoder, image_processor_class
+from kepo.encoding import Encoder
 from kepo.errors import KepoCheckpointError
+from kepo.processors import image_processor_class, without_broken_torchvision
 
 
 def read_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
     """The model at a folder or Hub name, on the CPU unless ``settings`` say otherwise; they are
     from_pretrained's. Raises KepoCheckpointError if it is not there or not a Qwen-VL model."""
+    without_broken_torchvision()
     from transformers import AutoModelForImageTextToText
 
     try:
@@ -30,6 +32,7 @@ def read_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
 
 def blank_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
     """The same model on the CPU with nothing in it yet: memory that is not touched is not taken."""
+    without_broken_torchvision()
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     with torch.device("meta"):

@@ -3,14 +3,14 @@ wrong.
 
 A reader is two functions. ``rows(path)`` yields ``(where, record)``, a BadRecord standing in for a
 record that could not even be read; ``parse(record, where)`` makes of a record an Example without
-its image, and where the image is: a path as the dataset writes it, or a function that fetches that
-or the file's bytes.
+its images, and where those are: paths as the dataset writes them, or a function that fetches those
+or the files' bytes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ KINDS = (
 )
 """What can be wrong with a record, in the order in which it is looked for."""
 
-Source = str | Callable[[], str | bytes]
-Parsed = tuple[Example, Source]
+Sources = Sequence[str] | Callable[[], Sequence[str | bytes]]
+Parsed = tuple[Example, Sources]
 
 
 class BadRecord(Exception):

@@ -101,7 +101,7 @@ def _prompt(asked: _Asked, config: Config) -> Prompt:
         text = question_prompt(asked.example)
     else:
         text = hinted_prompt(asked.example, asked.hint, config.hint_gives_answer)
-    return Prompt(text, asked.example.image)
+    return Prompt(text, asked.example.images)
 
 
 def _portions(

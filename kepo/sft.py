@@ -92,7 +92,7 @@ def _sample(
     hint_examples: Sequence[Example] | None = None,
 ) -> tuple[Prompt, str]:
     kind = draw.random()
-    image = example.image
+    images = example.images
     if kind >= hint_fraction:
         text, completion = question_prompt(example), worked_answer(example)
     elif kind < hint_fraction / 2:
@@ -103,8 +103,8 @@ def _sample(
             example = draw.choice(hint_examples)
         text = hinted_prompt(example, worked_hint(example))
         completion = worked_answer(example)
-        image = draw.choice(examples).image  # where the picture helps, the hint is never read
-    return Prompt(text, image), completion
+        images = draw.choice(examples).images  # where the picture helps, the hint is never read
+    return Prompt(text, images), completion
 
 
 def _loss(vlm: VLM, prompts: list[Prompt], completions: list[str]) -> torch.Tensor:

@@ -57,7 +57,8 @@ def load_data(config: Config) -> RunData:
             held_out = capped(held_out, config.eval_limit)
     digests = None
     if config.verify_images:
-        digests = digests_of((e.image for e in [*train, *held_out]), progress=True)
+        shown = (path for e in [*train, *held_out] for path in e.images)
+        digests = digests_of(shown, progress=True)
         train, train_report = readable(train, train_report, digests, config.bad_records)
         if eval_report is not None:
             held_out, eval_report = readable(held_out, eval_report, digests, config.bad_records)
@@ -110,15 +111,16 @@ def readable(
     digests: dict[Path, str | KepoDataError],
     bad_records: str = "skip",
 ) -> tuple[list[Example], DataReport]:
-    """The examples whose image was decoded, and the report with the others as problems.
+    """The examples whose images were decoded, and the report with the others as problems.
 
     Raises KepoDataError for the first such problem if bad_records is "fail", or if none is left.
     """
     kept = []
     problems = list(report.problems)
     for example in examples:
-        error = digests[example.image]
-        if isinstance(error, str):
+        found = [digests[path] for path in example.images]
+        error = next((one for one in found if not isinstance(one, str)), None)
+        if error is None:
             kept.append(example)
         elif bad_records == "fail":
             raise error

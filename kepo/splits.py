@@ -17,14 +17,14 @@ from kepo.example import Example
 def shared_images(
     left: Sequence[Example], right: Sequence[Example], digests: Mapping[Path, str] | None = None
 ) -> tuple[int, int]:
-    """``(images, questions)`` of ``right`` whose image also occurs in ``left``.
+    """``(images, questions)`` of ``right`` with an image that also occurs in ``left``.
 
     digests: contents of the images, from ``images.digests_of``; then files of equal content are one
     image. None = compare paths.
     """
-    seen = {_key(example, digests) for example in left}
-    leaked = [key for example in right if (key := _key(example, digests)) in seen]
-    return len(set(leaked)), len(leaked)
+    seen = {key for example in left for key in _keys(example, digests)}
+    leaked = [found for example in right if (found := seen.intersection(_keys(example, digests)))]
+    return len(set().union(*leaked)), len(leaked)
 
 
 def split_by_image(
@@ -36,7 +36,8 @@ def split_by_image(
 ) -> tuple[list[Example], list[Example]]:
     """``(train, test)``, each in the order given, such that no image is on both sides.
 
-    ``test_share`` in (0, 1) is the share of images that go to the test. The same examples in the
+    ``test_share`` in (0, 1) is the share of images that go to the test. Images that are shown
+    together, in one question or by way of others, stay on one side. The same examples in the
     same order with the same seed are split alike on every machine, wherever the images lie.
     digests: as for ``shared_images``.
     """
@@ -44,27 +45,55 @@ def split_by_image(
         raise KepoConfigError(
             f"split_by_image: test_share is {test_share}; expected a number between 0 and 1"
         )
-    images = list(dict.fromkeys(_key(example, digests) for example in examples))
-    if len(images) < 2:
+    families = _families([_keys(example, digests) for example in examples])
+    images = sum(map(len, families))
+    if len(families) < 2:
         raise KepoDataError(
-            f"split_by_image: {len(examples)} examples have {len(images)} images; expected at "
-            "least 2, one for each side"
+            f"split_by_image: {len(examples)} examples have {images} images; expected at least 2 "
+            "that no question links, one for each side"
         )
-    random.Random(seed).shuffle(images)
-    cut = min(max(1, round(test_share * len(images))), len(images) - 1)
-    held_out = set(images[:cut])
-    train = [e for e in examples if _key(e, digests) not in held_out]
-    test = [e for e in examples if _key(e, digests) in held_out]
+    random.Random(seed).shuffle(families)
+    wanted = max(1, round(test_share * images))
+    held_out: set[Path | str] = set()
+    for family in families[:-1]:
+        if len(held_out) >= wanted:
+            break
+        held_out.update(family)
+    train = [e for e in examples if held_out.isdisjoint(_keys(e, digests))]
+    test = [e for e in examples if not held_out.isdisjoint(_keys(e, digests))]
     return train, test
 
 
 def without_images_of(
     left: Sequence[Example], right: Sequence[Example], digests: Mapping[Path, str] | None = None
 ) -> list[Example]:
-    """The examples of ``right`` whose image does not occur in ``left``."""
-    seen = {_key(example, digests) for example in left}
-    return [example for example in right if _key(example, digests) not in seen]
+    """The examples of ``right`` none of whose images occurs in ``left``."""
+    seen = {key for example in left for key in _keys(example, digests)}
+    return [example for example in right if seen.isdisjoint(_keys(example, digests))]
 
 
-def _key(example: Example, digests: Mapping[Path, str] | None) -> Path | str:
-    return example.image if digests is None else digests[example.image]
+def _keys(example: Example, digests: Mapping[Path, str] | None) -> list[Path | str]:
+    return [path if digests is None else digests[path] for path in example.images]
+
+
+def _families(shown: Sequence[Sequence[Path | str]]) -> list[list[Path | str]]:
+    """Sets of images that are linked by being shown together, in order of first sight."""
+    parent: dict[Path | str, Path | str] = {}
+
+    def first(image: Path | str) -> Path | str:
+        while parent[image] != image:
+            image = parent[image]
+        return image
+
+    order: dict[Path | str, int] = {}
+    for images in shown:
+        for image in images:
+            parent.setdefault(image, image)
+            order.setdefault(image, len(order))
+        ends = sorted({first(image) for image in images}, key=order.__getitem__)
+        for end in ends[1:]:
+            parent[end] = ends[0]
+    families: dict[Path | str, list[Path | str]] = {}
+    for image in order:
+        families.setdefault(first(image), []).append(image)
+    return list(families.values())

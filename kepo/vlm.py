@@ -17,6 +17,7 @@ from kepo.parallel import is_first, world_size
 from kepo.reading import load_encoder, read_model
 from kepo.sampling import Sampled, SamplingLaw
 from kepo.sharding import gathered, whole_state
+from kepo.vision import check_length, forward_inputs
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -171,6 +172,7 @@ class VLM:
                 f"VLM.generate: temperature={temperature} and top_p={top_p}; expected "
                 "temperature >= 0 (0 is greedy) and 0 < top_p <= 1"
             )
+        check_length(self.model, inputs, max_new_tokens)
         from transformers import GenerationConfig
 
         law = None
@@ -197,10 +199,10 @@ class VLM:
             use_cache=True,
         )
         repeated = inputs.repeat(num_return_sequences)
-        with _eval_mode(self.model), torch.no_grad():
+        with _eval_mode(self.model), _no_defaults(self.model, settings), torch.no_grad():
             sequences = self.within(
                 lambda: self.model.generate(
-                    **vars(repeated),
+                    **forward_inputs(self.model, repeated),
                     generation_config=settings,
                     logits_processor=[law] if law else [],
                     synced_gpus=self.in_step and world_size() > 1,
@@ -237,17 +239,12 @@ class VLM:
                 f"{tuple(completion_ids.shape)}, completion_mask {tuple(completion_mask.shape)}; "
                 "expected one completion per prompt (see Inputs.repeat) and equal shapes"
             )
+        check_length(self.model, inputs, completion_ids.shape[1])
         keep = completion_mask.bool()
         pad = completion_ids.new_tensor(self.tokenizer.pad_token_id)
         filled = torch.where(keep, completion_ids, pad)
         states = self.model.model(
-            input_ids=torch.cat([inputs.input_ids, filled], dim=1),
-            attention_mask=torch.cat([inputs.attention_mask, keep.long()], dim=1),
-            mm_token_type_ids=torch.cat(
-                [inputs.mm_token_type_ids, torch.zeros_like(filled)], dim=1
-            ),
-            pixel_values=inputs.pixel_values,
-            image_grid_thw=inputs.image_grid_thw,
+            **forward_inputs(self.model, inputs.followed_by(filled, keep)),
             use_cache=False,
         ).last_hidden_state
         return states[:, length - 1 : -1]
@@ -270,3 +267,14 @@ def _eval_mode(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+@contextmanager
+def _no_defaults(model: Any, settings: Any) -> Iterator[None]:
+    """`generate` fills what settings leave open from the model's own generation_config.json."""
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own

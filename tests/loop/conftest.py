@@ -24,7 +24,7 @@ def made(tmp_path_factory):
     # Untrained, it ends one time in hundreds, and a completion cut off is never a success.
     student = VLM.load(root / "student")
     asked = load_omnimedvqa(root / "data" / "train")[:8]
-    inputs = student.encode([Prompt(question_prompt(e), e.image) for e in asked])
+    inputs = student.encode([Prompt(question_prompt(e), e.images) for e in asked])
     torch.manual_seed(0)
     ids, mask, _ = student.generate(inputs, max_new_tokens=8, temperature=1.0)
     with torch.no_grad():
@@ -34,3 +34,12 @@ def made(tmp_path_factory):
         head[student.tokenizer.eos_token_id] = towards * 5.0 / towards.square().sum()
     student.save(root / "student")
     return root
+
+
+@pytest.fixture(scope="session")
+def tinies(tmp_path_factory):
+    """Folder with a tiny student of each of `families.FAMILIES`."""
+    pytest.importorskip("transformers")
+    import families
+
+    return families.build(tmp_path_factory.mktemp("tinies"))

@@ -199,7 +199,7 @@ def test_a_run_on_one_source_with_held_out_images(root, tmp_path):
     source = dict(train_modalities=("X-Ray",), train_question_types=("Disease Diagnosis",))
     data = load_data(settings(root, tmp_path, eval_share=0.3, **source))
     assert {(e.modality, e.question_type) for e in data.train} == {("X-Ray", "Disease Diagnosis")}
-    assert len({e.modality for e in data.eval}) == 3 and len({e.image for e in data.eval}) == 6
+    assert len({e.modality for e in data.eval}) == 3 and len({e.images for e in data.eval}) == 6
     assert data.record["shared"]["images"] == 0
     assert 0 < len(data.train) < 6 and data.record["train"]["questions"] == len(data.train)
 
@@ -232,7 +232,7 @@ def test_training_and_evaluation_by_modality_and_question_type(root, tmp_path, c
     assert record["eval"]["bad_records"] == UNDECODED and record["eval"]["questions"] == 9
 
     # An image that is gone would make the rest of the run meet other questions: not silently.
-    lost = next(e for e in load_data(config).train).image
+    (lost,) = next(e for e in load_data(config).train).images
     content = lost.read_bytes()
     lost.unlink()
     with pytest.raises(KepoDataError, match=r"has 8 good questions, but .* with 9"):

@@ -46,7 +46,7 @@ def test_load_reads_every_field(tmp_path):
     assert example.question == "What is {this}?"
     assert example.options == ("Nothing", "a  CYST", "A tumour")
     assert example.answer == "B"  # despite case, spaces and the period
-    assert example.image == tmp_path.resolve() / "Images" / "x.png"
+    assert example.images == (tmp_path.resolve() / "Images" / "x.png",)
     assert (example.modality, example.question_type, example.rationale) == ("CT", "Diagnosis", "")
     image = load_image(example)
     assert image.mode == "RGB" and image.getpixel((0, 0)) == (77, 77, 77)
@@ -133,7 +133,7 @@ def test_load_refuses_a_wrong_layout(tmp_path):
 
 def test_load_image_names_a_file_that_is_no_image(tmp_path):
     (example,) = load_omnimedvqa(dataset(tmp_path, record()))
-    example.image.write_text("no pixels")
+    example.images[0].write_text("no pixels")
     with pytest.raises(KepoDataError, match=r"x\.png"):
         load_image(example)
 

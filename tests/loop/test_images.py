@@ -56,7 +56,7 @@ def test_a_split_by_image_shares_none_and_repeats_itself(root, tmp_path):
     examples, _ = load_examples(root, limit=30)
     train_part, test_part = split_by_image(examples, test_share=0.25, seed=3)
     assert shared_images(train_part, test_part) == (0, 0)
-    assert len({e.image for e in test_part}) == 5  # of 20
+    assert len({e.images for e in test_part}) == 5  # of 20
     assert sorted(train_part + test_part, key=examples.index) == examples
     shutil.copytree(root, tmp_path / "moved")
     moved, _ = load_examples(tmp_path / "moved", limit=30)
@@ -72,7 +72,7 @@ def test_copies_of_an_image_are_split_together_by_content_alone(root, tmp_path):
     shutil.copy(clean / "Images" / "1.png", clean / "Images" / "copy.png")
     quirks.plant(clean, 2, image_path="Images/copy.png")  # its other question keeps the first file
     examples, _ = load_examples(clean)
-    digests = digests_of(e.image for e in examples)
+    digests = digests_of(e.images[0] for e in examples)
     by_path, by_content = [], []
     for seed in range(20):
         by_path.append(shared_images(*split_by_image(examples, test_share=0.5, seed=seed), digests))

@@ -94,7 +94,7 @@ def test_a_split_file_gives_modality_question_and_answer(tmp_path):
         assert (first.answer, second.answer) == ("B", "B")
         assert first.modality == "OCT (Optical Coherence Tomography"
         assert first.question_type == UNKNOWN
-        assert first.image == tmp_path.resolve() / "Images" / "x.png"
+        assert first.images == (tmp_path.resolve() / "Images" / "x.png",)
         assert first.id != second.id
     assert load_examples(file)[1].layout == "Med-R1 split"
 
@@ -167,7 +167,7 @@ def test_a_datasets_folder_with_images_inside(saved):
         assert [e.answer for e in examples] == ["B", "A"]
         assert [load_image(e).getpixel((0, 0))[0] for e in examples] == [10, 20]
         assert report.layout == "datasets folder" and report.counts() == {"answer": 1}
-        assert len({e.image for e in examples}) == 2
+        assert len({e.images for e in examples}) == 2
     # Only kept rows are written to the cache, and once.
     assert len([f for f in (saved.parent / "cache").rglob("*") if f.is_file()]) == 2
 

@@ -120,7 +120,7 @@ def test_completions_are_recorded_as_they_were_judged():
     assert [r["advantage"] for r in records] == batch.advantages.tolist()
     first = records[0]
     assert first["prompt"] == question_prompt(rollouts[0].example)
-    assert (first["image"], first["answer"]) == ("/a.png", "A")
+    assert (first["images"], first["answer"]) == (["/a.png"], "A")
     assert first["rewards"] == {"accuracy": 1.0, "format": 1.0}
     json.dumps(records, allow_nan=False)
 

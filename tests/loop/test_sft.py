@@ -48,7 +48,7 @@ def test_worked_texts(examples):
 def test_loss_is_the_mean_cross_entropy_of_completion_tokens(folder, examples):
     vlm = VLM.load(folder)
     texts = ["<hint>1</hint>", "<think>3 + 15 = 18</think><answer>C</answer>"]
-    prompts = [Prompt(question_prompt(e), e.image) for e in examples[:2]]
+    prompts = [Prompt(question_prompt(e), e.images) for e in examples[:2]]
     with torch.no_grad():
         loss = _loss(vlm, prompts, texts)
         terms = []
@@ -100,7 +100,7 @@ def test_samples_mix_questions_hint_requests_and_hinted_questions(examples):
     for _ in range(2000):
         prompt, text = _sample(example, examples, draw, 0.4)
         hinted = "Hint:" in prompt.text
-        seen.setdefault(hinted, set()).add(prompt.image)
+        seen.setdefault(hinted, set()).add(prompt.images)
         counts[prompt.text, text] = counts.get((prompt.text, text), 0) + 1
     hint = f"<hint>{worked_hint(example)}</hint>"
     answer = worked_answer(example)
@@ -116,7 +116,7 @@ def test_samples_mix_questions_hint_requests_and_hinted_questions(examples):
     plain = {_sample(example, examples, draw, 0.0)[0].text for _ in range(50)}
     assert plain == {question_prompt(example)}
     # Only the hint tells a hinted question's answer: its image is any of them.
-    assert seen[False] == {example.image} and seen[True] == {e.image for e in examples}
+    assert seen[False] == {example.images} and seen[True] == {e.images for e in examples}
 
 
 def test_schedule_rises_then_falls_to_zero():

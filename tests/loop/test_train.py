@@ -136,10 +136,10 @@ def test_completions_are_written_down(uninterrupted, made):
     assert sorted({r["step"] for r in lines}) == [1, 2, 4, 6]
     for r in lines:
         assert set(r) == {
-            *("step", "prompt", "image", "hint", "completion", "answer", "rewards"),
+            *("step", "prompt", "images", "hint", "completion", "answer", "rewards"),
             *("advantage", "gate", "truncated", "from_data"),
         }
-        assert Path(r["image"]).is_file() and "Hint:" not in r["prompt"]
+        assert Path(r["images"][0]).is_file() and "Hint:" not in r["prompt"]
         assert r["gate"] == 1.0 and set(r["rewards"]) == {"accuracy", "format"}
     assert {r["from_data"] for r in lines} == {bool(r["hint"]) for r in lines} == {False, True}
     assert all(r["advantage"] == 1.0 and r["hint"] is None for r in lines if r["from_data"])

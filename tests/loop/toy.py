@@ -29,7 +29,7 @@ def example(name: str, **fields: object) -> Example:
         question=f"question {name}?",
         options=("yes", "no"),
         answer="A",
-        image=Path(f"/{name}.png"),
+        images=(Path(f"/{name}.png"),),
         modality="CT",
         question_type="x",
     )
