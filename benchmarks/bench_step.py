@@ -3,7 +3,7 @@ matrices.
 
     python benchmarks/bench_step.py                          # the table of README; minutes
     python benchmarks/bench_step.py --csv step.csv --plot step.png
-    python benchmarks/bench_step.py --student 1024,8 --micro-batch 16 --tokens 256
+    python benchmarks/bench_step.py --student 512,8 --teacher 1024,8 --tokens 128
 
 A step is what `kepo.train` does after sampling: `kepo_step`, forward and backward, over its
 micro-batches, teacher included, then clipping and AdamW, on random Qwen3-VL models with tied heads
@@ -295,12 +295,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--rate", type=float, nargs="+", default=[1.0, 0.5], help="gate rates (default 1 0.5)")
-    add("--student", type=parse_size, default="512,4", help="HIDDEN,LAYERS (default 512,4)")
-    add("--teacher", type=parse_size, default="512,8", help="HIDDEN,LAYERS (default 512,8)")
+    add("--student", type=parse_size, default="256,8", help="HIDDEN,LAYERS (default 256,8)")
+    add("--teacher", type=parse_size, default="384,8", help="HIDDEN,LAYERS (default 384,8)")
     add("--vocab", type=int, default=151936, help="rows of both heads (default 151936)")
     add("--prompts", type=int, default=2, help="questions of a step (default 2)")
     add("--generations", type=int, default=8, help="completions of each (default 8)")
-    add("--tokens", type=int, default=128, help="per completion (default 128)")
+    add("--tokens", type=int, default=192, help="per completion (default 192)")
     add("--micro-batch", type=int, default=8, help="completions at once (default 8)")
     add("--seed", type=int, default=0, help="of models, completions and gates (default 0)")
     add("--csv", type=Path, help="write the rows, with machine, versions and commit, here")
