@@ -2,11 +2,12 @@
 
 They stand in for `fused_kepo_loss` and `fused_grpo_loss` in `kepo.step`, and are what a careful
 user writes there: logits of the tokens that carry loss only, the teacher's without gradient and of
-the open sequences only, one log_softmax for both terms, one shift for both weights of the mixture,
-each KL summed before it is weighted, no name that keeps a matrix alive for longer than autograd
-does, entropy (a metric) in slices. At beta 0.5 the divergence, forward and backward, then holds 8
-matrices at its peak; the usual formula (TRL's, and `jsd` in peers.py) holds 9 or more, and
-`kepo_kernels/reference.py`, whose guards against -inf each copy a matrix, more again.
+the open sequences only, one log_softmax for both terms and no copy of some of its rows, one shift
+for both weights of the mixture, each KL summed before it is weighted, no name that keeps a matrix
+alive for longer than autograd does, entropy (a metric) in slices. At beta 0.5 and with every gate
+open, forward and backward then hold 8 matrices at their peak; the usual formula (TRL's, and `jsd`
+in peers.py) holds 9 or more, and `kepo_kernels/reference.py`, whose guards against -inf each copy a
+matrix, more again.
 
 For the settings of a default run; any other is refused.
 """
@@ -57,20 +58,20 @@ def kepo_loss(
 ) -> Result:
     """As `fused_kepo_loss`, the teacher's states those of the open sequences; 0 < beta < 1."""
     refuse_others(settings)
-    opened = gate > 0
-    log_q = log_softmax(hidden[completion_mask], lm_head)  # (n, V)
+    opened = completion_mask & (gate > 0)[:, None]
+    closed = completion_mask & ~opened
+    # Open and closed sequences apart: to select rows of one log_q would be to copy them.
+    log_q = log_softmax(hidden[opened], lm_head)  # (n, V)
     with torch.no_grad():
-        log_p = log_softmax(teacher_hidden[completion_mask[opened]], teacher_lm_head)
-    distilled = (completion_mask & opened[:, None])[completion_mask]  # (n,)
-    # To select all rows would be to copy them.
-    divergence = jsd(log_q if bool(distilled.all()) else log_q[distilled], log_p, beta)
+        log_p = log_softmax(teacher_hidden[completion_mask[gate > 0]], teacher_lm_head)
+    divergence = jsd(log_q, log_p, beta)
     del log_p
-    weights = distill_weights[completion_mask][distilled]
-    loss, stats = policy_part(
-        log_q, targets, advantages, completion_mask, policy_weights, epsilon_low, epsilon_high
-    )
-    stats.divergence[completion_mask & opened[:, None]] = divergence.detach()
-    return loss + distill_coef * (weights * divergence).sum(), stats
+    parts = [(opened, log_q)]
+    if bool(closed.any()):
+        parts.append((closed, log_softmax(hidden[closed], lm_head)))
+    loss, stats = policy_part(parts, targets, advantages, policy_weights, epsilon_low, epsilon_high)
+    stats.divergence[opened] = divergence.detach()
+    return loss + distill_coef * (distill_weights[opened] * divergence).sum(), stats
 
 
 def grpo_loss(
@@ -88,9 +89,8 @@ def grpo_loss(
     """As `fused_grpo_loss`."""
     refuse_others(settings)
     log_q = log_softmax(hidden[completion_mask], lm_head)
-    return policy_part(
-        log_q, targets, advantages, completion_mask, weights, epsilon_low, epsilon_high
-    )
+    parts = [(completion_mask, log_q)]
+    return policy_part(parts, targets, advantages, weights, epsilon_low, epsilon_high)
 
 
 def log_softmax(states: Tensor, lm_head: Tensor) -> Tensor:
@@ -108,26 +108,31 @@ def jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
 
 
 def policy_part(
-    log_q: Tensor,
+    parts: list[tuple[Tensor, Tensor]],
     targets: Tensor,
     advantages: Tensor,
-    mask: Tensor,
     weights: Tensor,
     epsilon_low: float,
     epsilon_high: float,
 ) -> Result:
-    """The clipped objective on the tokens of the mask, and their numbers, divergence still 0."""
-    logprobs = log_q.gather(-1, targets[mask].unsqueeze(-1)).squeeze(-1)
-    ratio = (logprobs - logprobs.detach()).exp()
-    advantages = advantages.unsqueeze(1).expand(mask.shape)[mask]
-    bounded = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
-    losses = -torch.minimum(ratio * advantages, bounded * advantages)
-    stats = TokenStats(*(torch.zeros(mask.shape) for _ in range(3)))
-    stats.logprobs[mask] = logprobs.detach()
-    with torch.no_grad():
-        entropy = [-(part.exp() * part).sum(-1) for part in log_q.split(SLICE)]
-    stats.entropy[mask] = torch.cat(entropy)
-    return (weights[mask] * losses).sum(), stats
+    """The clipped objective on tokens by the part they are in, and their numbers, divergence 0.
+
+    parts: a mask (B, T) and log_q (n, V) of its tokens, each.
+    """
+    loss = weights.new_zeros(())
+    stats = TokenStats(*(torch.zeros(targets.shape) for _ in range(3)))
+    advantages = advantages.unsqueeze(1).expand(targets.shape)
+    for mask, log_q in parts:
+        logprobs = log_q.gather(-1, targets[mask].unsqueeze(-1)).squeeze(-1)
+        ratio = (logprobs - logprobs.detach()).exp()
+        bounded = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
+        losses = -torch.minimum(ratio * advantages[mask], bounded * advantages[mask])
+        loss = loss + (weights[mask] * losses).sum()
+        stats.logprobs[mask] = logprobs.detach()
+        with torch.no_grad():
+            entropy = [-(part.exp() * part).sum(-1) for part in log_q.split(SLICE)]
+        stats.entropy[mask] = torch.cat(entropy)
+    return loss, stats
 
 
 def refuse_others(settings: dict[str, object]) -> None:
