@@ -299,7 +299,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--csv", type=Path, help="write the rows, with machine, versions and commit, here")
     add("--plot", type=Path, help="draw them here")
     args = parser.parse_args(arguments)
-    for name in ("prompts", "tokens", "micro_batch", "rounds"):
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: expected at least 1")
+    check_problem(parser, args)
+    return args
+
+
+def check_problem(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses sizes and gate rates that make no problem; a rate given twice counts once."""
+    for name in ("prompts", "tokens", "micro_batch"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
     if args.generations < 2:
@@ -313,7 +321,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if not 0 <= rate <= 1 or abs(rate * count - round(rate * count)) > 1e-6:
             parser.error(f"--rate {rate:g}: expected a whole number of {count} completions")
     args.rate = list(dict.fromkeys(args.rate))
-    return args
 
 
 if __name__ == "__main__":

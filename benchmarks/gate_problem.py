@@ -1,4 +1,5 @@
-"""Problems for bench_gate.py: one training step's models and completions, by gate rate."""
+"""Problems for bench_gate.py and bench_step.py: one training step's models and completions, by gate
+rate."""
 
 from __future__ import annotations
 
@@ -37,12 +38,15 @@ class Problem:
     """Completion tokens of each call of the teacher's backbone so far."""
 
 
-def build(folder: Path, args: argparse.Namespace) -> Problem:
-    """Models, images and completions of one step, all random but for the rewards."""
+def build(folder: Path, args: argparse.Namespace, *, tied: bool = False) -> Problem:
+    """Models, images and completions of one step, all random but for the rewards.
+
+    tied: input and output embeddings of both models are one matrix.
+    """
     build_tiny(folder / "parts", size="student", seed=args.seed)
     parts = VLM.load(folder / "parts")  # for its tokenizer and image processor
-    policy = random_model(parts, args.student, args.vocab, args.seed)
-    teacher = random_model(parts, args.teacher, args.vocab, args.seed + 1)
+    policy = random_model(parts, args.student, args.vocab, args.seed, tied)
+    teacher = random_model(parts, args.teacher, args.vocab, args.seed + 1, tied)
     policy.model.train()
     teacher.model.requires_grad_(False)
     seen: list[int] = []
@@ -84,7 +88,7 @@ def build(folder: Path, args: argparse.Namespace) -> Problem:
     return Problem(policy, teacher, config, batches, prompts.input_ids.shape[1], seen)
 
 
-def random_model(parts: VLM, size: Size, vocab: int, seed: int) -> VLM:
+def random_model(parts: VLM, size: Size, vocab: int, seed: int, tied: bool = False) -> VLM:
     """A random fp32 Qwen3-VL with that many rows in its vocabulary, most of them padding."""
     from transformers import Qwen3VLForConditionalGeneration
 
@@ -95,7 +99,7 @@ def random_model(parts: VLM, size: Size, vocab: int, seed: int) -> VLM:
         heads=size.hidden // HEAD_SIZE,
         vision_hidden=size.hidden // 2,
         vision_depth=1,
-        tied=False,
+        tied=tied,
     )
     config.text_config.vocab_size = vocab
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,7 @@
-"""Greedy accuracy by modality or type of question; its split into in-domain and out-of-domain."""
+"""Greedy accuracy by modality or type of question; its split into in-domain and out-of-domain.
+
+python -m kepo.evaluate MODEL DATA    # of a saved model, with intervals and chance; see --help
+"""
 
 from __future__ import annotations
 
@@ -26,19 +29,35 @@ def evaluate(
 
     Draws no random numbers. progress: show a bar. Raises KepoDataError if there are no examples.
     """
+    texts = greedy_answers(
+        vlm, examples, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+    )
+    scores: dict[str, list[float]] = {}
+    for example, text in zip(examples, texts, strict=True):
+        scores.setdefault(example.modality, []).append(accuracy(text, example.answer))
+    return scores
+
+
+def greedy_answers(
+    vlm: VLM,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[str]:
+    """What the model says to each example, in their order; otherwise as ``evaluate``."""
     if not examples:
         raise KepoDataError("evaluate: examples is empty; expected at least one")
     if batch_size < 1:
         raise KepoConfigError(f"evaluate: batch_size is {batch_size}; expected a number >= 1")
-    scores: dict[str, list[float]] = {}
+    texts: list[str] = []
     for start in tqdm(range(0, len(examples), batch_size), desc="eval", disable=not progress):
         batch = examples[start : start + batch_size]
         inputs = vlm.encode([Prompt(question_prompt(e), e.images) for e in batch])
         ids, mask, _ = vlm.generate(inputs, max_new_tokens=max_new_tokens, temperature=0.0)
-        answers = vlm.decode(ids, mask)
-        for example, answer in zip(batch, answers, strict=True):
-            scores.setdefault(example.modality, []).append(accuracy(answer, example.answer))
-    return scores
+        texts += vlm.decode(ids, mask)
+    return texts
 
 
 def by_question_type(
@@ -71,3 +90,9 @@ def summary(table: Mapping[str, float], source: str) -> tuple[float, float]:
             "and at least one other modality"
         )
     return table[source], sum(others) / len(others)
+
+
+if __name__ == "__main__":
+    from kepo.evaluation import run
+
+    run()

@@ -1,8 +1,9 @@
-"""Intervals for accuracies that were measured over several seeds on the same questions.
+"""Intervals for accuracies: of one model on some questions, or of several seeds on the same ones.
 
-A method's results are an array correct (seeds, modalities, items) of 0 and 1. Seeds differ in
-warm-up, data order and sampling; items are the same for every seed and method. Both are samples of
-something larger, so both are drawn again: a seed with all its items, an item for all seeds.
+For the latter, a method's results are an array correct (seeds, modalities, items) of 0 and 1. Seeds
+differ in warm-up, data order and sampling; items are the same for every seed and method. Both are
+samples of something larger, so both are drawn again: a seed with all its items, an item for all
+seeds.
 """
 
 from __future__ import annotations
@@ -78,6 +79,25 @@ def over_seeds(values: np.ndarray) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def wilson(right: int, count: int) -> Interval:
+    """The share ``right / count`` with Wilson's interval, which stays within 0 and 1.
+
+        (p + z^2 / 2n ± z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+    (Wilson 1927.) Raises ValueError unless 0 <= right <= count and count >= 1.
+    """
+    if not 0 <= right <= count or count < 1:
+        raise ValueError(f"wilson: right={right} of count={count}; expected 0 <= right <= count")
+    p, z2 = right / count, _Z975**2 / count
+    middle, half = p + z2 / 2, math.sqrt(z2 * (p * (1 - p) + z2 / 4))
+    # At 0 and 1 the bound is exact, whatever the rounding of middle and half.
+    low = 0.0 if right == 0 else (middle - half) / (1 + z2)
+    high = 1.0 if right == count else (middle + half) / (1 + z2)
+    return Interval(p, low, high)
+
+
+_Z975 = 1.959964  # the 0.975 quantile of the normal distribution
+
 # The 0.975 quantiles of Student's t for 1, 2, 3 ... degrees of freedom.
 _T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -86,5 +106,5 @@ def _t975(freedom: int) -> float:
     """Above 10 degrees of freedom to 0.1 % (Cornish and Fisher's series)."""
     if freedom <= len(_T975):
         return _T975[freedom - 1]
-    z = 1.959964
+    z = _Z975
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)

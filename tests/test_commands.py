@@ -17,13 +17,19 @@ def run(*words: object) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", ["kepo.train", "kepo.demo", "kepo.compare", "kepo.data check", "kepo_kernels"]
+    "command",
+    [
+        *("kepo.train", "kepo.demo", "kepo.compare", "kepo.evaluate", "kepo.data check"),
+        "kepo_kernels",
+    ],
 )
 def test_help(command):
     out = run("-m", *command.split(), "--help")
     assert f"usage: python -m {command}" in out
 
 
-@pytest.mark.parametrize("script", ["bench_loss.py", "bench_gate.py", "plot.py", "compare.py"])
+@pytest.mark.parametrize(
+    "script", ["bench_loss.py", "bench_gate.py", "bench_step.py", "plot.py", "compare.py"]
+)
 def test_help_of_scripts(script):
     assert "usage:" in run(f"benchmarks/{script}", "--help")

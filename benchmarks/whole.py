@@ -1,0 +1,143 @@
+"""The two losses of a training step as plain PyTorch on whole matrices, for bench_step.py.
+
+They stand in for `fused_kepo_loss` and `fused_grpo_loss` in `kepo.step`, and are what a careful
+user writes there: logits of the tokens that carry loss only, the teacher's without gradient and of
+the open sequences only, one log_softmax for both terms and no copy of some of its rows, one shift
+for both weights of the mixture, each KL summed before it is weighted, no name that keeps a matrix
+alive for longer than autograd does, entropy (a metric) in slices. At beta 0.5 and with every gate
+open, forward and backward then hold 8 matrices at their peak; the usual formula (TRL's, and `jsd`
+in peers.py) holds 9 or more, and `kepo_kernels/reference.py`, whose guards against -inf each copy a
+matrix, more again.
+
+For the settings of a default run; any other is refused.
+"""
+
+from __future__ import annotations
+
+from math import log
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kepo_kernels import TokenStats
+
+SLICE = 128  # tokens whose entropy is taken at once
+DEFAULTS = {
+    "old_logprobs": None,
+    "kl_coef": 0.0,
+    "entropy_coef": 0.0,
+    "policy_loss": "clip",
+    "importance_level": "token",
+    "return_stats": True,
+    "temperature": 1.0,
+}
+"""Settings of `kepo_step` that these losses take for granted."""
+IRRELEVANT = {"impl", "workspace_bytes"}  # where there is one back-end and no chunk
+
+Result = tuple[Tensor, TokenStats]
+
+
+def kepo_loss(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    teacher_hidden: Tensor,
+    teacher_lm_head: Tensor,
+    *,
+    gate: Tensor,
+    completion_mask: Tensor,
+    policy_weights: Tensor,
+    distill_weights: Tensor,
+    distill_coef: float,
+    beta: float,
+    epsilon_low: float,
+    epsilon_high: float,
+    **settings: object,
+) -> Result:
+    """As `fused_kepo_loss`, the teacher's states those of the open sequences; 0 < beta < 1."""
+    refuse_others(settings)
+    opened = completion_mask & (gate > 0)[:, None]
+    closed = completion_mask & ~opened
+    # Open and closed sequences apart: to select rows of one log_q would be to copy them.
+    log_q = log_softmax(hidden[opened], lm_head)  # (n, V)
+    with torch.no_grad():
+        log_p = log_softmax(teacher_hidden[completion_mask[gate > 0]], teacher_lm_head)
+    divergence = jsd(log_q, log_p, beta)
+    del log_p
+    parts = [(opened, log_q)]
+    if bool(closed.any()):
+        parts.append((closed, log_softmax(hidden[closed], lm_head)))
+    loss, stats = policy_part(parts, targets, advantages, policy_weights, epsilon_low, epsilon_high)
+    stats.divergence[opened] = divergence.detach()
+    return loss + distill_coef * (distill_weights[opened] * divergence).sum(), stats
+
+
+def grpo_loss(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    *,
+    completion_mask: Tensor,
+    weights: Tensor,
+    epsilon_low: float,
+    epsilon_high: float,
+    **settings: object,
+) -> Result:
+    """As `fused_grpo_loss`."""
+    refuse_others(settings)
+    log_q = log_softmax(hidden[completion_mask], lm_head)
+    parts = [(completion_mask, log_q)]
+    return policy_part(parts, targets, advantages, weights, epsilon_low, epsilon_high)
+
+
+def log_softmax(states: Tensor, lm_head: Tensor) -> Tensor:
+    """(n, H), (V, H) -> (n, V); the logits are gone when it returns."""
+    return (states @ lm_head.T).log_softmax(-1)
+
+
+def jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+    """beta KL(p|m) + (1 - beta) KL(q|m), m = (1 - beta) q + beta p: (n, V), (n, V) -> (n,)."""
+    shift = log(beta / (1 - beta))  # at 0.5 none, and no copy of log_p
+    log_m = torch.logaddexp(log_q, log_p + shift if shift else log_p) + log(1 - beta)
+    kl_p = F.kl_div(log_m, log_p, reduction="none", log_target=True).sum(-1)
+    kl_q = F.kl_div(log_m, log_q, reduction="none", log_target=True).sum(-1)
+    return beta * kl_p + (1 - beta) * kl_q
+
+
+def policy_part(
+    parts: list[tuple[Tensor, Tensor]],
+    targets: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    epsilon_low: float,
+    epsilon_high: float,
+) -> Result:
+    """The clipped objective on tokens by the part they are in, and their numbers, divergence 0.
+
+    parts: a mask (B, T) and log_q (n, V) of its tokens, each.
+    """
+    loss = weights.new_zeros(())
+    stats = TokenStats(*(torch.zeros(targets.shape) for _ in range(3)))
+    advantages = advantages.unsqueeze(1).expand(targets.shape)
+    for mask, log_q in parts:
+        logprobs = log_q.gather(-1, targets[mask].unsqueeze(-1)).squeeze(-1)
+        ratio = (logprobs - logprobs.detach()).exp()
+        bounded = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
+        losses = -torch.minimum(ratio * advantages[mask], bounded * advantages[mask])
+        loss = loss + (weights[mask] * losses).sum()
+        stats.logprobs[mask] = logprobs.detach()
+        with torch.no_grad():
+            entropy = [-(part.exp() * part).sum(-1) for part in log_q.split(SLICE)]
+        stats.entropy[mask] = torch.cat(entropy)
+    return loss, stats
+
+
+def refuse_others(settings: dict[str, object]) -> None:
+    for name, value in settings.items():
+        if name not in IRRELEVANT and (name not in DEFAULTS or value != DEFAULTS[name]):
+            raise ValueError(
+                f"{name}={value!r}: the whole-matrix losses know the settings of a default run only"
+            )

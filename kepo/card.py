@@ -1,0 +1,200 @@
+"""The README.md of a saved policy: Hugging Face's model card, from what the run knows of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kepo.config import MAY_CHANGE_ON_RESUME, TOTAL, Config
+from kepo.errors import KepoConfigError, KepoDataError
+from kepo_kernels import __version__
+
+PAPER = "https://arxiv.org/abs/2602.00400"
+ELSEWHERE = frozenset(
+    {"student", "teacher", "train_data", "eval_data", "image_root", "train_modalities"}
+    | {"train_question_types", "rewards", "reward_weights"}
+)
+"""Settings that the card has in words, or that are nobody's business but the machine's."""
+
+
+def model_card(config: Config, step: int, data: Mapping[str, Any]) -> str:
+    """The card of a policy after ``step`` optimiser steps on ``data``, a `RunData.record`.
+
+    A card may be published with the model, so of a local folder it has the last name only, and
+    `base_model` in its front matter where that is a name on the Hub. It names no `datasets`: what
+    lies in a folder need not be what the Hub has under some name. Reads no file but to see whether
+    a model is one. Raises KepoConfigError for a negative step or no student, KepoDataError for data
+    without "train".
+    """
+    if step < 0:
+        raise KepoConfigError(f"model_card: step is {step}; expected a number >= 0")
+    if not config.student:
+        raise KepoConfigError("model_card: config.student is not set; expected a folder or name")
+    if "train" not in data:
+        raise KepoDataError(
+            f"model_card: data has {sorted(data)}; expected a RunData.record, with 'train'"
+        )
+    parts = [
+        front_matter(config),
+        f"# {_name(config.student)}, {step} steps of post-training\n",
+        _what(config, step),
+        "**Research only. Not for clinical use:** nobody has tested this model for diagnosis, for "
+        "treatment or for anything else that a patient could depend on.\n",
+        "## Data\n",
+        *_data(config, data),
+        "## Method\n",
+        *_method(config),
+        "## Use\n",
+        _use(config),
+    ]
+    return "\n".join(parts)
+
+
+def front_matter(config: Config) -> str:
+    """The YAML between two lines of dashes that the Hub reads."""
+    import yaml
+
+    adapters = config.lora_rank > 0
+    values: dict[str, Any] = {}
+    if _on_hub(config.student):
+        values["base_model"] = config.student
+        values["base_model_relation"] = "adapter" if adapters else "finetune"
+    values["library_name"] = "peft" if adapters else "transformers"
+    values["pipeline_tag"] = "image-text-to-text"
+    tags = ["kepo", "vision-language"]
+    if config.data_fraction < 1 and config.policy_coef > 0:
+        tags.append("reinforcement-learning")
+    if config.distils:
+        tags.append("distillation")
+    values["tags"] = tags
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return f"---\n{text}---\n"
+
+
+def _what(config: Config, step: int) -> str:
+    held = f"LoRA adapters of rank {config.lora_rank} for" if config.lora_rank else "The weights of"
+    teacher = ""
+    if config.teacher is not None and (config.distils or config.hints):
+        teacher = f", with {_link(config.teacher)} as teacher"
+    return (
+        f"{held} {_link(config.student)}{teacher}, at step {step} of {config.steps} of a run of "
+        f"kepo {__version__} ([KEPO]({PAPER}): group-relative policy optimisation, distillation "
+        "gated by the quality of each completion, hints where every sample fails).\n"
+    )
+
+
+def _data(config: Config, data: Mapping[str, Any]) -> list[str]:
+    train = data["train"]
+    lines = [f"- trained on {_counts(train)}"]
+    for name, chosen in (
+        ("modalities", config.train_modalities),
+        ("types of question", config.train_question_types),
+    ):
+        if chosen is not None:
+            lines.append(f"- of these {name} only: {', '.join(chosen)}")
+    if "eval" in data:
+        lines.append(f"- evaluated on {_counts(data['eval'])}")
+    shared = data.get("shared")
+    if shared is not None:
+        lines.append(
+            f"- images in both, compared by {shared['compared']}: {shared['images']}, with "
+            f"{shared['eval_questions']} of the evaluation's questions about them"
+        )
+    return [*lines, ""]
+
+
+def _counts(record: Mapping[str, Any]) -> str:
+    found = (
+        f"{record['questions']} questions of `{_name(record['path'])}` ({record['layout']}, "
+        f"{record['records']} records"
+    )
+    bad = record["bad_records"]
+    if bad:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in bad.items())
+        found += f", of which {sum(bad.values())} left out as bad: {kinds}"
+    return found + ")"
+
+
+def _method(config: Config) -> list[str]:
+    lines = []
+    if config.policy_coef > 0:
+        term = "cross-entropy on the dataset's solutions"
+        if config.data_fraction < 1:
+            term = f"`{config.policy_loss}` on {config.num_generations} completions per question"
+        lines.append(f"- policy term: {term}")
+    pairs = zip(config.rewards, config.reward_weights, strict=True)
+    lines.append("- reward: " + " + ".join(f"{weight:g} {name}" for name, weight in pairs))
+    if config.distils:
+        gate = "of every completion"
+        if config.gate_reward is not None:
+            name = "total reward" if config.gate_reward == TOTAL else config.gate_reward
+            least = config.gate_threshold
+            gate = f"weighted by {name}" if least is None else f"where {name} is at least {least:g}"
+        lines.append(
+            f"- distillation: divergence with beta {config.beta:g} times "
+            f"{config.distill_coef:g}, {gate}"
+        )
+    if config.hints:
+        lines.append(f"- hints of the teacher: {config.hint_trigger}")
+    changed = changed_settings(config)
+    if not changed:
+        return [*lines, "- every other setting has its default", ""]
+    import yaml
+
+    text = yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
+    return [*lines, "\nSettings that differ from the defaults:\n", f"```yaml\n{text}```\n"]
+
+
+def changed_settings(config: Config) -> dict[str, Any]:
+    """Settings of the method that differ from their defaults, as YAML knows them."""
+    found = {}
+    for field in dataclasses.fields(Config):
+        value = getattr(config, field.name)
+        if field.name in ELSEWHERE | MAY_CHANGE_ON_RESUME or value == field.default:
+            continue
+        found[field.name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def _use(config: Config) -> str:
+    if config.lora_rank:
+        load = (
+            "from peft import PeftModel\nfrom transformers import AutoModelForImageTextToText\n\n"
+            f'base = AutoModelForImageTextToText.from_pretrained("{_shown(config.student)}")\n'
+            'model = PeftModel.from_pretrained(base, "this folder")\n'
+        )
+    else:
+        load = (
+            "from transformers import AutoModelForImageTextToText\n\n"
+            'model = AutoModelForImageTextToText.from_pretrained("this folder")\n'
+        )
+    return (
+        "It was asked multiple-choice questions about one image, and answers\n"
+        "`<think>...</think><answer>B</answer>`.\n\n"
+        f"```python\n{load}```\n"
+    )
+
+
+def _on_hub(model: str) -> bool:
+    """``owner/name`` as the Hub allows it, and no folder here."""
+    allowed = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model, re.ASCII)
+    return allowed is not None and not Path(model).exists()
+
+
+def _link(model: str) -> str:
+    if _on_hub(model):
+        return f"[{model}](https://huggingface.co/{model})"
+    return f"`{_name(model)}`"
+
+
+def _shown(model: str) -> str:
+    return model if _on_hub(model) else _name(model)
+
+
+def _name(path: str) -> str:
+    """The last name of a path; that of the run, where a checkpoint's policy is meant."""
+    parts = [part for part in Path(path).parts if part != "/"]
+    return parts[-1] if parts else path
