@@ -105,6 +105,8 @@ def test_completions_are_in_order_and_keep_their_ends_and_numbers(made, images):
     asked = engine._llm.asked
     answers = [made.answer(None, params, 3) for _, params in asked]
     assert [params.seed for _, params in asked] == seeds
+    sizes = [request["multi_modal_data"]["image"][0].size for request, _ in asked]
+    assert sizes == [(64, 32)] * 2 + [(32, 32)] * 2  # those of a prompt in a row
     assert tokens(drawn) == [list(answer[0]) for answer in answers]
     assert {len(row) for row in tokens(drawn)} == {3, 6, 5}
     assert drawn.logprobs.dtype == torch.float32 and drawn.ids.dtype == torch.int64
