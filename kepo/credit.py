@@ -1,5 +1,5 @@
 """Credit for a completion: its advantage within its group, whether it is good enough to be
-distilled on, and how much it counts if it was sampled with a hint.
+distilled on, and how much it counts if another law sampled it than is trained.
 """
 
 from __future__ import annotations
@@ -40,6 +40,22 @@ def quality_gate(quality: Tensor, threshold: float | None) -> Tensor:
     if threshold is None:
         return quality.float().clamp(min=0.0)
     return (quality >= threshold).float()
+
+
+def engine_weights(logprobs: Tensor, sampler_logprobs: Tensor, own: Tensor, cap: float) -> Tensor:
+    """(B, T) weights of the policy term of tokens that were sampled without a hint; 1 elsewhere.
+
+    min(q / b, cap), q = exp(logprobs), b = exp(sampler_logprobs): they differ where the engine that
+    samples computes in another way. (Truncated importance sampling, Yao et al. 2025.)
+
+    Args:
+        logprobs: (B, T), of the policy that sampled, as the trainer computes them.
+        sampler_logprobs: (B, T), as the engine did; NaN, where nobody sampled, weighs 1.
+        own: (B, T) bool, the tokens of such completions.
+    """
+    sampled = own & ~sampler_logprobs.isnan()
+    weights = sampler_weights(logprobs, sampler_logprobs, sampled, high=cap)
+    return torch.where(sampled, weights, 1.0)
 
 
 def hinted_weights(

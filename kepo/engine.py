@@ -11,7 +11,7 @@ from kepo.sampling import Sampled
 
 
 class Engine(Protocol):
-    """Samples completions with the policy's weights; `VLM` is one, `vllm_engine` another."""
+    """Samples completions with the policy's weights; `VLM` is one, `VllmEngine` another."""
 
     encoder: Encoder
 
@@ -35,5 +35,5 @@ class Engine(Protocol):
         """Completions on the CPU, those of a prompt in a row, one seed for each.
 
         temperature: 0.0 is greedy, and reads no seed. Only where `in_step` is False do the same
-        seeds promise the same tokens beside other prompts.
+        seeds promise the same tokens beside other prompts, rounding apart.
         """

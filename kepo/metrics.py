@@ -42,6 +42,11 @@ def step_metrics(
             column = torch.tensor([rollout.rewards[name] for rollout in rollouts])
             values[f"rewards/{name}/mean"] = column.mean().item()
             values[f"rewards/{name}/std"] = column.std().item()
+    if config.sampler_correction != "none":
+        values |= {
+            "sampling/importance_sampling_ratio/mean": totals.ratio / max(1, totals.ratio_tokens),
+            "sampling/importance_sampling_ratio/max": totals.ratio_max,
+        }
     lengths = torch.tensor([len(r.completion_ids) for r in [*rollouts, *data]]).float()
     cut = [r.truncated for r in [*rollouts, *data]]
     iterations = config.num_iterations

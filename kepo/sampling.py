@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -63,5 +64,6 @@ def draw(law: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _stream(seed: int, length: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(length, generator=generator, dtype=torch.float64)
+    """(length,) fp64 in [0, 1). Python's generator: torch's on the CPU reads 32 bits of a seed."""
+    numbers = random.Random(seed)
+    return torch.tensor([numbers.random() for _ in range(length)], dtype=torch.float64)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kepo.batch import Batch
 from kepo.config import Config
-from kepo.credit import hinted_weights
+from kepo.credit import engine_weights, hinted_weights
 from kepo.parallel import any_of, together
 from kepo.steps import drift_weights
 from kepo.vlm import VLM
@@ -35,6 +35,9 @@ class StepTotals:
     sampler_gap: float = 0.0
     sampler_gap_max: float = 0.0
     sampled_tokens: int = 0
+    ratio: float = 0.0
+    ratio_max: float = 0.0
+    ratio_tokens: int = 0
 
     def of_all(self) -> StepTotals:
         """Those of all processes as one: sums, and the larger of what is a maximum or a time."""
@@ -43,7 +46,7 @@ class StepTotals:
         return StepTotals(**{name: of[name](t[name] for t in everyones) for name in of})
 
 
-_LARGEST = ("sampler_gap_max", "teacher_seconds")
+_LARGEST = ("sampler_gap_max", "ratio_max", "teacher_seconds")
 
 
 def kepo_step(
@@ -91,19 +94,27 @@ def kepo_step(
         with torch.no_grad():
             ref_hidden = ref.completion_hidden(ref.encode(micro.prompts), ids, mask)
         settings["ref_logprobs"] = logprobs_of(ref_hidden, ref, every, mask)
-    hinted = mask & micro.hinted[:, None]
-    if config.hinted_correction != "none" and bool(hinted.any()):
+    own, hinted = _to_correct(micro, config)
+    corrected = own | hinted
+    if bool(corrected.any()):
         before = micro.old_logprobs
         if before is None:
-            before = logprobs_of(hidden.detach(), policy, every, hinted)
-        settings["sampler_weights"] = hinted_weights(
-            before,
-            micro.sampler_logprobs,
-            hinted,
-            config.hinted_correction,
-            config.hinted_cap,
-            config.hinted_gamma,
-        )
+            before = logprobs_of(hidden.detach(), policy, every, corrected)
+        weights = engine_weights(before, micro.sampler_logprobs, own, config.sampler_cap)
+        if config.hinted_correction != "none":
+            weights = weights * hinted_weights(
+                before,
+                micro.sampler_logprobs,
+                hinted,
+                config.hinted_correction,
+                config.hinted_cap,
+                config.hinted_gamma,
+            )
+        settings["sampler_weights"] = weights
+        if bool(own.any()):
+            totals.ratio += float(weights[own].sum())
+            totals.ratio_max = max(totals.ratio_max, float(weights[own].max()))
+            totals.ratio_tokens += int(own.sum())
 
     opened = (micro.gate > 0).nonzero().squeeze(-1)
     distils = teacher is not None and len(opened) > 0
@@ -156,6 +167,17 @@ def kepo_step(
     totals.policy_loss += float(loss.detach()) - config.distill_coef * distill_loss
     _add(totals, stats, micro, config, settings.get("ref_logprobs"))
     return loss, stats.logprobs
+
+
+def _to_correct(micro: Batch, config: Config) -> tuple[Tensor, Tensor]:
+    """(B, T) bool, twice: tokens that the sampler and the hinted correction weigh."""
+    mask, hinted = micro.completion_mask, micro.hinted[:, None]
+    own = mask & ~hinted & ~micro.sampler_logprobs.isnan()
+    nothing = torch.zeros_like(mask)
+    return (
+        own if config.sampler_correction != "none" else nothing,
+        mask & hinted if config.hinted_correction != "none" else nothing,
+    )
 
 
 def _open_hidden(teacher: VLM, micro: Batch, opened: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ def written(tmp_path_factory) -> dict[str, set[str]]:
         num_hinted=1,
         max_attempts=1,
         max_completion_length=4,
+        sampler_correction="truncate",
     )
     assert train(config) == 0
 

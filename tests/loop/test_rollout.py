@@ -1,9 +1,11 @@
 """Sampling: who is asked how often, and what is kept of the answer; worked solutions; rewards."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from toy import MALFORMED, RIGHT, WRONG, ScriptedVLM, drawn_logprob, example, rollout
 
 from kepo.config import Config
@@ -47,6 +49,45 @@ def test_batching_of_generation_changes_nothing(rollout_batch):
     assert [[r.hint for r in group] for group in groups] == [[f"hint for {n}"] * 2 for n in names]
     prompts = [hinted_prompt(example(name), f"hint for {name}") for name in names]
     assert policy.seen == [prompt for prompt in prompts for _ in range(2)]
+
+
+class Measured(ScriptedVLM):
+    """Keeps the prompts of each call; a prompt is as long as its text."""
+
+    def __init__(self):
+        super().__init__(lambda prompt, nth: RIGHT)
+        self.calls = []
+
+    def encode(self, prompts):
+        rows = [torch.ones(len(prompt.text)) for prompt in prompts]
+        return SimpleNamespace(attention_mask=pad_sequence(rows, batch_first=True).long())
+
+    def sample(self, prompts, **settings):
+        self.calls.append([prompt.text for prompt in prompts])
+        return self.generate(self.calls[-1], **{**settings, "max_new_tokens": 64})
+
+
+@pytest.mark.parametrize("most", [1, 400, 1000, 2500, 10**6])
+@pytest.mark.parametrize("rollout_batch", [2, 8, 256])
+def test_tokens_generated_at_once_are_bounded(most, rollout_batch):
+    config = replace(
+        CONFIG, rollout_tokens=most, rollout_batch=rollout_batch, max_completion_length=30
+    )
+    lengths = [1, 200, 3, 4, 90, 5, 6, 7, 8]
+    examples = [example(f"q{place}", question="x" * n) for place, n in enumerate(lengths)]
+    engine = Measured()
+    groups = sample(engine, examples, config, num_generations=2)
+    prompts = [question_prompt(one) for one in examples]
+    assert [text for call in engine.calls for text in call] == prompts
+    assert [group[0].example for group in groups] == examples
+
+    def fits(call):
+        padded = max(map(len, call)) + 30
+        return 2 * len(call) <= rollout_batch and 2 * len(call) * padded <= most
+
+    assert all(fits(call) or len(call) == 1 for call in engine.calls)
+    pairs = zip(engine.calls, engine.calls[1:], strict=False)
+    assert not any(fits([*call, after[0]]) for call, after in pairs)  # none is cut short
 
 
 def test_tokens_keep_the_end_and_drop_the_padding():

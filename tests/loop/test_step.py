@@ -6,9 +6,10 @@ import pytest
 import torch
 from toy import BARE, MALFORMED, RIGHT, WRONG, TableVLM, drawn_logprob, group_of, rollout
 
+from kepo import step as step_module
 from kepo.batch import collate
 from kepo.config import Config, load
-from kepo.credit import hinted_weights
+from kepo.credit import engine_weights, hinted_weights
 from kepo.prompts import question_prompt
 from kepo.rollout import demonstrations
 from kepo.step import StepTotals, kepo_step
@@ -59,10 +60,10 @@ def step(models, groups, config, *, size=100, ref=None, data=(), old=None):
     return torch.stack(losses).sum(), grads, totals
 
 
-def oracle(models, groups, config, **settings):
+def oracle(models, groups, config, *, data=(), **settings):
     """The same by `reference.kepo_loss`, which holds every logit of every sequence."""
     policy, teacher = models
-    batch = collate(groups, config)
+    batch = collate(groups, config, data)
     texts = [prompt.text for prompt in batch.prompts]
     ids, mask = batch.completion_ids, batch.completion_mask
     states = [model.completion_hidden(texts, ids, mask) for model in models]
@@ -244,7 +245,7 @@ def test_the_reference_penalty_is_k3_of_the_plain_question(models):
     assert mine[2].kl > 0
 
 
-# ---- corrections of hinted completions, step weights ----
+# ---- corrections for another law that sampled, step weights ----
 
 
 @pytest.mark.parametrize("correction", ["truncate", "shape"])
@@ -264,6 +265,73 @@ def test_hinted_completions_are_weighted_as_the_correction_says(models, correcti
     same(mine, oracle(models, GROUPS, config, sampler_weights=weights, old_logprobs=old))
     plain = step(models, GROUPS, CONFIG, old=[old] if second_pass else None)
     assert not torch.allclose(mine[0], plain[0], rtol=1e-3)
+
+
+def weighted_by_the_ratio_of_trainer_to_sampler(models, hinted_correction="none", *, later=False):
+    """Tokens without a hint by exp(trainer - sampler), at most 1.25; the dataset's own by 1; those
+    with a hint as their own correction says."""
+    policy, _ = models
+    config = replace(
+        CONFIG, sampler_correction="truncate", sampler_cap=1.25, hinted_correction=hinted_correction
+    )
+    data = [rollout(RIGHT, "c")]
+    plain = collate(GROUPS, config, data)
+    before = policy.logprobs(plain).detach() + (0.3 if later else 0.0)
+    noise = 0.4 * torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
+    rows = iter(before + noise)
+    groups = [
+        [replace(r, sampler_logprobs=next(rows)[: len(r.completion_ids)]) for r in group]
+        for group in GROUPS
+    ]
+    mask, ratio = plain.completion_mask, (-noise).exp()
+    own = mask & torch.tensor([True, True, True, False, False])[:, None]
+    weights = torch.where(own, ratio.clamp(max=1.25), 1.0).double()
+    assert (ratio[own] > 1.25).any() and (ratio[own] < 0.8).any()
+    if hinted_correction == "truncate":
+        weights[3] = torch.where(mask[3], ratio[3].double().clamp(max=config.hinted_cap), 1.0)
+    elif hinted_correction == "shape":
+        q, g = before[3].double().exp(), config.hinted_gamma
+        weights[3] = g * q / (q + g).square()
+    old = before if later else None
+    mine = step(models, groups, config, data=data, old=[old] if later else None)
+    truth = dict(sampler_weights=weights, old_logprobs=old)
+    same(mine, oracle(models, groups, config, data=data, **truth))
+    assert mine[2].ratio_tokens == int(own.sum()) and mine[2].ratio_max == 1.25
+    assert mine[2].ratio == pytest.approx(weights[own].sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("hinted_correction", ["none", "truncate", "shape"])
+@pytest.mark.parametrize("later", [False, True])
+def test_sampled_tokens_are_weighted_by_the_ratio(models, hinted_correction, later):
+    weighted_by_the_ratio_of_trainer_to_sampler(models, hinted_correction, later=later)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    {
+        "upside down": lambda law, drawn, own, cap: engine_weights(drawn, law, own, cap),
+        "no cap": lambda law, drawn, own, cap: engine_weights(law, drawn, own, 1e9),
+        "hinted ones too": lambda law, drawn, own, cap: engine_weights(law, drawn, own | True, cap),
+    }.items(),
+    ids=lambda fault: fault[0],
+)
+def test_a_wrong_ratio_is_seen(models, fault, monkeypatch):
+    monkeypatch.setattr(step_module, "engine_weights", fault[1])
+    with pytest.raises(AssertionError):
+        weighted_by_the_ratio_of_trainer_to_sampler(models)
+
+
+def test_the_policy_is_scored_once_for_both_corrections(models, monkeypatch):
+    calls, whole = [], step_module.fused_linear_logprobs
+
+    def counted(*arguments, **settings):
+        calls.append(settings["completion_mask"])
+        return whole(*arguments, **settings)
+
+    monkeypatch.setattr(step_module, "fused_linear_logprobs", counted)
+    both = replace(CONFIG, sampler_correction="truncate", hinted_correction="truncate")
+    step(models, GROUPS, both)
+    assert len(calls) == 1 and torch.equal(calls[0], collate(GROUPS, both).completion_mask)
 
 
 def test_step_weights_multiply_the_divergence_of_open_sequences(models):

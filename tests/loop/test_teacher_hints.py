@@ -89,15 +89,15 @@ def test_the_teacher_writes_greedily_and_no_longer_than_a_completion_may_be():
     asked = []
 
     class Spy(ScriptedVLM):
-        def generate(self, inputs, **settings):
+        def sample(self, prompts, **settings):
             asked.append(settings)
-            return super().generate(inputs, **settings)
+            return super().sample(prompts, **settings)
 
     helper = Spy(lambda prompt, nth: "<hint>left</hint>")
     for length in (40, 1000):
         write_hints(helper, [example("a")], replace(CONFIG, max_completion_length=length))
     assert [s["max_new_tokens"] for s in asked] == [40, MAX_HINT_LENGTH]
-    assert all(s["temperature"] == 0.0 and "num_return_sequences" not in s for s in asked)
+    assert all(s["temperature"] == 0.0 and s["num_return_sequences"] == 1 for s in asked)
 
 
 # ---- the cache ----
