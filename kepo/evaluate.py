@@ -11,14 +11,15 @@ from tqdm import tqdm
 
 from kepo.data import Example
 from kepo.encoding import Prompt
+from kepo.engine import Engine
 from kepo.errors import KepoConfigError, KepoDataError
+from kepo.parallel import runs_of, share_of, shared_out
 from kepo.prompts import question_prompt
 from kepo.rewards import accuracy
-from kepo.vlm import VLM
 
 
 def evaluate(
-    vlm: VLM,
+    engine: Engine,
     examples: Sequence[Example],
     *,
     max_new_tokens: int,
@@ -27,10 +28,11 @@ def evaluate(
 ) -> dict[str, list[float]]:
     """``accuracy`` of the greedy answer to each example, by modality in order of first sight.
 
-    Draws no random numbers. progress: show a bar. Raises KepoDataError if there are no examples.
+    Draws no random numbers. All processes call, each answers its share, and all get the whole.
+    progress: show a bar. Raises KepoDataError if there are no examples.
     """
     texts = greedy_answers(
-        vlm, examples, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+        engine, examples, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
     )
     scores: dict[str, list[float]] = {}
     for example, text in zip(examples, texts, strict=True):
@@ -39,7 +41,7 @@ def evaluate(
 
 
 def greedy_answers(
-    vlm: VLM,
+    engine: Engine,
     examples: Sequence[Example],
     *,
     max_new_tokens: int,
@@ -51,13 +53,22 @@ def greedy_answers(
         raise KepoDataError("evaluate: examples is empty; expected at least one")
     if batch_size < 1:
         raise KepoConfigError(f"evaluate: batch_size is {batch_size}; expected a number >= 1")
-    texts: list[str] = []
-    for start in tqdm(range(0, len(examples), batch_size), desc="eval", disable=not progress):
-        batch = examples[start : start + batch_size]
-        inputs = vlm.encode([Prompt(question_prompt(e), e.images) for e in batch])
-        ids, mask, _ = vlm.generate(inputs, max_new_tokens=max_new_tokens, temperature=0.0)
-        texts += vlm.decode(ids, mask)
-    return texts
+    bar = tqdm(total=len(share_of(examples)), desc="eval", disable=not progress)
+
+    def work(batch: Sequence[Example]) -> list[str]:
+        ids, mask, _ = engine.sample(
+            [Prompt(question_prompt(e), e.images) for e in batch],
+            num_return_sequences=1,
+            max_new_tokens=max_new_tokens,
+            temperature=0.0,
+            top_p=1.0,
+            seeds=(),
+        )
+        bar.update(len(batch))
+        return engine.encoder.decode(ids, mask)
+
+    with bar:
+        return shared_out(examples, work, runs_of(batch_size), in_step=engine.in_step)
 
 
 def by_question_type(

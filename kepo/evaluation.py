@@ -107,13 +107,18 @@ def questions(settings: Evaluation) -> tuple[list[Example], DataReport]:
     )
     # With a limit only as many images are decoded as it takes to find so many good ones.
     digests: dict[Path, str | KepoDataError] = {}
+
+    def unreadable(path: Path) -> bool:
+        return isinstance(digests.get(path), KepoDataError)
+
     while True:
-        good = [e for e in examples if not isinstance(digests.get(e.image), KepoDataError)]
-        unseen = [e.image for e in capped(good, settings.limit) if e.image not in digests]
+        good = [e for e in examples if not any(map(unreadable, e.images))]
+        shown = (path for e in capped(good, settings.limit) for path in e.images)
+        unseen = [path for path in shown if path not in digests]
         if not unseen:
             break
         digests |= digests_of(unseen, progress=True)
-    seen = [example for example in examples if example.image in digests]
+    seen = [e for e in examples if all(path in digests for path in e.images)]
     good, report = readable(seen, report, digests)
     chosen = capped(good, settings.limit)
     return chosen, dataclasses.replace(report, questions=len(chosen))

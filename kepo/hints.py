@@ -17,7 +17,7 @@ from kepo.config import Config
 from kepo.data import Example
 from kepo.encoding import Prompt
 from kepo.engine import Engine
-from kepo.parallel import shared_out
+from kepo.parallel import runs_of, shared_out
 from kepo.prompts import hint_request, parse_hint, states_answer
 from kepo.rollout import Group, Rollout, reward_of, sample, total_reward
 from kepo.vlm import VLM
@@ -142,11 +142,7 @@ def write_hints(teacher: VLM, examples: Sequence[Example], config: Config) -> li
         )
         return teacher.decode(ids, mask)
 
-    def portions(share: Sequence[Example]) -> list[Sequence[Example]]:
-        at_once = config.rollout_batch
-        return [share[start : start + at_once] for start in range(0, len(share), at_once)]
-
-    texts = shared_out(examples, work, portions, in_step=teacher.in_step)
+    texts = shared_out(examples, work, runs_of(config.rollout_batch), in_step=teacher.in_step)
     hints = [parse_hint(text) for text in texts]
     if not config.leak_filter or config.hint_gives_answer:
         return hints

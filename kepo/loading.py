@@ -14,6 +14,7 @@ import torch
 
 from kepo import sharding
 from kepo.config import Config
+from kepo.engine import Engine
 from kepo.errors import KepoConfigError
 from kepo.lora import with_adapters
 from kepo.parallel import by_first, is_first, world_size
@@ -71,6 +72,22 @@ def load_teacher(config: Config, device: torch.device) -> VLM:
         _freeze,
         sharded_in=None if placed == "copy" else dtype,
         offload=placed == "offload",
+    )
+
+
+def load_engine(config: Config, policy: VLM) -> Engine:
+    """What samples the policy's completions: the policy itself, or vLLM. All processes call."""
+    if config.engine == "transformers":
+        return policy
+    from kepo.vllm_engine import VllmEngine
+
+    return VllmEngine(
+        policy.encoder,
+        config.student,
+        dtype=config.dtype,
+        memory_share=config.vllm_memory,
+        never_sampled=policy.never_sampled(),
+        weights=policy.weights,
     )
 
 

@@ -127,3 +127,8 @@ def shared_out(
         else:
             work(mine[0] if mine else items[:1])
     return [result for part in together(results) for result in part]
+
+
+def runs_of(most: int) -> Callable[[Sequence[T]], list[Sequence[T]]]:
+    """Portions for `shared_out` of at most so many items, in order."""
+    return lambda share: [share[start : start + most] for start in range(0, len(share), most)]

@@ -13,7 +13,7 @@ from kepo.config import TOTAL, Config
 from kepo.data import Example
 from kepo.encoding import Encoder, Prompt
 from kepo.engine import Engine
-from kepo.parallel import shared_out
+from kepo.parallel import runs_of, shared_out
 from kepo.prompts import hinted_prompt, question_prompt, worked_answer
 from kepo.questions import seed_of
 from kepo.rewards import score
@@ -111,9 +111,8 @@ def _portions(
     a single question always may."""
     most = max(1, config.rollout_batch // num_generations)
     if config.rollout_tokens is None:
-        return [share[start : start + most] for start in range(0, len(share), most)]
-    prompts = [_prompt(one, config) for one in share]
-    lengths = encoder.encode(prompts).attention_mask.sum(-1).tolist()
+        return runs_of(most)(share)
+    lengths = [encoder.encode([_prompt(one, config)]).input_ids.shape[1] for one in share]
     portions: list[list[_Asked]] = []
     longest = 0
     for one, length in zip(share, lengths, strict=True):

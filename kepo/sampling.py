@@ -42,8 +42,8 @@ class SamplingLaw:
         for warper in self._warpers:
             scores = warper(input_ids, scores)
         law = scores.log_softmax(-1)
-        uniforms = self._uniforms[:, len(self._logprobs)].to(law.device)
-        token = draw(law, uniforms)
+        self._uniforms = self._uniforms.to(law.device)
+        token = draw(law, self._uniforms[:, len(self._logprobs)])
         self._logprobs.append(law.gather(1, token))
         return torch.full_like(law, -torch.inf).scatter_(1, token, 0.0)
 
@@ -60,7 +60,10 @@ def draw(law: Tensor, uniforms: Tensor) -> Tensor:
     """
     cumulative = law.double().exp().cumsum(-1)
     reached = uniforms[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, reached, right=True).clamp_(max=law.shape[1] - 1)
+    token = torch.searchsorted(cumulative, reached, right=True).clamp_(max=law.shape[1] - 1)
+    # A parallel sum may rise by a rounding where nothing was added.
+    impossible = law.gather(1, token) == -torch.inf
+    return torch.where(impossible, law.argmax(-1, keepdim=True), token)
 
 
 def _stream(seed: int, length: int) -> Tensor:

@@ -137,13 +137,13 @@ def whole_state(model: nn.Module, only: str = "") -> dict[str, Tensor]:
         if only not in name:
             continue
         if id(value) not in seen:
-            full = whole(value.detach())
+            full = whole_tensor(value.detach())
             seen[id(value)] = full.cpu() if is_first() else torch.empty(0)
         state[name] = seen[id(value)]
     return state if is_first() else {}
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor as a plain one. All processes must call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

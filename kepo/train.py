@@ -27,20 +27,21 @@ from tqdm import tqdm
 
 from kepo import checkpoint
 from kepo.batch import collate
+from kepo.card import model_card
 from kepo.check import check
 from kepo.config import MAY_CHANGE_ON_RESUME, Config, from_mapping, load
 from kepo.errors import KepoConfigError, KepoError
 from kepo.evaluate import by_question_type, evaluate, means
 from kepo.explore import explore
 from kepo.hints import Hints
-from kepo.loading import load_policy, load_reference, load_teacher
+from kepo.loading import load_engine, load_policy, load_reference, load_teacher
 from kepo.metrics import StepLog, completion_records, peak_gb, step_metrics
 from kepo.optimizer_state import load_optimizer
 from kepo.parallel import by_first, is_first, processes, together, world_size
 from kepo.plots import plot_curves
 from kepo.questions import draw, from_data
 from kepo.rollout import demonstrations
-from kepo.sharding import own_gradients, whole
+from kepo.sharding import own_gradients, whole_tensor
 from kepo.signals import StopRequest
 from kepo.sources import load_data, write_record
 from kepo.step import StepTotals, kepo_step
@@ -79,6 +80,7 @@ def train(config: Config) -> int:
         teacher = load_teacher(config, device) if config.distils or config.hints else None
         ref = load_reference(config, device)
         check_same_tokens(policy, teacher)
+        engine = load_engine(config, policy)
         parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
             parameters.values(), lr=config.lr, weight_decay=config.weight_decay
@@ -92,11 +94,17 @@ def train(config: Config) -> int:
         completions = StepLog(run_dir / "completions.jsonl", resume_step)
 
         def save(step: int) -> None:
+            def write_policy(folder: Path) -> None:
+                policy.save(folder)
+                if is_first():
+                    card = model_card(config, step, data.record)
+                    (folder / "README.md").write_text(card, encoding="utf-8")
+
             state = {"step": step, "config": dataclasses.asdict(config), "hints": hints}
             checkpoint.save_checkpoint(
                 checkpoints,
                 step,
-                policy.save,
+                write_policy,
                 parameters,
                 optimizer,
                 state,
@@ -105,9 +113,9 @@ def train(config: Config) -> int:
 
         def measure(step: int) -> None:
             if data.eval:
-                with policy.ready():
+                with engine.ready():
                     scores = evaluate(
-                        policy,
+                        engine,
                         data.eval,
                         max_new_tokens=config.max_completion_length,
                         batch_size=config.eval_batch,
@@ -140,8 +148,8 @@ def train(config: Config) -> int:
             questions = draw(examples, config, step)
             own = len(questions) - from_data(config, step)
             given = demonstrations(policy.encoder, questions[own:], config)
-            with policy.ready():
-                found = explore(questions[:own], policy, teacher, config, hints, examples, step)
+            with engine.ready():
+                found = explore(questions[:own], engine, teacher, config, hints, examples, step)
             explored = time.perf_counter()
 
             batch = collate(found.groups, config, given)
@@ -161,7 +169,7 @@ def train(config: Config) -> int:
                     if micro.old_logprobs is None and config.num_iterations > 1:
                         micros[place] = replace(micro, old_logprobs=logprobs)
                 policy.model.eval()
-                norm = whole(
+                norm = whole_tensor(
                     torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
                 )
                 if torch.isfinite(norm):

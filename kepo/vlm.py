@@ -16,7 +16,7 @@ from kepo.errors import KepoConfigError, KepoDataError
 from kepo.parallel import is_first, world_size
 from kepo.reading import load_encoder, read_model
 from kepo.sampling import Sampled, SamplingLaw
-from kepo.sharding import gathered, whole_state
+from kepo.sharding import gathered, whole_state, whole_tensor
 from kepo.vision import check_length, forward_inputs
 
 T = TypeVar("T")
@@ -84,6 +84,19 @@ class VLM:
     def lm_head(self) -> Tensor:
         """Output embedding ``(V, H)``; V may exceed the tokenizer's length (padding rows)."""
         return self.model.get_output_embeddings().weight
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter whole, one at a time, by its name. All processes iterate."""
+        for name, parameter in self.model.named_parameters():
+            yield name, whole_tensor(parameter.detach())
+
+    def never_sampled(self) -> list[int]:
+        """Ids that are no text: placeholders, padding, rows of the head beyond the tokenizer."""
+        config = self.model.config
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        ids = {getattr(config, name, None) for name in names} - {None}
+        ids |= {self.tokenizer.pad_token_id} - {self.tokenizer.eos_token_id}
+        return sorted(ids | set(range(len(self.tokenizer), self.lm_head.shape[0])))
 
     # ---- prompts and text: the encoder's, on the model's device ----
 
@@ -191,7 +204,7 @@ class VLM:
             temperature=1.0,
             top_p=1.0,
             top_k=50,
-            suppress_tokens=self._never_sampled(),
+            suppress_tokens=self.never_sampled(),
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
             repetition_penalty=1.0,
@@ -248,15 +261,6 @@ class VLM:
             use_cache=False,
         ).last_hidden_state
         return states[:, length - 1 : -1]
-
-    # ---- private ----
-
-    def _never_sampled(self) -> list[int]:
-        config = self.model.config
-        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        ids = {getattr(config, name, None) for name in names} - {None}
-        ids |= {self.tokenizer.pad_token_id} - {self.tokenizer.eos_token_id}
-        return sorted(ids | set(range(len(self.tokenizer), self.lm_head.shape[0])))
 
 
 @contextmanager

@@ -80,8 +80,9 @@ def test_the_run_trains_and_counts_what_it_left_out(finished, config):
         assert len(left[part]["first_problems"]) == 40 - quirks.GOOD
     assert left["shared"]["eval_questions"] == quirks.GOOD
     # What was asked about is one of the images that are in order.
-    asked = {line["image"] for line in read_metrics(finished / "completions.jsonl")}
-    assert asked <= {str(example.image) for example in load_data(config).train}
+    lines = read_metrics(finished / "completions.jsonl")
+    asked = {image for line in lines for image in line["images"]}
+    assert asked <= {str(path) for e in load_data(config).train for path in e.images}
 
 
 def test_evaluation_by_modality_and_type_in_the_run_and_by_the_command(finished, config, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from small import config_of
 
-from kepo import hints, rewards, step
+from kepo import hints, loading, rewards, step
 from kepo import train as train_module
 from kepo.config import load, presets
 from kepo.metrics import read_metrics
@@ -46,7 +46,7 @@ def run(made, tmp_path, monkeypatch):
 
         monkeypatch.setattr(owner, name, watched)
 
-    watch(train_module, "load_model", lambda r, config, path: seen.loaded.append(path))
+    watch(loading, "_load", lambda r, path, *rest, **settings: seen.loaded.append(path))
     watch(
         train_module, "collate", lambda batch, groups, *rest: seen.batches.append((groups, batch))
     )

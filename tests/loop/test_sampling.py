@@ -54,7 +54,7 @@ def full_forward(vlm, prompts, ids, mask, rows):
     inputs = vlm.encode(prompts).select(rows)
     with torch.no_grad():
         logits = vlm.completion_hidden(inputs, ids, mask) @ vlm.lm_head.T
-    logits[..., vlm._never_sampled()] = -torch.inf
+    logits[..., vlm.never_sampled()] = -torch.inf
     return logits
 
 

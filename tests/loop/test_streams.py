@@ -176,7 +176,7 @@ def test_a_completion_is_the_same_alone_in_any_batch_and_in_any_order(vlm, image
 
 
 def test_how_much_is_generated_at_once_changes_no_completion(vlm, images):
-    asked = [example(f"q{i}", question="why " * 4**i, image=images[i]) for i in range(3)]
+    asked = [example(f"q{i}", question="why " * 4**i, images=(images[i],)) for i in range(3)]
     config = Config(max_completion_length=6, seed=5)
 
     def tokens(stream=("a", 1), examples=asked, **settings):

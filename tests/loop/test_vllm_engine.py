@@ -80,7 +80,7 @@ def made(student, monkeypatch):
             **{
                 "dtype": "bfloat16",
                 "memory_share": 0.4,
-                "never_sampled": vlm._never_sampled(),
+                "never_sampled": vlm.never_sampled(),
                 "weights": lambda: iter(present.items()),
                 **settings,
             },
@@ -140,7 +140,7 @@ def test_the_law_is_the_one_asked_for(made, images):
     assert (params.temperature, params.top_p, params.top_k) == (0.9, 0.8, 0)
     assert (params.n, params.max_tokens, params.logprobs) == (1, 6, 0)
     assert params.stop_token_ids == [made.end]
-    assert params.logit_bias == dict.fromkeys(made.vlm._never_sampled(), -100.0)
+    assert params.logit_bias == dict.fromkeys(made.vlm.never_sampled(), -100.0)
     assert engine._llm.settings["logprobs_mode"] == "processed_logprobs"
     assert engine._llm.settings["generation_config"] == "vllm"
     assert engine.in_step is False
@@ -167,7 +167,7 @@ def test_without_seeds_they_come_from_the_global_generator(made, images):
 
 def test_rollouts_keep_the_numbers_of_the_engine(made, images):
     config = Config(max_completion_length=4, sampling_temperature=0.7, rollout_batch=2)
-    asked = [example(f"q{place}", image=path) for place, path in enumerate(images)]
+    asked = [example(f"q{place}", images=(path,)) for place, path in enumerate(images)]
     engine = made.engine()
     with engine.ready():
         groups = sample(engine, asked, config, num_generations=2, stream=("a", 1))

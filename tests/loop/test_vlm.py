@@ -217,7 +217,7 @@ def test_greedy_generation_is_the_argmax_of_completion_hidden(vlm, prompts):
     ids, mask, _ = vlm.generate(inputs, max_new_tokens=8, temperature=0.0)
     with torch.no_grad():
         logits = vlm.completion_hidden(inputs, ids, mask) @ vlm.lm_head.T
-    logits[..., vlm._never_sampled()] = -torch.inf
+    logits[..., vlm.never_sampled()] = -torch.inf
     assert torch.equal(logits.argmax(-1)[mask], ids[mask])
 
 
@@ -232,7 +232,7 @@ def test_generate_stops_at_the_end_token_and_never_samples_placeholders(student,
     assert vlm.model.training
     vlm.model.eval()
     assert ids.shape == mask.shape and ids.shape[0] == 24 and mask.dtype == torch.bool
-    assert not torch.isin(ids[mask], torch.tensor(vlm._never_sampled())).any()
+    assert not torch.isin(ids[mask], torch.tensor(vlm.never_sampled())).any()
     assert (ids[~mask] == vlm.tokenizer.pad_token_id).all()
     ended = 0
     for row, keep in zip(ids, mask, strict=True):
