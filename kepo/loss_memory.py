@@ -29,9 +29,17 @@ class LossMemory:
 
 
 def loss_memory(
-    config: Config, device: str, tokens: int, student: Anatomy, teacher: Anatomy | None
+    config: Config,
+    device: str,
+    tokens: int,
+    several: bool,
+    student: Anatomy,
+    teacher: Anatomy | None,
 ) -> LossMemory:
-    """Of so many completion tokens, all of which meet the teacher if there is one."""
+    """Of a micro-batch of so many completion tokens, all of which meet the teacher if there is one.
+
+    several: the step has more than one of them.
+    """
     dtype = student.dtype
     place = torch.device(device)
     logits_dtype = gemm.default_logits_dtype(dtype, place)
@@ -62,7 +70,9 @@ def loss_memory(
     flat = of_hidden * dtype.itemsize
     flat += 0 if teacher is None else tokens * teacher.hidden * teacher.dtype.itemsize
     logits = rows * (student.vocab + sizes.shared_vocab) * logits_dtype.itemsize
-    gradients = [2 * of_hidden * wide, of_head * wide]
+    gradients = [of_hidden * wide, of_hidden * dtype.itemsize, of_head * wide]
+    if several:  # else it is the parameter's
+        gradients.append(of_head * dtype.itemsize)
     return LossMemory(
         forward=flat + accumulators + workspace,
         backward=accumulators + returned,
@@ -72,8 +82,8 @@ def loss_memory(
 
 
 def _kept_pages(gradients: list[int], logits: int) -> int:
-    """What `kepo_kernels.pages` keeps: the gradients' accumulators, to make room for which the
-    logits' were given back; the logits' where the gradients are too small to be kept."""
+    """What `kepo_kernels.pages` keeps: the gradients, to make room for which the logits' were given
+    back; the logits' where the gradients are too small to be kept."""
     kept = 0
     for size in [size for size in gradients if size >= LEAST_BYTES] or [logits]:
         if size >= LEAST_BYTES and kept + size <= KEPT_BYTES:

@@ -377,8 +377,12 @@ def _inference(model: Anatomy, rows: int, length: int, images: int, patches: int
 def _loss(
     config: Config, machine: Machine, student: Anatomy, teacher: Anatomy | None
 ) -> LossMemory:
-    rows = min(config.micro_batch, completions_per_process(config, machine))
-    tokens = rows * config.max_completion_length
+    completions = completions_per_process(config, machine)
     return loss_memory(
-        config, machine.device, tokens, student, teacher if config.distils else None
+        config,
+        machine.device,
+        min(config.micro_batch, completions) * config.max_completion_length,
+        completions > config.micro_batch,
+        student,
+        teacher if config.distils else None,
     )
