@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kepo.config import Config
 from kepo.errors import KepoConfigError
 from kepo.known_models import KNOWN, known_model
+from kepo.lora import with_adapters
 from kepo.trace import LiveBytes, Traced, attention_of, trace_inference, trace_training
 
 
@@ -77,27 +79,31 @@ class Anatomy:
     def cache_bytes_per_token(self) -> int:
         """Of keys and values, all layers."""
         heads = self.text.num_key_value_heads
-        return 2 * len(self.layers) * heads * self._head_dim * self.dtype.itemsize
+        return 2 * len(self.layers) * heads * self.head_dim * self.dtype.itemsize
 
     @cached_property
     def counts(self) -> Counts:
         """Parameters, and how many of them where."""
-        layer, block = count(self.layers[0].parameters()), count(self.blocks[0].parameters())
-        total = count(self.model.parameters())
+        layers, blocks = self.layers.parameters(), self.blocks.parameters()
+        inside = {id(parameter) for parameter in [*layers, *blocks]}
+        named = dict(self.model.named_parameters())
+        root = [p for p in named.values() if id(p) not in inside]
         return Counts(
-            total=total,
-            trained=count(p for p in self.model.parameters() if p.requires_grad),
-            largest_trained=max(p.numel() for p in self.model.parameters() if p.requires_grad),
-            adapters=count(p for n, p in self.model.named_parameters() if "lora_" in n),
-            layer=layer,
-            root=total - layer * len(self.layers) - block * len(self.blocks),
+            total=count(named.values()),
+            trained=count(trained(named.values())),
+            largest_trained=max((p.numel() for p in trained(named.values())), default=0),
+            adapters=count(p for name, p in named.items() if "lora_" in name),
+            layer=count(self.layers[0].parameters()),
+            layer_trained=count(trained(self.layers[0].parameters())),
+            root=count(root),
+            root_trained=count(trained(root)),
             linear=sum(m.weight.numel() for m in self._inner_linears()),
             largest_linear=max(m.weight.numel() for m in self._inner_linears()),
         )
 
     @property
     def trains_vision(self) -> bool:
-        return any(p.requires_grad for p in self.model.model.visual.parameters())
+        return any(True for _ in trained(self.model.model.visual.parameters()))
 
     @property
     def trains_head(self) -> bool:
@@ -111,7 +117,7 @@ class Anatomy:
         ]
 
     @property
-    def _head_dim(self) -> int:
+    def head_dim(self) -> int:
         text = self.text
         return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
@@ -137,7 +143,7 @@ class Anatomy:
         from transformers import DynamicCache
 
         def old() -> Tensor:
-            return self._meta(sequences, self.text.num_key_value_heads, length, self._head_dim)
+            return self._meta(sequences, self.text.num_key_value_heads, length, self.head_dim)
 
         x, rotary = self._meta(sequences, 1, self.hidden), self._rotary(sequences, 1)
         mask = self._mask(sequences, 1, length + 1)
@@ -161,8 +167,8 @@ class Anatomy:
         """A block of the vision tower on images of so many patches."""
         vision = self.model.config.vision_config
         x = self._meta(images * patches, vision.hidden_size, train=train)
-        head_dim = vision.hidden_size // vision.num_heads
-        rotary = tuple(self._meta(images * patches, head_dim) for _ in range(2))
+        width = vision.hidden_size // vision.num_heads
+        rotary = tuple(self._meta(images * patches, width) for _ in range(2))
         ends = torch.arange(images + 1, dtype=torch.int32) * patches
         block = self.blocks[0]
         return self._run(
@@ -212,8 +218,8 @@ class Anatomy:
 
     def _rotary(self, sequences: int, length: int) -> tuple[Tensor, Tensor]:
         return (
-            self._meta(sequences, length, self._head_dim),
-            self._meta(sequences, length, self._head_dim),
+            self._meta(sequences, length, self.head_dim),
+            self._meta(sequences, length, self.head_dim),
         )
 
 
@@ -228,9 +234,11 @@ class Counts:
     adapters: int
     layer: int
     """Of one decoder layer."""
+    layer_trained: int
     root: int
     """Outside the layers of both towers: embedding, head, norms, what is around the vision
     tower."""
+    root_trained: int
     linear: int
     """Matrices that quantisation makes smaller: of every linear layer but the head."""
     largest_linear: int
@@ -240,7 +248,11 @@ def count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-@lru_cache(maxsize=None)
+def trained(parameters: Iterable[nn.Parameter]) -> Iterable[nn.Parameter]:
+    return (parameter for parameter in parameters if parameter.requires_grad)
+
+
+@cache
 def anatomy(
     name: str,
     dtype: str,
@@ -263,29 +275,10 @@ def anatomy(
         )
     model.tie_weights()
     if lora_rank:
-        add_adapters(model, lora_rank)
+        with_adapters(model, Config(lora_rank=lora_rank))
     elif freeze_vision:
         model.model.visual.requires_grad_(False)
     return Anatomy(model, getattr(torch, dtype), device, masks=not flash)
-
-
-def add_adapters(model: nn.Module, rank: int) -> None:
-    """Adapters in fp32 on the language model's linear layers; all else frozen."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise KepoConfigError("lora_rank needs peft: pip install peft") from error
-    targets = [
-        f"model.language_model.{name}"
-        for name, module in model.model.language_model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    model.requires_grad_(False)
-    with torch.device("meta"):
-        inject_adapter_in_model(LoraConfig(r=rank, target_modules=targets), model)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
 
 
 def read_config(name: str) -> Any:

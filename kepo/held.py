@@ -48,20 +48,21 @@ class Machine:
 
 @dataclass(frozen=True)
 class Standing:
-    """What a process holds whatever it does, and what it needs to put sharded weights to work."""
+    """What a process holds whatever it does, and what it needs to put its weights to work."""
 
     held: Held
     gradients: int
-    """Of earlier micro-batches, or in buckets of DDP's own; 0 where none is there when a backward
-    begins."""
-    shards: int
-    """Into how many the trained weights are cut."""
-    trained_bytes: int
-    """Of a trained number."""
-    gathered: int
-    """The whole student, beside its shards."""
+    """From a backward to the next one, which begins by dropping them."""
+    earlier_gradients: int
+    """Of these, what is there when a micro-batch's backward begins: all of them, where another
+    micro-batch went before or DDP keeps its buckets; else nothing."""
+    sharded: bool
+    root: int
+    """Of the student, sharded: what is whole from a forward to the end of its backward."""
     two_layers: int
-    """Of the student: the one at work and the next."""
+    """Of the student, sharded: the layer at work and the next."""
+    whole: int
+    """Of the student, sharded: all of it, as for a rollout."""
     teacher_at_work: int
     pages: int
     """Of the loss, kept between its calls on a CPU."""
@@ -83,35 +84,37 @@ def standing(
     counts, width = student.counts, student.dtype.itemsize
     sharded = config.sharding == "fsdp2"
     shards = machine.gpus if sharded else 1
-    # fsdp2 keeps what is trained in fp32, and so are adapters.
+    # fsdp2 keeps all weights in fp32, trained or not; adapters are fp32 anyway.
     trained_bytes = 4 if sharded or config.lora_rank else width
-    frozen = counts.total - counts.trained
-    root = counts.root * width if sharded else 0
-    weights = (counts.trained * trained_bytes + frozen * (4 if sharded else width)) // shards + root
     trained = counts.trained * trained_bytes // shards
-    completions = -(-config.prompts_per_step * config.num_generations // machine.gpus)
-    # Between steps they stay until the next one's first backward.
-    lasting = machine.gpus > 1 and not sharded or completions > config.micro_batch
+    frozen = (counts.total - counts.trained) * (4 if sharded else width) // shards
+    several = completions_per_process(config, machine) > config.micro_batch
+    buckets = machine.gpus > 1 and not sharded
     held = Held(
-        weights=weights,
+        weights=trained + frozen,
         optimiser=2 * trained,
         teacher=0 if teacher is None else teacher_bytes(config, machine, teacher),
         reference=(counts.total - counts.adapters) * width if config.kl_coef > 0 else 0,
-        gradients=trained if lasting else 0,
     )
     if machine.device != "cpu":
         held["reserve"] = CONTEXT_BYTES + (NCCL_BYTES if machine.gpus > 1 else 0)
     return Standing(
         held=held,
-        gradients=held["gradients"],
-        shards=shards,
-        trained_bytes=trained_bytes,
-        gathered=counts.total * width - root if sharded else 0,
+        gradients=trained,
+        earlier_gradients=trained if several or buckets else 0,
+        sharded=sharded,
+        root=counts.root * width if sharded else 0,
         two_layers=2 * counts.layer * width if sharded else 0,
+        whole=counts.total * width if sharded else 0,
         teacher_at_work=0 if teacher is None else teacher_at_work(config, teacher),
         pages=pages,
         device=machine.device,
     )
+
+
+def completions_per_process(config: Config, machine: Machine) -> int:
+    """Of a step."""
+    return -(-config.prompts_per_step * config.num_generations // machine.gpus)
 
 
 def teacher_bytes(config: Config, machine: Machine, teacher: Anatomy) -> int:

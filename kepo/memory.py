@@ -1,4 +1,4 @@
-"""What a process of a run holds at once, phase by phase, in bytes: sums over the parts of the models.
+"""What a process of a run holds at once, phase by phase, in bytes.
 
     rollout     the student samples               cache and sampling, beside all that stays
     hints       the teacher writes, and samples with hints
@@ -12,16 +12,16 @@ Sizes of tensors come from the models (`kepo.anatomy`) and from `kepo_kernels.pl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from kepo.anatomy import Anatomy, anatomy
 from kepo.config import Config
-from kepo.errors import KepoConfigError
+from kepo.held import Held, Machine, Standing, completions_per_process, standing
 from kepo.hints import MAX_HINT_LENGTH
-from kepo.held import Held, Machine, Standing, standing
 from kepo.loss_memory import LossMemory, loss_memory
+from kepo.towers import Kept, inference, text_training, vision_training
 
 PHASES = ("rollout", "hints", "update", "optimiser", "evaluation")
 
@@ -87,12 +87,6 @@ def _total(moment: Moment) -> int:
     return sum(moment.held.values())
 
 
-def completions_per_process(config: Config, machine: Machine) -> int:
-    """Of a step."""
-    questions = config.prompts_per_step * config.num_generations
-    return -(-questions // machine.gpus)
-
-
 def student_of(config: Config, machine: Machine) -> Anatomy:
     return anatomy(
         config.student,
@@ -122,20 +116,9 @@ class _Run:
     @classmethod
     def of(cls, config: Config, machine: Machine, prompts: Prompts) -> _Run:
         student, teacher = student_of(config, machine), teacher_of(config, machine)
-        if config.sharding == "none" and config.lora_rank == 0 and config.dtype != "float32":
-            raise KepoConfigError(
-                f"dtype={config.dtype!r} with sharding='none' would train 16-bit weights; set "
-                "sharding to fsdp2, or lora_rank"
-            )
-        loss = _loss(config, machine, student, teacher)
-        return cls(
-            config,
-            machine,
-            prompts,
-            student,
-            teacher,
-            standing(config, machine, student, teacher, loss.pages),
-        )
+        pages = _loss(config, machine, student, teacher).pages
+        stays = standing(config, machine, student, teacher, pages)
+        return cls(config, machine, prompts, student, teacher, stays)
 
     # ---- phases ----
 
@@ -145,39 +128,27 @@ class _Run:
             share = int(self.config.vllm_memory * self.machine.gpu_bytes)
             yield self._moment("vLLM", Held(cache=share))
             return
-        whole = self.stays.gathered if self.config.rollout_gather else self.stays.two_layers
-        extra = Held(weights=whole)
         sequences = self._at_once(self.config.num_generations)
-        yield from self._sampling(self.student, sequences, self.prompts, extra, "sampling")
+        yield from self._sampling(sequences, self.prompts, "sampling")
 
     def hints(self) -> Iterator[Moment]:
         questions = -(-self.config.prompts_per_step // self.machine.gpus)
         longest = min(MAX_HINT_LENGTH, self.config.max_completion_length)
-        extra = Held(teacher=self.stays.teacher_at_work)
         at_once = min(questions, self.config.rollout_batch)
+        extra = Held(teacher=self.stays.teacher_at_work, weights=self._weights_of_a_rollout())
         yield from self._generating(
-            self.teacher, at_once, self.prompts, longest, 0.0, extra, "teacher writes"
+            self.teacher, at_once, self.prompts, longest, 0.0, extra, "the teacher's hint"
         )
         if self.config.engine == "transformers":
             hinted = Prompts(self.prompts.text_tokens + longest, self.prompts.image_tokens)
-            whole = self.stays.gathered if self.config.rollout_gather else self.stays.two_layers
             sequences = self._at_once(self.config.num_hinted)
-            held = Held(weights=whole)
-            yield from self._sampling(self.student, sequences, hinted, held, "hinted sampling")
+            yield from self._sampling(sequences, hinted, "sampling with it")
 
     def evaluation(self) -> Iterator[Moment]:
-        if self.config.engine == "vllm":
-            yield from self.rollout()
-            return
-        whole = self.stays.gathered if self.config.rollout_gather else self.stays.two_layers
+        longest = self.config.max_completion_length
+        extra = Held(weights=self._weights_of_a_rollout())
         yield from self._generating(
-            self.student,
-            self.config.eval_batch,
-            self.prompts,
-            self.config.max_completion_length,
-            0.0,
-            Held(weights=whole),
-            "answering",
+            self.student, self.config.eval_batch, self.prompts, longest, 0.0, extra, "answering"
         )
 
     def optimiser(self) -> Iterator[Moment]:
@@ -186,104 +157,94 @@ class _Run:
         On a GPU torch works on all parameters in one go (foreach) and holds one such tensor for
         each; on a CPU on one after another, and holds two of the largest.
         """
-        counts, width = self.student.counts, self.stays.trained_bytes
+        counts = self.student.counts
+        temporary = self.stays.gradients
         if self.machine.device == "cpu":
-            temporary = 2 * counts.largest_trained * width // self.stays.shards
-        else:
-            temporary = counts.trained * width // self.stays.shards
+            temporary = 2 * self.stays.gradients * counts.largest_trained // counts.trained
         yield self._moment("AdamW", Held(optimiser=temporary))
 
     def update(self) -> Iterator[Moment]:
         """One micro-batch, in the order of its forward and backward."""
-        config, student, teacher = self.config, self.student, self.teacher
+        config, student, teacher, stays = self.config, self.student, self.teacher, self.stays
         rows = min(config.micro_batch, completions_per_process(config, self.machine))
         length = self.prompts.length(student) + config.max_completion_length
-        patches = self.prompts.patches(student)
         states = rows * length * student.hidden * student.dtype.itemsize
         loss = _loss(config, self.machine, student, teacher)
+        vision = vision_training(
+            student, rows, self.prompts.patches(student), config.gradient_checkpointing
+        )
+        text = text_training(student, rows, length, config.gradient_checkpointing)
 
-        vision = self._vision(rows, patches)
-        text = _text(student, rows, length, config.gradient_checkpointing)
+        at_work = Held(weights=stays.root + stays.two_layers, gradients=stays.earlier_gradients)
+
+        def moment(name: str, idle: bool = True, **held: int) -> Moment:
+            return self._moment(name, at_work + Held(held), idle, gradients=0)
+
+        yield moment("student's vision tower", activations=vision.forward)
+        yield moment("student's forward", activations=vision.kept + text.forward)
         kept = vision.kept + text.kept
-        ref = states if config.kl_coef > 0 else 0
-        unsharded = self.stays.two_layers
-        yield self._update("student's vision tower", vision.forward, unsharded)
-        yield self._update("student's forward", vision.kept + text.forward, unsharded)
+        other = 0
         if config.kl_coef > 0:
-            frozen = _inference(student, rows, length, rows, patches)
-            yield self._update("reference's forward", kept + frozen, unsharded)
-        teacher_states = 0
+            run = inference(student, rows, length, self.prompts.patches(student))
+            yield moment("reference's forward", activations=kept + run)
+            other += states
         if teacher is not None and config.distils:
             long = self.prompts.length(teacher) + config.max_completion_length
-            run = _inference(teacher, rows, long, rows, self.prompts.patches(teacher))
-            moment = self._update("teacher's forward", kept + ref + run, unsharded)
-            moment.held["teacher"] += self.stays.teacher_at_work
-            yield moment
-            teacher_states = rows * long * teacher.hidden * teacher.dtype.itemsize
-        yield self._update("loss", kept + ref + teacher_states, 0, loss.forward)
-        yield self._update("loss's backward", kept, 0, loss.backward)
-
-        # From here a head's gradient is its parameter's, or waits for the embedding's.
-        waiting = loss.head_gradient if student.tied or not self.stays.gradients else 0
-        shards = self.stays.shards > 1 or config.sharding == "fsdp2"
-        counts, width = student.counts, student.dtype.itemsize
-        reduced = counts.layer * (width + 4) if shards else 0  # whole gradients, and fp32 to send
-        yield self._update(
-            "last layer's backward",
-            kept + states + text.backward,
-            unsharded,
-            waiting,
-            reduced,
-        )
-        if self.student.trains_vision:
-            formed = 0 if self.stays.gradients else self._formed_gradients()
-            yield self._update(
-                "vision tower's backward",
-                vision.kept + vision.backward + states,
-                unsharded,
-                waiting if student.tied else 0,
-                reduced + formed,
+            run = inference(teacher, rows, long, self.prompts.patches(teacher))
+            yield moment(
+                "teacher's forward", activations=kept + other + run, teacher=stays.teacher_at_work
             )
-        if student.trains_head:
-            formed = 0 if self.stays.gradients else self._formed_gradients()
-            embedding = student.vocab * student.hidden * width
-            root = counts.root * (width + 4) if shards else 0
-            yield self._update(
-                "embedding's backward",
-                states,
-                0,
-                waiting if student.tied else 0,
-                max(embedding, root) + formed,
+            other += rows * long * teacher.hidden * teacher.dtype.itemsize
+        yield moment("loss", idle=False, activations=kept + other, loss=loss.forward)
+        yield moment("loss's backward", idle=False, activations=kept, loss=loss.backward)
+        yield from self._backward(states, vision, text, loss, moment)
+
+    def _backward(
+        self,
+        states: int,
+        vision: Kept,
+        text: Kept,
+        loss: LossMemory,
+        moment: Callable[..., Moment],
+    ) -> Iterator[Moment]:
+        """Through both towers. Gradients of parameters come into being as activations go; sharded
+        ones are whole until the last of their group, and sent in fp32."""
+        counts, width, stays = self.student.counts, self.student.dtype.itemsize, self.stays
+        tied = self.student.tied
+        # A head's gradient is added to its parameter's at once, unless the embedding's has to come
+        # first or the group's other gradients.
+        waits = tied or stays.sharded or not stays.earlier_gradients
+        waiting = loss.head_gradient if waits else 0
+        sent = counts.layer_trained * (width + 4) if stays.sharded else 0
+        yield moment(
+            "last layer's backward",
+            activations=vision.kept + text.kept + states + text.backward,
+            gradients=waiting + sent,
+        )
+        formed = stays.gradients - stays.earlier_gradients
+        waiting = loss.head_gradient if tied or stays.sharded else 0
+        if self.student.trains_vision:
+            yield moment(
+                "vision tower's backward",
+                activations=vision.kept + states + vision.backward,
+                gradients=formed + waiting + sent,
+            )
+        if self.student.trains_head:
+            embedding = self.student.vocab * self.student.hidden * width
+            if tied and self.machine.device == "cpu":
+                embedding *= 2  # the sum is a third: torch does not add in place to our own pages
+            if stays.sharded:
+                embedding, waiting = max(embedding, counts.root_trained * (width + 4)), 0
+            yield moment(
+                "embedding's backward", activations=states, gradients=formed + waiting + embedding
             )
 
     # ---- their parts ----
 
-    def _formed_gradients(self) -> int:
-        """Those of all layers, late in the backward of a step's only micro-batch."""
-        return self.student.counts.trained * self.stays.trained_bytes // self.stays.shards
-
-    def _update(
-        self, name: str, activations: int, unsharded: int, loss: int = 0, gradients: int = 0
-    ) -> Moment:
-        return self._moment(
-            name,
-            Held(activations=activations, weights=unsharded, loss=loss, gradients=gradients),
-            pages=loss == 0,
-        )
-
-    def _vision(self, images: int, patches: int) -> _Kept:
-        model, train = self.student, self.student.trains_vision
-        pixels = images * patches * model.patch_values * 4
-        embedded = model.patch_embedding(images * patches, train)
-        block = model.block(images, patches, train)
-        mergers = model.mergers(images * patches, train)
-        tokens = sum(merger.kept for merger in mergers)
-        most = max(block.forward, *(merger.forward for merger in mergers))
-        if not train:
-            return _Kept(pixels + tokens, pixels + tokens + block.kept + most, 0)
-        kept = pixels + embedded.kept + len(model.blocks) * block.kept + tokens
-        backward = max(block.backward, *(merger.backward for merger in mergers))
-        return _Kept(kept, kept + block.forward - block.kept, backward)
+    def _weights_of_a_rollout(self) -> int:
+        if self.config.rollout_gather or self.config.engine == "vllm":
+            return self.stays.whole
+        return self.stays.root + self.stays.two_layers
 
     def _at_once(self, per_question: int) -> int:
         """Sequences that a process samples in one go: whole groups, as `rollout._portions`."""
@@ -295,12 +256,11 @@ class _Run:
             at_once = min(at_once, max(1, config.rollout_tokens // (per_question * longest)))
         return min(questions, at_once) * per_question
 
-    def _sampling(
-        self, model: Anatomy, sequences: int, prompts: Prompts, extra: Held, name: str
-    ) -> Iterator[Moment]:
+    def _sampling(self, sequences: int, prompts: Prompts, name: str) -> Iterator[Moment]:
+        extra = Held(weights=self._weights_of_a_rollout())
         longest, temperature = self.config.max_completion_length, self.config.sampling_temperature
         yield from self._generating(
-            model, sequences, prompts, longest, temperature, extra, name
+            self.student, sequences, prompts, longest, temperature, extra, name
         )
 
     def _generating(
@@ -318,8 +278,10 @@ class _Run:
         patches = prompts.patches(model)
         pixels = sequences * patches * model.patch_values * 4  # stay with the inputs to the end
         cache = sequences * model.cache_bytes_per_token
-        first = _inference(model, sequences, length, sequences, patches)
-        yield self._moment(f"{name}: prompts", extra + Held(cache=cache * length, activations=first))
+        first = inference(model, sequences, length, patches)
+        yield self._moment(
+            f"{name}: prompts", extra + Held(cache=cache * length, activations=first)
+        )
         longest = length + new_tokens - 1
         logits = sequences * model.vocab * model.dtype.itemsize
         draws = logits + model.drawing(sequences, temperature, self.config.top_p)
@@ -328,50 +290,12 @@ class _Run:
         yield self._moment(f"{name}: last token", at_end + Held(cache=appended))
         yield self._moment(f"{name}: last draw", at_end + Held(sampling=draws))
 
-    def _moment(self, name: str, held: Held, pages: bool = True) -> Moment:
-        return Moment(name, self.stays.beside(held, pages))
-
-
-class _Kept(NamedTuple):
-    kept: int
-    """From forward to backward."""
-    forward: int
-    """Most during forward."""
-    backward: int
-    """Most during backward, above what was kept."""
-
-
-def _text(model: Anatomy, rows: int, length: int, checkpointing: bool) -> _Kept:
-    """The language model with gradients."""
-    layer, norm = model.layer(rows, length, True), model.norm(rows, length, True)
-    states = rows * length * model.hidden * model.dtype.itemsize
-    shared = states + _shared(model, rows, length)
-    last = norm.kept
-    if not checkpointing:
-        kept = shared + len(model.layers) * layer.kept + last
-        return _Kept(kept, kept - last + layer.forward - layer.kept, layer.backward)
-    kept = shared + len(model.layers) * states + last
-    forward = kept - last + model.layer(rows, length, False).forward
-    return _Kept(kept, forward, layer.kept + layer.backward)
-
-
-def _shared(model: Anatomy, rows: int, length: int) -> int:
-    """What all layers read: the mask, sines and cosines."""
-    mask = rows * length * length if model.masks else 0
-    head_dim = model.cache_bytes_per_token // (2 * len(model.layers) * model.text.num_key_value_heads)
-    return mask + 2 * rows * length * head_dim
-
-
-def _inference(model: Anatomy, rows: int, length: int, images: int, patches: int) -> int:
-    """Most at a time in a forward without gradients, from pixels to states."""
-    block = model.block(images, patches, False)
-    mergers = model.mergers(images * patches, False)
-    pixels = images * patches * model.patch_values * 4
-    tokens = sum(merger.kept for merger in mergers)
-    most = max(block.forward, *(merger.forward for merger in mergers))
-    states = rows * length * model.hidden * model.dtype.itemsize
-    text = states + _shared(model, rows, length) + model.layer(rows, length, False).forward
-    return pixels + tokens + max(block.kept + most, text)
+    def _moment(
+        self, name: str, held: Held, idle: bool = True, gradients: int | None = None
+    ) -> Moment:
+        """With all that stays. gradients: None = those of the last update."""
+        last = self.stays.gradients if gradients is None else gradients
+        return Moment(name, self.stays.beside(held, idle) + Held(gradients=last))
 
 
 def _loss(

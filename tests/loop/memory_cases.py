@@ -50,7 +50,7 @@ CASES = {
     ),
     "tied_vocabulary": Case(Shape(hidden=256, vocab=32768, tied=True), None, dict(micro_batch=4)),
     "vocabulary": Case(Shape(hidden=256, vocab=32768), None, dict(micro_batch=4)),
-    "long_completions": Case(Shape(), None, dict(micro_batch=4, max_completion_length=512)),
+    "long_completions": Case(Shape(), None, dict(micro_batch=4, max_completion_length=320)),
     "teacher": Case(Shape(), Shape(hidden=512, layers=8, vision_hidden=96), dict(micro_batch=16)),
     "reference": Case(Shape(hidden=512, layers=6), None, dict(micro_batch=4, kl_coef=0.1)),
     "cache": Case(
@@ -68,6 +68,20 @@ CASES = {
         Shape(hidden=64, layers=2, vocab=32768),
         None,
         dict(micro_batch=2, num_generations=16, prompts_per_step=4, top_p=0.9),
+    ),
+    "adapters": Case(
+        Shape(hidden=512, layers=6), None, dict(micro_batch=8, lora_rank=16, num_generations=8)
+    ),
+    "sharded": Case(Shape(hidden=512, layers=6), None, dict(micro_batch=4, sharding="fsdp2")),
+    "half_precision": Case(
+        Shape(hidden=256, layers=6, vocab=8192),
+        None,
+        dict(micro_batch=8, sharding="fsdp2", dtype="bfloat16"),
+    ),
+    "hints": Case(
+        Shape(),
+        Shape(hidden=256, layers=8, vision_hidden=96),
+        dict(micro_batch=2, hint_trigger="always", max_completion_length=96, prompts_per_step=16),
     ),
     "one_micro_batch": Case(Shape(hidden=256, layers=6, vocab=8192), None, dict(micro_batch=16)),
 }
@@ -157,7 +171,6 @@ def measured(case: Case, config: Config, made: Path, root: Path) -> dict[str, in
         warm_up=dataclasses.asdict(warm_up),
         config=dataclasses.asdict(config),
         teacher_layers=0 if case.teacher is None else case.teacher.layers,
-        checkpointing_by_hand=config.gradient_checkpointing,
     )
     (root / "record.json").write_text(json.dumps(record))
     here = str(Path(__file__).parent)

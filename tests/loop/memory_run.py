@@ -7,7 +7,6 @@ every freed tensor back, so that none of it is.
 """
 
 import ctypes
-import dataclasses
 import gc
 import json
 import re
@@ -57,7 +56,7 @@ def forget_peak():
 @contextmanager
 def watched(peaks, teacher_layers):
     """Phases by the calls with which they begin and end; what lies between them has no name."""
-    generate, evaluated = VLM.generate, []
+    generate = VLM.generate
 
     def watched_generate(self, *args, **settings):
         layers = len(self.model.model.language_model.layers)
@@ -78,7 +77,6 @@ def watched(peaks, teacher_layers):
         VLM.generate = generate
         for hook in hooks:
             hook.remove()
-        del evaluated
 
 
 def measure(warm_up, config, teacher_layers):
@@ -99,14 +97,4 @@ if __name__ == "__main__":
     record = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
     warm_up, config = (from_mapping(record[name], name) for name in ("warm_up", "config"))
-    if record.get("checkpointing_by_hand"):
-        load = VLM.load
-
-        def checkpointed(*args, **settings):
-            vlm = load(*args, **settings)
-            vlm.model.gradient_checkpointing_enable()
-            return vlm
-
-        VLM.load = checkpointed
-        config = dataclasses.replace(config, gradient_checkpointing=False)
     print("PEAKS " + json.dumps(measure(warm_up, config, record["teacher_layers"])))
