@@ -136,10 +136,15 @@ class Anatomy:
             train,
         )
 
-    @lru_cache  # noqa: B019
     def decoding_layer(self, sequences: int, length: int) -> int:
         """Bytes above a cache of ``length`` tokens while a decoder layer appends another: the
         longer keys and values are made beside the old ones."""
+        # One query: all of it grows with the length in a straight line.
+        short, long = (self._decoding(sequences, n) for n in (512, 1024))
+        return max(0, short + (long - short) * (length - 512) // 512)
+
+    @lru_cache  # noqa: B019
+    def _decoding(self, sequences: int, length: int) -> int:
         from transformers import DynamicCache
 
         def old() -> Tensor:
@@ -162,9 +167,16 @@ class Anatomy:
         norm = self.model.model.language_model.norm
         return self._run(norm, lambda: norm(x), train)
 
-    @lru_cache  # noqa: B019
     def block(self, images: int, patches: int, train: bool) -> Traced:
         """A block of the vision tower on images of so many patches."""
+        if images <= 4:
+            return self._block(images, patches, train)
+        # Each image is attended to by itself: beyond a few, all grows in a straight line.
+        few, some = (self._block(n, patches, train) for n in (2, 4))
+        return some.further(few, (images - 4) / 2)
+
+    @lru_cache  # noqa: B019
+    def _block(self, images: int, patches: int, train: bool) -> Traced:
         vision = self.model.config.vision_config
         x = self._meta(images * patches, vision.hidden_size, train=train)
         width = vision.hidden_size // vision.num_heads

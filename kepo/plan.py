@@ -1,7 +1,7 @@
 """Whether a run fits its GPUs, before it is started: what each phase of a step holds, and how much
 more would fit.
 
-    python -m kepo.plan recipe.yaml --gpus 8 --gpu-gb 80       # files, presets and flags as of train
+    python -m kepo.plan recipe.yaml --gpus 8 --gpu-gb 80       # files, presets, flags as of train
     python -m kepo.plan recipes/8x80gb_8b.yaml --plot plan.png # the machine is in the name
     python -m kepo.plan --table recipes/*.yaml                 # a line for each
 
@@ -23,8 +23,8 @@ from kepo.errors import KepoConfigError, KepoError
 from kepo.held import GIB, ITEMS, Machine, completions_per_process
 from kepo.memory import Phase, Prompts, peak, phases, student_of, teacher_of
 
-MOST_TOKENS = 2**17
-"""No longer completion is tried than this."""
+MOST_TOKENS, TOKENS_STEP = 2**17, 16
+"""The longest completion that is tried, and of how many tokens its length is a multiple."""
 
 
 class Plan(NamedTuple):
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     micro_batch: int
     """The largest that fits, everything else as it is; 0 = none."""
     max_completion_length: int
-    """Likewise."""
+    """Likewise, in multiples of TOKENS_STEP."""
 
     @property
     def peak(self) -> Phase:
@@ -52,9 +52,9 @@ def plan(config: Config, machine: Machine, prompts: Prompts | None = None) -> Pl
     prompts = prompts or Prompts()
     if not config.student:
         raise KepoConfigError("student is not set; give a folder, a Hub name or a known model")
-    for name, value in (("gpus", machine.gpus), ("gpu_gb", machine.gpu_bytes)):
-        if value < 1:
-            raise KepoConfigError(f"{name} is {value}; expected at least 1")
+    for name, value in (("gpus", machine.gpus), ("gpu_gb", machine.gpu_bytes / GIB)):
+        if value <= 0:
+            raise KepoConfigError(f"{name} is {value}; expected a number > 0")
 
     def fits(**change: int) -> bool:
         return peak(replace(config, **change), machine, prompts).total <= machine.gpu_bytes
@@ -64,7 +64,10 @@ def plan(config: Config, machine: Machine, prompts: Prompts | None = None) -> Pl
         machine,
         phases(config, machine, prompts),
         largest(lambda n: fits(micro_batch=n), completions_per_process(config, machine)),
-        largest(lambda n: fits(max_completion_length=n), MOST_TOKENS),
+        TOKENS_STEP
+        * largest(
+            lambda n: fits(max_completion_length=n * TOKENS_STEP), MOST_TOKENS // TOKENS_STEP
+        ),
     )
 
 

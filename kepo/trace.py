@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -32,23 +32,33 @@ class Traced:
     backward: int = 0
     """Most during backward, above ``kept``; what happens to gradients of parameters included."""
 
+    def further(self, before: Traced, steps: float) -> Traced:
+        """On the straight line from ``before`` to here, so many such steps beyond here."""
+        pairs = zip(astuple(before), astuple(self), strict=True)
+        return Traced(*(round(here + steps * (here - there)) for there, here in pairs))
+
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the meta storages that are made while it is on, and that are still there."""
+    """Counts the bytes of storages that are made while it is on, and that are still there."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "meta") -> None:
         super().__init__()
+        self._device = device
         self.now = 0
         self.peak = 0
         self._known: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _meta_tensors((args, kwargs)):
+        for tensor in self._tensors((args, kwargs)):
             self._note(tensor, counted=False)  # what was not made here is an input
         out = func(*args, **(kwargs or {}))
-        for tensor in _meta_tensors(out):
+        for tensor in self._tensors(out):
             self._note(tensor, counted=True)
         return out
+
+    def _tensors(self, tree: Any) -> Iterator[Tensor]:
+        leaves = (x for x in tree_leaves(tree) if isinstance(x, Tensor))
+        return (x for x in leaves if x.device.type == self._device)
 
     def _note(self, tensor: Tensor, counted: bool) -> None:
         storage = tensor.untyped_storage()
@@ -64,10 +74,6 @@ class LiveBytes(TorchDispatchMode):
         self._known[key] = weakref.finalize(storage, gone)
         self.now += size
         self.peak = max(self.peak, self.now)
-
-
-def _meta_tensors(tree: Any) -> Iterator[Tensor]:
-    return (x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.device.type == "meta")
 
 
 def trace_inference(call: Callable[[], Any], device: str) -> Traced:
