@@ -126,14 +126,10 @@ class Anatomy:
     @lru_cache  # noqa: B019  lives as long as the process, as does the model
     def layer(self, sequences: int, length: int, train: bool) -> Traced:
         """A decoder layer on (sequences, length) tokens."""
-        x = self._meta(sequences, length, self.hidden, train=train)
-        mask = self._mask(sequences, length, length)
+        x, layer = self._meta(sequences, length, self.hidden, train=train), self.layers[0]
+        rotary, mask = self._rotary(sequences, length), self._mask(sequences, length, length)
         return self._run(
-            self.layers[0],
-            lambda: self.layers[0](
-                x, position_embeddings=self._rotary(sequences, length), attention_mask=mask
-            ),
-            train,
+            layer, lambda: layer(x, position_embeddings=rotary, attention_mask=mask), train
         )
 
     def decoding_layer(self, sequences: int, length: int) -> int:

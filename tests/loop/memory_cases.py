@@ -78,11 +78,6 @@ CASES = {
         None,
         dict(micro_batch=8, sharding="fsdp2", dtype="bfloat16"),
     ),
-    "hints": Case(
-        Shape(),
-        Shape(hidden=256, layers=8, vision_hidden=96),
-        dict(micro_batch=2, hint_trigger="always", max_completion_length=96, prompts_per_step=16),
-    ),
     "one_micro_batch": Case(Shape(hidden=256, layers=6, vocab=8192), None, dict(micro_batch=16)),
 }
 
