@@ -123,10 +123,9 @@ class _Run:
     # ---- phases ----
 
     def rollout(self) -> Iterator[Moment]:
-        """Sampling, and with an engine beside the models what that engine takes."""
+        """Sampling, or what an engine beside the models takes for it."""
         if self.config.engine == "vllm":
-            share = int(self.config.vllm_memory * self.machine.gpu_bytes)
-            yield self._moment("vLLM", Held(cache=share))
+            yield self._moment("vLLM", self._ready_to_sample())
             return
         sequences = self._at_once(self.config.num_generations)
         yield from self._sampling(sequences, self.prompts, "sampling")
@@ -135,7 +134,7 @@ class _Run:
         questions = -(-self.config.prompts_per_step // self.machine.gpus)
         longest = min(MAX_HINT_LENGTH, self.config.max_completion_length)
         at_once = min(questions, self.config.rollout_batch)
-        extra = Held(teacher=self.stays.teacher_at_work, weights=self._weights_of_a_rollout())
+        extra = self._ready_to_sample() + Held(teacher=self.stays.teacher_at_work)
         yield from self._generating(
             self.teacher, at_once, self.prompts, longest, 0.0, extra, "the teacher's hint"
         )
@@ -146,7 +145,7 @@ class _Run:
 
     def evaluation(self) -> Iterator[Moment]:
         longest = self.config.max_completion_length
-        extra = Held(weights=self._weights_of_a_rollout())
+        extra = Held(weights=self._gathered())
         yield from self._generating(
             self.student, self.config.eval_batch, self.prompts, longest, 0.0, extra, "answering"
         )
@@ -241,8 +240,16 @@ class _Run:
 
     # ---- their parts ----
 
-    def _weights_of_a_rollout(self) -> int:
-        if self.config.rollout_gather or self.config.engine == "vllm":
+    def _ready_to_sample(self) -> Held:
+        """While the engine is awake: it is from the first sample to the last hint."""
+        if self.config.engine == "vllm":
+            # Its weights and cache; ours are read one tensor at a time.
+            share = int(self.config.vllm_memory * self.machine.gpu_bytes)
+            return Held(cache=share, weights=self.stays.root)
+        return Held(weights=self._gathered())
+
+    def _gathered(self) -> int:
+        if self.config.rollout_gather:
             return self.stays.whole
         return self.stays.root + self.stays.two_layers
 
@@ -257,7 +264,7 @@ class _Run:
         return min(questions, at_once) * per_question
 
     def _sampling(self, sequences: int, prompts: Prompts, name: str) -> Iterator[Moment]:
-        extra = Held(weights=self._weights_of_a_rollout())
+        extra = self._ready_to_sample()
         longest, temperature = self.config.max_completion_length, self.config.sampling_temperature
         yield from self._generating(
             self.student, sequences, prompts, longest, temperature, extra, name

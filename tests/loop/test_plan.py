@@ -155,7 +155,10 @@ def test_each_setting_takes_or_saves():
     assert four < eight < whole
     with_teacher = held("update", "loss", **teacher) + held("update", "activations", **teacher)
     assert with_teacher > held("update", "activations")
-    assert held("rollout", "cache", engine="vllm") == int(0.3 * 80 * GIB)
+    share = int(0.3 * 80 * GIB)
+    assert held("rollout", "cache", engine="vllm") == share
+    hinted = dict(teacher="Qwen3-VL-8B-Instruct", hint_trigger="always")
+    assert held("hints", "cache", engine="vllm", **hinted) > share  # it is awake beside the teacher
     assert held("rollout", "cache", rollout_batch=16) < held("rollout", "cache")
     assert held("rollout", "cache", rollout_tokens=8000) < held("rollout", "cache")
     plain = held("update", "activations", gradient_checkpointing=False)
