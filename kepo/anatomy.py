@@ -71,6 +71,11 @@ class Anatomy:
         return round(384 / side) ** 2
 
     @property
+    def features(self) -> int:
+        """How often an image is there as tokens: for the first layer, and for DeepStack's."""
+        return 1 + len(getattr(self.model.model.visual, "deepstack_merger_list", []))
+
+    @property
     def patch_values(self) -> int:
         vision = self.model.config.vision_config
         return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2

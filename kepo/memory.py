@@ -13,7 +13,7 @@ Sizes of tensors come from the models (`kepo.anatomy`) and from `kepo_kernels.pl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kepo.anatomy import Anatomy, anatomy
@@ -21,7 +21,7 @@ from kepo.config import Config
 from kepo.held import Held, Machine, Standing, completions_per_process, standing
 from kepo.hints import MAX_HINT_LENGTH
 from kepo.loss_memory import LossMemory, loss_memory
-from kepo.towers import Kept, inference, text_training, vision_training
+from kepo.towers import Kept, image_bytes, inference, text_training, vision_training
 
 PHASES = ("rollout", "hints", "update", "optimiser", "evaluation")
 
@@ -33,14 +33,16 @@ class Prompts:
     text_tokens: int = 160
     """Chat markup, question and options."""
     image_tokens: int | None = None
-    """Of its image. None = of 384 x 384 pixels."""
+    """Of an image. None = of 384 x 384 pixels."""
+    images: int = 1
+    """Of a prompt."""
 
     def image(self, model: Anatomy) -> int:
         tokens = self.image_tokens
         return model.default_image_tokens if tokens is None else tokens
 
     def length(self, model: Anatomy) -> int:
-        return self.text_tokens + self.image(model)
+        return self.text_tokens + self.images * self.image(model)
 
     def patches(self, model: Anatomy) -> int:
         return self.image(model) * model.patches_per_token
@@ -127,8 +129,7 @@ class _Run:
         if self.config.engine == "vllm":
             yield self._moment("vLLM", self._ready_to_sample())
             return
-        sequences = self._at_once(self.config.num_generations)
-        yield from self._sampling(sequences, self.prompts, "sampling")
+        yield from self._sampling(self.config.num_generations, self.prompts, "sampling")
 
     def hints(self) -> Iterator[Moment]:
         questions = -(-self.config.prompts_per_step // self.machine.gpus)
@@ -136,18 +137,18 @@ class _Run:
         at_once = min(questions, self.config.rollout_batch)
         extra = self._ready_to_sample() + Held(teacher=self.stays.teacher_at_work)
         yield from self._generating(
-            self.teacher, at_once, self.prompts, longest, 0.0, extra, "the teacher's hint"
+            self.teacher, at_once, 1, self.prompts, longest, 0.0, extra, "the teacher's hint"
         )
         if self.config.engine == "transformers":
-            hinted = Prompts(self.prompts.text_tokens + longest, self.prompts.image_tokens)
-            sequences = self._at_once(self.config.num_hinted)
-            yield from self._sampling(sequences, hinted, "sampling with it")
+            hinted = replace(self.prompts, text_tokens=self.prompts.text_tokens + longest)
+            yield from self._sampling(self.config.num_hinted, hinted, "sampling with it")
 
     def evaluation(self) -> Iterator[Moment]:
         longest = self.config.max_completion_length
         extra = Held(weights=self._gathered())
+        at_once = self.config.eval_batch
         yield from self._generating(
-            self.student, self.config.eval_batch, self.prompts, longest, 0.0, extra, "answering"
+            self.student, at_once, 1, self.prompts, longest, 0.0, extra, "answering"
         )
 
     def optimiser(self) -> Iterator[Moment]:
@@ -169,10 +170,14 @@ class _Run:
         length = self.prompts.length(student) + config.max_completion_length
         states = rows * length * student.hidden * student.dtype.itemsize
         loss = _loss(config, self.machine, student, teacher)
-        vision = vision_training(
-            student, rows, self.prompts.patches(student), config.gradient_checkpointing
-        )
-        text = text_training(student, rows, length, config.gradient_checkpointing)
+        # An image is seen once for all completions of its question, and a micro-batch may begin and
+        # end in the middle of a group.
+        questions = min(rows, -(-(rows - 1) // config.num_generations) + 1)
+        images = questions * self.prompts.images
+        patches, checkpointing = self.prompts.patches(student), config.gradient_checkpointing
+        vision = vision_training(student, images, patches, checkpointing)
+        text = text_training(student, rows, length, checkpointing)
+        placed = self._placed(student, rows)
 
         at_work = Held(weights=stays.root + stays.two_layers, gradients=stays.earlier_gradients)
 
@@ -180,16 +185,17 @@ class _Run:
             return self._moment(name, at_work + Held(held), idle, gradients=0)
 
         yield moment("student's vision tower", activations=vision.forward)
-        yield moment("student's forward", activations=vision.kept + text.forward)
+        yield moment("student's forward", activations=vision.kept + text.forward + placed)
         kept = vision.kept + text.kept
         other = 0
         if config.kl_coef > 0:
-            run = inference(student, rows, length, self.prompts.patches(student))
+            run = inference(student, rows, length, images, patches) + placed
             yield moment("reference's forward", activations=kept + run)
             other += states
         if teacher is not None and config.distils:
             long = self.prompts.length(teacher) + config.max_completion_length
-            run = inference(teacher, rows, long, self.prompts.patches(teacher))
+            run = inference(teacher, rows, long, images, self.prompts.patches(teacher))
+            run += self._placed(teacher, rows)
             yield moment(
                 "teacher's forward", activations=kept + other + run, teacher=stays.teacher_at_work
             )
@@ -253,27 +259,38 @@ class _Run:
             return self.stays.whole
         return self.stays.root + self.stays.two_layers
 
+    def _placed(self, model: Anatomy, rows: int) -> int:
+        """The images' features, once more for every row that shows them."""
+        tokens = rows * self.prompts.images * self.prompts.image(model)
+        return tokens * model.hidden * model.dtype.itemsize * model.features
+
     def _at_once(self, per_question: int) -> int:
-        """Sequences that a process samples in one go: whole groups, as `rollout._portions`."""
+        """Questions that a process has answered in one go, as `rollout._portions`."""
         config = self.config
         questions = -(-config.prompts_per_step // self.machine.gpus)
         at_once = max(1, config.rollout_batch // per_question)
         if config.rollout_tokens is not None:
             longest = self.prompts.length(self.student) + config.max_completion_length
             at_once = min(at_once, max(1, config.rollout_tokens // (per_question * longest)))
-        return min(questions, at_once) * per_question
+        return min(questions, at_once)
 
-    def _sampling(self, sequences: int, prompts: Prompts, name: str) -> Iterator[Moment]:
-        extra = self._ready_to_sample()
-        longest, temperature = self.config.max_completion_length, self.config.sampling_temperature
+    def _sampling(self, per_question: int, prompts: Prompts, name: str) -> Iterator[Moment]:
         yield from self._generating(
-            self.student, sequences, prompts, longest, temperature, extra, name
+            self.student,
+            self._at_once(per_question),
+            per_question,
+            prompts,
+            self.config.max_completion_length,
+            self.config.sampling_temperature,
+            self._ready_to_sample(),
+            name,
         )
 
     def _generating(
         self,
         model: Anatomy,
-        sequences: int,
+        questions: int,
+        per_question: int,
         prompts: Prompts,
         new_tokens: int,
         temperature: float,
@@ -281,11 +298,12 @@ class _Run:
         name: str,
     ) -> Iterator[Moment]:
         """transformers' generate: the prompts at once, then token after token."""
-        length = prompts.length(model)
-        patches = prompts.patches(model)
-        pixels = sequences * patches * model.patch_values * 4  # stay with the inputs to the end
+        length, patches = prompts.length(model), prompts.patches(model)
+        sequences, images = questions * per_question, questions * prompts.images
+        pictures = image_bytes(model, images, patches)  # stay with the inputs to the end
         cache = sequences * model.cache_bytes_per_token
-        first = inference(model, sequences, length, patches)
+        first = inference(model, sequences, length, images, patches)
+        first += self._placed(model, sequences)
         yield self._moment(
             f"{name}: prompts", extra + Held(cache=cache * length, activations=first)
         )
@@ -293,7 +311,7 @@ class _Run:
         logits = sequences * model.vocab * model.dtype.itemsize
         draws = logits + model.drawing(sequences, temperature, self.config.top_p)
         appended = model.decoding_layer(sequences, longest)
-        at_end = extra + Held(cache=cache * longest, activations=pixels)
+        at_end = extra + Held(cache=cache * longest, activations=pictures)
         yield self._moment(f"{name}: last token", at_end + Held(cache=appended))
         yield self._moment(f"{name}: last draw", at_end + Held(sampling=draws))
 

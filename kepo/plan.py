@@ -138,7 +138,7 @@ def report(found: Plan, prompts: Prompts) -> str:
         f"{student.counts.trained / 1e9:.3g} B trained"
         + (f"; {_model(config.teacher)} of {teacher.counts.total / 1e9:.2f} B" if teacher else ""),
         f"{machine.gpus} x {machine.gpu_bytes / GIB:.0f} GB; prompts of {prompts.text_tokens} "
-        f"tokens and {prompts.image(student)} of an image, completions of "
+        f"tokens and {prompts.images} x {prompts.image(student)} of images, completions of "
         f"{config.max_completion_length}",
         "",
         "  ".join(["GB per GPU".ljust(width), *names, "total"]),
@@ -243,6 +243,8 @@ class Arguments:
     """Of a prompt, beside its image's."""
     image_tokens: int | None = None
     """Of an image. None = of 384 x 384 pixels."""
+    prompt_images: int = 1
+    """Images of a prompt."""
     plot: str | None = None
     """Draw the phases to this file."""
 
@@ -272,7 +274,7 @@ def main() -> int:
         named.gpus if given.gpus is None else given.gpus,
         named.gpu_bytes if given.gpu_gb is None else int(given.gpu_gb * GIB),
     )
-    prompts = Prompts(given.prompt_tokens, given.image_tokens)
+    prompts = Prompts(given.prompt_tokens, given.image_tokens, given.prompt_images)
     found = plan(given.config, machine, prompts)
     print(report(found, prompts))
     if given.plot is not None:

@@ -40,10 +40,7 @@ def text_training(model: Anatomy, rows: int, length: int, checkpointing: bool) -
 def _shared(model: Anatomy, rows: int, length: int) -> int:
     """What all layers read: the mask, sines and cosines."""
     mask = rows * length * length if model.masks else 0
-    head_dim = model.cache_bytes_per_token // (
-        2 * len(model.layers) * model.text.num_key_value_heads
-    )
-    return mask + 2 * rows * length * head_dim
+    return mask + 2 * rows * length * model.head_dim * model.dtype.itemsize
 
 
 def vision_training(model: Anatomy, images: int, patches: int, checkpointing: bool) -> Kept:
@@ -74,9 +71,8 @@ class _VisionRun(NamedTuple):
     @classmethod
     def of(cls, model: Anatomy, images: int, patches: int, train: bool) -> _VisionRun:
         mergers = model.mergers(images * patches, train)
-        pixels = images * patches * model.patch_values * 4
-        tokens = sum(merger.kept for merger in mergers)
-        return cls(model.block(images, patches, train), mergers, pixels + tokens)
+        outputs = image_bytes(model, images, patches, train)
+        return cls(model.block(images, patches, train), mergers, outputs)
 
     @property
     def most(self) -> int:
@@ -84,9 +80,15 @@ class _VisionRun(NamedTuple):
         return self.block.kept + max(self.block.forward, *(m.forward for m in self.mergers))
 
 
-def inference(model: Anatomy, rows: int, length: int, patches: int) -> int:
-    """Most at a time in a forward without gradients, from an image for each row to states."""
-    run = _VisionRun.of(model, rows, patches, False)
+def image_bytes(model: Anatomy, images: int, patches: int, train: bool = False) -> int:
+    """Pixels, in fp32, and what the mergers keep: without gradients, tokens made of them."""
+    tokens = sum(merger.kept for merger in model.mergers(images * patches, train))
+    return images * patches * model.patch_values * 4 + tokens
+
+
+def inference(model: Anatomy, rows: int, length: int, images: int, patches: int) -> int:
+    """Most at a time in a forward without gradients, from images to states."""
+    run = _VisionRun.of(model, images, patches, False)
     states = rows * length * model.hidden * model.dtype.itemsize
     text = states + _shared(model, rows, length) + model.layer(rows, length, False).forward
     return run.outputs + max(run.most, text)

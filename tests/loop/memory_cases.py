@@ -100,7 +100,7 @@ def write(folder: Path, shape: Shape, seed: int) -> None:
     """A random model of this shape, with tokenizer and image processor."""
     from transformers import Qwen3VLForConditionalGeneration
 
-    from kepo.encoding import image_processor_class
+    from kepo.processors import pillow_processor_class
     from kepo.tiny import PATCH, build_tokenizer, model_config
 
     tokenizer = build_tokenizer()
@@ -118,7 +118,7 @@ def write(folder: Path, shape: Shape, seed: int) -> None:
     model = Qwen3VLForConditionalGeneration(config).float()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    processor = image_processor_class()(
+    processor = pillow_processor_class()(
         patch_size=PATCH,
         merge_size=2,
         temporal_patch_size=2,
@@ -150,7 +150,7 @@ def prompts_of(config: Config) -> Prompts:
 
     encoder = VLM.load(config.student).encoder
     examples = load_data(config).train
-    inputs = encoder.encode([Prompt(question_prompt(e), e.image) for e in examples])
+    inputs = encoder.encode([Prompt(question_prompt(e), e.images) for e in examples])
     image = int(inputs.mm_token_type_ids[0].sum())
     return Prompts(inputs.input_ids.shape[1] - image, image)
 
