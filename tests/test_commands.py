@@ -19,7 +19,8 @@ def run(*words: object) -> str:
 @pytest.mark.parametrize(
     "command",
     [
-        *("kepo.train", "kepo.demo", "kepo.compare", "kepo.evaluate", "kepo.data check"),
+        *("kepo.train", "kepo.plan", "kepo.demo", "kepo.compare", "kepo.evaluate"),
+        "kepo.data check",
         "kepo_kernels",
     ],
 )

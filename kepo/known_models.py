@@ -1,0 +1,144 @@
+"""The released models a run may name, as small records: enough to build one without its files.
+
+Numbers are those of the public config.json; a test holds the parameters they come to against the
+published totals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Layers of one shape."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int = 0
+    """0 = as many as heads."""
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A released vision-language model."""
+
+    family: str
+    """Qwen3-VL or Qwen2.5-VL."""
+    text: Tower
+    vision: Tower
+    tied: bool
+    """Whether the head is the embedding."""
+    vocab: int = 151936
+    """Rows of the head; more than the tokenizer has tokens."""
+
+    def config(self) -> Any:
+        """The transformers config it comes to."""
+        return _CONFIGS[self.family](self)
+
+
+def _qwen3(text: Tower, vision: Tower, tied: bool) -> KnownModel:
+    return KnownModel("Qwen3-VL", text, vision, tied)
+
+
+_SMALL_VISION = Tower(1024, 4096, 24, 16)
+_LARGE_VISION = Tower(1152, 4304, 27, 16)
+KNOWN: dict[str, KnownModel] = {
+    "Qwen/Qwen3-VL-2B-Instruct": _qwen3(Tower(2048, 6144, 28, 16, 8), _SMALL_VISION, True),
+    "Qwen/Qwen3-VL-4B-Instruct": _qwen3(Tower(2560, 9728, 36, 32, 8), _SMALL_VISION, True),
+    "Qwen/Qwen3-VL-8B-Instruct": _qwen3(Tower(4096, 12288, 36, 32, 8), _LARGE_VISION, False),
+    "Qwen/Qwen3-VL-32B-Instruct": _qwen3(Tower(5120, 25600, 64, 64, 8), _LARGE_VISION, False),
+    "Qwen/Qwen2.5-VL-3B-Instruct": KnownModel(
+        "Qwen2.5-VL", Tower(2048, 11008, 36, 16, 2), Tower(1280, 3420, 32, 16), True
+    ),
+    "Qwen/Qwen2.5-VL-7B-Instruct": KnownModel(
+        "Qwen2.5-VL", Tower(3584, 18944, 28, 28, 4), Tower(1280, 3420, 32, 16), False, 152064
+    ),
+    "Qwen/Qwen2.5-VL-32B-Instruct": KnownModel(
+        "Qwen2.5-VL", Tower(5120, 27648, 64, 40, 8), Tower(1280, 3456, 32, 16), False, 152064
+    ),
+    "Qwen/Qwen2.5-VL-72B-Instruct": KnownModel(
+        "Qwen2.5-VL", Tower(8192, 29568, 80, 64, 8), Tower(1280, 3456, 32, 16), False, 152064
+    ),
+}
+
+
+def known_model(name: str) -> KnownModel | None:
+    """The record of a Hub name, with or without its owner; None if there is none."""
+    return KNOWN.get(name) or KNOWN.get(f"Qwen/{name}")
+
+
+def _qwen3_config(model: KnownModel) -> Any:
+    from transformers import Qwen3VLConfig
+
+    depth = model.vision.layers
+    return Qwen3VLConfig(
+        text_config=dict(
+            **_text(model),
+            head_dim=128,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+        ),
+        vision_config=dict(
+            **_vision(model),
+            patch_size=16,
+            num_position_embeddings=2304,
+            # Three layers of the vision tower feed the first three of the language model.
+            deepstack_visual_indexes=[8, 16, 24] if depth == 27 else [5, 11, 17],
+        ),
+        tie_word_embeddings=model.tied,
+    )
+
+
+def _qwen25_config(model: KnownModel) -> Any:
+    from transformers import Qwen2_5_VLConfig
+
+    return Qwen2_5_VLConfig(
+        text_config=dict(
+            **_text(model),
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [16, 24, 24],
+            },
+        ),
+        vision_config=dict(
+            **_vision(model),
+            patch_size=14,
+            window_size=112,
+            fullatt_block_indexes=[7, 15, 23, 31],
+        ),
+        tie_word_embeddings=model.tied,
+    )
+
+
+_CONFIGS = {"Qwen3-VL": _qwen3_config, "Qwen2.5-VL": _qwen25_config}
+
+
+def _text(model: KnownModel) -> dict[str, Any]:
+    return dict(
+        vocab_size=model.vocab,
+        hidden_size=model.text.hidden,
+        intermediate_size=model.text.intermediate,
+        num_hidden_layers=model.text.layers,
+        num_attention_heads=model.text.heads,
+        num_key_value_heads=model.text.kv_heads,
+        tie_word_embeddings=model.tied,
+    )
+
+
+def _vision(model: KnownModel) -> dict[str, Any]:
+    return dict(
+        hidden_size=model.vision.hidden,
+        intermediate_size=model.vision.intermediate,
+        depth=model.vision.layers,
+        num_heads=model.vision.heads,
+        out_hidden_size=model.text.hidden,
+    )

@@ -1,0 +1,32 @@
+"""The picture of a plan: a bar for each phase, stacked by what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kepo.held import GIB, ITEMS, Machine
+from kepo.memory import Phase
+
+
+def plot_plan(phases: Sequence[Phase], machine: Machine, picture: Path) -> None:
+    """Write the picture; the dashed line is what a GPU has."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.6 * len(phases)), constrained_layout=True)
+    names = [f"{phase.name}\n{phase.moment}" for phase in phases]
+    starts = [0.0] * len(phases)
+    for item, color in zip(ITEMS, plt.get_cmap("tab10").colors, strict=True):
+        sizes = [phase.held[item] / GIB for phase in phases]
+        if any(sizes):
+            axis.barh(names, sizes, left=starts, label=item, color=color)
+            starts = [start + size for start, size in zip(starts, sizes, strict=True)]
+    axis.axvline(machine.gpu_bytes / GIB, color="black", linestyle="--")
+    axis.invert_yaxis()
+    axis.set(xlabel="GB per GPU", xlim=(0, 1.05 * max(*starts, machine.gpu_bytes / GIB)))
+    axis.legend(fontsize="x-small", ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.25))
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)

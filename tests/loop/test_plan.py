@@ -1,0 +1,275 @@
+"""The planner: sizes of released models, the search, the recipes and their table; and that a layer
+on the meta device holds what a real one does."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small import config_of
+
+from kepo import plan as plan_module
+from kepo.anatomy import anatomy, read_config
+from kepo.check import check
+from kepo.config import Config, load
+from kepo.errors import KepoConfigError
+from kepo.held import GIB, Held, Machine
+from kepo.known_models import KNOWN, known_model
+from kepo.memory import Phase, Prompts, peak, phases
+from kepo.plan import advice, largest, machine_of, plan, table
+from kepo.plan_plot import plot_plan
+from kepo.trace import LiveBytes, trace_inference, trace_training
+
+pytest.importorskip("transformers")
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+README = RECIPES[0].parent / "README.md"
+TOTALS = {  # billions, as published
+    "Qwen3-VL-2B": 2.13,
+    "Qwen3-VL-4B": 4.44,
+    "Qwen3-VL-8B": 8.77,
+    "Qwen3-VL-32B": 33.4,
+    "Qwen2.5-VL-3B": 3.75,
+    "Qwen2.5-VL-7B": 8.29,
+    "Qwen2.5-VL-32B": 33.5,
+    "Qwen2.5-VL-72B": 73.4,
+}
+SMALL = Config(
+    student="Qwen3-VL-2B-Instruct",
+    dtype="bfloat16",
+    sharding="fsdp2",
+    gradient_checkpointing=True,
+    micro_batch=4,
+    max_completion_length=256,
+    hint_trigger="never",
+)
+
+
+# ---- models ----
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_parameters_of_released_models(name):
+    model = anatomy(name, "bfloat16", "cuda")
+    short = name.removeprefix("Qwen/").removesuffix("-Instruct")
+    assert model.counts.total == pytest.approx(TOTALS[short] * 1e9, rel=0.02)
+    assert model.tied == (short in ("Qwen3-VL-2B", "Qwen3-VL-4B", "Qwen2.5-VL-3B"))
+    assert model.default_image_tokens == (144 if "Qwen3" in short else 196)
+
+
+def test_parts_add_up():
+    model = anatomy("Qwen3-VL-8B-Instruct", "bfloat16", "cuda")
+    counts = model.counts
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    whole = counts.root + counts.layer * len(model.layers) + block * len(model.blocks)
+    assert whole == counts.total == counts.trained
+    assert known_model("Qwen3-VL-8B-Instruct") is KNOWN["Qwen/Qwen3-VL-8B-Instruct"]
+
+
+def test_what_is_trained():
+    pytest.importorskip("peft")
+    adapted = anatomy("Qwen3-VL-2B-Instruct", "bfloat16", "cuda", None, 16, False)
+    # Seven matrices of 28 layers, each beside 16 x (rows + columns): q, k, v, o, gate, up, down.
+    shapes = [(2048, 2048), (2048, 1024), (2048, 1024), (2048, 2048), *[(2048, 6144)] * 3]
+    assert adapted.counts.trained == 28 * 16 * sum(map(sum, shapes)) == adapted.counts.adapters
+    assert not adapted.trains_head and not adapted.trains_vision
+    frozen = anatomy("Qwen3-VL-2B-Instruct", "bfloat16", "cuda", None, 0, True)
+    assert frozen.trains_head and not frozen.trains_vision
+
+
+def test_unknown_model():
+    with pytest.raises(KepoConfigError, match="'/nowhere/model' cannot be read"):
+        read_config("/nowhere/model")
+
+
+# ---- the meta device against memory ----
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_layer_holds_what_it_would(made, masked):
+    """Storages of a real decoder layer on the CPU, counted as they come and go, and traced."""
+    from kepo.vlm import VLM
+
+    real = VLM.load(made / "student").model.model.language_model.layers[0].train()
+    traced = anatomy(str(made / "student"), "float32", "cpu", None if masked else "flash")
+    rows, length, hidden = 3, 40, traced.hidden
+    x = torch.randn(rows, length, hidden, requires_grad=True)
+    rotary = (torch.randn(rows, length, 24), torch.randn(rows, length, 24))
+    mask = torch.ones(rows, 1, length, length, dtype=torch.bool).tril() if masked else None
+    for parameter in real.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with LiveBytes("cpu") as live:
+        out = real(x, position_embeddings=rotary, attention_mask=mask)
+        kept, forward = live.now, live.peak
+        upstream = torch.ones_like(out)
+        live.peak = live.now
+        out.backward(upstream)
+    found = traced.layer(rows, length, True)
+    assert found.kept == pytest.approx(kept, rel=0.02)
+    assert found.forward == pytest.approx(forward, rel=0.05)
+    assert found.backward == pytest.approx(live.peak - kept, rel=0.1)
+
+
+def test_live_bytes():
+    """Views share, what is freed is gone, what was there before does not count."""
+    before = torch.empty(100, device="meta")
+    weight = torch.nn.Parameter(torch.empty(10, 10, device="meta"))
+
+    def call():
+        twice = before * 2  # 400 bytes, gone before the next
+        half = twice[:50] + 1  # 200
+        del twice
+        return half.view(5, 10) @ weight  # 200
+
+    found = trace_inference(call, "cpu")
+    assert (found.kept, found.forward) == (200, 600)
+    trained = trace_training(call, [weight], "cpu")
+    assert trained.kept == 400  # the product's operand too
+    assert weight.grad is not None
+
+
+# ---- phases ----
+
+
+def test_each_setting_takes_or_saves():
+    """What a setting is for, seen in the item it is about."""
+    machine, prompts = Machine(4, 80 * GIB), Prompts()
+
+    def held(name, item, **change):
+        found = phases(replace(SMALL, **change), machine, prompts)
+        return next(phase for phase in found if phase.name == name).held[item]
+
+    width = 2 * 2127532032  # bytes of a whole copy in bf16
+    assert held("optimiser", "weights") == pytest.approx(2 * width / 4)
+    assert held("update", "gradients", kl_coef=0.1) >= 2 * width / 4
+    assert held("rollout", "weights") == pytest.approx(2 * width / 4 + width)
+    assert held("rollout", "weights", rollout_gather=False) < 2 * width / 4 + width / 2
+    assert held("update", "reference", kl_coef=0.1) == width
+    teacher = dict(teacher="Qwen3-VL-8B-Instruct", hint_trigger="never")
+    whole = held("rollout", "teacher", **teacher)
+    assert whole == 2 * 8767123696
+    shared = held("rollout", "teacher", teacher_placement="fsdp2", **teacher)
+    offloaded = held("rollout", "teacher", teacher_placement="offload", **teacher)
+    assert offloaded < shared < whole / 2
+    four, eight = (held("rollout", "teacher", teacher_bits=bits, **teacher) for bits in (4, 8))
+    assert four < eight < whole
+    with_teacher = held("update", "loss", **teacher) + held("update", "activations", **teacher)
+    assert with_teacher > held("update", "activations")
+    share = int(0.3 * 80 * GIB)
+    assert held("rollout", "cache", engine="vllm") == share
+    hinted = dict(teacher="Qwen3-VL-8B-Instruct", hint_trigger="always")
+    assert held("hints", "cache", engine="vllm", **hinted) > share  # it is awake beside the teacher
+    assert held("rollout", "cache", rollout_batch=16) < held("rollout", "cache")
+    assert held("rollout", "cache", rollout_tokens=8000) < held("rollout", "cache")
+    plain = held("update", "activations", gradient_checkpointing=False)
+    assert plain > 3 * held("update", "activations")
+
+
+def test_more_takes_more():
+    machine, prompts = Machine(1, 80 * GIB), Prompts()
+    for name in ("micro_batch", "max_completion_length", "prompts_per_step"):
+        sizes = [
+            peak(replace(SMALL, **{name: n * getattr(SMALL, name)}), machine, prompts).total
+            for n in (1, 2, 4)
+        ]
+        assert sizes == sorted(sizes), name
+
+
+# ---- the command ----
+
+
+@pytest.mark.parametrize("limit, most", [(0, 9), (1, 9), (5, 9), (8, 9), (9, 9), (40, 9), (6, 1)])
+def test_largest(limit, most):
+    assert largest(lambda n: n <= limit, most) == min(limit, most)
+
+
+@pytest.mark.slow
+def test_largest_settings_fit_and_no_larger():
+    machine = Machine(1, 60 * GIB)
+    config = replace(SMALL, prompts_per_step=64, rollout_batch=64)
+    found = plan(config, machine)
+    assert 0 < found.micro_batch < 512 and found.max_completion_length > 0
+
+    def fits(**change):
+        return peak(replace(config, **change), machine, Prompts()).total <= machine.gpu_bytes
+
+    assert fits(micro_batch=found.micro_batch) and not fits(micro_batch=found.micro_batch + 1)
+    longest = found.max_completion_length
+    assert fits(max_completion_length=longest) and not fits(max_completion_length=longest + 16)
+
+
+def test_advice_is_what_it_says():
+    machine, prompts = Machine(2, 20 * GIB), Prompts()
+    now = peak(SMALL, machine, prompts).total
+    found = advice(SMALL, machine, prompts)
+    assert [c.peak for c in found] == sorted(c.peak for c in found)
+    lora = next(change for change in found if change.setting == "lora_rank: 16")
+    assert lora.peak == peak(replace(SMALL, lora_rank=16), machine, prompts).total < now
+
+
+def test_command(monkeypatch, capsys, tmp_path):
+    recipe = tmp_path / "1x60gb_small.yaml"
+    recipe.write_text(
+        "student: Qwen3-VL-2B-Instruct\ndtype: bfloat16\nsharding: fsdp2\nhint_trigger: never\n"
+    )
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["plan", *map(str, words)])
+        code = plan_module.main()
+        return code, capsys.readouterr().out
+
+    picture = tmp_path / "plan.png"
+    code, out = run(recipe, "--micro-batch", "2", "--plot", picture)
+    assert code == 0 and ": fits" in out and "1 x 60 GB" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    code, out = run(recipe, "--micro-batch", "2", "--gpu-gb", "30")
+    assert code == 1 and "does not fit" in out and "lora_rank: 16" in out
+    with pytest.raises(KepoConfigError, match="give --gpus and --gpu-gb"):
+        run("dr_grpo", "--student", "Qwen3-VL-2B-Instruct")
+    with pytest.raises(KepoConfigError, match="student is not set"):
+        run("dr_grpo", "--gpus", "1", "--gpu-gb", "24")
+
+
+def test_picture(tmp_path):
+    held = Held(weights=GIB, cache=2 * GIB)
+    plot_plan([Phase("rollout", "x", held)], Machine(1, 4 * GIB), tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+
+
+# ---- recipes ----
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe(path, made, tmp_path):
+    """It passes `check` once its data are there, fits, and the table says what it takes."""
+    config = load(path)
+    data = config_of(made, tmp_path).train_data
+    check(replace(config, train_data=data))
+    assert f"recipes/{path.name}" in path.read_text().split("student:")[0], "no command"
+    if config.lora_rank:
+        pytest.importorskip("peft")
+    found = peak(config, machine_of(path), Prompts())
+    assert found.total <= machine_of(path).gpu_bytes
+    row = next(
+        line for line in README.read_text().splitlines() if line.startswith(f"| {path.stem}")
+    )
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert (cells[5], cells[6]) == (found.name, f"{found.total / GIB:.0f}")
+
+
+def test_official_recipe_is_the_preset():
+    recipe = load(RECIPES[0].parent / "8x80gb_kepo_official.yaml")
+    assert recipe == load(RECIPES[0].parent / "8x80gb_kepo_official.yaml", "kepo_official")
+    facts = dict(steps=190, lr=2e-6, num_generations=8, max_completion_length=1024, beta=0.5)
+    assert {name: getattr(recipe, name) for name in facts} == facts
+
+
+@pytest.mark.slow
+def test_table_of_recipes():
+    pytest.importorskip("peft")
+    assert table(RECIPES) in README.read_text()
+
+
+def test_table_needs_a_machine(tmp_path):
+    with pytest.raises(KepoConfigError, match="does not say on what it runs"):
+        table([tmp_path / "recipe.yaml"])
