@@ -52,7 +52,9 @@ class Standing:
 
     held: Held
     gradients: int
-    """From a backward to the next one, which begins by dropping them."""
+    """From a backward to the optimiser's step, after which they are dropped."""
+    idle_gradients: int
+    """The rest of the time: DDP keeps its buckets."""
     earlier_gradients: int
     """Of these, what is there when a micro-batch's backward begins: all of them, where another
     micro-batch went before or DDP keeps its buckets; else nothing."""
@@ -101,6 +103,7 @@ def standing(
     return Standing(
         held=held,
         gradients=trained,
+        idle_gradients=trained if buckets else 0,
         earlier_gradients=trained if several or buckets else 0,
         sharded=sharded,
         root=counts.root * width if sharded else 0,

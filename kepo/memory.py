@@ -161,7 +161,8 @@ class _Run:
         temporary = self.stays.gradients
         if self.machine.device == "cpu":
             temporary = 2 * self.stays.gradients * counts.largest_trained // counts.trained
-        yield self._moment("AdamW", Held(optimiser=temporary))
+        held = Held(optimiser=temporary)
+        yield self._moment("AdamW", held, gradients=self.stays.gradients)
 
     def update(self) -> Iterator[Moment]:
         """One micro-batch, in the order of its forward and backward."""
@@ -318,9 +319,9 @@ class _Run:
     def _moment(
         self, name: str, held: Held, idle: bool = True, gradients: int | None = None
     ) -> Moment:
-        """With all that stays. gradients: None = those of the last update."""
-        last = self.stays.gradients if gradients is None else gradients
-        return Moment(name, self.stays.beside(held, idle) + Held(gradients=last))
+        """With all that stays. gradients: None = as while nothing trains."""
+        there = self.stays.idle_gradients if gradients is None else gradients
+        return Moment(name, self.stays.beside(held, idle) + Held(gradients=there))
 
 
 def _loss(

@@ -159,7 +159,6 @@ def train(config: Config) -> int:
                 group["lr"] = config.lr * lr_share(step, config)
             for _ in range(config.num_iterations):
                 policy.model.train()
-                optimizer.zero_grad(set_to_none=True)
                 for place, micro in enumerate(micros):
                     work = partial(kepo_step, policy, teacher, ref, micro, config, totals)
                     with own_gradients(policy.whole, last=place == len(micros) - 1):
@@ -178,6 +177,7 @@ def train(config: Config) -> int:
                 else:
                     skipped += 1
                     say(f"step {step}: gradient norm is {norm.item()}; the step is skipped")
+                optimizer.zero_grad(set_to_none=True)  # a rollout needs their memory
             ended = time.perf_counter()
 
             totals = totals.of_all()

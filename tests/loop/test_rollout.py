@@ -60,7 +60,7 @@ class Measured(ScriptedVLM):
 
     def encode(self, prompts):
         rows = [torch.ones(len(prompt.text)) for prompt in prompts]
-        return SimpleNamespace(attention_mask=pad_sequence(rows, batch_first=True).long())
+        return SimpleNamespace(input_ids=pad_sequence(rows, batch_first=True).long())
 
     def sample(self, prompts, **settings):
         self.calls.append([prompt.text for prompt in prompts])
