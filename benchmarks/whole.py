@@ -71,7 +71,7 @@ def kepo_loss(
         parts.append((closed, log_softmax(hidden[closed], lm_head)))
     loss, stats = policy_part(parts, targets, advantages, policy_weights, epsilon_low, epsilon_high)
     stats.divergence[opened] = divergence.detach()
-    return loss + distill_coef * (distill_weights[opened] * divergence).sum(), stats
+    return loss + distill_coef * weighted(divergence, distill_weights[opened]), stats
 
 
 def grpo_loss(
@@ -119,7 +119,7 @@ def policy_part(
 
     parts: a mask (B, T) and log_q (n, V) of its tokens, each.
     """
-    loss = weights.new_zeros(())
+    loss = torch.zeros(())
     stats = TokenStats(*(torch.zeros(targets.shape) for _ in range(3)))
     advantages = advantages.unsqueeze(1).expand(targets.shape)
     for mask, log_q in parts:
@@ -127,12 +127,17 @@ def policy_part(
         ratio = (logprobs - logprobs.detach()).exp()
         bounded = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
         losses = -torch.minimum(ratio * advantages[mask], bounded * advantages[mask])
-        loss = loss + (weights[mask] * losses).sum()
+        loss = loss + weighted(losses, weights[mask])
         stats.logprobs[mask] = logprobs.detach()
         with torch.no_grad():
             entropy = [-(part.exp() * part).sum(-1) for part in log_q.split(SLICE)]
         stats.entropy[mask] = torch.cat(entropy)
     return loss, stats
+
+
+def weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """Their inner product in the values' dtype; a batch has its weights in fp64."""
+    return (weights.to(values.dtype) * values).sum()
 
 
 def refuse_others(settings: dict[str, object]) -> None:

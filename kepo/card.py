@@ -138,7 +138,8 @@ def _method(config: Config) -> list[str]:
             f"{config.distill_coef:g}, {gate}"
         )
     if config.hints:
-        lines.append(f"- hints of the teacher: {config.hint_trigger}")
+        where = "where every sample fails" if config.hint_trigger == "failed" else "for every group"
+        lines.append(f"- hints of the teacher: {where}")
     changed = changed_settings(config)
     if not changed:
         return [*lines, "- every other setting has its default", ""]
@@ -195,6 +196,5 @@ def _shown(model: str) -> str:
 
 
 def _name(path: str) -> str:
-    """The last name of a path; that of the run, where a checkpoint's policy is meant."""
-    parts = [part for part in Path(path).parts if part != "/"]
-    return parts[-1] if parts else path
+    """The last name of a path."""
+    return Path(path).name or path

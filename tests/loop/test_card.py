@@ -69,7 +69,7 @@ def test_what_the_card_says():
         "compared by contents: 3, with 5 of",
         "reward: 1 accuracy + 0.5 format",
         "beta 0.5 times 1, where accuracy is at least 1",
-        "hints of the teacher: failed",
+        "hints of the teacher: where every sample fails",
         "```yaml\nsteps: 400\nlr: 2.0e-06\n```",
     ):
         assert words in body, words
