@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,14 @@ import torch
 pytest.importorskip("transformers")
 
 from families import FAMILIES, pictures
+from toy import RIGHT, WRONG, example, rollout
 
 from kepo import vision
+from kepo.batch import collate
+from kepo.config import Config
 from kepo.encoding import Prompt
 from kepo.errors import KepoCheckpointError, KepoDataError
+from kepo.step import StepTotals, kepo_step
 from kepo.vlm import VLM
 
 CLOSE = dict(rtol=1e-4, atol=1e-5)
@@ -242,6 +247,24 @@ def test_shared_features_give_the_same_states_and_gradients(
     for name, gradient in apart.items():
         assert gradient.norm() > 0
         assert (found[name] - gradient).norm() <= near * max(whole, gradient.norm()), name
+
+
+def test_a_micro_batch_encodes_the_images_of_its_questions_once(vlm, prompts):
+    """Three completions of one question and three of another, as `kepo_step` is given them."""
+    groups = [
+        [
+            replace(rollout(text), example=replace(example("q"), images=prompts[place].images))
+            for text in (RIGHT, WRONG, WRONG)
+        ]
+        for place in (0, 3)
+    ]
+    config = Config(distill_coef=0.0, hint_trigger="never")
+    batch = collate(groups, config)
+    with watched(vlm) as (_, met):
+        loss, _ = kepo_step(vlm, None, None, batch, config, StepTotals())
+        loss.backward()
+    vlm.model.zero_grad(set_to_none=True)
+    assert met == [int(vlm.encode([prompts[0]]).image_grid_thw.prod(-1).sum())]
 
 
 def test_a_frozen_tower_leaves_no_graph(vlm, prompts, completion):
