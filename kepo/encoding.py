@@ -167,8 +167,17 @@ class Encoder:
         )
 
     def encode_completions(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Texts as ``(completion_ids, completion_mask)`` of ``generate``, end token included."""
+        """Texts as ``(completion_ids, completion_mask)`` of ``generate``, end token included.
+
+        Raises KepoDataError for a text with an image placeholder, which no image would fill.
+        """
         rows = self._ids(texts)
+        for text, row in zip(texts, rows, strict=True):
+            if self.image_token_id in row:
+                raise KepoDataError(
+                    f"Encoder.encode_completions: the completion {text!r} has an image "
+                    "placeholder; expected text alone"
+                )
         rows = [row + [self.tokenizer.eos_token_id] for row in rows]
         length = max(map(len, rows), default=0)
         pad = self.tokenizer.pad_token_id

@@ -11,6 +11,8 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from kepo.encoding import Inputs
 from kepo.errors import KepoCheckpointError, KepoDataError
 
@@ -34,9 +36,12 @@ def forward_inputs(model: Any, inputs: Inputs) -> dict[str, Any]:
         return given
     if not takes_features(model):
         return given | {"pixel_values": inputs.patches(places)}
-    features = model.model.get_image_features(
-        inputs.pixel_values, inputs.image_grid_thw, return_dict=True
-    )
+    # Gradient checkpointing lets a tower's input require gradients, even where it is frozen.
+    trained = any(parameter.requires_grad for parameter in model.model.visual.parameters())
+    with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+        features = model.model.get_image_features(
+            inputs.pixel_values, inputs.image_grid_thw, return_dict=True
+        )
     return given | {"mm_encoder_outputs": {"image": _placed(features, places)}}
 
 

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import quirks
 from PIL import Image
+from toy import example
 
-from kepo.data import load_examples
+from kepo.data import DataReport, load_examples
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.images import digests_of, open_rgb
-from kepo.splits import shared_images, split_by_image
+from kepo.sources import readable
+from kepo.splits import shared_images, split_by_image, without_images_of
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +91,43 @@ def test_a_share_that_leaves_a_side_empty_is_refused(root, share):
         split_by_image(examples, test_share=share)
     with pytest.raises(KepoDataError, match="1 images; expected at least 2"):
         split_by_image(examples[:2], test_share=0.5)
+
+
+# ---- questions about several images
+
+
+def about(name: str, *images: str):
+    return example(name, images=tuple(Path(image) for image in images))
+
+
+def test_images_that_questions_link_stay_on_one_side():
+    """a-b, b-c and c-d hang together though no question shows a and d; e and f are alone."""
+    linked = [about("1", "a", "b"), about("2", "c", "d"), about("3", "b", "c")]
+    examples = [*linked, about("4", "e"), about("5", "f"), about("6", "e")]
+    sizes = set()
+    for seed in range(20):
+        parts = split_by_image(examples, test_share=0.3, seed=seed)
+        assert shared_images(*parts) == (0, 0) == shared_images(*reversed(parts))
+        assert sorted(e.id for part in parts for e in part) == list("123456")
+        assert [sum(e in part for e in linked) for part in parts] in ([3, 0], [0, 3])
+        sizes.add(len(parts[1]))
+    assert len(sizes) > 1 and 0 not in sizes
+    with pytest.raises(KepoDataError, match="4 images; expected at least 2 that no question links"):
+        split_by_image(linked, test_share=0.5)
+
+
+def test_one_image_in_common_is_enough():
+    left, right = [about("1", "a", "b")], [about("2", "b", "c"), about("3", "c"), about("4", "b")]
+    assert shared_images(left, right) == (1, 2)
+    assert [e.id for e in without_images_of(left, right)] == ["3"]
+
+
+def test_one_image_that_is_broken_is_enough(tmp_path):
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    Image.new("L", (4, 4)).save(good)
+    bad.write_text("no pixels")
+    examples = [about("1", good, bad), about("2", good, good)]
+    report = DataReport(tmp_path, "x", 2, 2, (), {})
+    digests = digests_of(path for e in examples for path in e.images)
+    kept, report = readable(examples, report, digests)
+    assert [e.id for e in kept] == ["2"] and report.counts() == {"image unreadable": 1}

@@ -195,3 +195,53 @@ def test_no_layout(tmp_path):
         layout_of(tmp_path)
     with pytest.raises(KepoDataError, match="is not there"):
         layout_of(tmp_path / "none")
+
+
+# ---- several images a question
+
+
+def test_a_split_file_may_list_several_images(tmp_path):
+    listed = {"images": ["Images/x.png", "Images/y.png", "Images/x.png"]}
+    plain = {name: ROW[name] for name in ("problem", "solution")}
+    bad = [ROW | listed, plain | {"images": []}, plain | {"images": ["Images/x.png", 3]}]
+    gone = plain | {"images": ["Images/x.png", "Images/z.png"]}
+    file = split_file(tmp_path, "CT_train.json", plain | listed, *bad, gone)
+    (tmp_path / "Images" / "y.png").write_bytes(png(88))
+    (example,), report = load_examples(file)
+    assert [path.name for path in example.images] == ["x.png", "y.png", "x.png"]
+    assert load_image(example, 1).getpixel((0, 0)) == (88, 88, 88)
+    assert report.counts() == {"field": 3, "image missing": 1}
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["bytes", "paths"])
+def test_a_datasets_folder_may_have_a_column_of_lists(tmp_path, monkeypatch, inside):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("KEPO_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "saved"
+    lists = [[10, 20], [], [30, 10, 30]]
+    stored = [
+        [{"bytes": png(g), "path": None} if inside else f"{g}.png" for g in row] for row in lists
+    ]
+    feature = datasets.Image() if inside else datasets.Value("string")
+    features = datasets.Features(
+        images=datasets.List(feature),
+        problem=datasets.Value("string"),
+        solution=datasets.Value("string"),
+    )
+    table = {"images": stored, "problem": [ROW["problem"]] * 3, "solution": [ROW["solution"]] * 3}
+    datasets.Dataset.from_dict(table, features=features).save_to_disk(root)
+    for grey in (10, 20, 30):
+        (root / f"{grey}.png").write_bytes(png(grey))
+    examples, report = load_examples(root)
+    greys = [[load_image(e, n).getpixel((0, 0))[0] for n in range(len(e.images))] for e in examples]
+    assert greys == [[10, 20], [30, 10, 30]]
+    assert examples[1].images[0] == examples[1].images[2]
+    assert report.counts() == {"image missing": 1}
+
+
+def test_a_datasets_folder_with_both_columns_is_refused(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    both = {"image": ["a"], "images": [["a"]], "problem": ["p"], "solution": ["s"]}
+    datasets.Dataset.from_dict(both).save_to_disk(tmp_path / "both")
+    with pytest.raises(KepoDataError, match="image and images; expected one"):
+        load_examples(tmp_path / "both")

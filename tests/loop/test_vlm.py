@@ -124,6 +124,8 @@ def test_encode_refuses_what_it_cannot_place(vlm, prompts, tmp_path):
         vlm.encode([])
     with pytest.raises(KepoDataError, match="2 image placeholders"):
         vlm.encode([Prompt("look <|image_pad|>", prompts[0].images)])
+    with pytest.raises(KepoDataError, match=r"completion 'a <\|image_pad\|>' has an image"):
+        vlm.encode_completions(["a", "a <|image_pad|>"])
     with pytest.raises(KepoDataError, match=r"gone\.png"):
         vlm.encode([Prompt("?", tmp_path / "gone.png")])
 
