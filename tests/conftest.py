@@ -13,6 +13,10 @@ if not torch.cuda.is_available():  # Triton reads this when it is first imported
 import checks
 import interpret
 
+# `with torch.device(...)` remembers the constructors it finds at its first use: not poisoned ones.
+with torch.device("cpu"):
+    torch.empty(0)
+
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     if os.environ.get("KEPO_REQUIRE_EXT") == "1":

@@ -308,7 +308,7 @@ def test_what_was_sampled_is_what_is_scored(vlm, prompts):
     )
     with torch.no_grad():
         logits = vlm.completion_hidden(inputs.repeat(2), ids, mask) @ vlm.lm_head.T
-    logits[..., vlm._never_sampled()] = -torch.inf
+    logits[..., vlm.never_sampled()] = -torch.inf
     scored = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
     torch.testing.assert_close(scored[mask], logprobs[mask], **CLOSE)
 
