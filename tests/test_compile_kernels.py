@@ -144,6 +144,7 @@ def planted() -> list[list[str]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow  # .ci/run has it, before the gate itself
 @pytest.mark.parametrize(
     "number", range(len(PLANTED)), ids=lambda i: "-".join(list(PLANTED)[i][:2])
 )
@@ -155,6 +156,7 @@ def test_planted_faults_are_named(planted, number):
         assert [fault for fault in planted[number] if fault.startswith(expected)], planted[number]
 
 
+@pytest.mark.slow
 def test_our_kernels_pass_on_two_targets(tmp_path):
     results = tmp_path / "variants.csv"
     done = run(COMMAND, "--quick", "--csv", results)
