@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from kepo.config import TOTAL, Config
 from kepo.data import layout_of
@@ -13,13 +17,9 @@ from kepo.rewards import REWARDS
 
 
 def check(config: Config) -> None:
-    """Raise KepoConfigError for the first setting that is out of range, unknown or at odds."""
-    _ranges(config)
-    _names(config)
-    if not config.student:
-        _refuse("student is not set; give the folder of a vision-language model")
-    if not config.train_data:
-        _refuse("train_data is not set; give a folder in OmniMedVQA's layout, or see --help")
+    """Raise KepoConfigError for the first setting that is out of range, unknown or at odds with
+    another, with the data or with this machine."""
+    check_settings(config)
     for name in ("train_data", "eval_data"):
         folder = getattr(config, name)
         if folder is not None:
@@ -27,6 +27,17 @@ def check(config: Config) -> None:
                 layout_of(folder)
             except KepoDataError as error:
                 _refuse(f"{name}={folder!r}: {error}")
+    _machine(config)
+
+
+def check_settings(config: Config) -> None:
+    """The part of ``check`` that looks at nothing but the settings."""
+    _ranges(config)
+    _names(config)
+    if not config.student:
+        _refuse("student is not set; give the folder of a vision-language model")
+    if not config.train_data:
+        _refuse("train_data is not set; give a folder in OmniMedVQA's layout, or see --help")
     if config.eval_share and config.eval_data is not None:
         _refuse(f"eval_share={config.eval_share} and eval_data are two evaluations; give one")
     if config.hints and config.num_hinted > config.num_generations:
@@ -47,6 +58,17 @@ def check(config: Config) -> None:
         )
     if config.engine == "vllm" and config.lora_rank:
         _refuse("engine='vllm' takes whole weights, not adapters; set lora_rank: 0")
+    if config.rollout_batch < config.num_generations:
+        _refuse(
+            f"rollout_batch={config.rollout_batch} is less than num_generations="
+            f"{config.num_generations}, and the completions of a question are generated at once"
+        )
+    flash = (config.attn_implementation or "").startswith("flash_attention")
+    if flash and config.dtype == "float32":
+        _refuse(
+            f"attn_implementation={config.attn_implementation!r} computes in 16 bits, not in "
+            "dtype='float32'"
+        )
     if config.overlong_buffer > config.max_completion_length:
         _refuse(
             f"overlong_buffer={config.overlong_buffer} is more than max_completion_length="
@@ -59,6 +81,35 @@ def check(config: Config) -> None:
         for name, value, off in needs:
             if value != off:
                 _refuse(f"{name}={value!r} needs a teacher; set teacher, or {name} to {off}")
+
+
+def _machine(config: Config) -> None:
+    """What has to be here: a device of that kind, and optional packages."""
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        _refuse(f"device={config.device!r}: {error}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        _refuse(f"device={config.device!r}, but torch {torch.__version__} sees no CUDA device here")
+    if device.index is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        _refuse(
+            f"device={config.device!r} would be every process's; set device: {device.type}, of "
+            "which each takes its own"
+        )
+    for name in ("engine", "liger_layers"):
+        if getattr(config, name) in ("vllm", True) and device.type != "cuda":
+            _refuse(f"{name}={getattr(config, name)!r} needs device: cuda, not {config.device!r}")
+    needs = [(config.engine == "vllm", "engine", "vllm", "vllm")]
+    needs += [(config.lora_rank > 0, "lora_rank", "peft", "lora")]
+    quantises = config.teacher_bits is not None
+    needs += [(quantises, "teacher_bits", p, "quant") for p in ("bitsandbytes", "accelerate")]
+    needs += [(config.liger_layers, "liger_layers", "liger_kernel", "bench")]
+    for wanted, name, package, extra in needs:
+        if wanted and importlib.util.find_spec(package) is None:
+            _refuse(
+                f"{name}={getattr(config, name)!r} needs the package {package}; "
+                f"pip install 'kepo[{extra}]'"
+            )
 
 
 def _ranges(config: Config) -> None:
@@ -104,7 +155,7 @@ def _names(config: Config) -> None:
         if value not in choices:
             _refuse(f"{name}={value!r}; expected one of {', '.join(map(str, choices))}")
 
-    choose("dtype", ("float32", "bfloat16", "float16"))
+    choose("dtype", ("float32", "bfloat16"))  # float16 would need its losses scaled
     choose("sharding", ("none", "fsdp2"))
     choose("teacher_placement", ("copy", "fsdp2", "offload"))
     choose("teacher_bits", (None, 8, 4))

@@ -46,7 +46,7 @@ class Config:
     run_dir: str = "runs/kepo"
     """Where checkpoints, metrics.jsonl and curves.png go. An existing run there is resumed."""
     dtype: str = "float32"
-    """In which student and teacher compute: float32, bfloat16 or float16. Weights that are trained
+    """In which student and teacher compute: float32 or bfloat16. Weights that are trained
     are kept in float32 under sharding fsdp2, and as LoRA adapters."""
     device: str = "cpu"
     """Where student and teacher live, as torch spells it; under torchrun, cuda is each process's

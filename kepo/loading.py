@@ -92,10 +92,13 @@ def load_engine(config: Config, policy: VLM) -> Engine:
 
 
 def load_reference(config: Config, device: torch.device) -> VLM | None:
-    """The frozen start point for the k3 penalty; None when there is no penalty."""
+    """The frozen start point for the k3 penalty, held as the policy is; None when there is no
+    penalty. All processes call."""
     if config.kl_coef == 0:
         return None
-    return _load(config.student, getattr(torch, config.dtype), device, config, _freeze)
+    dtype = getattr(torch, config.dtype)
+    sharded_in = dtype if config.sharding == "fsdp2" else None
+    return _load(config.student, dtype, device, config, _freeze, sharded_in=sharded_in)
 
 
 def _load(

@@ -91,8 +91,9 @@ def kepo_step(
     )
     every = torch.arange(len(micro), device=ids.device)
     if ref is not None:
+        shown = ref.encode(micro.prompts)
         with torch.no_grad():
-            ref_hidden = ref.completion_hidden(ref.encode(micro.prompts), ids, mask)
+            ref_hidden = ref.within(lambda: ref.completion_hidden(shown, ids, mask))
         settings["ref_logprobs"] = logprobs_of(ref_hidden, ref, every, mask)
     own, hinted = _to_correct(micro, config)
     corrected = own | hinted
