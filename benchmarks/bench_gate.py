@@ -40,8 +40,8 @@ from gate_problem import HEAD_SIZE, Problem, Size, build, parameters
 from measure import PEERS, Measurement, Quantiles, stamp, time_in_turn, watched
 
 from kepo.batch import Batch
+from kepo.reading import own_progress_only
 from kepo.step import StepTotals, kepo_step
-from kepo.train import own_progress_only
 
 CPU = torch.device("cpu")
 UNFELT = 1e-20  # a weight next to which the others, about 1e-3, round to themselves

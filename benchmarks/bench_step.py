@@ -50,7 +50,7 @@ from measure import PEERS, stamp
 
 import kepo.step
 import kepo_kernels
-from kepo.train import own_progress_only
+from kepo.reading import own_progress_only
 from kepo_kernels import pages
 
 TOLERANCE = 1e-5  # relative, of loss and gradients: fp32, summed in another order

@@ -173,7 +173,7 @@ def _use(config: Config) -> str:
             'model = AutoModelForImageTextToText.from_pretrained("this folder")\n'
         )
     return (
-        "It was asked multiple-choice questions about one image, and answers\n"
+        "It was asked multiple-choice questions about images, and answers\n"
         "`<think>...</think><answer>B</answer>`.\n\n"
         f"```python\n{load}```\n"
     )

@@ -24,7 +24,7 @@ import torch
 
 from kepo.errors import KepoCheckpointError
 from kepo.optimizer_state import save_optimizer
-from kepo.parallel import by_first, together, world_size
+from kepo.parallel import by_first, is_first, together, world_size
 
 MANIFEST = "manifest.json"
 
@@ -57,12 +57,12 @@ def save_checkpoint(
             known = {name: facts for each in hashes for name, facts in each.items()}
             write_manifest(folder, known, step=step)
             finish_folder(folder, target)
-            for old in _steps(root)[:-keep]:
-                shutil.rmtree(old)
+            _prune(root, target, keep)
 
         by_first(finish)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        if is_first():  # the others do not know how far it has come
+            shutil.rmtree(folder, ignore_errors=True)
         raise
     return target
 
@@ -169,6 +169,15 @@ def append_durably(path: Path, line: str) -> None:
         file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _prune(root: Path, newest: Path, keep: int) -> None:
+    """Leave ``newest`` and as many before it as make ``keep``. Later steps were damaged, or the
+    run would have gone on from them."""
+    steps = _steps(root)
+    place = steps.index(newest)
+    for old in [*steps[: max(0, place + 1 - keep)], *steps[place + 1 :]]:
+        shutil.rmtree(old)
 
 
 def _steps(root: Path) -> list[Path]:

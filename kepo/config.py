@@ -65,7 +65,8 @@ class Config:
     teacher_bits: int | None = None
     """8 or 4: quantise the teacher's layers, not its head, with bitsandbytes. None = not."""
     lora_rank: int = 0
-    """Train adapters of this rank on the language model's linear layers. 0 = all weights."""
+    """Train adapters of this rank on the language model's linear layers; the rest is frozen, in
+    dtype, or under fsdp2 in float32. 0 = all weights."""
     lora_alpha: float = 32.0
     """Adapters count lora_alpha / lora_rank times."""
     freeze_vision: bool = False
@@ -75,7 +76,8 @@ class Config:
     attn_implementation: str | None = None
     """As transformers names it, flash_attention_2 for one. None = transformers' choice."""
     liger_layers: bool = False
-    """Liger's kernels for norms, rotary embedding and MLP. On CUDA, with liger-kernel."""
+    """Liger's kernels for norms and rotary embedding, and MLP where it has one. On CUDA, with a
+    liger-kernel that fits the transformers installed."""
 
     # ---- how much ----
     steps: int = 200
@@ -107,7 +109,8 @@ class Config:
     mask_truncated: bool = False
     """Leave completions that hit the length limit out of the loss."""
     seed: int = 0
-    """Of data order and sampling. The same seed on the same machine gives the same bits."""
+    """Of data order and sampling. The same seed on the same machine gives the same bits,
+    on a CPU."""
 
     # ---- optimiser ----
     lr: float = 1e-6

@@ -26,9 +26,10 @@ from kepo.errors import KepoConfigError, KepoError
 from kepo.evaluate import evaluate, means, summary
 from kepo.experiments import COMPLETION_TOKENS, DIGITS_RUN
 from kepo.metrics import read_metrics
+from kepo.reading import own_progress_only
 from kepo.sft import train_supervised
 from kepo.tiny import build_tiny
-from kepo.train import own_progress_only, train
+from kepo.train import train
 from kepo.vlm import VLM
 
 SOURCE = next(iter(MODALITIES))

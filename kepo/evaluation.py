@@ -211,7 +211,7 @@ def lines(result: dict[str, Any]) -> list[str]:
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    from kepo.train import own_progress_only
+    from kepo.reading import own_progress_only
 
     settings = tyro.cli(
         Evaluation,

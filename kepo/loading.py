@@ -1,12 +1,13 @@
 """Models from disk, held as the config says: whole, with adapters, sharded, quantised, offloaded.
 
 The first process reads a model and the others receive it, so a node holds it once in host memory
-however many GPUs it has.
+however many GPUs it has. A quantised teacher is read by every process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,9 @@ def _load(
     adapters = prepare(model)
     source = None
     if is_first() and world_size() > 1:
-        source = dict(model.named_parameters()) | dict(model.named_buffers())
+        # Other tensors over the same memory: sharding moves the model's own to the device.
+        named = [*model.named_parameters(), *model.named_buffers()]
+        source = {name: tensor.detach() for name, tensor in named}
     vlm = VLM(model.eval(), load_encoder(path, model), device, adapters=adapters)
     if sharded_in is None:
         model.to(device)
@@ -151,8 +154,11 @@ def _quantization(bits: int, dtype: torch.dtype) -> Any:
 
 
 def use_liger_layers(path: str) -> None:
-    """Have models of that family built from Liger's norms, rotary embedding and MLP from now on;
-    their losses stay ours. Raises KepoConfigError where Liger lacks the family."""
+    """Have models of that family built from Liger's norms and rotary embedding, and where it has
+    one its MLP, from now on; their losses stay ours.
+
+    Raises KepoConfigError where Liger lacks the family, or does not fit this transformers.
+    """
     from liger_kernel.transformers import monkey_patch
     from transformers import AutoConfig
 
@@ -160,4 +166,11 @@ def use_liger_layers(path: str) -> None:
     patch = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN.get(family)
     if patch is None:
         raise KepoConfigError(f"liger_layers: liger-kernel has none for {family!r}")
-    patch(cross_entropy=False, fused_linear_cross_entropy=False)
+    try:
+        patch(cross_entropy=False, fused_linear_cross_entropy=False)
+    except ImportError as error:
+        versions = ", ".join(f"{name} {version(name)}" for name in ("liger-kernel", "transformers"))
+        raise KepoConfigError(
+            f"liger_layers: {versions} do not fit together for {family!r}: {error}; install "
+            "versions that do, or leave liger_layers out"
+        ) from error

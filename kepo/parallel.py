@@ -45,9 +45,14 @@ def processes(device: str, *, alone: bool = False) -> Iterator[torch.device]:
         dist.init_process_group(backend, timeout=PATIENCE, **here)
     try:
         yield own
-    finally:
-        if started:
+    except BaseException:
+        # Others may be waiting for this one in a collective, and then so would the farewell: it
+        # just leaves, and torchrun ends them.
+        if started and not several:
             dist.destroy_process_group()
+        raise
+    if started:
+        dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -80,18 +85,19 @@ def any_of(mine: bool) -> bool:
 def by_first(make: Callable[[], T]) -> T:
     """What ``make`` returns in the first process, in every process. All must call.
 
-    A KepoError it raises there is raised everywhere, so that no process waits for one that left.
+    A KepoError or OSError it raises there is raised everywhere, so that no process waits for one
+    that left.
     """
-    outcome: list[object] = [None]
+    outcome: list[object] = [None, None]
     if is_first():
         try:
-            outcome = [make()]
-        except KepoError as error:
-            outcome = [error]
+            outcome[0] = make()
+        except (KepoError, OSError) as error:
+            outcome[1] = error
     if world_size() > 1:
         dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], KepoError):
-        raise outcome[0]
+    if isinstance(outcome[1], Exception):
+        raise outcome[1]
     return outcome[0]  # type: ignore[return-value]
 
 

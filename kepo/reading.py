@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kepo.encoding import Encoder
-from kepo.errors import KepoCheckpointError
+from kepo.errors import KepoCheckpointError, KepoConfigError
 from kepo.processors import image_processor_class, without_broken_torchvision
 
 
@@ -20,7 +20,9 @@ def read_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
 
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **settings)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except ImportError as error:
+        raise KepoConfigError(f"{path} cannot be loaded as asked: {error}") from error
+    except (OSError, ValueError, KeyError) as error:
         raise _unreadable(path, error) from error
     if getattr(model.config, "image_token_id", None) is None:
         raise KepoCheckpointError(
@@ -58,6 +60,13 @@ def load_encoder(path: str | Path, model: Any) -> Encoder:
         if getattr(tokenizer, name, None) is None:
             raise KepoCheckpointError(f"VLM.load: the tokenizer has no {name}; set it and save")
     return Encoder(tokenizer, image_processor, model.config.image_token_id)
+
+
+def own_progress_only() -> None:
+    """Keep transformers' bars for loading and saving out from between the lines of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _unreadable(path: str | Path, error: Exception) -> KepoCheckpointError:

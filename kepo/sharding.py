@@ -59,8 +59,9 @@ def shard(
 
     Each decoder layer and each block of the vision tower is gathered for itself, in ``compute``,
     when it runs. Embedding, head and what else is left are one group, whole from a forward to the
-    end of its backward: a tied head is one parameter there, and an untied one can be read as a
-    plain tensor. Gradients are averaged in float32. offload: shares rest in host memory.
+    end of its backward, and where there is none from then on: a tied head is one parameter there,
+    and an untied one can be read as a plain tensor. Gradients are averaged in float32. offload:
+    shares rest in host memory.
     """
     mesh = init_device_mesh(device.type, (world_size(),))
     settings: dict[str, Any] = dict(
@@ -127,7 +128,7 @@ def fill(model: nn.Module, source: Mapping[str, Tensor] | None, device: torch.de
 def whole_state(model: nn.Module, only: str = "") -> dict[str, Tensor]:
     """The model's state dict, whole, on the CPU; in the first process. All must call.
 
-    only: what a name must have in it.
+    only: leave out what does not have this in its name.
 
     Names of one parameter share one tensor, as in an unsharded model.
     """

@@ -8,7 +8,7 @@ from types import FrameType
 
 from kepo.parallel import is_first, together
 
-ONE = 2.0
+SAME_SIGNAL = 2.0
 """Seconds within which signals are one: a terminal sends Ctrl-C to torchrun and to its processes,
 and torchrun passes it on to them."""
 
@@ -53,5 +53,5 @@ class StopRequest:
                     "\nstopping after this step; once more to stop at once without saving",
                     flush=True,
                 )
-        elif time.monotonic() - self._at > ONE:
+        elif time.monotonic() - self._at > SAME_SIGNAL:
             raise SystemExit(128 + number)

@@ -119,12 +119,12 @@ def kepo_step(
 
     opened = (micro.gate > 0).nonzero().squeeze(-1)
     distils = teacher is not None and len(opened) > 0
-    if teacher is not None and teacher.in_step and any_of(distils) and not distils:
+    if config.distils and teacher.in_step and any_of(distils) and not distils:
         _open_hidden(teacher, micro, every[:1])  # for those who need this process's share of it
     if distils:
-        started = time.perf_counter()
+        started = _now(hidden)
         teacher_hidden = _open_hidden(teacher, micro, opened)
-        totals.teacher_seconds += time.perf_counter() - started
+        totals.teacher_seconds += _now(hidden) - started
         totals.teacher_tokens += int(mask[opened].sum())
         distill_weights = micro.distill_weights
         if config.step_weights:
@@ -179,6 +179,13 @@ def _to_correct(micro: Batch, config: Config) -> tuple[Tensor, Tensor]:
         own if config.sampler_correction != "none" else nothing,
         mask & hinted if config.hinted_correction != "none" else nothing,
     )
+
+
+def _now(states: Tensor) -> float:
+    """Seconds, after all that the device of ``states`` was given to do."""
+    if states.is_cuda:
+        torch.cuda.synchronize(states.device)
+    return time.perf_counter()
 
 
 def _open_hidden(teacher: VLM, micro: Batch, opened: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ step.
     python -m kepo.train recipe.yaml dr_grpo          # and so does a preset, or another file
     torchrun --nproc-per-node=8 -m kepo.train recipe.yaml
 
-The same command after a crash, a kill or Ctrl-C goes on from the last checkpoint, to the same bits.
+The same command after a crash, a kill or Ctrl-C goes on from the last checkpoint; on a CPU to the
+same bits.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from kepo.optimizer_state import load_optimizer
 from kepo.parallel import by_first, is_first, processes, together, world_size
 from kepo.plots import plot_curves
 from kepo.questions import draw, from_data
+from kepo.reading import own_progress_only
 from kepo.rollout import demonstrations
 from kepo.sharding import own_gradients, whole_tensor
 from kepo.signals import StopRequest
@@ -60,9 +62,9 @@ def train(config: Config) -> int:
     own_progress_only()
     run_dir = Path(config.run_dir)
     checkpoints = run_dir / "checkpoints"
-    groups_of_one = config.sharding == "fsdp2" or config.teacher_placement != "copy"
+    shards = config.sharding == "fsdp2" or config.teacher_placement != "copy"
     with (
-        processes(config.device, alone=groups_of_one) as device,
+        processes(config.device, alone=shards) as device,
         StopRequest() as stop,
         exclusive(run_dir),
     ):
@@ -135,6 +137,7 @@ def train(config: Config) -> int:
             save(0)
         elif is_measured(done) and not any("eval" in record for record in log.at(done)):
             measure(done)  # a signal ended the run before it could
+        stop.agree()
         skipped = 0
         bar = tqdm(
             range(done, config.steps),
@@ -144,6 +147,8 @@ def train(config: Config) -> int:
             disable=not is_first(),
         )
         for step in (number + 1 for number in bar):
+            if stop:
+                break
             started = time.perf_counter()
             questions = draw(examples, config, step)
             own = len(questions) - from_data(config, step)
@@ -177,7 +182,8 @@ def train(config: Config) -> int:
                 else:
                     skipped += 1
                     say(f"step {step}: gradient norm is {norm.item()}; the step is skipped")
-                optimizer.zero_grad(set_to_none=True)  # a rollout needs their memory
+                # A rollout needs their memory (DDP keeps its buckets).
+                optimizer.zero_grad(set_to_none=True)
             ended = time.perf_counter()
 
             totals = totals.of_all()
@@ -212,10 +218,9 @@ def train(config: Config) -> int:
             stop.agree()
             if not stop and is_measured(step):
                 measure(step)
+                stop.agree()  # an evaluation may be long
             if stop or step == config.steps or step % config.save_every == 0:
                 save(step)
-            if stop:
-                break
         if is_first():
             plot_curves(log.path, run_dir / "curves.png", source=source_of(config))
         return stop.exit_code
@@ -244,13 +249,6 @@ def source_of(config: Config) -> str | None:
     """The one training modality, if it is one."""
     single = config.train_modalities is not None and len(config.train_modalities) == 1
     return config.train_modalities[0] if single else None
-
-
-def own_progress_only() -> None:
-    """Keep transformers' bars for loading and saving out from between the lines of ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def check_same_tokens(policy: VLM, teacher: VLM | None) -> None:

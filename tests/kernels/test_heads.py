@@ -292,6 +292,7 @@ MISTAKES = [
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_one_step_in_two_processes_is_that_of_one(tmp_path):
     """Half of the batch each, over every layout; `full_tensor()` is the control that must fail."""
     pytest.importorskip("transformers")

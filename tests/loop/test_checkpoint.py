@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kepo import checkpoint
+from kepo import checkpoint, optimizer_state
 from kepo.checkpoint import latest_checkpoint, new_folder, save_checkpoint, verify
 from kepo.errors import KepoCheckpointError
 from kepo.optimizer_state import load_optimizer
@@ -40,6 +40,38 @@ def test_the_newest_is_found_and_old_ones_pruned(tmp_path):
         write(tmp_path, step, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
     assert latest_checkpoint(tmp_path).name == "step-00000010"
+
+
+def test_a_damaged_later_step_does_not_push_out_the_good_ones(tmp_path):
+    """The run was resumed from before it: what it saves then is the newest."""
+    write(tmp_path, 1, keep=1)
+    flip(write(tmp_path, 9, keep=2)[0])
+    assert latest_checkpoint(tmp_path).name == "step-00000001"
+    write(tmp_path, 2, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+    assert latest_checkpoint(tmp_path).name == "step-00000002"
+
+
+def test_rows_come_back_from_as_many_files_as_saved_them(tmp_path, monkeypatch):
+    """Seven rows, saved by three processes as FSDP2 cuts them, taken whole and by two others."""
+    whole = torch.arange(14.0).reshape(7, 2)
+    cuts = (slice(0, 3), slice(3, 6), slice(6, 7))
+    for number, rows in enumerate(cuts, 1):
+        tensors = {"exp_avg/w": whole[rows].contiguous(), "step/w": torch.tensor(4.0)}
+        save_file(tensors, tmp_path / f"optimizer-{number:05d}-of-00003.safetensors")
+    parameter = torch.nn.Parameter(torch.zeros(7, 2))
+    optimizer = torch.optim.AdamW([parameter])
+    load_optimizer(tmp_path, {"w": parameter}, optimizer)
+    assert torch.equal(optimizer.state[parameter]["exp_avg"], whole)
+    assert optimizer.state[parameter]["step"] == 4
+    for rows in (slice(0, 4), slice(4, 7), slice(7, 7)):
+        monkeypatch.setattr(optimizer_state, "rows_of", lambda _, rows=rows: rows)
+        load_optimizer(tmp_path, {"w": parameter}, optimizer)
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], whole[rows])
+    with pytest.raises(KepoCheckpointError, match=r"shape \[7, 2\].*another model"):
+        load_optimizer(tmp_path, {"w": torch.nn.Parameter(torch.zeros(8, 2))}, optimizer)
+    with pytest.raises(KepoCheckpointError, match="has no optimizer"):
+        load_optimizer(tmp_path / "none", {"w": parameter}, optimizer)
 
 
 def test_optimizer_comes_back_bit_for_bit(tmp_path):

@@ -1,6 +1,7 @@
 """Settings that cannot work are refused by name, before any model is touched."""
 
 import dataclasses
+import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -54,6 +55,16 @@ REFUSED = {
         "a quantised teacher is a copy",
     ),
     "adapters in vllm": ({"engine": "vllm", "lora_rank": 4}, "not adapters"),
+    "half precision without scaling": ({"dtype": "float16"}, "dtype='float16'"),
+    "a question that does not fit": ({"rollout_batch": 3}, "rollout_batch=3 is less than"),
+    "flash attention in float32": (
+        {"attn_implementation": "flash_attention_2"},
+        "computes in 16 bits",
+    ),
+    "no device": ({"device": "banana"}, "device='banana'"),
+    "no CUDA": ({"device": "cuda"}, "sees no CUDA device"),
+    "vllm without CUDA": ({"engine": "vllm"}, "engine='vllm' needs device: cuda"),
+    "liger without CUDA": ({"liger_layers": True}, "liger_layers=True needs device: cuda"),
     "sharding": ({"sharding": "zero3"}, "sharding='zero3'"),
     "bits": ({"teacher_bits": 2}, "teacher_bits=2"),
     "impl": ({"impl": "magic"}, "impl='magic'"),
@@ -88,6 +99,32 @@ def test_refused_by_name_before_anything_loads(good, monkeypatch, settings, mess
     monkeypatch.setattr(train_module, "load_policy", no_model)
     with pytest.raises(KepoConfigError, match=message):
         train_module.train(replace(good, **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "package", "extra"),
+    [
+        ({"lora_rank": 4}, "peft", "lora"),
+        ({"teacher_bits": 8}, "bitsandbytes", "quant"),
+        ({"teacher_bits": 4}, "accelerate", "quant"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(good, monkeypatch, settings, package, extra):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == package else find(name, *rest) or object(),
+    )
+    with pytest.raises(KepoConfigError, match=rf"{package}; pip install 'kepo\[{extra}\]'"):
+        check(replace(good, **settings))
+
+
+def test_one_device_for_several_processes_is_refused(good, monkeypatch):
+    check(replace(good, device="cpu:0"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(KepoConfigError, match="set device: cpu, of which each takes its own"):
+        check(replace(good, device="cpu:0"))
 
 
 def test_good_settings_pass(good):

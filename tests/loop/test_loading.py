@@ -1,5 +1,6 @@
 """Models held as the config says: with adapters, sharded, quantised; and what is saved of them."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -169,6 +170,34 @@ def test_a_blank_model_has_the_shape_of_the_one_on_disk(made):
                          (blank.named_buffers, real.named_buffers)):  # fmt: skip
         shapes = [{n: (x.shape, x.dtype, x.device) for n, x in f()} for f in (mine, theirs)]
         assert shapes[0] == shapes[1]
+
+
+LIGER = """
+import sys
+from kepo.errors import KepoConfigError
+from kepo.loading import use_liger_layers
+try:
+    use_liger_layers(sys.argv[1])
+except KepoConfigError as error:
+    assert "do not fit together" in str(error), error
+    print("refused")
+else:
+    from kepo.vlm import VLM
+    kinds = {type(module).__name__ for module in VLM.load(sys.argv[1]).model.modules()}
+    assert any(kind.startswith("Liger") for kind in kinds), kinds
+    print("built")
+"""
+
+
+@pytest.mark.slow
+def test_liger_builds_the_layers_or_says_what_does_not_fit(made):
+    """In a process of its own: it changes transformers."""
+    pytest.importorskip("liger_kernel")
+    done = subprocess.run(
+        [sys.executable, "-c", LIGER, str(made / "student")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] in ("refused", "built")
 
 
 def test_liger_without_the_family_is_refused(made, tmp_path):

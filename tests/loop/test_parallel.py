@@ -35,6 +35,10 @@ def test_alone_every_function_does_the_obvious():
         by_first(functools.partial(refuse, "no"))
 
 
+def no_disk():
+    raise OSError("disk is full")
+
+
 def refuse(text):
     raise KepoConfigError(text)
 
@@ -57,6 +61,9 @@ def in_each_of_two(rank, file):
     for _ in range(2):  # an error leaves both able to go on together
         with pytest.raises(KepoConfigError, match="first said no"):
             by_first(lambda: refuse("first said no"))
+
+    with pytest.raises(OSError, match="disk is full"):
+        by_first(no_disk)
 
     done = []
 
@@ -90,4 +97,7 @@ def test_a_group_of_one_is_made_where_it_is_needed():
         with parallel.processes("cpu"):
             pass
         assert dist.is_initialized()  # it was not the inner one's to end
+    assert not dist.is_initialized()
+    with pytest.raises(KepoConfigError), parallel.processes("cpu", alone=True):
+        refuse("no")
     assert not dist.is_initialized()

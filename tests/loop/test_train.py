@@ -17,12 +17,11 @@ from safetensors.torch import load_file
 from small import config_of, run_rigged
 
 from kepo import hints as hints_module
-from kepo import loading
 from kepo import train as train_module
 from kepo.config import Config
 from kepo.data import load_omnimedvqa
 from kepo.errors import KepoConfigError, KepoError
-from kepo.loading import load_reference
+from kepo.evaluate import evaluate
 from kepo.metrics import read_metrics
 from kepo.questions import draw
 from kepo.train import exclusive, lr_share, train
@@ -276,11 +275,17 @@ def test_steps_without_a_finite_gradient_are_skipped_until_it_is_too_many(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_reference_is_kept_only_for_its_penalty(monkeypatch):
-    monkeypatch.setattr(loading, "_load", lambda path, *_: path)
-    cpu = torch.device("cpu")
-    assert load_reference(Config(student="s"), cpu) is None
-    assert load_reference(Config(student="s", kl_coef=0.1), cpu) == "s"
+def test_a_signal_during_an_evaluation_ends_the_run_after_it(
+    made, tmp_path, monkeypatch, no_picture
+):
+    def interrupted(engine, examples, **settings):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(engine, examples, **settings)
+
+    monkeypatch.setattr(train_module, "evaluate", interrupted)
+    assert train(whole_config(made, tmp_path)) == 143
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000000"]
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [0]
 
 
 def test_learning_rate_rises_then_falls_in_a_line():
