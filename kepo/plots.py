@@ -34,7 +34,8 @@ def plot_curves(metrics: Path, picture: Path, source: str | None = None) -> None
             if points:
                 axis.plot(*zip(*_smooth(points), strict=True), label=key)
         axis.set(title=title, xlabel="step")
-        axis.legend(fontsize="small")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
     _plot_accuracy(axes.flat[-1], records, source)
     figure.savefig(picture, dpi=110)
