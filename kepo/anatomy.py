@@ -21,6 +21,9 @@ from kepo.known_models import KNOWN, known_model
 from kepo.lora import with_adapters
 from kepo.trace import LiveBytes, Traced, attention_of, trace_inference, trace_training
 
+FAMILIES = ("qwen3_vl", "qwen2_5_vl")
+"""As transformers calls the types of model that are taken apart here."""
+
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
@@ -96,6 +99,7 @@ class Anatomy:
         return Counts(
             total=count(named.values()),
             trained=count(trained(named.values())),
+            largest=max(p.numel() for p in named.values()),
             largest_trained=max((p.numel() for p in trained(named.values())), default=0),
             adapters=count(p for name, p in named.items() if "lora_" in name),
             layer=count(self.layers[0].parameters()),
@@ -242,8 +246,10 @@ class Counts:
 
     total: int
     trained: int
-    largest_trained: int
+    largest: int
     """Of one tensor."""
+    largest_trained: int
+    """Of one tensor that is trained."""
     adapters: int
     layer: int
     """Of one decoder layer."""
@@ -302,12 +308,18 @@ def read_config(name: str) -> Any:
     if not Path(name).is_dir() and known is not None:
         return known.config()
     try:
-        return AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise KepoConfigError(
             f"the config of {name!r} cannot be read: {error}; expected a model's folder, a Hub "
             f"name that can be reached, or one of {', '.join(KNOWN)}"
         ) from error
+    if config.model_type not in FAMILIES:
+        raise KepoConfigError(
+            f"{name!r} is a model of type {config.model_type!r}, whose parts are not known here; "
+            f"expected one of {', '.join(FAMILIES)}"
+        )
+    return config
 
 
 def _argument_names(module: nn.Module) -> tuple[str, ...]:

@@ -28,12 +28,16 @@ ITEMS = (
 CONTEXT_BYTES = 3 * GIB // 4
 NCCL_BYTES = GIB
 FRAGMENTATION = 0.05
+# What a card offers of its nominal size: the driver keeps some, and sizes are rounded up. One of
+# 80 GB has about 78 GiB.
+OFFERED = 0.97
 
 
 class Held(Counter):
     """Bytes by item; they add up."""
 
     def __add__(self, other: Held) -> Held:
+        assert (self.keys() | other.keys()) <= set(ITEMS), (self, other)  # else it would be lost
         return Held({name: self[name] + other[name] for name in ITEMS})
 
 
@@ -44,6 +48,11 @@ class Machine:
     gpus: int
     gpu_bytes: int
     device: str = "cuda"
+
+    @property
+    def offered(self) -> int:
+        """What a run may take of a GPU."""
+        return int(OFFERED * self.gpu_bytes)
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,9 @@ class Standing:
     idle_gradients: int
     """The rest of the time: DDP keeps its buckets."""
     earlier_gradients: int
-    """Of these, what is there when a micro-batch's backward begins: all of them, where another
-    micro-batch went before or DDP keeps its buckets; else nothing."""
+    """What is there when a micro-batch's backward begins: all of them, where another micro-batch
+    went before; DDP's buckets, and beside them what went before, until the last micro-batch fills
+    the buckets; else nothing."""
     sharded: bool
     root: int
     """Of the student, sharded: what is whole from a forward to the end of its backward."""
@@ -66,6 +76,7 @@ class Standing:
     whole: int
     """Of the student, sharded: all of it, as for a rollout."""
     teacher_at_work: int
+    reference_at_work: int
     pages: int
     """Of the loss, kept between its calls on a CPU."""
     device: str
@@ -92,11 +103,16 @@ def standing(
     frozen = (counts.total - counts.trained) * (4 if sharded else width) // shards
     several = completions_per_process(config, machine) > config.micro_batch
     buckets = machine.gpus > 1 and not sharded
+    root = counts.root * width if sharded else 0
+    two_layers = 2 * counts.layer * width if sharded else 0
+    penalised = config.kl_coef > 0
+    # A reference is the student as it began, in its dtype, and sharded with it.
+    reference = (counts.total - counts.adapters) * width // shards + root
     held = Held(
         weights=trained + frozen,
         optimiser=2 * trained,
         teacher=0 if teacher is None else teacher_bytes(config, machine, teacher),
-        reference=(counts.total - counts.adapters) * width if config.kl_coef > 0 else 0,
+        reference=reference if penalised else 0,
     )
     if machine.device != "cpu":
         held["reserve"] = CONTEXT_BYTES + (NCCL_BYTES if machine.gpus > 1 else 0)
@@ -104,12 +120,13 @@ def standing(
         held=held,
         gradients=trained,
         idle_gradients=trained if buckets else 0,
-        earlier_gradients=trained if several or buckets else 0,
+        earlier_gradients=(several + buckets) * trained,
         sharded=sharded,
-        root=counts.root * width if sharded else 0,
-        two_layers=2 * counts.layer * width if sharded else 0,
+        root=root,
+        two_layers=two_layers,
         whole=counts.total * width if sharded else 0,
         teacher_at_work=0 if teacher is None else teacher_at_work(config, teacher),
+        reference_at_work=two_layers if penalised else 0,
         pages=pages,
         device=machine.device,
     )

@@ -129,7 +129,7 @@ def _text(model: KnownModel) -> dict[str, Any]:
         intermediate_size=model.text.intermediate,
         num_hidden_layers=model.text.layers,
         num_attention_heads=model.text.heads,
-        num_key_value_heads=model.text.kv_heads,
+        num_key_value_heads=model.text.kv_heads or model.text.heads,
         tie_word_embeddings=model.tied,
     )
 

@@ -8,10 +8,12 @@ import torch
 
 from kepo.anatomy import Anatomy
 from kepo.config import Config
+from kepo.errors import KepoConfigError
 from kepo_kernels import gemm, torch_rows
 from kepo_kernels.dispatch import pick_rows
+from kepo_kernels.errors import KepoInputError
 from kepo_kernels.pages import KEPT_BYTES, LEAST_BYTES
-from kepo_kernels.plan import Sizes
+from kepo_kernels.plan import Sizes, chunk_length
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ def loss_memory(
 ) -> LossMemory:
     """Of a micro-batch of so many completion tokens, all of which meet the teacher if there is one.
 
-    several: the step has more than one of them.
+    several: the step has more than one of them. Raises KepoConfigError where workspace_bytes is
+    too little, as the loss would.
     """
     dtype = student.dtype
     place = torch.device(device)
@@ -57,8 +60,10 @@ def loss_memory(
         tokens=tokens,
         torch_impl=on_cpu and pick_rows(config.impl, place, logits_dtype) is torch_rows,
     )
-    granted = config.workspace_bytes or sizes.default_workspace()
-    rows = max(1, min(sizes.longest_chunk(granted), tokens))
+    try:
+        rows = min(chunk_length(sizes, config.workspace_bytes, None), tokens)
+    except KepoInputError as error:
+        raise KepoConfigError(f"the loss of {tokens} tokens: {error}") from error
     rows = -(-tokens // -(-tokens // rows))  # chunks are of equal length
     workspace = sizes.bytes_of(rows, sizes.strip_bytes(config.workspace_bytes))
 

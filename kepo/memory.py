@@ -3,7 +3,8 @@
     rollout     the student samples               cache and sampling, beside all that stays
     hints       the teacher writes, and samples with hints
     update      forward, teacher, loss, backward  activations, loss
-    optimiser   AdamW
+    optimiser   AdamW                             its temporaries
+    evaluation  the student answers               cache and sampling
 
 What stays from phase to phase are weights, gradients, AdamW's moments, teacher and reference. Each
 phase goes through a few moments at any of which it may hold the most; `phases` returns that one.
@@ -144,9 +145,12 @@ class _Run:
             yield from self._sampling(self.config.num_hinted, hinted, "sampling with it")
 
     def evaluation(self) -> Iterator[Moment]:
-        longest = self.config.max_completion_length
-        extra = Held(weights=self._gathered())
-        at_once = self.config.eval_batch
+        """The greedy answers, by what samples in a rollout."""
+        if self.config.engine == "vllm":
+            yield self._moment("vLLM", self._ready_to_sample())
+            return
+        longest, at_once = self.config.max_completion_length, self.config.eval_batch
+        extra = self._ready_to_sample()
         yield from self._generating(
             self.student, at_once, 1, self.prompts, longest, 0.0, extra, "answering"
         )
@@ -191,7 +195,9 @@ class _Run:
         other = 0
         if config.kl_coef > 0:
             run = inference(student, rows, length, images, patches) + placed
-            yield moment("reference's forward", activations=kept + run)
+            yield moment(
+                "reference's forward", activations=kept + run, reference=stays.reference_at_work
+            )
             other += states
         if teacher is not None and config.distils:
             long = self.prompts.length(teacher) + config.max_completion_length
@@ -227,7 +233,7 @@ class _Run:
             activations=vision.kept + text.kept + states + text.backward,
             gradients=waiting + sent,
         )
-        formed = stays.gradients - stays.earlier_gradients
+        formed = max(0, stays.gradients - stays.earlier_gradients)
         waiting = loss.head_gradient if tied or stays.sharded else 0
         if self.student.trains_vision:
             yield moment(
@@ -250,9 +256,10 @@ class _Run:
     def _ready_to_sample(self) -> Held:
         """While the engine is awake: it is from the first sample to the last hint."""
         if self.config.engine == "vllm":
-            # Its weights and cache; ours are read one tensor at a time.
+            # Its weights and cache; ours are made whole one fp32 tensor at a time.
             share = int(self.config.vllm_memory * self.machine.gpu_bytes)
-            return Held(cache=share, weights=self.stays.root)
+            tensor = 4 * self.student.counts.largest if self.stays.sharded else 0
+            return Held(cache=share, weights=max(self.stays.root, tensor))
         return Held(weights=self._gathered())
 
     def _gathered(self) -> int:

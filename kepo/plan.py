@@ -5,7 +5,8 @@ more would fit.
     python -m kepo.plan recipes/8x80gb_8b.yaml --plot plan.png # the machine is in the name
     python -m kepo.plan --table recipes/*.yaml                 # a line for each
 
-GB are 2^30 bytes, as nvidia-smi counts. The exit code is 1 if it does not fit.
+GB are 2^30 bytes, as nvidia-smi counts; of a GPU's, 97 % are planned with. The exit code is 1 if it
+does not fit.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from kepo.check import check_settings
 from kepo.config import Config, load
 from kepo.errors import KepoConfigError, KepoError
 from kepo.held import GIB, ITEMS, Machine, completions_per_process
@@ -44,20 +46,25 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        return self.peak.total <= self.machine.gpu_bytes
+        return self.peak.total <= self.machine.offered
 
 
 def plan(config: Config, machine: Machine, prompts: Prompts | None = None) -> Plan:
-    """The phases of a run, and the largest settings with which it still fits."""
+    """The phases of a run, and the largest settings with which it still fits.
+
+    Raises KepoConfigError for settings that train refuses.
+    """
     prompts = prompts or Prompts()
     if not config.student:
         raise KepoConfigError("student is not set; give a folder, a Hub name or a known model")
     for name, value in (("gpus", machine.gpus), ("gpu_gb", machine.gpu_bytes / GIB)):
         if value <= 0:
             raise KepoConfigError(f"{name} is {value}; expected a number > 0")
+    _refuse_as_train(config)
 
     def fits(**change: int) -> bool:
-        return peak(replace(config, **change), machine, prompts).total <= machine.gpu_bytes
+        after = _peak_after(config, change, machine, prompts)
+        return after is not None and after <= machine.offered
 
     return Plan(
         config,
@@ -71,8 +78,28 @@ def plan(config: Config, machine: Machine, prompts: Prompts | None = None) -> Pl
     )
 
 
+def _refuse_as_train(config: Config) -> None:
+    """As `check_settings`, but a run may be planned before its data are there."""
+    check_settings(replace(config, train_data=config.train_data or "not needed"))
+
+
+def _peak_after(config: Config, change: dict, machine: Machine, prompts: Prompts) -> int | None:
+    """With other settings; None if train would refuse them."""
+    changed = replace(config, **change)
+    try:
+        _refuse_as_train(changed)
+        return peak(changed, machine, prompts).total
+    except KepoConfigError:
+        return None
+
+
 def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to ``most`` that fits, if what fits still fits when smaller; else 0."""
+    """The largest number up to ``most`` that fits, if what fits still fits when smaller; else 0.
+
+    ``most`` is tried first: a step in one micro-batch has no gradients of earlier ones.
+    """
+    if fits(most):
+        return most
     low, high = 0, 1  # low fits or is 0
     while high <= most and fits(high):
         low, high = high, 2 * high
@@ -93,16 +120,27 @@ class Change(NamedTuple):
 def advice(config: Config, machine: Machine, prompts: Prompts) -> list[Change]:
     """Single changes that lower the peak, the most effective first."""
     now = peak(config, machine, prompts).total
+    share = completions_per_process(config, machine)
+
+    def half(name: str, most: int | None = None, least: int = 1) -> dict:
+        value = getattr(config, name)
+        return {name: max(least, min(value, value if most is None else most) // 2)}
+
     changes: list[dict] = [
         dict(gradient_checkpointing=True),
-        dict(micro_batch=max(1, config.micro_batch // 2)),
-        dict(rollout_batch=max(1, config.rollout_batch // 2)),
-        dict(max_completion_length=max(1, config.max_completion_length // 2)),
+        half("micro_batch", share),
+        half("rollout_batch", share, config.num_generations),
+        half("eval_batch"),
+        half("max_completion_length"),
         dict(freeze_vision=True),
         dict(lora_rank=16),
         dict(rollout_gather=False),
         dict(workspace_bytes=2**29),
     ]
+    if config.rollout_tokens is not None:
+        changes.append(half("rollout_tokens"))
+    if config.engine == "vllm":
+        changes.append(dict(vllm_memory=config.vllm_memory / 2))
     if machine.gpus > 1 or config.dtype != "float32":
         changes.append(dict(sharding="fsdp2"))
     if config.teacher is not None:
@@ -113,8 +151,8 @@ def advice(config: Config, machine: Machine, prompts: Prompts) -> list[Change]:
     found = []
     for change in changes:
         new = {name: value for name, value in change.items() if getattr(config, name) != value}
-        after = peak(replace(config, **new), machine, prompts).total if new else now
-        if after < 0.995 * now:
+        after = _peak_after(config, new, machine, prompts)
+        if after is not None and after < 0.995 * now:
             settings = ", ".join(f"{name}: {_yaml(value)}" for name, value in new.items())
             found.append(Change(settings, after))
     return sorted(found, key=lambda change: change.peak)
@@ -150,7 +188,7 @@ def report(found: Plan, prompts: Prompts) -> str:
     share = completions_per_process(config, machine)
     lines += [
         "",
-        f"peak: {found.peak.name}, {found.peak.total / GIB:.1f} of {machine.gpu_bytes / GIB:.0f} "
+        f"peak: {found.peak.name}, {found.peak.total / GIB:.1f} of {machine.offered / GIB:.1f} "
         f"GB: {'fits' if found.fits else 'does not fit'}",
         f"largest micro_batch that fits: {found.micro_batch} (a process has {share} in a step)",
         f"largest max_completion_length that fits: {found.max_completion_length}",
@@ -159,7 +197,7 @@ def report(found: Plan, prompts: Prompts) -> str:
         lines += ["", "what would change it, each alone:"]
         for change in advice(config, machine, prompts):
             saved = (found.peak.total - change.peak) / GIB
-            verdict = "fits" if change.peak <= machine.gpu_bytes else "does not fit yet"
+            verdict = "fits" if change.peak <= machine.offered else "does not fit yet"
             lines.append(
                 f"  {change.setting}: {saved:.1f} GB less, {change.peak / GIB:.1f}: {verdict}"
             )
