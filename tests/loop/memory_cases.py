@@ -79,6 +79,11 @@ CASES = {
         dict(micro_batch=8, sharding="fsdp2", dtype="bfloat16"),
     ),
     "one_micro_batch": Case(Shape(hidden=256, layers=6, vocab=8192), None, dict(micro_batch=16)),
+    "evaluation": Case(
+        Shape(hidden=256, layers=8),
+        None,
+        dict(micro_batch=2, max_completion_length=160, eval_share=0.5, eval_batch=24),
+    ),
 }
 
 
@@ -165,7 +170,6 @@ def measured(case: Case, config: Config, made: Path, root: Path) -> dict[str, in
     record = dict(
         warm_up=dataclasses.asdict(warm_up),
         config=dataclasses.asdict(config),
-        teacher_layers=0 if case.teacher is None else case.teacher.layers,
     )
     (root / "record.json").write_text(json.dumps(record))
     here = str(Path(__file__).parent)

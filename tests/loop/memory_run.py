@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch.optim import optimizer
 
+from kepo import train
 from kepo.config import from_mapping
-from kepo.train import train
 from kepo.vlm import VLM
 from kepo_kernels import pages
 
@@ -54,19 +54,27 @@ def forget_peak():
 
 
 @contextmanager
-def watched(peaks, teacher_layers):
+def watched(peaks):
     """Phases by the calls with which they begin and end; what lies between them has no name."""
-    generate = VLM.generate
+    generate, evaluate = VLM.generate, train.evaluate
 
     def watched_generate(self, *args, **settings):
-        layers = len(self.model.model.language_model.layers)
-        peaks.enter("hints" if layers == teacher_layers else "rollout")
+        if peaks.phase == "evaluation":
+            return generate(self, *args, **settings)
+        peaks.enter("rollout")
         try:
             return generate(self, *args, **settings)
         finally:
             peaks.enter("update")
 
-    VLM.generate = watched_generate
+    def watched_evaluate(*args, **settings):
+        peaks.enter("evaluation")
+        try:
+            return evaluate(*args, **settings)
+        finally:
+            peaks.enter("between")
+
+    VLM.generate, train.evaluate = watched_generate, watched_evaluate
     hooks = [
         optimizer.register_optimizer_step_pre_hook(lambda *_: peaks.enter("optimiser")),
         optimizer.register_optimizer_step_post_hook(lambda *_: peaks.enter("between")),
@@ -74,21 +82,21 @@ def watched(peaks, teacher_layers):
     try:
         yield
     finally:
-        VLM.generate = generate
+        VLM.generate, train.evaluate = generate, evaluate
         for hook in hooks:
             hook.remove()
 
 
-def measure(warm_up, config, teacher_layers):
-    train(warm_up)
+def measure(warm_up, config):
+    train.train(warm_up)
     peaks = Peaks()
     gc.collect()
     pages.release()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     forget_peak()
     peaks.base = status("VmRSS")
-    with watched(peaks, teacher_layers):
-        train(config)
+    with watched(peaks):
+        train.train(config)
     peaks.enter("end")
     return peaks.of
 
@@ -97,4 +105,4 @@ if __name__ == "__main__":
     record = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
     warm_up, config = (from_mapping(record[name], name) for name in ("warm_up", "config"))
-    print("PEAKS " + json.dumps(measure(warm_up, config, record["teacher_layers"])))
+    print("PEAKS " + json.dumps(measure(warm_up, config)))
