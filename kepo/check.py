@@ -58,6 +58,11 @@ def check_settings(config: Config) -> None:
         )
     if config.engine == "vllm" and config.lora_rank:
         _refuse("engine='vllm' takes whole weights, not adapters; set lora_rank: 0")
+    if config.engine == "vllm" and not 0.01 <= config.sampling_temperature <= 2:
+        _refuse(
+            f"sampling_temperature={config.sampling_temperature}; engine='vllm' takes one in "
+            "[0.01, 2]"
+        )
     if config.rollout_batch < config.num_generations:
         _refuse(
             f"rollout_batch={config.rollout_batch} is less than num_generations="

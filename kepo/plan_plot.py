@@ -10,7 +10,7 @@ from kepo.memory import Phase
 
 
 def plot_plan(phases: Sequence[Phase], machine: Machine, picture: Path) -> None:
-    """Write the picture; the dashed line is what a GPU has."""
+    """Write the picture; the dashed line is what may be planned of a GPU."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -24,7 +24,7 @@ def plot_plan(phases: Sequence[Phase], machine: Machine, picture: Path) -> None:
         if any(sizes):
             axis.barh(names, sizes, left=starts, label=item, color=color)
             starts = [start + size for start, size in zip(starts, sizes, strict=True)]
-    axis.axvline(machine.gpu_bytes / GIB, color="black", linestyle="--")
+    axis.axvline(machine.offered / GIB, color="black", linestyle="--")
     axis.invert_yaxis()
     axis.set(xlabel="GB per GPU", xlim=(0, 1.05 * max(*starts, machine.gpu_bytes / GIB)))
     axis.legend(fontsize="x-small", ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.25))

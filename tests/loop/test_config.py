@@ -63,6 +63,10 @@ REFUSED = {
     ),
     "no device": ({"device": "banana"}, "device='banana'"),
     "no CUDA": ({"device": "cuda"}, "sees no CUDA device"),
+    "too hot for vllm": (
+        {"engine": "vllm", "sampling_temperature": 3.0},
+        r"sampling_temperature=3.0; engine='vllm' takes",
+    ),
     "vllm without CUDA": ({"engine": "vllm"}, "engine='vllm' needs device: cuda"),
     "liger without CUDA": ({"liger_layers": True}, "liger_layers=True needs device: cuda"),
     "sharding": ({"sharding": "zero3"}, "sharding='zero3'"),
