@@ -99,8 +99,8 @@ def divergence_kernel(
     begin, end = section_columns(section, shared, shared, SECTION)
     for start in range(begin, end, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        z = read(logits, column, end, softcap, CAPPED)
-        y = read(teacher, column, end, teacher_softcap, CAPPED)
+        z = read(logits, column, end, softcap, CAPPED, "")
+        y = read(teacher, column, end, teacher_softcap, CAPPED, "")
         log_q = (z - peak) * inverse_temperature - log_sum
         log_p = (y - teacher_peak) * inverse - teacher_log_sum
         if KIND == "mixture":

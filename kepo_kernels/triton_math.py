@@ -58,8 +58,11 @@ def cap_slope(logit, softcap):
 
 
 @jit
-def read(row, column, end, softcap, CAPPED: tl.constexpr, EVICT: tl.constexpr = ""):
-    """One block of logits in fp32; past the end they are -inf, which has no probability."""
+def read(row, column, end, softcap, CAPPED: tl.constexpr, EVICT: tl.constexpr):
+    """One block of logits in fp32; past the end they are -inf, which has no probability.
+
+    EVICT has no default: before Triton 3.7 a default that is a string does not compile.
+    """
     logit = tl.load(row + column, mask=column < end, other=-float("inf"), eviction_policy=EVICT).to(
         tl.float32
     )
@@ -97,7 +100,7 @@ def scan(
     total = tl.zeros((BLOCK,), tl.float32)
     moment = total
     for start in range(begin, end, BLOCK):
-        logit = read(row, start + lanes, end, softcap, CAPPED)
+        logit = read(row, start + lanes, end, softcap, CAPPED, "")
         x = tl.where(logit == -float("inf"), logit, (logit - peak) * inverse_temperature)
         e = tl.exp(-tl.abs(x))
         rises = x > 0
