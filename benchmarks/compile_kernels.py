@@ -27,7 +27,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -41,6 +41,7 @@ WIDTHS = ((37, 37), (1000, 1000), (151_936, 151_936), (151_936, 152_064), (151_9
 # Of logits, and of a gradient that does not go where they are: all that a loss launches on a GPU.
 DTYPES = (("float32", "bfloat16"), ("float32", "float16"), ("float32", None), ("bfloat16", None))
 BETAS = (None, 0.0, 0.5, 1.0)  # None: no teacher
+Result = TypeVar("Result")
 
 
 class Case(NamedTuple):
@@ -58,9 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     started = time.perf_counter()
     targets = args.target or (QUICK_TARGETS if args.quick else tuple(SHARED_LIMIT))
-    variants = launched_variants(targets, args.quick)
+    variants = launched_variants(targets, cases(args.quick))
     results = []
-    for done, result in enumerate(compiled(variants, args.jobs), 1):
+    for done, result in enumerate(in_processes(judged, variants, args.jobs), 1):
         results.append(result)
         progress(f"{done} of {len(variants)}: {result[0].kernel} on {result[0].target}")
     progress("")
@@ -78,8 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if faults else 0
 
 
-def launched_variants(targets: Iterable[str], quick: bool) -> list[Variant]:
-    """All launches of both row functions, once each for every target."""
+def launched_variants(targets: Iterable[str], cases: Iterable[Case]) -> list[Variant]:
+    """All launches of both row functions in these cases, once each for every target."""
     import torch
 
     from kepo_kernels import triton_rows
@@ -97,7 +98,7 @@ def launched_variants(targets: Iterable[str], quick: bool) -> list[Variant]:
         torch.version.hip = "0" if amd else None  # by this the launches tell whose GPU it is
         try:
             if ours:
-                call_rows(triton_rows, quick)
+                call_rows(triton_rows, cases)
         finally:
             triton_rows._start, torch.cuda.device, torch.version.hip = start, select_device, hip
     return list(found)
@@ -144,8 +145,8 @@ def cases(quick: bool) -> list[Case]:
     return found
 
 
-def call_rows(rows_module, quick: bool) -> None:
-    """Both row functions in all cases, on tensors without memory."""
+def call_rows(rows_module, cases: Iterable[Case]) -> None:
+    """Both row functions in these cases, on tensors without memory."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -155,7 +156,7 @@ def call_rows(rows_module, quick: bool) -> None:
         return torch.empty(*shape, dtype=dtype, device="cuda")
 
     with FakeTensorMode():
-        for case in cases(quick):
+        for case in cases:
             n, (vocab, teacher_vocab) = case.rows, case.widths
             dtype, out = (None if x is None else getattr(torch, x) for x in case.dtypes)
             logits = empty(n, vocab, dtype=dtype)
@@ -209,16 +210,18 @@ def gpu_target(name: str):
     return GPUTarget("hip", name, 64)
 
 
-def compiled(variants: list[Variant], jobs: int) -> Iterator[tuple[Variant, Report]]:
-    """Each variant with its report, as they are done, from `jobs` processes."""
+def in_processes(
+    work: Callable[[Variant], Result], variants: list[Variant], jobs: int
+) -> Iterator[Result]:
+    """What `work` says of each variant, as they are done, from `jobs` processes."""
     with tempfile.TemporaryDirectory(prefix="compile-kernels-") as cache:
         if jobs == 1:
             _start_worker(cache)
-            yield from map(_compile, variants)
+            yield from map(work, variants)
             return
         context = multiprocessing.get_context("spawn")
         with context.Pool(jobs, _start_worker, (cache,)) as pool:
-            yield from pool.imap_unordered(_compile, variants)
+            yield from pool.imap_unordered(work, variants)
 
 
 def _start_worker(cache: str) -> None:
@@ -227,11 +230,11 @@ def _start_worker(cache: str) -> None:
     os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
 
 
-def _compile(variant: Variant) -> tuple[Variant, Report]:
+def build(variant: Variant):
+    """What `triton.compile` makes of the variant; raises what the compiler raises."""
     import triton
     from triton.compiler import ASTSource
 
-    started = time.perf_counter()
     kernel = getattr(importlib.import_module(variant.module), variant.kernel)
     source = ASTSource(
         kernel,
@@ -239,12 +242,18 @@ def _compile(variant: Variant) -> tuple[Variant, Report]:
         {(place,): value for place, value in variant.constexprs},
         {(place,): [list(attribute) for attribute in found] for place, found in variant.attrs},
     )
-    target = gpu_target(variant.target)
+    options = dict(variant.options)
+    return triton.compile(source, target=gpu_target(variant.target), options=options)
+
+
+def judged(variant: Variant) -> tuple[Variant, Report]:
+    """The variant, compiled, with its report."""
+    started = time.perf_counter()
     log = io.StringIO()
     try:
         with contextlib.redirect_stdout(log):
-            binary = triton.compile(source, target=target, options=dict(variant.options))
-        threads = binary.metadata.num_warps * target.warp_size
+            binary = build(variant)
+        threads = binary.metadata.num_warps * gpu_target(variant.target).warp_size
         report = examine(
             variant.target, binary.asm, binary.metadata.shared, threads, log.getvalue()
         )

@@ -83,7 +83,7 @@ def examine(target: str, asm: dict, shared: int, threads: int, ptxas_log: str) -
 
 
 def _read_nvidia(report: Report, cubin: bytes, log: str) -> None:
-    usage = _cuobjdump(cubin, "-res-usage")
+    usage = cuobjdump(cubin, "-res-usage")
 
     def count(pattern: str, text: str) -> int | None:
         found = re.search(pattern, text)
@@ -101,7 +101,7 @@ def _read_nvidia(report: Report, cubin: bytes, log: str) -> None:
         report.notes.append("no words of ptxas: spilled bytes are the stack alone")
         report.spill_bytes = count(r"STACK:(\d+)", usage or "") or 0
     # Disassembling takes as long as compiling; where ptxas says that nothing spills nothing does.
-    sass = _cuobjdump(cubin, "-sass") if report.spill_bytes or not log else ""
+    sass = cuobjdump(cubin, "-sass") if report.spill_bytes or not log else ""
     if usage is None or sass is None:
         report.notes.append("no cuobjdump: STL and LDL are not counted, ptxas' words are all")
     report.spill_instructions = len(re.findall(r"\b(?:STL|LDL)\b", sass or ""))
@@ -120,7 +120,7 @@ def _read_amd(report: Report, amdgcn: str) -> None:
     report.spill_instructions = len(re.findall(r"\bscratch_(?:store|load)_", amdgcn))
 
 
-def _cuobjdump(cubin: bytes, option: str) -> str | None:
+def cuobjdump(cubin: bytes, option: str) -> str | None:
     """The words of the cuobjdump that comes with Triton; None where it is missing."""
     path = _cuobjdump_path()
     if path is None:
