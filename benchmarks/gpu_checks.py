@@ -210,7 +210,8 @@ def no_sync(device: torch.device) -> str:
     needs_gpu(device)
     p = medium(device)
     p = replace(p, gate=p.gate.cpu(), mask=p.mask.cpu())
-    kepo(p, True).backward()  # compiles
+    for loss in (kd, grpo, kepo):
+        loss(p, True).backward()  # compiles
     torch.cuda.synchronize()
     with sync_is_an_error():
         for loss in (kd, grpo, kepo):
@@ -257,7 +258,8 @@ def run(p: Problem) -> tuple[Tensor, ...]:
 
 def workspace(device: torch.device) -> str:
     needs_gpu(device)
-    p = make_large(device, (8, 256, 1024, 1024, 32768))
+    width, vocab = (1024, 32768) if device.type == "cuda" else (16, 512)
+    p = make_large(device, (8, 256, width, width, vocab))
     side = (p.hidden, p.lm_head, p.teacher_hidden, p.teacher_lm_head)
     shares = []
     # The accumulators of both gradients, which plan() does not count as workspace either.
@@ -266,7 +268,7 @@ def workspace(device: torch.device) -> str:
     for mib in (64, 256, 1024):
         budget = mib << 20
         sizes = {"teacher_rows": rows, "dtype": torch.bfloat16, "device": device}
-        planned = engine.plan(rows, 1024, 32768, **sizes, workspace_bytes=budget).workspace_bytes
+        planned = engine.plan(rows, width, vocab, **sizes, workspace_bytes=budget).workspace_bytes
         kepo_kernels.fused_gated_kd_loss(*side, workspace_bytes=budget)  # kernels, cuBLAS
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -282,18 +284,19 @@ def beyond_int32(chunked: bool) -> Callable[[torch.device], str]:
     """N V > 2^31 logits, in one chunk or over several; rows at both ends are looked at."""
 
     def check(device: torch.device) -> str:
-        needs_gpu(device)
-        vocab, rows, width = 151936, 16384, 64
-        free = torch.cuda.mem_get_info(device)[0]
+        cuda = device.type == "cuda"
+        vocab, rows, width = (151936, 16384, 64) if cuda else (509, 64, 8)
+        free = torch.cuda.mem_get_info(device)[0] if cuda else sys.maxsize
         needed = rows * vocab * (2 if chunked else 10)
         if not chunked and free < needed:
             raise Skipped(f"{free >> 30} GiB are free, {needed >> 30} GiB needed")
         p = make_large(device, (16, rows // 16, width, width, vocab))
-        size = 2048 if chunked else rows
+        size = rows // 8 if chunked else rows
         call = {"chunk_rows": size, "logits_dtype": torch.float32}
         found = kepo_kernels.fused_linear_logprobs(p.hidden, p.lm_head, p.targets, **call)
         (dhidden,) = torch.autograd.grad(found.sum(), p.hidden)
-        ends = torch.tensor([0, 14133, 14134, 14135, rows - 1], device=device)
+        edge = 2**31 // vocab if cuda else rows // 2  # the row in which the 2^31st element stands
+        ends = torch.tensor([0, edge - 1, edge, edge + 1, rows - 1], device=device)
         x, w = p.hidden.detach().flatten(0, 1)[ends].double(), p.lm_head.detach().double()
         logits = (x @ w.T).requires_grad_()
         oracle = reference.token_logprob(logits, p.targets.flatten()[ends])

@@ -73,7 +73,7 @@ class Report:
                 self.log(f"{key:18} {value}")
             return
         if row.get("provider") == "floor" and row.get("seconds"):
-            self.floors[row["shape"], row["case"]] = row["seconds"]
+            self.floors[row.get("shape"), row.get("case")] = row["seconds"]
         row = gpu_targets.judged(row, str(self.environment.get("machine", "")), self.floors)
         self.rows.append(row)
         with self.results.open("a", newline="") as file:
@@ -192,7 +192,7 @@ def worker_command(args: argparse.Namespace, packages: list[str], baseline: bool
 
 
 def environment(args: argparse.Namespace, name: str) -> dict[str, str]:
-    found = dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
+    found = dict(os.environ) | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8:replace"}
     if args.dry_run and name != "compile":
         found["TORCH_COMPILE_DISABLE"] = "1"  # the peers' C++ would take most of the dry run
     return found
@@ -216,7 +216,7 @@ def line(row: table.Row) -> str:
     known = {"ms": ("seconds", ".3f", 1e3), "x floor": ("x_floor", ".2f", 1)}
     known |= {"MiB": ("peak_mib", ".0f", 1), "GB/s": ("gb_per_s", ".0f", 1)}
     known |= {"TFLOP/s": ("tflop_per_s", ".1f", 1)}
-    parts = [f"  {row['case']:16} {row['provider']:16}"]
+    parts = [f"  {row.get('case', ''):16} {row.get('provider', ''):16}"]
     for unit, (name, digits, scale) in known.items():
         value = row.get(name)
         if value is not None and value == value:
@@ -274,5 +274,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`: ends the worker
     sys.exit(main())
