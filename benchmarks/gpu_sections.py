@@ -3,6 +3,8 @@
 Device and ceilings, correctness in bf16, no waits of the host; then our own times at the first
 shape, which all else is compared with; the probe; the other shapes; a whole training step; the
 other checks; the peers; and tools that may take any time and are the least missed.
+
+What may wreck the device's context or leave a process in doubt is in one of its own, "risky".
 """
 
 from __future__ import annotations
@@ -18,17 +20,17 @@ class Section:
     module: str = ""
     limit: float = 60.0  # seconds after which its process is killed
     needs: float = 10.0  # seconds that must be left for it to start
-    alone: bool = False  # it may kill its process or wreck the device's context: in its own process
+    process: str = "main"  # which process it is run in, with the sections around it of that name
 
 
 SECTIONS = (
-    Section("facts", "gpu_timings", limit=60, needs=5),
+    Section("facts", "gpu_timings", limit=120, needs=5),
     Section("ceilings", "gpu_timings", limit=30, needs=5),
     Section("correct_bf16", "gpu_checks", limit=120),
     Section("no_sync", "gpu_checks", needs=5),
     Section("losses_first", "gpu_timings", needs=5),
     Section("losses_more", "gpu_timings", limit=90),
-    Section("baseline", "gpu_timings", limit=90, needs=30, alone=True),
+    Section("baseline", "gpu_timings", limit=90, needs=30, process="baseline"),
     Section("probe", "gpu_probe", limit=75, needs=20),
     Section("losses_llama-8b", "gpu_timings"),
     Section("losses_small", "gpu_timings"),
@@ -41,15 +43,15 @@ SECTIONS = (
     Section("repeatable", "gpu_checks"),
     Section("two_streams", "gpu_checks"),
     Section("correct_softcap", "gpu_checks", limit=90),
-    Section("profile", "gpu_probe", alone=True, needs=20),
-    Section("cuda_graph", "gpu_checks", alone=True, needs=20),
-    Section("chunks_beyond_int32", "gpu_checks", alone=True, needs=20),
-    Section("one_chunk_beyond_int32", "gpu_checks", alone=True, needs=20),
-    Section("peers_liger", "gpu_timings"),
-    Section("peers_eager", "gpu_timings"),
-    Section("peers_others", "gpu_timings"),
-    Section("compile", "gpu_checks", limit=90, alone=True, needs=30),
-    Section("peers_compiled", "gpu_timings", limit=90, needs=30),
+    Section("chunks_beyond_int32", "gpu_checks", needs=20, process="risky"),
+    Section("one_chunk_beyond_int32", "gpu_checks", process="risky"),
+    Section("profile", "gpu_probe", process="risky"),
+    Section("cuda_graph", "gpu_checks", process="risky"),
+    Section("peers_eager", "gpu_timings", needs=15, process="peers"),
+    Section("peers_liger", "gpu_timings", limit=90, process="peers"),
+    Section("peers_others", "gpu_timings", process="peers"),
+    Section("compile", "gpu_checks", limit=90, needs=30, process="compile"),
+    Section("peers_compiled", "gpu_timings", limit=90, needs=30, process="peers"),
     Section("ncu", limit=60, needs=25),
     Section("memcheck", limit=110, needs=120),
     Section("racecheck", limit=110, needs=120),

@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None, sections: tuple[Section, ...] = SEC
     log("command            " + " ".join([sys.executable, *sys.argv]))
     log("nvidia-smi         " + gpu_tools.nvidia_smi(gpu_tools.STATE))
     report.begin()
-    wanted = [s for s in sections if s.name == "facts" or chosen(s.name, args)]
+    wanted = [section for section in sections if chosen(section.name, args)]
     with tempfile.TemporaryDirectory() as folder:
         packages = unpacked(args.wheels, Path(folder), log)
         run_all(wanted, args, stem, packages, report, left)
@@ -129,7 +129,7 @@ def run_all(
     report: Report,
     left: Callable[[], float],
 ) -> None:
-    """Every section once: its own process, the one of the section before, or a command."""
+    """Every section once, in the process of the one before it, in a new one, or as a command."""
     worker, stillborn = None, 0
     log = report.log.path
     try:
@@ -137,25 +137,21 @@ def run_all(
             began = time.monotonic()
             limit = min(section.limit, left() - SPARE)
             command = worker_command(args, packages, section.name == "baseline")
-            if worker is not None and (section.alone or not section.module or not worker.alive):
+            here = section.process if section.module else None
+            if worker is not None and (worker.name != here or not worker.alive):
                 worker.end()
                 worker = None
             if left() < section.needs:
                 verdict = Verdict("LATE", "left out: the time is over")
             elif not section.module:
                 verdict = of_command(section, args, stem, limit, report)
-            elif section.name == "baseline" and args.baseline is None:
-                continue
             elif stillborn >= TRIES:
                 verdict = Verdict("FAIL", "no process starts")
             else:
                 if worker is None:
-                    worker = Worker(command, log, environment(args, section.name))
+                    worker = Worker(here, command, log, environment(args, section.name))
                 verdict = worker.ask(section.name, section.module, limit, report.row)
                 stillborn = 0 if worker.ready else stillborn + 1
-                if section.alone or not worker.alive:
-                    worker.end()
-                    worker = None
             report.verdict(section.name, verdict, time.monotonic() - began)
     finally:
         if worker is not None:
@@ -244,7 +240,10 @@ def summary(report: Report) -> None:
 
 
 def chosen(name: str, args: argparse.Namespace) -> bool:
-    return args.only is None or name in args.only
+    """The facts always: every row is stamped with them."""
+    if name == "baseline" and args.baseline is None:
+        return False
+    return name == "facts" or args.only is None or name in args.only
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

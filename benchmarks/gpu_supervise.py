@@ -26,7 +26,8 @@ class Verdict(NamedTuple):
 class Worker:
     """A process of gpu_worker.py. What it prints is appended to the log."""
 
-    def __init__(self, command: list[str], log: Path, environment: dict[str, str]):
+    def __init__(self, name: str, command: list[str], log: Path, environment: dict[str, str]):
+        self.name = name
         self.link, theirs = socket.socketpair()
         with theirs:
             self.process = started(
@@ -42,16 +43,16 @@ class Worker:
 
     def ask(self, name: str, module: str, limit: float, on_row: Callable[[dict], None]) -> Verdict:
         """Runs a section; whatever becomes of it within `limit` seconds, there is a verdict."""
+        until = time.monotonic() + limit
         try:
             if not self.ready:
-                self.event(min(limit, STARTUP), "it did not start")
+                self.event(min(limit, STARTUP), "it did not start in time")
                 self.ready = True
             # It is to end by itself a little before it is killed.
-            until = time.monotonic() + limit
             order = {"name": name, "module": module, "until": until - min(2.0, 0.1 * limit)}
             self.link.sendall((json.dumps(order) + "\n").encode())
             while True:
-                event = self.event(until - time.monotonic(), "it hung")
+                event = self.event(until - time.monotonic(), f"killed after {limit:.0f} s")
                 if "row" in event:
                     on_row(event["row"])
                 elif "done" in event:
@@ -68,7 +69,7 @@ class Worker:
         until = time.monotonic() + seconds
         while b"\n" not in self.heard:
             if time.monotonic() > until:
-                raise TimeoutError(f"{otherwise}: killed after {seconds:.0f} s")
+                raise TimeoutError(otherwise)
             try:
                 more = self.link.recv(1 << 16)
             except TimeoutError:

@@ -6,7 +6,6 @@ three times, at tiny sizes.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +25,7 @@ from problems import Problem, Shape
 from table import Row, measured_row
 
 import kepo_kernels
+from kepo_kernels.dispatch import IMPLS, unavailable
 
 SLOWEST = 5.0  # seconds of a peer's first warm call, beyond which it is not timed
 ENOUGH = 8.0  # seconds that must be left for one more call to be timed
@@ -68,7 +68,8 @@ def facts(clock: Clock) -> Iterator[Row]:
     """What every row is stamped with; to the log all that may explain a time."""
     package = Path(kepo_kernels.__file__).parent
     driver = nvidia_smi("driver_version")
-    yield {"environment": stamp() | {"triton": installed("triton"), "driver": driver}}
+    also = {"triton": installed("triton"), "driver": driver, "device": clock.kind}
+    yield {"environment": stamp() | also}
     print(f"kepo_kernels from {package}, CUDA {torch.version.cuda}, HIP {torch.version.hip}")
     print(", ".join(f"{name} {installed(name)}" for name in ("transformers", "peft", "numpy")))
     if clock.cuda:
@@ -76,9 +77,8 @@ def facts(clock: Clock) -> Iterator[Row]:
         flags = torch.backends.cuda.matmul
         for name in ("allow_tf32", "allow_bf16_reduced_precision_reduction"):
             print(name, getattr(flags, name, "unknown"))
-    command = [sys.executable, "-m", "kepo_kernels"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=package.parent)
-    print(done.stdout + done.stderr, flush=True)
+    for impl in IMPLS:
+        print(f"{impl} rows: {unavailable(impl) or 'live'}")
 
 
 def installed(package: str) -> str:
@@ -110,7 +110,7 @@ def losses(clock: Clock, shape: str, wanted: Wanted, rename: str = "") -> Iterat
     dtype = torch.bfloat16 if clock.cuda else torch.float32
     problem = Problem.make(Shape(shape, *sizes, {}), dtype, clock.device)
     known = dict(zip(("N", "H", "Ht", "V"), sizes, strict=True))
-    known |= {"shape": shape, "dtype": named(dtype), "device": clock.kind}
+    known |= {"shape": shape, "dtype": named(dtype)}
     failed = []
     for case, who in wanted:
         called = rename if rename and who == "ours" else who
