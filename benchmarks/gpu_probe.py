@@ -23,7 +23,7 @@ from torch import Tensor
 
 REP = 100  # milliseconds of calls for a row
 CHUNKS = (2048, 1639, 1366, 4096)
-# Columns of a block and of a thread; the first is what the kernels are launched with.
+TUNED = ("BLOCK", "COLUMNS_PER_THREAD")  # of kepo_kernels.triton_rows
 LAUNCHES = ((2048, 8), (1024, 8), (4096, 8), (2048, 16), (2048, 4))
 FEWEST = 4.0  # seconds that must be left for one more row
 
@@ -102,24 +102,25 @@ def head_gradient(clock: Clock) -> Iterator[Row]:
     out = normal(clock, vocab, hidden)
     factor = torch.full((), 0.5, device=clock.device)
     moved = gradient.nbytes + out.nbytes
-    theirs = partial(engine.scaled, gradient, factor, out.dtype)
-    yield from tried(clock, "scaled", "engine.scaled", theirs, moved)
+    yield from tried(
+        clock, "scaled", "ours", lambda: engine.scaled(gradient, factor, out.dtype), moved
+    )
     one = partial(torch.mul, gradient, factor, out=out)
     yield from tried(clock, "scaled", "one launch", one, moved)
 
 
 def rows(clock: Clock) -> Iterator[Row]:
     """The row kernels alone, by divergence, dtype of the logits and launch parameters."""
-    from kepo_kernels import gemm
+    from kepo_kernels import gemm, triton_rows
     from kepo_kernels.dispatch import pick_rows
     from kepo_kernels.rows import RowSettings
 
     count, vocab = (2048, sizes_of(clock)[3]) if clock.cuda else (8, 512)
     kinds = {"none": 0.5, "KL": 0.0, "JSD": 0.5}
-    first = LAUNCHES[0]
+    first = tuple(getattr(triton_rows, name, 0) for name in TUNED)
     wanted = [(torch.float32, kind, first) for kind in kinds]
     wanted += [(torch.bfloat16, "JSD", first)]
-    wanted += [(torch.float32, "JSD", launch) for launch in LAUNCHES[1:]]
+    wanted += [(torch.float32, "JSD", launch) for launch in LAUNCHES if launch != first]
     for dtype, kind, launch in wanted:
         logits, teacher = (normal(clock, count, vocab, dtype=dtype) for _ in range(2))
         targets = torch.randint(vocab, (count,), device=clock.device)
@@ -148,18 +149,18 @@ def rows(clock: Clock) -> Iterator[Row]:
 
 
 @contextmanager
-def launched(launch: tuple[int, int]) -> Iterator[None]:
+def launched(launch: tuple[int, ...]) -> Iterator[None]:
     """Triton's rows with these launch parameters."""
     from kepo_kernels import triton_rows
 
-    names = ("BLOCK", "COLUMNS_PER_THREAD")
-    before = [getattr(triton_rows, name) for name in names]
+    before = {name: getattr(triton_rows, name) for name in TUNED if hasattr(triton_rows, name)}
     try:
-        for name, value in zip(names, launch, strict=True):
-            setattr(triton_rows, name, value)
+        for name, value in zip(TUNED, launch, strict=True):
+            if name in before:
+                setattr(triton_rows, name, value)
         yield
     finally:
-        for name, value in zip(names, before, strict=True):
+        for name, value in before.items():
             setattr(triton_rows, name, value)
 
 

@@ -165,8 +165,10 @@ def of_command(
     try:
         command = gpu_tools.command_of(section.name, args.dry_run, stem, limit)
         report.log("            " + " ".join(command))
-        also = environment(args, section.name) | gpu_tools.ENVIRONMENT.get(section.name, {})
-        status, lines = command_run(command, limit, report.log.path, also)
+        known = environment(args, section.name) | gpu_tools.ENVIRONMENT.get(section.name, {})
+        places = [str(HERE.parent), *filter(None, [known.get("PYTHONPATH")])]
+        known["PYTHONPATH"] = os.pathsep.join(places)  # the package, wherever the script lies
+        status, lines = command_run(command, limit, report.log.path, known)
     except gpu_tools.Skipped as reason:
         return Verdict("SKIP", f"skipped: {reason}")
     except OSError as error:

@@ -13,12 +13,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import floor
 import gpu_checks
 import gpu_problems
 import gpu_suite
 import gpu_targets
 import gpu_timings
 import gpu_tools
+import problems
 from gpu_clock import Clock, Skipped
 from gpu_sections import SECTIONS, Section
 
@@ -264,6 +266,14 @@ def test_without_a_gpu_it_says_so_and_exits_2(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_help_names_every_section(capsys):
+    with pytest.raises(SystemExit) as stop:
+        gpu_suite.main(["--help"])
+    words = capsys.readouterr().out
+    assert stop.value.code == 0 and "8 minutes at most" in words
+    assert all(section.name in words.replace("\n", " ") for section in SECTIONS)
+
+
 @pytest.mark.parametrize(
     "arguments, word",
     [
@@ -365,6 +375,24 @@ def test_a_call_that_raises_is_a_row_and_costs_no_other(monkeypatch, capsys):
         AssertionError, match="grpo ours could not be timed"
     ):  # a peer's is no fault
         next(rows)
+
+
+def test_floor_multiplies_what_the_row_kernels_write(monkeypatch):
+    """On CUDA that is 16 bits, beside fp32 logits; forward alone has no gradient products."""
+    shape = problems.Shape("tiny", *gpu_timings.TINY, {})
+    problem = problems.Problem.make(shape, torch.bfloat16, CPU)
+    seen = []
+    monkeypatch.setattr(floor.gemm, "default_logits_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(floor.gemm, "dlogits_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(floor.gemm, "project_", lambda out, *_: seen.append(out.dtype))
+    monkeypatch.setattr(floor.gemm, "hidden_gradient", lambda g, w: seen.append(g.dtype))
+    monkeypatch.setattr(floor.gemm, "accumulate_head_", lambda dw, g, x: seen.append(g.dtype))
+    counts = {"joint_half": (7, 3), "grpo": (3, 1), "logprobs_forward": (1, 1)}
+    for case, (products, projections) in counts.items():
+        seen.clear()
+        floor.floor(problem, case)()
+        wide = [dtype for dtype in seen if dtype == torch.float32]
+        assert (len(seen), len(wide)) == (products, projections), case
 
 
 def test_goals_are_those_of_the_card():
