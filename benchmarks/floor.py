@@ -40,12 +40,14 @@ def floor(problem: Problem, case: str) -> Call:
         return lambda: [call() for call in calls]
     if case in ("kd_open", "kd_half", "kd_tol"):
         return _products(p, every[opened], none_of(every))
-    if case == "joint":
+    if case in ("joint", "joint_half"):
         return _products(p, every[opened], every[~opened])
     if case in ("grpo", "grpo_tol", "ce"):
         return _products(p, none_of(every), every)
     if case == "logprobs":  # backward computes the logits again
         return _products(p, none_of(every), every, forwards=2)
+    if case == "logprobs_forward":
+        return _products(p, none_of(every), every, backward=False)
     raise NotComparable(f"no products are listed for {case}")
 
 
@@ -53,9 +55,12 @@ def none_of(rows: Tensor) -> Tensor:
     return rows[:0]
 
 
-def _products(p: Problem, with_teacher: Tensor, without: Tensor, forwards: int = 1) -> Call:
+def _products(
+    p: Problem, with_teacher: Tensor, without: Tensor, forwards: int = 1, backward: bool = True
+) -> Call:
     device, dtype = p.hidden.device, p.hidden.dtype
     logits_dtype = gemm.default_logits_dtype(dtype, device)
+    dlogits_dtype = gemm.dlogits_dtype(dtype, logits_dtype, device)
     x, y = p.hidden.detach().flatten(0, 1), p.teacher_hidden.flatten(0, 1)
     w, teacher_w = p.lm_head.detach(), p.teacher_lm_head
     size = chunk_rows(p, len(with_teacher) + len(without), len(with_teacher))
@@ -63,9 +68,16 @@ def _products(p: Problem, with_teacher: Tensor, without: Tensor, forwards: int =
     chunks += [(rows, False) for rows in _split(without, size)]
     longest = max((len(rows) for rows, _ in chunks), default=0)
 
+    # What meets the operands in the gradient products: on CUDA the row kernel writes 16 bits. Not
+    # zeros, with which a GPU needs less power and multiplies faster.
+    dlogits = None
+    if backward and dlogits_dtype != logits_dtype:
+        dlogits = torch.randn(longest, len(w), dtype=dlogits_dtype, device=device)
+
     def run() -> None:
-        dw = pages.zeros(w.shape, gemm.gradient_dtype(dtype), device)
+        dw = pages.zeros(w.shape, gemm.gradient_dtype(dtype), device) if backward else None
         student = pages.empty((longest, len(w)), logits_dtype, device)
+        gradient = student if dlogits is None else dlogits
         teacher = None
         if len(with_teacher):
             teacher = pages.empty((longest, len(teacher_w)), logits_dtype, device)
@@ -75,9 +87,9 @@ def _products(p: Problem, with_teacher: Tensor, without: Tensor, forwards: int =
                 gemm.project_(logits, chunk, w, None)
                 if has_teacher:
                     gemm.project_(teacher[: len(rows)], y[rows], teacher_w, None)
-                if sweep == forwards - 1:
-                    gemm.hidden_gradient(logits, w)
-                    gemm.accumulate_head_(dw, logits, chunk)
+                if backward and sweep == forwards - 1:
+                    gemm.hidden_gradient(gradient[: len(rows)], w)
+                    gemm.accumulate_head_(dw, gradient[: len(rows)], chunk)
 
     return run
 

@@ -151,8 +151,8 @@ class Problem:
         return self.targets.numel()
 
     def gate(self, case: str) -> Tensor:
-        """(B,): kd_half closes every other sequence."""
-        return self.half if case == "kd_half" else torch.ones_like(self.half)
+        """(B,): kd_half and joint_half close every other sequence."""
+        return self.half if case.endswith("_half") else torch.ones_like(self.half)
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Those of both leaves, in new tensors: each call starts from nothing."""
