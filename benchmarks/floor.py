@@ -75,21 +75,22 @@ def _products(
         dlogits = torch.randn(longest, len(w), dtype=dlogits_dtype, device=device)
 
     def run() -> None:
-        dw = pages.zeros(w.shape, gemm.gradient_dtype(dtype), device) if backward else None
+        made = pages.empty if gemm.writes_first(device) else pages.zeros
+        dw = made(w.shape, gemm.gradient_dtype(dtype), device) if backward else None
         student = pages.empty((longest, len(w)), logits_dtype, device)
         gradient = student if dlogits is None else dlogits
         teacher = None
         if len(with_teacher):
             teacher = pages.empty((longest, len(teacher_w)), logits_dtype, device)
         for sweep in range(forwards):
-            for rows, has_teacher in chunks:
+            for index, (rows, has_teacher) in enumerate(chunks):
                 chunk, logits = x[rows], student[: len(rows)]
                 gemm.project_(logits, chunk, w, None)
                 if has_teacher:
                     gemm.project_(teacher[: len(rows)], y[rows], teacher_w, None)
                 if backward and sweep == forwards - 1:
                     gemm.hidden_gradient(gradient[: len(rows)], w)
-                    gemm.accumulate_head_(dw, gradient[: len(rows)], chunk)
+                    gemm.accumulate_head_(dw, gradient[: len(rows)], chunk, first=index == 0)
 
     return run
 

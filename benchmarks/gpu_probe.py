@@ -23,8 +23,24 @@ from torch import Tensor
 
 REP = 100  # milliseconds of calls for a row
 CHUNKS = (2048, 1639, 1366, 4096)
-TUNED = ("BLOCK", "COLUMNS_PER_THREAD")  # of kepo_kernels.triton_rows
-LAUNCHES = ((2048, 8), (1024, 8), (4096, 8), (2048, 16), (2048, 4))
+# Of kepo_kernels.triton_rows, beside what stands there: of the softmaxes, and of the other kernels.
+SOFTMAXES = (
+    {"SOFTMAX_BLOCK": 8192},
+    {"SOFTMAX_BLOCK": 2048},
+    {"SOFTMAX_BLOCK": 4096, "SOFTMAX_COLUMNS_PER_THREAD": 16},
+    {"SOFTMAX_BLOCK": 8192, "SOFTMAX_COLUMNS_PER_THREAD": 16},
+    {"SOFTMAX_BLOCK": 16384, "SOFTMAX_COLUMNS_PER_THREAD": 32},
+)
+OTHERS = (
+    {"STAGES": 1},
+    {"STAGES": 3},
+    {"STAGES": 1, "BLOCK": 1024},
+    {"STAGES": 1, "BLOCK": 4096},
+    {"STAGES": 1, "COLUMNS_PER_THREAD": 16},
+    {"STAGES": 1, "BLOCK": 1024, "COLUMNS_PER_THREAD": 4},
+    {"STAGES": 1, "SECTION": 8192},
+    {"STAGES": 1, "SECTION": 32768},
+)
 FEWEST = 4.0  # seconds that must be left for one more row
 
 Call = Callable[[], object]
@@ -117,10 +133,10 @@ def rows(clock: Clock) -> Iterator[Row]:
 
     count, vocab = (2048, sizes_of(clock)[3]) if clock.cuda else (8, 512)
     kinds = {"none": 0.5, "KL": 0.0, "JSD": 0.5}
-    first = tuple(getattr(triton_rows, name, 0) for name in TUNED)
-    wanted = [(torch.float32, kind, first) for kind in kinds]
-    wanted += [(torch.bfloat16, "JSD", first)]
-    wanted += [(torch.float32, "JSD", launch) for launch in LAUNCHES if launch != first]
+    wanted = [(torch.float32, kind, {}) for kind in kinds]
+    wanted += [(torch.bfloat16, "JSD", {})]
+    wanted += [(torch.float32, "none", launch) for launch in SOFTMAXES]
+    wanted += [(torch.float32, "JSD", launch) for launch in OTHERS]
     for dtype, kind, launch in wanted:
         logits, teacher = (normal(clock, count, vocab, dtype=dtype) for _ in range(2))
         targets = torch.randint(vocab, (count,), device=clock.device)
@@ -131,7 +147,8 @@ def rows(clock: Clock) -> Iterator[Row]:
         out = torch.empty_like(
             logits, dtype=gemm.dlogits_dtype(torch.bfloat16, dtype, clock.device)
         )
-        variant = f"{kind}, {str(dtype)[6:]}, block {launch[0]} by {launch[1]}"
+        words = [f"{name.lower()} {value}" for name, value in launch.items()]
+        variant = ", ".join([kind, str(dtype)[6:], *words])
         one, two = logits.nbytes, logits.nbytes * (1 if kind == "none" else 2)
         with launched(launch):
             # A softmax of each side, and a divergence that reads both again.
@@ -145,19 +162,19 @@ def rows(clock: Clock) -> Iterator[Row]:
             except Exception:  # its row says why
                 continue
             backward = partial(kernels.row_backward_, *sides, made, back, settings, out)
-            yield from tried(clock, "row_backward", variant, backward, two + out.nbytes)
+            if not any(name.startswith("SOFTMAX") for name in launch):
+                yield from tried(clock, "row_backward", variant, backward, two + out.nbytes)
 
 
 @contextmanager
-def launched(launch: tuple[int, ...]) -> Iterator[None]:
+def launched(launch: dict[str, int]) -> Iterator[None]:
     """Triton's rows with these launch parameters."""
     from kepo_kernels import triton_rows
 
-    before = {name: getattr(triton_rows, name) for name in TUNED if hasattr(triton_rows, name)}
+    before = {name: getattr(triton_rows, name) for name in launch}
     try:
-        for name, value in zip(TUNED, launch, strict=True):
-            if name in before:
-                setattr(triton_rows, name, value)
+        for name, value in launch.items():
+            setattr(triton_rows, name, value)
         yield
     finally:
         for name, value in before.items():

@@ -139,6 +139,7 @@ def _operator(
         arguments = _arguments(ast.literal_eval(settings), student, others)
         formed = LOSSES[function](**arguments, _needs=tuple(needs))
     gradients = [hidden.new_empty(0) if x is None else x for x in formed.gradients]
+    gradients[0] = gradients[0].flatten(0, -2) if needs[0] else gradients[0]
     return formed.total, formed.numbers, formed.dropped, *gradients
 
 

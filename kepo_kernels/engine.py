@@ -93,7 +93,7 @@ def loss_and_gradients(
 
     gradients = None
     if any(needs):
-        gradients = Gradients.empty(student, needs, problem.grad_tol > 0.0)
+        gradients = Gradients.empty(student, needs, problem)
     numbers, dropped, head_rows = sweep(student, problem, coefficients, gradients)
     gradients = gradients or Gradients(*[None] * len(student))
     total = total.to(numbers.dtype)
@@ -111,6 +111,9 @@ def scaled(
     """
     if gradient is None:
         return None
+    if gradient.is_cuda:  # one launch, which multiplies in the wide dtype and casts
+        out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+        return torch.mul(gradient, factor.to(gradient.dtype), out=out)
     # Reading the factor waits for nothing on a CPU, and spares a pass over the head when it is 1.
     plain = type(factor) is Tensor and factor.device.type == "cpu" and factor.item() == 1.0
     step = max(1, BLOCK_ELEMENTS // max(1, gradient[:1].numel()))
@@ -171,7 +174,7 @@ class RowNumbers(torch.autograd.Function):
     @_differentiable_once
     def backward(ctx, grad_numbers):
         student = Student(*ctx.saved_tensors)
-        gradients = Gradients.empty(student, ctx.needs_input_grad[:5])
+        gradients = Gradients.empty(student, ctx.needs_input_grad[:5], ctx.problem)
         sweep(student, ctx.problem, lambda rows, _: grad_numbers[:, rows], gradients)
         cast = [
             None if g is None else g.to(x.dtype) for g, x in zip(gradients, student, strict=True)

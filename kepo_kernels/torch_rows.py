@@ -16,7 +16,7 @@ from kepo_kernels.rows import (
 
 # Rows are taken a few at a time so that the temporaries (about eight of them) stay at some tens of
 # megabytes however large the chunk is: the caller's workspace budget counts the logits alone.
-BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 23}  # on a GPU a block is some seventy launches
 TEMPORARIES = 14  # blocks in the dtype of the table that are alive at once, at most
 
 
@@ -60,9 +60,13 @@ def row_backward_(
             out[block] = logits[block]
 
 
+def block_elements(device: torch.device) -> int:
+    return BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"])
+
+
 def _blocks(logits: Tensor) -> list[slice]:
     rows, vocab = logits.shape
-    step = max(1, BLOCK_ELEMENTS // max(1, vocab))
+    step = max(1, block_elements(logits.device) // max(1, vocab))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

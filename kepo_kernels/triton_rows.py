@@ -24,6 +24,7 @@ SECTION = 8 * BLOCK
 # A softmax holds a block of its section in registers, 32 columns a thread, and needs no second look.
 SOFTMAX_BLOCK = 4096
 SOFTMAX_COLUMNS_PER_THREAD = 32
+SEARCHED_BLOCK = 1024  # of the one section in which the row's peak is looked for
 MOST_SECTIONS = 128
 NO_TARGET = -1
 
@@ -63,8 +64,10 @@ def row_forward(
         + (rows.teacher_stride, n, parts.shape[1] // 3, inside, rows.shared, *rows.numbers),
         KIND=rows.kind,
         CAPPED=rows.capped,
+        SECTION=section,
         SECTIONS=MOST_SECTIONS,
-        **_softmax_blocks(vocab),
+        BLOCK=SEARCHED_BLOCK,
+        num_warps=warps(SEARCHED_BLOCK // COLUMNS_PER_THREAD),
     )
     if teacher is None:
         return table
