@@ -1,10 +1,11 @@
-"""The two losses of a training step as plain PyTorch on whole matrices, for bench_step.py.
+"""The two losses of a training step as plain PyTorch on whole matrices, the rival of step.py.
 
 They stand in for `fused_kepo_loss` and `fused_grpo_loss` in `kepo.step`, and are what a careful
 user writes there: logits of the tokens that carry loss only, the teacher's without gradient and of
 the open sequences only, one log_softmax for both terms and no copy of some of its rows, one shift
 for both weights of the mixture, each KL summed before it is weighted, no name that keeps a matrix
-alive for longer than autograd does, entropy (a metric) in slices. At beta 0.5 and with every gate
+alive for longer than autograd does, entropy (a metric) in slices; softmax in fp32 where the model
+computes in bf16. At beta 0.5 and with every gate
 open, forward and backward then hold 8 matrices at their peak; the usual formula (TRL's, and `jsd`
 in peers.py) holds 9 or more, and `kepo_kernels/reference.py`, whose guards against -inf each copy a
 matrix, more again.
@@ -95,7 +96,7 @@ def grpo_loss(
 
 def log_softmax(states: Tensor, lm_head: Tensor) -> Tensor:
     """(n, H), (V, H) -> (n, V); the logits are gone when it returns."""
-    return (states @ lm_head.T).log_softmax(-1)
+    return (states @ lm_head.T).float().log_softmax(-1)
 
 
 def jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
@@ -119,8 +120,8 @@ def policy_part(
 
     parts: a mask (B, T) and log_q (n, V) of its tokens, each.
     """
-    loss = torch.zeros(())
-    stats = TokenStats(*(torch.zeros(targets.shape) for _ in range(3)))
+    loss = torch.zeros((), device=targets.device)
+    stats = TokenStats(*(torch.zeros(targets.shape, device=targets.device) for _ in range(3)))
     advantages = advantages.unsqueeze(1).expand(targets.shape)
     for mask, log_q in parts:
         logprobs = log_q.gather(-1, targets[mask].unsqueeze(-1)).squeeze(-1)
