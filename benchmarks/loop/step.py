@@ -36,15 +36,12 @@ if one failed otherwise than for want of memory or time.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -52,11 +49,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import measure
-import picture
 from measure import PEERS, Quantiles, stamp
 from problem import HEAD_SIZE, Problem, Size, build, parameters
-from update import WAYS, Bench, Mismatch, Taken, Update
+from report import Report, Row, draw
+from update import WAYS, Bench, Taken, Update
 
 from kepo.held import Machine
 from kepo.known_models import KNOWN, known_model
@@ -67,186 +63,119 @@ SCENARIOS = {
     "memory": dict(
         gate=[1.0, 0.5], rival=["whole"], phase=["update", "optimiser"], rounds=0,
         student="256,8", teacher="384,8", tied=True, vocab=151936, lora=0, checkpointing=False,
-        picture="32,64", prompts=2, generations=8, tokens=192, micro_batch=8,
+        picture=(32, 64), prompts=2, generations=8, tokens=192, micro_batch=8,
     ),
     "gate": dict(
         rival=["states", "everywhere"], phase=["update"], rounds=5,
         student="192,4", teacher="384,8", tied=False, vocab=8192, lora=0, checkpointing=False,
-        picture="32,64", prompts=5, generations=8, tokens=48, micro_batch=20,
+        picture=(32, 64), prompts=5, generations=8, tokens=48, micro_batch=20,
     ),
     "cuda": dict(
         gate=[1.0, 0.5], rival=["whole"], phase=["update", "teacher", "optimiser", "rollout"],
         rounds=2, student="Qwen/Qwen3-VL-2B-Instruct", teacher="Qwen/Qwen3-VL-8B-Instruct",
         tied=True, vocab=151936, lora=32, checkpointing=True,
-        picture="384,384", prompts=4, generations=8, tokens=128, micro_batch=32,
+        picture=(384, 384), prompts=4, generations=8, tokens=128, micro_batch=32,
     ),
     "cpu": dict(
         gate=[1.0, 0.5], rival=["whole"], phase=["update", "teacher", "optimiser", "rollout"],
         rounds=1, student="64,2", teacher="128,2", tied=True, vocab=4096, lora=8,
-        checkpointing=True, picture="64,64", prompts=2, generations=4, tokens=24, micro_batch=8,
+        checkpointing=True, picture=(64, 64), prompts=2, generations=4, tokens=24, micro_batch=8,
     ),
 }  # fmt: skip
 """What is measured where a command does not say otherwise."""
 NEEDS = {"update": 6.0, "rollout": 15.0}  # seconds that must be left when one begins
-COLUMNS = (
-    *("machine", "capability", "threads", "python", "torch", "transformers", "commit", "date"),
-    *("device", "dtype", "student", "teacher", "student_parameters", "teacher_parameters"),
-    *("lora_rank", "V", "completions", "prompt_tokens", "completion_tokens", "micro_batch"),
-    *("gate_rate", "phase", "way", "teacher_tokens", "seconds", "seconds_p20", "seconds_p80"),
-    *("rounds", "peak_mib", "held_mib", "above_mib", "planned_mib", "reserved_mib"),
-    *("planned_reserve_mib", "loss", "gradient_norm", "gradient_gap"),
-    *("x_seconds", "x_seconds_p20", "x_seconds_p80", "x_peak", "x_above", "note"),
-)
-Row = dict[str, object]
-T = TypeVar("T")
-
-
-class Report:
-    """Rows, each printed and on disk as soon as it is known; what failed; what time is left."""
-
-    def __init__(self, facts: Row, file: Path | None, ends: float) -> None:
-        self.facts, self.file, self.ends = facts, file, ends
-        self.rows: list[Row] = []
-        self.failed = False
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(",".join(COLUMNS) + "\n")
-        print(line(HEAD), flush=True)
-
-    def left(self) -> float:
-        return self.ends - time.monotonic()
-
-    def add(self, row: Row) -> None:
-        row = self.facts | row
-        self.rows.append(row)
-        print(line(row), flush=True)
-        if self.file is not None:
-            with self.file.open("a", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-                writer.writerow({name: text(value) for name, value in row.items()})
-
-    def attempt(self, row: Row, needs: float, work: Callable[[], T]) -> T | None:
-        """What it returns; None, and a row that says why, where it does not come to its end."""
-        if self.left() < needs:
-            self.add(row | {"note": "left out: the time is over"})
-            return None
-        try:
-            return work()
-        except torch.OutOfMemoryError as error:
-            note = f"out of memory: {error}"
-        except Exception as error:
-            self.failed = True
-            if not isinstance(error, Mismatch):
-                traceback.print_exc()
-            note = f"{type(error).__name__}: {error}"
-        self.add(row | {"note": note.splitlines()[0][:200]})
-        return None
 
 
 # ---- what is measured ----
 
 
-def measured(bench: Bench, report: Report, planned: Row, args: argparse.Namespace) -> None:
+def measured(
+    bench: Bench, report: Report, planned: dict[str, Row], args: argparse.Namespace
+) -> None:
     """The rows, those that matter most first."""
-    for place, rate in enumerate(args.gate):
-        updates = partial(Updates(bench, report, planned, rate).rows, args.phase, args.rounds)
-        if place or "rollout" not in args.phase:
-            updates(["fused", *args.rival])
-            continue
-        updates(["fused"])
-        rollout(bench, report, planned)
-        updates(args.rival)
+    for rate in args.gate:
+        seen: dict[str, list[Update]] = {}
+        at_rate = partial(updates, bench, report, planned, args, rate, seen)
+        if "rollout" in args.phase and rate == args.gate[0]:
+            at_rate(["fused"])
+            rollout(bench, report, planned)
+            at_rate(args.rival)
+        else:
+            at_rate(["fused", *args.rival])
 
 
-def rollout(bench: Bench, report: Report, planned: Row) -> None:
+def rollout(bench: Bench, report: Report, planned: dict[str, Row]) -> None:
     row: Row = {"phase": "rollout", "way": "transformers"}
     found = report.attempt(row, NEEDS["rollout"], bench.rollout)
     if found is not None:
         taken, tokens = found
         note = f"{tokens} tokens, {tokens / taken.seconds:.0f} a second"
-        report.add(row | taken_row(taken, [], planned.get("rollout")) | {"note": note})
+        report.add(row | taken_row([taken]) | planned.get("rollout", {}) | {"note": note})
 
 
-class Updates:
-    """Those of one gate rate."""
+def updates(
+    bench: Bench,
+    report: Report,
+    planned: dict[str, Row],
+    args: argparse.Namespace,
+    rate: float,
+    seen: dict[str, list[Update]],
+    ways: list[str],
+) -> None:
+    """Those of one gate rate, which come to be ``seen``: first every way once, then in turn."""
 
-    def __init__(self, bench: Bench, report: Report, planned: Row, rate: float) -> None:
-        self.bench, self.report, self.planned, self.rate = bench, report, planned, rate
-        self.found: dict[str, Update] = {}
-        self.later: dict[str, list[Update]] = {}
+    def attempt(way: str, work: Callable[[float, str], Update]) -> None:
+        row: Row = {"gate_rate": rate, "phase": "update", "way": way}
+        found = report.attempt(row, NEEDS["update"], partial(work, rate, way))
+        if found is None:
+            bench.clear()
+        else:
+            seen.setdefault(way, []).append(found)
 
-    def rows(self, phases: list[str], rounds: int, ways: list[str]) -> None:
-        gaps = {}
-        for way in ways:
-            gap = self._attempt(way, partial(self._first, way))
-            if gap is not None:
-                gaps[way] = gap
-        for way in rounds * list(gaps):
-            if self.report.left() > NEEDS["update"]:
-                if not self.bench.gauge.cuda:
-                    taken = self.found[way].phases["update"]
-                    measure._settle(taken.peak_mib - taken.held_mib)
-                again = self._attempt(way, partial(self.bench.update, self.rate, way))
-                if again is not None:
-                    self.later[way].append(again)
-        for way, gap in gaps.items():
-            for phase in ("update", "teacher", "optimiser"):
-                # The rivals differ in the update, the losses not in what comes before and after.
-                if phase in phases and (phase == "update" or way == "fused"):
-                    self.report.add(self._row(way, phase, gap))
-
-    def _attempt(self, way: str, work: Callable[[], T]) -> T | None:
-        row: Row = {"gate_rate": self.rate, "phase": "update", "way": way}
-        done = self.report.attempt(row, NEEDS["update"], work)
-        if done is None:
-            self.bench.clear()
-        return done
-
-    def _first(self, way: str) -> float:
-        self.found[way], self.later[way] = self.bench.update(self.rate, way, first=True), []
-        try:
-            return self.bench.check(self.rate, self.found, way)
-        except Mismatch:
-            del self.found[way]
-            raise
-
-    def _row(self, way: str, phase: str, gap: float) -> Row:
-        update, fused = self.found[way], self.found.get("fused")
-        taken = update.phases[phase]
-        times = [again.phases[phase].seconds for again in self.later[way]]
-        plan = None if way == "whole" else self.planned.get(phase)
-        row: Row = {"gate_rate": self.rate, "phase": phase, "way": way}
-        row |= taken_row(taken, times, plan)
-        if phase == "teacher":
-            return row | {"teacher_tokens": update.teacher_tokens}
-        if phase == "update":
-            row |= {"teacher_tokens": update.teacher_tokens, "loss": update.loss}
-            row |= {"gradient_norm": update.gradient_norm, "gradient_gap": gap}
-        if way == "fused" or fused is None:
-            return row
-        ours = fused.phases[phase]
-        theirs = [again.phases[phase].seconds for again in self.later["fused"]]
-        pairs = list(zip(theirs, times, strict=False)) or [(ours.seconds, taken.seconds)]
-        ratios = Quantiles.of([mine / other for mine, other in pairs])
-        return (
-            row
-            | spread("x_seconds", ratios)
-            | {
-                "x_peak": ours.peak_mib / taken.peak_mib,
-                "x_above": (ours.peak_mib - ours.held_mib) / (taken.peak_mib - taken.held_mib),
-            }
-        )
+    for way in ways:
+        attempt(way, bench.first)
+    for way in args.rounds * [way for way in ways if way in seen]:
+        if report.left() > NEEDS["update"]:
+            bench.gauge.warm(seen[way][0].phases["update"])
+            attempt(way, bench.update)
+    for way in ways:
+        for phase in ("update", "teacher", "optimiser"):
+            # Only the update differs from way to way.
+            if way in seen and phase in args.phase and (phase == "update" or way == "fused"):
+                row = update_row(seen, way, phase, planned.get(phase, {}))
+                report.add({"gate_rate": rate, "phase": phase, "way": way} | row)
 
 
-def taken_row(taken: Taken, times: list[float], planned: Row | None) -> Row:
+def update_row(seen: dict[str, list[Update]], way: str, phase: str, plan: Row) -> Row:
+    calls = [update.phases[phase] for update in seen[way]]
+    row = taken_row(calls) | (plan if way != "whole" else {})  # the planner knows our losses
+    if phase == "optimiser":
+        return row
+    first = seen[way][0]
+    row["teacher_tokens"] = first.teacher_tokens
+    if phase == "teacher":
+        return row
+    row |= {name: getattr(first, name) for name in ("loss", "gradient_norm", "gradient_gap")}
+    if way == "fused" or "fused" not in seen:
+        return row
+    ours = [update.phases[phase] for update in seen["fused"]]
+    pairs = list(zip(ours, calls, strict=False))
+    ratios = [mine.seconds / its.seconds for mine, its in pairs[1:] or pairs]
+    row |= spread("x_seconds", Quantiles.of(ratios))
+    (mine, its), *_ = pairs
+    row["x_peak"] = mine.peak_mib / its.peak_mib
+    row["x_above"] = mine.above_mib / its.above_mib
+    return row
+
+
+def taken_row(calls: list[Taken]) -> Row:
+    """Memory of the first call, seconds of those after it, if there are any."""
+    times = [call.seconds for call in calls[1:] or calls]
+    names = ("peak_mib", "held_mib", "above_mib", "reserved_mib")
     return {
-        **spread("seconds", Quantiles.of(times or [taken.seconds])),
-        "rounds": max(1, len(times)),
-        "peak_mib": taken.peak_mib,
-        "held_mib": taken.held_mib,
-        "above_mib": taken.peak_mib - taken.held_mib,
-        "reserved_mib": taken.reserved_mib,
-        **(planned or {}),
+        **spread("seconds", Quantiles.of(times)),
+        "rounds": len(times),
+        **{name: getattr(calls[0], name) for name in names},
     }
 
 
@@ -293,41 +222,6 @@ def facts_of(problem: Problem, args: argparse.Namespace) -> Row:
     }
 
 
-# ---- in words ----
-
-HEAD = {
-    **dict(gate_rate="gate", phase="phase", way="way", seconds="seconds", x_seconds="fused/it"),
-    **dict(teacher_tokens="teacher tokens", peak_mib="peak MiB", held_mib="held", note="note"),
-    **dict(planned_mib="planned", x_peak="fused/it", x_above="above", gradient_gap="gap"),
-}
-
-
-def line(row: Row) -> str:
-    """A row of the table, or its head."""
-
-    def cell(name: str, form: str, width: int) -> str:
-        value = row.get(name)
-        if not isinstance(value, str):
-            value = "" if value is None or value != value else format(value, form)
-        return value.rjust(width)
-
-    def span(name: str) -> str:
-        ends = [row.get(f"{name}_{part}") for part in ("p20", "p80")]
-        words = "[p20 p80]" if row is HEAD else ""
-        return (words if None in ends else "[{:.2f} {:.2f}]".format(*ends)).rjust(13)
-
-    words = [cell("gate_rate", "g", 5), f"{row['phase']:9} {row.get('way', ''):12}"]
-    words += [cell("seconds", ".3f", 8), span("seconds")]
-    words += [cell("x_seconds", ".2f", 8), span("x_seconds"), cell("teacher_tokens", "d", 14)]
-    words += [cell(name, ".0f", 8) for name in ("peak_mib", "held_mib", "planned_mib")]
-    words += [cell("x_peak", ".3f", 8), cell("x_above", ".3f", 6), cell("gradient_gap", ".0e", 6)]
-    return " ".join([*words, cell("note", "", 0)]).rstrip()
-
-
-def text(value: object) -> object:
-    return f"{value:.5g}" if isinstance(value, float) else value
-
-
 # ---- the command ----
 
 
@@ -337,18 +231,17 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     own_progress_only()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        problem = build(folder, args)
+        problem = build(Path(name), args)
         facts = facts_of(problem, args)
-        print("\n".join(f"{name:18} {value}" for name, value in facts.items()), end="\n\n")
-        print(f"models made and read: {time.monotonic() - started:.1f} s")
-        report, bench = Report(facts, args.csv, started + args.seconds), Bench(problem, folder)
+        print("\n".join(f"{name:18} {value}" for name, value in facts.items()), flush=True)
+        print(f"\nmodels made: {time.monotonic() - started:.1f} s", flush=True)
+        report, bench = Report(facts, args.csv, started + args.seconds), Bench(problem, Path(name))
         planned = report.attempt({"phase": "plan"}, 0.0, partial(plan, bench)) or {}
         measured(bench, report, planned, args)
     if args.csv:
         print(f"\nwritten: {args.csv}")
     if args.plot:
-        picture.draw([row for row in report.rows if row["phase"] == "update"], args.plot)
+        draw([row for row in report.rows if row["phase"] == "update"], args.plot)
         print(f"written: {args.plot}")
     return 1 if report.failed else 0
 
@@ -369,31 +262,17 @@ def parse_shape(text: str) -> Size | str:
     return size
 
 
-def parse_picture(text: str) -> tuple[int, int]:
-    height, width = map(int, text.split(","))
-    if min(height, width) < 32:
-        raise ValueError
-    return height, width
-
-
-parse_picture.__name__ = "HEIGHT,WIDTH, 32 or more"  # what argparse calls it in its complaint
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    shape = "HIDDEN,LAYERS or the name of a released model"
     add("--device", choices=("cpu", "cuda"), help="measure all phases, on it: bf16 on cuda")
     add("--gate", type=float, nargs="+", metavar="RATE", help="shares of gates that are open")
     add("--rival", nargs="*", choices=list(WAYS)[1:], metavar="WAY", help="ways beside fused")
-    add("--phase", nargs="+", choices=("update", "teacher", "optimiser", "rollout"))
-    add("--student", type=parse_shape, help=shape)
-    add("--teacher", type=parse_shape, help=shape)
-    add("--lora", type=int, metavar="RANK", help="of adapters; 0 = all weights are trained")
+    for name in ("--student", "--teacher"):
+        add(name, type=parse_shape, help="HIDDEN,LAYERS or the name of a released model")
     add("--vocab", type=int, help="rows of both heads, if the models are of no released shape")
-    add("--picture", type=parse_picture, metavar="HEIGHT,WIDTH", help="of every prompt")
     add("--prompts", type=int, help="questions of a step")
     add("--generations", type=int, help="completions of each")
     add("--tokens", type=int, help="per completion")
@@ -413,16 +292,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def check_problem(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuses sizes and gate rates that make no problem; a rate given twice counts once."""
-    for name, least in dict(prompts=1, tokens=1, micro_batch=1, rounds=0, lora=0).items():
+    for name, least in dict(
+        prompts=1, tokens=1, micro_batch=1, rounds=0, generations=2, vocab=512
+    ).items():
         if getattr(args, name) < least:
             words = f"--{name.replace('_', '-')} {getattr(args, name)}"
             parser.error(f"{words}: expected at least {least}")
-    if args.generations < 2:
-        parser.error(f"--generations {args.generations}: expected at least 2, a group")
-    if args.vocab < 512:
-        parser.error(
-            f"--vocab {args.vocab}: expected at least 512, the tokenizer's own and padding"
-        )
     count = args.prompts * args.generations
     for rate in args.gate:
         if not 0 <= rate <= 1 or abs(rate * count - round(rate * count)) > 1e-6:

@@ -9,11 +9,12 @@ import gc
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import measure
 import torch
 import whole
 from problem import Problem
@@ -69,6 +70,36 @@ WAYS = {
 }
 
 
+# ---- an update ----
+
+
+class Taken(NamedTuple):
+    """By a phase, once."""
+
+    seconds: float
+    held_mib: float
+    """Before it."""
+    peak_mib: float
+    reserved_mib: float | None
+
+    @property
+    def above_mib(self) -> float:
+        return self.peak_mib - self.held_mib
+
+
+class Update(NamedTuple):
+    """What one update left behind."""
+
+    loss: float
+    gradient_norm: float
+    teacher_tokens: int
+    """Completion tokens that the teacher's backbone was given."""
+    expected_tokens: int
+    phases: dict[str, Taken]
+    gradient_gap: float = float("nan")
+    """Relative, to the way that was first at this gate rate."""
+
+
 # ---- memory ----
 
 
@@ -102,6 +133,11 @@ class Gauge:
             raise SystemExit(f"error: this benchmark needs Linux and its /proc: {error}") from error
         return peak
 
+    def warm(self, taken: Taken) -> None:
+        """Before a timed call: on a CPU touches as much memory as it will need."""
+        if not self.cuda:
+            measure._settle(taken.above_mib)
+
     def reserved(self) -> float | None:
         """What torch's allocator has taken of the GPU."""
         return torch.cuda.memory_reserved() / 2**20 if self.cuda else None
@@ -113,62 +149,35 @@ def resident(what: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(what))
 
 
-# ---- an update ----
+# ---- all of it ----
 
 
-class Taken(NamedTuple):
-    """By a phase, once."""
-
-    seconds: float
-    held_mib: float
-    """Before it."""
-    peak_mib: float
-    reserved_mib: float | None
-
-
-class Update(NamedTuple):
-    """What one update left behind."""
-
-    loss: float
-    gradient_norm: float
-    teacher_tokens: int
-    """Completion tokens that the teacher's backbone was given."""
-    expected_tokens: int
-    phases: dict[str, Taken]
-
-
-@dataclass
 class Bench:
     """A problem, and what is needed to update it again and again."""
 
-    problem: Problem
-    folder: Path
-    """For gradients: beside the models they would count as held."""
-    gauge: Gauge = field(init=False)
-    optimizer: torch.optim.Optimizer = field(init=False)
-    seen: list[tuple[int, float]] = field(default_factory=list)
-    """Tokens of each of the teacher's forwards, and the most held during it."""
-    peaks: list[float] = field(default_factory=list)
-    """What was held before and during them."""
-
-    def __post_init__(self) -> None:
-        problem = self.problem
+    def __init__(self, problem: Problem, folder: Path) -> None:
+        """folder: for gradients, which beside the models would count as held."""
+        self.problem, self.folder = problem, folder
         self.gauge = Gauge(problem.policy.device)
         self.trained = {n: p for n, p in problem.policy.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=problem.config.lr, weight_decay=problem.config.weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=problem.config.lr)
         for parameter in self.trained.values():  # AdamW's state, as earlier steps leave it
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.clear()
+        self.truths: dict[float, tuple[Path, Update]] = {}
+        """By gate rate, what was first and its gradients."""
+        self.seen: list[tuple[int, float]] = []
+        """Tokens of each of the teacher's forwards, and the most held during it."""
+        self.before: list[float] = []
+        """The most held before each."""
         self._watch(problem.teacher)
 
     def _watch(self, teacher: kepo.step.VLM) -> None:
         backbone = teacher.completion_hidden
 
         def watched(inputs: object, ids: Tensor, mask: Tensor) -> Tensor:
-            self.peaks.append(self.gauge.most())
+            self.before.append(self.gauge.most())
             states = backbone(inputs, ids, mask)
             self.seen.append((int(mask.sum()), self.gauge.most()))
             return states
@@ -189,16 +198,20 @@ class Bench:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def update(self, rate: float, way: str, first: bool = False) -> Update:
-        """An update, from the same weights as any other. first: what is free is given back before
-        it, and its gradients are kept to be compared."""
+    def clear(self) -> None:
+        """No gradients, also where an update did not come to its end."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def update(self, rate: float, way: str, gradients: Path | None = None) -> Update:
+        """An update, from the same weights as any other. gradients: a file for them; what is free
+        is given back before such an update."""
         problem, (change, kepo_loss, grpo_loss) = self.problem, WAYS[way]
         config, totals, loss = problem.config, StepTotals(), 0.0
         batch = change(problem.batch(rate))
         problem.policy.model.train()
-        held = self.gauge.settle() if first else 0.0
+        held = self.gauge.settle() if gradients else 0.0
         self.seen.clear()
-        self.peaks.clear()
+        self.before.clear()
         started = self.now()
         with mock.patch.multiple(kepo.step, fused_kepo_loss=kepo_loss, fused_grpo_loss=grpo_loss):
             for micro in batch.split(config.micro_batch):
@@ -207,68 +220,57 @@ class Bench:
                 loss += float(part.detach())
         updated = self.now()
         teacher = max((peak for _, peak in self.seen), default=held)
-        peak = max(*self.peaks, teacher, self.gauge.most()) if self.peaks else self.gauge.most()
-        reserved, kept = self.gauge.reserved(), self.now()
+        peak, reserved = max([*self.before, teacher, self.gauge.most()]), self.gauge.reserved()
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained.values(), config.max_grad_norm))
         self.optimizer.step()
         phases = {
             "update": Taken(updated - started, held, peak, reserved),
             "teacher": Taken(totals.teacher_seconds, held, teacher, reserved),
-            "optimiser": Taken(self.now() - kept, held, self.gauge.most(), reserved),
+            "optimiser": Taken(self.now() - updated, held, self.gauge.most(), reserved),
         }
-        if first:
-            gradients = {
-                n: p.grad if p.grad is None else p.grad.cpu() for n, p in self.trained.items()
-            }
-            torch.save(gradients, self.gradients(rate, way))
+        if gradients:
+            found = {n: p.grad if p.grad is None else p.grad.cpu() for n, p in self.trained.items()}
+            torch.save(found, gradients)
         self.clear()
         expected = int(batch.completion_mask[batch.gate > 0].sum())
         return Update(loss, norm, sum(n for n, _ in self.seen), expected, phases)
 
-    def clear(self) -> None:
-        """No gradients, also where an update did not come to its end."""
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def gradients(self, rate: float, way: str) -> Path:
-        return self.folder / f"{rate:g}-{way}.pt"
-
-    # ---- that ways do the same ----
-
-    def check(self, rate: float, found: dict[str, Update], way: str) -> float:
-        """How far the gradients of this way are off those of the first one; Mismatch if too far, if
-        the loss is another, or if the teacher read more than it should have."""
-        mine, (first, truth) = found[way], next(iter(found.items()))
+    def first(self, rate: float, way: str) -> Update:
+        """The first update of a way. Mismatch if its loss or its gradients are not those of the way
+        before it at this rate, or if the teacher read other than it should have."""
+        file = self.folder / f"{rate:g}-{way}.pt"
+        mine = self.update(rate, way, file)
         if mine.teacher_tokens != mine.expected_tokens:
             raise Mismatch(
                 f"at gate rate {rate:g} {way} gave the teacher {mine.teacher_tokens} completion "
                 f"tokens; expected {mine.expected_tokens}"
             )
-        gap = gradient_gap(self.gradients(rate, way), self.gradients(rate, first))
+        truth_file, truth = self.truths.setdefault(rate, (file, mine))
+        gap = gradient_gap(file, truth_file)
         tolerance = TOLERANCE[self.problem.policy.lm_head.dtype]
         # The policy term is the mean of advantages, 0 up to rounding: its loss has no scale.
         same = math.isclose(mine.loss, truth.loss, rel_tol=tolerance, abs_tol=tolerance / 10)
         if not same or not gap <= tolerance:
             raise Mismatch(
                 f"at gate rate {rate:g} {way} has the loss {mine.loss:.7g} and gradients off by "
-                f"{gap:.1e}, {first} the loss {truth.loss:.7g}; expected the same"
+                f"{gap:.1e}, {truth_file.stem} the loss {truth.loss:.7g}; expected the same"
             )
-        return gap
+        return mine._replace(gradient_gap=gap)
 
     # ---- a rollout ----
 
     def rollout(self) -> tuple[Taken, int]:
         """Sampling a step's completions as the loop does, and how many tokens they have."""
-        problem, config = self.problem, self.problem.config
+        problem, config, count = (
+            self.problem,
+            self.problem.config,
+            self.problem.config.num_generations,
+        )
         problem.policy.model.eval()
-        few = replace(
-            config, max_completion_length=min(WARM_UP_TOKENS, config.max_completion_length)
-        )
-        sample(problem.policy, problem.examples, few, num_generations=config.num_generations)
-        held = self.gauge.settle()
-        started = self.now()
-        groups = sample(
-            problem.policy, problem.examples, config, num_generations=config.num_generations
-        )
+        few = replace(config, max_completion_length=WARM_UP_TOKENS)
+        sample(problem.policy, problem.examples, few, num_generations=count)
+        held, started = self.gauge.settle(), self.now()
+        groups = sample(problem.policy, problem.examples, config, num_generations=count)
         taken = Taken(self.now() - started, held, self.gauge.most(), self.gauge.reserved())
         return taken, sum(len(rollout.completion_ids) for group in groups for rollout in group)
 

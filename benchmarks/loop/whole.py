@@ -10,7 +10,8 @@ open, forward and backward then hold 8 matrices at their peak; the usual formula
 in peers.py) holds 9 or more, and `kepo_kernels/reference.py`, whose guards against -inf each copy a
 matrix, more again.
 
-For the settings of a default run; any other is refused.
+They know the settings of a default run only and read no other: step.py compares loss and gradients
+before it times them.
 """
 
 from __future__ import annotations
@@ -24,18 +25,6 @@ from torch.nn import functional as F
 from kepo_kernels import TokenStats
 
 SLICE = 128  # tokens whose entropy is taken at once
-DEFAULTS = {
-    "old_logprobs": None,
-    "kl_coef": 0.0,
-    "entropy_coef": 0.0,
-    "policy_loss": "clip",
-    "importance_level": "token",
-    "return_stats": True,
-    "temperature": 1.0,
-}
-"""Settings of `kepo_step` that these losses take for granted."""
-IRRELEVANT = {"impl", "workspace_bytes"}  # where there is one back-end and no chunk
-
 Result = tuple[Tensor, TokenStats]
 
 
@@ -58,7 +47,6 @@ def kepo_loss(
     **settings: object,
 ) -> Result:
     """As `fused_kepo_loss`, the teacher's states those of the open sequences; 0 < beta < 1."""
-    refuse_others(settings)
     opened = completion_mask & (gate > 0)[:, None]
     closed = completion_mask & ~opened
     # Open and closed sequences apart: to select rows of one log_q would be to copy them.
@@ -88,7 +76,6 @@ def grpo_loss(
     **settings: object,
 ) -> Result:
     """As `fused_grpo_loss`."""
-    refuse_others(settings)
     log_q = log_softmax(hidden[completion_mask], lm_head)
     parts = [(completion_mask, log_q)]
     return policy_part(parts, targets, advantages, weights, epsilon_low, epsilon_high)
@@ -139,11 +126,3 @@ def policy_part(
 def weighted(values: Tensor, weights: Tensor) -> Tensor:
     """Their inner product in the values' dtype; a batch has its weights in fp64."""
     return (weights.to(values.dtype) * values).sum()
-
-
-def refuse_others(settings: dict[str, object]) -> None:
-    for name, value in settings.items():
-        if name not in IRRELEVANT and (name not in DEFAULTS or value != DEFAULTS[name]):
-            raise ValueError(
-                f"{name}={value!r}: the whole-matrix losses know the settings of a default run only"
-            )
