@@ -205,7 +205,7 @@ def liger_triton(problem: Problem, case: str) -> Callable:
 
     def call() -> object:
         x = p.hidden.flatten(0, 1)[rows]
-        return p.gradients(fused(x, p.lm_head, teacher, p.teacher_lm_head))
+        return p.gradients(fused(x, p.lm_head, teacher, p.teacher_lm_head, None))  # no labels
 
     return call
 
@@ -219,7 +219,7 @@ def peers(clock: Clock, *names: str) -> Iterator[Row]:
 def baseline(clock: Clock) -> Iterator[Row]:
     """The package of another checkout: this process was started with it before ours."""
     package = Path(kepo_kernels.__file__).resolve()
-    if package.is_relative_to(Path(__file__).resolve().parents[1]):
+    if package.parents[1] == Path(__file__).resolve().parents[1]:
         raise AssertionError(f"this is no other checkout: {package}")
     mine = [(case, who) for case, who in ALL if who == "ours" and case != "ce"]
     for row in losses(clock, FIRST_SHAPE, mine, rename="baseline"):

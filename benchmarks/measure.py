@@ -231,6 +231,9 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
+    """KEPO_COMMIT, for a copy of the files without their history; else what git says."""
+    if commit := os.environ.get("KEPO_COMMIT"):
+        return commit
     try:
         here = Path(__file__).parent
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]

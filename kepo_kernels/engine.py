@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kepo_kernels import pages
+from kepo_kernels.dispatch import pick_rows
 from kepo_kernels.plan import ChunkPlan as ChunkPlan
 from kepo_kernels.plan import plan as plan
 from kepo_kernels.sparsity import BLOCK_ELEMENTS
@@ -112,8 +113,7 @@ def scaled(
     if gradient is None:
         return None
     if gradient.is_cuda:  # one launch, which multiplies in the wide dtype and casts
-        out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
-        return torch.mul(gradient, factor.to(gradient.dtype), out=out)
+        return _scaled_on_gpu(gradient, factor.to(gradient.dtype), dtype)
     # Reading the factor waits for nothing on a CPU, and spares a pass over the head when it is 1.
     plain = type(factor) is Tensor and factor.device.type == "cpu" and factor.item() == 1.0
     step = max(1, BLOCK_ELEMENTS // max(1, gradient[:1].numel()))
@@ -127,6 +127,14 @@ def scaled(
     for to, block in zip(out.split(step), gradient.split(step), strict=True):
         to.copy_(block if plain else block * factor.to(gradient.dtype))
     return out
+
+
+def _scaled_on_gpu(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = pick_rows("auto", gradient.device, gradient.dtype)
+    if hasattr(rows, "scaled"):
+        return rows.scaled(gradient, factor, dtype)
+    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    return torch.mul(gradient, factor, out=out)
 
 
 class FusedLoss(torch.autograd.Function):

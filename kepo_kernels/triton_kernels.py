@@ -6,6 +6,7 @@
                                                           mean_ratio, which
     finish_kernel       what a row's sections found    -> adds up
     backward_kernel     the table, and a section       -> its dlogits
+    scaled_kernel       a gradient, and one factor     -> their product, in another dtype
 
 A program works on one section of one row, or on one row. Rows are cut where the vocabulary says and
 nothing else, so few rows fill a GPU as well as many do, and a row's bits depend neither on its
@@ -327,3 +328,11 @@ def backward_kernel(
         if CAPPED:
             grad *= cap_slope(raw, softcap)
         tl.store(out + column, grad.to(out.dtype.element_ty), mask=column < end)
+
+
+@jit
+def scaled_kernel(gradient, factor, out, count, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    lanes = start + tl.arange(0, BLOCK)
+    x = tl.load(gradient + lanes, mask=lanes < count, other=0.0, eviction_policy="evict_first")
+    tl.store(out + lanes, (x * tl.load(factor)).to(out.dtype.element_ty), mask=lanes < count)

@@ -153,6 +153,24 @@ def _softmax_blocks(vocab: int) -> dict[str, int]:
     return {"SECTION": section, "BLOCK": SOFTMAX_BLOCK, "num_warps": warps(threads)}
 
 
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor in a new tensor of `dtype`, rounded once.
+
+    torch.mul with `out` of another dtype is as exact, at half of the bandwidth.
+
+    Args:
+        gradient: fp32, contiguous.
+        factor: 0-d fp32 on the same device.
+    """
+    out = torch.empty_like(gradient, dtype=dtype)
+    grid = (-(-out.numel() // BLOCK),)
+    if grid[0]:
+        arguments = (gradient, factor, out, out.numel())
+        threads = warps(BLOCK // COLUMNS_PER_THREAD)
+        _start(kernels.scaled_kernel, grid, out.device, *arguments, BLOCK=BLOCK, num_warps=threads)
+    return out
+
+
 class _Rows:
     """What the launches of one call have in common."""
 
