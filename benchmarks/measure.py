@@ -56,6 +56,8 @@ class Measurement:
     """Most memory held at any moment of it above what was held before, gradients included."""
     times: list[float] = field(default_factory=list)
     note: str = ""
+    dtype: str = ""
+    """Of this call's inputs, where they are not those of everybody."""
 
     @property
     def seconds(self) -> Quantiles:
