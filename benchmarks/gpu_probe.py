@@ -6,6 +6,8 @@ A row that fails holds the reason; the others are still measured.
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import sys
 import time
 import traceback
@@ -47,7 +49,6 @@ Call = Callable[[], object]
 
 
 def probe(clock: Clock) -> Iterator[Row]:
-    yield from host_time(clock)
     yield from products(clock)
     yield from head_gradient(clock)
     yield from rows(clock)
@@ -181,15 +182,19 @@ def launched(launch: dict[str, int]) -> Iterator[None]:
             setattr(triton_rows, name, value)
 
 
-def host_time(clock: Clock) -> Iterator[Row]:
-    """Seconds until a call returns, and until the device is done with it."""
+def host(clock: Clock) -> Iterator[Row]:
+    """Seconds until a call returns, and until the device is done with it.
+
+    Of the small shape, where the host is what takes the time, Python's own profile goes to the log.
+    """
     for shape in (FIRST_SHAPE, "small"):
         sizes = SHAPES[shape] if clock.cuda else TINY
         dtype = torch.bfloat16 if clock.cuda else torch.float32
         problem = Problem.make(Shape(shape, *sizes, {}), dtype, clock.device)
         for case in ("kd_open", "grpo"):
             call = own(problem, case)
-            call()
+            for _ in range(3):
+                call()
             recover(clock)
             began = time.perf_counter()
             call()
@@ -198,6 +203,11 @@ def host_time(clock: Clock) -> Iterator[Row]:
             done = time.perf_counter() - began
             note = f"{shape}: done after {1e3 * done:.2f} ms"
             yield {"case": f"host_{case}", "provider": "ours", "seconds": returned, "note": note}
+            if shape == "small":
+                with cProfile.Profile() as profiled:
+                    for _ in range(20):
+                        call()
+                pstats.Stats(profiled, stream=sys.stdout).sort_stats("tottime").print_stats(30)
 
 
 def profile(clock: Clock) -> Iterator[Row]:
@@ -226,4 +236,8 @@ def profile(clock: Clock) -> Iterator[Row]:
             yield row | {"note": f"{launches} launches"}
 
 
-SECTIONS: dict[str, Callable[[Clock], Iterator[Row]]] = {"probe": probe, "profile": profile}
+SECTIONS: dict[str, Callable[[Clock], Iterator[Row]]] = {
+    "host": host,
+    "probe": probe,
+    "profile": profile,
+}

@@ -31,6 +31,7 @@ SECTIONS = (
     Section("losses_first", "gpu_timings", needs=5),
     Section("losses_more", "gpu_timings", limit=90),
     Section("baseline", "gpu_timings", limit=90, needs=30, process="baseline"),
+    Section("host", "gpu_probe"),
     Section("probe", "gpu_probe", limit=75, needs=20),
     Section("losses_llama-8b", "gpu_timings"),
     Section("losses_small", "gpu_timings"),

@@ -64,6 +64,8 @@ class Instruction(NamedTuple):
             if (width := WIDTHS.get(part.removeprefix("U").removeprefix("S"))) is not None:
                 return width
         return 4
+
+
 # Those that loop over all columns of a row; the others work on a row's sums, or on one section.
 KERNELS = ("softmax_kernel", "divergence_kernel", "backward_kernel")
 

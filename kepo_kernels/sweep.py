@@ -279,7 +279,11 @@ def _gather(problem: LinearProblem, states: Tensor, rows: Tensor, name: str) -> 
     NaN and Inf are refused on a CPU, where looking costs no synchronisation: their sum is finite
     only if each of them is.
     """
-    x = states[rows] if states.dim() == 2 else states[rows // states.shape[1], rows % states.shape[1]]
+    x = (
+        states[rows]
+        if states.dim() == 2
+        else states[rows // states.shape[1], rows % states.shape[1]]
+    )
     if x.device.type == "cpu" and not x.sum(dtype=torch.float64).isfinite():
         bad = torch.isfinite(x).all(-1).logical_not().nonzero()
         if len(bad) == 0:

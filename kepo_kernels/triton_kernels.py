@@ -226,9 +226,7 @@ def divergence_kernel(
 
 
 @jit(do_not_specialize=["rows", "sections"])
-def finish_kernel(
-    divergences, table, rows, sections, unit, ratio_unit, SECTIONS: tl.constexpr
-):
+def finish_kernel(divergences, table, rows, sections, unit, ratio_unit, SECTIONS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     rows = tl.cast(rows, tl.int64)
     lanes = tl.arange(0, SECTIONS)
