@@ -1,6 +1,5 @@
 """The benchmark of whole steps, once in small, and that it notices ways that are not one."""
 
-import argparse
 import csv
 import math
 import sys
@@ -12,8 +11,10 @@ import torch
 import kepo.step
 from kepo_kernels import loss_weights, reference
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "loop"))
 
+import report
 import step
 import update
 import whole
@@ -28,7 +29,7 @@ def run(tmp_path, *words):
     status = step.main([*words, "--csv", str(results)])
     with results.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == step.COLUMNS
+    assert tuple(rows[0]) == report.COLUMNS
     assert all(row["commit"] and row["torch"] == torch.__version__ for row in rows)
     return status, rows
 
@@ -57,11 +58,8 @@ def test_what_a_step_holds(tmp_path, capsys):
     words = ["--gate", "1", "0", "--rival", "whole", "--plot", str(picture)]
     status, rows = run(tmp_path, *SMALL, *words)
     assert status == 0 and picture.stat().st_size > 10_000
-    assert names(rows) == [
-        (rate, phase, way)
-        for rate in ("1", "0")
-        for phase, way in (("update", "fused"), ("optimiser", "fused"), ("update", "whole"))
-    ]
+    measured = [("update", "fused"), ("optimiser", "fused"), ("update", "whole")]
+    assert names(rows) == [(rate, *pair) for rate in ("1", "0") for pair in measured]
     out = capsys.readouterr().out
     assert "planned" in out and "fused/it" in out
     for row in rows:
@@ -135,30 +133,6 @@ def test_matrices_of_the_vocabulary_outweigh_what_else_a_step_allocates(tmp_path
 # ---- what goes wrong ----
 
 
-def test_each_way_calls_its_own_losses(tmp_path, monkeypatch):
-    called = []
-
-    def noted(way, loss):
-        def call(*args, **settings):
-            called.append(way)
-            return loss(*args, **settings)
-
-        return call
-
-    for way in ("fused", "whole"):
-        right = update.WAYS[way]
-        losses = dict(
-            kepo_loss=noted(way, right.kepo_loss),
-            grpo_loss=noted(f"{way}, policy", right.grpo_loss),
-        )
-        monkeypatch.setitem(update.WAYS, way, right._replace(**losses))
-    ours = kepo.step.fused_kepo_loss
-    status, _ = run(tmp_path, *SMALL, "--gate", "1", "0", "--rival", "whole")
-    assert status == 0 and kepo.step.fused_kepo_loss is ours
-    assert called[:6] == 3 * ["fused"] + 3 * ["whole"]
-    assert called[6:] == 3 * ["fused, policy"] + 3 * ["whole, policy"]
-
-
 @pytest.mark.parametrize("planted", ["kepo_loss", "grpo_loss"])
 def test_a_way_that_drops_a_row_is_noticed(planted, tmp_path, monkeypatch):
     right = update.WAYS["whole"]
@@ -176,25 +150,31 @@ def test_a_way_that_drops_a_row_is_noticed(planted, tmp_path, monkeypatch):
     assert names(rows[1:]) == [(rate, "update", "fused"), (rate, "optimiser", "fused")]
 
 
-def plant(monkeypatch, broken):
-    """Replaces what asks the teacher for the states of open sequences."""
+def everything(micro, at):
+    """The loss takes the states of all sequences too, so loss and gradients are right."""
+    return torch.arange(len(micro))
+
+
+def others(micro, at):
+    return torch.arange(len(at))
+
+
+@pytest.mark.parametrize(
+    "asked, words",
+    [
+        (everything, "fused gave the teacher 80 completion tokens; expected 40"),
+        (others, "states has the loss"),
+    ],
+)
+def test_a_teacher_that_scores_other_sequences_is_noticed(asked, words, tmp_path, monkeypatch):
     right = kepo.step._open_hidden
     monkeypatch.setattr(
-        kepo.step, "_open_hidden", lambda teacher, micro, at: broken(right, teacher, micro, at)
+        kepo.step,
+        "_open_hidden",
+        lambda teacher, micro, at: right(teacher, micro, asked(micro, at)),
     )
-
-
-def test_a_teacher_that_scores_everything_is_noticed(tmp_path, monkeypatch):
-    """The loss takes the states of all sequences too, so loss and gradients are right."""
-    plant(monkeypatch, lambda f, teacher, micro, at: f(teacher, micro, torch.arange(len(micro))))
-    status, rows = run(tmp_path, *SMALL, "--gate", "0.5", "--rounds", "1")
-    assert status == 1 and "fused gave the teacher 80 completion tokens; expected 40" in str(rows)
-
-
-def test_a_teacher_that_scores_the_wrong_sequences_is_noticed(tmp_path, monkeypatch):
-    plant(monkeypatch, lambda f, teacher, micro, at: f(teacher, micro, torch.arange(len(at))))
-    status, rows = run(tmp_path, *SMALL, "--gate", "0.5", "--rounds", "1")
-    assert status == 1 and "states has the loss" in str(rows)
+    status, rows = run(tmp_path, *SMALL, "--gate", "0.5", "--rounds", "0")
+    assert status == 1 and words in str(rows)
 
 
 TOY = ["--device", "cpu", "--gate", "1", "--rounds", "0"]
@@ -257,74 +237,34 @@ def test_gradients_are_compared_parameter_by_parameter(tmp_path):
 # ---- whole matrices ----
 
 
-def problem():
-    """Four sequences, one of them closed and one cut short."""
-    mask = torch.arange(6) < torch.tensor([6, 6, 4, 6])[:, None]
-    gate = torch.tensor([1.0, 0.0, 1.0, 1.0])
-    shapes = dict(hidden=(4, 6, 8), lm_head=(50, 8), teacher=(4, 6, 9), teacher_head=(50, 9))
-    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
-    return argparse.Namespace(
-        **tensors,
-        targets=torch.randint(50, (4, 6)),
-        advantages=torch.randn(4),
-        gate=gate,
-        mask=mask,
-        policy_weights=loss_weights(mask, None, "sequence_mean"),
-        distill_weights=loss_weights(mask, gate, "token_mean"),
-    )
-
-
 @pytest.mark.parametrize("beta", [0.5, 0.2])
 @pytest.mark.parametrize("gate", [[1, 0, 1, 1], [1, 1, 1, 1]])
 def test_whole_matrices_against_the_oracle(beta, gate):
-    p = problem()
-    p.gate = torch.tensor(gate).float()
-    p.distill_weights = loss_weights(p.mask, p.gate, "token_mean")
-    clip = dict(epsilon_low=0.1, epsilon_high=0.3)
-    common = dict(completion_mask=p.mask, gate=p.gate, beta=beta, distill_coef=0.7, **clip)
-    weights = dict(policy_weights=p.policy_weights, distill_weights=p.distill_weights)
-    policy = (p.targets, p.advantages)
-    found = []
-    for loss, teacher in (
-        (whole.kepo_loss, p.teacher[p.gate > 0]),
-        (reference.kepo_loss, p.teacher),
+    """Four sequences, one of them cut short; and the numbers of their tokens are the fused ones."""
+    mask, gate = torch.arange(6) < torch.tensor([6, 6, 4, 6])[:, None], torch.tensor(gate).float()
+    hidden, head = torch.randn(4, 6, 8), torch.randn(50, 8)
+    teacher, teacher_head = torch.randn(4, 6, 9), torch.randn(50, 9)
+    tokens = torch.randint(50, (4, 6)), torch.randn(4)
+    settings = dict(completion_mask=mask, gate=gate, beta=beta, distill_coef=0.7)
+    settings |= dict(epsilon_low=0.1, epsilon_high=0.3)
+    settings["policy_weights"] = loss_weights(mask, None, "sequence_mean")
+    settings["distill_weights"] = loss_weights(mask, gate, "token_mean")
+    found, numbers = [], []
+    for loss, states, also in (
+        (whole.kepo_loss, teacher[gate > 0], {}),
+        (reference.kepo_loss, teacher, {}),
+        (kepo.step.fused_kepo_loss, teacher[gate > 0], {"return_stats": True}),
     ):
-        leaves = [x.clone().requires_grad_() for x in (p.hidden, p.lm_head)]
-        result = loss(*leaves, *policy, teacher, p.teacher_head, **common, **weights)
-        value = result[0] if isinstance(result, tuple) else result
-        found.append((value, *torch.autograd.grad(value, leaves)))
-    for mine, truth in zip(*found, strict=True):
+        leaves = [x.clone().requires_grad_() for x in (hidden, head)]
+        result = loss(*leaves, *tokens, states, teacher_head, **settings, **also)
+        if isinstance(result, tuple):
+            result, stats = result
+            numbers.append(stats[:3])
+        found.append((result, *torch.autograd.grad(result, leaves)))
+    for mine, truth, _ in zip(*found, strict=True):
         torch.testing.assert_close(mine, truth, rtol=1e-5, atol=1e-6, check_dtype=False)
-
-
-def test_numbers_of_the_tokens_are_those_of_the_fused_loss():
-    p = problem()
-    settings = dict(
-        gate=p.gate,
-        completion_mask=p.mask,
-        policy_weights=p.policy_weights,
-        distill_weights=p.distill_weights,
-        distill_coef=1.0,
-        beta=0.5,
-        epsilon_low=0.2,
-        epsilon_high=0.2,
-        return_stats=True,
-    )
-    tensors = (p.hidden, p.lm_head, p.targets, p.advantages, p.teacher[p.gate > 0], p.teacher_head)
-    (loss, stats), (truth, expected) = (
-        kepo_loss(*tensors, **settings)
-        for kepo_loss in (whole.kepo_loss, kepo.step.fused_kepo_loss)
-    )
-    torch.testing.assert_close(loss, truth, rtol=1e-5, atol=1e-6)
-    for mine, theirs in zip(stats[:3], expected[:3], strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
-
-
-def test_settings_that_whole_matrices_do_not_know_are_refused():
-    for setting in (dict(kl_coef=0.1), dict(temperature=0.5), dict(unheard_of=1)):
-        with pytest.raises(ValueError, match="know the settings of a default run only"):
-            whole.refuse_others({**whole.DEFAULTS, "impl": "auto", **setting})
-    whole.refuse_others({**whole.DEFAULTS, "impl": "auto"})
+    for mine, fused in zip(*numbers, strict=True):
+        torch.testing.assert_close(mine, fused, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +274,6 @@ def test_settings_that_whole_matrices_do_not_know_are_refused():
         (["--gate", "1.5"], "--gate 1.5"),
         (["--student", "64"], "HIDDEN,LAYERS"),
         (["--teacher", "100,2"], "multiple of 64"),
-        (["--picture", "16,16"], "HEIGHT,WIDTH"),
         (["--vocab", "100"], "at least 512"),
         (["--generations", "1"], "at least 2"),
         (["--micro-batch", "0"], "--micro-batch 0"),
