@@ -128,7 +128,7 @@ def head_gradient(clock: Clock) -> Iterator[Row]:
 
 def rows(clock: Clock) -> Iterator[Row]:
     """The row kernels alone, by divergence, dtype of the logits and launch parameters."""
-    from kepo_kernels import gemm, triton_rows
+    from kepo_kernels import gemm
     from kepo_kernels.dispatch import pick_rows
     from kepo_kernels.rows import RowSettings
 

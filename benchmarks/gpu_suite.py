@@ -51,6 +51,14 @@ class Log:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(words + "\n")
 
+    def end(self) -> None:
+        """Names this machine's folders by what they are: the file is to be passed on as it is."""
+        places = {str(HERE.parent): ".", sys.prefix: "PYTHON", str(self.path.parent): "OUT"}
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        for place in sorted(places, key=len, reverse=True):
+            text = text.replace(place, places[place])
+        self.path.write_text(text, encoding="utf-8")
+
 
 @dataclass
 class Report:
@@ -118,6 +126,7 @@ def main(arguments: list[str] | None = None, sections: tuple[Section, ...] = SEC
     words = [verdict.word for verdict in report.verdicts.values()]
     passed, failed, skipped, late = (words.count(w) for w in ("PASS", "FAIL", "SKIP", "LATE"))
     log(f"{passed} sections passed, {failed} failed, {skipped} skipped, {late} left out")
+    log.end()
     return 1 if failed else 0
 
 

@@ -223,7 +223,7 @@ def baseline(clock: Clock) -> Iterator[Row]:
         raise AssertionError(f"this is no other checkout: {package}")
     mine = [(case, who) for case, who in ALL if who == "ours" and case != "ce"]
     for row in losses(clock, FIRST_SHAPE, mine, rename="baseline"):
-        yield row | {"note": ", ".join(filter(None, (row.get("note"), str(package.parent))))}
+        yield row | {"note": ", ".join(filter(None, (row.get("note"), package.parents[1].name)))}
 
 
 def plain_row(

@@ -122,8 +122,8 @@ def autocast(hidden: Tensor, head: Head, bias: Tensor | None) -> tuple[Tensor, H
     Like there, fp64 stays as it is.
     """
     device = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
-    # A device without autocast (meta) would raise; torch.amp.is_autocast_available is what torch.compile
-    # cannot look into before torch 2.13.
+    # A device without autocast, as meta, would raise. torch.amp knows which have it, but not under
+    # torch.compile before torch 2.13.
     if device not in AUTOCASTING or not torch.is_autocast_enabled(device):
         return hidden, head, bias
     dtype = torch.get_autocast_dtype(device)

@@ -115,7 +115,12 @@ def _disabled(function: Callable) -> Callable:
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("kepo_kernels::fused_loss", mutates_args=())
+# It reads masks on the device, so it cannot be captured: with this tag mode="reduce-overhead" leaves
+# it out of its CUDA graphs, in versions of torch that have the tag.
+UNCAPTURED = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+
+
+@torch.library.custom_op("kepo_kernels::fused_loss", mutates_args=(), tags=UNCAPTURED)
 def _operator(
     function: str,
     settings: str,

@@ -5,10 +5,11 @@
     dw      (V, H) += dlogits^T @ x          fp32 (fp64 for fp64), downcast once by the caller
 
 When operands and logits share a dtype these are plain `mm`. 16-bit operands with fp32 results are
-`mm(out_dtype=)` on CUDA, dx included: rounded to 16 bits it would be rounded twice. CPU torch has no such product, and on processors without bf16 instructions
-its bf16 `mm` is 5 to 150 times slower than fp32; there a strip of the head at a time is cast to
-fp32 and multiplied as fp32, which is both the faster and the more exact way. The two gradient
-products also run over chosen `columns` of the logits, as if dlogits were 0 in the others.
+`mm(out_dtype=)` on CUDA, dx among them: in 16 bits it would be rounded twice. CPU torch has no such
+product, and on processors without bf16 instructions its bf16 `mm` is 5 to 150 times slower than
+fp32; there a strip of the head at a time is cast to fp32 and multiplied as fp32, which is both the
+faster and the more exact way. The two gradient products also run over chosen `columns` of the
+logits, as if dlogits were 0 in the others.
 """
 
 from collections.abc import Iterator

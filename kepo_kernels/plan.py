@@ -17,8 +17,9 @@ from kepo_kernels.rows import accumulate_dtype
 from kepo_kernels.sparsity import BLOCK_ELEMENTS
 
 # On a GPU the fp32 gradient of a large head costs a pass over the head per chunk, so chunks want to
-# be about 2048 rows: of two heads of 151,936 rows that is 3.1 GiB. On a CPU they want to be small enough not to page in gigabytes, and long
-# enough that the same pass does not show: 256 rows, up to half a gigabyte.
+# be about 2048 rows, which of two heads of 151,936 rows is 3.1 GiB. On a CPU they want to be small
+# enough not to page in gigabytes, and long enough that the same pass does not show: 256 rows, up to
+# half a gigabyte.
 DEFAULT_WORKSPACE = {"cpu": 192 << 20, "cuda": 3328 << 20}
 LARGEST_SHARE = 8  # an eighth of a GPU's memory at most
 CPU_CHUNK_ROWS = 256

@@ -116,8 +116,8 @@ def build_problem(
     grad_tol = float(engine.get("grad_tol", 0.0))
     check.require(
         grad_tol == 0.0 or hidden.device.type == "cpu",
-        f"grad_tol={grad_tol} with tensors on {hidden.device}: it leaves columns out on a CPU only, "
-        "where that saves time; leave it out, or pass 0",
+        f"grad_tol={grad_tol} with tensors on {hidden.device}: columns are left out on a CPU only, "
+        "where that saves time; leave grad_tol out, or pass 0",
     )
     workspace_bytes = engine.get("workspace_bytes")
     try:

@@ -64,9 +64,9 @@ class RowStats(NamedTuple):
     shared_log_sum: Tensor  # (n,) the same over the shared columns; log_sum without a teacher
     teacher_peak: Tensor  # (n,) largest of the teacher's shared logits; 0 without a teacher
     teacher_log_sum: Tensor  # (n,) of the teacher's shared columns; 0 without a teacher
-    # log q/m (log q/p for beta = 1), from its value at q's peak among the shared columns: the peak's
-    # own entry of the gradient is then no difference of near-equal numbers. KL(q|m) is the sum of
-    # the last two. All are 0 for beta = 0, which needs no ratio, and without a teacher.
+    # log q/m (log q/p for beta = 1), from its value at q's peak among the shared columns: then the
+    # peak's own entry of the gradient is no difference of near-equal numbers. KL(q|m) is the sum
+    # of the last two. All are 0 for beta = 0, which needs no ratio, and without a teacher.
     peak_token: Tensor  # (n,) the peak's column, exact up to 2^24
     peak_ratio: Tensor  # (n,) log q/m there
     mean_ratio: Tensor  # (n,) mean under q of log q/m - peak_ratio

@@ -159,7 +159,7 @@ def half_sum(t):
 
 @jit
 def to_mixture(rise):
-    """log2 q/m + log2 2(1 - beta), with m = (1 - beta) q + beta p and rise = log2 beta p/(1 - beta) q.
+    """log2 q/m + log2 2(1 - beta) of m = (1 - beta) q + beta p; rise = log2 beta p/(1 - beta) q.
 
     m = high (1 + low/high), high and low the larger and the smaller of its two terms: it does not
     underflow while one of them lives. Where p = q, rise is log2 beta/(1 - beta) and log2 q/m is 0.

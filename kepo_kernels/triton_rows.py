@@ -21,7 +21,7 @@ STAGES = 2  # loads of a block begin while the one before it is worked on
 # Columns of a program: long enough that starting it costs little, short enough that a dozen rows
 # fill a GPU. A row has at most MOST_SECTIONS of them; of a larger vocabulary they are longer.
 SECTION = 8 * BLOCK
-# A softmax holds a block of its section in registers, 32 columns a thread, and needs no second look.
+# A softmax holds a block in registers, 32 columns a thread: its peak is known before the first 2^x.
 SOFTMAX_BLOCK = 4096
 SOFTMAX_COLUMNS_PER_THREAD = 32
 SEARCHED_BLOCK = 1024  # of the one section in which the row's peak is looked for
