@@ -114,8 +114,9 @@ template <Kind KIND> KEPO_INLINE Pair compare(vf log_q, vf log_p, float beta) {
     vi teacher_high = log_p > log_q;
     vf ratio = log_q - log_p;
     vf high = exp_of(maximum(log_q, log_p));
-    vf fall = expm1_neg(-magnitude(ratio));  // low/high - 1
-    vf low = high + high * fall;
+    Exp e = exp_parts(-magnitude(ratio));
+    vf fall = minus_one(e);     // low/high - 1
+    vf low = high * exp_of(e);  // high (1 + fall) has no digits left where low is far below
     vf log_m = log1p_neg(select(teacher_high, splat(1.0f - beta), splat(beta)) * fall);  // log m/high
     out.q = select(teacher_high, low, high), out.p = select(teacher_high, high, low);
     out.log_q_m = minimum(vf{}, ratio) - log_m;

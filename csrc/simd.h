@@ -71,10 +71,8 @@ KEPO_INLINE Exp exp_parts(vf x) {
     vf p = odd * r + even;
     return {(vf)((vu)shifted << 23), p * square + r};  // the low bits of `shifted` are n + 127: the exponent of 2^n
 }
-KEPO_INLINE vf exp_of(vf x) {
-    Exp e = exp_parts(x);
-    return e.power * e.small + e.power;
-}
+KEPO_INLINE vf exp_of(Exp e) { return e.power * e.small + e.power; }
+KEPO_INLINE vf exp_of(vf x) { return exp_of(exp_parts(x)); }
 
 // e^x for x <= 0 (a probability). Below -87 it is 0; NaN stays.
 KEPO_INLINE vf exp_neg(vf x) {
@@ -82,10 +80,8 @@ KEPO_INLINE vf exp_neg(vf x) {
 }
 
 // e^x - 1 for x in [SMALLEST_LOG, 0], to full relative accuracy near 0: while n = 0 it is `small`. NaN stays.
-KEPO_INLINE vf expm1_neg(vf x) {
-    Exp e = exp_parts(x);
-    return e.power * e.small + (e.power - 1.0f);
-}
+KEPO_INLINE vf minus_one(Exp e) { return e.power * e.small + (e.power - 1.0f); }
+KEPO_INLINE vf expm1_neg(vf x) { return minus_one(exp_parts(x)); }
 
 // Logits capped to (-size, size): size tanh(z / size). size 0 caps nothing.
 struct Cap {

@@ -14,7 +14,8 @@ import interpret
 import pytest
 import torch
 from checks import assert_rows_right, make_row_problem, rows_module, unavailable
-from row_calls import both_at
+from row_calls import BackEnd, both_at
+from test_certain_rows import assert_right_where_sure
 from torch import Tensor
 
 from kepo_kernels import triton_kernels, triton_math
@@ -32,11 +33,17 @@ FAULTS = {  # what stands in the source, and what is planted in its place
     ),
     "gradients of two rows in one place": ("out += row * out_stride", "out += 0 * out_stride"),
     "row offset in 32 bits": ("row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)"),
-    "last block left out": ("in range(begin, end, BLOCK)", "in range(begin, end - BLOCK, BLOCK)"),
-    "lanes not rescaled": ("tl.sum(scale * total, 0)", "tl.sum(total, 0)"),
+    "last block left out": ("range(begin, end, BLOCK", "range(begin, end - BLOCK, BLOCK"),
+    "sections not rescaled": ("tl.sum(kept * total, 0)", "tl.sum(total, 0)"),
+    "blocks not rescaled": ("total = kept * total", "total = total"),
+    "the peak's ratio not its own": ("tl.where(column == token, -mean_ratio, ratio)", "ratio"),
+    "the peak looked for in the first section": ("tl.where(holds, lanes, SECTIONS)", "lanes"),
     "sections not masked when merged": ("present = lanes < count", "present = lanes < sections"),
     "tail takes part in the divergence": ("distils = begin < shared", "distils = begin < vocab"),
-    "gradient without temperature": ("grad *= inverse_temperature", "grad *= 1.0"),
+    "gradient without temperature": (
+        "tl.load(coefficients + rows) * inverse_temperature",
+        "tl.load(coefficients + rows)",
+    ),
 }
 
 NOTHING = "MISSED"
@@ -74,6 +81,13 @@ def judge(triton_rows: ModuleType, folder: Path) -> None:
     """What the tests of the rows do, on few problems."""
     for problem in (make_row_problem(3, 37, 37), make_row_problem(2, 4099, 2500)):
         assert_rows_right(triton_rows, problem, both_at(0.5, 0.7))
+    late = make_row_problem(2, 4099, 4099)
+    late.logits[:, 4000] += 9.0  # peaks of the second section
+    assert_rows_right(triton_rows, late, both_at(0.5, 0.7))
+    with pytest.MonkeyPatch.context() as patch:  # one section of several blocks
+        patch.setattr(triton_rows, "MOST_SECTIONS", 2)
+        assert_rows_right(triton_rows, late, both_at(0.5, 0.7))
+    assert_right_where_sure(BackEnd(triton_rows, torch.float32, "cpu"), 0.5)
     # Rows 2^30 elements apart, in a sparse file of which only they are touched.
     pitch = 2**30 + 64
     store = torch.from_file(str(folder / "sparse"), shared=True, size=2 * pitch + 70)
@@ -103,7 +117,8 @@ def verdict(triton_rows: ModuleType, folder: Path) -> str:
 
 
 def test_planted_faults_are_caught(triton_rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(triton_rows, "SECTION", triton_rows.BLOCK)
+    for name in ("SECTION", "SOFTMAX_BLOCK"):
+        monkeypatch.setattr(triton_rows, name, triton_rows.BLOCK)
     assert verdict(triton_rows, tmp_path) == NOTHING  # in the real ones
     found = {}
     for number, (fault, (old, new)) in enumerate(FAULTS.items()):
@@ -126,13 +141,13 @@ def test_planted_faults_are_caught(triton_rows, tmp_path, monkeypatch):
     assert NOTHING not in found.values(), table
 
 
-STORED = """    divergences += row * (2 * inside) + section
-    tl.store(divergences, tl.sum(student_lanes, 0))
-    tl.store(divergences + inside, tl.sum(teacher_lanes, 0))
+STORED = """    divergences += row * (2 * sections) + section
+    tl.store(divergences, tl.sum(lanes, 0))
+    tl.store(divergences + sections, tl.sum(ratios, 0))
 """
-ADDED = """    divergences += row * (2 * inside)
-    tl.atomic_add(divergences, tl.sum(student_lanes, 0))
-    tl.atomic_add(divergences + inside, tl.sum(teacher_lanes, 0))
+ADDED = """    divergences += row * (2 * sections)
+    tl.atomic_add(divergences, tl.sum(lanes, 0))
+    tl.atomic_add(divergences + sections, tl.sum(ratios, 0))
 """
 
 
@@ -156,7 +171,8 @@ def orders_that_differ(triton_rows: ModuleType, vocab: int, beta: float | None) 
 
 def test_the_order_of_programs_changes_no_bit(triton_rows, tmp_path, monkeypatch):
     """Of five sections a row; sums by atomics, which are no race, would change some."""
-    monkeypatch.setattr(triton_rows, "SECTION", triton_rows.BLOCK)
+    for name in ("SECTION", "SOFTMAX_BLOCK"):
+        monkeypatch.setattr(triton_rows, name, triton_rows.BLOCK)
     vocab = 4 * triton_rows.BLOCK - 7
     for beta in (None, 0.0, 0.5, 1.0):
         assert not orders_that_differ(triton_rows, vocab, beta)

@@ -30,7 +30,8 @@ def available():
 @pytest.fixture
 def short_sections(monkeypatch):
     """Rows of 4,099 columns then have three of them, the last of three columns."""
-    monkeypatch.setattr(triton_rows, "SECTION", triton_rows.BLOCK)
+    for name in ("SECTION", "SOFTMAX_BLOCK"):
+        monkeypatch.setattr(triton_rows, name, triton_rows.BLOCK)
 
 
 # Student's and teacher's vocabulary: equal; a cut inside of a section; at the end of one; before
