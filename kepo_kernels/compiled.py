@@ -115,8 +115,8 @@ def _disabled(function: Callable) -> Callable:
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-# It reads masks on the device, so it cannot be captured: with this tag mode="reduce-overhead" leaves
-# it out of its CUDA graphs, in versions of torch that have the tag.
+# It reads masks on the device, so it cannot be captured; with this tag "reduce-overhead" leaves
+# it out of its graphs, in versions of torch that have the tag.
 UNCAPTURED = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 
 

@@ -71,7 +71,7 @@ def test_planted_faults_are_caught(fault, dtype, std):
     problem = make_row_problem(4, 203, 203, std=std, offset=-4 * std, dtype=dtype)
     assert_rows_right(faulty("none"), problem, both_at(1.0, 0.7))
     # A phantom column may become the peak, which the backward then looks for in vain.
-    with pytest.raises((AssertionError, RuntimeError), match="exceeds|exactly|out of bounds"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"exceeds|exactly|out of bounds"):
         assert_rows_right(faulty(fault), problem, both_at(1.0, 0.7))
 
 
