@@ -12,7 +12,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment
-.PHONY: help demo test test-slow lint bench gpu clean
+.PHONY: help demo test test-slow lint bench gpu gpu-quick clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -35,8 +35,15 @@ bench: $(VENV)/bench.stamp  ## time the losses against their peers
 	$(PY) benchmarks/bench_loss.py
 
 # In no environment of ours: images with CUDA come with their own torch and Triton.
-gpu:  ## correctness and times on a CUDA device, in 8 minutes, with the torch that PYTHON has
-	$(PYTHON) benchmarks/gpu_suite.py
+# OUT: folder of the results. WHEELS: a folder of wheels of peers. BASELINE: another checkout to time beside this one.
+GPU_SUITE = $(PYTHON) benchmarks/gpu_suite.py --out $(or $(OUT),benchmarks/results) \
+	$(if $(WHEELS),--wheels $(WHEELS)) $(if $(BASELINE),--baseline $(BASELINE))
+
+gpu:  ## correctness, times and a training step on a CUDA device, in 8 minutes, with the torch that PYTHON has
+	$(GPU_SUITE)
+
+gpu-quick:  ## of that the first 60 seconds: is it right, and how fast are its two most important losses
+	$(GPU_SUITE) --seconds 60 --only ceilings correct_bf16 no_sync losses_first
 
 clean:  ## remove the environment and everything that was built (runs/ stays)
 	rm -rf $(VENV) build dist *.egg-info kepo_kernels/_rows.so kepo_kernels/_build_info.json

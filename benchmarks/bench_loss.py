@@ -6,11 +6,15 @@
     python benchmarks/bench_loss.py --shape qwen3vl-8b-32b --provider floor ours
 
 Every number is of forward and backward together, gradients of hidden states and head included.
-`x floor` is the time over that of the bare matrix products of our loss, in the same chunks through
-the same calls. All calls of one table are timed in turn, round after round, and ratios are taken
-within a round; [p20 p80] are quantiles over the rounds. A peer that would take too long is measured
-on fewer rows and scaled, one that has no such loss is named with the reason. A peer that compiles
-is first tried in a process of its own, and named if it crashes or hangs there.
+`x floor` is the time over that of the bare matrix products of our loss, in chunks of the length at
+which those are fastest, found before the rounds. All calls of one table are timed in turn, round
+after round, and ratios are taken within a round; [p20 p80] are quantiles over the rounds.
+
+Peers get the problem in the dtype that suits them: on a CPU without bf16 instructions in float32,
+on one with them in the dtype in which their first call was faster, on a GPU in ours. The copies are
+made before anything is timed. A peer that would take too long is measured on fewer rows and scaled,
+one that has no such loss is named with the reason. A peer that compiles is first tried in a process
+of its own, and named if it crashes or hangs there.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -27,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import table
-from floor import floor
+from floor import fastest, floor
 from losses_of_ours import CASES, GradientCall, NotComparable, gradient_error, ours
 from measure import Call, Measurement, Quantiles, estimated, stamp, time_in_turn, timed, watched
-from peers import COMPILING, PEERS
+from peers import COMPILING, PEERS, dtypes
 from probe import FEW, must_survive
 from problems import ALL, SHAPES, Problem, Shape, parse_shape
 
@@ -38,6 +43,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 DEFAULT_SHAPES = ("design", "joint", "peaked", "memory")
 
 Key = tuple[str, str]  # case and provider
+Prepared = tuple[Call | None, Measurement]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -70,17 +76,17 @@ def bench(shape: Shape, args: argparse.Namespace) -> list[table.Row]:
     measured: dict[Key, Measurement] = {}
     absent: dict[Key, str] = {}
     calls: dict[Key, Call] = {}
-    for case, providers in asked.items():
-        for name in providers:
-            progress(f"first call: {case} {name}")
-            try:
-                call, result = prepare(problem, case, name, device, shape, args)
-            except NotComparable as reason:
-                absent[case, name] = str(reason)
-                continue
-            measured[case, name] = result
-            if call:
-                calls[case, name] = call
+    in_dtype = cache(problem.cast)
+    keys = [(case, name) for case, providers in asked.items() for name in providers]
+    for key in keys:
+        progress(f"first call: {' '.join(key)}")
+        try:
+            call, measured[key] = first_calls(in_dtype, DTYPES[dtype], *key, shape, args)
+        except NotComparable as reason:
+            absent[key] = str(reason)
+            continue
+        if call:
+            calls[key] = call
     errors = {
         case: gradient_error(problem, case, args.grad_tol)
         for case in asked
@@ -101,24 +107,21 @@ def bench(shape: Shape, args: argparse.Namespace) -> list[table.Row]:
         "V": shape.vocab,
         "entropy": problem.entropy,
     }
+    print(f"{'case':10} {'provider':9} {'dtype':8} {'seconds':>8} {'x floor':>8} ", end="")
+    print(f"{'[p20 p80]':>13} {'MiB':>7}  note")
     rows = []
-    print(f"{'case':10} {'provider':9} {'seconds':>8} {'x floor':>8} {'[p20 p80]':>13}", end="")
-    print(f" {'MiB':>7}  note")
-    for case, providers in asked.items():
-        for name in providers:
-            if (case, name) in absent:
-                print(f"{case:10} {name:9} {'-':>8} {'-':>8} {'':13} {'-':>7}  ", end="")
-                print(absent[case, name])
-                continue
-            row = table.measured_row(
-                case, name, measured[case, name], measured.get((case, "floor"))
-            )
-            if name == "ours" and case in errors:
-                row["grad_error"] = max(errors[case])
-                row["note"] = "dhidden off by {:.1e}, dlm_head by {:.1e}".format(*errors[case])
-                row["note"] += f" (grad_tol {args.grad_tol:g})"
-            print_row(row)
-            rows.append(row)
+    for case, name in keys:
+        if (case, name) in absent:
+            print(f"{case:10} {name:9} {'-':8} {'-':>8} {'-':>8} {'':13} {'-':>7}  ", end="")
+            print(absent[case, name])
+            continue
+        row = table.measured_row(case, name, measured[case, name], measured.get((case, "floor")))
+        if name == "ours" and case in errors:
+            row["grad_error"] = max(errors[case])
+            row["note"] = "dhidden off by {:.1e}, dlm_head by {:.1e}".format(*errors[case])
+            row["note"] += f" (grad_tol {args.grad_tol:g})"
+        print_row(facts | row)
+        rows.append(row)
     rows += table.promised_rows(shape.name, device.type, measured)
     rows += [
         table.ratio_row(
@@ -132,19 +135,44 @@ def bench(shape: Shape, args: argparse.Namespace) -> list[table.Row]:
     return [facts | row for row in rows]
 
 
-def prepare(
-    problem: Problem,
+def first_calls(
+    in_dtype: Callable[[torch.dtype], Problem],
+    dtype: torch.dtype,
     case: str,
     name: str,
-    device: torch.device,
     shape: Shape,
     args: argparse.Namespace,
-) -> tuple[Call | None, Measurement]:
-    """The call to be timed in rounds, None if it is too slow for that, and what is known of it.
+) -> Prepared:
+    """The call to be timed in rounds, None if it is too slow for that, and what is known of it:
+    a peer in the dtype in which it is fastest, the floor in the best chunks."""
+    if name == "floor" and not shape.once:
+        return fastest(in_dtype(dtype), case)
+    if name not in PEERS:
+        return prepare(in_dtype(dtype), case, name, shape, args)
+    found: list[Prepared] = []
+    for candidate in dtypes(dtype, torch.device(args.device), args.peer_dtype):
+        try:
+            call, result = prepare(in_dtype(candidate), case, name, shape, args)
+            result = replace(result, dtype=str(candidate).removeprefix("torch."))
+            found.append((call, result))
+        except NotComparable as why:
+            reason = why
+    if not found:
+        raise reason
+    found.sort(key=lambda prepared: prepared[1].first)
+    (call, result), *others = found
+    others = [f"{other.first:.3g} s in {other.dtype}" for _, other in others]
+    return call, replace(result, note="; ".join(filter(None, (result.note, *others))))
+
+
+def prepare(
+    problem: Problem, case: str, name: str, shape: Shape, args: argparse.Namespace
+) -> Prepared:
+    """The call and its measurement in the dtype of the problem.
 
     Everything runs on a few rows first: imports, compilation and thread pools belong to no call.
     """
-    provider = provider_of(name, args.grad_tol)
+    device, provider = problem.hidden.device, provider_of(name, args.grad_tol)
 
     def call_of(rows: int) -> Call:
         return provider(problem if rows >= problem.rows else problem.first_rows(rows), case)
@@ -193,8 +221,8 @@ def print_row(row: table.Row) -> None:
     peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
     shown = "-" if ratio != ratio else f"{ratio:.2f}"
     print(
-        f"{row['case']:10} {row['provider']:9} {row['seconds']:8.3f} {shown:>8} {spread:>13} "
-        f"{peak:>7}  {row['note']}"
+        f"{row['case']:10} {row['provider']:9} {row['dtype']:8} {row['seconds']:8.3f} {shown:>8} "
+        f"{spread:>13} {peak:>7}  {row['note']}"
     )
 
 
@@ -233,14 +261,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--case", nargs="+", choices=CASES, help="default: those of the shape")
     add("--provider", nargs="+", choices=ALL, help="default: all, fewer at named shapes")
-    add("--dtype", choices=DTYPES, help="of all inputs (default bfloat16; memory: float32)")
+    add("--dtype", choices=DTYPES, help="of our inputs (default bfloat16; memory: float32)")
+    add(
+        "--peer-dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="of the peers' inputs (default auto: what is fastest for them, see above)",
+    )
     add("--device", default="cpu", help="cpu or cuda (default cpu)")
     add("--rounds", type=int, default=5, help="timed calls of each (default 5)")
     add(
         "--max-seconds",
         type=float,
-        default=3.0,
-        help="a peer whose call would take longer is measured on fewer rows (default 3)",
+        default=6.0,
+        help="a peer whose call would take longer is measured on fewer rows (default 6)",
     )
     add("--grad-tol", type=float, default=6e-4, help="of the cases .._tol (default 6e-4)")
     add("--csv", type=Path, help="write the rows, with machine, versions and commit, here")

@@ -3,13 +3,15 @@
 The oracle is `kepo_kernels.reference` in fp64. fp32 is held to the bound of the tests. In 16 bits
 each gradient is held to what is left when dlogits are rounded once on their way into its product,
 as they are on a GPU, and the product is rounded once: nothing else may add an error of that size.
+Rounding to fp16 is that of a number within its range: one that vanishes below it is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import frexp
 
 import torch
 from torch import Tensor
@@ -196,9 +198,10 @@ def oracle_of(loss: Callable[..., Tensor], p: Problem) -> tuple[tuple[Tensor, ..
 
 
 def round_dlogits(dlogits: Tensor, hidden: Tensor) -> Tensor:
-    """To the dtype in which they meet operands like `hidden`, beside fp32 logits."""
+    """To the dtype in which they meet operands like `hidden`, beside fp32 logits, in any range."""
     dtype = gemm.dlogits_dtype(hidden.dtype, torch.float32, hidden.device)
-    return dlogits.to(dtype).to(dlogits.dtype)
+    mantissa, exponent = torch.frexp(dlogits)
+    return torch.ldexp(mantissa.to(dtype).to(dlogits.dtype), exponent)
 
 
 @contextmanager
@@ -219,12 +222,26 @@ def logits_for_states(lm_head: Tensor) -> Iterator[None]:
         reference.project = project
 
 
-def evaluate(loss: Callable[..., Tensor], p: Problem, fused: bool, **engine: object):
-    """(loss, gradients of the leaves), from memory that held NaN."""
+def evaluate(
+    loss: Callable[..., Tensor], p: Problem, fused: bool, upstream: float = 1.0, **engine: object
+) -> tuple[Tensor, ...]:
+    """(loss, upstream x gradients of the leaves), from memory that held NaN."""
     if fused:
         poison(p.hidden.device)
     value = loss(p, fused, **engine)
-    return value.detach(), *torch.autograd.grad(value, p.leaves)
+    factor = None if upstream == 1.0 else torch.full_like(value, upstream)
+    return value.detach(), *torch.autograd.grad(value, p.leaves, factor)
+
+
+def upstream_of(gradients: Iterable[Tensor], dtype: torch.dtype) -> float:
+    """What a user of fp16 scales the loss with, so that gradients are within its range; else 1.
+
+    A power of two that puts the largest element between 512 and 1024.
+    """
+    if dtype != torch.float16:
+        return 1.0
+    largest = max(float(g.abs().max()) for g in gradients)
+    return 2.0 ** (10 - frexp(largest)[1])
 
 
 def poison(device: torch.device) -> None:

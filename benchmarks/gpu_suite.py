@@ -1,169 +1,260 @@
-"""The one command for a machine with a GPU: correctness first, then times, within minutes.
+"""The one command for a machine with a GPU: correctness, times, a training step, within minutes.
 
-    python benchmarks/gpu_suite.py                       # all of it, 8 minutes at most
-    python benchmarks/gpu_suite.py --only correct_bf16 losses_small
+    python benchmarks/gpu_suite.py --out FOLDER          # all of it, 8 minutes at most
+    python benchmarks/gpu_suite.py --seconds 60 --only correct_bf16 losses_first
     python benchmarks/gpu_suite.py --dry-run             # the same code on the CPU, tiny sizes
 
-Writes <out>/<gpu>_<date>.csv after every case and a .log of all that was printed. Exit status 0: no
-check failed; 1: one did; 2: there is no GPU, or the arguments are wrong.
+Sections run in the order of gpu_sections.py, in processes of their own: one that fails, hangs or
+wrecks the device costs no other. Writes three files into the folder, each line as soon as it is
+known: <gpu>_<date>_<time>.csv, .log with all that was printed and every traceback, and _step.csv.
+Exit status 0: no section failed; 1: one did; 2: there is no GPU, or the arguments are wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import os
 import re
-import subprocess
+import signal
 import sys
+import tempfile
 import time
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import gpu_checks
+import gpu_targets
+import gpu_tools
 import table
-from gpu_checks import CHECKS
-from gpu_timings import TIMINGS, Clock
-from measure import stamp
+import torch
+from gpu_sections import SECTIONS, Section
+from gpu_supervise import Verdict, Worker, command_run, died
 
-COLUMNS = (*table.COLUMNS, "triton", "driver", "gb_per_s")
-RESERVE = 20.0  # seconds a step may still take when the last one starts
+HERE = Path(__file__).resolve().parent
+COLUMNS = (*table.COLUMNS, "triton", "driver", "gb_per_s", "tflop_per_s")
+WORKER = HERE / "gpu_worker.py"
+SPARE = 3.0  # seconds before the end at which the last process is killed
+TRIES = 2  # processes that may fail to start, one after the other, before the rest is given up
 
 
 class Log:
-    """Prints, and keeps what it printed; flushed, so that an interrupted run has it."""
+    """Prints, and appends what it printed to a file that others append to as well."""
 
     def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("w", encoding="utf-8")
+        self.path = path
+        path.write_bytes(b"")
 
     def __call__(self, words: str = "") -> None:
         print(words, flush=True)
-        print(words, file=self.file, flush=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(words + "\n")
+
+    def end(self) -> None:
+        """Names this machine's folders by what they are: the file is to be passed on as it is."""
+        places = {str(HERE.parent): ".", sys.prefix: "PYTHON", str(self.path.parent): "OUT"}
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        for place in sorted(places, key=len, reverse=True):
+            text = text.replace(place, places[place])
+        self.path.write_text(text, encoding="utf-8")
 
 
-def main(arguments: list[str] | None = None) -> int:
+@dataclass
+class Report:
+    """What is known so far; each row and verdict is on disk before the next is waited for."""
+
+    log: Log
+    results: Path
+    environment: dict[str, object] = field(default_factory=dict)
+    rows: list[table.Row] = field(default_factory=list)
+    floors: dict[tuple[str, str], float] = field(default_factory=dict)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        table.write(self.results, [], COLUMNS)
+
+    def row(self, row: table.Row) -> None:
+        if "environment" in row:
+            self.environment = row["environment"]
+            for key, value in self.environment.items():
+                self.log(f"{key:18} {value}")
+            return
+        if row.get("provider") == "floor" and row.get("seconds"):
+            self.floors[row.get("shape"), row.get("case")] = row["seconds"]
+        row = gpu_targets.judged(row, str(self.environment.get("machine", "")), self.floors)
+        self.rows.append(row)
+        with self.results.open("a", newline="") as file:
+            writer = csv.DictWriter(
+                file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n"
+            )
+            whole = self.environment | row
+            writer.writerow({name: table._text(value) for name, value in whole.items()})
+        self.log(line(row))
+
+    def verdict(self, name: str, verdict: Verdict, seconds: float = 0.0) -> None:
+        self.verdicts[name] = verdict
+        self.log(f"{verdict.word} {name:22} {verdict.detail} ({seconds:.1f} s)")
+
+
+def main(arguments: list[str] | None = None, sections: tuple[Section, ...] = SECTIONS) -> int:
     args = parse(arguments)
     if not args.dry_run and not torch.cuda.is_available():
         print("gpu_suite: torch sees no CUDA device; --dry-run runs on the CPU", file=sys.stderr)
         return 2
-    if args.sanitized:
-        gpu_checks.sanitized_step()
-        return 0
     started = time.monotonic()
 
     def left() -> float:
         return args.seconds - (time.monotonic() - started)
 
-    device = torch.device("cpu" if args.dry_run else "cuda")
-    environment = stamp() | {"triton": triton_version(), "driver": nvidia_smi("driver_version")}
-    machine = "dry-run" if args.dry_run else str(environment["machine"])
+    args.out.mkdir(parents=True, exist_ok=True)
+    machine = "dry-run" if args.dry_run else gpu_tools.nvidia_smi("name", "gpu")
     name = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
-    stem = args.out / f"{name}_{environment['date']}"
-    log = Log(stem.with_suffix(".log"))
+    stem = args.out / f"{name}_{time.strftime('%Y-%m-%d_%H%M%S')}"
+    report = Report(Log(Path(f"{stem}.log")), Path(f"{stem}.csv"))
+    log = report.log
     log("command            " + " ".join([sys.executable, *sys.argv]))
-    log("nvidia-smi         " + nvidia_smi("name,driver_version,memory.total,clocks.max.sm"))
-    for key, value in environment.items():
-        log(f"{key:18} {value}")
-
-    log()
-    verdicts = [run_check(check, device, left, log) for check in CHECKS if wanted(check, args)]
-    rows: list[table.Row] = []
-    log(f"\n{'case':13} {'provider':13} {'ms':>9} {'x floor':>8} {'GB/s':>7} {'MiB':>7}  note")
-    for timing in TIMINGS:
-        if not wanted(timing, args):
-            continue
-        if left() < RESERVE:
-            log(f"{timing}: left out, the time is over")
-            continue
-        try:
-            for row in TIMINGS[timing](Clock(device, left)):
-                rows.append(environment | {"device": device.type} | row)
-                log(line(row))
-                table.write(stem.with_suffix(".csv"), rows, COLUMNS)
-        except Exception as error:  # one shape that fails must not cost the others
-            log(f"{timing}: {type(error).__name__}: {first_line(error)}")
-            verdicts.append("FAIL")
-        release(device)
-    if not rows:
-        table.write(stem.with_suffix(".csv"), rows, COLUMNS)
-    summary(rows, log)
-    passed, failed, skipped = (verdicts.count(word) for word in ("PASS", "FAIL", "SKIP"))
+    log("nvidia-smi         " + gpu_tools.nvidia_smi(gpu_tools.STATE))
+    report.begin()
+    wanted = [section for section in sections if chosen(section.name, args)]
+    with tempfile.TemporaryDirectory() as folder:
+        packages = unpacked(args.wheels, Path(folder), log)
+        run_all(wanted, args, stem, packages, report, left)
+    summary(report)
+    log("nvidia-smi         " + gpu_tools.nvidia_smi(gpu_tools.STATE))
     log(f"\nwritten: {stem}.csv and .log, {time.monotonic() - started:.0f} s")
-    log(f"{passed} checks passed, {failed} failed, {skipped} skipped")
+    words = [verdict.word for verdict in report.verdicts.values()]
+    passed, failed, skipped, late = (words.count(w) for w in ("PASS", "FAIL", "SKIP", "LATE"))
+    log(f"{passed} sections passed, {failed} failed, {skipped} skipped, {late} left out")
+    log.end()
     return 1 if failed else 0
 
 
-def run_check(name: str, device: torch.device, left, log: Log) -> str:
-    started = time.monotonic()
+def run_all(
+    sections: list[Section],
+    args: argparse.Namespace,
+    stem: Path,
+    packages: list[str],
+    report: Report,
+    left: Callable[[], float],
+) -> None:
+    """Every section once, in the process of the one before it, in a new one, or as a command."""
+    worker, stillborn = None, 0
+    log = report.log.path
     try:
-        if left() < RESERVE:
-            raise gpu_checks.Skipped("left out: the time is over")
-        verdict, detail = "PASS", CHECKS[name](device)
-    except gpu_checks.Skipped as reason:
-        verdict, detail = "SKIP", f"skipped: {reason}"
-    except Exception as error:
-        verdict, detail = "FAIL", f"{type(error).__name__}: {first_line(error)}"
-    release(device)
-    log(f"{verdict} {name:22} {detail} ({time.monotonic() - started:.1f} s)")
-    return verdict
+        for section in sections:
+            began = time.monotonic()
+            limit = min(section.limit, left() - SPARE)
+            command = worker_command(args, packages, section.name == "baseline")
+            here = section.process if section.module else None
+            if worker is not None and (worker.name != here or not worker.alive):
+                worker.end()
+                worker = None
+            if left() < section.needs:
+                verdict = Verdict("LATE", "left out: the time is over")
+            elif not section.module:
+                verdict = of_command(section, args, stem, limit, report)
+            elif stillborn >= TRIES:
+                verdict = Verdict("FAIL", "no process starts")
+            else:
+                if worker is None:
+                    worker = Worker(here, command, log, environment(args, section.name))
+                verdict = worker.ask(section.name, section.module, limit, report.row)
+                stillborn = 0 if worker.ready else stillborn + 1
+            report.verdict(section.name, verdict, time.monotonic() - began)
+    finally:
+        if worker is not None:
+            worker.end()
 
 
-def release(device: torch.device) -> None:
-    if device.type == "cuda":
-        with suppress(RuntimeError):  # after an illegal access each call raises; keep the report
-            torch.cuda.empty_cache()
+def of_command(
+    section: Section, args: argparse.Namespace, stem: Path, limit: float, report: Report
+) -> Verdict:
+    """The verdict on a section that is a command of its own."""
+    try:
+        command = gpu_tools.command_of(section.name, args.dry_run, stem, limit)
+        report.log("            " + " ".join(command))
+        known = environment(args, section.name) | gpu_tools.ENVIRONMENT.get(section.name, {})
+        places = [str(HERE.parent), *filter(None, [known.get("PYTHONPATH")])]
+        known["PYTHONPATH"] = os.pathsep.join(places)  # the package, wherever the script lies
+        status, lines = command_run(command, limit, report.log.path, known)
+    except gpu_tools.Skipped as reason:
+        return Verdict("SKIP", f"skipped: {reason}")
+    except OSError as error:
+        return Verdict("FAIL", f"{type(error).__name__}: {error}")
+    last = lines[-1][:200] if lines else "it printed nothing"
+    if status is None:  # of a tool that slows things down that says nothing
+        word = "FAIL" if section.name == "step" else "LATE"
+        return Verdict(word, f"killed after {limit:.0f} s: {last}")
+    if status and any(gpu_tools.NOT_ALLOWED in text for text in lines):
+        return Verdict("SKIP", "skipped: the counters of the device may not be read here")
+    return Verdict("PASS", last) if status == 0 else Verdict("FAIL", f"{died(status)}: {last}")
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
+def worker_command(args: argparse.Namespace, packages: list[str], baseline: bool) -> list[str]:
+    command = [sys.executable, str(WORKER), "--device", "cpu" if args.dry_run else "cuda"]
+    if baseline:
+        command += ["--package", str(args.baseline)]
+    return command + [word for folder in packages for word in ("--also", folder)]
+
+
+def environment(args: argparse.Namespace, name: str) -> dict[str, str]:
+    found = dict(os.environ) | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8:replace"}
+    if args.dry_run and name != "compile":
+        found["TORCH_COMPILE_DISABLE"] = "1"  # the peers' C++ would take most of the dry run
+    return found
+
+
+def unpacked(wheels: Path | None, into: Path, log: Log) -> list[str]:
+    """Folders to import from: every wheel of a folder in one of its own."""
+    folders = []
+    for wheel in sorted(wheels.glob("*.whl")) if wheels else []:
+        try:
+            zipfile.ZipFile(wheel).extractall(into / wheel.stem)
+        except (OSError, zipfile.BadZipFile) as error:
+            log(f"{wheel.name} cannot be unpacked: {error}")
+            continue
+        log(f"{'wheel':18} {wheel.name}")
+        folders.append(str(into / wheel.stem))
+    return folders
 
 
 def line(row: table.Row) -> str:
-    def number(name: str, digits: str, scale: float = 1.0) -> str:
+    known = {"ms": ("seconds", ".3f", 1e3), "x floor": ("x_floor", ".2f", 1)}
+    known |= {"MiB": ("peak_mib", ".0f", 1), "GB/s": ("gb_per_s", ".0f", 1)}
+    known |= {"TFLOP/s": ("tflop_per_s", ".1f", 1)}
+    parts = [f"  {row.get('case', ''):16} {row.get('provider', ''):16}"]
+    for unit, (name, digits, scale) in known.items():
         value = row.get(name)
-        return "-" if value is None or value != value else format(scale * value, digits)
-
-    words = f"{row['case']:13} {row['provider']:13} {number('seconds', '.3f', 1e3):>9} "
-    words += f"{number('x_floor', '.2f'):>8} {number('gb_per_s', '.1f'):>7} "
-    words += f"{number('peak_mib', '.0f'):>7}  {row.get('note', '')}"
+        if value is not None and value == value:
+            parts.append(f"{format(scale * value, digits):>9} {unit}")
+    if row.get("note"):
+        parts.append(f" {row['note']}")
     if row.get("target"):
-        words += f" target {row['target'] * 1e3:g} ms, met: {row['met']}"
-    return words.rstrip()
+        parts.append(f"{row['target'] * 1e3:g} ms, met: {row['met']}")
+    return " ".join(parts)
 
 
-def summary(rows: list[table.Row], log: Log) -> None:
-    """Each provider's time over that of our own call of the same case and shape."""
-    timed = {(r["shape"], r["case"], r["provider"]): r for r in rows if "shape" in r}
-    log(f"\n{'shape':16} {'case':11} {'provider':13} {'x ours':>7}")
+def summary(report: Report) -> None:
+    """Each provider's time over that of our own call of the same case and shape; what failed."""
+    timed = {(r["shape"], r["case"], r["provider"]): r for r in report.rows if "shape" in r}
+    report.log(f"\n{'shape':16} {'case':16} {'provider':13} {'x ours':>7}")
     for (shape, case, who), row in timed.items():
         mine = timed.get((shape, case, "ours"), {})
         if who != "ours" and row.get("seconds") and mine.get("seconds"):
-            log(f"{shape:16} {case:11} {who:13} {row['seconds'] / mine['seconds']:7.2f}")
+            ratio = row["seconds"] / mine["seconds"]
+            report.log(f"{shape:16} {case:16} {who:13} {ratio:7.2f}")
+    report.log()
+    for name, verdict in report.verdicts.items():
+        if verdict.word in ("FAIL", "LATE"):
+            report.log(f"{verdict.word} {name}: {verdict.detail}")
 
 
-def triton_version() -> str:
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def nvidia_smi(fields: str) -> str:
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return "not found"
-    return (done.stdout.strip().splitlines() or ["not found"])[0]
-
-
-def wanted(name: str, args: argparse.Namespace) -> bool:
-    return args.only is None or name in args.only
+def chosen(name: str, args: argparse.Namespace) -> bool:
+    """The facts always: every row is stamped with them."""
+    if name == "baseline" and args.baseline is None:
+        return False
+    return name == "facts" or args.only is None or name in args.only
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -171,17 +262,28 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    names = [*CHECKS, *TIMINGS]
+    names = [section.name for section in SECTIONS]
     add("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     add("--dry-run", action="store_true", help="on the CPU, at tiny sizes")
     add("--seconds", type=float, default=480.0, help="to end within (default 480)")
-    add("--out", type=Path, default=Path(__file__).with_name("results"), metavar="DIR")
-    add("--sanitized", action="store_true", help=argparse.SUPPRESS)
+    add("--out", type=Path, default=HERE / "results", metavar="DIR", help="folder of the results")
+    add("--wheels", type=Path, metavar="DIR", help="a folder of wheels to import peers from")
+    add("--baseline", type=Path, metavar="DIR", help="another checkout, timed beside this one")
     args = parser.parse_args(arguments)
     if args.seconds <= 0:
         parser.error(f"--seconds {args.seconds}: expected a positive number")
+    for option in ("wheels", "baseline"):
+        folder = getattr(args, option)
+        if folder is not None and not folder.is_dir():
+            parser.error(f"--{option} {folder}: no such folder")
+    if args.baseline is not None:
+        args.baseline = args.baseline.resolve()
+        if not (args.baseline / "kepo_kernels" / "__init__.py").is_file():
+            parser.error(f"--baseline {args.baseline}: it holds no kepo_kernels")
     return args
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`: ends the worker
     sys.exit(main())

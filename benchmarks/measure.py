@@ -56,6 +56,8 @@ class Measurement:
     """Most memory held at any moment of it above what was held before, gradients included."""
     times: list[float] = field(default_factory=list)
     note: str = ""
+    dtype: str = ""
+    """Of this call's inputs, where they are not those of everybody."""
 
     @property
     def seconds(self) -> Quantiles:
@@ -231,6 +233,9 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
+    """KEPO_COMMIT, for a copy of the files without their history; else what git says."""
+    if commit := os.environ.get("KEPO_COMMIT"):
+        return commit
     try:
         here = Path(__file__).parent
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]

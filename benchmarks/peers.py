@@ -7,7 +7,8 @@
     cce       cut-cross-entropy
     torch_lce torch's own chunked linear_cross_entropy
 
-Where a peer has no gate it gets the open rows only, which its user would have to select.
+Where a peer has no gate it gets the open rows only, which its user would have to select. Where its
+chunks are counted in sequences it gets as many as its other losses have rows.
 """
 
 from __future__ import annotations
@@ -23,9 +24,27 @@ from problems import Problem
 from torch import Tensor
 from torch.nn import functional as F
 
+from kepo_kernels import gemm
+
 BASE_CASE = {"kd_tol": "kd_open", "grpo_tol": "grpo", "two_calls": "joint"}
 BETA = 0.5
 EPSILON = 0.2
+LIGER_ROWS = 1024  # of a chunk, its JSD's default; its GRPO's is one sequence, however short
+
+
+def dtypes(given: torch.dtype, device: torch.device, asked: str = "auto") -> list[torch.dtype]:
+    """In which dtypes a peer may be fastest on a problem made in `given`, the likeliest first.
+
+    On a CPU without instructions for it torch multiplies 16-bit matrices many times slower than
+    fp32 ones, and peers leave their products to torch. With them bf16 mostly wins, but not for a
+    peer whose row work costs more than its products: both are tried there.
+    """
+    if asked != "auto":
+        return [getattr(torch, asked)]
+    if device.type != "cpu" or given == torch.float32:
+        return [given]
+    fast = given == torch.bfloat16 and gemm.fast_bf16(device)
+    return [given, torch.float32] if fast else [torch.float32]
 
 
 def jsd(logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -118,7 +137,12 @@ def liger(problem: Problem, case: str) -> Call:
         fused = import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
         x, targets = p.hidden.flatten(0, 1), p.targets.flatten()
         return lambda: p.gradients(fused(p.lm_head, x, targets))
-    grpo = losses.LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="grpo")
+    grpo = losses.LigerFusedLinearGRPOLoss(
+        beta=0.0,
+        use_ref_model=False,
+        loss_type="grpo",
+        chunk_size=max(1, LIGER_ROWS // p.targets.shape[1]),
+    )
     distil = losses.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETA)
     mask = torch.ones_like(p.targets)
     rows = _open_rows(p, case)

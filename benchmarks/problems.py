@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Shape:
 
 _EVERYTHING = dict.fromkeys(("kd_open", "kd_half", "grpo", "joint", "logprobs", "ce"), ALL)
 _MODEL = dict.fromkeys(("kd_open", "kd_half", "grpo", "joint"), OURS)
-_TOLERANT = dict.fromkeys(("kd_tol", "grpo_tol"), OURS)
+_TOLERANT = {"kd_tol": (*OURS, "eager", "liger"), "grpo_tol": (*OURS, "eager")}
 SHAPES = {
     shape.name: shape
     for shape in (
@@ -51,12 +51,19 @@ SHAPES = {
             32768,
             {
                 "kd_open": (*OURS, "eager", "liger", "trl"),
-                "kd_half": OURS,
+                "kd_half": (*OURS, "eager", "liger"),
                 "grpo": (*OURS, "eager", "liger"),
                 "ce": (*OURS, "liger", "cce", "torch_lce"),
             },
         ),
-        Shape("joint", 1024, 1024, 1024, 32768, {"joint": OURS, "two_calls": ("ours",)}),
+        Shape(
+            "joint",
+            1024,
+            1024,
+            1024,
+            32768,
+            {"joint": (*OURS, "eager", "liger"), "two_calls": ("ours",)},
+        ),
         Shape("peaked", 1024, 1024, 1024, 32768, _TOLERANT, peaked=True),
         Shape("peaked-76k", 512, 1024, 1024, 75968, _TOLERANT, peaked=True),
         # The widths of a Qwen3-VL student of 2B or 8B under a teacher of 32B. A batch has more
@@ -146,13 +153,25 @@ class Problem:
             entropy=self.entropy,
         )
 
+    def cast(self, dtype: torch.dtype) -> Problem:
+        """The same problem with states and heads in another dtype; itself if they have it."""
+        if dtype == self.hidden.dtype:
+            return self
+        trained = {name: getattr(self, name).detach().to(dtype) for name in ("hidden", "lm_head")}
+        return replace(
+            self,
+            **{name: x.requires_grad_() for name, x in trained.items()},
+            teacher_hidden=self.teacher_hidden.to(dtype),
+            teacher_lm_head=self.teacher_lm_head.to(dtype),
+        )
+
     @property
     def rows(self) -> int:
         return self.targets.numel()
 
     def gate(self, case: str) -> Tensor:
-        """(B,): kd_half closes every other sequence."""
-        return self.half if case == "kd_half" else torch.ones_like(self.half)
+        """(B,): kd_half and joint_half close every other sequence."""
+        return self.half if case.endswith("_half") else torch.ones_like(self.half)
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Those of both leaves, in new tensors: each call starts from nothing."""

@@ -66,6 +66,10 @@ class Instruction(NamedTuple):
         return 4
 
 
+# Those that loop over all columns of a row; the others work on a row's sums, or on one section.
+KERNELS = ("softmax_kernel", "divergence_kernel", "backward_kernel")
+
+
 @dataclass
 class Counts:
     """One variant of a kernel; the numbers per column are those of its hot loop."""
@@ -94,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     variants = [
         variant
         for variant in compile_kernels.launched_variants([args.target], CASES)
-        if "BLOCK" in constants(variant)  # the others have no loop over columns
+        if variant.kernel in KERNELS
     ]
     found = list(compile_kernels.in_processes(counted, variants, args.jobs))
     found.sort(key=lambda counts: (counts.logits != "fp32", variants_order(counts)))
@@ -233,10 +237,8 @@ def constants(variant: Variant) -> dict[str, object]:
 
 
 def variants_order(counts: Counts) -> tuple:
-    kernels = ("softmax_kernel", "divergence_kernel", "backward_kernel")
     kinds = ("none", "forward", "reverse", "mixture")
-    place = kernels.index(counts.kernel) if counts.kernel in kernels else len(kernels)
-    return place, counts.kernel, counts.capped, kinds.index(counts.teacher)
+    return KERNELS.index(counts.kernel), counts.capped, kinds.index(counts.teacher)
 
 
 def print_table(found: Iterable[Counts], mix: bool) -> None:

@@ -227,7 +227,7 @@ void run_one(const Options &options, uint64_t number) {
         }
         // A softmax does not see a constant added to its logits, so that the gradient sums to 0; a cap does.
         auto coefficient = [&](int k) { return std::fabs((double)coefficients[k * b.n + row]); };
-        double scale = coefficient(0) + coefficient(1) * (1.0 + stat(STUDENT_KL, row));
+        double scale = coefficient(0) + coefficient(1) * (1.0 + std::fabs(stat(PEAK_RATIO, row)) + std::fabs(stat(MEAN_RATIO, row)));
         scale = (scale + coefficient(2) * (1.0 + entropy)) / b.temperature;
         // If the peak lies beyond the shared columns they are that far below it, and known to fp32 of that distance.
         double relative = 1e-4 + 1e-6 * std::fabs(stat(SHARED_LOG_SUM, row));

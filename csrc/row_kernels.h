@@ -43,13 +43,15 @@ KEPO_INLINE vf weighted(vf probability, vf value) {  // p * v, 0 where p is 0, N
 //                 per column, and 5e-9 in a row of V = 2^17 if all columns were just at the limit
 //     gradient    3e-14 |g|, 1.3e-14 |c| and 6e-13 |e| (the last for |log q + H| <= 45); 0 is stored instead
 // What is there already is 6e-8 = 2^-24, the rounding of one log-probability, of every term in a column that lives.
+// Where the student is sure, its gradient is of the size of 1 - q(peak), and the limit sinks with that.
 // -inf is dead like any other, NaN never: where a row is not finite the limit is NaN, which no lane is below.
 constexpr float DEAD = -32.0f;
 
-static inline float dead_limit(std::initializer_list<float> numbers_of_row) {
+static inline float dead_limit(float log_q_of_peak, std::initializer_list<float> numbers_of_row) {
     float sum = 0.0f;
     for (float number : numbers_of_row) sum += number - number;  // 0, or NaN if one of them is not finite
-    return DEAD + sum;
+    double others = -std::expm1((double)log_q_of_peak);
+    return DEAD + (others < 1.0 ? (float)std::log(std::fmax(others, 1e-30)) : 0.0f) + sum;
 }
 
 // One stretch of a row: its largest logit, and with x = (logit - peak) / temperature the sums of e^x and (MOMENT) of x e^x.
@@ -121,33 +123,64 @@ template <Kind KIND> KEPO_INLINE Pair compare(vf log_q, vf log_p, float beta) {
     return out;
 }
 
+// The first column with this (capped) logit; 0 if there is none, as in a row of NaN.
+template <bool CAPPED, class T>
+static int64_t first_column(const T *row, int64_t end, float logit, Cap cap) {
+    const vf less = splat(std::nextafter(logit, NEG_INF));
+    for (int64_t column = 0; column < end; column += LANES) {
+        int count = end - column < LANES ? (int)(end - column) : LANES;
+        vf z = read<CAPPED>(row, column, count, cap);
+        if (all_at_most(z, less)) continue;
+        for (int i = 0; i < count; ++i) {
+            if (z[i] == logit) return column + i;
+        }
+    }
+    return 0;
+}
+
+// Which lane of a vector at `column` is this column, or none.
+KEPO_INLINE bool holds(int64_t column, int count, int64_t wanted) { return wanted >= column && wanted < column + count; }
+KEPO_INLINE vi lane_of(int64_t column, int64_t wanted) {
+    vi lane;
+    for (int i = 0; i < LANES; ++i) lane[i] = i;
+    return lane == splat_int((int32_t)(wanted - column));
+}
+
+// The divergence, and how log q/m (log q/p at beta 1) lies about its value at the student's peak: see RowStats.
 template <class T, Kind KIND, bool CAPPED>
 static void divergence(const T *z, const T *y, const Softmax &student, const Softmax &teacher, const RowBatch &b,
-                       float *divergence_out, float *student_kl_out) {
+                       int64_t row) {
     const float inverse = 1.0f / b.temperature, teacher_inverse = 1.0f / b.teacher_temperature;
     const Cap cap(b.softcap), teacher_cap(b.teacher_softcap);
     const float log_z = (float)student.log_sum(), log_y = (float)teacher.log_sum();
-    const float limit = dead_limit({student.peak, teacher.peak, log_z, log_y});
-    Sum student_kl, teacher_kl;
+    const float limit = dead_limit(-log_z, {student.peak, teacher.peak, log_z, log_y});
+    int64_t token = 0;
+    float peak_ratio = 0.0f;
+    auto log_p_of = [&](vf logit) { return (logit - teacher.peak) * teacher_inverse - log_y; };
+    if (KIND != FORWARD_KL) {
+        token = first_column<CAPPED>(z, b.shared, student.peak, cap);
+        Pair at = compare<KIND>(splat(-log_z), log_p_of(splat(read<CAPPED>(y, token, 1, teacher_cap)[0])), b.beta);
+        peak_ratio = KIND == MIXTURE ? at.log_q_m[0] : -at.log_ratio_p[0];
+    }
+    Sum sum, ratios;
     sweep(0, b.shared, [&](int64_t column, int count) {
         vf log_q = (read<CAPPED>(z, column, count, cap) - student.peak) * inverse - log_z;
-        vf log_p = (read<CAPPED>(y, column, count, teacher_cap) - teacher.peak) * teacher_inverse - log_y;
+        vf log_p = log_p_of(read<CAPPED>(y, column, count, teacher_cap));
         if (KIND == MIXTURE && all_at_most(maximum(log_q, log_p), splat(limit))) return;
         Pair at = compare<KIND>(log_q, log_p, b.beta);
-        // Each KL as a log(a/b) - a + b: all terms >= 0, and rounding of the log-sums cancels to first order.
-        if (KIND == FORWARD_KL) teacher_kl.add(weighted(at.p, at.log_ratio_p) - at.p + at.q);
-        if (KIND == REVERSE_KL) student_kl.add(weighted(at.q, -at.log_ratio_p) - at.q + at.p);
-        if (KIND == MIXTURE) {
-            vf gap = at.p - at.q;  // m - q = beta gap, m - p = -(1 - beta) gap: nothing cancels when p is close to q
-            student_kl.add(at.q * at.log_q_m + b.beta * gap);
-            teacher_kl.add(at.p * at.log_p_m - (1.0f - b.beta) * gap);
-        }
-    }, [&] { student_kl.flush(), teacher_kl.flush(); });
-    const double of_student = student_kl.total(), of_teacher = teacher_kl.total();
-    *student_kl_out = (float)of_student;
-    *divergence_out = (float)(KIND == FORWARD_KL   ? of_teacher
-                              : KIND == REVERSE_KL ? of_student
-                                                   : (1.0 - b.beta) * of_student + b.beta * of_teacher);
+        // A KL as a log(a/b) - a + b, the mixture as it is: all terms >= 0, and an error in log(a/b) changes them to
+        // second order only.
+        if (KIND == FORWARD_KL) return sum.add(weighted(at.p, at.log_ratio_p) - at.p + at.q);
+        if (KIND == REVERSE_KL) sum.add(weighted(at.q, -at.log_ratio_p) - at.q + at.p);
+        if (KIND == MIXTURE) sum.add((1.0f - b.beta) * (at.q * at.log_q_m) + b.beta * (at.p * at.log_p_m));
+        vf ratio = (KIND == MIXTURE ? at.log_q_m : -at.log_ratio_p) - peak_ratio;
+        if (holds(column, count, token)) ratio = select(lane_of(column, token), vf{}, ratio);
+        ratios.add(KIND == MIXTURE ? at.q * ratio : weighted(at.q, ratio));
+    }, [&] { sum.flush(), ratios.flush(); });
+    b.table[DIVERGENCE * b.n + row] = (float)sum.total();
+    b.table[PEAK_TOKEN * b.n + row] = (float)token;
+    b.table[PEAK_RATIO * b.n + row] = peak_ratio;
+    b.table[MEAN_RATIO * b.n + row] = (float)ratios.total();
 }
 
 template <class T, bool CAPPED> static void forward_row(const RowBatch &b, int64_t row) {
@@ -167,7 +200,7 @@ template <class T, bool CAPPED> static void forward_row(const RowBatch &b, int64
         double target = read<CAPPED>(z, b.targets[row], 1, cap)[0];
         out(LOGPROB) = (float)((target - whole.peak) * inverse - whole.log_sum());
     }
-    out(DIVERGENCE) = out(TEACHER_PEAK) = out(TEACHER_LOG_SUM) = out(STUDENT_KL) = 0.0f;
+    for (Stat stat : {DIVERGENCE, TEACHER_PEAK, TEACHER_LOG_SUM, PEAK_TOKEN, PEAK_RATIO, MEAN_RATIO}) out(stat) = 0.0f;
     if (!b.teacher) return;
     const T *y = (const T *)b.teacher + row * b.teacher_stride;
     const Softmax teacher =
@@ -177,14 +210,14 @@ template <class T, bool CAPPED> static void forward_row(const RowBatch &b, int64
     auto run = b.beta == 0.0f   ? divergence<T, FORWARD_KL, CAPPED>
                : b.beta == 1.0f ? divergence<T, REVERSE_KL, CAPPED>
                                 : divergence<T, MIXTURE, CAPPED>;
-    run(z, y, shared, teacher, b, &out(DIVERGENCE), &out(STUDENT_KL));
+    run(z, y, shared, teacher, b, row);
 }
 
 // d logits = [ c (onehot - q) - e q (log q + entropy) + g G ] / temperature on columns [begin, end), times the slope of
 // the cap; G only with TEACHER.
 struct RowGrad {
-    float c, g, e, entropy, peak, log_sum, shared_log_sum, teacher_peak, teacher_log_sum, student_kl;
-    int64_t target;
+    float c, g, e, entropy, peak, log_sum, shared_log_sum, teacher_peak, teacher_log_sum, peak_ratio, mean_ratio;
+    int64_t token, target;
 };
 
 template <class T, bool TEACHER, Kind KIND, bool CAPPED>
@@ -192,10 +225,11 @@ static void backward_columns(T *z, const T *y, const RowGrad &at, const RowBatch
     const float inverse = 1.0f / b.temperature, teacher_inverse = 1.0f / b.teacher_temperature;
     const Cap cap(b.softcap), teacher_cap(b.teacher_softcap);
     const bool one_softmax = b.vocab == b.shared;  // the shared columns are all columns: q need not be computed twice
-    const float limit = dead_limit({at.c, at.g, at.e, at.entropy, at.peak, at.log_sum, at.shared_log_sum,
-                                    at.teacher_peak, at.teacher_log_sum, at.student_kl});
-    vi lane;
-    for (int i = 0; i < LANES; ++i) lane[i] = i;
+    const float middle = at.peak_ratio + at.mean_ratio;
+    float log_q_of_peak = NEG_INF;
+    if (TEACHER) log_q_of_peak = (read<CAPPED>(z, at.token, 1, cap)[0] - at.peak) * inverse - at.shared_log_sum;
+    const float limit = dead_limit(log_q_of_peak, {at.c, at.g, at.e, at.entropy, at.peak, at.log_sum, at.shared_log_sum,
+                                                   at.teacher_peak, at.teacher_log_sum, middle});
     sweep(begin, end, [&](int64_t column, int count) {
         auto put = [&](vf grad) {
             if (count == LANES) store(z + column, grad);
@@ -206,7 +240,7 @@ static void backward_columns(T *z, const T *y, const RowGrad &at, const RowBatch
             Capped of = capped(logit, cap);
             logit = of.value, slope = of.slope;
         }
-        const bool has_target = at.target >= column && at.target < column + count;
+        const bool has_target = holds(column, count, at.target);
         vf scaled = (logit - at.peak) * inverse;
         vf log_q = scaled - at.log_sum;
         vf grad{};
@@ -219,8 +253,12 @@ static void backward_columns(T *z, const T *y, const RowGrad &at, const RowBatch
             }
             Pair pair = compare<KIND>(log_shared, log_p, b.beta);
             if (KIND == FORWARD_KL) grad = at.g * (pair.q - pair.p);
-            if (KIND == REVERSE_KL) grad = at.g * weighted(pair.q, -pair.log_ratio_p - at.student_kl);
-            if (KIND == MIXTURE) grad = at.g * (1.0f - b.beta) * (pair.q * (pair.log_q_m - at.student_kl));
+            if (KIND != FORWARD_KL) {
+                // At the student's peak the ratio is its own origin: where the student is sure nothing cancels.
+                vf ratio = (KIND == MIXTURE ? pair.log_q_m : -pair.log_ratio_p) - middle;
+                if (holds(column, count, at.token)) ratio = select(lane_of(column, at.token), splat(-at.mean_ratio), ratio);
+                grad = KIND == MIXTURE ? at.g * (1.0f - b.beta) * (pair.q * ratio) : at.g * weighted(pair.q, ratio);
+            }
             if (at.c != 0.0f || at.e != 0.0f) {
                 vf q = one_softmax ? pair.q : exp_neg(log_q);
                 grad -= q * (at.c + at.e * (maximum(splat(SMALLEST_LOG), log_q) + at.entropy));
@@ -230,8 +268,7 @@ static void backward_columns(T *z, const T *y, const RowGrad &at, const RowBatch
             grad -= exp_neg(log_q) * (at.c + at.e * (maximum(splat(SMALLEST_LOG), log_q) + at.entropy));
         }
         if (has_target) {
-            vi hit = lane == splat_int((int32_t)(at.target - column));
-            grad += select(hit, splat(at.c), vf{});
+            grad += select(lane_of(column, at.target), splat(at.c), vf{});
         }
         grad *= inverse;
         if (CAPPED && b.softcap != 0.0f) grad *= slope;
@@ -244,7 +281,8 @@ template <class T, bool CAPPED> static void backward_row(const RowBatch &b, int6
     auto stat = [&](Stat s) { return b.table[s * b.n + row]; };
     RowGrad at{b.coefficients[row], b.coefficients[b.n + row], b.coefficients[2 * b.n + row],
                stat(ENTROPY), stat(PEAK), stat(LOG_SUM), stat(SHARED_LOG_SUM), stat(TEACHER_PEAK),
-               stat(TEACHER_LOG_SUM), stat(STUDENT_KL), b.targets ? b.targets[row] : -1};
+               stat(TEACHER_LOG_SUM), stat(PEAK_RATIO), stat(MEAN_RATIO), (int64_t)stat(PEAK_TOKEN),
+               b.targets ? b.targets[row] : -1};
     if (!b.targets) at.c = 0.0f;  // no log-probability was asked for, so none sends anything back
     if (!b.teacher) return backward_columns<T, false, FORWARD_KL, CAPPED>(z, nullptr, at, b, 0, b.vocab);
     const T *y = (const T *)b.teacher + row * b.teacher_stride;

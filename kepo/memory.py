@@ -71,14 +71,19 @@ class Phase:
 
 def phases(config: Config, machine: Machine, prompts: Prompts) -> list[Phase]:
     """The phases of a step of this run, each at the moment when it holds most."""
+    found = moments(config, machine, prompts)
+    return [Phase(name, *max(found[name], key=_total)) for name in PHASES if name in found]
+
+
+def moments(config: Config, machine: Machine, prompts: Prompts) -> dict[str, list[Moment]]:
+    """The moments of each phase, in their order."""
     run = _Run.of(config, machine, prompts)
     found = {"rollout": run.rollout(), "update": run.update(), "optimiser": run.optimiser()}
     if config.hints:
         found["hints"] = run.hints()
     if config.eval_data is not None or config.eval_share:
         found["evaluation"] = run.evaluation()
-    fullest = {name: max(moments, key=_total) for name, moments in found.items()}
-    return [Phase(name, *fullest[name]) for name in PHASES if name in fullest]
+    return {name: list(each) for name, each in found.items()}
 
 
 def peak(config: Config, machine: Machine, prompts: Prompts) -> Phase:

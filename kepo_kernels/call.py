@@ -15,6 +15,8 @@ from kepo_kernels.weights import loss_weights
 
 Result = Tensor | tuple[Tensor, TokenStats]
 
+AUTOCASTING = ("cpu", "cuda")
+
 
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -120,7 +122,9 @@ def autocast(hidden: Tensor, head: Head, bias: Tensor | None) -> tuple[Tensor, H
     Like there, fp64 stays as it is.
     """
     device = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # A device without autocast, as meta, would raise. torch.amp knows which have it, but not under
+    # torch.compile before torch 2.13.
+    if device not in AUTOCASTING or not torch.is_autocast_enabled(device):
         return hidden, head, bias
     dtype = torch.get_autocast_dtype(device)
 

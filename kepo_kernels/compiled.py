@@ -115,7 +115,12 @@ def _disabled(function: Callable) -> Callable:
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("kepo_kernels::fused_loss", mutates_args=())
+# It reads masks on the device, so it cannot be captured: with this tag mode="reduce-overhead" leaves
+# it out of its CUDA graphs, in versions of torch that have the tag.
+UNCAPTURED = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+
+
+@torch.library.custom_op("kepo_kernels::fused_loss", mutates_args=(), tags=UNCAPTURED)
 def _operator(
     function: str,
     settings: str,
@@ -139,6 +144,7 @@ def _operator(
         arguments = _arguments(ast.literal_eval(settings), student, others)
         formed = LOSSES[function](**arguments, _needs=tuple(needs))
     gradients = [hidden.new_empty(0) if x is None else x for x in formed.gradients]
+    gradients[0] = gradients[0].flatten(0, -2) if needs[0] else gradients[0]
     return formed.total, formed.numbers, formed.dropped, *gradients
 
 

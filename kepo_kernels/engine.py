@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kepo_kernels import pages
+from kepo_kernels.dispatch import pick_rows
 from kepo_kernels.plan import ChunkPlan as ChunkPlan
 from kepo_kernels.plan import plan as plan
 from kepo_kernels.sparsity import BLOCK_ELEMENTS
@@ -93,7 +94,7 @@ def loss_and_gradients(
 
     gradients = None
     if any(needs):
-        gradients = Gradients.empty(student, needs, problem.grad_tol > 0.0)
+        gradients = Gradients.empty(student, needs, problem)
     numbers, dropped, head_rows = sweep(student, problem, coefficients, gradients)
     gradients = gradients or Gradients(*[None] * len(student))
     total = total.to(numbers.dtype)
@@ -111,6 +112,8 @@ def scaled(
     """
     if gradient is None:
         return None
+    if gradient.is_cuda:  # one launch, which multiplies in the wide dtype and casts
+        return _scaled_on_gpu(gradient, factor.to(gradient.dtype), dtype)
     # Reading the factor waits for nothing on a CPU, and spares a pass over the head when it is 1.
     plain = type(factor) is Tensor and factor.device.type == "cpu" and factor.item() == 1.0
     step = max(1, BLOCK_ELEMENTS // max(1, gradient[:1].numel()))
@@ -124,6 +127,14 @@ def scaled(
     for to, block in zip(out.split(step), gradient.split(step), strict=True):
         to.copy_(block if plain else block * factor.to(gradient.dtype))
     return out
+
+
+def _scaled_on_gpu(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = pick_rows("auto", gradient.device, gradient.dtype)
+    if hasattr(rows, "scaled"):
+        return rows.scaled(gradient, factor, dtype)
+    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    return torch.mul(gradient, factor, out=out)
 
 
 class FusedLoss(torch.autograd.Function):
@@ -171,7 +182,7 @@ class RowNumbers(torch.autograd.Function):
     @_differentiable_once
     def backward(ctx, grad_numbers):
         student = Student(*ctx.saved_tensors)
-        gradients = Gradients.empty(student, ctx.needs_input_grad[:5])
+        gradients = Gradients.empty(student, ctx.needs_input_grad[:5], ctx.problem)
         sweep(student, ctx.problem, lambda rows, _: grad_numbers[:, rows], gradients)
         cast = [
             None if g is None else g.to(x.dtype) for g, x in zip(gradients, student, strict=True)

@@ -4,11 +4,12 @@
     dx      (n, H) = dlogits (n, V) @ w
     dw      (V, H) += dlogits^T @ x          fp32 (fp64 for fp64), downcast once by the caller
 
-When operands and logits share a dtype these are plain `mm`. 16-bit operands with fp32 logits are
-`mm(out_dtype=)` on CUDA. CPU torch has no such product, and on processors without bf16 instructions
-its bf16 `mm` is 5 to 150 times slower than fp32; there a strip of the head at a time is cast to
-fp32 and multiplied as fp32, which is both the faster and the more exact way. The two gradient
-products also run over chosen `columns` of the logits, as if dlogits were 0 in the others.
+When operands and logits share a dtype these are plain `mm`. 16-bit operands with fp32 results are
+`mm(out_dtype=)` on CUDA, dx among them: in 16 bits it would be rounded twice. CPU torch has no such
+product, and on processors without bf16 instructions its bf16 `mm` is 5 to 150 times slower than
+fp32; there a strip of the head at a time is cast to fp32 and multiplied as fp32, which is both the
+faster and the more exact way. The two gradient products also run over chosen `columns` of the
+logits, as if dlogits were 0 in the others.
 """
 
 from collections.abc import Iterator
@@ -104,15 +105,17 @@ def add_gradients_(
     wants_dx: bool,
     columns: Tensor | None = None,
     strip_rows: int | None = None,
+    first: bool = False,
 ) -> Tensor | None:
     """dw <- dw + dlogits^T @ x, where there is a dw; returns dlogits @ w, or None if not wanted.
 
-    Over all columns of dlogits, or over the chosen ones as if it were 0 in the others.
+    Over all columns of dlogits, or over the chosen ones as if it were 0 in the others. `first`: dw
+    holds nothing yet (see `accumulate_head_`).
     """
     if columns is None:
         dx = hidden_gradient(dlogits, w, strip_rows) if wants_dx else None
         if dw is not None:
-            accumulate_head_(dw, dlogits, x, strip_rows)
+            accumulate_head_(dw, dlogits, x, strip_rows, first)
         return dx
     wide = gradient_dtype(w.dtype)
     dx = torch.zeros(len(dlogits), w.shape[1], dtype=wide, device=w.device) if wants_dx else None
@@ -130,10 +133,10 @@ def add_gradients_(
 
 def hidden_gradient(dlogits: Tensor, w: Tensor, strip_rows: int | None = None) -> Tensor:
     """dlogits @ w, in fp32 where the product is formed in fp32, else in the dtype of `w`."""
+    if w.is_cuda and w.dtype.itemsize == 2:
+        return torch.mm(dlogits.to(w.dtype), w, out_dtype=torch.float32)
     if _same(w, dlogits):
         return dlogits @ w
-    if w.is_cuda:
-        return dlogits.to(w.dtype) @ w
     wide = gradient_dtype(w.dtype)
     dx = torch.zeros(dlogits.shape[0], w.shape[1], dtype=wide, device=w.device)
     for columns, strip in _strips(w, strip_rows):
@@ -141,12 +144,27 @@ def hidden_gradient(dlogits: Tensor, w: Tensor, strip_rows: int | None = None) -
     return dx
 
 
-def accumulate_head_(dw: Tensor, dlogits: Tensor, x: Tensor, strip_rows: int | None = None) -> None:
-    """dw <- dw + dlogits^T @ x."""
+def writes_first(device: torch.device) -> bool:
+    """Whether the first chunk's product is written over dw, which then need not be zero.
+
+    On a CPU pages have to be touched once before a product fills them, and zeros do that.
+    """
+    return device.type == "cuda"
+
+
+def accumulate_head_(
+    dw: Tensor, dlogits: Tensor, x: Tensor, strip_rows: int | None = None, first: bool = False
+) -> None:
+    """dw <- dw + dlogits^T @ x; `first`: dw <- dlogits^T @ x, where `writes_first` says so."""
+    first &= writes_first(dw.device)
     if dw.dtype == dlogits.dtype == x.dtype:
-        dw.addmm_(dlogits.T, x)
+        torch.mm(dlogits.T, x, out=dw) if first else dw.addmm_(dlogits.T, x)
     elif x.is_cuda:
-        torch.addmm(dw, dlogits.to(x.dtype).T, x, out_dtype=dw.dtype, out=dw)
+        dlogits = dlogits.to(x.dtype).T
+        if first:
+            torch.mm(dlogits, x, out_dtype=dw.dtype, out=dw)
+        else:
+            torch.addmm(dw, dlogits, x, out_dtype=dw.dtype, out=dw)
     elif _same(x, dlogits):
         for rows in _ranges(dw, strip_rows):
             dw[rows] += dlogits[:, rows].T @ x

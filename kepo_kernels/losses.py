@@ -16,8 +16,9 @@ Shared arguments, wherever they appear:
                       targets[t]
     completion_mask   (B, T) or (N,), 1 on the tokens of the loss; None = all. What stands elsewhere
                       is never read. Beside CUDA states mask, gate and weights may be on the CPU:
-                      with all of them there, or None, the host never waits for the GPU (unless
-                      grad_tol > 0), and reads no advantages, so that those of 0 spare no work.
+                      with all of them there, or None, the host never waits for the GPU, and reads
+                      no advantages, so that those of 0 spare no work; with one of them on the GPU
+                      they do.
     temperature       > 0, divides the student's logits, and the teacher's unless
                       teacher_temperature says otherwise (None = the same)
     reduction         "token_mean", "sequence_mean" or "sum", see `loss_weights`; or pass `weights`
@@ -29,17 +30,18 @@ Shared arguments, wherever they appear:
                       `engine.plan` explains the choice), or chunk_rows directly; logits_dtype
                       (None = fp32, but bf16 for bf16 inputs on CPUs with bf16 instructions);
                       grad_tol=0.0, the share of sum |dlogits| of a chunk that may be left out of
-                      the gradients with the columns that carry it (0 = exact; worthwhile for the
-                      peaked distributions of a trained model); return_stats=True returns
-                      (loss, TokenStats)
+                      the gradients with the columns that carry it (0 = exact; on a CPU only, and
+                      worthwhile for the peaked distributions of a trained model);
+                      return_stats=True returns (loss, TokenStats)
 
 Every loss is a 0-d fp32 tensor (fp64 for fp64 inputs), exactly 0 with zero gradients when no token
-takes part, and differentiable once with respect to hidden, lm_head, its LoRA and bias. Tokens to
-which the loss sends nothing back cost no gradient product on a CPU; those of which that is known
-beforehand (weight 0, or advantage 0 without penalty or bonus) cost nothing at all, unless
-return_stats asks for their numbers. Under autocast hidden states, weights and biases are cast as a
-linear layer would cast them, and nothing else. All raise `KepoInputError` (a ValueError) on bad
-input.
+takes part, and differentiable once with respect to hidden, lm_head, its LoRA and bias. Tokens of
+weight 0 (mask, gate, weights) cost nothing at all. Nor do those of advantage 0 without penalty or
+bonus, unless return_stats asks for their numbers or a CUDA call finds mask, gate and weights on the
+CPU (above). A token that turns out to send nothing back, a clipped one, costs no gradient product
+on a CPU; on CUDA it does, because to look would make the host wait. Under autocast hidden states,
+weights and biases are cast as a linear layer would cast them, and nothing else. All raise
+`KepoInputError` (a ValueError) on bad input.
 """
 
 from collections.abc import Callable

@@ -17,9 +17,11 @@ from kepo_kernels.rows import accumulate_dtype
 from kepo_kernels.sparsity import BLOCK_ELEMENTS
 
 # On a GPU the fp32 gradient of a large head costs a pass over the head per chunk, so chunks want to
-# be about 2048 rows. On a CPU they want to be small enough not to page in gigabytes, and long
-# enough that the same pass does not show: 256 rows, up to half a gigabyte.
-DEFAULT_WORKSPACE = {"cpu": 192 << 20, "cuda": 2560 << 20}
+# be about 2048 rows, which of two heads of 151,936 rows is 3.1 GiB. On a CPU they want to be small
+# enough not to page in gigabytes, and long enough that the same pass does not show: 256 rows, up to
+# half a gigabyte.
+DEFAULT_WORKSPACE = {"cpu": 192 << 20, "cuda": 3328 << 20}
+LARGEST_SHARE = 8  # an eighth of a GPU's memory at most
 CPU_CHUNK_ROWS = 256
 TILE_ROWS, TILE_COLUMNS = 128, 256  # of a matrix product's output, on the GPUs of these years
 LARGEST_CPU_DEFAULT = 512 << 20
@@ -50,7 +52,8 @@ class Sizes:
     lora_rank: int = 0
     torch_impl: bool = False
     compacts: bool = False  # grad_tol > 0
-    multiprocessors: int = 0  # of the GPU; 0 on a CPU, or where no GPU is at hand to be asked
+    multiprocessors: int = 0  # of the GPU, as is the next; 0 on a CPU, or with no GPU to be asked
+    gpu_memory: int = 0  # bytes
 
     @cached_property
     def one_product(self) -> bool:
@@ -94,14 +97,15 @@ class Sizes:
             fixed += strip * h * (wide + narrow) + self.vocab * SELECTION_BYTES
             fixed += min(rows * self.vocab, max(BLOCK_ELEMENTS, self.vocab)) * wide
         if self.torch_impl:
-            block = min(rows * self.vocab, max(torch_rows.BLOCK_ELEMENTS, self.vocab))
+            block = min(rows * self.vocab, max(torch_rows.block_elements(self.device), self.vocab))
             fixed += torch_rows.TEMPORARIES * block * accumulate_dtype(self.logits_dtype).itemsize
         scaled = min(self.vocab * h, BLOCK_ELEMENTS) * wide  # a block of a gradient, in backward
         return max(fixed + rows * a_row, scaled)
 
     def default_workspace(self) -> int:
         if self.device.type != "cpu":
-            return DEFAULT_WORKSPACE["cuda"]
+            share = self.gpu_memory // LARGEST_SHARE or DEFAULT_WORKSPACE["cuda"]
+            return max(min(DEFAULT_WORKSPACE["cuda"], share), self.bytes_of(1))
         wanted = min(self.bytes_of(CPU_CHUNK_ROWS), LARGEST_CPU_DEFAULT)
         return max(DEFAULT_WORKSPACE["cpu"], wanted, self.bytes_of(1))
 
@@ -214,7 +218,7 @@ def plan(
         lora_rank=lora_rank,
         torch_impl=pick_rows(impl, device, logits_dtype) is torch_rows,
         compacts=grad_tol > 0,
-        multiprocessors=multiprocessors(device),
+        **gpu_at_hand(device),
     )
     accumulators = {
         "hidden": rows * hidden_size,
@@ -233,11 +237,12 @@ def plan(
     )
 
 
-def multiprocessors(device: torch.device) -> int:
-    """Of the GPU at hand; 0 on a CPU, or without a GPU."""
+def gpu_at_hand(device: torch.device) -> dict[str, int]:
+    """What `Sizes` wants to know of the GPU; nothing on a CPU, or without a GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
-        return 0
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return {}
+    gpu = torch.cuda.get_device_properties(device)
+    return {"multiprocessors": gpu.multi_processor_count, "gpu_memory": gpu.total_memory}
 
 
 def chunk_length(sizes: Sizes, workspace_bytes: int | None, chunk_rows: int | None) -> int:

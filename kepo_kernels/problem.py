@@ -13,7 +13,7 @@ from kepo_kernels.devices import moved
 from kepo_kernels.dispatch import pick_rows
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.heads import Head, LoRA
-from kepo_kernels.plan import Sizes, chunk_length, multiprocessors
+from kepo_kernels.plan import Sizes, chunk_length, gpu_at_hand
 from kepo_kernels.rows import RowSettings
 from kepo_kernels.sweep import LinearProblem, RowPlan, Student
 from kepo_kernels.validate import Validator, describe
@@ -114,6 +114,11 @@ def build_problem(
     check.logits_dtype(dtype, hidden)
     dtype = dtype or gemm.default_logits_dtype(hidden.dtype, hidden.device)
     grad_tol = float(engine.get("grad_tol", 0.0))
+    check.require(
+        grad_tol == 0.0 or hidden.device.type == "cpu",
+        f"grad_tol={grad_tol} with tensors on {hidden.device}: columns are left out on a CPU only, "
+        "where that saves time; leave grad_tol out, or pass 0",
+    )
     workspace_bytes = engine.get("workspace_bytes")
     try:
         row_kernels = pick_rows(engine.get("impl", "auto"), hidden.device, dtype)
@@ -131,7 +136,7 @@ def build_problem(
             lora_rank=0 if head.lora is None else len(head.lora.a),
             torch_impl=row_kernels is torch_rows,
             compacts=grad_tol > 0.0,
-            multiprocessors=multiprocessors(hidden.device),
+            **gpu_at_hand(hidden.device),
         )
         chunk_rows = chunk_length(sizes, workspace_bytes, engine.get("chunk_rows"))
         strip_bytes = sizes.strip_bytes(workspace_bytes)
@@ -144,7 +149,7 @@ def build_problem(
         function=check.function,
         plan=RowPlan(*there, chunks, rows),
         targets=targets,
-        teacher_hidden=None if teacher is None else teacher.hidden.detach().flatten(0, -2),
+        teacher_hidden=None if teacher is None else _flat(teacher.hidden.detach()),
         teacher_lm_head=None if teacher is None else teacher.head.weight.detach()[:shared],
         teacher_bias=None
         if teacher is None or teacher.bias is None
@@ -171,7 +176,14 @@ def build_problem(
 
 def student_of(hidden: Tensor, head: Head, bias: Tensor | None) -> Student:
     a, b = (None, None) if head.lora is None else head.lora[:2]
-    return Student(hidden.flatten(0, -2), head.weight, bias, a, b)
+    return Student(_flat(hidden), head.weight, bias, a, b)
+
+
+def _flat(states: Tensor) -> Tensor:
+    """(..., H) as (N, H), or as it is where that would be a copy (a slice of longer sequences)."""
+    if states.dim() == 3 and states.stride(0) != states.shape[1] * states.stride(1):
+        return states
+    return states.flatten(0, -2)
 
 
 def _shared(lora: LoRA | None, shared: int) -> LoRA | None:

@@ -13,7 +13,7 @@ functions:
     targets       (n,)     int64 token ids in [0, V), or None: no log-probability is wanted, and
                            `logprob` is 0
     teacher       (n, V_t) teacher logits in the dtype of `logits`, or None: the divergence is 0
-    table         (9, n)   the columns of `RowStats`, in fp32 (fp64 for fp64 logits)
+    table         (11, n)  the columns of `RowStats`, in fp32 (fp64 for fp64 logits)
     coefficients  (3, n)   d loss / d logprob, d loss / d divergence, d loss / d entropy; dtype of
                            `table`
     settings               a `RowSettings`
@@ -64,7 +64,12 @@ class RowStats(NamedTuple):
     shared_log_sum: Tensor  # (n,) the same over the shared columns; log_sum without a teacher
     teacher_peak: Tensor  # (n,) largest of the teacher's shared logits; 0 without a teacher
     teacher_log_sum: Tensor  # (n,) of the teacher's shared columns; 0 without a teacher
-    student_kl: Tensor  # (n,) KL(q|p) for beta = 1, KL(q|m) for 0 < beta < 1, else 0
+    # log q/m (log q/p for beta = 1), from its value at q's peak among the shared columns: then the
+    # peak's own entry of the gradient is no difference of near-equal numbers. KL(q|m) is the sum
+    # of the last two. All are 0 for beta = 0, which needs no ratio, and without a teacher.
+    peak_token: Tensor  # (n,) the peak's column, exact up to 2^24
+    peak_ratio: Tensor  # (n,) log q/m there
+    mean_ratio: Tensor  # (n,) mean under q of log q/m - peak_ratio
 
 
 NUM_STATS = len(RowStats._fields)

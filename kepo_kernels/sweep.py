@@ -30,7 +30,7 @@ Coefficients = Callable[[Tensor, Tensor], Tensor]  # (rows (n,), numbers (3, n))
 class Student(NamedTuple):
     """The tensors that may receive a gradient."""
 
-    hidden: Tensor  # (N, H)
+    hidden: Tensor  # (N, H), or (B, T, H) where that is no view of it
     lm_head: Tensor  # (V, H)
     bias: Tensor | None
     lora_a: Tensor | None
@@ -47,16 +47,61 @@ class Gradients(NamedTuple):
     lora_b: Tensor | None
 
     @classmethod
-    def empty(cls, student: Student, needs: tuple[bool, ...], sparse: bool = False) -> "Gradients":
-        """`sparse`: most rows of the head's will never be written (grad_tol > 0)."""
+    def empty(
+        cls, student: Student, needs: tuple[bool, ...], problem: "LinearProblem"
+    ) -> "Gradients":
         dtype = gemm.gradient_dtype(student.lm_head.dtype)
-        zeros = pages.untouched_zeros if sparse else pages.zeros
+        # grad_tol > 0: most rows of the head's will never be written.
+        zeros = pages.zeros if problem.grad_tol == 0.0 else pages.untouched_zeros
+        made = {name: zeros for name in cls._fields}
+        if problem.plan.chunks and gemm.writes_first(student.lm_head.device):
+            made["lm_head"] = pages.empty
         return cls(
             *(
-                zeros(x.shape, dtype, x.device) if need else None
-                for x, need in zip(student, needs, strict=True)
+                made[name](x.shape, dtype, x.device) if need else None
+                for name, x, need in zip(cls._fields, student, needs, strict=True)
             )
         )
+
+
+class HalfScale:
+    """Keeps fp16 dlogits in fp16's range: they are raised by a power of two before they are formed.
+
+    A mean over N tokens sends back 1/N, and a flat row of V columns makes 1/(N V) of it: 8e-10 at
+    8192 x 151,936, where fp16 ends at 6e-8. Coefficients are raised until the largest of a chunk is
+    2^8 or so: that leaves 2^8 above it for a log-ratio of 100 at a temperature of 0.5, and 2^22
+    below it for flat rows. The sums over chunks (of the head, its bias and its LoRA's second
+    factor) keep the factor of the chunk before, lowered when a chunk needs less, and lose it at the
+    end; what belongs to a chunk's rows loses it at once. All of it is fp32 and stays on the device.
+    """
+
+    SUMS = ("lm_head", "bias", "lora_b")
+
+    def __init__(self):
+        self.factor: Tensor | None = None
+
+    @property
+    def inverse(self) -> Tensor:
+        return 1.0 / self.factor
+
+    def raised(self, coefficients: Tensor, gradients: Gradients) -> Tensor:
+        """The chunk's coefficients, times the factor that its dlogits then have."""
+        largest = coefficients.abs().amax().clamp(2.0**-100, 2.0**100)
+        factor = torch.exp2(8.0 - torch.log2(largest).ceil())
+        if self.factor is not None:
+            factor = torch.minimum(factor, self.factor)
+            self._multiply(gradients, factor / self.factor)
+        self.factor = factor
+        return coefficients * factor
+
+    def lower(self, gradients: Gradients) -> None:
+        if self.factor is not None:
+            self._multiply(gradients, self.inverse)
+
+    def _multiply(self, gradients: Gradients, by: Tensor) -> None:
+        for name in self.SUMS:
+            if (x := getattr(gradients, name)) is not None:
+                x.mul_(by)
 
 
 @dataclass(frozen=True)
@@ -76,7 +121,7 @@ class LinearProblem:
     function: str  # the public one, for error messages
     plan: RowPlan
     targets: Tensor | None  # (N,)
-    teacher_hidden: Tensor | None  # (M, H_t)
+    teacher_hidden: Tensor | None  # (M, H_t), or (B, T, H_t) as for the student
     teacher_lm_head: Tensor | None  # (V_t, H_t), cut to the shared rows, as are the next two
     teacher_bias: Tensor | None
     teacher_lora: LoRA | None
@@ -109,12 +154,13 @@ def sweep(
     hidden = student.hidden
     numbers = hidden.new_zeros(
         NUM_COEFFICIENTS,
-        len(hidden),
+        hidden.shape[:-1].numel(),
         dtype=accumulate_dtype(problem.logits_dtype),
         requires_grad=False,
     )
     buffers = _Buffers(problem, hidden)
     light = LightColumns(problem.grad_tol, len(student.lm_head), hidden.device)
+    scale = HalfScale() if buffers.gradient_dtype == torch.float16 else None
     with torch.autocast(hidden.device.type, enabled=False):
         for start, end in problem.plan.chunks:
             rows = problem.plan.rows[start:end]
@@ -137,6 +183,8 @@ def sweep(
             back = coefficients(rows, chunk).contiguous()
             if gradients is None or (live := live_rows(back)).numel() == 0:
                 continue
+            if scale is not None:
+                back = scale.raised(back, gradients)
             dlogits = buffers.dlogits(logits)
             out = None if dlogits is logits else dlogits
             kernels.row_backward_(logits, targets, teacher, table, back, settings, out)
@@ -148,7 +196,9 @@ def sweep(
             for part in light.parts(len(rows)):
                 columns = light.leave_out(dlogits[part])
                 of_rows = dlogits[part], x[part], None if low is None else low[part], rows[part]
-                _accumulate_(gradients, student, problem, *of_rows, columns)
+                _accumulate_(gradients, student, problem, *of_rows, columns, start == 0, scale)
+    if scale is not None and gradients is not None:
+        scale.lower(gradients)
     return Swept(numbers, light.share, light.kept)
 
 
@@ -176,21 +226,30 @@ def _accumulate_(
     low: Tensor | None,
     rows: Tensor,
     columns: Tensor | None,
+    first: bool,
+    scale: HalfScale | None,
 ) -> None:
-    """Adds a chunk's part to every gradient that was asked for; `columns` None = all of them."""
+    """Adds a chunk's part to every gradient that was asked for; `columns` None = all of them.
+
+    `first`: it is the first chunk. `scale`: by which its dlogits are too large.
+    """
     how = columns, problem.strip_rows
     dx = gemm.add_gradients_(
-        gradients.lm_head, dlogits, student.lm_head, x, gradients.hidden is not None, *how
+        gradients.lm_head, dlogits, student.lm_head, x, gradients.hidden is not None, *how, first
     )
     if gradients.bias is not None:
         gradients.bias.add_(dlogits.sum(0, dtype=gradients.bias.dtype))
     dx = None if dx is None else dx.to(gradients.hidden.dtype)
+    lora_scale = problem.lora_scale
+    if scale is not None:
+        dx = None if dx is None else dx.mul_(scale.inverse)
+        lora_scale = lora_scale * scale.inverse
     if low is not None:
         ab = student.lora_a, student.lora_b
         wanted = dx, gradients.lora_a, gradients.lora_b
-        lora.add_gradients_(*wanted, dlogits, x, low, *ab, problem.lora_scale, *how)
+        lora.add_gradients_(*wanted, dlogits, x, low, *ab, lora_scale, *how)
     if dx is not None:
-        gradients.hidden[rows] = dx
+        gradients.hidden.view(-1, dx.shape[1])[rows] = dx
 
 
 class _Buffers:
@@ -220,7 +279,11 @@ def _gather(problem: LinearProblem, states: Tensor, rows: Tensor, name: str) -> 
     NaN and Inf are refused on a CPU, where looking costs no synchronisation: their sum is finite
     only if each of them is.
     """
-    x = states[rows]
+    x = (
+        states[rows]
+        if states.dim() == 2
+        else states[rows // states.shape[1], rows % states.shape[1]]
+    )
     if x.device.type == "cpu" and not x.sum(dtype=torch.float64).isfinite():
         bad = torch.isfinite(x).all(-1).logical_not().nonzero()
         if len(bad) == 0:

@@ -16,7 +16,7 @@ from kepo_kernels.rows import (
 
 # Rows are taken a few at a time so that the temporaries (about eight of them) stay at some tens of
 # megabytes however large the chunk is: the caller's workspace budget counts the logits alone.
-BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 23}  # on a GPU a block is some seventy launches
 TEMPORARIES = 14  # blocks in the dtype of the table that are alive at once, at most
 
 
@@ -60,9 +60,13 @@ def row_backward_(
             out[block] = logits[block]
 
 
+def block_elements(device: torch.device) -> int:
+    return BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"])
+
+
 def _blocks(logits: Tensor) -> list[slice]:
     rows, vocab = logits.shape
-    step = max(1, BLOCK_ELEMENTS // max(1, vocab))
+    step = max(1, block_elements(logits.device) // max(1, vocab))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -93,16 +97,19 @@ def _weighted(probability: Tensor, value: Tensor) -> Tensor:
     return torch.where(probability > 0, probability * value, probability)
 
 
-def _log_mixture(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
-    """log m, m = (1 - beta) q + beta p, by log-add-exp.
+def _log_ratios(log_q: Tensor, log_p: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """log q/m and log p/m, m = (1 - beta) q + beta p; m is p for beta = 1.
 
-    q and p may both underflow while their ratio matters.
+    log m is taken from the larger of the two, m = high (1 + (1 - w)(low/high - 1)): it does not
+    underflow while one of them lives, and where they are close nothing cancels.
     """
-    high, low = torch.maximum(log_q, log_p), torch.minimum(log_q, log_p)
+    rise = torch.where(log_q == log_p, 0, log_p - log_q)  # both may be -inf
+    if beta == 1.0:
+        return log_q - log_p, torch.zeros_like(rise)
     mine, theirs = log_q.new_full((), 1.0 - beta), log_q.new_full((), beta)
-    low_weight = torch.where(log_p > log_q, mine, theirs)
-    fall = torch.where(high > -torch.inf, (low - high).expm1(), 0)  # low/high - 1
-    return high + torch.log1p(low_weight * fall)
+    low_weight = torch.where(rise > 0, mine, theirs)
+    log_m = torch.log1p(low_weight * torch.expm1(-rise.abs()))  # log m/high
+    return -rise.clamp_min(0) - log_m, rise.clamp_max(0) - log_m
 
 
 def _forward_block(
@@ -140,20 +147,29 @@ def _forward_block(
         teacher_temperature,
     )
     p, q = log_p.exp(), log_q.exp()
-    # Each KL is summed as a log(a/b) - a + b: every term is >= 0, and a rounding error in a
-    # log-sum-exp cancels to first order instead of shifting the whole sum.
     if beta == 0.0:
+        # Summed as a log(a/b) - a + b: every term is >= 0, and a rounding error in a log-sum-exp
+        # cancels to first order instead of shifting the whole sum.
         out.divergence.copy_((_weighted(p, log_p - log_q) - p + q).sum(-1))
-    elif beta == 1.0:
-        out.student_kl.copy_((_weighted(q, log_q - log_p) - q + p).sum(-1))
-        out.divergence.copy_(out.student_kl)
-    else:
-        log_m = _log_mixture(log_q, log_p, beta)
-        # m - q and m - p, written so that nothing cancels when p is close to q.
-        m_q, m_p = beta * (p - q), (1.0 - beta) * (q - p)
-        out.student_kl.copy_((_weighted(q, log_q - log_m) + m_q).sum(-1))
-        teacher_kl = (_weighted(p, log_p - log_m) + m_p).sum(-1)
-        out.divergence.copy_((1.0 - beta) * out.student_kl + beta * teacher_kl)
+        return
+    out.peak_token.copy_(logits.argmax(-1))
+    ratio, teacher_ratio = _log_ratios(log_q, log_p, beta)
+    out.peak_ratio.copy_(ratio.gather(-1, out.peak_token.long().unsqueeze(-1)).squeeze(-1))
+    out.mean_ratio.copy_(_weighted(q, _from_peak(ratio, out)).sum(-1))
+    if beta == 1.0:
+        out.divergence.copy_((_weighted(q, ratio) - q + p).sum(-1))
+        return
+    # m - q and m - p, written so that nothing cancels when p is close to q.
+    m_q, m_p = beta * (p - q), (1.0 - beta) * (q - p)
+    student_kl = (_weighted(q, ratio) + m_q).sum(-1)
+    teacher_kl = (_weighted(p, teacher_ratio) + m_p).sum(-1)
+    out.divergence.copy_((1.0 - beta) * student_kl + beta * teacher_kl)
+
+
+def _from_peak(ratio: Tensor, stats: RowStats) -> Tensor:
+    """log q/m measured from the student's peak, where it is 0, and not a difference."""
+    token = stats.peak_token.long().reshape(-1, 1)
+    return (ratio - stats.peak_ratio.reshape(-1, 1)).scatter_(-1, token, 0.0)
 
 
 def _backward_block(
@@ -183,11 +199,11 @@ def _backward_block(
         q = log_q.exp()
         if beta == 0.0:
             direction = q - log_p.exp()
-        elif beta == 1.0:
-            direction = _weighted(q, log_q - log_p - stats.student_kl)
         else:
-            log_m = _log_mixture(log_q, log_p, beta)
-            direction = (1.0 - beta) * _weighted(q, log_q - log_m - stats.student_kl)
+            ratio, _ = _log_ratios(log_q, log_p, beta)
+            direction = _weighted(q, _from_peak(ratio, stats) - stats.mean_ratio)
+        if 0.0 < beta < 1.0:
+            direction *= 1.0 - beta
         grad[:, :shared] += g * direction
     if settings.softcap > 0.0:
         grad *= _cap_slope(raw, grad.dtype, settings.softcap)

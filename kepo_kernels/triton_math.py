@@ -1,6 +1,8 @@
 """What the Triton kernels compute on one block of columns: reading, softmax sums, the mixture.
 
-The formulas stand in docs/math.md. Everything is fp32.
+The formulas stand in docs/math.md. Everything is fp32, and logarithms are to base 2: a GPU has an
+instruction for 2^x, and e^x is that one and four more. Numbers of a row change to nats on their way
+to the table.
 """
 
 from types import SimpleNamespace
@@ -37,7 +39,7 @@ def capped(logit, softcap):
     the rounded number that the peak was taken from.
     """
     x = tl.abs(logit) * (1.0 / tl.where(softcap > 0, softcap, 1.0))
-    e = tl.exp(-2.0 * x)
+    e = tl.exp2(-2.885390081777927 * x)  # e^(-2 x)
     s = x * x
     p = -5.70498872745e-3 * s + 2.06390887954e-2
     p = p * s - 5.37397155531e-2
@@ -53,7 +55,7 @@ def capped(logit, softcap):
 @jit
 def cap_slope(logit, softcap):
     """d capped / d logit = 1 - tanh^2, without its cancellation at the cap: 4 e / (1 + e)^2."""
-    e = tl.exp(tl.abs(logit) * (-2.0 / tl.where(softcap > 0, softcap, 1.0)))
+    e = tl.exp2(tl.abs(logit) * (-2.885390081777927 / tl.where(softcap > 0, softcap, 1.0)))
     return tl.where(softcap > 0, 4.0 * e / ((1.0 + e) * (1.0 + e)), 1.0)
 
 
@@ -72,6 +74,13 @@ def read(row, column, end, softcap, CAPPED: tl.constexpr, EVICT: tl.constexpr):
 
 
 @jit
+def below(logit, peak):
+    """logit - peak, at least -1e30: a logit of -inf then has probability 0 and a finite logarithm,
+    whose product is 0. NaN may come out as -1e30, for the row's sums hold it already."""
+    return tl.maximum(logit - peak, -1e30)
+
+
+@jit
 def section_columns(section, shared, vocab, SECTION: tl.constexpr):
     """Columns [begin, end) of a section: none lies on both sides of the shared columns' end."""
     inside = tl.cdiv(shared, SECTION)
@@ -81,46 +90,31 @@ def section_columns(section, shared, vocab, SECTION: tl.constexpr):
 
 
 @jit
-def scan(
-    row,
-    begin,
-    end,
-    inverse_temperature,
-    softcap,
-    CAPPED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Each lane's peak and sums of e^x and x e^x over its columns among [begin, end).
+def scan(row, begin, end, scale, softcap, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+    """The peak of columns [begin, end), and their sums of 2^x and x 2^x.
 
-    x = (logit - peak) / temperature. Of a logit and the peak the smaller one's exponential is the
-    only one needed. A NaN never becomes the peak, but stays in the sums.
+    x = (logit - peak) * scale. A block is read as a whole, so that its peak is known before its
+    first exponential. A NaN stays in the sums.
     """
     lanes = tl.arange(0, BLOCK)
-    peak = tl.full((BLOCK,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    moment = total
+    peak = tl.full((), -float("inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    moment = tl.full((), 0.0, tl.float32)
     for start in range(begin, end, BLOCK):
         logit = read(row, start + lanes, end, softcap, CAPPED, "")
-        x = tl.where(logit == -float("inf"), logit, (logit - peak) * inverse_temperature)
-        e = tl.exp(-tl.abs(x))
-        rises = x > 0
-        moment = tl.where(rises, weighted(e, moment - x * total), moment + weighted(e, x))
-        total = tl.where(rises, e * total + 1.0, total + e)
-        peak = tl.where(rises, logit, peak)
+        top = tl.maximum(peak, tl.max(logit, 0))
+        base = tl.where(top == -float("inf"), 0.0, top)  # nothing but -inf has sum 0, not NaN
+        e = tl.exp2((logit - base) * scale)
+        rise = below(peak, base) * scale
+        kept = tl.exp2(rise)
+        moment = kept * (moment + rise * total) + tl.sum(e * (below(logit, base) * scale), 0)
+        total = kept * total + tl.sum(e, 0)
+        peak = top
     return peak, total, moment
 
 
 @jit
-def reduce(peak, total, moment, inverse_temperature):
-    """The lanes' softmaxes as one."""
-    top = tl.max(peak, 0)
-    x = tl.where(peak == -float("inf"), peak, (peak - top) * inverse_temperature)
-    scale = tl.exp(x)
-    return top, tl.sum(scale * total, 0), tl.sum(weighted(scale, moment + x * total), 0)
-
-
-@jit
-def merged(parts, row, count, sections, inverse_temperature, SECTIONS: tl.constexpr):
+def merged(parts, row, count, sections, scale, SECTIONS: tl.constexpr):
     """Peak and sums of a row's first `count` sections out of `sections` <= SECTIONS."""
     lanes = tl.arange(0, SECTIONS)
     present = lanes < count
@@ -128,33 +122,46 @@ def merged(parts, row, count, sections, inverse_temperature, SECTIONS: tl.conste
     peak = tl.load(parts, mask=present, other=-float("inf"))
     total = tl.load(parts + sections, mask=present, other=0.0)
     moment = tl.load(parts + 2 * sections, mask=present, other=0.0)
-    return reduce(peak, total, moment, inverse_temperature)
+    top = tl.max(peak, 0)
+    x = below(peak, top) * scale
+    kept = tl.exp2(x)
+    return top, tl.sum(kept * total, 0), tl.sum(kept * (moment + x * total), 0)
 
 
 @jit
-def mixture(log_q, log_p, beta):
-    """q, p, log q/m and log p/m of m = (1 - beta) q + beta p.
+def first_column(row, value, begin, end, softcap, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+    """The first column of [begin, end) whose logit is `value`; `begin` if there is none (NaN)."""
+    found = end
+    for start in range(begin, end, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        logit = read(row, column, end, softcap, CAPPED, "")
+        found = tl.minimum(found, tl.min(tl.where(logit == value, column, end), 0))
+    return tl.where(found < end, found, begin)
 
-    log m is taken from the larger of the two, m = high (w + (1 - w) low/high): it does not
-    underflow while one of them lives. Where both are 0 so are the logarithms of the ratios.
+
+@jit
+def half_sum(t):
+    """log2((1 + t) / 2) for t in [0, 1], to 1.5e-7 of itself: 0 at t = 1.
+
+    s P(s) with s = t - 1; P is the minimax polynomial of its degree, 2.3e-8 off.
     """
-    teacher_high = log_p > log_q
-    gap = tl.where(teacher_high, log_p - log_q, log_q - log_p)
-    high = tl.exp(tl.where(teacher_high, log_p, log_q))
-    gap = tl.where(high > 0, gap, tl.where(high == high, 0.0, high))
-    ratio = tl.exp(-gap)
-    low = high * ratio
-    weight = tl.where(teacher_high, beta, 1.0 - beta)
-    log_m = tl.log(weight + (1.0 - weight) * ratio)  # log m/high
-    q = tl.where(teacher_high, low, high)
-    p = tl.where(teacher_high, high, low)
-    log_q_m = -log_m - tl.where(teacher_high, gap, 0.0)
-    log_p_m = -log_m - tl.where(teacher_high, 0.0, gap)
-    return q, p, log_q_m, log_p_m
+    s = t - 1.0
+    p = 4.0606968125e-03 * s + 9.5567757251e-03
+    p = p * s + 1.4175234168e-02
+    p = p * s + 4.5881711581e-03
+    p = p * s + 1.2155268472e-02
+    p = p * s - 2.1893358246e-02
+    p = p * s + 6.0178527383e-02
+    p = p * s - 1.8033430223e-01
+    p = p * s + 7.2134753684e-01
+    return p * s
 
 
 @jit
-def policy_grad(log_q, hit, c, e, entropy):
-    """What logprob and entropy send back, before the temperature."""
-    q = tl.exp(log_q)
-    return tl.where(hit, c, 0.0) - c * q - e * weighted(q, log_q + entropy)
+def to_mixture(rise):
+    """log2 q/m + log2 2(1 - beta) of m = (1 - beta) q + beta p; rise = log2 beta p/(1 - beta) q.
+
+    m = high (1 + low/high), high and low the larger and the smaller of its two terms: it does not
+    underflow while one of them lives. Where p = q, rise is log2 beta/(1 - beta) and log2 q/m is 0.
+    """
+    return -tl.maximum(rise, 0.0) - half_sum(tl.exp2(-tl.abs(rise)))

@@ -5,6 +5,7 @@ TRITON_INTERPRET=1 set before Triton is first imported the same kernels run on C
 """
 
 import contextlib
+import math
 
 import torch
 from torch import Tensor
@@ -14,13 +15,16 @@ from kepo_kernels.rows import NUM_COEFFICIENTS, NUM_STATS, RowSettings, shared_c
 from kepo_kernels.triton_math import IMPORT_ERROR
 
 # Columns that a program reads at a time: eight a thread, one 16-byte load in bf16 and two in fp32.
-# On an H100 that takes 127 registers at most, none of them spilled, so that two to three programs
-# share a multiprocessor (benchmarks/compile_kernels.py).
 BLOCK = 2048
 COLUMNS_PER_THREAD = 8
+STAGES = 2  # loads of a block begin while the one before it is worked on
 # Columns of a program: long enough that starting it costs little, short enough that a dozen rows
 # fill a GPU. A row has at most MOST_SECTIONS of them; of a larger vocabulary they are longer.
 SECTION = 8 * BLOCK
+# A softmax holds a block in registers, 32 columns a thread: its peak is known before the first 2^x.
+SOFTMAX_BLOCK = 4096
+SOFTMAX_COLUMNS_PER_THREAD = 32
+SEARCHED_BLOCK = 1024  # of the one section in which the row's peak is looked for
 MOST_SECTIONS = 128
 NO_TARGET = -1
 
@@ -46,43 +50,45 @@ def row_forward(
     if n == 0:
         return table
     rows = _Rows(logits, targets, teacher, settings)
-    parts = _fp32(logits, n, 3 * rows.sections)
+    parts = _softmaxes(rows, logits, rows.vocab, rows.scale, settings.softcap)
+    teacher_parts = None
+    if teacher is not None:
+        cap = settings.teacher_softcap
+        teacher_parts = _softmaxes(rows, teacher, rows.shared, rows.teacher_scale, cap)
+    section = section_length(vocab, SOFTMAX_BLOCK)
+    inside = -(-rows.shared // section)
     rows.start(
-        kernels.softmax_kernel,
-        rows.sections,
-        (logits, parts, logits.stride(0), vocab, rows.shared, rows.inverse, settings.softcap),
-        CAPPED=settings.softcap > 0,
+        kernels.row_kernel,
+        1,
+        (logits, rows.targets, teacher, parts, teacher_parts, table, logits.stride(0))
+        + (rows.teacher_stride, n, parts.shape[1] // 3, inside, rows.shared, *rows.numbers),
+        KIND=rows.kind,
+        CAPPED=rows.capped,
+        SECTION=section,
+        SECTIONS=MOST_SECTIONS,
+        BLOCK=SEARCHED_BLOCK,
+        num_warps=warps(SEARCHED_BLOCK // COLUMNS_PER_THREAD),
+    )
+    if teacher is None:
+        return table
+    sections = -(-rows.shared // rows.blocks["SECTION"])
+    divergences = _fp32(logits, n, 2 * sections)
+    rows.start(
+        kernels.divergence_kernel,
+        sections,
+        (logits, teacher, table, divergences, logits.stride(0), rows.teacher_stride, n)
+        + (rows.shared, *rows.numbers),
+        KIND=rows.kind,
+        CAPPED=rows.capped,
         **rows.blocks,
     )
-    teacher_parts = divergences = None
-    if teacher is not None:
-        teacher_parts = _fp32(logits, n, 3 * rows.inside)
-        rows.start(
-            kernels.softmax_kernel,
-            rows.inside,
-            (teacher, teacher_parts, teacher.stride(0), rows.shared, rows.shared)
-            + (rows.teacher_inverse, settings.teacher_softcap),
-            CAPPED=settings.teacher_softcap > 0,
-            **rows.blocks,
-        )
-        divergences = _fp32(logits, n, 2 * rows.inside)
-        rows.start(
-            kernels.divergence_kernel,
-            rows.inside,
-            (logits, teacher, parts, teacher_parts, divergences, logits.stride(0))
-            + (teacher.stride(0), rows.sections, rows.shared, *rows.numbers),
-            KIND=rows.kind,
-            CAPPED=rows.capped,
-            SECTIONS=MOST_SECTIONS,
-            **rows.blocks,
-        )
+    is_mixture = rows.kind == "mixture"  # its sums are in bits, and of (1 - beta) q
+    unit = math.log(2) if is_mixture else 1.0
+    ratio_unit = math.log(2) / (1.0 - settings.beta if is_mixture else 1.0)
     rows.start(
         kernels.finish_kernel,
         1,
-        (logits, rows.targets, parts, teacher_parts, divergences, table, logits.stride(0), n)
-        + (rows.sections, rows.inside, *rows.numbers[:4]),
-        KIND=rows.kind,
-        CAPPED=settings.softcap > 0,
+        (divergences, table, n, sections, unit, ratio_unit),
         SECTIONS=MOST_SECTIONS,
         num_warps=1,
     )
@@ -117,12 +123,52 @@ def row_backward_(
         kernels.backward_kernel,
         rows.sections,
         (logits, rows.targets, teacher, table, coefficients, out, logits.stride(0))
-        + (0 if teacher is None else teacher.stride(0), out.stride(0), n, vocab, rows.shared)
-        + rows.numbers,
+        + (rows.teacher_stride, out.stride(0), n, vocab, rows.shared, *rows.numbers[:4])
+        + (1.0 / settings.temperature, *rows.numbers[4:]),
         KIND=rows.kind,
         CAPPED=rows.capped,
         **rows.blocks,
     )
+
+
+def _softmaxes(rows: "_Rows", logits: Tensor, vocab: int, scale: float, softcap: float) -> Tensor:
+    """The parts of every section of the leading `vocab` columns."""
+    blocks = _softmax_blocks(rows.vocab)
+    section = blocks["SECTION"]
+    sections = -(-rows.shared // section) + -(-(vocab - rows.shared) // section)
+    parts = _fp32(logits, rows.count, 3 * sections)
+    rows.start(
+        kernels.softmax_kernel,
+        sections,
+        (logits, parts, logits.stride(0), vocab, rows.shared, scale, softcap),
+        CAPPED=softcap > 0,
+        **blocks,
+    )
+    return parts
+
+
+def _softmax_blocks(vocab: int) -> dict[str, int]:
+    section = section_length(vocab, SOFTMAX_BLOCK)
+    threads = SOFTMAX_BLOCK // SOFTMAX_COLUMNS_PER_THREAD
+    return {"SECTION": section, "BLOCK": SOFTMAX_BLOCK, "num_warps": warps(threads)}
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor in a new tensor of `dtype`, rounded once.
+
+    torch.mul with `out` of another dtype is as exact, at half of the bandwidth.
+
+    Args:
+        gradient: fp32, contiguous.
+        factor: 0-d fp32 on the same device.
+    """
+    out = torch.empty_like(gradient, dtype=dtype)
+    grid = (-(-out.numel() // BLOCK),)
+    if grid[0]:
+        arguments = (gradient, factor, out, out.numel())
+        threads = warps(BLOCK // COLUMNS_PER_THREAD)
+        _start(kernels.scaled_kernel, grid, out.device, *arguments, BLOCK=BLOCK, num_warps=threads)
+    return out
 
 
 class _Rows:
@@ -131,22 +177,28 @@ class _Rows:
     def __init__(
         self, logits: Tensor, targets: Tensor | None, teacher: Tensor | None, settings: RowSettings
     ):
-        n, vocab = logits.shape
+        n, self.vocab = logits.shape
         self.count, self.device = n, logits.device
         self.shared = shared_columns(logits, teacher)
-        section = section_length(vocab)
-        self.inside = -(-self.shared // section)
-        self.sections = self.inside + -(-(vocab - self.shared) // section)
-        self.blocks = {"SECTION": section, "BLOCK": BLOCK, "num_warps": warps()}
-        self.targets = logits.new_full((n,), NO_TARGET, dtype=torch.int64)
-        if targets is not None:
-            self.targets = targets
+        section = section_length(self.vocab, SECTION)
+        inside = -(-self.shared // section)
+        self.sections = inside + -(-(self.vocab - self.shared) // section)
+        self.blocks = {"SECTION": section, "BLOCK": BLOCK, "STAGES": STAGES}
+        self.blocks["num_warps"] = warps(BLOCK // COLUMNS_PER_THREAD)
+        if targets is None:
+            targets = logits.new_full((n,), NO_TARGET, dtype=torch.int64)
+        self.targets = targets
+        self.teacher_stride = 0 if teacher is None else teacher.stride(0)
         kinds = {0.0: "forward", 1.0: "reverse"}
         self.kind = "none" if teacher is None else kinds.get(settings.beta, "mixture")
         self.capped = settings.softcap > 0 or (teacher is not None and settings.teacher_softcap > 0)
-        self.inverse = 1.0 / settings.temperature
-        self.teacher_inverse = 1.0 / settings.teacher_temperature
-        self.numbers = (float(settings.beta), self.inverse, self.teacher_inverse)
+        bits = 1.0 / math.log(2)  # of a nat
+        self.scale = bits / settings.temperature
+        self.teacher_scale = bits / settings.teacher_temperature
+        weights = (0.0, 0.0)
+        if self.kind == "mixture":
+            weights = (math.log2(1.0 - settings.beta), math.log2(settings.beta))
+        self.numbers = (*weights, self.scale, self.teacher_scale)
         self.numbers += (float(settings.softcap), float(settings.teacher_softcap))
 
     def start(self, kernel, programs: int, arguments: tuple, **constants: object) -> None:
@@ -154,18 +206,16 @@ class _Rows:
         _start(kernel, (self.count, programs), self.device, *arguments, **constants)
 
 
-def section_length(vocab: int) -> int:
+def section_length(vocab: int, longest: int) -> int:
     """Columns per section. One section fewer than there are lanes is for the cut at `shared`."""
-    longest = SECTION
     while -(-vocab // longest) >= MOST_SECTIONS:
         longest *= 2
     return longest
 
 
-def warps() -> int:
-    """Warps of a program: those of AMD's data centre GPUs have 64 threads."""
-    threads = 64 if torch.version.hip else 32
-    return BLOCK // (COLUMNS_PER_THREAD * threads)
+def warps(threads: int) -> int:
+    """Of so many threads: on AMD's data centre GPUs a warp has 64."""
+    return max(1, threads // (64 if torch.version.hip else 32))
 
 
 def _start(kernel, grid: tuple[int, ...], device: torch.device, *arguments, **constants) -> None:

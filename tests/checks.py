@@ -227,7 +227,7 @@ def row_oracle(problem: RowProblem, settings: RowSettings) -> tuple[RowStats, Te
     def log_sum(x: Tensor, peak: Tensor) -> Tensor:
         return (x - peak.unsqueeze(-1)).logsumexp(-1)
 
-    stats = RowStats(*numbers.detach(), u.detach().amax(-1), *(zeros,) * 5)
+    stats = RowStats(*numbers.detach(), u.detach().amax(-1), *(zeros,) * 7)
     stats = stats._replace(log_sum=log_sum(x, peak), shared_log_sum=log_sum(x, peak))
     if y is None:
         return stats, gradient
@@ -239,10 +239,15 @@ def row_oracle(problem: RowProblem, settings: RowSettings) -> tuple[RowStats, Te
         teacher_log_sum=log_sum(y, y.amax(-1)),
     )
     if beta > 0:
-        # KL(q|m); m is p for beta = 1.
+        token = x.argmax(-1, keepdim=True)
+        stats = stats._replace(peak_token=token.squeeze(-1).double())
+        # log q/m, where q > 0; m is p for beta = 1.
         q, p = x.softmax(-1), y.softmax(-1)
         m = (1 - beta) * q + beta * p
-        stats = stats._replace(student_kl=torch.where(q > 0, q * (q / m).log(), 0).sum(-1))
+        at_peak = (q / m).gather(-1, token)
+        from_peak = torch.where(q > 0, (q / m / at_peak).log(), 0)
+        mean = (q * from_peak).sum(-1)
+        stats = stats._replace(peak_ratio=at_peak.log().squeeze(-1), mean_ratio=mean)
     return stats, gradient
 
 
@@ -268,8 +273,13 @@ def run_rows(
 
 def assert_table_close(table: Tensor, problem: RowProblem, stats: RowStats) -> None:
     assert table.dtype == accumulate_dtype(problem.logits.dtype)
-    for name, actual, expected in zip(RowStats._fields, table, stats, strict=True):
-        assert_close_to_oracle(actual, expected, name=name)
+    table, expected = RowStats(*table)._asdict(), stats._asdict()
+    # The mean is of differences between ratios of order 1, which fp32 rounds by 6e-8: where q and p
+    # agree it has few digits of its own. The gradient's tests look at what it is good for.
+    for numbers in (table, expected):
+        numbers["KL(q|m)"] = numbers["peak_ratio"] + numbers.pop("mean_ratio")
+    for name, actual in table.items():
+        assert_close_to_oracle(actual, expected[name], name=name)
 
 
 def assert_rows_right(

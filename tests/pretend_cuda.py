@@ -118,9 +118,10 @@ def _refuse_to_wait(func, args: tuple, kwargs: dict, tensors: list[Tensor]) -> N
 
 def _compute(func, args: tuple, kwargs: dict):
     """On the CPU, which lacks the matrix products from 16 to 32 bits."""
-    if func is aten.mm.dtype_out:
+    if func in (aten.mm.dtype, aten.mm.dtype_out):
         a, b, dtype = args
-        return kwargs["out"].copy_(a.to(dtype) @ b.to(dtype))
+        product = a.to(dtype) @ b.to(dtype)
+        return kwargs["out"].copy_(product) if "out" in kwargs else product
     if func is aten.addmm.dtype_out:
         x, a, b, dtype = args
         return kwargs["out"].copy_(x + a.to(dtype) @ b.to(dtype))

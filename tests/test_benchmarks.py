@@ -105,6 +105,98 @@ def test_floor_is_our_matrix_products_in_our_chunks(monkeypatch):
         assert case != "kd_open" or names.count("accumulate_head_") > 1, "one chunk shows little"
 
 
+def test_floor_takes_the_best_of_several_chunk_lengths(monkeypatch):
+    """The shortest is the fastest here, by a planted clock."""
+    shape = problems.Shape("wide", 1000, 4, 6, 32768, {})
+    problem = problems.Problem.make(shape, torch.float32, CPU)
+    rows, own = problem.rows, floor.chunk_rows(problem, problem.rows, problem.rows)
+    tried = floor.lengths(problem, "kd_open")
+    assert tried[0] <= own // 2 < own < rows == tried[-1] and len(tried) >= 3
+    seconds = {length: 1 + abs(length - tried[0]) for length in tried}
+    monkeypatch.setattr(floor, "floor", lambda problem, case, length: length)
+    monkeypatch.setattr(floor, "watched", lambda length, device: measure.Measurement(9.0, length))
+    monkeypatch.setattr(measure, "_settle", lambda mib: None)
+    monkeypatch.setattr(measure, "timed", lambda length, device: seconds[length])
+    call, result = floor.fastest(problem, "kd_open")
+    assert call == result.peak_mib == tried[0] != own and result.first == 1 and not result.times
+    assert result.note == f"chunks of {call} rows, the fastest of {', '.join(map(str, tried))}"
+    # All rows at once where they would take more than a machine may have: the engine's own remain.
+    monkeypatch.setattr(floor, "LARGEST", 1 << 20)
+    assert floor.lengths(problem, "kd_open")[-1] <= own
+
+
+def test_every_product_is_made_once_whatever_the_chunks(flat, monkeypatch):
+    """A floor that leaves out rows would be a low one."""
+    seen = []
+    monkeypatch.setattr(floor.gemm, "accumulate_head_", lambda dw, logits, x: seen.append(len(x)))
+    for length in (7, 64):
+        seen.clear()
+        floor.floor(flat, "kd_open", length)()
+        assert sum(seen) == flat.rows and max(seen) <= length
+
+
+@pytest.mark.parametrize(
+    "given, fast, asked, expected",
+    [
+        ("bfloat16", False, "auto", ["float32"]),
+        ("bfloat16", True, "auto", ["bfloat16", "float32"]),  # both are tried
+        ("float16", True, "auto", ["float32"]),
+        ("float32", True, "auto", ["float32"]),
+        ("bfloat16", False, "bfloat16", ["bfloat16"]),
+    ],
+)
+def test_peers_get_what_their_processor_multiplies_fast(given, fast, asked, expected, monkeypatch):
+    monkeypatch.setattr(peers.gemm, "fast_bf16", lambda device: fast)
+    found = peers.dtypes(getattr(torch, given), CPU, asked)
+    assert found == [getattr(torch, name) for name in expected]
+    cuda = torch.device("cuda")
+    assert peers.dtypes(torch.bfloat16, cuda) == [torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    "fast, slow_in, expected",
+    [
+        (False, torch.float32, "float32"),  # however slow: bf16 is not even tried
+        (True, torch.float32, "bfloat16"),
+        (True, torch.bfloat16, "float32"),
+    ],
+)
+def test_a_row_says_the_dtype_of_the_peers_own_inputs(fast, slow_in, expected, monkeypatch):
+    seen = set()
+
+    def peer(problem, case):
+        dtype = problem.hidden.dtype
+        assert problem.lm_head.dtype == problem.teacher_lm_head.dtype == dtype
+        seen.add(dtype)
+        return lambda: time.sleep(0.05 if dtype == slow_in else 0)
+
+    monkeypatch.setattr(peers.gemm, "fast_bf16", lambda device: fast)
+    monkeypatch.setitem(peers.PEERS, "eager", peer)
+    words = ["--shape", "tiny", "--case", "kd_open", "--provider", "ours", "eager", "--rounds", "1"]
+    args = bench_loss.parse(words)
+    rows = {row["provider"]: row for row in bench_loss.bench(args.shape[0], args)}
+    assert rows["ours"]["dtype"] == "bfloat16" and rows["eager"]["dtype"] == expected
+    assert seen == ({torch.float32, torch.bfloat16} if fast else {torch.float32})
+    assert ("bfloat16" in rows["eager"]["note"]) == (fast and expected == "float32")
+
+
+def test_the_same_problem_in_another_dtype():
+    low = problems.Problem.make(problems.SHAPES["tiny"], torch.bfloat16, CPU)
+    high = low.cast(torch.float32)
+    assert low.cast(torch.bfloat16) is low and low.hidden.dtype == torch.bfloat16
+    for name in ("hidden", "lm_head", "teacher_hidden", "teacher_lm_head"):
+        a, b = getattr(low, name), getattr(high, name)
+        assert b.dtype == torch.float32 and torch.equal(a.float(), b)
+        assert b.is_leaf and b.requires_grad == a.requires_grad
+
+
+def test_grad_tol_is_promised_on_a_cpu_only():
+    devices = {promise.name: set(promise.target) for promise in table.PROMISES}
+    assert all(
+        found == ({"cpu"} if "_tol" in name else {"cpu", "cuda"}) for name, found in devices.items()
+    )
+
+
 def test_peaked_problems_are_peaked_and_their_teacher_is_near(peaked):
     assert 0.05 < peaked.entropy < 0.4
     student, teacher = (
@@ -206,8 +298,8 @@ def test_bench_survives_a_peer_that_does_not(planted, patience, reason, monkeypa
     bench_loss.main([*settings, "--provider", "floor", "cce", "ours"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     table_of = {words[1]: words for words in lines if words[:1] == ["ce"]}
-    assert " ".join(table_of["cce"]).startswith(f"ce cce - - - {reason}")
-    assert float(table_of["ours"][2]) > 0
+    assert " ".join(table_of["cce"]).startswith(f"ce cce - - - - {reason}")
+    assert float(table_of["ours"][3]) > 0
 
 
 def test_a_peer_that_raises_is_not_refused(capfd):

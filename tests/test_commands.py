@@ -29,8 +29,6 @@ def test_help(command):
     assert f"usage: python -m {command}" in out
 
 
-@pytest.mark.parametrize(
-    "script", ["bench_loss.py", "bench_gate.py", "bench_step.py", "plot.py", "compare.py"]
-)
+@pytest.mark.parametrize("script", ["bench_loss.py", "loop/step.py", "plot.py", "compare.py"])
 def test_help_of_scripts(script):
     assert "usage:" in run(f"benchmarks/{script}", "--help")

@@ -63,19 +63,20 @@ def test_sections_of_next_to_no_probability(short_sections):
 def test_sections_are_as_long_as_a_program_can_merge():
     most = triton_rows.MOST_SECTIONS
     for vocab in (1, 2048, 151936, 262144, 1 << 22, (1 << 22) + 1, 1 << 27):
-        section = triton_rows.section_length(vocab)
-        assert section % triton_rows.BLOCK == 0
-        for shared in (1, vocab // 3, vocab - 1, vocab):  # the cut makes one more at most
-            if shared > 0:
-                assert -(-shared // section) - (-(vocab - shared) // section) <= most
-    assert triton_rows.section_length(262144) == triton_rows.SECTION
+        for least in (triton_rows.SOFTMAX_BLOCK, triton_rows.SECTION):
+            section = triton_rows.section_length(vocab, least)
+            assert section % least == 0
+            for shared in (1, vocab // 3, vocab - 1, vocab):  # the cut makes one more at most
+                if shared > 0:
+                    assert -(-shared // section) - (-(vocab - shared) // section) <= most
+    assert triton_rows.section_length(262144, triton_rows.SECTION) == triton_rows.SECTION
 
 
 def test_a_warp_of_64_threads_halves_their_number(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
-    cuda = triton_rows.warps()
+    cuda = triton_rows.warps(256)
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert triton_rows.warps() * 2 == cuda
+    assert triton_rows.warps(256) * 2 == cuda == 8
 
 
 @pytest.mark.parametrize("impl", ["torch", "cpu", "triton"])

@@ -1,15 +1,17 @@
-"""The two losses of a training step as plain PyTorch on whole matrices, for bench_step.py.
+"""The two losses of a training step as plain PyTorch on whole matrices, the rival of step.py.
 
 They stand in for `fused_kepo_loss` and `fused_grpo_loss` in `kepo.step`, and are what a careful
 user writes there: logits of the tokens that carry loss only, the teacher's without gradient and of
 the open sequences only, one log_softmax for both terms and no copy of some of its rows, one shift
 for both weights of the mixture, each KL summed before it is weighted, no name that keeps a matrix
-alive for longer than autograd does, entropy (a metric) in slices. At beta 0.5 and with every gate
+alive for longer than autograd does, entropy (a metric) in slices; softmax in fp32 where the model
+computes in bf16. At beta 0.5 and with every gate
 open, forward and backward then hold 8 matrices at their peak; the usual formula (TRL's, and `jsd`
 in peers.py) holds 9 or more, and `kepo_kernels/reference.py`, whose guards against -inf each copy a
 matrix, more again.
 
-For the settings of a default run; any other is refused.
+They know the settings of a default run only and read no other: step.py compares loss and gradients
+before it times them.
 """
 
 from __future__ import annotations
@@ -23,18 +25,6 @@ from torch.nn import functional as F
 from kepo_kernels import TokenStats
 
 SLICE = 128  # tokens whose entropy is taken at once
-DEFAULTS = {
-    "old_logprobs": None,
-    "kl_coef": 0.0,
-    "entropy_coef": 0.0,
-    "policy_loss": "clip",
-    "importance_level": "token",
-    "return_stats": True,
-    "temperature": 1.0,
-}
-"""Settings of `kepo_step` that these losses take for granted."""
-IRRELEVANT = {"impl", "workspace_bytes"}  # where there is one back-end and no chunk
-
 Result = tuple[Tensor, TokenStats]
 
 
@@ -57,7 +47,6 @@ def kepo_loss(
     **settings: object,
 ) -> Result:
     """As `fused_kepo_loss`, the teacher's states those of the open sequences; 0 < beta < 1."""
-    refuse_others(settings)
     opened = completion_mask & (gate > 0)[:, None]
     closed = completion_mask & ~opened
     # Open and closed sequences apart: to select rows of one log_q would be to copy them.
@@ -87,7 +76,6 @@ def grpo_loss(
     **settings: object,
 ) -> Result:
     """As `fused_grpo_loss`."""
-    refuse_others(settings)
     log_q = log_softmax(hidden[completion_mask], lm_head)
     parts = [(completion_mask, log_q)]
     return policy_part(parts, targets, advantages, weights, epsilon_low, epsilon_high)
@@ -95,7 +83,7 @@ def grpo_loss(
 
 def log_softmax(states: Tensor, lm_head: Tensor) -> Tensor:
     """(n, H), (V, H) -> (n, V); the logits are gone when it returns."""
-    return (states @ lm_head.T).log_softmax(-1)
+    return (states @ lm_head.T).float().log_softmax(-1)
 
 
 def jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
@@ -119,8 +107,8 @@ def policy_part(
 
     parts: a mask (B, T) and log_q (n, V) of its tokens, each.
     """
-    loss = torch.zeros(())
-    stats = TokenStats(*(torch.zeros(targets.shape) for _ in range(3)))
+    loss = torch.zeros((), device=targets.device)
+    stats = TokenStats(*(torch.zeros(targets.shape, device=targets.device) for _ in range(3)))
     advantages = advantages.unsqueeze(1).expand(targets.shape)
     for mask, log_q in parts:
         logprobs = log_q.gather(-1, targets[mask].unsqueeze(-1)).squeeze(-1)
@@ -138,11 +126,3 @@ def policy_part(
 def weighted(values: Tensor, weights: Tensor) -> Tensor:
     """Their inner product in the values' dtype; a batch has its weights in fp64."""
     return (weights.to(values.dtype) * values).sum()
-
-
-def refuse_others(settings: dict[str, object]) -> None:
-    for name, value in settings.items():
-        if name not in IRRELEVANT and (name not in DEFAULTS or value != DEFAULTS[name]):
-            raise ValueError(
-                f"{name}={value!r}: the whole-matrix losses know the settings of a default run only"
-            )

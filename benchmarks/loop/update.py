@@ -1,0 +1,285 @@
+"""One update of the loop, with what it takes and leaves: `kepo_step` and backward over the
+micro-batches of a step, the teacher in them, then clipping and AdamW; and one rollout.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import measure
+import torch
+import whole
+from problem import Problem
+from torch import Tensor
+
+import kepo.step
+import kepo_kernels
+from kepo.batch import Batch
+from kepo.rollout import sample
+from kepo.step import StepTotals, kepo_step
+from kepo_kernels import pages
+
+UNFELT = 1e-20  # a weight next to which the others, about 1e-3, round to themselves
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+"""Relative, of loss and gradients: sums in another order, in bf16 through all layers' rounding."""
+WARM_UP_TOKENS = 4  # of a rollout
+
+
+class Mismatch(Exception):
+    """Two ways that ought to do the same do not."""
+
+
+# ---- ways to one gradient ----
+
+
+def as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def all_states(batch: Batch) -> Batch:
+    """Every gate open, the weights of closed sequences still 0: the loss drops those rows."""
+    return replace(batch, gate=torch.ones_like(batch.gate))
+
+
+def everything(batch: Batch) -> Batch:
+    """Every gate open and no weight 0: the loss computes rows that nobody feels."""
+    weights = batch.distill_weights.clamp(min=UNFELT) * batch.completion_mask
+    return replace(all_states(batch), distill_weights=weights)
+
+
+class Way(NamedTuple):
+    batch: Callable[[Batch], Batch]
+    kepo_loss: Callable
+    grpo_loss: Callable
+
+
+OURS = (kepo_kernels.fused_kepo_loss, kepo_kernels.fused_grpo_loss)
+WAYS = {
+    "fused": Way(as_it_is, *OURS),
+    "states": Way(all_states, *OURS),
+    "everywhere": Way(everything, *OURS),
+    "whole": Way(as_it_is, whole.kepo_loss, whole.grpo_loss),
+}
+
+
+# ---- an update ----
+
+
+class Taken(NamedTuple):
+    """By a phase, once."""
+
+    seconds: float
+    held_mib: float
+    """Before it."""
+    peak_mib: float
+    reserved_mib: float | None
+
+    @property
+    def above_mib(self) -> float:
+        return self.peak_mib - self.held_mib
+
+
+class Update(NamedTuple):
+    """What one update left behind."""
+
+    loss: float
+    gradient_norm: float
+    teacher_tokens: int
+    """Completion tokens that the teacher's backbone was given."""
+    expected_tokens: int
+    phases: dict[str, Taken]
+    gradient_gap: float = float("nan")
+    """Relative, to the way that was first at this gate rate."""
+
+
+# ---- memory ----
+
+
+class Gauge:
+    """MiB of this process: resident memory on a CPU, tensors on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def settle(self) -> float:
+        """Gives back what is free and begins to count anew; returns what is held."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+        else:
+            pages.release()
+            ctypes.CDLL(None).malloc_trim(0)
+        self.most()
+        return torch.cuda.memory_allocated() / 2**20 if self.cuda else resident("VmRSS")
+
+    def most(self) -> float:
+        """The most that was held since this was last asked."""
+        if self.cuda:
+            peak = torch.cuda.max_memory_allocated() / 2**20
+            torch.cuda.reset_peak_memory_stats()
+            return peak
+        peak = resident("VmHWM")
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError as error:
+            raise SystemExit(f"error: this benchmark needs Linux and its /proc: {error}") from error
+        return peak
+
+    def warm(self, taken: Taken) -> None:
+        """Before a timed call: on a CPU touches as much memory as it will need."""
+        if not self.cuda:
+            measure._settle(taken.above_mib)
+
+    def reserved(self) -> float | None:
+        """What torch's allocator has taken of the GPU."""
+        return torch.cuda.memory_reserved() / 2**20 if self.cuda else None
+
+
+def resident(what: str) -> float:
+    """VmRSS, memory of this process now, or VmHWM, its highest so far, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(what))
+
+
+# ---- all of it ----
+
+
+class Bench:
+    """A problem, and what is needed to update it again and again."""
+
+    def __init__(self, problem: Problem, folder: Path) -> None:
+        """folder: for gradients, which beside the models would count as held."""
+        self.problem, self.folder = problem, folder
+        self.gauge = Gauge(problem.policy.device)
+        self.trained = {n: p for n, p in problem.policy.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=problem.config.lr)
+        for parameter in self.trained.values():  # AdamW's state, as earlier steps leave it
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.clear()
+        self.truths: dict[float, tuple[Path, Update]] = {}
+        """By gate rate, what was first and its gradients."""
+        self.seen: list[tuple[int, float]] = []
+        """Tokens of each of the teacher's forwards, and the most held during it."""
+        self.before: list[float] = []
+        """The most held before each."""
+        self._watch(problem.teacher)
+
+    def _watch(self, teacher: kepo.step.VLM) -> None:
+        backbone = teacher.completion_hidden
+
+        def watched(inputs: object, ids: Tensor, mask: Tensor) -> Tensor:
+            self.before.append(self.gauge.most())
+            states = backbone(inputs, ids, mask)
+            self.seen.append((int(mask.sum()), self.gauge.most()))
+            return states
+
+        teacher.completion_hidden = watched
+
+    def standing_mib(self) -> float:
+        """Both models, and AdamW's state."""
+        models = (self.problem.policy.model, self.problem.teacher.model)
+        tensors = [tensor for model in models for tensor in model.parameters()]
+        for state in self.optimizer.state.values():
+            tensors += [value for value in state.values() if isinstance(value, Tensor)]
+        return sum(tensor.nbytes for tensor in tensors) / 2**20
+
+    def now(self) -> float:
+        """Seconds, after all that the device was given to do."""
+        if self.gauge.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def clear(self) -> None:
+        """No gradients, also where an update did not come to its end."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def update(self, rate: float, way: str, gradients: Path | None = None) -> Update:
+        """An update, from the same weights as any other. gradients: a file for them; what is free
+        is given back before such an update."""
+        problem, (change, kepo_loss, grpo_loss) = self.problem, WAYS[way]
+        config, totals, loss = problem.config, StepTotals(), 0.0
+        batch = change(problem.batch(rate))
+        problem.policy.model.train()
+        held = self.gauge.settle() if gradients else 0.0
+        self.seen.clear()
+        self.before.clear()
+        started = self.now()
+        with mock.patch.multiple(kepo.step, fused_kepo_loss=kepo_loss, fused_grpo_loss=grpo_loss):
+            for micro in batch.split(config.micro_batch):
+                part, _ = kepo_step(problem.policy, problem.teacher, None, micro, config, totals)
+                part.backward()
+                loss += float(part.detach())
+        updated = self.now()
+        teacher = max((peak for _, peak in self.seen), default=held)
+        peak, reserved = max([*self.before, teacher, self.gauge.most()]), self.gauge.reserved()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.trained.values(), config.max_grad_norm))
+        self.optimizer.step()
+        phases = {
+            "update": Taken(updated - started, held, peak, reserved),
+            "teacher": Taken(totals.teacher_seconds, held, teacher, reserved),
+            "optimiser": Taken(self.now() - updated, held, self.gauge.most(), reserved),
+        }
+        if gradients:
+            found = {n: p.grad if p.grad is None else p.grad.cpu() for n, p in self.trained.items()}
+            torch.save(found, gradients)
+        self.clear()
+        expected = int(batch.completion_mask[batch.gate > 0].sum())
+        return Update(loss, norm, sum(n for n, _ in self.seen), expected, phases)
+
+    def first(self, rate: float, way: str) -> Update:
+        """The first update of a way. Mismatch if its loss or its gradients are not those of the way
+        before it at this rate, or if the teacher read other than it should have."""
+        file = self.folder / f"{rate:g}-{way}.pt"
+        mine = self.update(rate, way, file)
+        if mine.teacher_tokens != mine.expected_tokens:
+            raise Mismatch(
+                f"at gate rate {rate:g} {way} gave the teacher {mine.teacher_tokens} completion "
+                f"tokens; expected {mine.expected_tokens}"
+            )
+        truth_file, truth = self.truths.setdefault(rate, (file, mine))
+        gap = gradient_gap(file, truth_file)
+        tolerance = TOLERANCE[self.problem.policy.lm_head.dtype]
+        # The policy term is the mean of advantages, 0 up to rounding: its loss has no scale.
+        same = math.isclose(mine.loss, truth.loss, rel_tol=tolerance, abs_tol=tolerance / 10)
+        if not same or not gap <= tolerance:
+            raise Mismatch(
+                f"at gate rate {rate:g} {way} has the loss {mine.loss:.7g} and gradients off by "
+                f"{gap:.1e}, {truth_file.stem} the loss {truth.loss:.7g}; expected the same"
+            )
+        return mine._replace(gradient_gap=gap)
+
+    # ---- a rollout ----
+
+    def rollout(self) -> tuple[Taken, int]:
+        """Sampling a step's completions as the loop does, and how many tokens they have."""
+        problem, config, count = (
+            self.problem,
+            self.problem.config,
+            self.problem.config.num_generations,
+        )
+        problem.policy.model.eval()
+        few = replace(config, max_completion_length=WARM_UP_TOKENS)
+        sample(problem.policy, problem.examples, few, num_generations=count)
+        held, started = self.gauge.settle(), self.now()
+        groups = sample(problem.policy, problem.examples, config, num_generations=count)
+        taken = Taken(self.now() - started, held, self.gauge.most(), self.gauge.reserved())
+        return taken, sum(len(rollout.completion_ids) for group in groups for rollout in group)
+
+
+def gradient_gap(mine: Path, truth: Path) -> float:
+    """Relative difference of all gradients together, |mine - truth| / |truth|."""
+    mine, truth = (torch.load(path, mmap=True) for path in (mine, truth))
+    if mine.keys() != truth.keys() or any((mine[n] is None) != (truth[n] is None) for n in truth):
+        raise Mismatch("other parameters have gradients in one way than in the other")
+    both = [(mine[name], g) for name, g in truth.items() if g is not None]
+    off = math.hypot(*(float((a - b).norm()) for a, b in both))
+    return off / math.hypot(*(float(b.norm()) for _, b in both))
