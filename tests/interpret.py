@@ -143,6 +143,13 @@ def checked(order: str = "backwards", seed: int = 0) -> Iterator[None]:
             patched.add(id(function.__globals__))
             return stock["_patch_lang"](function)
 
+    def patch_tensor(tensor, *scope):
+        # A number is an array of one element, and of those numpy has made no int since 2.4. Triton
+        # up to 3.6 asks it to, for `range(begin, ...)`.
+        stock["_patch_lang_tensor"](tensor, *scope)
+        set_attribute = scope[0].set_attr if scope else setattr
+        set_attribute(tensor, "__index__", lambda number: number.handle.data.item())
+
     replacements = {
         "_implicit_cvt": convert,
         "create_masked_load": load,
@@ -160,6 +167,7 @@ def checked(order: str = "backwards", seed: int = 0) -> Iterator[None]:
         "set_grid_idx": set_grid_idx,
         "__call__": execute,
         "_patch_lang": patch_language,
+        "_patch_lang_tensor": patch_tensor,
         # CPU tensors are used where they are: copied onto themselves, a sparse file would fill up.
         "_restore_args_dev": lambda *_: None,
         **interpret_bfloat16.replacements(stock),
@@ -197,7 +205,7 @@ def _owners() -> dict[str, object]:
         type(interpreter.interpreter_semantic): "binary_op_sanitize_overflow_impl",
         interpreter.ReduceScanOpInterface: "check_tensor",
         interpreter.GridExecutor: "__call__ _restore_args_dev",
-        interpreter: "_patch_lang _implicit_cvt",
+        interpreter: "_patch_lang _patch_lang_tensor _implicit_cvt",
     }
     return {name: owner for owner, listed in names.items() for name in listed.split()}
 
