@@ -285,6 +285,9 @@ def test_whole_matrices_against_the_oracle(beta, gate):
         torch.testing.assert_close(mine, fused, rtol=1e-5, atol=1e-6)
 
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+
+
 @pytest.mark.parametrize(
     "arguments, word",
     [
@@ -296,6 +299,7 @@ def test_whole_matrices_against_the_oracle(beta, gate):
         (["--generations", "1"], "at least 2"),
         (["--micro-batch", "0"], "--micro-batch 0"),
         (["--rounds", "-1"], "--rounds"),
+        pytest.param(["--device", "cuda"], "no CUDA device", marks=NO_GPU),
     ],
 )
 def test_bad_arguments_are_refused(arguments, word, capsys):

@@ -287,6 +287,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--csv", type=Path, help="write the rows, with machine, versions and commit, here")
     add("--plot", type=Path, help="draw the updates here")
     args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device here")
     gate = args.gate is not None and "whole" not in (args.rival or ())
     parser.set_defaults(**SCENARIOS[args.device or ("gate" if gate else "memory")])
     args = parser.parse_args(arguments)
