@@ -1,7 +1,7 @@
-"""A picture of results: time over the bare GEMMs, and peak memory, per case and provider.
+"""A picture of a run: per case, time over the bare GEMMs on the left and peak memory on the right.
 
-python benchmarks/plot.py                                  # benchmarks/results/bench_*.csv
-python benchmarks/plot.py one.csv other.csv --picture docs/bench.png --shape design joint
+python benchmarks/plot.py results.csv                      # of bench_loss.py --csv
+python benchmarks/plot.py results.csv --picture docs/bench.png --shape design joint peaked
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import table
+from losses_of_ours import CASES
 
-RESULTS = Path(__file__).resolve().parent / "results"
-PICTURE = RESULTS.parent.parent / "docs" / "bench.png"
+PICTURE = Path(__file__).resolve().parents[1] / "docs" / "bench.png"
 COLOURS = {
-    "floor": "#bbbbbb",
     "ours": "#c0392b",
     "eager": "#7f8c8d",
     "compiled": "#34495e",
@@ -26,7 +25,18 @@ COLOURS = {
     "cce": "#27ae60",
     "torch_lce": "#8e44ad",
 }
-NAMES = {"floor": "bare GEMMs", "eager": "torch eager", "compiled": "torch.compile"}
+NAMES = {
+    "ours": "this package",
+    "eager": "torch eager",
+    "compiled": "torch.compile",
+    "liger": "Liger",
+    "trl": "TRL",
+    "cce": "cut-cross-entropy",
+    "torch_lce": "torch's linear_cross_entropy",
+}
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+LONGEST = 4.0  # times the bare GEMMs: longer bars are cut there, and say so
+PEAKED = 2.0  # nats: a mean entropy below belongs to rows as of a trained model
 
 Row = dict[str, str]
 
@@ -43,7 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
         if unknown:
             sys.exit(f"error: no rows of shape {unknown[0]}; there are {', '.join(sorted(known))}")
         rows = [row for row in rows if row["shape"] in args.shape]
-    rows = [row for row in rows if not row["case"].startswith("ratio:")]
+    # Two calls are compared with one in the table of ratios: they have no bare products of their own.
+    rows = [row for row in rows if row["provider"] in COLOURS and row["case"] != "two_calls"]
+    rows = [row for row in rows if _over(row) or _peak(row)]
     if not rows:
         sys.exit("error: no measurements in these files")
     args.picture.parent.mkdir(parents=True, exist_ok=True)
@@ -52,72 +64,98 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def plot(rows: list[Row], picture: Path) -> None:
-    """Two panels, one bar for each provider of each case; what was scaled wears a star."""
+    """Two panels of the same bars, grouped by shape and case, in the order of the rows."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    times = [row for row in rows if row["x_floor"] and row["provider"] != "floor"]
-    memory = [row for row in rows if row["peak_mib"] and float(row["peak_mib"]) > 0]
-    figure, axes = plt.subplots(
-        2, 1, figsize=(max(9, 0.35 * max(len(times), len(memory))), 8), constrained_layout=True
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["commit"], row["shape"], row["case"]), []).append(row)
+    places, ticks, place = [], {}, 0.0
+    for members in groups.values():
+        ticks[place + (len(members) - 1) / 2] = group_label(members)
+        places += [(place + i, row) for i, row in enumerate(members)]
+        place += len(members) + 0.8
+    figure, (left, right) = plt.subplots(
+        1, 2, sharey=True, figsize=(11, 1.7 + 0.26 * place), constrained_layout=True
     )
-    bars(axes[0], times, "x_floor", "{:.2f}")
-    axes[0].axhline(1, color=COLOURS["floor"], linestyle="--", zorder=0)
-    axes[0].set_ylabel("time / bare GEMMs")
-    bars(axes[1], memory, "peak_mib", "{:.0f}")
-    axes[1].set_ylabel("peak memory above the inputs, MiB")
-    axes[0].set_title(caption(rows), size=8, loc="left")
-    used = [name for name in COLOURS if any(row["provider"] == name for row in times + memory)]
+    left.set_yticks(list(ticks), ticks.values(), size=8)
+    left.set_ylim(place - 1.2, -0.9)  # the first on top
+    left.set_title("time over the bare matrix products", size=10)
+    left.set_xlim(0, 1.3 * min(LONGEST, max(1.0, *(_over(row) or 0 for row in rows))))
+    left.axvline(1, color="black", linewidth=0.8, linestyle="--", zorder=3)
+    peaks = [_peak(row) for row in rows if _peak(row)] or [1.0]
+    right.set_title("peak memory above the inputs, MiB, gradients included", size=10)
+    right.set_xscale("log")
+    right.set_xlim(min(peaks) / 2, max(peaks) * 2.5)
+    for place, row in places:
+        bar(left, place, row, _over(row), time_label(row))
+        bar(right, place, row, _peak(row), f"{_peak(row):.0f}" if _peak(row) else "not measured")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+        axis.tick_params(axis="x", labelsize=8)
+    used = [name for name in COLOURS if any(row["provider"] == name for row in rows)]
     patches = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in used]
-    figure.legend(
-        patches, [NAMES.get(name, name) for name in used], loc="outside lower center", ncols=8
-    )
+    names, top = [NAMES[name] for name in used], {"loc": "outside upper center", "frameon": False}
+    figure.legend(patches, names, ncols=min(6, len(used)), fontsize=9, **top)
+    figure.supxlabel(caption(rows), size=8, color="dimgray")
     figure.savefig(picture, dpi=120)
     plt.close(figure)
 
 
-def bars(axis, rows: list[Row], column: str, label: str) -> None:
-    """Groups by shape and case, in the order of the rows; logarithmic."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["shape"], row["case"], row["dtype"]), []).append(row)
-    place, ticks = 0.0, {}
-    for (shape, case, dtype), members in groups.items():
-        ticks[place + (len(members) - 1) / 2] = f"{case}\n{shape}\n{dtype}"
-        for row in members:
-            value, colour = float(row[column]), COLOURS.get(row["provider"], "black")
-            axis.bar(place, value, 0.9, color=colour)
-            star = "*" if "scaled" in row["note"] else ""
-            axis.text(place, value, label.format(value) + star, ha="center", va="bottom", size=7)
-            place += 1
-        place += 1
-    if rows:
-        axis.set_yscale("log")
-        axis.set_xticks(list(ticks), ticks.values(), size=7)
-        axis.margins(x=0.02, y=0.12)
-    else:
-        axis.text(0.5, 0.5, "nothing measured", transform=axis.transAxes, ha="center")
-        axis.set_xticks([])
+def bar(axis, place: float, row: Row, value: float | None, label: str) -> None:
+    """One bar with its label at the end; without a value the label alone, at the axis."""
+    left = axis.get_xlim()[0]
+    end = left if value is None else value
+    if axis.get_xscale() == "linear":
+        end = min(end, LONGEST)
+    axis.barh(place, end - left, 0.86, left=left, color=COLOURS[row["provider"]])
+    beside = {"textcoords": "offset points", "va": "center", "size": 7, "zorder": 4}
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # over the line at 1
+    axis.annotate(label, (end, place), (4, 0), bbox=white, **beside)
+
+
+def time_label(row: Row) -> str:
+    """How many times the bare products and in which dtype, or the seconds where none were timed."""
+    dtype = SHORT.get(row["dtype"], row["dtype"])
+    over = _over(row)
+    if over is None:
+        return f"{float(row['seconds']):.3g} s   {dtype}"
+    cut = " (cut)" if over > LONGEST else ""
+    star = "*" if "scaled" in row["note"] else ""
+    return f"{over:.2f}{star}{cut}   {dtype}"
+
+
+def group_label(members: list[Row]) -> str:
+    row = members[0]
+    sizes = f"{int(row['N']):,} x {int(row['V']):,}, H {row['H']}"
+    if row["case"] in ("kd_open", "kd_half", "joint", "kd_tol"):
+        sizes += f" / {row['Ht']}"
+    peaked = ", peaked rows" if float(row["entropy"]) < PEAKED else ""
+    return f"{CASES.get(row['case'], row['case'])}{peaked}\n{sizes}"
 
 
 def caption(rows: list[Row]) -> str:
-    sizes = {
-        row["shape"]: f"{row['shape']}: N={row['N']} H={row['H']} Ht={row['Ht']} V={row['V']}"
-        for row in rows
-    }
     machines = {
         f"{row['machine']} ({row['capability']}), {row['threads']} threads, torch {row['torch']}"
         for row in rows
     }
-    return "\n".join(
-        (
-            *sorted(machines),
-            *sizes.values(),
-            "forward + backward; * = time scaled from fewer rows",
-        )
-    )
+    words = ["forward + backward, each in the dtype in which it is fastest here"]
+    if any("scaled" in row["note"] for row in rows):
+        words.append("* = scaled from fewer rows")
+    words.append("sizes: tokens x vocabulary, H of student / teacher")
+    return "\n".join((*sorted(machines), "; ".join(words)))
+
+
+def _over(row: Row) -> float | None:
+    return float(row["x_floor"]) if row["x_floor"] else None
+
+
+def _peak(row: Row) -> float | None:
+    return float(row["peak_mib"] or 0) or None
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -125,20 +163,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "results",
-        type=Path,
-        nargs="*",
-        metavar="CSV",
-        help="files written by bench_loss.py --csv (default: benchmarks/results/bench_*.csv)",
-    )
+    add("results", type=Path, nargs="+", metavar="CSV", help="written by bench_loss.py --csv")
     add("--picture", type=Path, default=PICTURE, help="image to write (default docs/bench.png)")
     add("--shape", nargs="+", help="only rows of these shapes (default: all)")
-    args = parser.parse_args(arguments)
-    args.results = args.results or sorted(RESULTS.glob("bench_*.csv"))
-    if not args.results:
-        parser.error(f"no bench_*.csv in {RESULTS}; name the files")
-    return args
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 import csv
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import kepo.step
+from kepo.memory import student_of, teacher_of
+from kepo.vlm import VLM
 from kepo_kernels import loss_weights, reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -107,23 +110,32 @@ def test_the_scenario_of_a_gpu_at_toy_size(tmp_path, capsys):
     assert rows[3]["note"].startswith("192 tokens")
 
 
-def test_the_planner_is_near_where_tensors_are_large(tmp_path):
-    """A wrong model or a wrong prompt given to it would be off by tens of MiB."""
-    words = ["--student", "256,2", "--teacher", "384,2", "--vocab", "32768", "--tokens", "64"]
-    words += ["--prompts", "2", "--generations", "4", "--micro-batch", "4", "--gate", "1"]
-    status, (row, *_) = run(tmp_path, *words, "--rival", "whole")
-    have = numbers(row)
-    standing = have["held_mib"]
-    assert status == 0 and have["above_mib"] > 60
-    assert have["planned_mib"] - standing == pytest.approx(have["above_mib"], rel=0.3)
+def test_the_planner_is_told_what_is_measured(tmp_path, monkeypatch):
+    told, shown = [], []
+    moments, hidden = step.moments, VLM.completion_hidden
+
+    def spied(vlm, inputs, *completions):
+        images = int(inputs.mm_token_type_ids[0].sum())
+        shown.append((vlm.model.config.text_config.hidden_size, inputs.input_ids.shape[1], images))
+        return hidden(vlm, inputs, *completions)
+
+    monkeypatch.setattr(VLM, "completion_hidden", spied)
+    monkeypatch.setattr(step, "moments", lambda *given: told.append(given) or moments(*given))
+    status, _ = run(tmp_path, *SMALL, "--gate", "1", "--rival", "whole")
+    ((config, machine, prompts),) = told
+    student, teacher = (memory_of(config, machine) for memory_of in (student_of, teacher_of))
+    length = prompts.length(student)
+    assert status == 0 and prompts.image(student) == 2  # a picture of 32 x 64
+    assert set(shown) == {(student.hidden, length, 2), (teacher.hidden, length, 2)}
+    assert student.vocab == teacher.vocab == 2048 and student.tied and machine.device == "cpu"
 
 
 @pytest.mark.slow
 def test_matrices_of_the_vocabulary_outweigh_what_else_a_step_allocates(tmp_path):
     words = ["--student", "64,1", "--teacher", "128,1", "--vocab", "50000", "--tokens", "128"]
-    words += ["--prompts", "1", "--generations", "8", "--micro-batch", "8", "--phase", "update"]
+    words += ["--prompts", "1", "--generations", "8", "--micro-batch", "8"]
     _, rows = run(tmp_path, *words, "--gate", "1", "--rival", "whole")
-    fused, rival = map(numbers, rows)
+    fused, _, rival = map(numbers, rows)
     assert fused["held_mib"] == pytest.approx(rival["held_mib"], rel=0.05)
     matrix = 8 * 128 * 50_000 * 4 / 2**20  # MiB
     assert rival["above_mib"] > 7 * matrix
@@ -133,17 +145,23 @@ def test_matrices_of_the_vocabulary_outweigh_what_else_a_step_allocates(tmp_path
 # ---- what goes wrong ----
 
 
-@pytest.mark.parametrize("planted", ["kepo_loss", "grpo_loss"])
-def test_a_way_that_drops_a_row_is_noticed(planted, tmp_path, monkeypatch):
+def without_a_row(loss, hidden, *tensors, completion_mask, **settings):
+    mask = completion_mask.clone()
+    mask[0, -1] = False
+    return loss(hidden, *tensors, completion_mask=mask, **settings)
+
+
+def with_another_gradient(loss, hidden, *tensors, **settings):
+    value, stats = loss(hidden, *tensors, **settings)
+    return value + 1e-3 * (hidden - hidden.detach()).sum(), stats
+
+
+@pytest.mark.parametrize("broken", [without_a_row, with_another_gradient])
+@pytest.mark.parametrize("planted, rate", [("kepo_loss", "1"), ("grpo_loss", "0")])
+def test_a_rival_that_does_something_else_is_noticed(planted, rate, broken, tmp_path, monkeypatch):
     right = update.WAYS["whole"]
-
-    def without_a_row(*tensors, completion_mask, **settings):
-        mask = completion_mask.clone()
-        mask[0, -1] = False
-        return getattr(right, planted)(*tensors, completion_mask=mask, **settings)
-
-    monkeypatch.setitem(update.WAYS, "whole", right._replace(**{planted: without_a_row}))
-    rate = {"kepo_loss": "1", "grpo_loss": "0"}[planted]
+    loss = partial(broken, getattr(right, planted))
+    monkeypatch.setitem(update.WAYS, "whole", right._replace(**{planted: loss}))
     status, rows = run(tmp_path, *SMALL, "--gate", rate, "--rival", "whole")
     assert status == 1
     assert f"at gate rate {rate} whole has the loss" in rows[0]["note"] and not rows[0]["seconds"]
@@ -267,6 +285,9 @@ def test_whole_matrices_against_the_oracle(beta, gate):
         torch.testing.assert_close(mine, fused, rtol=1e-5, atol=1e-6)
 
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+
+
 @pytest.mark.parametrize(
     "arguments, word",
     [
@@ -278,6 +299,7 @@ def test_whole_matrices_against_the_oracle(beta, gate):
         (["--generations", "1"], "at least 2"),
         (["--micro-batch", "0"], "--micro-batch 0"),
         (["--rounds", "-1"], "--rounds"),
+        pytest.param(["--device", "cuda"], "no CUDA device", marks=NO_GPU),
     ],
 )
 def test_bad_arguments_are_refused(arguments, word, capsys):

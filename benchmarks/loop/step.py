@@ -26,8 +26,9 @@ after round (without rounds, seconds are those of the first call). `peak` is the
 at any moment: on a CPU all that was resident, interpreter and libraries among it, as the kernel
 counts it; on a GPU by tensors. `planned` is what `kepo.plan` says of the phase of a step of ours
 with every gate open, and of that moment of the update for the teacher; on a CPU on top of what is
-resident beside models and optimiser. `fused/it` is fused's number over that of the way, times
-within a round. [p20 p80] are quantiles over rounds.
+resident beside models and optimiser, without what libraries and the allocator come to keep.
+`fused/it` is fused's number over that of the way, times within a round. [p20 p80] are quantiles
+over rounds.
 
 A phase that fails, does not fit into memory or into --seconds is a row that says so. Exit status 1
 if one failed otherwise than for want of memory or time.
@@ -272,17 +273,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--rival", nargs="*", choices=list(WAYS)[1:], metavar="WAY", help="ways beside fused")
     for name in ("--student", "--teacher"):
         add(name, type=parse_shape, help="HIDDEN,LAYERS or the name of a released model")
-    add("--vocab", type=int, help="rows of both heads, if the models are of no released shape")
-    add("--prompts", type=int, help="questions of a step")
-    add("--generations", type=int, help="completions of each")
-    add("--tokens", type=int, help="per completion")
-    add("--micro-batch", type=int, help="completions at once")
-    add("--rounds", type=int, help="timed calls of each way")
+    for name, words in {
+        "--vocab": "rows of both heads, if the models are of no released shape",
+        "--prompts": "questions of a step",
+        "--generations": "completions of each",
+        "--tokens": "per completion",
+        "--micro-batch": "completions at once",
+        "--rounds": "timed calls of each way",
+    }.items():
+        add(name, type=int, help=words)
     add("--seed", type=int, default=0, help="of models, completions and gates (default 0)")
     add("--seconds", type=float, default=float("inf"), help="begin nothing that would end later")
     add("--csv", type=Path, help="write the rows, with machine, versions and commit, here")
     add("--plot", type=Path, help="draw the updates here")
     args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device here")
     gate = args.gate is not None and "whole" not in (args.rival or ())
     parser.set_defaults(**SCENARIOS[args.device or ("gate" if gate else "memory")])
     args = parser.parse_args(arguments)
@@ -292,9 +298,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def check_problem(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuses sizes and gate rates that make no problem; a rate given twice counts once."""
-    for name, least in dict(
-        prompts=1, tokens=1, micro_batch=1, rounds=0, generations=2, vocab=512
-    ).items():
+    least_of = dict(prompts=1, tokens=1, micro_batch=1, rounds=0, generations=2, vocab=512)
+    for name, least in least_of.items():
         if getattr(args, name) < least:
             words = f"--{name.replace('_', '-')} {getattr(args, name)}"
             parser.error(f"{words}: expected at least {least}")
