@@ -75,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     for variant, fault in faults:
         print(f"FAULT {fault}\n      {variant}")
     seconds = time.perf_counter() - started
-    print(f"{len(variants)} variants in {seconds:.0f} s, {len(faults)} faults")
+    version = importlib.import_module("triton").__version__
+    print(f"triton {version}: {len(variants)} variants in {seconds:.0f} s, {len(faults)} faults")
     return 1 if faults else 0
 
 

@@ -6,13 +6,17 @@ import torch
 
 from kepo_kernels import __version__, gemm
 from kepo_kernels.dispatch import IMPLS, pick_rows, unavailable
+from kepo_kernels.errors import KepoInputError
+from kepo_kernels.versions import triton_version
 
 SERVES = {"triton": "CUDA", "cpu": "CPU", "torch": "any device"}
 
 
 def main() -> None:
     argparse.ArgumentParser(prog="python -m kepo_kernels", description=__doc__).parse_args()
-    print(f"kepo_kernels {__version__}, torch {torch.__version__}")
+    triton = triton_version()
+    words = "no triton" if triton is None else f"triton {triton}"
+    print(f"kepo_kernels {__version__}, torch {torch.__version__}, {words}")
     for impl in IMPLS:
         reason = unavailable(impl)
         state = f"live on {SERVES[impl]}" if reason is None else f"not live: {reason}"
@@ -23,7 +27,11 @@ def main() -> None:
         print(f"  {impl:7} {state}")
     for kind in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         device = torch.device(kind)
-        chosen = pick_rows("auto", device, torch.float32).__name__.removeprefix("kepo_kernels.")
+        try:
+            chosen = pick_rows("auto", device, torch.float32).__name__.removeprefix("kepo_kernels.")
+        except KepoInputError as error:
+            print(error)
+            continue
         logits = gemm.default_logits_dtype(torch.bfloat16, device)
         print(f"impl='auto' on {kind}: {chosen}; bf16 inputs give {logits} logits")
 

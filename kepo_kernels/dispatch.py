@@ -6,6 +6,7 @@ from types import ModuleType
 import torch
 
 from kepo_kernels.errors import KepoInputError
+from kepo_kernels.versions import refuse_torch_on_rocm
 
 IMPLS = ("triton", "cpu", "torch")
 
@@ -20,8 +21,12 @@ def pick_rows(impl: str, device: torch.device, logits_dtype: torch.dtype) -> Mod
 
     "auto" takes the fused back-end of the device (Triton on CUDA, C++ on CPU) when it is available
     and reads this dtype, and PyTorch otherwise. A back-end asked for by name is used or refused,
-    never replaced.
+    never replaced. No back-end multiplies 16-bit matrices on ROCm with a torch that cannot.
     """
+    if device.type == "cuda" and logits_dtype != torch.float64:
+        reason = refuse_torch_on_rocm()
+        if reason is not None:
+            raise KepoInputError(f"impl={impl!r} cannot be used here: {reason}")
     fused = "cpu" if device.type == "cpu" else "triton"
     if impl == "auto":
         usable = logits_dtype != torch.float64 and unavailable(fused) is None

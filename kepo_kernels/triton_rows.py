@@ -13,6 +13,7 @@ from torch import Tensor
 from kepo_kernels import triton_kernels as kernels
 from kepo_kernels.rows import NUM_COEFFICIENTS, NUM_STATS, RowSettings, shared_columns
 from kepo_kernels.triton_math import IMPORT_ERROR
+from kepo_kernels.versions import refuse_torch_on_rocm, refuse_triton
 
 # Columns that a program reads at a time: eight a thread, one 16-byte load in bf16 and two in fp32.
 BLOCK = 2048
@@ -35,9 +36,13 @@ def unavailable() -> str | None:
     """Why the Triton rows cannot be used here, or None when they can."""
     if IMPORT_ERROR is not None:
         return f"triton cannot be imported: {IMPORT_ERROR}"
-    if not INTERPRETED and not torch.cuda.is_available():
+    if reason := refuse_triton():
+        return reason
+    if INTERPRETED:
+        return None
+    if not torch.cuda.is_available():
         return "there is no CUDA or ROCm device, and TRITON_INTERPRET=1 was not set at import"
-    return None
+    return refuse_torch_on_rocm()
 
 
 def row_forward(

@@ -1,0 +1,46 @@
+"""Which Triton and which torch are too old, and what to do about it."""
+
+import re
+
+import torch
+
+OLDEST_TRITON = (3, 4)  # that of torch 2.8; older ones lack what the kernels are written with
+OLDEST_TORCH_ON_ROCM = (2, 10)  # the first whose mm(out_dtype=) works there: pytorch#162600
+
+
+def release(words: str) -> tuple[int, ...]:
+    """(3, 10, 0) of "3.10.0", "3.10.0+git1a2b" or "3.10.0rc1"; () where no number comes first."""
+    found = re.match(r"v?(\d+(?:\.\d+)*)", words)
+    return tuple(map(int, found[1].split("."))) if found else ()
+
+
+def triton_version() -> str | None:
+    """Of the Triton that is imported here, or None where there is none."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    return getattr(triton, "__version__", "of an unknown version")
+
+
+def refuse_triton() -> str | None:
+    """Why the Triton that is here cannot be used, or None when it can; an unknown version can."""
+    found = triton_version()
+    if found is None or not release(found) or release(found) >= OLDEST_TRITON:
+        return None
+    oldest = ".".join(map(str, OLDEST_TRITON))
+    return (
+        f"triton {found} is too old: the kernels need triton >= {oldest}, "
+        "which comes with torch >= 2.8 (pip install --upgrade torch)"
+    )
+
+
+def refuse_torch_on_rocm() -> str | None:
+    """Why this torch cannot multiply for us on AMD's GPUs, or None when it can or has none."""
+    if not torch.version.hip or release(torch.__version__) >= OLDEST_TORCH_ON_ROCM:
+        return None
+    oldest = ".".join(map(str, OLDEST_TORCH_ON_ROCM))
+    return (
+        f"torch {torch.__version__} is too old for ROCm: there mm(out_dtype=float32) of 16-bit "
+        f"matrices needs torch >= {oldest} (pip install --upgrade torch, from ROCm's index)"
+    )
