@@ -144,16 +144,15 @@ def estimated(
     device: torch.device,
     *,
     longest: float,
-    enough: float = 1.0,
     compiles: bool = False,
 ) -> Measurement | None:
     """A slow peer's time for all rows from calls on a few; None when it can be timed as it is.
 
-    Rows are doubled until a call takes `enough` seconds and half as long again as the first, so
-    that their cost stands out against noise. The time of all rows is read off the line through the
-    first point and the last: what a call costs whatever its rows (a pass over the head, say) is not
-    multiplied. None if that is at most `longest`. A peer that `compiles` runs each number of rows
-    once before it is timed.
+    Rows are doubled up to a quarter of all, or until a call takes `longest` seconds. The time of
+    all rows is read off the line through the last two points: what a call costs whatever its rows
+    (a pass over the head, say) is not multiplied, nor is what only the fewest rows pay. None if
+    that is at most `longest`. A peer that `compiles` runs each number of rows once before it is
+    timed.
     """
 
     def point(rows: int) -> tuple[int, float]:
@@ -162,29 +161,21 @@ def estimated(
 
     few = min(8, rows)
     timed(call_of(few), device)  # imports, compilation
-    points = [point(few)]
+    before, last = None, point(few)
     while True:
-        few, seconds = points[-1]
+        few, seconds = last
         if seconds * rows / few <= longest or 2 * few >= rows:  # the line can promise no more
             return None
-        if seconds >= max(enough, 1.5 * points[0][1]):
-            promised = _on_line(points, rows)
+        if before and (4 * few >= rows or seconds >= longest):
+            slope = max(0.0, (seconds - before[1]) / (few - before[0]))
+            promised = seconds + slope * (rows - few)
             if promised <= longest:
                 return None
-            note = f"time scaled from calls of {points[0][0]} and {few} rows; memory not measured"
+            note = f"time scaled from calls of {before[0]} and {few} rows; memory not measured"
             return Measurement(promised, None, note=note)
         if compiles:
             timed(call_of(2 * few), device)
-        points.append(point(2 * few))
-
-
-def _on_line(points: list[tuple[int, float]], rows: int) -> float:
-    """Seconds for `rows`: proportional to one point, else along the line of the outer two."""
-    (few, seconds), (more, longer) = points[0], points[-1]
-    if few == more:
-        return seconds * rows / few
-    slope = max(0.0, (longer - seconds) / (more - few))
-    return longer + slope * (rows - more)
+        before, last = last, point(2 * few)
 
 
 def stamp() -> dict[str, str | int]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from bench_loss import DTYPES, provider_of
 from losses_of_ours import CASES, NotComparable
+from peers import PEERS, dtypes
 from problems import ALL, Problem, parse_shape
 
 pytest.importorskip("pytest_benchmark")
@@ -23,8 +24,11 @@ def problem(request: pytest.FixtureRequest) -> Problem:
 def test_bench(benchmark, problem: Problem, case: str, provider: str) -> None:
     benchmark.group = case
     try:
+        if provider in PEERS:
+            problem = problem.cast(dtypes(problem.hidden.dtype, problem.hidden.device)[0])
         call = provider_of(provider, grad_tol=5e-4)(problem, case)
     except NotComparable as reason:
         pytest.skip(f"{provider}: {reason}")
-    benchmark.extra_info |= {"N": problem.rows, "entropy": problem.entropy}
+    dtype = str(problem.hidden.dtype).removeprefix("torch.")
+    benchmark.extra_info |= {"N": problem.rows, "entropy": problem.entropy, "dtype": dtype}
     benchmark.pedantic(call, rounds=3, warmup_rounds=1)

@@ -219,12 +219,17 @@ def test_few_rows_still_have_a_closed_sequence(flat):
 
 
 def test_time_of_all_rows_is_read_off_a_line(monkeypatch):
-    """1 s and 10 ms a row are 11 s for 1000 rows, not the 135 s that 8 rows would promise."""
+    """1 s and 10 ms a row are 11 s for 1000 rows, not the 135 s that 8 rows would promise. That the
+    fewest rows cost 40 ms each promises no more either."""
     monkeypatch.setattr(measure, "timed", lambda rows, device: 1 + 0.01 * rows)
     found = measure.estimated(lambda rows: rows, 1000, CPU, longest=6.0)
     assert found.seconds.median == pytest.approx(11)
-    assert "scaled from calls of 8 and" in found.note and found.peak_mib is None
+    assert "scaled from calls of 128 and 256 rows" in found.note and found.peak_mib is None
     assert measure.estimated(lambda rows: rows, 1000, CPU, longest=12.0) is None
+    bent = {n: min(0.04 * n, 1.92 + 0.01 * n) for n in (8, 16, 32, 64, 128, 256)}
+    monkeypatch.setattr(measure, "timed", lambda rows, device: bent[rows])
+    found = measure.estimated(lambda rows: rows, 1000, CPU, longest=6.0)
+    assert found.seconds.median == pytest.approx(11.92)
 
 
 def test_ratios_are_taken_within_a_round():
