@@ -47,8 +47,9 @@ matrix-quick: $(VENV)/test.stamp tritons  ## the same, but the older Tritons com
 
 # In no environment of ours: images with CUDA come with their own torch and Triton.
 # OUT: folder of the results. WHEELS: a folder of wheels of peers. BASELINE: another checkout to time beside this one.
+# GPU_SECONDS: to end within.
 GPU_SUITE = $(PYTHON) benchmarks/gpu_suite.py --out $(or $(OUT),benchmarks/results) \
-	$(if $(WHEELS),--wheels $(WHEELS)) $(if $(BASELINE),--baseline $(BASELINE))
+	$(if $(WHEELS),--wheels $(WHEELS)) $(if $(BASELINE),--baseline $(BASELINE)) $(if $(GPU_SECONDS),--seconds $(GPU_SECONDS))
 
 gpu:  ## correctness, times and a training step on a CUDA device, in 8 minutes, with the torch that PYTHON has
 	$(GPU_SUITE)

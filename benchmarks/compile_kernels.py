@@ -9,8 +9,8 @@ if a kernel does not compile, spills registers, needs more shared memory than th
 computes the address of a row in 32 bits, uses an atomic or a TF32 dot, or reads aligned rows with
 loads of fewer than 16 bytes.
 
-Nobody lists the configurations: `row_forward` and `row_backward_` run on tensors without memory,
-and what they would launch is written down, specialised as Triton's JIT does.
+Nobody lists the configurations: the row functions and `scaled` run on tensors without memory, and
+what they would launch is written down, specialised as Triton's JIT does.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ WIDTHS = ((37, 37), (1000, 1000), (151_936, 151_936), (151_936, 152_064), (151_9
 # Of logits, and of a gradient that does not go where they are: all that a loss launches on a GPU.
 DTYPES = (("float32", "bfloat16"), ("float32", "float16"), ("float32", None), ("bfloat16", None))
 BETAS = (None, 0.0, 0.5, 1.0)  # None: no teacher
+HEADS = ("bfloat16", "float16", "float32")  # to which an fp32 gradient is cast
 Result = TypeVar("Result")
 
 
@@ -147,7 +148,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def call_rows(rows_module, cases: Iterable[Case]) -> None:
-    """Both row functions in these cases, on tensors without memory."""
+    """The row functions in these cases, on tensors without memory."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -170,6 +171,10 @@ def call_rows(rows_module, cases: Iterable[Case]) -> None:
             out = None if out is None else empty(n, vocab, dtype=out)
             args = (logits, targets, teacher, table, coefficients, settings, out)
             rows_module.row_backward_(*args)
+        for dtype in HEADS:
+            for shape in ((151_936, 2048), (37, 37)):
+                factor = torch.empty((), device="cuda")
+                rows_module.scaled(empty(*shape), factor, getattr(torch, dtype))
 
 
 def specialised(kernel, target: str, args: tuple, options: dict) -> Variant:

@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         if unknown:
             sys.exit(f"error: no rows of shape {unknown[0]}; there are {', '.join(sorted(known))}")
         rows = [row for row in rows if row["shape"] in args.shape]
-    # Two calls are compared with one in the table of ratios: they have no bare products of their own.
+    # Two calls are compared with one in the table of ratios: no bare products are theirs.
     rows = [row for row in rows if row["provider"] in COLOURS and row["case"] != "two_calls"]
     rows = [row for row in rows if _over(row) or _peak(row)]
     if not rows:

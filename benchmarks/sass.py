@@ -86,6 +86,7 @@ class Counts:
     mufu: float = 0.0
     widest_load: int = 0  # bytes, from global memory
     load_kind: str = ""  # LDG: to registers; LDGSTS: pipelined through shared memory
+    spills: int = 0  # instructions that move a register to or from local memory, in all the kernel
     mix: str = ""
 
     def name(self) -> str:
@@ -122,7 +123,9 @@ def counted(variant: Variant) -> Counts:
     sass = cuobjdump(cubin, "-sass")
     if sass is None:
         raise SystemExit("this Triton has no cuobjdump that works: sass.py needs it")
-    loop = hot_loop(parsed(sass))
+    code = parsed(sass)
+    counts.spills = sum(instruction.kind in ("LDL", "STL") for instruction in code)
+    loop = hot_loop(code)
 
     threads = 32 * dict(variant.options)["num_warps"]
     matrices = 1 if teacher == "none" else 2

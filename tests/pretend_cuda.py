@@ -8,10 +8,15 @@ but what makes the host wait for a GPU raises `HostWaits`:
 - copies to the CPU, and copies from it that are not from pinned memory or not `non_blocking`
   (`new_tensor`),
 - a CPU tensor beside a CUDA tensor: an index is copied, anything else refused.
+
+What the device would be told to do is counted (`Launches`). With `memory=False` its tensors have
+shapes and no numbers, so that calls of any size can be counted.
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,8 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
-CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
+CPU, CUDA, META = torch.device("cpu"), torch.device("cuda:0"), torch.device("meta")
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
+PRODUCTS = (aten.mm, aten.addmm, aten.addmm_)
+UNWRITTEN = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty)
+UNWRITTEN += (aten.detach, aten._unsafe_view, aten._reshape_alias)
 
 
 class HostWaits(AssertionError):
@@ -63,10 +71,25 @@ class OnDevice(Tensor):
         raise RuntimeError(f"{func} outside of pretend_cuda()")
 
 
+class Launches(NamedTuple):
+    """What was launched, by name: one each for a matrix product, another ATen operator, a copy from
+    the host and a Triton kernel; nothing for a view, or for memory that is not written.
+    """
+
+    triton: Counter[str]
+    products: Counter[str]
+    others: Counter[str]
+
+    @property
+    def total(self) -> int:
+        return sum(kind.total() for kind in self)
+
+
 class _Device(TorchDispatchMode):
-    def __init__(self, may_wait: bool):
+    def __init__(self, may_wait: bool, memory: bool):
         super().__init__()
-        self.may_wait = may_wait
+        self.may_wait, self.place = may_wait, CPU if memory else META
+        self.launches = Launches(Counter(), Counter(), Counter())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -81,8 +104,9 @@ class _Device(TorchDispatchMode):
             return func(*args, **kwargs)
         if not self.may_wait:
             _refuse_to_wait(func, args, kwargs, tensors)
-        if wanted is not None:
-            kwargs["device"] = CPU
+        self._count(func)
+        if wanted is not None:  # "meta" where torch's C++ asks for a tensor beside another
+            kwargs["device"] = CPU if wanted.type == "cpu" else self.place
         kwargs.pop("pin_memory", None)
         wrappers = {id(x.numbers): x for x in there}
         given = tree_map_only(OnDevice, lambda x: x.numbers, (args, kwargs))
@@ -94,6 +118,17 @@ class _Device(TorchDispatchMode):
             return wrappers[id(x)] if id(x) in wrappers else OnDevice(x)
 
         return tree_map_only(Tensor, wrapped, out)
+
+    def _count(self, func) -> None:
+        if func.overloadpacket in PRODUCTS:
+            self.launches.products[str(func)] += 1
+        elif func.overloadpacket not in UNWRITTEN and not _is_view(func):
+            self.launches.others[str(func)] += 1
+
+
+def _is_view(func) -> bool:
+    aliases = [result.alias_info for result in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def _refuse_to_wait(func, args: tuple, kwargs: dict, tensors: list[Tensor]) -> None:
@@ -129,8 +164,9 @@ def _compute(func, args: tuple, kwargs: dict):
 
 
 @contextlib.contextmanager
-def pretend_cuda(may_wait: bool = False) -> Iterator[None]:
-    """Makes the device. Triton's kernels run in the interpreter, on the numbers."""
+def pretend_cuda(may_wait: bool = False, memory: bool = True) -> Iterator[Launches]:
+    """Makes the device. Triton's kernels run in the interpreter, on numbers if there are any."""
+    device = _Device(may_wait, memory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -139,14 +175,17 @@ def pretend_cuda(may_wait: bool = False) -> Iterator[None]:
 
             start = triton_rows._start
 
-            def start_on_cpu(kernel, grid, device, *arguments, **constants):
+            def start_on_cpu(kernel, grid, device_of_kernel, *arguments, **constants):
+                device.launches.triton[kernel.fn.__name__] += 1
+                if not memory:
+                    return
                 arguments = tree_map_only(OnDevice, lambda x: x.numbers, arguments)
                 with _disable_current_modes():
                     start(kernel, grid, CPU, *arguments, **constants)
 
             patch.setattr(triton_rows, "_start", start_on_cpu)
-        with _Device(may_wait):
-            yield
+        with device:
+            yield device.launches
 
 
 def on_device(x: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def test_floor_takes_the_best_of_several_chunk_lengths(monkeypatch):
 def test_every_product_is_made_once_whatever_the_chunks(flat, monkeypatch):
     """A floor that leaves out rows would be a low one."""
     seen = []
-    monkeypatch.setattr(floor.gemm, "accumulate_head_", lambda dw, logits, x: seen.append(len(x)))
+    monkeypatch.setattr(floor.gemm, "accumulate_head_", lambda dw, g, x, first: seen.append(len(x)))
     for length in (7, 64):
         seen.clear()
         floor.floor(flat, "kd_open", length)()

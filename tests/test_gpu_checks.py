@@ -119,7 +119,9 @@ def test_floor_multiplies_what_the_row_kernels_write(monkeypatch):
     monkeypatch.setattr(floor.gemm, "dlogits_dtype", lambda *_: torch.bfloat16)
     monkeypatch.setattr(floor.gemm, "project_", lambda out, *_: seen.append(out.dtype))
     monkeypatch.setattr(floor.gemm, "hidden_gradient", lambda g, w: seen.append(g.dtype))
-    monkeypatch.setattr(floor.gemm, "accumulate_head_", lambda dw, g, x: seen.append(g.dtype))
+    monkeypatch.setattr(
+        floor.gemm, "accumulate_head_", lambda dw, g, x, first: seen.append(g.dtype)
+    )
     counts = {"joint_half": (7, 3), "grpo": (3, 1), "logprobs_forward": (1, 1)}
     for case, (products, projections) in counts.items():
         seen.clear()
