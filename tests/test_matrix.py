@@ -19,6 +19,7 @@ RIGHT = {"passed": 394, "failed": 0, "skipped": 2}
 def run(monkeypatch, capsys, lines: list[Line], counts: list[dict]) -> tuple[int, str]:
     """main on what the processes are said to have found, the last by the installed Triton."""
     monkeypatch.setattr(matrix, "compiled", lambda folder, words: lines.pop(0))
+    monkeypatch.setattr(matrix, "choice", lambda folder, wide: [])
     monkeypatch.setattr(matrix, "interpreted", lambda folder: dict(counts.pop(0)))
     folders = [f"triton-{n}" for n in range(len(lines) - 1)]
     return matrix.main([*folders, "--jobs", "1"]), capsys.readouterr().out
@@ -52,6 +53,17 @@ def test_tests_with_another_triton_are_refused(monkeypatch, capsys):
 def test_a_folder_without_a_triton_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"expected one triton-\*.dist-info"):
         matrix.main([str(tmp_path)])
+
+
+def test_which_targets(tmp_path):
+    """Of Triton 3.4 those of AMD are missing: its wheels bring no linker for them."""
+    for version in ("3.4.0", "3.6.0"):
+        (tmp_path / version / f"triton-{version}.dist-info").mkdir(parents=True)
+    assert matrix.choice(None, False) == matrix.choice(tmp_path / "3.6.0", True) == []
+    assert matrix.choice(tmp_path / "3.4.0", False) == ["--quick", "--target", "sm_90"]
+    targets = matrix.choice(tmp_path / "3.4.0", True)
+    if targets:  # else ROCm is installed here
+        assert targets == ["--target", "sm_80", "sm_90", "sm_100", "sm_120"]
 
 
 def test_counts_are_of_what_ran(tmp_path):
