@@ -7,12 +7,15 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check
+# The Tritons of torch 2.8, 2.9, 2.10 and 2.11, 2.12 and 2.13; beside them stands what pip resolves. 3.4 is for x86 only.
+TRITONS := $(if $(filter x86_64,$(shell uname -m)),3.4.0) 3.5.1 3.6.0 3.7.1
+OLDER := $(TRITONS:%=$(VENV)/triton-%)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment
-.PHONY: help demo test test-slow lint bench gpu gpu-quick clean
+.PHONY: help demo test test-slow lint bench tritons matrix matrix-quick gpu gpu-quick clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -33,6 +36,14 @@ lint: $(VENV)/test.stamp  ## ruff check and ruff format --check
 
 bench: $(VENV)/bench.stamp  ## time the losses against their peers
 	$(PY) benchmarks/bench_loss.py
+
+tritons: $(OLDER:%=%/.stamp)  ## fetch the older Tritons that are supported, each into a folder of its own
+
+matrix: $(VENV)/test.stamp tritons  ## compile for all targets and test the kernels with every Triton, 25 minutes
+	$(PY) benchmarks/matrix.py --wide --csv benchmarks/results/triton_versions.csv $(OLDER)
+
+matrix-quick: $(VENV)/test.stamp tritons  ## the same, but the older Tritons compile a sample for sm_90
+	$(PY) benchmarks/matrix.py $(OLDER)
 
 # In no environment of ours: images with CUDA come with their own torch and Triton.
 # OUT: folder of the results. WHEELS: a folder of wheels of peers. BASELINE: another checkout to time beside this one.
@@ -57,6 +68,12 @@ $(VENV)/torch.txt:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
+
+# Before the extras' rule, whose pattern fits as well.
+$(VENV)/triton-%/.stamp: | $(VENV)/torch.txt
+	rm -rf $(@D)
+	$(PIP) --no-deps --target $(@D) triton==$*
+	touch $@
 
 # The package by itself, so that the C++ is compiled once and again only when it changes.
 $(VENV)/package.stamp: $(VENV)/torch.txt $(SOURCES)

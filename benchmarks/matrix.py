@@ -10,7 +10,7 @@ these processes imported and what they counted. Exit status 1 if a kernel has a 
 failed, none ran, or another Triton than that of the folder was imported.
 
 With the installed Triton everything is compiled, with the others a sample for sm_90 (--wide:
-everything).
+everything; Triton 3.4 links for AMD only where ROCm's linker is installed).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from kernel_report import SHARED_LIMIT
 
 ROOT = Path(__file__).resolve().parents[1]
 # Those that run the kernels, and those that say what the interpreter they run in is worth.
@@ -67,8 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     folders = [*args.folders, None]
     lines = []
     for folder in folders:
-        quick = folder is not None and not args.wide
-        lines.append(compiled(folder, ["--quick", "--target", "sm_90"] if quick else []))
+        lines.append(compiled(folder, choice(folder, args.wide)))
     with ThreadPoolExecutor(args.jobs) as pool:
         for line, counts in zip(lines, pool.map(interpreted, folders), strict=True):
             if counts.pop("triton") != line.triton:
@@ -79,6 +80,17 @@ def main(arguments: list[str] | None = None) -> int:
         write(args.csv, lines)
     print(f"{time.perf_counter() - started:.0f} s")
     return 0 if all(line.right for line in lines) else 1
+
+
+def choice(folder: Path | None, wide: bool) -> list[str]:
+    """Which cases and targets, in the words of compile_kernels.py."""
+    if folder is None:
+        return []
+    if not wide:
+        return ["--quick", "--target", "sm_90"]
+    if version_of(folder).startswith("3.4.") and not Path("/opt/rocm/llvm/bin/ld.lld").exists():
+        return ["--target", *(x for x in SHARED_LIMIT if x.startswith("sm_"))]  # it has no linker
+    return []
 
 
 def compiled(folder: Path | None, words: list[str]) -> Line:

@@ -6,14 +6,18 @@ compiles the planted kernels and prints their reports.
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
+PATHS = (str(ROOT), str(Path(__file__).parent))
 COMMAND = BENCHMARKS / "compile_kernels.py"
 sys.path.insert(0, str(BENCHMARKS))
 
@@ -130,9 +134,9 @@ def compile_planted() -> None:
     print(json.dumps(found))
 
 
-def run(*words: str | Path) -> subprocess.CompletedProcess:
+def run(*words: str | Path, paths: Iterable[str] = PATHS) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{Path(__file__).parent}"
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     words = [sys.executable, *map(str, words)]
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -170,6 +174,37 @@ def test_our_kernels_pass_on_two_targets(tmp_path):
     assert all(row["commit"] and row["triton"] and int(row["registers"]) > 0 for row in rows)
     nvidia = [row for row in rows if row["target"] == "sm_90"]
     assert any(row["narrowest_load"] == row["widest_load"] == "16" for row in nvidia)
+
+
+@pytest.mark.slow
+def test_a_default_that_old_tritons_cannot_compile_is_caught(tmp_path):
+    """What once kept every loss from running with Triton 3.4 to 3.6: a default that is a string.
+
+    KEPO_OLD_TRITON is a folder with such a Triton, as .ci/run gives one.
+    """
+    old = os.environ.get("KEPO_OLD_TRITON")
+    if not old:
+        pytest.skip("KEPO_OLD_TRITON is not set")
+    for name in ("kepo_kernels", "benchmarks"):
+        unneeded = shutil.ignore_patterns("results", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=unneeded)
+    math, kernels = (tmp_path / "kepo_kernels" / f"triton_{x}.py" for x in ("math", "kernels"))
+    plant(math, r"(def read\([^)]*EVICT: tl\.constexpr)", r'\1 = ""')
+    for path in (math, kernels):
+        plant(path, r'(\bread\([^()]*), ""\)', r"\1)")
+
+    paths = [str(Path(old).resolve()), str(tmp_path)]
+    done = run(tmp_path / "benchmarks" / COMMAND.name, "--quick", "--target", "sm_90", paths=paths)
+    assert done.returncode == 1, done.stdout + done.stderr
+    faults = [line for line in done.stdout.splitlines() if line.startswith("FAULT ")]
+    assert faults and all("FAULT does not compile: CompilationError" in line for line in faults)
+    assert re.search(r"^triton 3\.[456]\.\S*: \d+ variants .* [1-9]\d* faults$", done.stdout, re.M)
+
+
+def plant(path: Path, pattern: str, new: str) -> None:
+    text, count = re.subn(pattern, new, path.read_text())
+    assert count, f"{path.name} has nothing like {pattern}: the test must plant it another way"
+    path.write_text(text)
 
 
 @pytest.mark.parametrize(
