@@ -39,7 +39,7 @@ bench: $(VENV)/bench.stamp  ## time the losses against their peers
 
 tritons: $(OLDER:%=%/.stamp)  ## fetch the older Tritons that are supported, each into a folder of its own
 
-matrix: $(VENV)/test.stamp tritons  ## compile for all targets and test the kernels with every Triton, 25 minutes
+matrix: $(VENV)/test.stamp tritons  ## compile for all targets and test the kernels with every Triton, 10 minutes
 	$(PY) benchmarks/matrix.py --wide --csv benchmarks/results/triton_versions.csv $(OLDER)
 
 matrix-quick: $(VENV)/test.stamp tritons  ## the same, but the older Tritons compile a sample for sm_90
