@@ -15,8 +15,9 @@ softmax ... scaled   The longer of two: bytes at the share of a copy's bandwidth
                  reached on the H100, and instructions a column (benchmarks/sass.py).
 small            Every launch (tests/kernels/test_launches.py) at LAUNCH seconds.
 
-The goals for an H200 were set with every product at the rate of a large square one, which is
-`matmul` here: the total with products and dW at that rate.
+The goals for an H200 were set before anything was measured, with every product at 790 TFLOP/s, the
+best rate of a large square one. `as set` is the total with products and dW at that rate: whether
+what is ours, all but the products, came out as was hoped.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ CLOCK = 1.75e9  # Hz, under load
 ISSUE = 0.75  # share of the issue slots that a row kernel can use
 LAUNCH = 3e-6  # seconds of a small kernel and of the pause before it
 H200_BANDWIDTH = 4.3e12  # bytes/s of a copy
+GOALS_RATE = 790e12  # FLOP/s
 
 # Rows with a teacher and without, forward passes, and whether there is a backward.
 CASES = {
@@ -146,11 +148,11 @@ def modelled(case: str, card: str, of: Sources) -> dict[str, float]:
     return parts
 
 
-def at_matmul(case: str, of: Sources) -> float:
-    """Seconds of products and dW at the rate of the large square product of the ceilings."""
+def products_as_set(case: str) -> float:
+    """Seconds of products and dW at the rate with which the goals were set."""
     teacher, plain, forwards, gradients = CASES[case]
     width = (teacher + plain) * H * (forwards + 2 * gradients) + teacher * TEACHER_H
-    return 2.0 * V * width / (1e12 * of.number("matmul", "torch", "tflop_per_s"))
+    return 2.0 * V * width / GOALS_RATE
 
 
 def table(of: Sources) -> list[dict[str, object]]:
@@ -168,10 +170,9 @@ def table(of: Sources) -> list[dict[str, object]]:
                 row |= {"measured": 1e3 * measured, "ratio": total / measured}
                 row |= {"bare_measured": 1e3 * bare, "bare_ratio": floor / bare}
             elif name in H200:
-                square = total - floor + at_matmul(name, of)
-                row |= {"goal": 1e3 * H200[name], "met": "yes" if total <= H200[name] else "no"}
-                row["matmul"] = 1e3 * square
-                row["met_matmul"] = "yes" if square <= H200[name] else "no"
+                goal, as_set = H200[name], total - floor + products_as_set(name)
+                row |= {"goal": 1e3 * goal, "met": "yes" if total <= goal else "no"}
+                row |= {"as set": 1e3 * as_set, "met as set": "yes" if as_set <= goal else "no"}
             found.append(row)
     return found
 
