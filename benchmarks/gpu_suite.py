@@ -7,7 +7,8 @@
 Sections run in the order of gpu_sections.py, in processes of their own: one that fails, hangs or
 wrecks the device costs no other. Writes three files into the folder, each line as soon as it is
 known: <gpu>_<date>_<time>.csv, .log with all that was printed and every traceback, and _step.csv.
-Exit status 0: no section failed; 1: one did; 2: there is no GPU, or the arguments are wrong.
+Exit status 0: no section failed; 1: one did, or none passed; 2: there is no GPU, or the arguments
+are wrong.
 """
 
 from __future__ import annotations
@@ -107,7 +108,6 @@ def main(arguments: list[str] | None = None, sections: tuple[Section, ...] = SEC
     def left() -> float:
         return args.seconds - (time.monotonic() - started)
 
-    args.out.mkdir(parents=True, exist_ok=True)
     machine = "dry-run" if args.dry_run else gpu_tools.nvidia_smi("name", "gpu")
     name = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
     stem = args.out / f"{name}_{time.strftime('%Y-%m-%d_%H%M%S')}"
@@ -117,9 +117,14 @@ def main(arguments: list[str] | None = None, sections: tuple[Section, ...] = SEC
     log("nvidia-smi         " + gpu_tools.nvidia_smi(gpu_tools.STATE))
     report.begin()
     wanted = [section for section in sections if chosen(section.name, args)]
-    with tempfile.TemporaryDirectory() as folder:
-        packages = unpacked(args.wheels, Path(folder), log)
-        run_all(wanted, args, stem, packages, report, left)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            packages = unpacked(args.wheels, Path(folder), log)
+            run_all(wanted, args, stem, packages, report, left)
+    except BaseException as error:  # SIGTERM, too: what was found stands, and that it is not all
+        log(f"ended before its time: {type(error).__name__}")
+        log.end()
+        raise
     summary(report)
     log("nvidia-smi         " + gpu_tools.nvidia_smi(gpu_tools.STATE))
     log(f"\nwritten: {stem}.csv and .log, {time.monotonic() - started:.0f} s")
@@ -127,7 +132,7 @@ def main(arguments: list[str] | None = None, sections: tuple[Section, ...] = SEC
     passed, failed, skipped, late = (words.count(w) for w in ("PASS", "FAIL", "SKIP", "LATE"))
     log(f"{passed} sections passed, {failed} failed, {skipped} skipped, {late} left out")
     log.end()
-    return 1 if failed else 0
+    return 1 if failed or not passed else 0
 
 
 def run_all(
@@ -270,8 +275,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--wheels", type=Path, metavar="DIR", help="a folder of wheels to import peers from")
     add("--baseline", type=Path, metavar="DIR", help="another checkout, timed beside this one")
     args = parser.parse_args(arguments)
-    if args.seconds <= 0:
+    if not 0 < args.seconds < float("inf"):
         parser.error(f"--seconds {args.seconds}: expected a positive number")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}; expected a folder")
     for option in ("wheels", "baseline"):
         folder = getattr(args, option)
         if folder is not None and not folder.is_dir():

@@ -152,7 +152,7 @@ void run_one(const Options &options, uint64_t number) {
     const int64_t teacher_width = b.shared < b.vocab || random.one_in(2) ? b.shared : b.shared + random.below(40);
     b.logits_stride = b.vocab + (random.one_in(2) ? 0 : random.below(50));
     b.teacher_stride = teacher_width + (random.one_in(2) ? 0 : random.below(50));
-    b.beta = beta(random), b.temperature = temperature(random), b.teacher_temperature = temperature(random);
+    b.beta = beta(random), b.rest = 1.0f - b.beta, b.temperature = temperature(random), b.teacher_temperature = temperature(random);
     b.softcap = softcap(random), b.teacher_softcap = softcap(random);
 
     Matrix logits(b.n, b.vocab, b.logits_stride, b.dtype, random);

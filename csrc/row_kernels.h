@@ -101,23 +101,24 @@ struct Pair {
     vf log_q_m, log_p_m;  // log q/m, log p/m (MIXTURE only), m by log-add-exp from the larger of the two
 };
 
-template <Kind KIND> KEPO_INLINE Pair compare(vf log_q, vf log_p, float beta) {
+template <Kind KIND> KEPO_INLINE Pair compare(vf log_q, vf log_p, const RowBatch &b) {
     Pair out;
     if (KIND != MIXTURE) {
         out.q = exp_neg(log_q), out.p = exp_neg(log_p);
         out.log_ratio_p = log_p - log_q;
         return out;
     }
-    // m = high (1 + (1 - w)(low/high - 1)): no underflow while `high` lives, and no cancellation where p is close to q.
+    // m = high (w + (1 - w) low/high) = high (1 + (1 - w)(low/high - 1)), w the weight of the larger: no underflow while
+    // `high` lives. The first form where w is small and low/high too, the second where p is close to q: nothing cancels.
     // Both bounded the difference is finite; NaN stays in it, and comes out everywhere.
     log_q = maximum(splat(SMALLEST_LOG), log_q), log_p = maximum(splat(SMALLEST_LOG), log_p);
     vi teacher_high = log_p > log_q;
     vf ratio = log_q - log_p;
     vf high = exp_of(maximum(log_q, log_p));
     Exp e = exp_parts(-magnitude(ratio));
-    vf fall = minus_one(e);     // low/high - 1
-    vf low = high * exp_of(e);  // high (1 + fall) has no digits left where low is far below
-    vf log_m = log1p_neg(select(teacher_high, splat(1.0f - beta), splat(beta)) * fall);  // log m/high
+    vf part = exp_of(e), low = high * part;  // not high (1 + (part - 1)), which has no digits where low is far below
+    vf heavy = select(teacher_high, splat(b.beta), splat(b.rest)), light = select(teacher_high, splat(b.rest), splat(b.beta));
+    vf log_m = log1p_neg(light * minus_one(e), heavy + light * part);  // log m/high
     out.q = select(teacher_high, low, high), out.p = select(teacher_high, high, low);
     out.log_q_m = minimum(vf{}, ratio) - log_m;
     out.log_p_m = -maximum(vf{}, ratio) - log_m;
@@ -160,7 +161,7 @@ static void divergence(const T *z, const T *y, const Softmax &student, const Sof
     auto log_p_of = [&](vf logit) { return (logit - teacher.peak) * teacher_inverse - log_y; };
     if (KIND != FORWARD_KL) {
         token = first_column<CAPPED>(z, b.shared, student.peak, cap);
-        Pair at = compare<KIND>(splat(-log_z), log_p_of(splat(read<CAPPED>(y, token, 1, teacher_cap)[0])), b.beta);
+        Pair at = compare<KIND>(splat(-log_z), log_p_of(splat(read<CAPPED>(y, token, 1, teacher_cap)[0])), b);
         peak_ratio = KIND == MIXTURE ? at.log_q_m[0] : -at.log_ratio_p[0];
     }
     Sum sum, ratios;
@@ -168,12 +169,12 @@ static void divergence(const T *z, const T *y, const Softmax &student, const Sof
         vf log_q = (read<CAPPED>(z, column, count, cap) - student.peak) * inverse - log_z;
         vf log_p = log_p_of(read<CAPPED>(y, column, count, teacher_cap));
         if (KIND == MIXTURE && all_at_most(maximum(log_q, log_p), splat(limit))) return;
-        Pair at = compare<KIND>(log_q, log_p, b.beta);
+        Pair at = compare<KIND>(log_q, log_p, b);
         // A KL as a log(a/b) - a + b, the mixture as it is: all terms >= 0, and an error in log(a/b) changes them to
         // second order only.
         if (KIND == FORWARD_KL) return sum.add(weighted(at.p, at.log_ratio_p) - at.p + at.q);
         if (KIND == REVERSE_KL) sum.add(weighted(at.q, -at.log_ratio_p) - at.q + at.p);
-        if (KIND == MIXTURE) sum.add((1.0f - b.beta) * (at.q * at.log_q_m) + b.beta * (at.p * at.log_p_m));
+        if (KIND == MIXTURE) sum.add(b.rest * (at.q * at.log_q_m) + b.beta * (at.p * at.log_p_m));
         vf ratio = (KIND == MIXTURE ? at.log_q_m : -at.log_ratio_p) - peak_ratio;
         if (holds(column, count, token)) ratio = select(lane_of(column, token), vf{}, ratio);
         ratios.add(KIND == MIXTURE ? at.q * ratio : weighted(at.q, ratio));
@@ -209,7 +210,7 @@ template <class T, bool CAPPED> static void forward_row(const RowBatch &b, int64
     out(TEACHER_PEAK) = teacher.peak;
     out(TEACHER_LOG_SUM) = (float)teacher.log_sum();
     auto run = b.beta == 0.0f   ? divergence<T, FORWARD_KL, CAPPED>
-               : b.beta == 1.0f ? divergence<T, REVERSE_KL, CAPPED>
+               : b.rest == 0.0f ? divergence<T, REVERSE_KL, CAPPED>
                                 : divergence<T, MIXTURE, CAPPED>;
     run(z, y, shared, teacher, b, row);
 }
@@ -252,13 +253,13 @@ static void backward_columns(T *z, const T *y, const RowGrad &at, const RowBatch
             if (KIND == MIXTURE && !has_target && all_at_most(maximum(log_shared, log_p), splat(limit))) {
                 return put(vf{});
             }
-            Pair pair = compare<KIND>(log_shared, log_p, b.beta);
+            Pair pair = compare<KIND>(log_shared, log_p, b);
             if (KIND == FORWARD_KL) grad = at.g * (pair.q - pair.p);
             if (KIND != FORWARD_KL) {
                 // At the student's peak the ratio is its own origin: where the student is sure nothing cancels.
                 vf ratio = (KIND == MIXTURE ? pair.log_q_m : -pair.log_ratio_p) - middle;
                 if (holds(column, count, at.token)) ratio = select(lane_of(column, at.token), splat(-at.mean_ratio), ratio);
-                grad = KIND == MIXTURE ? at.g * (1.0f - b.beta) * (pair.q * ratio) : at.g * weighted(pair.q, ratio);
+                grad = KIND == MIXTURE ? at.g * b.rest * (pair.q * ratio) : at.g * weighted(pair.q, ratio);
             }
             if (at.c != 0.0f || at.e != 0.0f) {
                 vf q = one_softmax ? pair.q : exp_neg(log_q);
@@ -288,7 +289,7 @@ template <class T, bool CAPPED> static void backward_row(const RowBatch &b, int6
     if (!b.teacher) return backward_columns<T, false, FORWARD_KL, CAPPED>(z, nullptr, at, b, 0, b.vocab);
     const T *y = (const T *)b.teacher + row * b.teacher_stride;
     if (b.beta == 0.0f) backward_columns<T, true, FORWARD_KL, CAPPED>(z, y, at, b, 0, b.shared);
-    else if (b.beta == 1.0f) backward_columns<T, true, REVERSE_KL, CAPPED>(z, y, at, b, 0, b.shared);
+    else if (b.rest == 0.0f) backward_columns<T, true, REVERSE_KL, CAPPED>(z, y, at, b, 0, b.shared);
     else backward_columns<T, true, MIXTURE, CAPPED>(z, y, at, b, 0, b.shared);
     backward_columns<T, false, FORWARD_KL, CAPPED>(z, nullptr, at, b, b.shared, b.vocab);
 }

@@ -18,7 +18,7 @@ struct RowBatch {
     const float *coefficients;  // (3, n): what the loss sends back to logprob, divergence, entropy; forward: null
     int64_t n, vocab, shared;   // `shared` leading columns are common to student and teacher
     int64_t logits_stride, teacher_stride;  // in elements, from one row to the next
-    float beta, temperature, teacher_temperature;  // temperatures > 0
+    float beta, rest, temperature, teacher_temperature;  // rest: 1 - beta, by a caller who knows it exactly; temperatures > 0
     float softcap, teacher_softcap;                // 0: none
     int32_t dtype;
 };

@@ -109,10 +109,10 @@ KEPO_INLINE Capped capped(vf z, Cap cap) {
     return {select((z == NEG_INF) | (z != z), z, value), 4.0f * e * inverse * inverse};
 }
 
-// log(1 + u) for -1 < u <= 0 and 1 + u normal, about 1 ulp. 1 + u = 2^e (1 + f), and f is u itself while e = 0. Of NaN it
-// makes anything.
-KEPO_INLINE vf log1p_neg(vf u) {
-    vi bits = (vi)((vu)(u + 1.0f) - 0x3f3504f3);  // sqrt(1/2): so that the exponent field rounds at sqrt(2)
+// log(1 + u) for -1 < u <= 0 and 1 + u normal, about 1 ulp; the caller knows sum = 1 + u better than u where u is near -1.
+// sum = 2^e (1 + f), and f is u itself while e = 0. Of NaN it makes anything.
+KEPO_INLINE vf log1p_neg(vf u, vf sum) {
+    vi bits = (vi)((vu)sum - 0x3f3504f3);  // sqrt(1/2): so that the exponent field rounds at sqrt(2)
     vi e = bits >> 23;
     vf f = select(e == 0, u, as_float((bits & 0x7fffff) + 0x3f3504f3) - 1.0f);
     vf exponent = as_float(e + ROUND_MAGIC_BITS) - ROUND_MAGIC;

@@ -39,6 +39,7 @@ class _RowBatch(ctypes.Structure):
         ("logits_stride", ctypes.c_int64),
         ("teacher_stride", ctypes.c_int64),
         ("beta", ctypes.c_float),
+        ("rest", ctypes.c_float),
         ("temperature", ctypes.c_float),
         ("teacher_temperature", ctypes.c_float),
         ("softcap", ctypes.c_float),
@@ -67,9 +68,11 @@ def unavailable() -> str | None:
             reason += f": {error}" if error else ""
         return reason
     try:
-        _library()
-    except OSError as error:
+        layout = _library().kepo_layout()
+    except (OSError, AttributeError) as error:
         return f"{LIBRARY.name} does not load: {error}"
+    if layout != 1000 * NUM_STATS + ctypes.sizeof(_RowBatch):
+        return f"{LIBRARY.name} was built from other sources; install again (pip install -e .)"
     return None
 
 
@@ -188,7 +191,9 @@ def _batch(
         shared_columns(logits, teacher),
         logits.stride(0),
         0 if teacher is None else teacher.stride(0),
-        *settings,
+        settings.beta,
+        1.0 - settings.beta,
+        *settings[1:],
         DTYPES[logits.dtype],
     )
 

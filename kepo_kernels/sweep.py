@@ -71,14 +71,17 @@ class HalfScale:
     8192 x 151,936, where fp16 ends at 6e-8. Coefficients are raised until the largest of a chunk is
     2^8 or so: that leaves 2^8 above it for a log-ratio of 100 at a temperature of 0.5, and 2^22
     below it for flat rows. The sums over chunks (of the head, its bias and its LoRA's second
-    factor) keep the factor of the chunk before, lowered when a chunk needs less, and lose it at the
-    end; what belongs to a chunk's rows loses it at once. All of it is fp32 and stays on the device.
+    factor) follow the factor from chunk to chunk and lose it at the end; what belongs to a chunk's
+    rows loses it at once. A chunk is raised at most 2^40 times as far as any before it: what is
+    lighter than that is no part of the sums, and these stay in fp32's range. NaN and Inf are not
+    looked at, and stay in their rows. All of it is fp32 and stays on the device.
     """
 
     SUMS = ("lm_head", "bias", "lora_b")
 
     def __init__(self):
         self.factor: Tensor | None = None
+        self.lowest: Tensor | None = None
 
     @property
     def inverse(self) -> Tensor:
@@ -86,10 +89,14 @@ class HalfScale:
 
     def raised(self, coefficients: Tensor, gradients: Gradients) -> Tensor:
         """The chunk's coefficients, times the factor that its dlogits then have."""
-        largest = coefficients.abs().amax().clamp(2.0**-100, 2.0**100)
+        finite = torch.where(coefficients.isfinite(), coefficients, 0.0)
+        largest = finite.abs().amax().clamp(2.0**-60, 2.0**100)
         factor = torch.exp2(8.0 - torch.log2(largest).ceil())
-        if self.factor is not None:
-            factor = torch.minimum(factor, self.factor)
+        if self.factor is None:
+            self.lowest = factor
+        else:
+            self.lowest = torch.minimum(self.lowest, factor)
+            factor = torch.minimum(factor, self.lowest * 2.0**40)
             self._multiply(gradients, factor / self.factor)
         self.factor = factor
         return coefficients * factor

@@ -107,8 +107,11 @@ def _log_ratios(log_q: Tensor, log_p: Tensor, beta: float) -> tuple[Tensor, Tens
     if beta == 1.0:
         return log_q - log_p, torch.zeros_like(rise)
     mine, theirs = log_q.new_full((), 1.0 - beta), log_q.new_full((), beta)
-    low_weight = torch.where(rise > 0, mine, theirs)
-    log_m = torch.log1p(low_weight * torch.expm1(-rise.abs()))  # log m/high
+    low, high = torch.where(rise > 0, mine, theirs), torch.where(rise > 0, theirs, mine)
+    fall = torch.expm1(-rise.abs())  # low/high - 1
+    # Where the larger has next to no weight 1 + (1 - w) fall has no digits.
+    far = torch.log(high + low * torch.exp(-rise.abs()))
+    log_m = torch.where(low * fall < -0.5, far, torch.log1p(low * fall))  # log m/high
     return -rise.clamp_min(0) - log_m, rise.clamp_max(0) - log_m
 
 

@@ -34,10 +34,10 @@ INTERPRETED = IMPORT_ERROR is None and type(kernels.softmax_kernel).__name__ != 
 
 def unavailable() -> str | None:
     """Why the Triton rows cannot be used here, or None when they can."""
-    if IMPORT_ERROR is not None:
-        return f"triton cannot be imported: {IMPORT_ERROR}"
     if reason := refuse_triton():
         return reason
+    if IMPORT_ERROR is not None:
+        return f"triton cannot be imported: {IMPORT_ERROR}"
     if INTERPRETED:
         return None
     if not torch.cuda.is_available():

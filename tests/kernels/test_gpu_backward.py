@@ -11,7 +11,7 @@ from test_host_waits import moved
 from torch import Tensor
 
 import kepo_kernels
-from kepo_kernels import KepoInputError, LoRA, gemm, sweep
+from kepo_kernels import KepoInputError, LoRA, engine, gemm, sweep
 
 # Two operands rounded to fp16 (2^-11 each) under dlogits rounded to fp16.
 OF_FP16 = 3 * 2**-11
@@ -65,6 +65,48 @@ def test_without_the_factor_they_vanish(monkeypatch):
 def test_a_factor_that_is_forgotten_between_chunks_is_noticed(monkeypatch):
     monkeypatch.setattr(sweep.HalfScale, "_multiply", lambda *_: None)
     assert fp16_error(5) > 10 * OF_FP16
+
+
+def sums_of_states(weights: Tensor, monkeypatch) -> Tensor:
+    """The fp32 gradient of fp16 states, two rows a chunk, before it is cast."""
+    torch.manual_seed(0)
+    x, w, targets = torch.randn(8, 16).half(), torch.randn(203, 16).half(), torch.arange(8)
+    seen = []
+
+    def keep(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        seen.append(gradient)
+        return gradient.to(dtype)
+
+    monkeypatch.setattr(engine, "_scaled_on_gpu", keep)
+    with pretend_cuda():
+        hidden, factors = on_device(x).requires_grad_(), on_device(weights)
+        loss = kepo_kernels.fused_linear_loss(
+            hidden,
+            on_device(w),
+            on_device(targets),
+            lambda stats, rows: -factors[rows] * stats.logprobs,
+            reduction="sum",
+            impl="torch",
+            chunk_rows=2,
+        )
+        torch.autograd.grad(loss, hidden)
+        return numbers(seen[0])
+
+
+LIGHT = torch.tensor([1.0, 1.0, 1e-9, 1e-9, 1.0, 1.0, 1e-9, 1e-9])
+
+
+def test_a_light_chunk_after_a_heavy_one_keeps_its_digits(monkeypatch):
+    heavy = sums_of_states(torch.ones(8), monkeypatch)
+    found = sums_of_states(LIGHT, monkeypatch) / LIGHT[:, None]
+    assert ((found - heavy).norm(dim=-1) <= OF_FP16 * heavy.norm(dim=-1)).all()
+
+
+def test_a_coefficient_of_nan_stays_in_its_row(monkeypatch):
+    broken = LIGHT.clone()
+    broken[1] = torch.nan
+    found = sums_of_states(broken, monkeypatch).isnan().any(-1)
+    assert found.tolist() == [row == 1 for row in range(8)]
 
 
 @pytest.mark.parametrize("loss", ["grpo", "kepo"])

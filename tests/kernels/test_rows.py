@@ -274,3 +274,16 @@ def test_triton_refuses_float64_by_name():
         pytest.skip(reason)
     with pytest.raises(ValueError, match=r"triton_rows: logits are float64.*impl='torch'"):
         run_rows(rows_module("triton"), make_row_problem(2, 5, dtype=FLOAT64), RowSettings())
+
+
+def test_a_library_of_other_sources_is_refused(monkeypatch):
+    """A table of another length would be written past its end."""
+    cpu_rows = rows_module("cpu")
+    if reason := unavailable("cpu"):
+        pytest.skip(reason)
+    monkeypatch.setattr(cpu_rows, "NUM_STATS", NUM_STATS + 1)
+    cpu_rows.unavailable.cache_clear()
+    assert "built from other sources; install again" in cpu_rows.unavailable()
+    monkeypatch.undo()
+    cpu_rows.unavailable.cache_clear()
+    assert cpu_rows.unavailable() is None
