@@ -26,8 +26,9 @@ Shared arguments, wherever they appear:
                       sum(weights * mask * term). `grpo_weights`, `dapo_weights`, `bnpo_weights`,
                       `dr_grpo_weights` and `sod_weights` make the usual ones
     **engine          impl="auto"|"triton"|"cpu"|"torch"; workspace_bytes, the most that may be held
-                      above inputs and gradients (None = 192 to 512 MiB on CPU; on GPU
-                      3.25 GiB, an eighth of its memory at most; `engine.plan` explains the choice), or chunk_rows directly; logits_dtype
+                      above inputs and gradients (None = 192 to 512 MiB on CPU, 3.25 GiB on GPU,
+                      of whose memory an eighth at most; `engine.plan` explains the choice), or
+                      chunk_rows directly; logits_dtype
                       (None = fp32, but bf16 for bf16 inputs on CPUs with bf16 instructions);
                       grad_tol=0.0, the share of sum |dlogits| of a chunk that may be left out of
                       the gradients with the columns that carry it (0 = exact; on a CPU only, and
