@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 STEPS = 3
 CLOSE = 1e-5
+ADAM_EPS = 1e-8
 # Everything at once: hints, exchanged questions, the dataset's answers, two iterations, a penalty,
 # and gates that are open in one process and closed in the other.
 WHOLE = dict(
@@ -58,25 +59,32 @@ def weights(run_dir: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def assert_same_weights(mine: torch.Tensor, theirs: torch.Tensor, name: str) -> None:
+def assert_same_weights(one: Path, other: Path, step: int = STEPS) -> None:
     """Equal but for rounding.
 
-    AdamW moves an element by lr g / (|g| + 1e-8), however small its g is. Where g itself is of the
-    order of 1e-8, sums of another order (other batches, another processor) change it by a share of
-    itself, and with it the step. One element in ten thousand may be such, and is off by less than
-    an element moves at most.
+    AdamW moves an element by lr g / (|g| + 1e-8), however small its gradient g is. Where |g| is
+    under 1e-8 it is rounding itself: sums of another order give another one, and another step
+    (5e-10 in one element of 36,864 was seen, and steps 7e-6 to 4e-5 apart). By `one`'s own record,
+    the mean of g^2 times 1 - 0.999 a step: such elements may be off by what an element moves at
+    most. Without a record in one file, as of a sharded run, none may.
     """
-    off = (mine - theirs).abs()
-    assert (off > CLOSE).sum() <= max(1, off.numel() // 10_000), f"{name}: {off.max():.1e}"
-    assert off.max() <= WHOLE["lr"] * STEPS, f"{name}: {off.max():.1e}"
+    mine, theirs = weights(one, step), weights(other, step)
+    assert mine.keys() == theirs.keys()
+    record = one / "checkpoints" / f"step-{step:08d}" / "optimizer.safetensors"
+    state = load_file(record) if record.exists() else {}
+    for name in mine:
+        off = (mine[name] - theirs[name]).abs()
+        squares = state.get(f"exp_avg_sq/{name}")
+        if squares is not None:
+            rounding = (squares > 0) & (squares <= step * 0.001 * ADAM_EPS**2)
+            assert (off[rounding] <= WHOLE["lr"] * step).all(), f"{name}: {off[rounding].max():.1e}"
+            off = off[~rounding]
+        assert off.numel() == 0 or off.max() <= CLOSE, f"{name}: {off.max():.1e}"
 
 
 def assert_same_run(one: Path, other: Path) -> None:
     """The same weights and numbers, rounding apart, and the very same completions."""
-    mine, theirs = weights(one), weights(other)
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        assert_same_weights(mine[name], theirs[name], name)
+    assert_same_weights(one, other)
     records = [read_metrics(run / "metrics.jsonl") for run in (one, other)]
     assert len(records[0]) == len(records[1]) >= STEPS
     for a, b in zip(*records, strict=True):
@@ -217,9 +225,7 @@ def test_another_number_of_processes_takes_the_run_up(made, uninterrupted, tmp_p
     alone = ("--steps", "5", "--sharding", "none", "--teacher-placement", "copy")
     finish(start(recipe(made, tmp_path), *alone, processes=1))
     finish(start(recipe(made, tmp_path, sharding="none")))
-    mine, theirs = weights(tmp_path / "run", 8), weights(uninterrupted / "run", 8)
-    for name in mine:
-        assert_same_weights(mine[name], theirs[name], name)
+    assert_same_weights(uninterrupted / "run", tmp_path / "run", 8)
 
 
 def test_two_nodes_are_two_process_groups_of_the_same_run(made, uninterrupted, tmp_path):
