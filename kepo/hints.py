@@ -17,8 +17,9 @@ from kepo.config import Config
 from kepo.data import Example
 from kepo.encoding import Prompt
 from kepo.engine import Engine
+from kepo.leaks import states_answer
 from kepo.parallel import runs_of, shared_out
-from kepo.prompts import hint_request, parse_hint, states_answer
+from kepo.prompts import hint_request, parse_hint
 from kepo.rollout import Group, Rollout, reward_of, sample, total_reward
 from kepo.vlm import VLM
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from kepo.data import LETTERS, Example
+from kepo.leaks import states_answer as states_answer
 
 ANSWER_INSTRUCTION = "Reply as <think>reasoning</think><answer>letter</answer>."
 HINT_INSTRUCTION = "Give a short hint as <hint>hint</hint>."
@@ -38,31 +39,6 @@ def parse_hint(text: str) -> str | None:
         return None
     match = _HINT.search(text)
     return (match.group(1).strip() or None) if match else None
-
-
-def states_answer(hint: str, example: Example) -> bool:
-    """Whether a hint gives the solution away: the right option's text as whole words, or the
-    letter.
-
-    A letter counts where it is all of the hint, stands in brackets or quotes, follows "answer",
-    "option", "choice", "letter" or "choose", or is said to be right. "a" is also a word: in small
-    it counts at the end of a sentence only.
-    """
-    option = example.options[LETTERS.index(example.answer)]
-    # As in records.py: an option is the same with other spaces and without its final period.
-    words = (option.rstrip(". ") or option).split()
-    right = r"\s+".join(map(re.escape, words))
-    letter = example.answer
-    named = letter if letter != "A" else r"(?:(?-i:A)|a(?=\s*(?:[.,;:!?]|$)))"
-    calls = "answer|option|choice|letter|choose|pick|select"
-    patterns = (
-        rf"(?<!\w){right}(?!\w)",
-        rf"^\W*{letter}\W*$",
-        rf"[(\[<>\"']\s*{letter}\s*[)\]<>\"'.:]",
-        rf"\b(?:{calls})\b\W*(?:is\b|would be\b)?\W*{named}\b",
-        rf"(?<!\w)(?-i:{letter})\W+is\W+(?:right|correct|the (?:answer|solution))\b",
-    )
-    return any(re.search(pattern, hint, re.IGNORECASE) for pattern in patterns)
 
 
 def worked_answer(example: Example) -> str:

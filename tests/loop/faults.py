@@ -319,7 +319,7 @@ def odd_hints_do_not_end_the_run():
     """8. A hint that is missing, of several lines or doubled is a case like any other."""
     for text, usable in (
         ("none", False),
-        ("<hint>a\nb</hint>", True),
+        ("<hint>look\nleft</hint>", True),
         ("<hint>a</hint>" * 2, False),
     ):
         policy = says(RIGHT)

@@ -7,7 +7,8 @@ from toy import MALFORMED, RIGHT, WRONG, ScriptedVLM, example, group_of
 
 from kepo.config import Config
 from kepo.hints import MAX_HINT_LENGTH, RescueReport, rescue, write_hints
-from kepo.prompts import hint_request, hinted_prompt, states_answer
+from kepo.leaks import states_answer
+from kepo.prompts import hint_request, hinted_prompt
 
 CONFIG = Config(teacher="t", num_generations=2, num_hinted=2, max_attempts=3)
 
@@ -186,7 +187,7 @@ def test_a_is_an_article_too():
 def test_numbers_count_as_whole_words():
     sums = example("q", options=("3", "18", "8", "1"), answer="C")
     assert states_answer("3 + 5 = 8", sums)
-    assert not states_answer("9 + 9 = 18", sums) and not states_answer("80 less 72", sums)
+    assert not states_answer("9 + 99 = 108", sums) and not states_answer("80 less 72", sums)
 
 
 def test_marks_in_an_option_are_not_read_as_a_pattern():
