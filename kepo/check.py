@@ -134,13 +134,14 @@ def _ranges(config: Config) -> None:
     bound("num_generations", lambda x: x >= 2, "at least 2: advantages are relative to a group")
     bound(
         "warmup_steps weight_decay kl_coef policy_coef distill_coef eval_every epsilon_high "
-        "max_skipped_steps seed dynamic_sampling overlong_buffer log_completions_every lora_rank",
+        "max_skipped_steps seed dynamic_sampling overlong_buffer log_completions_every lora_rank "
+        "hint_retries",
         lambda x: x >= 0,
         "a number >= 0",
     )
     bound(
         "lr max_grad_norm sampling_temperature temperature hinted_cap hinted_gamma "
-        "sampler_cap lora_alpha",
+        "sampler_cap lora_alpha hint_temperature",
         lambda x: x > 0,
         "a number > 0",
     )

@@ -207,7 +207,12 @@ class Config:
     hint_gives_answer: bool = False
     """Tell the student the right letter along with the hint."""
     leak_filter: bool = True
-    """Pass over hints that state the answer."""
+    """Pass over hints that state an answer (kepo.leaks says which do)."""
+    hint_retries: int = 2
+    """Times an unusable hint is asked for again: one that states an answer, is malformed or cut
+    off, or has control tokens in it. A question without a usable one then stays without."""
+    hint_temperature: float = 0.7
+    """At which it is written again; the first is greedy."""
     hinted_correction: str = "none"
     """none: hinted successes are trained on as if sampled without the hint. truncate: their tokens
     are weighted by the ratio of the two probabilities, at most hinted_cap. shape: by

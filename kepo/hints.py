@@ -10,8 +10,9 @@ per sample, and nothing happens to groups that need no help.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from kepo.config import Config
 from kepo.data import Example
@@ -20,13 +21,14 @@ from kepo.engine import Engine
 from kepo.leaks import states_answer
 from kepo.parallel import runs_of, shared_out
 from kepo.prompts import hint_request, parse_hint
+from kepo.questions import seed_of
 from kepo.rollout import Group, Rollout, reward_of, sample, total_reward
 from kepo.vlm import VLM
 
 MAX_HINT_LENGTH = 256
 
 Hints = dict[str, str | None]
-"""By example id: what the teacher wrote; None where that was no usable hint."""
+"""By example id: what the teacher wrote; None where nothing it wrote was usable."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class RescueReport:
     groups: int = 0
     """Groups that hints were asked for."""
     written: int = 0
-    """Hints the teacher wrote; the others were known from an earlier step."""
+    """Questions the teacher wrote a hint for; of the others it was known from an earlier step."""
+    retried: int = 0
+    """Hints it wrote again because the one before was unusable."""
     unhinted: int = 0
     """Groups for which there was no usable hint."""
     rescued: int = 0
@@ -68,7 +72,7 @@ def rescue(
     Each of at most ``max_attempts`` rounds draws ``num_hinted`` completions for the groups that
     still lack successes, and for those only. Other groups are returned as they came; no input list
     is changed. ``hints`` is what the teacher wrote so far, and is added to. ``stream`` names the
-    random numbers of `sample`.
+    random numbers of `sample` and of hints that are written again.
     """
     groups = [list(group) for group in groups]
     room = {place: _room(group, config) for place, group in enumerate(groups)}
@@ -76,7 +80,7 @@ def rescue(
     if not helped:
         return groups, RescueReport()
     asked = [groups[place][0].example for place in helped]
-    written = _learn_hints(teacher, asked, config, hints)
+    written, retried = _learn_hints(teacher, asked, config, hints, stream)
     hint_of = {place: hints[e.id] for place, e in zip(helped, asked, strict=True) if hints[e.id]}
     found: dict[int, Group] = {place: [] for place in hint_of}
     attempts = sampled = successes = 0
@@ -103,6 +107,7 @@ def rescue(
     return groups, RescueReport(
         groups=len(helped),
         written=written,
+        retried=retried,
         unhinted=len(helped) - len(hint_of),
         rescued=sum(bool(good) for good in found.values()),
         attempts=attempts,
@@ -127,9 +132,17 @@ def succeeds(rollout: Rollout, config: Config) -> bool:
     return good and not rollout.truncated and "hint" not in rollout.text.lower()
 
 
-def write_hints(teacher: VLM, examples: Sequence[Example], config: Config) -> list[str | None]:
-    """One greedy hint per example; None where the teacher's text holds no well-formed hint, or one
-    that states the answer (``leak_filter``; not where the student is told the answer anyway)."""
+def write_hints(
+    teacher: VLM,
+    examples: Sequence[Example],
+    config: Config,
+    stream: tuple[object, ...] | None = None,
+) -> list[str | None]:
+    """One hint per example; None where what the teacher wrote is unusable (`usable`).
+
+    stream: None writes greedily; else at ``hint_temperature``, with random numbers of its own for
+    each (seed, stream, id of the example), so whom else it writes for changes nothing but rounding.
+    """
 
     def work(some: Sequence[Example]) -> list[str]:
         ids, mask, _ = teacher.sample(
@@ -139,18 +152,38 @@ def write_hints(teacher: VLM, examples: Sequence[Example], config: Config) -> li
             ],
             num_return_sequences=1,
             max_new_tokens=min(MAX_HINT_LENGTH, config.max_completion_length),
-            temperature=0.0,
+            temperature=0.0 if stream is None else config.hint_temperature,
+            seeds=None
+            if stream is None
+            else [seed_of(config.seed, *stream, example.id) for example in some],
         )
         return teacher.decode(ids, mask)
 
     texts = shared_out(examples, work, runs_of(config.rollout_batch), in_step=teacher.in_step)
-    hints = [parse_hint(text) for text in texts]
-    if not config.leak_filter or config.hint_gives_answer:
-        return hints
+    control = control_tokens(teacher.tokenizer)
     return [
-        None if hint is None or states_answer(hint, example) else hint
-        for hint, example in zip(hints, examples, strict=True)
+        hint if usable(hint, example, config, control) else None
+        for hint, example in zip(map(parse_hint, texts), examples, strict=True)
     ]
+
+
+def usable(hint: str | None, example: Example, config: Config, control: Iterable[str] = ()) -> bool:
+    """Whether a hint may stand in a prompt.
+
+    It was written whole, between one pair of tags; it holds none of the ``control`` tokens, which
+    would end the prompt it stands in; and it states no answer (`states_answer`), unless
+    ``leak_filter`` is off or the student is told the answer anyway.
+    """
+    if hint is None or any(token in hint for token in control):
+        return False
+    filtered = config.leak_filter and not config.hint_gives_answer
+    return not (filtered and states_answer(hint, example))
+
+
+def control_tokens(tokenizer: Any) -> set[str]:
+    """What a tokenizer reads as control tokens wherever it stands in a text."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return {token.content for token in added if token.special}
 
 
 def replace_worst(group: Group, successes: Group, config: Config) -> Group:
@@ -174,12 +207,29 @@ def _room(group: Group, config: Config) -> int:
     return min(config.num_hinted, sum(not succeeds(rollout, config) for rollout in group))
 
 
-def _learn_hints(teacher: VLM, examples: Sequence[Example], config: Config, hints: Hints) -> int:
-    """Hints for the examples that have none yet: the teacher is frozen and greedy, so a hint holds.
+def _learn_hints(
+    teacher: VLM,
+    examples: Sequence[Example],
+    config: Config,
+    hints: Hints,
+    stream: tuple[object, ...],
+) -> tuple[int, int]:
+    """Hints for the examples that have none yet: the teacher is frozen, so a hint holds.
 
-    Returns how many were written.
+    The first is greedy; an unusable one is asked for again ``hint_retries`` times at most, at
+    ``hint_temperature``. What is unusable to the end is known as None, and not asked for again.
+    Returns for how many examples hints were written, and how often one was asked for again.
     """
     unknown = {e.id: e for e in examples if e.id not in hints}
-    if unknown:
-        hints |= zip(unknown, write_hints(teacher, list(unknown.values()), config), strict=True)
-    return len(unknown)
+    if not unknown:
+        return 0, 0
+    hints |= zip(unknown, write_hints(teacher, list(unknown.values()), config), strict=True)
+    retried = 0
+    for retry in range(config.hint_retries):
+        again = [e for e in unknown.values() if hints[e.id] is None]
+        if not again:
+            break
+        written = write_hints(teacher, again, config, (*stream, "hint", retry))
+        hints |= zip((e.id for e in again), written, strict=True)
+        retried += len(again)
+    return len(unknown), retried

@@ -5,10 +5,20 @@ from dataclasses import replace
 import pytest
 from toy import MALFORMED, RIGHT, WRONG, ScriptedVLM, example, group_of
 
+from kepo.check import check_settings
 from kepo.config import Config
-from kepo.hints import MAX_HINT_LENGTH, RescueReport, rescue, write_hints
+from kepo.errors import KepoConfigError
+from kepo.hints import (
+    MAX_HINT_LENGTH,
+    RescueReport,
+    control_tokens,
+    rescue,
+    usable,
+    write_hints,
+)
 from kepo.leaks import states_answer
 from kepo.prompts import hint_request, hinted_prompt
+from kepo.tiny import build_tokenizer
 
 CONFIG = Config(teacher="t", num_generations=2, num_hinted=2, max_attempts=3)
 
@@ -120,8 +130,8 @@ def test_an_unusable_hint_is_remembered_as_such():
     helper, hints = teacher("no tags"), {}
     for written in (1, 0):
         _, report = rescue([failed_group("a")], solver(), helper, CONFIG, hints)
-        assert (report.written, report.unhinted) == (written, 1)
-    assert hints == {"a": None} and len(helper.seen) == 1
+        assert (report.written, report.retried, report.unhinted) == (written, 2 * written, 1)
+    assert hints == {"a": None} and len(helper.seen) == 1 + CONFIG.hint_retries
 
 
 def test_one_question_in_two_groups_is_asked_about_once():
@@ -225,3 +235,87 @@ def test_a_leaking_hint_is_not_used(settings, usable):
 def test_reports_add_up():
     total = RescueReport(groups=1, written=2, sampled=8) + RescueReport(groups=2, accepted=3)
     assert total == RescueReport(groups=3, written=2, sampled=8, accepted=3)
+
+
+# ---- asked again ----
+
+LEAK, GOOD = "<hint>The answer is A</hint>", "<hint>look left</hint>"
+
+
+class Scripted(ScriptedVLM):
+    """A teacher that says a text after another to each question; `law` lists how it was asked."""
+
+    def __init__(self, *texts):
+        super().__init__(lambda prompt, nth: texts[min(nth, len(texts) - 1)])
+        self.law = []
+
+    def sample(self, prompts, *, temperature, seeds=None, **settings):
+        self.law.append((temperature, seeds))
+        return super().sample(prompts, temperature=temperature, seeds=seeds, **settings)
+
+
+@pytest.mark.parametrize(
+    ("texts", "retries", "asked", "hint"),
+    [
+        ((GOOD,), 2, 1, "look left"),
+        ((LEAK, GOOD), 2, 2, "look left"),
+        (("no tags", "<hint>never closed", GOOD), 2, 3, "look left"),
+        ((LEAK, LEAK, LEAK, GOOD), 2, 3, None),
+        ((LEAK, LEAK, LEAK, GOOD), 3, 4, "look left"),
+        ((LEAK, GOOD), 0, 1, None),
+    ],
+)
+def test_an_unusable_hint_is_asked_for_again_so_many_times(texts, retries, asked, hint):
+    helper, policy, hints = Scripted(*texts), solver(), {}
+    config = replace(CONFIG, hint_retries=retries, hint_temperature=0.6)
+    _, report = rescue([failed_group("a")], policy, helper, config, hints, stream=(4, 0))
+    assert hints == {"a": hint} and bool(policy.seen) == (hint is not None)
+    assert (report.written, report.retried, report.unhinted) == (1, asked - 1, hint is None)
+    assert [temperature for temperature, _ in helper.law] == [0.0, *[0.6] * (asked - 1)]
+    _, again = rescue([failed_group("a")], solver(), helper, config, hints, stream=(5, 0))
+    assert len(helper.law) == asked and (again.written, again.retried) == (0, 0)
+    assert again.unhinted == (hint is None)
+
+
+def test_only_the_questions_without_a_hint_are_asked_about_again():
+    helper = ScriptedVLM(lambda prompt, nth: GOOD if "fine" in prompt or nth else LEAK)
+    hints = {}
+    _, report = rescue([failed_group("fine"), failed_group("b")], solver(), helper, CONFIG, hints)
+    assert [("question b?" in prompt) for prompt in helper.seen] == [False, True, True]
+    assert hints == {"fine": "look left", "b": "look left"}
+    assert (report.written, report.retried, report.unhinted) == (2, 1, 0)
+
+
+def test_random_numbers_of_a_second_hint_go_by_seed_step_and_question():
+    def seeds(names, stream=(3, 0), seed=0):
+        helper = Scripted(LEAK)
+        config = replace(CONFIG, seed=seed, rollout_batch=2)
+        rescue([failed_group(name) for name in names], solver(), helper, config, {}, stream)
+        drawn = [numbers for _, numbers in helper.law if numbers is not None]
+        flat = [number for numbers in drawn for number in numbers]
+        return {name: flat[place :: len(names)] for place, name in enumerate(names)}
+
+    alone, beside = seeds("a"), seeds("xyaz")
+    assert alone["a"] == beside["a"] and len(set(alone["a"])) == 2  # one for each retry
+    assert alone["a"] != beside["x"]
+    assert alone["a"] != seeds("a", stream=(4, 0))["a"] and alone["a"] != seeds("a", seed=1)["a"]
+
+
+@pytest.mark.parametrize("part", ["<|im_end|>", "<|im_start|>user", "a <|image_pad|> b"])
+def test_a_hint_with_control_tokens_is_unusable(part):
+    tokenizer = build_tokenizer()
+    control = control_tokens(tokenizer)
+    for filtered in (True, False):
+        config = replace(CONFIG, leak_filter=filtered)
+        assert not usable(f"look {part}", example("a"), config, control)
+        assert usable("look <|im_en", example("a"), config, control)
+    assert not control & {"<think>", "<hint>"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"hint_retries": -1}, "hint_retries=-1"), ({"hint_temperature": 0.0}, "hint_temperature=0")],
+)
+def test_settings_of_a_second_hint_are_checked(settings, said):
+    with pytest.raises(KepoConfigError, match=said):
+        check_settings(replace(CONFIG, student="s", train_data="d", **settings))
