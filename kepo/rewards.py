@@ -8,7 +8,10 @@ letter.
 from __future__ import annotations
 
 import math
+import numbers
+import reprlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from kepo.errors import KepoRewardError
 
@@ -22,12 +25,16 @@ def accuracy(text: str, answer: str) -> float:
 
 def format(text: str, answer: str) -> float:
     """1.0 if ``text`` is ``<think>...</think><answer>X</answer>`` and nothing around it, else
-    0.0."""
+    0.0.
+
+    There must be something to read between the tags of the first block: spaces, or characters that
+    show nothing, are no reasoning.
+    """
     parts = _split(text)
     if parts is None or _letter(parts[2]) is None:
         return 0.0
     before, reasoning, _ = parts
-    return float(before == "" and reasoning is not None)
+    return float(before == "" and reasoning is not None and _is_readable(reasoning))
 
 
 REWARDS: dict[str, Reward] = {"accuracy": accuracy, "format": format}
@@ -47,8 +54,10 @@ def parse_answer(text: str) -> str | None:
 def score(names: Sequence[str], text: str, answer: str, example_id: str) -> dict[str, float]:
     """Every reward of ``names`` for one completion.
 
-    Raises KepoRewardError, which names reward and example, if one fails or returns anything but a
-    finite number: a made-up reward would train the model on nonsense in silence.
+    A number is a Python, NumPy or torch one, a bool among them, or an array or tensor without
+    dimensions. Raises KepoRewardError, which names reward and example, if a reward fails or returns
+    anything else, None, NaN and infinities included: a made-up reward would train the model on
+    nonsense in silence.
     """
     scores = {}
     for name in names:
@@ -58,14 +67,30 @@ def score(names: Sequence[str], text: str, answer: str, example_id: str) -> dict
             raise KepoRewardError(
                 f"reward {name!r} raised {type(error).__name__} on example {example_id!r}: {error}"
             ) from error
-        good = isinstance(value, (int, float)) and math.isfinite(value)
-        if not good:
+        number = _number(value)
+        if number is None:
+            shown = " ".join(reprlib.repr(value).split())
             raise KepoRewardError(
-                f"reward {name!r} returned {value!r} on example {example_id!r}; expected a finite "
-                "number"
+                f"reward {name!r} returned {shown} on example {example_id!r}; expected a finite "
+                "number, one for each completion"
             )
-        scores[name] = float(value)
+        scores[name] = number
     return scores
+
+
+def _number(value: Any) -> float | None:
+    """``value`` as a float; None if it is not one finite number."""
+    if hasattr(value, "shape"):  # of NumPy or torch
+        if tuple(value.shape) != ():
+            return None
+        value = value.item()
+    if not isinstance(value, numbers.Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond all floats
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _split(text: str) -> tuple[str, str | None, str] | None:
@@ -88,5 +113,15 @@ def _split(text: str) -> tuple[str, str | None, str] | None:
 
 
 def _letter(content: str) -> str | None:
-    letter = content.strip().removesuffix(".").upper()
-    return letter if len(letter) == 1 and letter.isascii() and letter.isalpha() else None
+    letter = content.strip().removesuffix(".")
+    # Judged before it is made a capital: "ı" and "ſ" become I and S by that.
+    good = len(letter) == 1 and letter.isascii() and letter.isalpha()
+    return letter.upper() if good else None
+
+
+def _is_readable(text: str) -> bool:
+    """Whether there is a character to be seen in it."""
+    return any(c.isprintable() and not c.isspace() and c not in _BLANKS for c in text)
+
+
+_BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # printable by their category, and empty
