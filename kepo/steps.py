@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -9,18 +13,32 @@ from torch import Tensor
 
 from kepo_kernels import sod_weights
 
+_CLOSING_TAG = re.compile(r"</[^<>\s]*>")
+
 
 def step_numbers(tokenizer: Any, completion_ids: Tensor) -> Tensor:
     """(B, T) token ids -> (B, T) int64 number of the step that each token belongs to, from 0.
 
-    A step ends with a token that has a line break in it, or that closes a tag (``</think>``).
+    A step ends with a token that has a line break in it, or in which a closing tag (``</think>``)
+    comes to its end: the tag may be one token or several, and share them with its neighbours, as
+    in ``.</``, ``think``, ``><``.
     """
     ids = completion_ids.cpu()
-    kinds, places = ids.unique(return_inverse=True)
-    texts = [tokenizer.decode([token]) for token in kinds.tolist()]
-    closes = ["\n" in text or (text.startswith("</") and text.endswith(">")) for text in texts]
-    ends = torch.tensor(closes, dtype=torch.int64)[places].reshape(ids.shape)
+    # Tokens are decoded one by one. What a tokenizer makes of part of a character is no ASCII, so
+    # line breaks and tags are the same as in the text that is decoded as a whole.
+    texts = {token: tokenizer.decode([token]) for token in ids.unique().tolist()}
+    ends = torch.zeros(ids.shape, dtype=torch.int64)
+    for row, tokens in zip(ends, ids.tolist(), strict=True):
+        row[_last_tokens([texts[token] for token in tokens])] = 1
     return (ends.cumsum(-1) - ends).to(completion_ids.device)
+
+
+def _last_tokens(texts: Sequence[str]) -> list[int]:
+    """Places of the tokens, given by their texts, that end a step."""
+    ends = list(accumulate(map(len, texts)))  # of each token, in the text
+    broken = [place for place, text in enumerate(texts) if "\n" in text]
+    tags = _CLOSING_TAG.finditer("".join(texts))
+    return [*broken, *(bisect_left(ends, tag.end()) for tag in tags)]
 
 
 def drift_weights(

@@ -37,7 +37,8 @@ def config_of(made: Path, run_dir: Path, *layers: str, **settings: object) -> Co
 
 @contextmanager
 def rigged():
-    """An untrained model neither answers nor writes hints: one text in four is right, any a hint.
+    """An untrained model neither answers nor writes hints: one text in four is right, one in three
+    no hint.
 
     One thread, so that the bits are the same in whichever process.
     """
@@ -48,7 +49,11 @@ def rigged():
             "accuracy",
             lambda text, answer: float(zlib.crc32(text.encode()) % 4 == 1),
         )
-        patch.setattr(hints, "parse_hint", lambda text: text[:9] or None)
+        patch.setattr(
+            hints,
+            "parse_hint",
+            lambda text: text[:9] or None if zlib.crc32(text.encode()) % 3 else None,
+        )
         torch.set_num_threads(1)
         yield
     torch.set_num_threads(threads)
