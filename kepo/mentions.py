@@ -45,7 +45,7 @@ _NAMED_BEFORE = words_of(
     "grade stage class category level phase part point points region regions zone area "
     "segment line lines plane panel panels figure fig image arrow label labelled labeled "
     "marked slice row column series factor protein antigen kerley stanford weber pugh plan "
-    "view lead ring schatzki wave patient case"
+    "view lead ring schatzki wave patient case exhibit appendix"
 )
 _NAMED_AFTER = words_of(
     "cell cells line lines lymphoma lymphocyte lymphocytes mode scan scans virus wave waves "
