@@ -18,7 +18,8 @@ It states none where it
 - has a letter or an everyday word in another sense: the article "A", vitamin B, B cells,
   C. difficile, 37 °C; "there is no fluid", "the right answer".
 
-It goes by words: an answer told in other words than the option's own passes.
+It goes by words, and its phrases are English. An answer told in other words than the option's own
+passes.
 """
 
 from __future__ import annotations

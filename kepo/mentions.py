@@ -31,6 +31,7 @@ ORDINALS = (
 OPTION_NOUNS = words_of("option choice alternative possibility candidate answer item")
 
 _WORD = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+|[+%]+")
+_IDEOGRAPH = re.compile("([\u1100-\u11ff\u2e80-\u9fff])")
 _EMPHASIS = re.compile(r"</?(?:b|i|u|s|p|em|strong|code|span)>", re.IGNORECASE | re.ASCII)
 _CONTRACTED = re.compile(r"n['’]t\b", re.IGNORECASE | re.ASCII)
 _ARTICLES = frozenset(("a", "an", "the"))
@@ -107,6 +108,7 @@ def read(text: str) -> Words:
     if "</" in plain:
         plain = _EMPHASIS.sub("", plain)
     plain = _CONTRACTED.sub(" not", plain)
+    plain = _IDEOGRAPH.sub(r" \1 ", plain)  # each is a word: no space parts it from a letter
     found = list(_WORD.finditer(plain))
     starts = [0, *(match.end() for match in found)]
     ends = [*(match.start() for match in found), len(plain)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from kepo.data import LETTERS, Example
-from kepo.leaks import states_answer as states_answer
+from kepo.leaks import states_answer as states_answer  # importable from here, too
 
 ANSWER_INSTRUCTION = "Reply as <think>reasoning</think><answer>letter</answer>."
 HINT_INSTRUCTION = "Give a short hint as <hint>hint</hint>."

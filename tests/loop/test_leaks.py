@@ -128,6 +128,22 @@ def test_what_stands_between_the_words_of_an_option_does_not_hide_it(gap):
         assert states_answer(hint, QUESTIONS["lung"])
 
 
+@pytest.mark.parametrize(
+    ("hint", "leaks"),
+    [
+        ("Die Antwort ist B", True),
+        ("\u7b54\u6848\u662fB\u3002", True),  # Chinese, without spaces: the answer is B
+        ("\u8fd9\u662f\u6b63\u5e38\u80ba", True),  # the option's words
+        ("\u770b\u80ba", False),
+        ("Regarde \u00e0 gauche", False),
+        ("\u24b7", True),
+    ],
+)
+def test_letters_and_words_are_found_in_other_languages_too(hint, leaks):
+    options = ("\u80ba\u708e", "\u6b63\u5e38\u80ba", "x")
+    assert states_answer(hint, replace(QUESTIONS["lung"], options=options, answer="B")) == leaks
+
+
 def test_a_word_that_only_holds_an_option_is_another_word():
     asked = replace(QUESTIONS["lung"], options=("ray", "lung"), answer="B")
     for hint in ("lungfish", "prolung", "the lung2 file"):
