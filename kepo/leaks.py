@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kepo.example import LETTERS, Example
-from kepo.mentions import Mention, Words, closes, is_name, mentions, number, read, words_of
+from kepo.mentions import LISTS, Mention, Words, closes, is_name, mentions, number, read, words_of
 
 _WINDOW = 6
 """Words on either side that are read."""
@@ -52,7 +52,7 @@ _RIGHT = words_of("right correct best better answer true it one solution likelie
 _COPULAS = words_of("is s be was are being becomes")
 _ANSWERS = words_of(
     "it this that answer one option choice solution letter what correct right diagnosis "
-    "image picture scan here"
+    "image picture scan here statement"
 )
 _CHOOSES = words_of(
     "choose pick select take mark tick say answer solution correct right want suggest "
@@ -261,7 +261,7 @@ def _is_result(text: Words, place: int) -> bool:
         return True
     if following[:1] == ("is",) and set(following[1:4]) & (_RESULTS | {"right", "correct"}):
         return not set(following) & _OPERANDS - {"right"}
-    if set(following) & {"options", "choices", "answers", "list"}:
+    if set(following) & LISTS:
         return True
     if set(following[:2]) & _TOTALS and not set(text.gaps[place + 1]) & _CLAUSE:
         return True

@@ -29,10 +29,12 @@ ORDINALS = (
     "tenth",
 )
 OPTION_NOUNS = words_of("option choice alternative possibility candidate answer item")
+LISTS = words_of("options choices answers list")
 
 _WORD = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+|[+%]+")
 _IDEOGRAPH = re.compile("([\u1100-\u11ff\u2e80-\u9fff])")
 _EMPHASIS = re.compile(r"</?(?:b|i|u|s|p|em|strong|code|span)>", re.IGNORECASE | re.ASCII)
+_PERCENT = re.compile(r"\bper ?cent\b", re.IGNORECASE | re.ASCII)
 _CONTRACTED = re.compile(r"n['’]t\b", re.IGNORECASE | re.ASCII)
 _ARTICLES = frozenset(("a", "an", "the"))
 _ROMAN = ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix", "x")
@@ -107,7 +109,7 @@ def read(text: str) -> Words:
     plain = "".join(c for c in plain if unicodedata.category(c) not in ("Mn", "Cf"))
     if "</" in plain:
         plain = _EMPHASIS.sub("", plain)
-    plain = _CONTRACTED.sub(" not", plain)
+    plain = _PERCENT.sub("%", _CONTRACTED.sub(" not", plain))
     plain = _IDEOGRAPH.sub(r" \1 ", plain)  # each is a word: no space parts it from a letter
     found = list(_WORD.finditer(plain))
     starts = [0, *(match.end() for match in found)]
@@ -260,16 +262,15 @@ def _by_place(text: Words, count: int) -> Iterator[Mention]:
                 turned = ordinal if text.at(place + 3) == "top" else count - 1 - ordinal
                 yield Mention(place, place + 4, turned, True)
             elif following in ("of", "in", "on") and text.at(place + 2) in _THE:
-                listed = {"options", "choices", "answers", "list"} & set(
-                    text.words[place + 3 : place + 6]
-                )
-                yield Mention(place, min(place + 4, len(text)), ordinal, bool(listed))
+                listed = not LISTS.isdisjoint(text.words[place + 3 : place + 6])
+                yield Mention(place, min(place + 4, len(text)), ordinal, listed)
             elif following in _LISTED and text.at(place + 2) in OPTION_NOUNS:
                 yield Mention(place, place + 3, ordinal, True)
             elif text.at(place - 1) == "listed":
                 yield Mention(place, place + 1, ordinal, True)
             elif following == "one":
-                yield Mention(place, place + 2, ordinal, False)
+                listed = not LISTS.isdisjoint(text.words[place + 2 : place + 5])
+                yield Mention(place, place + 2, ordinal, listed)
             elif closes(text, place) or following in ("is", "fits", "must", "looks", "seems"):
                 yield Mention(place, place + 1, ordinal, False)
         elif word in ("former", "latter") and count == 2 and closes(text, place):

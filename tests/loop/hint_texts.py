@@ -19,6 +19,7 @@ QUESTIONS = {
         ("count", ("1", "2", "3", "4"), "B"),
         ("virus", ("Hepatitis A", "Hepatitis B", "Hepatitis C"), "B"),
         ("size", ("2.5 cm", "25 cm", "5 mm", "50%"), "A"),
+        ("claim", ("True", "False"), "B"),
         ("eye", ("Papilloedema.", "Sjögren's syndrome", "Normal", "None of the above"), "B"),
     )
 }
@@ -168,6 +169,9 @@ LEAKS = [
     ("sum", "option four"),
     ("sum", "It's the final choice"),
     ("cyst", "It is the latter"),
+    ("lung", "2nd one on the list"),
+    ("claim", "The statement is false."),
+    ("size", "the answer is 50 percent"),
     # the text
     *(
         ("lung", text)
