@@ -134,17 +134,18 @@ def _ranges(config: Config) -> None:
     bound("num_generations", lambda x: x >= 2, "at least 2: advantages are relative to a group")
     bound(
         "warmup_steps weight_decay kl_coef policy_coef distill_coef eval_every epsilon_high "
-        "max_skipped_steps seed dynamic_sampling overlong_buffer log_completions_every lora_rank "
-        "hint_retries",
+        "max_skipped_steps seed dynamic_sampling overlong_buffer log_completions_every lora_rank",
         lambda x: x >= 0,
         "a number >= 0",
     )
     bound(
         "lr max_grad_norm sampling_temperature temperature hinted_cap hinted_gamma "
-        "sampler_cap lora_alpha hint_temperature",
+        "sampler_cap lora_alpha",
         lambda x: x > 0,
         "a number > 0",
     )
+    bound("hint_retries", lambda x: x >= 0, "a number >= 0")
+    bound("hint_temperature", lambda x: x > 0, "a number > 0: the first hint is the greedy one")
     bound("top_p vllm_memory", lambda x: 0 < x <= 1, "a number in (0, 1]")
     bound("eval_share", lambda x: 0 <= x < 1, "a number in [0, 1)")
     bound("beta epsilon_low lr_end data_fraction", lambda x: 0 <= x <= 1, "a number in [0, 1]")
