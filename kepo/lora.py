@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from kepo.config import Config
-from kepo.errors import KepoCheckpointError, KepoConfigError
-from kepo.weights import check_adapter_file, check_adapters
+from kepo.errors import KepoConfigError
+from kepo.weights import with_saved_adapters
 
 TARGETS = r".*language_model\.layers\..*_proj"
 """Every linear layer of the language model: not the head, which the losses read as one matrix, and
@@ -32,14 +32,7 @@ def with_adapters(model: Any, config: Config, saved: Path | None = None) -> Any:
         ) from error
 
     if saved is not None:
-        check_adapter_file(saved)
-        try:
-            wrapped = peft.PeftModel.from_pretrained(model, saved, is_trainable=True)
-        except Exception as error:  # of broken files its readers raise anything
-            said = " ".join(str(error).split())
-            raise KepoCheckpointError(f"{saved}: its adapters cannot be loaded: {said}") from error
-        check_adapters(saved, wrapped)
-        return wrapped
+        return with_saved_adapters(peft, model, saved, is_trainable=True)
     settings = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,

@@ -5,6 +5,7 @@ Only safetensors are read, and no code that a folder brings is run.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ def read_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
     from transformers import AutoModelForImageTextToText
 
     read_config(path)
+    if (base := base_of(path)) is not None:
+        return _adapted(path, read_model(base, dtype, **settings))
     weights.check_files(path)
     try:
         model, found = AutoModelForImageTextToText.from_pretrained(
@@ -72,13 +75,8 @@ def read_config(path: str | Path) -> Any:
     without_broken_torchvision()
     from transformers import AutoConfig
 
-    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").exists():
-        raise KepoCheckpointError(
-            f"VLM.load: {path} holds adapters and not a whole model; merge them into the model "
-            "they were trained on (peft's merge_and_unload), save that, and give its folder"
-        )
     try:
-        config = AutoConfig.from_pretrained(path, **NO_CODE)
+        config = AutoConfig.from_pretrained(base_of(path) or path, **NO_CODE)
     except Exception as error:
         raise _unreadable(path, error) from error
     if getattr(config, "image_token_id", None) is None:
@@ -116,7 +114,7 @@ def encoder_of(path: str | Path, config: Any) -> Encoder:
             raise KepoCheckpointError(f"VLM.load: the tokenizer has no {name}; set it and save")
     conventions.check_template(tokenizer, config.image_token_id)
     conventions.check_pictures(image_processor, config)
-    ends = conventions.end_ids(path, tokenizer, config)
+    ends = conventions.end_ids(base_of(path) or path, tokenizer, config)
     return Encoder(
         tokenizer,
         image_processor,
@@ -128,11 +126,38 @@ def encoder_of(path: str | Path, config: Any) -> Encoder:
     )
 
 
+def base_of(path: str | Path) -> str | None:
+    """The model that a folder of adapters belongs to; None for a whole model."""
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file() or (Path(path) / "config.json").exists():
+        return None
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        assert isinstance(base, str) and base
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise KepoCheckpointError(
+            f"VLM.load: {file} does not say whose adapters they are: {error!r}; expected "
+            "base_model_name_or_path"
+        ) from error
+    return base
+
+
 def own_progress_only() -> None:
     """Keep transformers' bars for loading and saving out from between the lines of ours."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def _adapted(path: str | Path, model: Any) -> Any:
+    """The model with the adapters of a folder in it."""
+    try:
+        import peft
+    except ImportError as error:
+        raise KepoConfigError(
+            f"{path} holds adapters, which need peft; pip install 'kepo[lora]'"
+        ) from error
+    return weights.with_saved_adapters(peft, model, Path(path)).get_base_model()
 
 
 def _image_processor(path: str | Path) -> Any:

@@ -48,10 +48,18 @@ def check_files(path: str | Path) -> None:
         )
 
 
-def check_adapter_file(folder: Path) -> None:
-    """Raises KepoCheckpointError if a folder of adapters has no safetensors."""
+def with_saved_adapters(peft: Any, model: Any, folder: Path, **settings: Any) -> Any:
+    """peft's wrapper around a model with the adapters that a folder holds, which are put into the
+    model in place. Raises KepoCheckpointError if they are not in safetensors or do not fit."""
     if not (folder / ADAPTERS).is_file():
         raise _without(folder, ADAPTERS, "as peft writes it")
+    try:
+        wrapped = peft.PeftModel.from_pretrained(model, folder, **settings)
+    except Exception as error:  # of broken files its readers raise anything
+        said = " ".join(str(error).split())
+        raise KepoCheckpointError(f"{folder}: its adapters cannot be loaded: {said}") from error
+    _check_adapters(folder, wrapped)
+    return wrapped
 
 
 def check_loaded(path: str | Path, found: Mapping[str, Any]) -> None:
@@ -88,9 +96,8 @@ def check_values(path: str | Path, model: Any) -> None:
         )
 
 
-def check_adapters(folder: Path, wrapped: Any) -> None:
-    """Raises KepoCheckpointError unless a folder's tensors are those of peft's wrapper, by name and
-    shape, and finite."""
+def _check_adapters(folder: Path, wrapped: Any) -> None:
+    """A folder's tensors must be those of peft's wrapper, by name and shape, and finite."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 

@@ -139,10 +139,12 @@ def test_the_law_is_the_one_asked_for(made, images):
     ((_, params),) = engine._llm.asked
     assert (params.temperature, params.top_p, params.top_k) == (0.9, 0.8, 0)
     assert (params.n, params.max_tokens, params.logprobs) == (1, 6, 0)
-    assert params.stop_token_ids == [made.end]
+    assert params.stop_token_ids == [made.end, made.vlm.tokenizer.pad_token_id]
     assert params.logit_bias == dict.fromkeys(made.vlm.never_sampled(), -100.0)
     assert engine._llm.settings["logprobs_mode"] == "processed_logprobs"
     assert engine._llm.settings["generation_config"] == "vllm"
+    assert engine._llm.settings["trust_remote_code"] is False
+    assert engine._llm.settings["load_format"] == "safetensors"
     assert engine.in_step is False
 
 
