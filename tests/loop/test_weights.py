@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from folders import change_json, change_text_config, change_weights
 from safetensors.torch import load_file, save_file
 from small import config_of
 
@@ -24,17 +25,6 @@ UP = "model.language_model.layers.0.mlp.up_proj.weight"
 @pytest.fixture
 def folder(tinies, tmp_path) -> Path:
     return Path(shutil.copytree(tinies / "qwen3", tmp_path / "model"))
-
-
-def change(file: Path, edit) -> None:
-    """Let ``edit`` change the tensors of a file, in place."""
-    tensors = load_file(file)
-    edit(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-def change_json(file: Path, **settings) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
 
 def in_shards(folder: Path) -> Path:
@@ -79,18 +69,22 @@ def test_missing_tensors_are_counted_and_the_first_is_named(folder):
         for name in gone:
             del tensors[name]
 
-    change(folder / "model.safetensors", edit)
+    change_weights(folder / "model.safetensors", edit)
     text = refused(folder)
     assert f"lacks {len(gone)} of the model's tensors, first {gone[0]}" in text and len(gone) > 5
 
 
 def test_tensors_that_are_not_the_models_are_refused(folder):
-    change(folder / "model.safetensors", lambda tensors: tensors.update(stray=torch.ones(2)))
+    change_weights(
+        folder / "model.safetensors", lambda tensors: tensors.update(stray=torch.ones(2))
+    )
     assert "has 1 tensors that are not the model's, first stray" in refused(folder)
 
 
 def test_a_tensor_of_another_shape_is_refused_with_both_shapes(folder):
-    change(folder / "model.safetensors", lambda tensors: tensors.update({UP: torch.ones(2, 2)}))
+    change_weights(
+        folder / "model.safetensors", lambda tensors: tensors.update({UP: torch.ones(2, 2)})
+    )
     assert f"1 tensors have other shapes than config.json says, first {UP}: (2, 2)" in refused(
         folder
     )
@@ -98,7 +92,7 @@ def test_a_tensor_of_another_shape_is_refused_with_both_shapes(folder):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_refused(folder, value):
-    change(folder / "model.safetensors", lambda tensors: tensors[UP][3].fill_(value))
+    change_weights(folder / "model.safetensors", lambda tensors: tensors[UP][3].fill_(value))
     assert f"1 tensors have values that are not finite, first {UP}" in refused(folder)
 
 
@@ -111,12 +105,8 @@ def test_a_head_of_its_own_beside_a_config_that_ties_it_is_refused(tinies, folde
 
 def test_a_tied_model_whose_config_forgot_it_lacks_its_head(tinies, tmp_path):
     folder = Path(shutil.copytree(tinies / "qwen3-tied", tmp_path / "model"))
-    text = json.loads((folder / "config.json").read_text())["text_config"]
-    change_json(
-        folder / "config.json",
-        tie_word_embeddings=False,
-        text_config=text | {"tie_word_embeddings": False},
-    )
+    change_text_config(folder, tie_word_embeddings=False)
+    change_json(folder / "config.json", tie_word_embeddings=False)
     assert "lacks 1 of the model's tensors, first lm_head.weight" in refused(folder)
 
 
@@ -139,7 +129,10 @@ def test_shards_are_read_as_one_file_is(tinies, folder):
         (lambda index: index.write_text("[]"), "cannot be read"),
         (lambda index: index.write_text('{"weight_map": {"a": "../model-1.safetensors"}}'), "own"),
         (lambda index: index.write_text('{"weight_map": {"a": "x.bin"}}'), "only .*safetensors"),
-        (lambda index: change(index.with_name("model-1.safetensors"), dict.popitem), "lacks 1 of"),
+        (
+            lambda index: change_weights(index.with_name("model-1.safetensors"), dict.popitem),
+            "lacks 1 of",
+        ),
     ],
 )
 def test_an_index_must_name_what_is_there(folder, spoil, says):
@@ -195,9 +188,8 @@ def test_code_of_a_model_is_not_run(folder, tmp_path):
 
 
 def test_a_config_that_is_nonsense_is_refused(folder):
-    text = json.loads((folder / "config.json").read_text())["text_config"]
     for odd in ({"hidden_size": "wide"}, {"num_attention_heads": 0}):
-        change_json(folder / "config.json", text_config=text | odd)
+        change_text_config(folder, **odd)
         assert "cannot load a vision-language model" in refused(folder)
 
 
@@ -244,7 +236,7 @@ def test_saved_adapters_are_loaded_with_the_model_they_belong_to(tinies, adapter
     ],
 )
 def test_adapters_must_be_whole_too(tinies, adapters, tmp_path, edit, says):
-    change(adapters / "adapter_model.safetensors", edit)
+    change_weights(adapters / "adapter_model.safetensors", edit)
     for load in (
         lambda: VLM.load(adapters),
         lambda: load_policy(adapted_config(tinies, tmp_path), CPU, adapters),
