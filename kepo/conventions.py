@@ -37,18 +37,15 @@ def end_ids(path: str | Path, tokenizer: Any, config: Any) -> tuple[int, ...]:
     stated = [*_as_ids(_generation_eos(path, config)), tokenizer.eos_token_id]
     ends = [token for token in stated if token in known]
     closing = _closing_token(tokenizer)
-    if closing is not None and closing in {*ends, *tokenizer.all_special_ids}:
-        ends.insert(0, closing)
-    else:
-        ends.insert(0, tokenizer.eos_token_id)
-    return tuple(dict.fromkeys(ends))
+    if closing not in {*ends, *_special(tokenizer)}:
+        closing = tokenizer.eos_token_id
+    return tuple(dict.fromkeys([closing, *ends]))
 
 
 def control_ids(tokenizer: Any, config: Any, ends: Iterable[int]) -> frozenset[int]:
     """Tokens that are no text: ends, padding, what stands for images, and all special tokens but
     tags (``<think>``), which are part of an answer whatever the tokenizer calls them."""
     added = tokenizer.added_tokens_decoder
-    special = {token for token, what in added.items() if what.special}
     roles = set(_as_ids([tokenizer.convert_tokens_to_ids(t) for t in _roles(tokenizer)]))
     tags = {
         token
@@ -56,7 +53,7 @@ def control_ids(tokenizer: Any, config: Any, ends: Iterable[int]) -> frozenset[i
         if _TAG.fullmatch(what.content) and token not in roles
     }
     vision = {getattr(config, name, None) for name in VISION_TOKENS} - {None}
-    return frozenset((special | roles) - tags | set(ends) | vision)
+    return frozenset((_special(tokenizer) | roles) - tags | set(ends) | vision)
 
 
 def opened_by(tokenizer: Any) -> str:
@@ -107,6 +104,11 @@ def check_head(model: Any, tokenizer: Any) -> None:
                 f"{rows} rows; expected a row for every token: call "
                 "model.resize_token_embeddings(...) and save, or take the tokenizer it came with"
             )
+    if largest >= len(tokenizer):
+        raise KepoCheckpointError(
+            f"VLM.load: the tokenizer has {len(tokenizer)} tokens and ids up to {largest}; "
+            "expected ids without holes, as rows of the head beyond them are never sampled"
+        )
     if getattr(head, "bias", None) is not None:
         raise KepoCheckpointError(
             "VLM.load: the model's head has a bias, which the losses would leave out; expected a "
@@ -248,6 +250,10 @@ def _generation_eos(path: str | Path, config: Any) -> Any:
 def _as_ids(given: Any) -> list[int]:
     several = given if isinstance(given, list | tuple) else [given]
     return [token for token in several if isinstance(token, int)]
+
+
+def _special(tokenizer: Any) -> set[int]:
+    return {token for token, what in tokenizer.added_tokens_decoder.items() if what.special}
 
 
 def _roles(tokenizer: Any) -> list[str]:

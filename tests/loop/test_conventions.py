@@ -190,6 +190,9 @@ def test_a_worked_answer_ends_as_the_template_ends_it(folder):
     assert vlm.tokenizer.eos_token == "<|endoftext|>"
     ids, _ = vlm.encode_completions(["a"])
     assert ids[0, -1] == token(vlm, "<|im_end|>") == vlm.encoder.end_ids[0]
+    (folder / "generation_config.json").unlink()
+    ends = [token(vlm, "<|im_end|>"), token(vlm, "<|endoftext|>")]
+    assert list(VLM.load(folder).encoder.end_ids) == ends
 
 
 def test_a_pad_that_is_the_end_is_both(folder):

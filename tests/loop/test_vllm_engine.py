@@ -333,6 +333,17 @@ def test_an_odd_end_is_an_error(made, images, monkeypatch, answer):
         engine.sample([Prompt("Which?", images[0])], seeds=[1], **SETTINGS)
 
 
+def test_every_end_token_is_an_end(made, images, monkeypatch):
+    engine = made.engine()
+    for end in made.vlm.encoder.end_ids:
+        answer = ([5, 6, end], [-1.0, -1.0, -1.0], "stop")
+        monkeypatch.setattr(fake_vllm.LLM, "answer", staticmethod(lambda *_, a=answer: a))
+        with engine.ready():
+            drawn = engine.sample([Prompt("Which?", images[0])], seeds=[1], **SETTINGS)
+        assert tokens(drawn) == [[5, 6, end]]
+    assert not set(made.vlm.encoder.end_ids) & set(engine._biases)
+
+
 @pytest.mark.parametrize("fault", ["shuffled", "one lost"])
 def test_answers_to_other_prompts_are_an_error(made, images, monkeypatch, fault):
     whole = fake_vllm.LLM.generate

@@ -166,7 +166,8 @@ def test_only_safetensors_are_read(folder):
 # ---- code ----
 
 
-def test_code_of_a_model_is_not_run(folder, tmp_path):
+def test_code_of_a_model_is_not_run_and_not_asked_about(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
     ran = tmp_path / "ran"
     (folder / "own.py").write_text(
         f"open({str(ran)!r}, 'w')\n"
