@@ -217,7 +217,8 @@ class Encoder:
 
         Raises ValueError, the image processor's, for a shape that it refuses.
         """
-        count = self.image_processor.get_number_of_image_patches(height, width)
+        none: dict[str, Any] = {}  # of its settings are changed; transformers 5.5 wants to be told
+        count = self.image_processor.get_number_of_image_patches(height, width, none)
         return count // self.image_processor.merge_size**2
 
     def text_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
