@@ -20,7 +20,7 @@ from kepo.engine import Engine
 from kepo.errors import KepoConfigError
 from kepo.lora import with_adapters
 from kepo.parallel import by_first, is_first, world_size
-from kepo.reading import NO_CODE, blank_model, load_encoder, read_model
+from kepo.reading import NO_CODE, base_of, blank_model, load_encoder, read_model
 from kepo.vlm import VLM
 
 Prepare = Callable[[Any], Any]
@@ -30,6 +30,11 @@ Prepare = Callable[[Any], Any]
 def load_policy(config: Config, device: torch.device, saved: Path | None = None) -> VLM:
     """The student to train: ``config.student``, or what it has become in ``saved``, the policy
     folder of a checkpoint. All processes call."""
+    if base_of(config.student) is not None:
+        raise KepoConfigError(
+            f"student={config.student!r} holds adapters and not a whole model; merge them into "
+            "their model (peft's merge_and_unload), save that, and give its folder"
+        )
     adapters = config.lora_rank > 0
     compute = getattr(torch, config.dtype)
 

@@ -67,6 +67,9 @@ def blank_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
         config = read_config(path)
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, **NO_CODE, **settings)
     model.to_empty(device="cpu").tie_weights()
+    if base_of(path) is not None:
+        peft = _peft(path)
+        model = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(path)).get_base_model()
     return model
 
 
@@ -75,14 +78,20 @@ def read_config(path: str | Path) -> Any:
     without_broken_torchvision()
     from transformers import AutoConfig
 
+    whole = base_of(path) or path
     try:
-        config = AutoConfig.from_pretrained(base_of(path) or path, **NO_CODE)
+        config = AutoConfig.from_pretrained(whole, **NO_CODE)
     except Exception as error:
         raise _unreadable(path, error) from error
     if getattr(config, "image_token_id", None) is None:
         raise KepoCheckpointError(
             f"VLM.load: {type(config).__name__} has no image_token_id; expected the config of a "
             "Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
+        )
+    if (other := getattr(config, "transformers_weights", None)) is not None:
+        raise KepoCheckpointError(
+            f"VLM.load: config.json of {path} says transformers_weights={other!r}; expected it "
+            f"left out: weights are read from {weights.WHOLE}, or the files of its index"
         )
     conventions.check_positions(config)
     return config
@@ -127,18 +136,22 @@ def encoder_of(path: str | Path, config: Any) -> Encoder:
 
 
 def base_of(path: str | Path) -> str | None:
-    """The model that a folder of adapters belongs to; None for a whole model."""
+    """The model that a folder of adapters belongs to; None for a whole model.
+
+    Raises KepoCheckpointError if the folder does not name one, or names adapters again.
+    """
     file = Path(path) / "adapter_config.json"
-    if not file.is_file() or (Path(path) / "config.json").exists():
+    if not file.is_file():
         return None
     try:
         base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        assert isinstance(base, str) and base
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise KepoCheckpointError(f"VLM.load: {file} cannot be read: {error!r}") from error
+    if not isinstance(base, str) or not base or (Path(base) / "adapter_config.json").is_file():
         raise KepoCheckpointError(
-            f"VLM.load: {file} does not say whose adapters they are: {error!r}; expected "
-            "base_model_name_or_path"
-        ) from error
+            f"VLM.load: {file} says base_model_name_or_path={base!r}; expected the folder or Hub "
+            "name of the whole model whose adapters they are"
+        )
     return base
 
 
@@ -151,13 +164,17 @@ def own_progress_only() -> None:
 
 def _adapted(path: str | Path, model: Any) -> Any:
     """The model with the adapters of a folder in it."""
+    return weights.with_saved_adapters(_peft(path), model, Path(path)).get_base_model()
+
+
+def _peft(path: str | Path) -> Any:
     try:
         import peft
     except ImportError as error:
         raise KepoConfigError(
             f"{path} holds adapters, which need peft; pip install 'kepo[lora]'"
         ) from error
-    return weights.with_saved_adapters(peft, model, Path(path)).get_base_model()
+    return peft
 
 
 def _image_processor(path: str | Path) -> Any:

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from small import config_of
 
 from kepo.encoding import Prompt
-from kepo.errors import KepoCheckpointError
+from kepo.errors import KepoCheckpointError, KepoConfigError
 from kepo.loading import load_policy, load_teacher
+from kepo.reading import blank_model, read_model
 from kepo.vlm import VLM
 
 CPU = torch.device("cpu")
@@ -163,6 +164,12 @@ def test_only_safetensors_are_read(folder):
     assert "has pytorch_model.bin and no model.safetensors; only safetensors are" in refused(folder)
 
 
+def test_weights_of_another_name_are_not_read(folder):
+    torch.save({}, folder / "adapter_model.bin")
+    change_json(folder / "config.json", transformers_weights="adapter_model.bin")
+    assert "transformers_weights='adapter_model.bin'; expected it left out" in refused(folder)
+
+
 # ---- code ----
 
 
@@ -258,7 +265,22 @@ def test_adapters_in_a_pickle_are_not_read(tinies, adapters, tmp_path):
             load()
 
 
-def test_adapters_of_nobody_are_refused(adapters):
-    change_json(adapters / "adapter_config.json", base_model_name_or_path=None)
-    with pytest.raises(KepoCheckpointError, match="does not say whose adapters they are"):
-        VLM.load(adapters)
+def test_adapters_of_nobody_or_of_adapters_are_refused(adapters):
+    for base in (None, 3, str(adapters)):
+        change_json(adapters / "adapter_config.json", base_model_name_or_path=base)
+        with pytest.raises(KepoCheckpointError, match=f"base_model_name_or_path={base!r}; expect"):
+            VLM.load(adapters)
+
+
+def test_a_blank_model_has_room_for_the_adapters(adapters):
+    blank, real = (f(adapters, torch.bfloat16) for f in (blank_model, read_model))
+    shapes = [
+        {name: (x.shape, x.dtype) for name, x in model.named_parameters()}
+        for model in (blank, real)
+    ]
+    assert shapes[0] == shapes[1] and any("lora_" in name for name in shapes[0])
+
+
+def test_adapters_are_no_student(adapters, tinies, tmp_path):
+    with pytest.raises(KepoConfigError, match="holds adapters and not a whole model; merge them"):
+        load_policy(config_of(tinies, tmp_path, student=str(adapters)), CPU)
