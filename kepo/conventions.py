@@ -24,6 +24,7 @@ VISION_TOKENS = (
 )
 """What a model's config calls the tokens that stand for, and around, what is no text."""
 _TAG = re.compile(r"<(/?)([A-Za-z]\w*)>")
+_MARKED = re.compile(r"<\|.+\|>")
 _MARK = "a question"  # stands in for what a turn says
 
 
@@ -43,8 +44,9 @@ def end_ids(path: str | Path, tokenizer: Any, config: Any) -> tuple[int, ...]:
 
 
 def control_ids(tokenizer: Any, config: Any, ends: Iterable[int]) -> frozenset[int]:
-    """Tokens that are no text: ends, padding, what stands for images, and all special tokens but
-    tags (``<think>``), which are part of an answer whatever the tokenizer calls them."""
+    """Tokens that are no text: ends, padding, what stands for images, all that are written
+    ``<|so|>``, and all special tokens but tags (``<think>``), which are part of an answer whatever
+    the tokenizer calls them."""
     added = tokenizer.added_tokens_decoder
     roles = set(_as_ids([tokenizer.convert_tokens_to_ids(t) for t in _roles(tokenizer)]))
     tags = {
@@ -52,8 +54,9 @@ def control_ids(tokenizer: Any, config: Any, ends: Iterable[int]) -> frozenset[i
         for token, what in added.items()
         if _TAG.fullmatch(what.content) and token not in roles
     }
+    marked = {token for token, what in added.items() if _MARKED.fullmatch(what.content)}
     vision = {getattr(config, name, None) for name in VISION_TOKENS} - {None}
-    return frozenset((_special(tokenizer) | roles) - tags | set(ends) | vision)
+    return frozenset((_special(tokenizer) | roles | marked) - tags | set(ends) | vision)
 
 
 def opened_by(tokenizer: Any) -> str:

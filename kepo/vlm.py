@@ -45,8 +45,10 @@ class VLM:
     def load(cls, path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> VLM:
         """Read a folder or Hub name: config, safetensors, tokenizer, image processor.
 
-        dtype: "float32", "bfloat16" or "float16". Raises KepoConfigError for another dtype,
-        KepoCheckpointError if something is missing or the model is not an image-text model.
+        Only safetensors are read, and no code of the folder is run. dtype: "float32", "bfloat16" or
+        "float16". Raises KepoConfigError for another dtype, KepoCheckpointError if something is
+        missing or broken, if the files do not fit together (kepo.conventions), or if the model is
+        not an image-text model.
         """
         dtypes = ("float32", "bfloat16", "float16")
         if dtype not in dtypes:
