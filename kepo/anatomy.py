@@ -308,7 +308,7 @@ def read_config(name: str) -> Any:
     if not Path(name).is_dir() and known is not None:
         return known.config()
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise KepoConfigError(
             f"the config of {name!r} cannot be read: {error}; expected a model's folder, a Hub "

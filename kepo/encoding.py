@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kepo.conventions import closed
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.images import open_rgb
 
@@ -124,14 +125,29 @@ class Encoder:
     tokenizer: Any
     image_processor: Any
     image_token_id: int
+    end_ids: tuple[int, ...] = ()
+    """Tokens that end a completion, first the one that ends a worked answer. () = the tokenizer's
+    own end token."""
+    control_ids: frozenset[int] = frozenset()
+    """Tokens that are no text: they are never decoded, and no text may hold them."""
+    opened: str = ""
+    """What the chat template has begun to say for the assistant (``<think>\\n``); a completion's
+    text begins with it, though its tokens do not."""
+    positions: int | None = None
+    """Tokens that the model has positions for, prompt and completion together. None = any."""
     _patches: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.end_ids = tuple(self.end_ids) or (self.tokenizer.eos_token_id,)
+        pad = self.tokenizer.pad_token_id
+        self.control_ids = frozenset({*self.control_ids, *self.end_ids, self.image_token_id, pad})
 
     def encode(self, prompts: Sequence[Prompt]) -> Inputs:
         """Apply the chat template, expand image placeholders, pad on the left.
 
         Prompts that occur again are tokenised once, images that do are read once. Raises
-        KepoDataError if there are no prompts, if an image is unreadable, or if a text itself
-        contains an image placeholder.
+        KepoDataError if there are no prompts, if an image is unreadable or of a shape that the
+        image processor refuses, or if a text has control tokens in it, which would end its turn.
         """
         if not prompts:
             raise KepoDataError("Encoder.encode: prompts is empty; expected at least one")
@@ -169,16 +185,11 @@ class Encoder:
     def encode_completions(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts as ``(completion_ids, completion_mask)`` of ``generate``, end token included.
 
-        Raises KepoDataError for a text with an image placeholder, which no image would fill.
+        What the chat template has said already (`opened`) is not said again; a text that begins
+        otherwise first closes it. Raises KepoDataError for a text with control tokens in it.
         """
-        rows = self._ids(texts)
-        for text, row in zip(texts, rows, strict=True):
-            if self.image_token_id in row:
-                raise KepoDataError(
-                    f"Encoder.encode_completions: the completion {text!r} has an image "
-                    "placeholder; expected text alone"
-                )
-        rows = [row + [self.tokenizer.eos_token_id] for row in rows]
+        self._refuse_control_tokens("encode_completions", "completion", texts)
+        rows = [row + [self.end_ids[0]] for row in self._ids([self._unsaid(t) for t in texts])]
         length = max(map(len, rows), default=0)
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows]).long()
@@ -187,13 +198,54 @@ class Encoder:
         return ids, mask
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
-        """Text of each row where mask is True; control tokens are left out, format tags stay."""
+        """Text of each row where mask is True; control tokens are left out, format tags stay.
+
+        It begins with what the chat template has begun to say (`opened`), if there is any.
+        """
         rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu().bool(), strict=True)]
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        said = [[token for token in row if token not in self.control_ids] for row in rows]
+        texts = self.tokenizer.batch_decode(said, skip_special_tokens=False)
+        return [self.opened + text if row else text for row, text in zip(rows, texts, strict=True)]
+
+    def control_tokens_in(self, text: str) -> list[str]:
+        """The control tokens that a text would be read as having, in order; [] for plain text."""
+        found = [token for token in self._ids([text])[0] if token in self.control_ids]
+        return self.tokenizer.convert_ids_to_tokens(found)
+
+    def image_tokens(self, width: int, height: int) -> int:
+        """How many tokens a picture of this size becomes.
+
+        Raises ValueError, the image processor's, for a shape that it refuses.
+        """
+        none: dict[str, Any] = {}  # of its settings are changed; transformers 5.5 wants to be told
+        count = self.image_processor.get_number_of_image_patches(height, width, none)
+        return count // self.image_processor.merge_size**2
+
+    def text_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Tokens of each prompt without those of its images; no image is read."""
+        return [len(ids) - ids.count(self.image_token_id) for ids in self._chat_ids(prompts)]
 
     # ---- private ----
 
+    def _refuse_control_tokens(self, function: str, what: str, texts: Sequence[str]) -> None:
+        for text, ids in zip(texts, self._ids(texts), strict=True):
+            if not self.control_ids.isdisjoint(ids):
+                raise KepoDataError(
+                    f"Encoder.{function}: the {what} {text!r} has the control tokens "
+                    f"{self.control_tokens_in(text)} in it; expected text alone: take them out"
+                )
+
+    def _unsaid(self, text: str) -> str:
+        """A completion's text without what the template has said already."""
+        if not self.opened:
+            return text
+        for said in (self.opened, self.opened.strip()):
+            if text.startswith(said):
+                return text.removeprefix(said)
+        return closed(self.opened) + text
+
     def _chat_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        self._refuse_control_tokens("encode", "prompt", [prompt.text for prompt in prompts])
         chats = [
             [
                 {
@@ -215,6 +267,14 @@ class Encoder:
         """Whole texts, whatever truncation and padding the tokenizer's files ask for."""
         if not texts:
             return []
+        for text in texts:
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise KepoDataError(
+                    f"Encoder: the text {text!r} has half a character in it ({error}); expected "
+                    "text that UTF-8 can write"
+                ) from error
         plain = dict(add_special_tokens=False, truncation=False, padding=False)
         return self.tokenizer(list(texts), **plain)["input_ids"]
 
@@ -224,8 +284,7 @@ class Encoder:
         if found != len(grids):
             raise KepoDataError(
                 f"Encoder.encode: the prompt {prompt.text!r} gives {found} image placeholders; "
-                f"expected {len(grids)}, one per image: take placeholders out of the text, and "
-                "check that the chat template writes one per image"
+                f"expected {len(grids)}, one per image: check that the chat template writes them"
             )
         merge = self.image_processor.merge_size**2
         counts = iter([int(grid.prod()) // merge for grid in grids])
@@ -238,7 +297,14 @@ class Encoder:
     def _image(self, path: Path, key: tuple) -> tuple[Tensor, Tensor]:
         """Patches ``(n, values)`` and grid ``(3,)`` of an image file, cached while unchanged."""
         if key not in self._patches:
-            out = self.image_processor(images=[open_rgb(path)], return_tensors="pt")
+            image = open_rgb(path)
+            try:
+                out = self.image_processor(images=[image], return_tensors="pt")
+            except ValueError as error:
+                raise KepoDataError(
+                    f"Encoder.encode: the image processor refuses {path}, of {image.width} x "
+                    f"{image.height} pixels: {error}"
+                ) from error
             entry = (out["pixel_values"], out["image_grid_thw"][0])
             room = IMAGE_CACHE_BYTES - entry[0].nbytes
             held = sum(patches.nbytes for patches, _ in self._patches.values())

@@ -19,10 +19,12 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from kepo.data import DataReport, load_examples
+from kepo.encodable import Faults, Reader, faults_of, left_out, plain_reader
 from kepo.errors import KepoConfigError, KepoDataError, KepoError
 from kepo.evaluate import greedy_answers
 from kepo.example import Example
 from kepo.images import digests_of
+from kepo.reading import encoder_of, read_config
 from kepo.rewards import accuracy, parse_answer
 from kepo.sources import as_record, capped, readable
 from kepo.statistics import wilson
@@ -79,7 +81,7 @@ def evaluation(settings: Evaluation) -> dict[str, Any]:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise KepoConfigError(f"{name}={value}; expected a number >= 1")
-    examples, report = questions(settings)
+    examples, report = questions(settings, reader_of(settings))
     vlm = VLM.load(settings.model, dtype=settings.dtype, device=settings.device)
     texts = greedy_answers(
         vlm,
@@ -96,8 +98,19 @@ def evaluation(settings: Evaluation) -> dict[str, Any]:
     }
 
 
-def questions(settings: Evaluation) -> tuple[list[Example], DataReport]:
-    """Those to ask, every image decoded once; what is wrong with the others is in the report."""
+def reader_of(settings: Evaluation) -> Reader:
+    """The model as one that is asked; only its config and encoder are read."""
+    encoder = encoder_of(settings.model, read_config(settings.model))
+    return plain_reader(encoder, settings.max_completion_length)
+
+
+def questions(
+    settings: Evaluation, reader: Reader | None = None
+) -> tuple[list[Example], DataReport]:
+    """Those to ask, every image decoded once; what is wrong with the others is in the report.
+
+    reader: whom they are asked of; what it cannot be asked is left out. None = anybody.
+    """
     examples, report = load_examples(
         settings.data,
         modalities=settings.modalities,
@@ -107,19 +120,27 @@ def questions(settings: Evaluation) -> tuple[list[Example], DataReport]:
     )
     # With a limit only as many images are decoded as it takes to find so many good ones.
     digests: dict[Path, str | KepoDataError] = {}
+    faults: Faults = {}
+    judged: set[str] = set()
 
-    def unreadable(path: Path) -> bool:
-        return isinstance(digests.get(path), KepoDataError)
+    def unusable(example: Example) -> bool:
+        broken = (isinstance(digests.get(path), KepoDataError) for path in example.images)
+        return example.id in faults or any(broken)
 
     while True:
-        good = [e for e in examples if not any(map(unreadable, e.images))]
-        shown = (path for e in capped(good, settings.limit) for path in e.images)
-        unseen = [path for path in shown if path not in digests]
-        if not unseen:
+        chosen = capped([e for e in examples if not unusable(e)], settings.limit)
+        unseen = [path for e in chosen for path in e.images if path not in digests]
+        unjudged = [e for e in chosen if e.id not in judged]
+        if unseen:
+            digests |= digests_of(unseen, progress=True)
+        elif unjudged and reader is not None:
+            faults |= faults_of(unjudged, [reader], progress=True)
+            judged |= {e.id for e in unjudged}
+        else:
             break
-        digests |= digests_of(unseen, progress=True)
     seen = [e for e in examples if all(path in digests for path in e.images)]
     good, report = readable(seen, report, digests)
+    good, report = left_out(good, report, faults)
     chosen = capped(good, settings.limit)
     return chosen, dataclasses.replace(report, questions=len(chosen))
 

@@ -15,11 +15,12 @@ import torch
 
 from kepo import sharding
 from kepo.config import Config
+from kepo.conventions import without_dropout
 from kepo.engine import Engine
 from kepo.errors import KepoConfigError
 from kepo.lora import with_adapters
 from kepo.parallel import by_first, is_first, world_size
-from kepo.reading import blank_model, load_encoder, read_model
+from kepo.reading import NO_CODE, base_of, blank_model, load_encoder, read_model
 from kepo.vlm import VLM
 
 Prepare = Callable[[Any], Any]
@@ -29,6 +30,11 @@ Prepare = Callable[[Any], Any]
 def load_policy(config: Config, device: torch.device, saved: Path | None = None) -> VLM:
     """The student to train: ``config.student``, or what it has become in ``saved``, the policy
     folder of a checkpoint. All processes call."""
+    if base_of(config.student) is not None:
+        raise KepoConfigError(
+            f"student={config.student!r} holds adapters and not a whole model; merge them into "
+            "their model (peft's merge_and_unload), save that, and give its folder"
+        )
     adapters = config.lora_rank > 0
     compute = getattr(torch, config.dtype)
 
@@ -36,11 +42,18 @@ def load_policy(config: Config, device: torch.device, saved: Path | None = None)
         if config.gradient_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None)  # its name from v6 on
             (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        wrapper = None
         if adapters:
-            return with_adapters(model, config, saved)
-        if config.freeze_vision:
+            wrapper = with_adapters(model, config, saved)
+        elif config.freeze_vision:
             model.model.visual.requires_grad_(False)
-        return None
+        dropped = without_dropout(model)
+        if dropped and is_first():
+            print(
+                f"{config.student}: trained without its dropout ({', '.join(dropped)}), as "
+                "log-probabilities must be those of the model that sampled; its config keeps it"
+            )
+        return wrapper
 
     path = config.student if adapters or saved is None else str(saved)
     if config.sharding == "fsdp2":
@@ -162,7 +175,7 @@ def use_liger_layers(path: str) -> None:
     from liger_kernel.transformers import monkey_patch
     from transformers import AutoConfig
 
-    family = AutoConfig.from_pretrained(path).model_type
+    family = AutoConfig.from_pretrained(path, **NO_CODE).model_type
     patch = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN.get(family)
     if patch is None:
         raise KepoConfigError(f"liger_layers: liger-kernel has none for {family!r}")

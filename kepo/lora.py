@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from kepo.config import Config
-from kepo.errors import KepoCheckpointError, KepoConfigError
+from kepo.errors import KepoConfigError
+from kepo.weights import with_saved_adapters
 
 TARGETS = r".*language_model\.layers\..*_proj"
 """Every linear layer of the language model: not the head, which the losses read as one matrix, and
@@ -21,7 +22,7 @@ def with_adapters(model: Any, config: Config, saved: Path | None = None) -> Any:
 
     saved: the folder they were saved in; None = new ones, that change nothing yet, the same for the
     same ``config.seed``. Adapters are float32 whatever the model is. Raises KepoConfigError without
-    peft, KepoCheckpointError if ``saved`` does not fit.
+    peft, KepoCheckpointError if ``saved`` has no safetensors or does not fit.
     """
     try:
         import peft
@@ -31,10 +32,7 @@ def with_adapters(model: Any, config: Config, saved: Path | None = None) -> Any:
         ) from error
 
     if saved is not None:
-        try:
-            return peft.PeftModel.from_pretrained(model, saved, is_trainable=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise KepoCheckpointError(f"{saved}: its adapters cannot be loaded: {error}") from error
+        return with_saved_adapters(peft, model, saved, is_trainable=True)
     settings = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,

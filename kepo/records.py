@@ -26,6 +26,9 @@ KINDS = (
     "image outside",
     "image missing",
     "image unreadable",
+    "text refused",
+    "image refused",
+    "prompt too long",
 )
 """What can be wrong with a record, in the order in which it is looked for."""
 

@@ -105,6 +105,9 @@ def _split(text: str) -> tuple[str, str | None, str] | None:
     opens, closes = text.count("<think>"), text.count("</think>")
     if opens == closes == 0:
         return head.strip(), None, content
+    if opens == 0 and closes == 1:  # opened elsewhere: no format, but the answer stands outside
+        reasoning, ended, between = head.partition("</think>")
+        return (head.strip(), None, content) if ended and not between.strip() else None
     before, opened, thought = head.partition("<think>")
     reasoning, ended, between = thought.partition("</think>")
     if opens != 1 or closes != 1 or not opened or not ended or between.strip():

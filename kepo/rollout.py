@@ -135,7 +135,7 @@ def _scored(
 ) -> list[Group]:
     ids, mask, logprobs = sampled
     texts = encoder.decode(ids, mask)
-    ended = ((ids == encoder.tokenizer.eos_token_id) & mask).any(-1).tolist()
+    ended = (torch.isin(ids, torch.tensor(encoder.end_ids)) & mask).any(-1).tolist()
     groups: list[Group] = [[] for _ in asked]
     for row, text in enumerate(texts):
         one = asked[row // num_generations]

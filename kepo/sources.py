@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from kepo.images import digests_of
 from kepo.records import Problem
 from kepo.splits import shared_images, split_by_image, without_images_of
 
+Judge = Callable[[Sequence[Example], DataReport, bool], tuple[list[Example], DataReport]]
+"""Leaves out what the models cannot be asked; the flag says whether the examples are trained on."""
 NAMED = 20
 """Problems that the record of a run names; it counts all."""
 
@@ -34,12 +36,13 @@ class RunData:
     """The same in a few lines."""
 
 
-def load_data(config: Config) -> RunData:
+def load_data(config: Config, judge: Judge | None = None) -> RunData:
     """Load ``train_data`` and ``eval_data`` as the config selects them, bad records left out.
 
     With ``verify_images`` every image is decoded once: one that cannot be makes its record bad, and
     training and evaluation are compared by contents, otherwise by path. Images that both have are
-    counted, not removed. Raises KepoDataError if nothing is left to train on or to evaluate.
+    counted, not removed. judge: leaves out what the run's models cannot be asked (kepo.encodable);
+    None leaves it in. Raises KepoDataError if nothing is left to train on or to evaluate.
     """
     where = {"image_root": config.image_root, "bad_records": config.bad_records}
     train, train_report = load_examples(
@@ -62,6 +65,10 @@ def load_data(config: Config) -> RunData:
         train, train_report = readable(train, train_report, digests, config.bad_records)
         if eval_report is not None:
             held_out, eval_report = readable(held_out, eval_report, digests, config.bad_records)
+    if judge is not None:
+        train, train_report = judge(train, train_report, True)
+        if eval_report is not None:
+            held_out, eval_report = judge(held_out, eval_report, False)
     if config.eval_share:
         # Of everything, not of what is trained on alone; and of the same images for every seed.
         _, held_out = split_by_image(held_out, test_share=config.eval_share, digests=digests)

@@ -31,6 +31,8 @@ from kepo.batch import collate
 from kepo.card import model_card
 from kepo.check import check
 from kepo.config import MAY_CHANGE_ON_RESUME, Config, from_mapping, load
+from kepo.conventions import check_same_opening
+from kepo.encodable import judge_of
 from kepo.errors import KepoConfigError, KepoError
 from kepo.evaluate import by_question_type, evaluate, means
 from kepo.explore import explore
@@ -68,7 +70,7 @@ def train(config: Config) -> int:
         StopRequest() as stop,
         exclusive(run_dir),
     ):
-        data = by_first(lambda: load_data(config))
+        data = by_first(lambda: load_data(config, judge_of(config)))
         examples = data.train
         say(data.summary)
         resume = by_first(lambda: checkpoint.latest_checkpoint(checkpoints))
@@ -82,6 +84,8 @@ def train(config: Config) -> int:
         teacher = load_teacher(config, device) if config.distils or config.hints else None
         ref = load_reference(config, device)
         check_same_tokens(policy, teacher)
+        if config.distils:
+            check_same_opening(policy.encoder, teacher.encoder)
         engine = load_engine(config, policy)
         parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(

@@ -24,7 +24,7 @@ def forward_inputs(model: Any, inputs: Inputs) -> dict[str, Any]:
     5.18 or so the rows get the images themselves. Raises KepoCheckpointError for a model that does
     not read ``mm_token_type_ids``.
     """
-    _check_reads_types(model)
+    check_reads_types(model)
     places = [place for places in inputs.image_places for place in places]
     given = {
         "input_ids": inputs.input_ids,
@@ -66,8 +66,9 @@ def takes_features(model: Any) -> bool:
     return "mm_encoder_outputs" in names
 
 
-def _check_reads_types(model: Any) -> None:
-    """Without them a Qwen2.5-VL takes image tokens for text, and says nothing."""
+def check_reads_types(model: Any) -> None:
+    """Raises KepoCheckpointError for a model that does not read ``mm_token_type_ids``: without them
+    a Qwen2.5-VL takes image tokens for text, and says nothing."""
     for part in (model, model.model):
         if "mm_token_type_ids" not in _parameters(type(part)):
             raise KepoCheckpointError(

@@ -124,7 +124,7 @@ class VllmEngine:
             top_p=top_p,
             max_tokens=max_new_tokens,
             logprobs=0 if temperature > 0 else None,  # 0: of the token drawn and of no others
-            stop_token_ids=[self.encoder.tokenizer.eos_token_id],
+            stop_token_ids=list(self.encoder.end_ids),
             logit_bias=self._biases,
             detokenize=False,
         )
@@ -187,14 +187,14 @@ class VllmEngine:
     def _completion(self, output: Any, max_new_tokens: int) -> Any:
         (completion,) = output.outputs
         tokens, reason = completion.token_ids, completion.finish_reason
-        end = self.encoder.tokenizer.eos_token_id
-        whole = reason == "stop" and tokens[-1] == end
+        ends = self.encoder.end_ids
+        whole = reason == "stop" and len(tokens) > 0 and tokens[-1] in ends
         if not whole and not (reason == "length" and len(tokens) == max_new_tokens):
             raise KepoError(
                 f"VllmEngine.sample: vLLM ended a completion after {len(tokens)} tokens, "
-                f"finish_reason {reason!r}, last token {list(tokens[-1:])}; expected {end} at its "
-                f"end, or max_new_tokens={max_new_tokens}. If it ran out of room, give it more "
-                "memory (vllm_memory)"
+                f"finish_reason {reason!r}, last token {list(tokens[-1:])}; expected one of "
+                f"{list(ends)} at its end, or max_new_tokens={max_new_tokens}. If it ran out of "
+                "room, give it more memory (vllm_memory)"
             )
         return completion
 
@@ -260,7 +260,9 @@ def _load(path: str | Path, encoder: Encoder, dtype: str, memory_share: float) -
             enable_sleep_mode=True,
             seed=rank(),
             logprobs_mode="processed_logprobs",  # of the law after biases, temperature and top_p
-            generation_config="vllm",  # and not the model's own defaults and further end tokens
+            generation_config="vllm",  # and not the model's own defaults
+            trust_remote_code=False,
+            load_format="safetensors",
             limit_mm_per_prompt={"video": 0},
             mm_processor_kwargs=dict(
                 min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]

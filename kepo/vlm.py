@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kepo.conventions import VISION_TOKENS
 from kepo.encoding import Encoder, Inputs, Prompt
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.parallel import is_first, world_size
@@ -44,8 +45,10 @@ class VLM:
     def load(cls, path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> VLM:
         """Read a folder or Hub name: config, safetensors, tokenizer, image processor.
 
-        dtype: "float32", "bfloat16" or "float16". Raises KepoConfigError for another dtype,
-        KepoCheckpointError if something is missing or the model is not an image-text model.
+        Only safetensors are read, and no code of the folder is run. dtype: "float32", "bfloat16" or
+        "float16". Raises KepoConfigError for another dtype, KepoCheckpointError if something is
+        missing or broken, if the files do not fit together (kepo.conventions), or if the model is
+        not an image-text model.
         """
         dtypes = ("float32", "bfloat16", "float16")
         if dtype not in dtypes:
@@ -91,11 +94,10 @@ class VLM:
             yield name, whole_tensor(parameter.detach())
 
     def never_sampled(self) -> list[int]:
-        """Ids that are no text: placeholders, padding, rows of the head beyond the tokenizer."""
-        config = self.model.config
-        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        ids = {getattr(config, name, None) for name in names} - {None}
-        ids |= {self.tokenizer.pad_token_id} - {self.tokenizer.eos_token_id}
+        """Ids that are no text and no end: placeholders, padding, rows of the head that the
+        tokenizer has no token for."""
+        ids = {getattr(self.model.config, name, None) for name in VISION_TOKENS} - {None}
+        ids |= {self.tokenizer.pad_token_id} - set(self.encoder.end_ids)
         return sorted(ids | set(range(len(self.tokenizer), self.lm_head.shape[0])))
 
     # ---- prompts and text: the encoder's, on the model's device ----
@@ -167,9 +169,11 @@ class VLM:
     ) -> Sampled:
         """Sample ``num_return_sequences`` completions per prompt, those of a prompt in a row.
 
-        A row that is True throughout in the mask and has no end token was cut off.
+        A row that is True throughout in the mask and has none of ``encoder.end_ids`` was cut off.
 
-        temperature: 0.0 is greedy. Placeholder, pad and padding-row tokens cannot be sampled.
+        temperature: 0.0 is greedy. Placeholder, pad and padding-row tokens cannot be sampled. Of
+        the model's generation_config.json only the end tokens are obeyed: its top_k, penalties and
+        banned words would make the law of sampling another than the one that is trained.
         seeds: one per completion, and then a completion does not depend on which others are
         sampled beside it, rounding apart. None: drawn from torch's global generator. Leaves the
         mode (train or eval) as it was.
@@ -205,7 +209,7 @@ class VLM:
             top_p=1.0,
             top_k=50,
             suppress_tokens=self.never_sampled(),
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=list(self.encoder.end_ids),
             pad_token_id=self.tokenizer.pad_token_id,
             repetition_penalty=1.0,
             num_beams=1,
@@ -227,7 +231,7 @@ class VLM:
             if law
             else completion_ids.new_zeros(completion_ids.shape, dtype=torch.float32)
         )
-        ended = completion_ids == self.tokenizer.eos_token_id
+        ended = torch.isin(completion_ids, completion_ids.new_tensor(self.encoder.end_ids))
         completion_mask = (ended.cumsum(-1) - ended.long()) == 0  # nothing before me ended
         pad = completion_ids.new_tensor(self.tokenizer.pad_token_id)
         return Sampled(

@@ -17,6 +17,7 @@ ENGINE_SETTINGS = {
     *("model", "dtype", "tensor_parallel_size", "distributed_executor_backend", "seed"),
     *("gpu_memory_utilization", "max_model_len", "max_num_batched_tokens", "enable_sleep_mode"),
     *("logprobs_mode", "generation_config", "limit_mm_per_prompt", "mm_processor_kwargs"),
+    *("trust_remote_code", "load_format"),
 }
 DEFAULTS = dict(
     n=1,

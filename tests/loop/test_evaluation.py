@@ -36,6 +36,7 @@ def scripted(monkeypatch):
 
     vlm = ScriptedVLM(answer)
     monkeypatch.setattr(command.VLM, "load", lambda path, **how: vlm)
+    monkeypatch.setattr(command, "reader_of", lambda settings: None)
     return vlm
 
 

@@ -17,6 +17,7 @@ RIGHT = [
     "<think>3 + 5 = 8</think>\n<answer> c. </answer>\n",
     "<answer>C</answer>",
     "So:<think>a\nb</think><answer>\nC\n</answer>",
+    "so</think>\n\n<answer>C</answer>",  # all that is sampled where the prompt opened <think>
 ]
 WRONG = {
     "no tag": "C",
@@ -28,7 +29,8 @@ WRONG = {
     "inside the reasoning": "<think>maybe <answer>C</answer></think>",
     "inside, another after": "<think><answer>C</answer></think><answer>B</answer>",
     "reasoning never closed": "<think>so <answer>C</answer>",
-    "reasoning closed, not opened": "so</think><answer>C</answer>",
+    "reasoning closed twice, not opened": "so</think></think><answer>C</answer>",
+    "text between, not opened": "so</think> or <answer>C</answer>",
     "reasoning after": "<answer>C</answer><think>x</think>",
     "two reasonings": "<think>x</think><think>y</think><answer>C</answer>",
     "text between": "<think>x</think> or <answer>C</answer>",
@@ -75,6 +77,7 @@ def test_a_wrong_letter_is_parsed_as_that_letter():
         (GOOD + "\n", 1.0),
         (GOOD.replace("C", "D"), 1.0),  # format does not know what is right
         ("<answer>C</answer>", 0.0),
+        ("so</think><answer>C</answer>", 0.0),
         ("Well. " + GOOD, 0.0),
         (GOOD + GOOD, 0.0),
         (GOOD.replace("C", "C D"), 0.0),

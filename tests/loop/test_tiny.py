@@ -108,7 +108,7 @@ def test_settings_of_the_language_model_may_stand_at_the_top(tinies, asked, tmp_
     assert torch.equal(states(VLM.load(tmp_path / "flat"), asked), wanted)
 
 
-def test_generate_does_not_heed_the_models_own_settings(folder, asked, tmp_path):
+def test_generate_heeds_only_the_end_tokens_of_the_models_own_settings(folder, asked, tmp_path):
     def sample(vlm, temperature):
         settings = dict(max_new_tokens=12, num_return_sequences=3, seeds=range(3))
         return vlm.generate(vlm.encode(asked), temperature=temperature, **settings)
@@ -121,7 +121,8 @@ def test_generate_does_not_heed_the_models_own_settings(folder, asked, tmp_path)
     file.write_text(json.dumps(given | odd))
     (tmp_path / "none").mkdir()
     shutil.copytree(folder, tmp_path / "none", dirs_exist_ok=True)
-    (tmp_path / "none" / "generation_config.json").unlink()
+    ends = json.dumps({"eos_token_id": given["eos_token_id"]})
+    (tmp_path / "none" / "generation_config.json").write_text(ends)
     models = [VLM.load(path) for path in (folder, tmp_path / "odd", tmp_path / "none")]
     own = models[1].model.generation_config
     for temperature in (1.0, 0.0):

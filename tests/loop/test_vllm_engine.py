@@ -139,10 +139,12 @@ def test_the_law_is_the_one_asked_for(made, images):
     ((_, params),) = engine._llm.asked
     assert (params.temperature, params.top_p, params.top_k) == (0.9, 0.8, 0)
     assert (params.n, params.max_tokens, params.logprobs) == (1, 6, 0)
-    assert params.stop_token_ids == [made.end]
+    assert params.stop_token_ids == [made.end, made.vlm.tokenizer.pad_token_id]
     assert params.logit_bias == dict.fromkeys(made.vlm.never_sampled(), -100.0)
     assert engine._llm.settings["logprobs_mode"] == "processed_logprobs"
     assert engine._llm.settings["generation_config"] == "vllm"
+    assert engine._llm.settings["trust_remote_code"] is False
+    assert engine._llm.settings["load_format"] == "safetensors"
     assert engine.in_step is False
 
 
@@ -329,6 +331,17 @@ def test_an_odd_end_is_an_error(made, images, monkeypatch, answer):
     monkeypatch.setattr(fake_vllm.LLM, "answer", staticmethod(lambda *_: answer))
     with engine.ready(), pytest.raises(KepoError, match=f"after 2 tokens.*'{answer[2]}'"):
         engine.sample([Prompt("Which?", images[0])], seeds=[1], **SETTINGS)
+
+
+def test_every_end_token_is_an_end(made, images, monkeypatch):
+    engine = made.engine()
+    for end in made.vlm.encoder.end_ids:
+        answer = ([5, 6, end], [-1.0, -1.0, -1.0], "stop")
+        monkeypatch.setattr(fake_vllm.LLM, "answer", staticmethod(lambda *_, a=answer: a))
+        with engine.ready():
+            drawn = engine.sample([Prompt("Which?", images[0])], seeds=[1], **SETTINGS)
+        assert tokens(drawn) == [[5, 6, end]]
+    assert not set(made.vlm.encoder.end_ids) & set(engine._biases)
 
 
 @pytest.mark.parametrize("fault", ["shuffled", "one lost"])

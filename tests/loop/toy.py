@@ -75,6 +75,7 @@ class ScriptedVLM:
         return self
 
     in_step = False
+    end_ids = (EOS,)
 
     def within(self, work):
         return work()

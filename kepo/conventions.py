@@ -1,0 +1,266 @@
+"""The conventions of a model that its files state: how a turn ends, what the template has begun to
+say, which tokens are no text.
+
+They are read and obeyed. What cannot be obeyed is refused when the model is loaded, because later
+it would show as rewards of 0 or as log-probabilities that are slightly wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kepo.errors import KepoCheckpointError, KepoConfigError
+
+VISION_TOKENS = (
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+)
+"""What a model's config calls the tokens that stand for, and around, what is no text."""
+_TAG = re.compile(r"<(/?)([A-Za-z]\w*)>")
+_MARKED = re.compile(r"<\|.+\|>")
+_MARK = "a question"  # stands in for what a turn says
+
+
+def end_ids(path: str | Path, tokenizer: Any, config: Any) -> tuple[int, ...]:
+    """Every token that ends a completion, first the one that the template ends an answer with.
+
+    They are those of generation_config.json, or else of config.json, and the tokenizer's own.
+    Raises KepoCheckpointError if generation_config.json is there and cannot be read.
+    """
+    known = set(tokenizer.get_vocab().values())
+    stated = [*_as_ids(_generation_eos(path, config)), tokenizer.eos_token_id]
+    ends = [token for token in stated if token in known]
+    closing = _closing_token(tokenizer)
+    if closing not in {*ends, *_special(tokenizer)}:
+        closing = tokenizer.eos_token_id
+    return tuple(dict.fromkeys([closing, *ends]))
+
+
+def control_ids(tokenizer: Any, config: Any, ends: Iterable[int]) -> frozenset[int]:
+    """Tokens that are no text: ends, padding, what stands for images, all that are written
+    ``<|so|>``, and all special tokens but tags (``<think>``), which are part of an answer whatever
+    the tokenizer calls them."""
+    added = tokenizer.added_tokens_decoder
+    roles = set(_as_ids([tokenizer.convert_tokens_to_ids(t) for t in _roles(tokenizer)]))
+    tags = {
+        token
+        for token, what in added.items()
+        if _TAG.fullmatch(what.content) and token not in roles
+    }
+    marked = {token for token, what in added.items() if _MARKED.fullmatch(what.content)}
+    vision = {getattr(config, name, None) for name in VISION_TOKENS} - {None}
+    return frozenset((_special(tokenizer) | roles | marked) - tags | set(ends) | vision)
+
+
+def opened_by(tokenizer: Any) -> str:
+    """What the template has begun to say for the assistant, where it asks for an answer: all from
+    the first tag that it leaves open (``<think>\\n``); "" if it opens none."""
+    asked = _rendered(tokenizer, [_user(_MARK)], add_generation_prompt=True)
+    begun = asked.rpartition(_MARK)[2]
+    left_open = _open_tags(begun)
+    return begun[left_open[0].start() :] if left_open else ""
+
+
+def closed(opened: str) -> str:
+    """What closes the tags that are left open: ``</think>`` after ``<think>\n``."""
+    return "".join(f"</{tag[2]}>" for tag in reversed(_open_tags(opened)))
+
+
+def check_template(tokenizer: Any, image_token_id: int) -> None:
+    """Raises KepoCheckpointError if the chat template fails, leaves the question or its image out,
+    or says what the day is."""
+    asked = _rendered(tokenizer, [_user(_MARK, images=1)], add_generation_prompt=True)
+    images = tokenizer(asked, add_special_tokens=False)["input_ids"].count(image_token_id)
+    if _MARK not in asked or images != 1:
+        found = f"{images} image placeholders" if _MARK in asked else "no text"
+        raise KepoCheckpointError(
+            f"VLM.load: of a message with one image and text the chat template makes {found}; "
+            "expected the text, and one placeholder (image_token_id of the config) per image"
+        )
+    template = tokenizer.chat_template
+    texts = template.values() if isinstance(template, dict) else [template]
+    if any("strftime_now" in text for text in texts):
+        raise KepoCheckpointError(
+            "VLM.load: the chat template writes the day (strftime_now), so that a prompt is "
+            "another one tomorrow; write a fixed date into it"
+        )
+
+
+def check_head(model: Any, tokenizer: Any) -> None:
+    """Raises KepoCheckpointError for a tokenizer with ids beyond the head or the embedding, and for
+    logits that are not ``hidden @ lm_head.T``, of which the losses know nothing."""
+    largest = max(tokenizer.get_vocab().values())
+    head = model.get_output_embeddings()
+    for name, module in (("head", head), ("embedding", model.get_input_embeddings())):
+        rows = module.weight.shape[0]
+        if largest >= rows:
+            token = tokenizer.convert_ids_to_tokens(largest)
+            raise KepoCheckpointError(
+                f"VLM.load: the tokenizer has ids up to {largest} ({token!r}), the model's {name} "
+                f"{rows} rows; expected a row for every token: call "
+                "model.resize_token_embeddings(...) and save, or take the tokenizer it came with"
+            )
+    if largest >= len(tokenizer):
+        raise KepoCheckpointError(
+            f"VLM.load: the tokenizer has {len(tokenizer)} tokens and ids up to {largest}; "
+            "expected ids without holes, as rows of the head beyond them are never sampled"
+        )
+    if getattr(head, "bias", None) is not None:
+        raise KepoCheckpointError(
+            "VLM.load: the model's head has a bias, which the losses would leave out; expected a "
+            "head without"
+        )
+    text = model.config.get_text_config()
+    for name, plain in _SCALES.items():
+        value = getattr(text, name, None)
+        if value not in (None, plain, False):
+            raise KepoCheckpointError(
+                f"VLM.load: the config says {name}={value}, which the losses would leave out; "
+                "expected a model whose logits are its states times the head"
+            )
+
+
+_SCALES = {
+    "final_logit_softcapping": None,
+    "logits_soft_cap": None,
+    "logit_scale": 1,
+    "logits_scaling": 1,
+    "lm_head_multiplier": 1,
+}
+"""What other families do to logits, and the value at which it does nothing."""
+
+
+def check_positions(config: Any) -> None:
+    """Raises KepoCheckpointError for positions whose meaning depends on how long the text has
+    become: sampling, which reads a token at a time, and training would differ."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        raise KepoCheckpointError(
+            f"VLM.load: rope_type={kind!r} turns positions by the length that a text has so far, "
+            "so that what is sampled and what is trained on would differ; expected 'default', "
+            "'linear', 'yarn' or 'llama3'"
+        )
+
+
+def check_pictures(image_processor: Any, config: Any) -> None:
+    """Raises KepoCheckpointError if the image processor cuts pictures otherwise than the vision
+    tower reads them."""
+    vision = config.vision_config
+    pairs = (
+        ("patch_size", "patch_size"),
+        ("temporal_patch_size", "temporal_patch_size"),
+        ("merge_size", "spatial_merge_size"),
+    )
+    for mine, theirs in pairs:
+        cut, read = getattr(image_processor, mine), getattr(vision, theirs, None)
+        if read is not None and cut != read:
+            raise KepoCheckpointError(
+                f"VLM.load: preprocessor_config.json says {mine}={cut}, the vision tower "
+                f"{theirs}={read}; expected the preprocessor that the model came with"
+            )
+    if not image_processor.do_resize:
+        raise KepoCheckpointError(
+            "VLM.load: preprocessor_config.json says do_resize=false; expected true, as pictures "
+            "whose sides are no multiple of a patch cannot be read"
+        )
+
+
+def check_same_opening(student: Any, teacher: Any) -> None:
+    """Raises KepoConfigError if the templates of two encoders have begun to say different things:
+    a completion of the one would be nonsense after the other's prompt."""
+    if student.opened.strip() != teacher.opened.strip():
+        raise KepoConfigError(
+            f"the student's chat template opens an answer with {student.opened!r} and the "
+            f"teacher's with {teacher.opened!r}; distillation compares what they say after the "
+            "same words: give both the same chat_template"
+        )
+
+
+def without_dropout(model: Any) -> list[str]:
+    """Set every dropout of a model to 0, in place; returns what it was, by name.
+
+    A forward that drops other units than the one that sampled gives other log-probabilities. The
+    config keeps its values, and so does what is saved.
+    """
+    found = set()
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            found.add(f"dropout={module.p}")
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float) and value > 0:
+                found.add(f"{name}={value}")
+                setattr(module, name, 0.0)
+    return sorted(found)
+
+
+def _open_tags(text: str) -> list[re.Match]:
+    left_open: list[re.Match] = []
+    for tag in _TAG.finditer(text):
+        if not tag[1]:
+            left_open.append(tag)
+        elif left_open and left_open[-1][2] == tag[2]:
+            left_open.pop()
+    return left_open
+
+
+def _user(text: str, images: int = 0) -> dict[str, Any]:
+    shown = [{"type": "image"} for _ in range(images)]
+    return {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
+
+
+def _rendered(tokenizer: Any, chat: list[dict[str, Any]], **settings: Any) -> str:
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False, **settings)
+    except Exception as error:  # a template is a program, and may fail in any way
+        raise KepoCheckpointError(
+            f"VLM.load: the chat template fails on a message with text and image: {error}"
+        ) from error
+
+
+def _closing_token(tokenizer: Any) -> int | None:
+    """What the template writes after an answer; None if it takes no answers."""
+    answer = {"role": "assistant", "content": [{"type": "text", "text": _MARK}]}
+    try:
+        said = _rendered(tokenizer, [_user("?"), answer])
+    except KepoCheckpointError:
+        return None
+    after = said.rpartition(_MARK)[2]
+    return next(iter(tokenizer(after, add_special_tokens=False)["input_ids"]), None)
+
+
+def _generation_eos(path: str | Path, config: Any) -> Any:
+    from transformers import GenerationConfig
+
+    file = Path(path) / "generation_config.json"
+    try:
+        return GenerationConfig.from_pretrained(path).eos_token_id
+    except Exception as error:
+        if file.exists():
+            raise KepoCheckpointError(f"VLM.load: {file} cannot be read: {error}") from error
+    found = getattr(config, "eos_token_id", None)
+    return getattr(config.get_text_config(), "eos_token_id", None) if found is None else found
+
+
+def _as_ids(given: Any) -> list[int]:
+    several = given if isinstance(given, list | tuple) else [given]
+    return [token for token in several if isinstance(token, int)]
+
+
+def _special(tokenizer: Any) -> set[int]:
+    return {token for token, what in tokenizer.added_tokens_decoder.items() if what.special}
+
+
+def _roles(tokenizer: Any) -> list[str]:
+    """Tokens that the tokenizer names for a purpose: beginning, end, padding and so on."""
+    names = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+    found = (getattr(tokenizer, f"{name}_token", None) for name in names)
+    return [token for token in found if token]

@@ -1,0 +1,149 @@
+"""Whether the weights of a model folder are all there, of the right shapes, finite, and its own.
+
+What is missing would be random numbers otherwise, other ones at every load.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kepo.errors import KepoCheckpointError
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTERS = "adapter_model.safetensors"
+
+
+def check_files(path: str | Path) -> None:
+    """Raises KepoCheckpointError if a folder has no safetensors, or lacks one that its index names.
+
+    Of a Hub name nothing is known yet.
+    """
+    folder = Path(path)
+    if not folder.is_dir() or (folder / WHOLE).is_file():
+        return
+    if not (folder / INDEX).is_file():
+        raise _without(folder, WHOLE, f"or {INDEX} and the files it names")
+    index = folder / INDEX
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise KepoCheckpointError(
+            f"{index} cannot be read: {error!r}; expected weight_map, a file for every tensor"
+        ) from error
+    for name in shards:
+        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise KepoCheckpointError(f"{index} names {name!r}; expected files of its own folder")
+        if not name.endswith(".safetensors"):
+            raise KepoCheckpointError(f"{index} names {name!r}; only *.safetensors are read")
+    lacking = [name for name in shards if not (folder / name).is_file()]
+    if lacking:
+        raise KepoCheckpointError(
+            f"{folder} lacks {len(lacking)} of the {len(shards)} files that {INDEX} names, first "
+            f"{lacking[0]}; copy the folder again"
+        )
+
+
+def with_saved_adapters(peft: Any, model: Any, folder: Path, **settings: Any) -> Any:
+    """peft's wrapper around a model with the adapters that a folder holds, which are put into the
+    model in place. Raises KepoCheckpointError if they are not in safetensors or do not fit."""
+    if not (folder / ADAPTERS).is_file():
+        raise _without(folder, ADAPTERS, "as peft writes it")
+    try:
+        wrapped = peft.PeftModel.from_pretrained(model, folder, **settings)
+    except Exception as error:  # of broken files its readers raise anything
+        said = " ".join(str(error).split())
+        raise KepoCheckpointError(f"{folder}: its adapters cannot be loaded: {said}") from error
+    _check_adapters(folder, wrapped)
+    return wrapped
+
+
+def check_loaded(path: str | Path, found: Mapping[str, Any]) -> None:
+    """Raises KepoCheckpointError for what from_pretrained found amiss, its ``loading_info``:
+    tensors that are missing, of another shape, or not the model's."""
+    _refuse(path, "lacks", sorted(found["missing_keys"]), "of the model's tensors")
+    mismatched = sorted(found["mismatched_keys"])
+    if mismatched:
+        name, here, wanted = mismatched[0]
+        raise KepoCheckpointError(
+            f"{path}: {len(mismatched)} tensors have other shapes than config.json says, first "
+            f"{name}: {tuple(here)}, expected {tuple(wanted)}; are its files of two models?"
+        )
+    _refuse(path, "has", sorted(found["unexpected_keys"]), "tensors that are not the model's")
+    if found.get("error_msgs"):
+        raise KepoCheckpointError(f"{path} cannot be loaded: {found['error_msgs'][0]}")
+
+
+def check_values(path: str | Path, model: Any) -> None:
+    """Raises KepoCheckpointError if a weight is not finite, or if the head is not the embedding
+    though the config says it is. Reads every weight once."""
+    named = [(n, x) for n, x in model.named_parameters() if x.is_floating_point() and x.numel()]
+    broken = [name for name, x in named if not _is_finite(x)]
+    if broken:
+        raise KepoCheckpointError(
+            f"{path}: {len(broken)} tensors have values that are not finite, first {broken[0]}; "
+            "take an earlier checkpoint"
+        )
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    if tied and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        raise KepoCheckpointError(
+            f"{path}: config.json says tie_word_embeddings, but lm_head.weight is another matrix "
+            "than the embedding; set it to false, or take lm_head.weight out"
+        )
+
+
+def _check_adapters(folder: Path, wrapped: Any) -> None:
+    """A folder's tensors must be those of peft's wrapper, by name and shape, and finite."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    # Not the embeddings: peft looks for those on the Hub.
+    wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    with safe_open(folder / ADAPTERS, framework="pt") as file:
+        here = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    other = [
+        (name, here[name], tuple(wanted[name].shape))
+        for name in here
+        if name in wanted and here[name] != tuple(wanted[name].shape)
+    ]
+    check_loaded(
+        folder,
+        {
+            "missing_keys": set(wanted) - set(here),
+            "unexpected_keys": set(here) - set(wanted),
+            "mismatched_keys": other,
+        },
+    )
+    broken = sorted(name for name, x in wanted.items() if not _is_finite(x))
+    _refuse(folder, "has", broken, "tensors with values that are not finite")
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    low, high = torch.aminmax(values.detach())  # NaN shows in both
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _refuse(path: str | Path, does: str, names: list[str], what: str) -> None:
+    if names:
+        raise KepoCheckpointError(
+            f"{path} {does} {len(names)} {what}, first {names[0]}; copy the folder again, or give "
+            "the one that the model was saved in"
+        )
+
+
+def _without(folder: Path, wanted: str, instead: str) -> KepoCheckpointError:
+    pickles = _names(folder.glob("*.bin")) + _names(folder.glob("*.pt*"))
+    if pickles:
+        return KepoCheckpointError(
+            f"{folder} has {pickles[0]} and no {wanted}; only safetensors are read, as a pickle "
+            "can run code: convert it with save_pretrained where you trust it"
+        )
+    return KepoCheckpointError(f"{folder} has no {wanted}; expected it, {instead}")
+
+
+def _names(files: Iterable[Path]) -> list[str]:
+    return sorted(file.name for file in files)
