@@ -10,13 +10,12 @@ per sample, and nothing happens to groups that need no help.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 from kepo.config import Config
 from kepo.data import Example
-from kepo.encoding import Prompt
+from kepo.encoding import Encoder, Prompt
 from kepo.engine import Engine
 from kepo.leaks import states_answer
 from kepo.parallel import runs_of, shared_out
@@ -160,30 +159,24 @@ def write_hints(
         return teacher.decode(ids, mask)
 
     texts = shared_out(examples, work, runs_of(config.rollout_batch), in_step=teacher.in_step)
-    control = control_tokens(teacher.tokenizer)
+    encoder = teacher.encoder
     return [
-        hint if usable(hint, example, config, control) else None
+        hint if usable(hint, example, config, encoder) else None
         for hint, example in zip(map(parse_hint, texts), examples, strict=True)
     ]
 
 
-def usable(hint: str | None, example: Example, config: Config, control: Iterable[str] = ()) -> bool:
+def usable(hint: str | None, example: Example, config: Config, encoder: Encoder) -> bool:
     """Whether a hint may stand in a prompt.
 
-    It was written whole, between one pair of tags; it holds none of the ``control`` tokens, which
-    would end the prompt it stands in; and it states no answer (`states_answer`), unless
-    ``leak_filter`` is off or the student is told the answer anyway.
+    It was written whole, between one pair of tags; it holds no control tokens, which would end the
+    turn it stands in; and it states no answer (`states_answer`), unless ``leak_filter`` is off or
+    the student is told the answer anyway.
     """
-    if hint is None or any(token in hint for token in control):
+    if hint is None or encoder.control_tokens_in(hint):
         return False
     filtered = config.leak_filter and not config.hint_gives_answer
     return not (filtered and states_answer(hint, example))
-
-
-def control_tokens(tokenizer: Any) -> set[str]:
-    """What a tokenizer reads as control tokens wherever it stands in a text."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    return {token.content for token in added if token.special}
 
 
 def replace_worst(group: Group, successes: Group, config: Config) -> Group:

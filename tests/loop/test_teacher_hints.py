@@ -11,14 +11,13 @@ from kepo.errors import KepoConfigError
 from kepo.hints import (
     MAX_HINT_LENGTH,
     RescueReport,
-    control_tokens,
     rescue,
     usable,
     write_hints,
 )
 from kepo.leaks import states_answer
 from kepo.prompts import hint_request, hinted_prompt
-from kepo.tiny import build_tokenizer
+from kepo.vlm import VLM
 
 CONFIG = Config(teacher="t", num_generations=2, num_hinted=2, max_attempts=3)
 
@@ -302,14 +301,13 @@ def test_random_numbers_of_a_second_hint_go_by_seed_step_and_question():
 
 
 @pytest.mark.parametrize("part", ["<|im_end|>", "<|im_start|>user", "a <|image_pad|> b"])
-def test_a_hint_with_control_tokens_is_unusable(part):
-    tokenizer = build_tokenizer()
-    control = control_tokens(tokenizer)
+def test_a_hint_with_control_tokens_is_unusable(tinies, part):
+    encoder = VLM.load(tinies / "qwen3").encoder
     for filtered in (True, False):
         config = replace(CONFIG, leak_filter=filtered)
-        assert not usable(f"look {part}", example("a"), config, control)
-        assert usable("look <|im_en", example("a"), config, control)
-    assert not control & {"<think>", "<hint>"}
+        assert not usable(f"look {part}", example("a"), config, encoder)
+        assert usable("look <|im_en", example("a"), config, encoder)
+        assert usable("<think>look", example("a"), config, encoder)  # a tag is none
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,9 @@ class ScriptedVLM:
     in_step = False
     end_ids = (EOS,)
 
+    def control_tokens_in(self, text):
+        return []
+
     def within(self, work):
         return work()
 
