@@ -17,8 +17,11 @@ from kepo.vlm import VLM
 
 RULES = {}
 """By preset: what a run of it must show."""
-SETTINGS = {"kepo_official": dict(prompts_per_step=8, num_generations=2)}
-"""Groups so small, and so many, that in some of them accuracy and format are zero throughout."""
+SETTINGS = {
+    # Groups so small, and so many, that in some of them accuracy and format are zero throughout.
+    "kepo_official": dict(prompts_per_step=8, num_generations=2),
+    "kdpo_tau1": dict(seed=1),  # with which some completion has the format alone
+}
 
 
 def rule(*names):
