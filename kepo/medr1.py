@@ -10,25 +10,44 @@ Modality or question type is the file's name, so all that one load reads must be
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kepo.errors import KepoDataError
 from kepo.example import LETTERS, UNKNOWN, Example
-from kepo.records import BadRecord, Parsed, Sources, fields_of, read_list, right_letter, text
+from kepo.files import json_files
+from kepo.records import (
+    BadRecord,
+    Parsed,
+    Sources,
+    fields_of,
+    one_line,
+    read_list,
+    right_letter,
+    shown,
+    text,
+)
 
-_SUFFIX = re.compile(r"_(train|test)(_\d+)?$")
+_SUFFIX = re.compile(r"_(train|test)(_[0-9]+)?$")
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _MARKERS = (
-    re.compile(r"^[ \t]*([A-D])[.:)]\s+", re.MULTILINE),  # one option a line
-    re.compile(r"(?:^|(?<=[\s,;?.:]))([A-D])\)\s*"),  # A)one, B)other
+    re.compile(r"^[ \t]*([A-Z])[.:)]\s+", re.MULTILINE),  # one option a line
+    re.compile(r"(?:^|(?<=[\s,;?.:]))([A-Z])\)\s*"),  # A)one, B)other
 )
+_NEXT = (
+    r"[,;\n]\s*\(?{either}[.:)](?![a-z]\.)",  # after a comma or a line; not "e.g."
+    r"(?<![\w(]){either}\)",
+    r"\s{either}[.:]\s*[A-Z0-9]",  # not "species E. coli"
+)
+"""How one more option may stand in what was read as the last: in another style than the others, or
+with a small letter."""
 
 
 def rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """One file, or every file below a folder in sorted order."""
-    files = [path] if path.is_file() else sorted(path.rglob("*.json"))
+    """One file, or every file below a folder in sorted order; hidden ones are passed over."""
+    files = json_files(path) if path.is_dir() else [path]
     groups = {_group(file) for file in files}
     if len(groups) > 1:
         raise KepoDataError(
@@ -48,7 +67,7 @@ def parse(record: Any, where: str) -> Parsed:
     record = fields_of(record)
     question, options = split_problem(text(record, "problem"))
     example = Example(
-        id=text(record, "question_id"),
+        id=one_line(record, "question_id"),
         question=question,
         options=options,
         answer=_letter(text(record, "solution", "answer"), options),
@@ -62,8 +81,9 @@ def parse(record: Any, where: str) -> Parsed:
 def split_problem(problem: str) -> tuple[str, tuple[str, ...]]:
     """``(question, options)`` of "question A)one, B)other"; also with "A: one", "A. one" on lines.
 
-    The letters must be A B, A B C or A B C D, each once. If there are others, those whose bracket
-    closes one, as in "(vitamin A)", are not of the list.
+    The letters must be A, B and so on, each once. If there are others, those whose bracket
+    closes one, as in "(vitamin A)", are not of the list. Raises BadRecord where that leaves no
+    list, or where its last option may hold one more.
     """
     for marker in _MARKERS:
         found = list(marker.finditer(problem))
@@ -76,12 +96,26 @@ def split_problem(problem: str) -> tuple[str, tuple[str, ...]]:
             # The comma before the next letter belongs to the list, one at the end does not.
             options = [option.rstrip(",; ") for option in options[:-1]] + options[-1:]
             question = problem[: chain[0].start()].strip()
-            if question and all(options):
+            if question and all(options) and not _holds_another(options[-1], len(options)):
                 return question, tuple(options)
     raise BadRecord(
         "options",
-        f"problem={problem!r} has no list of options that can be told apart; expected a question "
-        "and then A)one, B)other up to D",
+        f"problem={shown(problem)} has no list of options that can be told apart; expected a "
+        "question and then A)one, B)other and so on",
+    )
+
+
+def _holds_another(option: str, number: int) -> bool:
+    """Whether the last of so many options seems to go on with the next letter."""
+    if number == len(LETTERS):
+        return False
+    option = unicodedata.normalize("NFKC", option)  # so that wide commas and brackets are plain
+    closing = _closing(option)
+    either = f"[{LETTERS[number]}{LETTERS[number].lower()}]"
+    found = (m for p in _NEXT for m in re.finditer(p.format(either=either), option))
+    return any(
+        not closing.intersection(range(match.start(), match.end())) or "(" in match[0]
+        for match in found
     )
 
 
@@ -100,11 +134,8 @@ def _closing(words: str) -> set[int]:
 def _letter(solution: str, options: tuple[str, ...]) -> str:
     tagged = _TAG.findall(solution)
     if len(tagged) > 1:
-        raise BadRecord("answer", f"solution={solution!r} has {len(tagged)} answers; expected one")
-    answer = (tagged[0] if tagged else solution).strip()
-    if answer in LETTERS[: len(options)] and len(answer) == 1:
-        return answer
-    return right_letter(answer, options)
+        raise BadRecord("answer", f"solution={shown(solution)} has {len(tagged)} answers; expected one")
+    return right_letter(tagged[0] if tagged else solution, options)
 
 
 def _sources(record: dict[str, Any]) -> Sources:
@@ -117,15 +148,14 @@ def _sources(record: dict[str, Any]) -> Sources:
     if record.get("image") is not None:
         raise BadRecord("field", "has both image and images; expected one of them")
     if not isinstance(images, list) or not images:
-        raise BadRecord("field", f"images={images!r}; expected a list of paths")
+        raise BadRecord("field", f"images={shown(images)}; expected a list of paths")
     for path in images:
-        if not isinstance(path, str) or not path.strip():
-            raise BadRecord("field", f"images={images!r}; expected non-empty strings in it")
+        text({"images": path}, "images")
     return tuple(images)
 
 
 def _optional(record: dict[str, Any], *keys: str) -> str:
-    return next((text(record, key) for key in keys if key in record), UNKNOWN)
+    return next((one_line(record, key) for key in keys if key in record), UNKNOWN)
 
 
 def _group(file: Path) -> tuple[str, str]:
