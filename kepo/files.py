@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from kepo.errors import KepoDataError
@@ -43,13 +44,14 @@ def json_files(folder: Path) -> list[Path]:
     listed: whoever reads it, by ``read_regular``, is told what is wrong, and nothing is left out in
     silence.
     """
-    found: list[Path] = []
+    return sorted(each_json_file(folder))
+
+
+def each_json_file(folder: Path) -> Iterator[Path]:
+    """Those of ``json_files``, as they are met."""
+    unlisted: list[OSError] = []
     seen: set[tuple[int, int]] = set()
-
-    def unlisted(error: OSError) -> None:
-        found.append(Path(error.filename))
-
-    for here, folders, files in os.walk(folder, followlinks=True, onerror=unlisted):
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=unlisted.append):
         facts = os.stat(here)
         if (facts.st_dev, facts.st_ino) in seen:  # a link to where the walk has been
             folders.clear()
@@ -57,8 +59,8 @@ def json_files(folder: Path) -> list[Path]:
         seen.add((facts.st_dev, facts.st_ino))
         folders[:] = sorted(name for name in folders if not hidden(name))
         names = (name for name in (*folders, *files) if is_json(name) and not hidden(name))
-        found += [Path(here, name) for name in names]
-    return sorted(found)
+        yield from (Path(here, name) for name in names)
+    yield from (Path(error.filename) for error in unlisted)
 
 
 def require_regular(path: Path) -> int:

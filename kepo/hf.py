@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kepo.errors import KepoDataError
+from kepo.files import require_regular
 
 COLUMNS = ("problem", "solution")
 IMAGES = ("image", "images")  # one of them
@@ -30,6 +31,8 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
 
     path = _one_split(path)
     try:
+        for file in (*path.glob("*.json"), *path.glob("*.arrow")):
+            require_regular(file)
         dataset = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
         raise KepoDataError(f"hf: {path} cannot be read by datasets: {error}") from error

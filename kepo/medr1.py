@@ -134,7 +134,9 @@ def _closing(words: str) -> set[int]:
 def _letter(solution: str, options: tuple[str, ...]) -> str:
     tagged = _TAG.findall(solution)
     if len(tagged) > 1:
-        raise BadRecord("answer", f"solution={shown(solution)} has {len(tagged)} answers; expected one")
+        raise BadRecord(
+            "answer", f"solution={shown(solution)} has {len(tagged)} answers; expected one"
+        )
     return right_letter(tagged[0] if tagged else solution, options)
 
 

@@ -112,7 +112,8 @@ def text(record: dict[str, Any], key: str, kind: str = "field") -> str:
         raise BadRecord(kind, f"{key}={shown(value)}; expected a non-empty string")
     if odd := _UNFIT.search(value):
         raise BadRecord(
-            kind, f"{key}={shown(value)} has the character {odd[0]!r}; expected text as UTF-8 has it"
+            kind,
+            f"{key}={shown(value)} has the character {odd[0]!r}; expected text as UTF-8 has it",
         )
     return value
 
