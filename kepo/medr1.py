@@ -83,26 +83,42 @@ def split_problem(problem: str) -> tuple[str, tuple[str, ...]]:
 
     The letters must be A, B and so on, each once. If there are others, those whose bracket
     closes one, as in "(vitamin A)", are not of the list. Raises BadRecord where that leaves no
-    list, or where its last option may hold one more.
+    list or two, or where its last option may hold one more.
     """
+    closing = _closing(problem)
     for marker in _MARKERS:
         found = list(marker.finditer(problem))
-        closing = _closing(problem)
-        for chain in (found, [m for m in found if m.end(1) not in closing]):
-            if len(chain) < 2 or "".join(m[1] for m in chain) != LETTERS[: len(chain)]:
+        within = [m for m in found if m.end(1) in closing]
+        whole = _split(problem, found)
+        outside = _split(problem, [m for m in found if m not in within]) if within else None
+        if whole and outside:
+            # "low (vitamin C) intake" is words; after a comma, some bracket was never closed.
+            before = [problem[: m.start()].rstrip()[-1:] for m in within]
+            if all(character.isalnum() for character in before):
+                return outside
+            if not all(character in ",;" for character in before):
                 continue
-            ends = [m.start() for m in chain[1:]] + [len(problem)]
-            options = [problem[m.end() : end].strip() for m, end in zip(chain, ends, strict=True)]
-            # The comma before the next letter belongs to the list, one at the end does not.
-            options = [option.rstrip(",; ") for option in options[:-1]] + options[-1:]
-            question = problem[: chain[0].start()].strip()
-            if question and all(options) and not _holds_another(options[-1], len(options)):
-                return question, tuple(options)
+        if whole or outside:
+            return whole or outside
     raise BadRecord(
         "options",
         f"problem={shown(problem)} has no list of options that can be told apart; expected a "
         "question and then A)one, B)other and so on",
     )
+
+
+def _split(problem: str, chain: list[re.Match]) -> tuple[str, tuple[str, ...]] | None:
+    """Question and options if these markers are those of a list."""
+    if len(chain) < 2 or "".join(m[1] for m in chain) != LETTERS[: len(chain)]:
+        return None
+    ends = [m.start() for m in chain[1:]] + [len(problem)]
+    options = [problem[m.end() : end].strip() for m, end in zip(chain, ends, strict=True)]
+    # The comma before the next letter belongs to the list, one at the end does not.
+    options = [option.rstrip(",; ") for option in options[:-1]] + options[-1:]
+    question = problem[: chain[0].start()].strip()
+    if not question or not all(options) or _holds_another(options[-1], len(options)):
+        return None
+    return question, tuple(options)
 
 
 def _holds_another(option: str, number: int) -> bool:

@@ -11,8 +11,8 @@ from PIL import Image
 
 MAX_PIXELS = 2**26
 """Pixels of the largest image that is decoded, 8192 x 8192: more than a radiograph or a photograph
-has, and five times what a model's processor keeps. Measured, a pixel takes 9 to 13 bytes while it is
-made RGB, in a WebP file 20."""
+has, and five times what a model's processor keeps. While it is made RGB, a pixel takes 9 to 13
+bytes as measured, and 20 in a WebP file."""
 
 _ORIENTATION = 0x0112  # in EXIF
 _UPRIGHT = {
@@ -109,7 +109,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 def _from_deep_grey(image: Image.Image, key: object, inverted: bool) -> Image.Image:
     """key: the value that is transparent, if there is one; inverted: 0 is white."""
-    parts = [(part.min(), part.max(), (part % 1).any()) for _, part in bands(image)]
+    parts = [(part.min(), part.max(), (part != np.trunc(part)).any()) for _, part in bands(image)]
     low, high = min(low for low, _, _ in parts), max(high for _, high, _ in parts)
     # Written so that NaN, which is in no order, is refused.
     if not all(low >= 0 and high <= 65535 and not broken for low, high, broken in parts):
