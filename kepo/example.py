@@ -23,7 +23,8 @@ class Example:
     answer: str
     """The right letter."""
     images: tuple[Path, ...]
-    """Absolute paths, links followed; existed under the dataset root when they were read."""
+    """Absolute paths, links followed; existed under the dataset root, or under a folder linked into
+    it, when they were read."""
     modality: str
     question_type: str
     rationale: str = ""
