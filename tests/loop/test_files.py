@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 from pathlib import Path
 
@@ -74,8 +75,21 @@ def test_a_dataset_inside_a_hidden_folder_is_read(tmp_path):
 # ---- what is no file, or cannot be read
 
 
-def test_a_fifo_is_a_bad_file_and_nobody_waits_for_it(root):
-    """Opened, it would be waited for without end."""
+@pytest.fixture
+def alarm():
+    """Whoever waits for a FIFO's writer waits without end: a test would hang instead of failing."""
+
+    def ring(number, frame):
+        raise AssertionError("a FIFO was opened")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_a_fifo_is_a_bad_file_and_nobody_waits_for_it(root, alarm):
     os.mkfifo(folder_of(root) / "b.json")
     os.mkfifo(root / "Images" / "fifo.png")
     more = record(question_id="q1", image_path="Images/fifo.png")
@@ -94,7 +108,7 @@ def test_a_socket_a_device_and_a_folder_are_bad_files(root, monkeypatch):
     monkeypatch.chdir(folder_of(root))  # the name of a socket must be short
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("b.json")
-        Path("c.json").symlink_to("/dev/zero")
+        Path("c.json").symlink_to("/dev/null")
         Path("d.json").mkdir()
         Path("e.json").symlink_to("nowhere")
         Path("f.json").write_text("")
