@@ -37,10 +37,11 @@ _MARKERS = (
     re.compile(r"(?:^|(?<=[\s,;?.:]))([A-Z])\)\s*"),  # A)one, B)other
 )
 _NEXT = (
-    r"[,;\n]\s*\(?{either}[.:)](?![a-z]\.)",  # after a comma or a line; not "e.g."
-    r"(?<![\w(]){either}\)",
-    r"\s{either}[.:]\s*[A-Z0-9]",  # not "species E. coli"
+    r"[,;/|\t\n]\s*\(?{either}[.:)](?![a-z]\.)",  # after a separator; not "e.g."
+    r"\s{either}[.:](?![a-z]\.)\s*\S",  # "infection by E. coli" is one, too: who could tell?
+    r"(?<!\w)\({either}\)",
 )
+_NEXT_BRACKET = r"(?<![\w(]){either}\)"
 """How one more option may stand in what was read as the last: in another style than the others, or
 with a small letter."""
 
@@ -89,17 +90,22 @@ def split_problem(problem: str) -> tuple[str, tuple[str, ...]]:
     for marker in _MARKERS:
         found = list(marker.finditer(problem))
         within = [m for m in found if m.end(1) in closing]
-        whole = _split(problem, found)
-        outside = _split(problem, [m for m in found if m not in within]) if within else None
+        rest = [m for m in found if m not in within]
+        whole, outside = _split(problem, found), _split(problem, rest) if within else None
         if whole and outside:
-            # "low (vitamin C) intake" is words; after a comma, some bracket was never closed.
-            before = [problem[: m.start()].rstrip()[-1:] for m in within]
-            if all(character.isalnum() for character in before):
-                return outside
-            if not all(character in ",;" for character in before):
+            # "low (vitamin C) intake" is words; after a comma or line, some bracket never closed.
+            words = [
+                _after_a_word(problem, m) and not problem[m.end(1) + 1 :][:1].isalnum()
+                for m in within
+            ]
+            if any(words) and (not all(words) or _after_words(problem, rest)):
                 continue
-        if whole or outside:
-            return whole or outside
+            whole = None if any(words) else whole
+        chain = found if whole else rest
+        if (read := whole or outside) and not _holds_another(
+            read[1][-1], len(read[1]), _after_words(problem, chain)
+        ):
+            return read
     raise BadRecord(
         "options",
         f"problem={shown(problem)} has no list of options that can be told apart; expected a "
@@ -114,24 +120,37 @@ def _split(problem: str, chain: list[re.Match]) -> tuple[str, tuple[str, ...]] |
     ends = [m.start() for m in chain[1:]] + [len(problem)]
     options = [problem[m.end() : end].strip() for m, end in zip(chain, ends, strict=True)]
     # The comma before the next letter belongs to the list, one at the end does not.
-    options = [option.rstrip(",; ") for option in options[:-1]] + options[-1:]
+    options = [option.rstrip(",;/| ") for option in options[:-1]] + options[-1:]
     question = problem[: chain[0].start()].strip()
-    if not question or not all(options) or _holds_another(options[-1], len(options)):
-        return None
-    return question, tuple(options)
+    return (question, tuple(options)) if question and all(options) else None
 
 
-def _holds_another(option: str, number: int) -> bool:
-    """Whether the last of so many options seems to go on with the next letter."""
+def _after_a_word(problem: str, marker: re.Match) -> bool:
+    """Whether nothing but spaces parts a marker from the words before it."""
+    before = problem[: marker.start(1)]
+    return before.rstrip(" ")[-1:] not in ("", *",;/|\t\n")
+
+
+def _after_words(problem: str, chain: list[re.Match]) -> bool:
+    """Whether a list has such markers after its first."""
+    return any(_after_a_word(problem, marker) for marker in chain[1:])
+
+
+def _holds_another(option: str, number: int, after_words: bool) -> bool:
+    """Whether the last of so many options seems to go on with the next letter.
+
+    after_words: the markers of the list stand after words, so that one in brackets may be another.
+    """
     if number == len(LETTERS):
         return False
     option = unicodedata.normalize("NFKC", option)  # so that wide commas and brackets are plain
-    closing = _closing(option)
     either = f"[{LETTERS[number]}{LETTERS[number].lower()}]"
-    found = (m for p in _NEXT for m in re.finditer(p.format(either=either), option))
+    if any(re.search(pattern.format(either=either), option) for pattern in _NEXT):
+        return True
+    closing = set() if after_words else _closing(option)
+    brackets = re.finditer(_NEXT_BRACKET.format(either=either), option)
     return any(
-        not closing.intersection(range(match.start(), match.end())) or "(" in match[0]
-        for match in found
+        match.end() - 1 not in closing or option[match.end() :][:1].isalnum() for match in brackets
     )
 
 

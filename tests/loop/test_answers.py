@@ -105,6 +105,11 @@ def test_a_fifth_option_in_the_same_style_is_read(problem):
         "Which? A)CT, B)MR, C)X-ray, D)PET, E.Ultrasound",
         "Which? A)CT, B)MR, C)X-ray, D)PET E. Ultrasound",
         "Which? A)CT, B)MR, C)X-ray, D)PET, e)ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET e. ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)infection by E. coli",  # who could tell?
+        "Which? A)CT B)OCT (Optical C) X-ray",
+        "Which? A)CT, B)MR, C)X-ray, D)OCT (Optical, e)ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET (e)ultrasound",
         "Which? A)CT, B)MR, C)X-ray, D)PET e) ultrasound",
         "Which? A)CT, B)MR, C)X-ray, D)PET/E)ultrasound",
         "Which? A)CT, B)MR, C)X-ray, D)PET, (E) ultrasound",
@@ -128,7 +133,7 @@ def test_an_option_is_never_part_of_another(problem):
 
 @pytest.mark.parametrize(
     "last",
-    ["E. coli", "lack of vitamin (or E) alone", "either, e.g. both", "strain of E. coli", "type E"],
+    ["E. coli", "lack of vitamin (or E) alone", "either, e.g. both", "type E", "type E."],
 )
 def test_letters_within_an_option_begin_no_other(last):
     problem = f"Which? A)CT, B)MR, C)X-ray, D){last}"
@@ -137,8 +142,9 @@ def test_letters_within_an_option_begin_no_other(last):
 
 def test_a_bracket_that_is_never_closed_ends_no_list():
     """As Med-R1's files have it."""
-    problem = "Which? A)CT, B)OCT (Optical Coherence Tomography, C)MR"
-    assert medr1.split_problem(problem)[1] == ("CT", "OCT (Optical Coherence Tomography", "MR")
+    for part in (", ", "; ", "\n", " / ", " "):
+        problem = f"Which? A)CT{part}B)OCT (Optical Coherence Tomography{part}C)MR"
+        assert medr1.split_problem(problem)[1] == ("CT", "OCT (Optical Coherence Tomography", "MR")
 
 
 # ---- the answer
