@@ -13,10 +13,12 @@ import quirks
 from PIL import Image
 
 from kepo import images
+from kepo.config import Config
 from kepo.datacheck import run as command
 from kepo.errors import KepoDataError
 from kepo.images import Look, digests_of, looks_of, open_rgb
 from kepo.pixels import MAX_PIXELS, Turns
+from kepo.sources import load_data
 
 WHITE = (255, 255, 255)
 
@@ -330,3 +332,5 @@ def test_check_names_faint_pictures_and_does_not_call_them_wrong(tmp_path, capsy
     assert "     2  picture nearly black\n" in out  # two questions about it
     assert "pictures that come out nearly black: 1\n" in out
     assert f"{clean.resolve() / 'Images' / '1.png'}\n" in out
+    data = load_data(Config(student="s", train_data=str(clean), run_dir=str(tmp_path)))
+    assert data.record["train"]["quirks"]["picture nearly black"] == 2
