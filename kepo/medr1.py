@@ -98,7 +98,7 @@ def split_problem(problem: str) -> tuple[str, tuple[str, ...]]:
                 _after_a_word(problem, m) and not problem[m.end(1) + 1 :][:1].isalnum()
                 for m in within
             ]
-            if any(words) and (not all(words) or _after_words(problem, rest)):
+            if any(words) and not all(words):
                 continue
             whole = None if any(words) else whole
         chain = found if whole else rest

@@ -108,6 +108,8 @@ def test_a_fifth_option_in_the_same_style_is_read(problem):
         "Which? A)CT, B)MR, C)X-ray, D)PET e. ultrasound",
         "Which? A)CT, B)MR, C)X-ray, D)infection by E. coli",  # who could tell?
         "Which? A)CT B)OCT (Optical C) X-ray",
+        "Which? A)CT, B)MR, C)OCT (Optical d)PET",
+        "Which? A)CT, B)lack (vitamin C) of (iron, D)PET",
         "Which? A)CT, B)MR, C)X-ray, D)OCT (Optical, e)ultrasound",
         "Which? A)CT, B)MR, C)X-ray, D)PET (e)ultrasound",
         "Which? A)CT, B)MR, C)X-ray, D)PET e) ultrasound",
