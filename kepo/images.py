@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from kepo.errors import KepoDataError
 from kepo.example import Example
 from kepo.files import expanded, printable, require_regular
-from kepo.pixels import MAX_PIXELS, Turns, as_rgb, bands, pixels_of
+from kepo.pixels import LARGE, MAX_PIXELS, Turns, as_rgb, bands, give_back_memory, pixels_of
 from kepo.records import BadRecord, Sources, shown
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
@@ -53,10 +54,27 @@ def open_rgb(path: Path) -> Image.Image:
     Only regular files are opened.
     """
     try:
-        with _opened(path) as image, _turns.of(pixels_of(image)):
-            return as_rgb(image)
+        return _in_turn(path, lambda rgb: rgb)
     except Exception as error:  # of broken bytes a decoder may raise anything
         raise _unreadable(path, error) from error
+
+
+def _in_turn(path: Path, work: Callable[[Image.Image], Any]) -> Any:
+    """``work`` on the image as RGB, when it is this thread's turn."""
+    with _opened(path) as image:
+        pixels = pixels_of(image)
+    with _turns.of(pixels):
+        try:
+            return _worked(path, work)
+        finally:
+            if pixels > LARGE:
+                give_back_memory()
+
+
+def _worked(path: Path, work: Callable[[Image.Image], Any]) -> Any:
+    # By itself, so that what it held is free before the turn ends.
+    with _opened(path) as image:
+        return work(as_rgb(image))
 
 
 def _opened(path: Path) -> Image.Image:
@@ -189,9 +207,7 @@ def digests_in(looks: dict[Path, Look | KepoDataError]) -> dict[Path, str | Kepo
 
 def _look(path: Path) -> Look | KepoDataError:
     try:
-        with _opened(path) as image, _turns.of(pixels_of(image)):
-            rgb = as_rgb(image)
-            return Look(_digest(rgb), _faint(rgb))
+        return _in_turn(path, lambda rgb: Look(_digest(rgb), _faint(rgb)))
     except Exception as error:
         return _unreadable(path, error)
 

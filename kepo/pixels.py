@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from PIL import Image
@@ -13,6 +14,9 @@ MAX_PIXELS = 2**26
 """Pixels of the largest image that is decoded, 8192 x 8192: more than a radiograph or a photograph
 has, and five times what a model's processor keeps. While it is made RGB, a pixel takes 9 to 13
 bytes as measured, and 20 in a WebP file."""
+
+LARGE = 2**22
+"""After an image of more pixels, memory that is free goes back to the system."""
 
 _ORIENTATION = 0x0112  # in EXIF
 _UPRIGHT = {
@@ -33,6 +37,12 @@ def pixels_of(image: Image.Image) -> int:
     tags = getattr(image, "tag_v2", {})
     tile = int(tags.get(_TILE_WIDTH, 1)) * int(tags.get(_TILE_LENGTH, 1))
     return max(image.width * image.height, tile)
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system, which glibc otherwise keeps for each thread by itself."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library has no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Turns:

@@ -276,7 +276,7 @@ def test_a_turn_ends_with_an_error():
 def test_threads_together_hold_what_one_picture_may(tmp_path):
     """Eight of 16 million pixels in eight threads, no more of them at a time than MAX_PIXELS.
 
-    The child counts from where it stands after a small picture; a pixel may take 13 bytes.
+    The child counts from where it stands after a small picture; a pixel of these takes 5 bytes.
     """
     limit = 2**24
     row = b"\0" * (1 + 3 * 4096)
@@ -300,7 +300,7 @@ print(peak() - before)
 """
     command = [sys.executable, "-c", script, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 13 * limit + 2**25
+    assert int(done.stdout) < 9 * limit
 
 
 # ---- faint pictures
