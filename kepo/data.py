@@ -8,6 +8,7 @@ OmniMedVQA as published (``omnimedvqa``), Med-R1's split files (``medr1``), and 
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +20,9 @@ from tqdm import tqdm
 from kepo import hf, medr1, omnimedvqa
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.example import LETTERS, UNKNOWN, Example
+from kepo.files import each_json_file, expanded, is_json, printable
 from kepo.images import load_image, locate, open_rgb
-from kepo.records import KINDS, BadRecord, Parsed, Problem, Sources
+from kepo.records import KINDS, BadRecord, Parsed, Problem, Sources, repeated, shown
 
 __all__ = [
     "LETTERS",
@@ -72,7 +74,9 @@ class DataReport:
 
     def summary(self) -> str:
         """One line; with problems, a second one that counts them and names the first."""
-        line = f"{self.path}: {self.questions} of {self.records} questions ({self.layout})"
+        line = (
+            f"{printable(self.path)}: {self.questions} of {self.records} questions ({self.layout})"
+        )
         if not self.problems:
             return line
         kinds = ", ".join(f"{kind} {count}" for kind, count in self.counts().items())
@@ -84,16 +88,21 @@ class DataReport:
 
 def layout_of(path: str | Path) -> Layout:
     """The layout of a folder, or of a JSON file; KepoDataError if it is none of the three."""
-    path = Path(path)
-    if (path / omnimedvqa.FOLDER).is_dir():
-        return OMNIMEDVQA
-    if any((path / name).is_file() for name in (hf.DICT, hf.SINGLE)):
-        return HF
-    if (path.suffix == ".json" and path.is_file()) or next(path.rglob("*.json"), None):
-        return MEDR1
-    found = "is not there" if not path.exists() else "is of no layout known here"
+    path = expanded(path)
+    try:
+        if (path / omnimedvqa.FOLDER).is_dir():
+            return OMNIMEDVQA
+        if any((path / name).is_file() for name in (hf.DICT, hf.SINGLE)):
+            return HF
+        if (is_json(path.name) and path.is_file()) or (
+            path.is_dir() and next(each_json_file(path), None)
+        ):
+            return MEDR1
+        found = "is not there" if not path.exists() else "is of no layout known here"
+    except OSError as error:  # no permission, or a disk that is gone
+        found = f"cannot be read ({error})"
     raise KepoDataError(
-        f"{path} {found}; expected a folder with {omnimedvqa.FOLDER}, one written by "
+        f"{printable(path)} {found}; expected a folder with {omnimedvqa.FOLDER}, one written by "
         "datasets.save_to_disk, or JSON files of image, problem, solution"
     )
 
@@ -112,17 +121,20 @@ def load_examples(
 
     modalities, question_types: keep only these; None keeps all.
     limit: the first so many of what is kept; None keeps all.
-    image_root: where image paths begin, and which they must not leave. None = the dataset's folder;
-        for Med-R1's files the nearest folder above that has ``Images``.
+    image_root: where image paths begin, and which they must not leave, but by a folder in it that
+        is itself a link (``images.locate``). None = the dataset's folder; for Med-R1's files the
+        nearest folder above that has ``Images``.
     bad_records: "skip" leaves out records with which something is wrong and reports them, "fail"
         raises at the first.
     progress: show a bar.
 
-    The images must exist; whether they can be decoded, ``images.digests_of`` says.
+    ``~`` in a path is the home folder. Files and folders whose names begin with a dot are passed
+    over, as copies that other programs keep. The images must exist; whether they can be decoded,
+    ``images.digests_of`` says.
     Raises KepoDataError for an unknown layout, an unknown name in a filter, or if nothing is left.
     """
     return _load(
-        layout_of(path), Path(path), modalities, question_types, limit, image_root, bad_records,
+        layout_of(path), expanded(path), modalities, question_types, limit, image_root, bad_records,
         progress,
     )  # fmt: skip
 
@@ -135,7 +147,7 @@ def load_omnimedvqa(
     limit: int | None = None,
 ) -> list[Example]:
     """``load_examples`` for data of which every record must be right: the first bad one raises."""
-    return _load(OMNIMEDVQA, Path(root), modalities, question_types, limit, None, "fail")[0]
+    return _load(OMNIMEDVQA, expanded(root), modalities, question_types, limit, None, "fail")[0]
 
 
 def _load(
@@ -154,12 +166,13 @@ def _load(
         raise KepoConfigError(
             f"load_examples: bad_records is {bad_records!r}; expected 'skip' or 'fail'"
         )
-    path = path.resolve()
     root = _image_root(layout, path, image_root)
+    path = path.resolve()
     problems: list[Problem] = []
 
-    def bad(where: str, error: BadRecord) -> None:
-        problem = Problem(error.kind, where, str(error))
+    def bad(where: str, error: BadRecord, name: object) -> None:
+        told = f" (question {shown(name)})" if isinstance(name, str) else ""
+        problem = Problem(error.kind, where, f"{error}{told}")
         if bad_records == "fail":
             raise KepoDataError(f"load_examples: {problem}")
         problems.append(problem)
@@ -181,9 +194,11 @@ def _load(
                     f"the id {example.id!r} was already used at {earlier}; ids must be unique",
                 )
         except BadRecord as error:
-            bad(where, error)
+            bad(where, error, record.get("question_id") if isinstance(record, dict) else None)
             continue
         quirks.update(layout.quirks(record, example))
+        if repeated(example.options):
+            quirks["two wrong options are the same"] += 1
         parsed.append((where, example, sources))
 
     if parsed:  # otherwise the names are not to blame
@@ -201,7 +216,7 @@ def _load(
         try:
             kept.append(replace(example, images=locate(sources, root)))
         except BadRecord as error:
-            bad(where, error)
+            bad(where, error, example.id)
     report = DataReport(path, layout.name, records, len(kept), tuple(problems), dict(quirks))
     if not kept:
         raise KepoDataError(f"load_examples: no question is left of {report.summary()}")
@@ -210,16 +225,21 @@ def _load(
 
 def _image_root(layout: Layout, path: Path, given: str | Path | None) -> Path:
     if given is not None:
-        if not Path(given).is_dir():
+        folder = expanded(given)
+        if not folder.is_dir():
             raise KepoDataError(f"load_examples: image_root={str(given)!r} is not a folder")
-        return Path(given).resolve()
+        return folder.resolve()
+    resolved = path.resolve()
     if layout is not MEDR1:
-        return path
-    for folder in (path, *path.parents):
+        return resolved
+    # If the file or folder is a link: beside what it leads to, or else beside the link.
+    link = Path(os.path.abspath(path))
+    for folder in (resolved, *resolved.parents, link, *link.parents):
         if (folder / "Images").is_dir():
-            return folder
+            return folder.resolve()
     raise KepoDataError(
-        f"load_examples: no folder above {path} has Images; set image_root to the one that does"
+        f"load_examples: no folder above {printable(path)} has Images; set image_root to the one "
+        "that does"
     )
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from kepo.data import DataReport, load_examples
 from kepo.errors import KepoDataError, KepoError
 from kepo.example import Example
-from kepo.images import digests_of
+from kepo.files import printable
+from kepo.images import Look, digests_in, looks_of
 from kepo.records import KINDS
-from kepo.sources import readable
+from kepo.sources import readable, with_faint
 from kepo.splits import shared_images
 
 NAMED = 5
@@ -28,8 +29,8 @@ class Checked:
     examples: list[Example]
     """Those with which nothing is wrong."""
     report: DataReport
-    digests: dict[Path, str | KepoDataError]
-    """Contents of the images, or why one could not be decoded."""
+    looks: dict[Path, Look | KepoDataError]
+    """What was seen of each image, or why it could not be decoded."""
 
 
 def check_data(
@@ -37,9 +38,9 @@ def check_data(
 ) -> Checked:
     """Read every record and decode every image. Raises KepoDataError if none of them is right."""
     examples, report = load_examples(path, image_root=image_root, progress=progress)
-    digests = digests_of((path for e in examples for path in e.images), progress=progress)
-    examples, report = readable(examples, report, digests)
-    return Checked(examples, report, digests)
+    looks = looks_of((path for e in examples for path in e.images), progress=progress)
+    examples, report = readable(examples, report, digests_in(looks))
+    return Checked(examples, with_faint(report, examples, looks), looks)
 
 
 def table(examples: Sequence[Example]) -> list[str]:
@@ -67,16 +68,19 @@ def describe(checked: Checked, every: bool) -> list[str]:
     """What a dataset holds and what is wrong with it; ``every``: all problems, not the first."""
     report = checked.report
     images = {path for e in checked.examples for path in e.images}
-    contents = {checked.digests[path] for path in images}
+    digests = digests_in(checked.looks)
+    contents = {digests[path] for path in images}
     lines = [
-        f"{report.path} ({report.layout}): {report.records} records, {report.questions} good "
-        f"questions about {len(images)} images, {len(contents)} of them different",
+        f"{printable(report.path)} ({report.layout}): {report.records} records, "
+        f"{report.questions} good questions about {len(images)} images, {len(contents)} of them "
+        "different",
         "",
         *table(checked.examples),
     ]
     if report.quirks:
-        lines += ["", "unlike the published schema, but understood:"]
+        lines += ["", "odd, or unlike the published schema, but understood:"]
         lines += [f"  {count:6}  {name}" for name, count in sorted(report.quirks.items())]
+    lines += _faint_pictures(checked, every)
     if not report.problems:
         return [*lines, "", "nothing is wrong"]
     lines += ["", f"wrong: {len(report.problems)} records"]
@@ -91,13 +95,27 @@ def describe(checked: Checked, every: bool) -> list[str]:
     return lines
 
 
+def _faint_pictures(checked: Checked, every: bool) -> list[str]:
+    shown = dict.fromkeys(path for e in checked.examples for path in e.images)
+    faint = {path: checked.looks[path].faint for path in shown}
+    lines = []
+    for kind in sorted(set(faint.values()) - {""}):
+        found = [path for path in faint if faint[path] == kind]
+        named = found if every else found[:NAMED]
+        lines += ["", f"pictures that come out {kind}: {len(found)}"]
+        lines += [f"          {printable(path)}" for path in named]
+        if len(named) < len(found):
+            lines.append(f"          and {len(found) - len(named)} more: --all lists them")
+    return lines
+
+
 def compare(checked: Checked, other: Checked) -> tuple[int, list[str]]:
     """``(images shared by content, lines that say so)``; by path those of one folder can be."""
     by_path, _ = shared_images(checked.examples, other.examples)
-    digests = checked.digests | other.digests
+    digests = digests_in(checked.looks | other.looks)
     images, questions = shared_images(checked.examples, other.examples, digests)
     path, total = other.report.path, len(other.examples)
-    lines = ["", f"against {path}: {total} good questions"]
+    lines = ["", f"against {printable(path)}: {total} good questions"]
     if other.report.problems:
         lines.append(f"  {len(other.report.problems)} records of it are wrong; check it by itself")
     lines.append(

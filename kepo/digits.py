@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from kepo.data import LETTERS
 from kepo.errors import KepoConfigError
 
 QUESTION = "What is the sum of the two digits?"
@@ -23,6 +22,8 @@ SMALL_DIGITS, LARGE_DIGITS = "Small digits", "Large digits"
 LARGEST_SMALL = 5
 TILE = 32
 """Pixels on each side of one digit; an image is TILE x 2 TILE."""
+LETTERS = "ABCD"
+"""Of the options of a question: there are four."""
 TEST_SCANS = 0.2
 """Share of the scans that only test questions may show."""
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-LETTERS = "ABCD"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+"""Names of the options, in order; no question can have more of them."""
 UNKNOWN = "unknown"
 """Modality or question type where the dataset does not say."""
 
@@ -18,11 +19,12 @@ class Example:
     """question_id of the file, unique in the dataset."""
     question: str
     options: tuple[str, ...]
-    """Texts of options A, B, C, D in this order; two to four of them."""
+    """Texts of options A, B, C and so on; two to 26 of them."""
     answer: str
     """The right letter."""
     images: tuple[Path, ...]
-    """Absolute paths, links followed; existed under the dataset root when they were read."""
+    """Absolute paths, links followed; existed under the dataset root, or under a folder linked into
+    it, when they were read."""
     modality: str
     question_type: str
     rationale: str = ""

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from kepo.errors import KepoDataError
+from kepo.files import printable, read_regular, require_regular
+from kepo.records import BadRecord
 
 COLUMNS = ("problem", "solution")
 IMAGES = ("image", "images")  # one of them
@@ -30,9 +32,11 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
 
     path = _one_split(path)
     try:
+        for file in (*path.glob("*.json"), *path.glob("*.arrow")):
+            require_regular(file)
         dataset = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise KepoDataError(f"hf: {path} cannot be read by datasets: {error}") from error
+    except Exception as error:  # of broken files it may raise anything
+        raise _unread(path, error) from error
     columns = [name for name in IMAGES if name in dataset.column_names]
     missing = [name for name in COLUMNS if name not in dataset.column_names]
     if not columns:
@@ -46,9 +50,21 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise KepoDataError(f"hf: {path} has the columns image and images; expected one of them")
     (column,) = columns
     dataset = dataset.cast_column(column, _undecoded(dataset.features[column], datasets))
-    for index, record in enumerate(dataset.remove_columns(column)):
+    texts = dataset.remove_columns(column)
+    for index in range(len(texts)):
+        try:
+            record = texts[index]
+        except Exception as error:
+            raise _unread(path, error) from error
         given = {"question_id": f"{path.name}[{index}]"} | record
-        yield f"{path}[{index}]", given | {"images": partial(_images, dataset, index, column)}
+        where = f"{printable(path)}[{index}]"
+        yield where, given | {"images": partial(_images, dataset, index, column)}
+
+
+def _unread(path: Path, error: Exception) -> KepoDataError:
+    return KepoDataError(
+        f"hf: {printable(path)} cannot be read by datasets: {type(error).__name__}: {error}"
+    )
 
 
 def _one_split(path: Path) -> Path:
@@ -56,9 +72,11 @@ def _one_split(path: Path) -> Path:
     if not (path / DICT).is_file():
         return path
     try:
-        splits = json.loads((path / DICT).read_text(encoding="utf-8"))["splits"]
-    except (OSError, ValueError, KeyError) as error:
+        splits = json.loads(read_regular(path / DICT).decode("utf-8"))["splits"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise KepoDataError(f"hf: {path / DICT} cannot be read: {error!r}") from error
+    if not isinstance(splits, list) or not splits or not all(isinstance(s, str) for s in splits):
+        raise KepoDataError(f"hf: {path / DICT} has splits={splits!r}; expected a list of names")
     if len(splits) != 1:
         raise KepoDataError(f"hf: {path} holds the splits {splits}; give {path / splits[0]}")
     return path / splits[0]
@@ -75,7 +93,10 @@ def _undecoded(feature: Any, datasets: Any) -> Any:
 
 
 def _images(dataset: Any, index: int, column: str) -> list[str | bytes]:
-    value = dataset[index][column]
+    try:
+        value = dataset[index][column]
+    except Exception as error:
+        raise BadRecord("image missing", f"datasets cannot give the image: {error}") from error
     if column == "image":
         return [_stored(value)]
     return [_stored(image) for image in value or ()]

@@ -10,25 +10,45 @@ Modality or question type is the file's name, so all that one load reads must be
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kepo.errors import KepoDataError
 from kepo.example import LETTERS, UNKNOWN, Example
-from kepo.records import BadRecord, Parsed, Sources, fields_of, read_list, right_letter, text
+from kepo.files import json_files
+from kepo.records import (
+    BadRecord,
+    Parsed,
+    Sources,
+    fields_of,
+    one_line,
+    read_list,
+    right_letter,
+    shown,
+    text,
+)
 
-_SUFFIX = re.compile(r"_(train|test)(_\d+)?$")
+_SUFFIX = re.compile(r"_(train|test)(_[0-9]+)?$")
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _MARKERS = (
-    re.compile(r"^[ \t]*([A-D])[.:)]\s+", re.MULTILINE),  # one option a line
-    re.compile(r"(?:^|(?<=[\s,;?.:]))([A-D])\)\s*"),  # A)one, B)other
+    re.compile(r"^[ \t]*([A-Z])[.:)]\s+", re.MULTILINE),  # one option a line
+    re.compile(r"(?:^|(?<=[\s,;?.:]))([A-Z])\)\s*"),  # A)one, B)other
 )
+_NEXT = (
+    r"[,;/|\t\n]\s*\(?{either}[.:)](?![a-z]\.)",  # after a separator; not "e.g."
+    r"\s{either}[.:](?![a-z]\.)\s*\S",  # "infection by E. coli" is one, too: who could tell?
+    r"(?<!\w)\({either}\)",
+)
+_NEXT_BRACKET = r"(?<![\w(]){either}\)"
+"""How one more option may stand in what was read as the last: in another style than the others, or
+with a small letter."""
 
 
 def rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """One file, or every file below a folder in sorted order."""
-    files = [path] if path.is_file() else sorted(path.rglob("*.json"))
+    """One file, or every file below a folder in sorted order; hidden ones are passed over."""
+    files = json_files(path) if path.is_dir() else [path]
     groups = {_group(file) for file in files}
     if len(groups) > 1:
         raise KepoDataError(
@@ -48,7 +68,7 @@ def parse(record: Any, where: str) -> Parsed:
     record = fields_of(record)
     question, options = split_problem(text(record, "problem"))
     example = Example(
-        id=text(record, "question_id"),
+        id=one_line(record, "question_id"),
         question=question,
         options=options,
         answer=_letter(text(record, "solution", "answer"), options),
@@ -62,26 +82,75 @@ def parse(record: Any, where: str) -> Parsed:
 def split_problem(problem: str) -> tuple[str, tuple[str, ...]]:
     """``(question, options)`` of "question A)one, B)other"; also with "A: one", "A. one" on lines.
 
-    The letters must be A B, A B C or A B C D, each once. If there are others, those whose bracket
-    closes one, as in "(vitamin A)", are not of the list.
+    The letters must be A, B and so on, each once. If there are others, those whose bracket
+    closes one, as in "(vitamin A)", are not of the list. Raises BadRecord where that leaves no
+    list or two, or where its last option may hold one more.
     """
+    closing = _closing(problem)
     for marker in _MARKERS:
         found = list(marker.finditer(problem))
-        closing = _closing(problem)
-        for chain in (found, [m for m in found if m.end(1) not in closing]):
-            if len(chain) < 2 or "".join(m[1] for m in chain) != LETTERS[: len(chain)]:
+        within = [m for m in found if m.end(1) in closing]
+        rest = [m for m in found if m not in within]
+        whole, outside = _split(problem, found), _split(problem, rest) if within else None
+        if whole and outside:
+            # "low (vitamin C) intake" is words; after a comma or line, some bracket never closed.
+            words = [
+                _after_a_word(problem, m) and not problem[m.end(1) + 1 :][:1].isalnum()
+                for m in within
+            ]
+            if any(words) and not all(words):
                 continue
-            ends = [m.start() for m in chain[1:]] + [len(problem)]
-            options = [problem[m.end() : end].strip() for m, end in zip(chain, ends, strict=True)]
-            # The comma before the next letter belongs to the list, one at the end does not.
-            options = [option.rstrip(",; ") for option in options[:-1]] + options[-1:]
-            question = problem[: chain[0].start()].strip()
-            if question and all(options):
-                return question, tuple(options)
+            whole = None if any(words) else whole
+        chain = found if whole else rest
+        if (read := whole or outside) and not _holds_another(
+            read[1][-1], len(read[1]), _after_words(problem, chain)
+        ):
+            return read
     raise BadRecord(
         "options",
-        f"problem={problem!r} has no list of options that can be told apart; expected a question "
-        "and then A)one, B)other up to D",
+        f"problem={shown(problem)} has no list of options that can be told apart; expected a "
+        "question and then A)one, B)other and so on",
+    )
+
+
+def _split(problem: str, chain: list[re.Match]) -> tuple[str, tuple[str, ...]] | None:
+    """Question and options if these markers are those of a list."""
+    if len(chain) < 2 or "".join(m[1] for m in chain) != LETTERS[: len(chain)]:
+        return None
+    ends = [m.start() for m in chain[1:]] + [len(problem)]
+    options = [problem[m.end() : end].strip() for m, end in zip(chain, ends, strict=True)]
+    # The comma before the next letter belongs to the list, one at the end does not.
+    options = [option.rstrip(",;/| ") for option in options[:-1]] + options[-1:]
+    question = problem[: chain[0].start()].strip()
+    return (question, tuple(options)) if question and all(options) else None
+
+
+def _after_a_word(problem: str, marker: re.Match) -> bool:
+    """Whether nothing but spaces parts a marker from the words before it."""
+    before = problem[: marker.start(1)]
+    return before.rstrip(" ")[-1:] not in ("", *",;/|\t\n")
+
+
+def _after_words(problem: str, chain: list[re.Match]) -> bool:
+    """Whether a list has such markers after its first."""
+    return any(_after_a_word(problem, marker) for marker in chain[1:])
+
+
+def _holds_another(option: str, number: int, after_words: bool) -> bool:
+    """Whether the last of so many options seems to go on with the next letter.
+
+    after_words: the markers of the list stand after words, so that one in brackets may be another.
+    """
+    if number == len(LETTERS):
+        return False
+    option = unicodedata.normalize("NFKC", option)  # so that wide commas and brackets are plain
+    either = f"[{LETTERS[number]}{LETTERS[number].lower()}]"
+    if any(re.search(pattern.format(either=either), option) for pattern in _NEXT):
+        return True
+    closing = set() if after_words else _closing(option)
+    brackets = re.finditer(_NEXT_BRACKET.format(either=either), option)
+    return any(
+        match.end() - 1 not in closing or option[match.end() :][:1].isalnum() for match in brackets
     )
 
 
@@ -100,11 +169,10 @@ def _closing(words: str) -> set[int]:
 def _letter(solution: str, options: tuple[str, ...]) -> str:
     tagged = _TAG.findall(solution)
     if len(tagged) > 1:
-        raise BadRecord("answer", f"solution={solution!r} has {len(tagged)} answers; expected one")
-    answer = (tagged[0] if tagged else solution).strip()
-    if answer in LETTERS[: len(options)] and len(answer) == 1:
-        return answer
-    return right_letter(answer, options)
+        raise BadRecord(
+            "answer", f"solution={shown(solution)} has {len(tagged)} answers; expected one"
+        )
+    return right_letter(tagged[0] if tagged else solution, options)
 
 
 def _sources(record: dict[str, Any]) -> Sources:
@@ -117,15 +185,14 @@ def _sources(record: dict[str, Any]) -> Sources:
     if record.get("image") is not None:
         raise BadRecord("field", "has both image and images; expected one of them")
     if not isinstance(images, list) or not images:
-        raise BadRecord("field", f"images={images!r}; expected a list of paths")
+        raise BadRecord("field", f"images={shown(images)}; expected a list of paths")
     for path in images:
-        if not isinstance(path, str) or not path.strip():
-            raise BadRecord("field", f"images={images!r}; expected non-empty strings in it")
+        text({"images": path}, "images")
     return tuple(images)
 
 
 def _optional(record: dict[str, Any], *keys: str) -> str:
-    return next((text(record, key) for key in keys if key in record), UNKNOWN)
+    return next((one_line(record, key) for key in keys if key in record), UNKNOWN)
 
 
 def _group(file: Path) -> tuple[str, str]:

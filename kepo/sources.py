@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from kepo.config import Config
 from kepo.data import DataReport, load_examples
 from kepo.errors import KepoDataError
 from kepo.example import Example
-from kepo.images import digests_of
+from kepo.files import printable
+from kepo.images import Look, digests_in, looks_of
 from kepo.records import Problem
 from kepo.splits import shared_images, split_by_image, without_images_of
 
@@ -61,10 +63,13 @@ def load_data(config: Config, judge: Judge | None = None) -> RunData:
     digests = None
     if config.verify_images:
         shown = (path for e in [*train, *held_out] for path in e.images)
-        digests = digests_of(shown, progress=True)
+        looks = looks_of(shown, progress=True)
+        digests = digests_in(looks)
         train, train_report = readable(train, train_report, digests, config.bad_records)
+        train_report = with_faint(train_report, train, looks)
         if eval_report is not None:
             held_out, eval_report = readable(held_out, eval_report, digests, config.bad_records)
+            eval_report = with_faint(eval_report, held_out, looks)
     if judge is not None:
         train, train_report = judge(train, train_report, True)
         if eval_report is not None:
@@ -143,10 +148,23 @@ def readable(
     return kept, report
 
 
+def with_faint(
+    report: DataReport, examples: Sequence[Example], looks: Mapping[Path, Look | KepoDataError]
+) -> DataReport:
+    """The report with the questions among its quirks that have a nearly black or a flat picture."""
+    quirks = Counter(report.quirks)
+    for example in examples:
+        seen = (looks[path] for path in example.images)
+        quirks.update(
+            {f"picture {one.faint}" for one in seen if isinstance(one, Look) and one.faint}
+        )
+    return replace(report, quirks=dict(quirks))
+
+
 def as_record(report: DataReport) -> dict[str, Any]:
     """The report as plain values."""
     return {
-        "path": str(report.path),
+        "path": printable(report.path),
         "layout": report.layout,
         "records": report.records,
         "questions": report.questions,

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -181,6 +182,27 @@ def test_two_splits_and_other_columns_are_refused(saved):
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(saved / "other")
     with pytest.raises(KepoDataError, match=r"lacks \['image', 'problem', 'solution'\]"):
         load_examples(saved / "other")
+
+
+@pytest.mark.parametrize("splits", ["[]", "7", '[["a"]]', "}"])
+def test_a_folder_whose_splits_cannot_be_told_is_refused(saved, splits):
+    (saved / "dataset_dict.json").write_text(f'{{"splits": {splits}}}')
+    with pytest.raises(KepoDataError, match=r"dataset_dict.json (has splits|cannot be read)"):
+        load_examples(saved)
+
+
+@pytest.mark.parametrize("name", ["state.json", "data-00000-of-00001.arrow"])
+@pytest.mark.parametrize("harm", ["empty", "torn", "FIFO", "another"])
+def test_a_folder_with_a_broken_file_ends_in_a_sentence(saved, name, harm):
+    (file,) = saved.rglob(name)
+    content = file.read_bytes()
+    file.unlink()
+    if harm == "FIFO":  # which would be waited for without end
+        os.mkfifo(file)
+    else:
+        file.write_bytes({"empty": b"", "torn": content[: len(content) // 2]}.get(harm, b"[1]"))
+    with pytest.raises(KepoDataError, match=r"hf: .* cannot be read by datasets"):
+        load_examples(saved)
 
 
 def test_without_datasets_the_remedy_is_named(tmp_path, monkeypatch):

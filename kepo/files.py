@@ -1,0 +1,101 @@
+"""Files of a dataset: which of them are meant, and that they are files at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from kepo.errors import KepoDataError
+
+SYSTEM = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+"""Folders that operating systems and network disks leave beside the data."""
+MAX_JSON_BYTES = 2**30
+"""A larger JSON file is refused: it would be read into memory several times over."""
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder of this name is a copy or note that some program keeps for itself.
+
+    These are ``.ipynb_checkpoints``, ``._x.json``, ``.git``, whatever else begins with a dot, and
+    SYSTEM. (An editor's backup, ``x.json~`` or ``#x.json#``, does not end as a data file does.)
+    """
+    return name.startswith(".") or name in SYSTEM
+
+
+def is_json(name: str) -> bool:
+    """Whether a name ends in .json, in capitals or not."""
+    return name.lower().endswith(".json")
+
+
+def json_files(folder: Path) -> list[Path]:
+    """Every JSON file below a folder, sorted; links are followed, hidden names passed over.
+
+    What has such a name and is no file is in the list, too, and so is a folder that cannot be
+    listed: whoever reads it, by ``read_regular``, is told what is wrong, and nothing is left out in
+    silence.
+    """
+    return sorted(each_json_file(folder))
+
+
+def each_json_file(folder: Path) -> Iterator[Path]:
+    """Those of ``json_files``, as they are met."""
+    unlisted: list[OSError] = []
+    seen: set[tuple[int, int]] = set()
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=unlisted.append):
+        facts = os.stat(here)
+        if (facts.st_dev, facts.st_ino) in seen:  # a link to where the walk has been
+            folders.clear()
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
+        folders[:] = sorted(name for name in folders if not hidden(name))
+        names = (name for name in (*folders, *files) if is_json(name) and not hidden(name))
+        yield from (Path(here, name) for name in names)
+    yield from (Path(error.filename) for error in unlisted)
+
+
+def require_regular(path: Path) -> int:
+    """Bytes of a regular file; links are followed.
+
+    Raises OSError for anything else, before it is opened: to open a FIFO waits for its writer, and
+    to open a device may do anything.
+    """
+    facts = os.stat(path)
+    if not stat.S_ISREG(facts.st_mode):
+        kind = next((name for test, name in _KINDS if test(facts.st_mode)), "something else")
+        raise OSError(f"it is {kind}; expected a regular file")
+    return facts.st_size
+
+
+def read_regular(path: Path) -> bytes:
+    """All of a regular file; OSError if it is none, is larger than MAX_JSON_BYTES or cannot be
+    read."""
+    if path.is_dir():
+        os.listdir(path)  # one that may not be listed says so
+    size = require_regular(path)
+    if size > MAX_JSON_BYTES:
+        raise OSError(f"it has {size} bytes; expected at most {MAX_JSON_BYTES}: split it")
+    return path.read_bytes()
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with ``~`` and ``~user`` as home folders; KepoDataError if there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise KepoDataError(f"{printable(path)}: {error}; write the path out") from error
+
+
+def printable(words: object) -> str:
+    r"""Text that any file or terminal in UTF-8 takes: a lone surrogate, which stands for a byte of
+    a name that is not UTF-8, becomes ``\udc80``."""
+    return str(words).encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,0 +1,147 @@
+"""Pictures of every kind that decoders give, as 8-bit RGB; and how many are decoded at a time."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import numpy as np
+from PIL import Image
+
+MAX_PIXELS = 2**26
+"""Pixels of the largest image that is decoded, 8192 x 8192: more than a radiograph or a photograph
+has, and five times what a model's processor keeps. While it is made RGB, a pixel takes 9 to 13
+bytes as measured, and 20 in a WebP file."""
+
+LARGE = 2**22
+"""After an image of more pixels, memory that is free goes back to the system."""
+
+_ORIENTATION = 0x0112  # in EXIF
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}  # in PNG, between levels of so many bits
+_PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 262, 322, 323  # in TIFF
+
+
+def pixels_of(image: Image.Image) -> int:
+    """Pixels that have to be held to decode an image whose header was read."""
+    tags = getattr(image, "tag_v2", {})
+    tile = int(tags.get(_TILE_WIDTH, 1)) * int(tags.get(_TILE_LENGTH, 1))
+    return max(image.width * image.height, tile)
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system, which glibc otherwise keeps for each thread by itself."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library has no such function
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class Turns:
+    """Lets threads in as long as what they ask for together is at most ``limit``; in their order.
+
+    One who asks for more waits until nobody is in.
+    """
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._taken = 0
+        self._queue = threading.Lock()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def of(self, amount: int) -> Iterator[None]:
+        with self._queue, self._changed:  # who waits keeps later ones from overtaking
+            self._changed.wait_for(lambda: self._taken == 0 or self._taken + amount <= self._limit)
+            self._taken += amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= amount
+                self._changed.notify_all()
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image, decoded, upright, opaque on white, in mode RGB; see ``images.open_rgb``.
+
+    Raises ValueError for pixels that have no agreed white.
+    """
+    _scale_key(image)
+    image.load()
+    method = _UPRIGHT.get(_orientation(image))
+    key = image.info.get("transparency")
+    inverted = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _from_deep_grey(image, key, inverted)
+    elif key is not None or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
+        image = _on_white(image)
+    elif image.mode != "RGB":
+        image = image.convert("RGB")
+    return image if method is None else image.transpose(method)
+
+
+def _scale_key(image: Image.Image) -> None:
+    """PNG gives the transparent value in the file's bits, and Pillow compares it with 8 of them."""
+    key, tile = image.info.get("transparency"), getattr(image, "tile", ())
+    if key is None or image.format != "PNG" or not tile:
+        return
+    raw = tile[0][3]
+    if raw in _GREY_STEPS and isinstance(key, int):
+        image.info["transparency"] = key * _GREY_STEPS[raw]
+    elif raw == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # broken EXIF says nothing; the pixels were read all the same
+        return 1
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBa", "La"):
+        image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
+    image = image if image.mode == "RGBA" else image.convert("RGBA")
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+def _from_deep_grey(image: Image.Image, key: object, inverted: bool) -> Image.Image:
+    """key: the value that is transparent, if there is one; inverted: 0 is white."""
+    parts = [(part.min(), part.max(), (part != np.trunc(part)).any()) for _, part in bands(image)]
+    low, high = min(low for low, _, _ in parts), max(high for _, high, _ in parts)
+    # Written so that NaN, which is in no order, is refused.
+    if not all(low >= 0 and high <= 65535 and not broken for low, high, broken in parts):
+        raise ValueError(
+            f"mode {image.mode} with values from {low} to {high} has no agreed white; save it with "
+            "8 bits, or with whole numbers from 0 to 65535"
+        )
+    shift = max(0, int(high).bit_length() - 8)
+    shown = np.empty((image.height, image.width), np.uint8)
+    for top, part in bands(image):
+        rows = shown[top : top + len(part)]
+        rows[:] = part.astype(np.uint16) >> shift
+        if inverted:
+            rows[:] = 255 - rows
+        if isinstance(key, int):
+            rows[part == key] = 255
+    return Image.fromarray(shown).convert("RGB")
+
+
+def bands(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
+    """``(first row, pixels)`` of some rows of an image at a time, about a million pixels each."""
+    rows = max(1, 2**20 // image.width)
+    for top in range(0, image.height, rows):
+        below = min(top + rows, image.height)
+        yield top, np.asarray(image.crop((0, top, image.width, below)))
