@@ -159,13 +159,14 @@ def test_bad_input_is_refused_when_the_graph_runs():
 
 def test_opcheck_of_the_loss():
     problem = make_problem(length=5)
-    settings = "{'lm_head.softcap': None, 'lm_head.logit_scale': 1.0, 'temperature': 0.7, "
-    settings += "'return_stats': True, 'tensors': 'targets advantages completion_mask'}"
+    constants = "{'lm_head.softcap': None, 'return_stats': True}"
+    names = "targets advantages completion_mask; temperature lm_head.logit_scale; chunk_rows"
     student = (problem.hidden, problem.lm_head, problem.bias)
     others = [problem.targets, problem.advantages, problem.completion_mask]
-    arguments = ("fused_grpo_loss", settings, *(x.requires_grad_() for x in student), None, None)
-    needs = [True, True, True, False, False]
-    torch.library.opcheck(torch.ops.kepo_kernels.fused_loss, (*arguments, others, needs))
+    floats = [torch.tensor(x, dtype=torch.float64) for x in (0.7, 1.5)]
+    arguments = (*(x.requires_grad_() for x in student), None, None, others, floats, [4])
+    arguments = ("fused_grpo_loss", constants, names, *arguments, [True, True, True, False, False])
+    torch.library.opcheck(torch.ops.kepo_kernels.fused_loss, arguments)
 
 
 @pytest.mark.slow
