@@ -46,10 +46,10 @@ def one_operator(function: Callable) -> Callable:
             return function(*args, **kwargs)
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return transformed(*args, **kwargs)
-        arguments = dict(zip(positional, args))  # noqa: B905: torch 2.8 does not trace strict=False
-        if len(args) > len(positional) or any(name in kwargs for name in arguments):
+        names = positional[: len(args)]  # strict=False with a rest is an error under torch 2.8
+        if len(args) > len(positional) or any(name in kwargs for name in names):
             return refused(*args, **kwargs)
-        arguments |= kwargs
+        arguments = dict(zip(names, args, strict=True)) | kwargs
         if callable(arguments.get("policy_loss")):
             return broken(**arguments)
         flat = _flattened(arguments)
@@ -76,7 +76,7 @@ def _flattened(arguments: dict[str, object]) -> dict[str, object]:
         flat[f"{head_name}.softcap"] = head.softcap
         flat[f"{head_name}.logit_scale"] = head.logit_scale
         if head.lora is not None:
-            for part, value in zip(LoRA._fields, head.lora):  # noqa: B905
+            for part, value in zip(LoRA._fields, head.lora, strict=True):
                 flat[f"{head_name}.lora_{part}"] = value
     return flat
 
@@ -222,6 +222,7 @@ def _(
 
 def _save(ctx, inputs, output) -> None:
     _, _, _, *student, others, floats, ints, needs = inputs
+    # In torch's eyes a list without elements is one of tensors.
     ctx.lists = [None] * len(others), [None] * len(floats), None if ints else []
     ctx.needs = list(needs)
     ctx.like = [None if x is None else (x.shape, x.dtype) for x in student]
