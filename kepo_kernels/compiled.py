@@ -53,7 +53,8 @@ def one_operator(function: Callable) -> Callable:
         if callable(arguments.get("policy_loss")):
             return broken(**arguments)
         flat = _flattened(arguments)
-        if any(name not in flat for name in positional) or not all(map(_fits, flat.values())):
+        complete = all(name in flat for name in positional)
+        if not (complete and all(_fits(x) for x in flat.values())):
             return refused(**arguments)
         return _call_operator(function.__name__, flat)
 
@@ -83,7 +84,8 @@ def _flattened(arguments: dict[str, object]) -> dict[str, object]:
 
 def _fits(value: object) -> bool:
     """Whether an operator's schema has a place for it."""
-    return value is None or isinstance(value, (Tensor, torch.dtype, str, int, float))
+    known = value is None or isinstance(value, (Tensor, torch.dtype, str, int, float))
+    return known or getattr(value, "ndim", None) == 0  # a numpy scalar
 
 
 def _call_operator(name: str, arguments: dict[str, object]):
@@ -106,8 +108,10 @@ def _call_operator(name: str, arguments: dict[str, object]):
             constants.append(f"'{key}': {value!r}")
         elif isinstance(value, int):
             ints[key] = value
-        else:
+        elif isinstance(value, float):
             floats[key] = one * value
+        else:
+            floats[key] = torch.as_tensor(value)  # of numpy; its integers stay integers
     student = [tensors.pop(key, None) for key in STUDENT]
     constants.append(f"'return_stats': {return_stats!r}")
     names = "; ".join([" ".join(x) for x in (tensors, floats, ints)])

@@ -1,5 +1,6 @@
 """torch.compile of a model that ends in a loss: one graph, the same bits, the same gradients."""
 
+import numpy as np
 import pytest
 import torch
 from checks import make_problem
@@ -178,6 +179,19 @@ def test_terms_that_come_and_go():
     ]
     calls = [call | x for x in settings]
     assert compiled_and_eager(function_of("kepo"), None, calls) <= 5
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_numpy_scalars_in_the_graph(kind):
+    """A new value is no new graph (a float64 is a float to the compiler: known to change from the
+    second value on)."""
+    call = call_of("grpo")
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(fused_grpo_loss, fullgraph=True, backend=counter)
+    for value in (0.5, 0.625, 0.75):
+        actual = step(**call, temperature=kind(value), chunk_rows=np.int64(8 * value))
+        assert torch.allclose(actual, fused_grpo_loss(**call, temperature=value), rtol=1e-6)
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.slow
