@@ -25,9 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILED = ["tests/kernels/test_compile.py", "tests/kernels/test_compile_numbers.py"]
-# A sample for the back-ends of a CPU: values, gradients, rows, heads, products, refusals.
+# A sample for the back-ends of a CPU: values, gradients, rows, heads.
 EAGER = [f"tests/kernels/test_{name}.py" for name in ("losses", "autograd", "rows", "heads")]
-EAGER += [f"tests/kernels/test_{name}.py" for name in ("gemm", "weights", "validate")]
 SELECTED = "not triton and not inductor"  # no GPU, and no C++ compiler behind torch
 # By words in the name of a test of torch.compile; the first that fits.
 KINDS = {
@@ -105,7 +104,7 @@ def count_tests(path: Path) -> int:
             elif report.when == "call" and report.outcome == "passed":
                 passed[kind_of(report.nodeid)] += 1
 
-    words = ["-q", "-p", "no:cacheprovider", "--show-capture=no", "-m", "slow or not slow"]
+    words = ["-q", "-p", "no:cacheprovider", "--show-capture=no", "-m", "not processes"]
     status = pytest.main([*words, "-k", SELECTED, *COMPILED, *EAGER], plugins=[Counter()])
     why = unavailable("cpu")
     found = {"torch": torch.__version__, "cpp": why or cpu_rows.isa(), "live": why is None}

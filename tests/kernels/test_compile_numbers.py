@@ -1,4 +1,4 @@
-"""torch.compile where numbers change from call to call: the values of eager mode, and few graphs."""
+"""torch.compile where numbers change from call to call: eager mode's values, and few graphs."""
 
 import numpy as np
 import pytest
