@@ -10,12 +10,15 @@ PIP := $(PY) -m pip install --disable-pip-version-check
 # The Tritons of torch 2.8, 2.9, 2.10 and 2.11, 2.12 and 2.13; beside them stands what pip resolves. 3.4 is for x86 only.
 TRITONS := $(if $(filter x86_64,$(shell uname -m)),3.4.0) 3.5.1 3.6.0 3.7.1
 OLDER := $(TRITONS:%=$(VENV)/triton-%)
+# The oldest torch that is promised, and two between it and TORCH; each brings its Triton.
+TORCHES := 2.8.0 2.10.0 2.12.1
+OLDER_TORCHES := $(TORCHES:%=$(VENV)/torch-%)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment
-.PHONY: help demo test test-slow lint bench tritons matrix matrix-quick gpu gpu-quick clean
+.PHONY: help demo test test-slow lint bench tritons matrix matrix-quick torches torches-test gpu gpu-quick clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -45,6 +48,11 @@ matrix: $(VENV)/test.stamp tritons  ## compile for all targets and test the kern
 matrix-quick: $(VENV)/test.stamp tritons  ## the same, but the older Tritons compile a sample for sm_90
 	$(PY) benchmarks/matrix.py $(OLDER)
 
+torches: $(OLDER_TORCHES:%=%/.stamp)  ## fetch older torches that are supported, each into a folder of its own, 6 GB
+
+torches-test: $(VENV)/test.stamp torches  ## test the losses with each of them, compiled and not, on the CPU
+	$(PY) benchmarks/torches.py $(OLDER_TORCHES)
+
 # In no environment of ours: images with CUDA come with their own torch and Triton.
 # OUT: folder of the results. WHEELS: a folder of wheels of peers. BASELINE: another checkout to time beside this one.
 # GPU_SECONDS: to end within.
@@ -73,6 +81,11 @@ $(VENV)/torch.txt:
 $(VENV)/triton-%/.stamp: | $(VENV)/torch.txt
 	rm -rf $(@D)
 	$(PIP) --no-deps --target $(@D) triton==$*
+	touch $@
+
+$(VENV)/torch-%/.stamp: | $(VENV)/test.stamp
+	rm -rf $(@D)
+	$(PY) benchmarks/fetch_torch.py $(@D)
 	touch $@
 
 # The package by itself, so that the C++ is compiled once and again only when it changes.

@@ -26,7 +26,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from kepo.errors import KepoConfigError
 from kepo.parallel import is_first, rank, world_size
+from kepo_kernels.versions import refuse_sharding_on_cpu
 
 T = TypeVar("T")
 
@@ -61,8 +63,10 @@ def shard(
     when it runs. Embedding, head and what else is left are one group, whole from a forward to the
     end of its backward, and where there is none from then on: a tied head is one parameter there,
     and an untied one can be read as a plain tensor. Gradients are averaged in float32. offload:
-    shares rest in host memory.
+    shares rest in host memory. Raises KepoConfigError on CPUs where torch is too old for that.
     """
+    if device.type == "cpu" and world_size() > 1 and (reason := refuse_sharding_on_cpu()):
+        raise KepoConfigError(reason)
     mesh = init_device_mesh(device.type, (world_size(),))
     settings: dict[str, Any] = dict(
         mesh=mesh,

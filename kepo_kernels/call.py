@@ -1,9 +1,10 @@
 """What every public function does with its arguments before and after its own few lines."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kepo_kernels.devices import moved
 from kepo_kernels.engine import TokenLoss, TokenStats, fused_loss, loss_and_gradients
@@ -100,6 +101,7 @@ def begin(
     check = Validator(function)
     needs = engine.pop("_needs", None)
     check.engine(engine)
+    refuse_transforms(check, hidden, Head.of(lm_head), bias)
     hidden, head, bias = autocast(hidden, Head.of(lm_head), bias)
     check.head(("hidden", "lm_head", "bias"), hidden, head, bias)
     check.mask(completion_mask, hidden.shape[:-1])
@@ -109,6 +111,28 @@ def begin(
     cpu = torch.device("cpu")
     planned_on = cpu if hidden.is_cuda and all(x == cpu for x in given) else hidden.device
     return Call(check, hidden, head, bias, completion_mask, planned_on, engine, needs)
+
+
+def refuse_transforms(check: Validator, hidden: Tensor, head: Head, bias: Tensor | None) -> None:
+    """Refuse what asks for more than one backward pass: the gradients are formed in forward."""
+    instead = "kepo_kernels.reference has the same losses in plain PyTorch, where it works"
+    check.require(
+        not torch._C._are_functorch_transforms_active(),
+        "called under a transform of torch.func (grad, vjp, jvp, vmap, jacrev, hessian), which the "
+        "fused losses do not take; call the loss outside of it and torch.autograd.grad(loss, "
+        f"inputs) on the result, with torch.func.functional_call for parameters; {instead}",
+    )
+    lora = () if head.lora is None else head.lora[:2]
+    tangents = [
+        name
+        for name, x in zip(Student._fields, (hidden, head.weight, bias, *lora), strict=False)
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+    ]
+    check.require(
+        not tangents,
+        f"{', '.join(tangents)} carries a tangent of forward-mode AD, which the fused losses do "
+        f"not propagate; use backward(), or torch.autograd.grad; {instead}",
+    )
 
 
 def at(weights: Tensor, rows: Tensor) -> Tensor:
@@ -132,5 +156,8 @@ def autocast(hidden: Tensor, head: Head, bias: Tensor | None) -> tuple[Tensor, H
         floating = isinstance(x, Tensor) and x.is_floating_point()
         return x.to(dtype) if floating and x.dtype != torch.float64 else x
 
-    lora = None if head.lora is None else LoRA(*map(cast, head.lora[:2]), head.lora.scale)
-    return cast(hidden), replace(head, weight=cast(head.weight), lora=lora), cast(bias)
+    lora = head.lora
+    if lora is not None:
+        lora = LoRA(cast(lora.a), cast(lora.b), lora.scale)
+    # Written out: torch.compile traces neither dataclasses.replace nor *map(...) in every version.
+    return cast(hidden), Head(cast(head.weight), head.softcap, head.logit_scale, lora), cast(bias)

@@ -10,14 +10,16 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import cache, wraps
+from functools import wraps
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kepo_kernels import gemm
 from kepo_kernels.call import autocast
-from kepo_kernels.engine import TokenStats
+from kepo_kernels.engine import TokenStats, differentiable_once
+from kepo_kernels.graph_breaks import breaks_graph
 from kepo_kernels.heads import Head, LoRA
 
 LOSSES: dict[str, Callable] = {}
@@ -29,87 +31,106 @@ def one_operator(function: Callable) -> Callable:
     """Makes a loss an operator under torch.compile.
 
     A loss of the caller's own in Python (`policy_loss` as a callable) cannot be one: the graph then
-    breaks around the call.
+    breaks around the call. So it does for what the loss is going to refuse in eager mode.
     """
-    names = tuple(inspect.signature(function).parameters)
+    parameters = inspect.signature(function).parameters.values()
+    positional = [x.name for x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD]
     LOSSES[function.__name__] = function
     broken = breaks_graph(f"{function.__name__} with a Python callable")(function)
+    refused = breaks_graph(f"{function.__name__} with an argument that it refuses")(function)
+    transformed = breaks_graph(f"{function.__name__} under torch.func or forward-mode AD")(function)
 
     @wraps(function)
     def loss(*args, **kwargs):
         if not torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        arguments = dict(zip(names, args, strict=False)) | kwargs
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return transformed(*args, **kwargs)
+        names = positional[: len(args)]  # strict=False with a rest is an error under torch 2.8
+        if len(args) > len(positional) or any(name in kwargs for name in names):
+            return refused(*args, **kwargs)
+        arguments = dict(zip(names, args, strict=True)) | kwargs
         if callable(arguments.get("policy_loss")):
             return broken(**arguments)
-        return _call_operator(function.__name__, arguments)
+        flat = _flattened(arguments)
+        complete = all(name in flat for name in positional)
+        if not (complete and all(_fits(x) for x in flat.values())):
+            return refused(**arguments)
+        return _call_operator(function.__name__, flat)
 
     return loss
 
 
-def breaks_graph(what: str) -> Callable[[Callable], Callable]:
-    """Makes a function run outside of the graph, once and with a reason, under torch.compile.
+def _flattened(arguments: dict[str, object]) -> dict[str, object]:
+    """The arguments by name, with those of the heads beside them, cast as autocast asks."""
+    flat = dict(arguments)
+    for head_name, bias_name in HEADS.items():
+        states_name = "hidden" if head_name == "lm_head" else "teacher_hidden"
+        if head_name not in flat or states_name not in flat:
+            continue
+        given = flat[head_name]
+        cast = autocast(flat[states_name], Head.of(given), flat.get(bias_name))
+        flat[states_name], head, flat[bias_name] = cast
+        flat[head_name] = head.weight
+        if not isinstance(given, Head):
+            continue
+        flat[f"{head_name}.softcap"] = head.softcap
+        flat[f"{head_name}.logit_scale"] = head.logit_scale
+        if head.lora is not None:
+            for part, value in zip(LoRA._fields, head.lora, strict=True):
+                flat[f"{head_name}.lora_{part}"] = value
+    return flat
 
-    `torch.compiler.disable` does that, but as a decorator it would import the whole compiler, and
-    Triton, with this package. So it is applied when a compiler first asks.
-    """
 
-    def decorate(function: Callable) -> Callable:
-        @wraps(function)
-        def call(*args, **kwargs):
-            if torch.compiler.is_compiling():
-                torch._dynamo.graph_break(msg=f"{what} runs outside of the graph")
-                return _disabled(function)(*args, **kwargs)
-            return function(*args, **kwargs)
-
-        return call
-
-    return decorate
+def _fits(value: object) -> bool:
+    """Whether an operator's schema has a place for it."""
+    known = value is None or isinstance(value, (Tensor, torch.dtype, str, int, float))
+    return known or getattr(value, "ndim", None) == 0  # a numpy scalar
 
 
 def _call_operator(name: str, arguments: dict[str, object]):
-    """Flattens the arguments to what an operator's schema can hold."""
-    tensors, settings = {}, []
-    for head_name, bias_name in HEADS.items():
-        if head_name not in arguments:
-            continue
-        states = "hidden" if head_name == "lm_head" else "teacher_hidden"
-        head = Head.of(arguments.pop(head_name))
-        cast = autocast(arguments.pop(states), head, arguments.pop(bias_name, None))
-        tensors[states], head, bias = cast
-        tensors[head_name] = head.weight
-        if bias is not None:
-            tensors[bias_name] = bias
-        if head.lora is not None:
-            tensors[f"{head_name}.lora_a"], tensors[f"{head_name}.lora_b"] = head.lora[:2]
-            settings.append(f"'{head_name}.lora_scale': {head.lora.scale!r}")
-        settings.append(f"'{head_name}.softcap': {head.softcap!r}")
-        settings.append(f"'{head_name}.logit_scale': {head.logit_scale!r}")
+    """Sorts the arguments by what an operator's schema can hold.
+
+    Numbers go in as numbers, so that another value is not another graph. A graph would still be
+    compiled anew for every float that an operator takes as such (torch's tensorify_python_scalars
+    fixes it), but not for one that an arithmetic operator has made a tensor. It is on the CPU,
+    where reading it waits for no device.
+    """
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    tensors, floats, ints, constants = {}, {}, {}, []
     return_stats = arguments.pop("return_stats", False)
     for key, value in arguments.items():
         if isinstance(value, Tensor):
             tensors[key] = value
         elif isinstance(value, torch.dtype):
-            settings.append(f"'{key}': '{value}'")
-        elif value is not None:
-            settings.append(f"'{key}': {value!r}")
+            constants.append(f"'{key}': '{value}'")
+        elif value is None or isinstance(value, (str, bool)):
+            constants.append(f"'{key}': {value!r}")
+        elif isinstance(value, int):
+            ints[key] = value
+        elif isinstance(value, float):
+            floats[key] = one * value
+        else:
+            floats[key] = torch.as_tensor(value)  # of numpy; its integers stay integers
     student = [tensors.pop(key, None) for key in STUDENT]
-    settings.append(f"'return_stats': {return_stats!r}")
-    settings.append("'tensors': '" + " ".join(tensors) + "'")
+    constants.append(f"'return_stats': {return_stats!r}")
+    names = "; ".join([" ".join(x) for x in (tensors, floats, ints)])
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student]
     total, numbers, share, *_ = torch.ops.kepo_kernels.fused_loss(
-        name, "{" + ", ".join(settings) + "}", *student, list(tensors.values()), needs
+        name,
+        "{" + ", ".join(constants) + "}",
+        names,
+        *student,
+        list(tensors.values()),
+        list(floats.values()),
+        list(ints.values()),
+        needs,
     )
     if not return_stats:
         return total
     dropped = share if arguments.get("grad_tol", 0.0) > 0.0 else None
     shaped = numbers.detach().reshape(3, *student[0].shape[:-1])
     return total, TokenStats(shaped[0], shaped[1], shaped[2], dropped)
-
-
-@cache
-def _disabled(function: Callable) -> Callable:
-    return torch.compiler.disable(function)
 
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -123,16 +144,22 @@ UNCAPTURED = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsaf
 @torch.library.custom_op("kepo_kernels::fused_loss", mutates_args=(), tags=UNCAPTURED)
 def _operator(
     function: str,
-    settings: str,
+    constants: str,
+    names: str,
     hidden: Tensor,
     lm_head: Tensor,
     bias: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     others: Sequence[Tensor],
+    floats: Sequence[Tensor],
+    ints: Sequence[int],
     needs: Sequence[bool],
 ) -> Parts:
-    """(loss, numbers (3, N), share of gradient dropped, the five gradients, empty if not needed)"""
+    """`names` says whose the others, the floats (0-d, on the CPU) and the ints are.
+
+    (loss, numbers (3, N), share of gradient dropped, the five gradients, empty if not needed)
+    """
     with ExitStack() as inside:
         # Operators run below autograd; a loss differentiates vectors of its own.
         for key in ("AutogradFunctionality", "ADInplaceOrView"):
@@ -141,35 +168,47 @@ def _operator(
         inside.enter_context(torch.autocast(hidden.device.type, enabled=False))
         given = zip(STUDENT, (hidden, lm_head, bias, lora_a, lora_b), strict=True)
         student = {name: x.detach() for name, x in given if x is not None}
-        arguments = _arguments(ast.literal_eval(settings), student, others)
-        formed = LOSSES[function](**arguments, _needs=tuple(needs))
+        arguments = ast.literal_eval(constants) | student
+        given = (others, [x.item() for x in floats], ints)
+        for keys, values in zip(names.split(";"), given, strict=True):
+            arguments |= zip(keys.split(), values, strict=True)
+        formed = LOSSES[function](**_nested(arguments), _needs=tuple(needs))
     gradients = [hidden.new_empty(0) if x is None else x for x in formed.gradients]
     gradients[0] = gradients[0].flatten(0, -2) if needs[0] else gradients[0]
     return formed.total, formed.numbers, formed.dropped, *gradients
 
 
-def _arguments(
-    settings: dict[str, object], student: dict[str, Tensor], others: Sequence[Tensor]
-) -> dict[str, object]:
-    """The keyword arguments that `_call_operator` flattened."""
-    names = settings.pop("tensors").split()
-    arguments = settings | student | dict(zip(names, others, strict=True))
+def _nested(flat: dict[str, object]) -> dict[str, object]:
+    """The keyword arguments that `_flattened` took apart."""
+    arguments = {key: value for key, value in flat.items() if "." not in key}
     for name in HEADS:
-        if name not in arguments:
+        if f"{name}.logit_scale" not in flat:
             continue
-        softcap, scale = arguments.pop(f"{name}.softcap"), arguments.pop(f"{name}.logit_scale")
+        softcap, scale = flat[f"{name}.softcap"], flat[f"{name}.logit_scale"]
         lora = None
-        if f"{name}.lora_a" in arguments:
-            parts = ("lora_a", "lora_b", "lora_scale")
-            lora = LoRA(*(arguments.pop(f"{name}.{part}") for part in parts))
+        if f"{name}.lora_a" in flat:
+            lora = LoRA(*(flat[f"{name}.lora_{part}"] for part in LoRA._fields))
         arguments[name] = Head(arguments[name], softcap, scale, lora)
-    if "logits_dtype" in arguments:
+    if isinstance(arguments.get("logits_dtype"), str):
         arguments["logits_dtype"] = getattr(torch, arguments["logits_dtype"].split(".")[1])
     return arguments
 
 
 @_operator.register_fake
-def _(function, settings, hidden, lm_head, bias, lora_a, lora_b, others, needs) -> Parts:
+def _(
+    function,
+    constants,
+    names,
+    hidden,
+    lm_head,
+    bias,
+    lora_a,
+    lora_b,
+    others,
+    floats,
+    ints,
+    needs,
+) -> Parts:
     wide = gemm.gradient_dtype(hidden.dtype)  # of losses and numbers, too
     student = (hidden, lm_head, bias, lora_a, lora_b)
     gradients = [
@@ -186,9 +225,9 @@ def _(function, settings, hidden, lm_head, bias, lora_a, lora_b, others, needs) 
 
 
 def _save(ctx, inputs, output) -> None:
-    _, _, hidden, lm_head, bias, lora_a, lora_b, others, needs = inputs
-    ctx.others = len(others)
-    student = (hidden, lm_head, bias, lora_a, lora_b)
+    _, _, _, *student, others, floats, ints, needs = inputs
+    # In torch's eyes a list without elements is one of tensors.
+    ctx.lists = [None] * len(others), [None] * len(floats), None if ints else []
     ctx.needs = list(needs)
     ctx.like = [None if x is None else (x.shape, x.dtype) for x in student]
     ctx.save_for_backward(*output[3:])
@@ -196,12 +235,20 @@ def _save(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
 
 
+@differentiable_once
 def _backward(ctx, grad_total, *_):
     gradients = [
         (x * grad_total.to(x.dtype)).to(like[1]).reshape(like[0]) if need else None
         for x, like, need in zip(ctx.saved_tensors, ctx.like, ctx.needs, strict=True)
     ]
-    return None, None, *gradients, [None] * ctx.others, None
+    return (
+        None,
+        None,
+        None,
+        *gradients,
+        *ctx.lists,
+        None,
+    )  # to torch an empty list is one of tensors
 
 
 _operator.register_autograd(_backward, setup_context=_save)

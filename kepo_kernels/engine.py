@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kepo_kernels import pages
 from kepo_kernels.dispatch import pick_rows
+from kepo_kernels.graph_breaks import breaks_graph
 from kepo_kernels.plan import ChunkPlan as ChunkPlan
 from kepo_kernels.plan import plan as plan
 from kepo_kernels.sparsity import BLOCK_ELEMENTS
@@ -48,11 +49,11 @@ def row_numbers(student: Student, problem: LinearProblem) -> TokenStats:
     return TokenStats(*RowNumbers.apply(*student, problem).unbind(0))
 
 
-def _differentiable_once(backward: Callable) -> Callable:
-    """Makes a backward with create_graph=True an error.
+def differentiable_once(backward: Callable) -> Callable:
+    """Makes a backward with create_graph=True, or of a batch of upstream gradients, an error.
 
-    torch's `once_differentiable` lets it pass where the upstream gradient is a constant and hands
-    out constants in turn: a gradient penalty would silently have no effect.
+    torch's `once_differentiable` lets the former pass where the upstream gradient is a constant and
+    hands out constants in turn: a gradient penalty would silently have no effect.
     """
 
     @wraps(backward)
@@ -61,6 +62,15 @@ def _differentiable_once(backward: Callable) -> Callable:
             raise RuntimeError(
                 "the losses of kepo_kernels are differentiable once: backward cannot run with "
                 "create_graph=True; kepo_kernels.reference has the same losses in plain PyTorch"
+            )
+        batched = torch._C._functorch.is_legacy_batchedtensor  # of torch.autograd's own vmap
+        if torch._C._are_functorch_transforms_active() or any(
+            isinstance(x, Tensor) and batched(x) for x in upstream
+        ):
+            raise RuntimeError(
+                "the losses of kepo_kernels take one upstream gradient at a time: backward cannot "
+                "run under vmap (is_grads_batched=True, vectorize=True); call torch.autograd.grad "
+                "once for each of them"
             )
         return backward(ctx, *upstream)
 
@@ -154,7 +164,8 @@ class FusedLoss(torch.autograd.Function):
         return formed.total, formed.numbers, formed.dropped
 
     @staticmethod
-    @_differentiable_once
+    @breaks_graph("the backward of a loss")  # compiled code that calls backward() looks in here
+    @differentiable_once
     def backward(ctx, grad_total, _grad_numbers, _grad_dropped):
         # New tensors: what was saved stays as it was, so a retained graph may be walked again.
         *gradients, head_rows = ctx.saved_tensors
@@ -179,7 +190,8 @@ class RowNumbers(torch.autograd.Function):
         return sweep(student, problem, None, None).numbers
 
     @staticmethod
-    @_differentiable_once
+    @breaks_graph("the backward of a loss")  # compiled code that calls backward() looks in here
+    @differentiable_once
     def backward(ctx, grad_numbers):
         student = Student(*ctx.saved_tensors)
         gradients = Gradients.empty(student, ctx.needs_input_grad[:5], ctx.problem)

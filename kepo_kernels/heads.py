@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from kepo_kernels.errors import KepoInputError
+from kepo_kernels.versions import refuse_sharding_on_cpu
 
 
 class LoRA(NamedTuple):
@@ -152,6 +154,10 @@ def _fsdp2_holder(model: nn.Module, head: nn.Module) -> nn.Module | None:
             "the sharded root; a tensor-parallel head is not supported: leave lm_head out of the "
             "plan"
         )
+    mesh = head.weight.device_mesh  # the weight itself may be on the CPU for being offloaded
+    reason = refuse_sharding_on_cpu()
+    if reason and mesh.device_type == "cpu" and mesh.size() > 1 and torch.is_grad_enabled():
+        _refuse(reason)
     return sharded[-1]  # fully_shard gives a parameter to the innermost
 
 

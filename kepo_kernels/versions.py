@@ -6,6 +6,7 @@ import torch
 
 OLDEST_TRITON = (3, 4)  # that of torch 2.8; older ones lack what the kernels are written with
 OLDEST_TORCH_ON_ROCM = (2, 10)  # the first whose mm(out_dtype=) works there: pytorch#162600
+OLDEST_TORCH_SHARDED_ON_CPU = (2, 9)  # in 2.8 gloo's reduce_scatter takes AVG and returns the sum
 
 
 def release(words: str) -> tuple[int, ...]:
@@ -43,4 +44,16 @@ def refuse_torch_on_rocm() -> str | None:
     return (
         f"torch {torch.__version__} is too old for ROCm: there mm(out_dtype=float32) of 16-bit "
         f"matrices needs torch >= {oldest} (pip install --upgrade torch, from ROCm's index)"
+    )
+
+
+def refuse_sharding_on_cpu() -> str | None:
+    """Why this torch cannot train what `fully_shard` holds on CPUs, or None when it can."""
+    if release(torch.__version__) >= OLDEST_TORCH_SHARDED_ON_CPU:
+        return None
+    oldest = ".".join(map(str, OLDEST_TORCH_SHARDED_ON_CPU))
+    return (
+        f"torch {torch.__version__} adds up the gradients of fully_shard on CPUs (gloo) where it "
+        f"should average them; there it needs torch >= {oldest} (pip install --upgrade torch), or "
+        "DistributedDataParallel in its place"
     )

@@ -38,3 +38,11 @@ def back_end(request, monkeypatch) -> BackEnd:
 def unpoisoned(monkeypatch):
     """Memory as it comes: poisoning it would allocate a second time."""
     monkeypatch.undo()
+
+
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile without graphs of another test."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

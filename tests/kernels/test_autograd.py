@@ -26,6 +26,7 @@ from loss_calls import (
     logprobs_sum,
 )
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import kepo_kernels
 
@@ -64,6 +65,75 @@ def test_double_backward_is_refused(total):
     with pytest.raises(RuntimeError, match="differentiable once"):
         (gradient,) = torch.autograd.grad(result, call["hidden"], create_graph=True)
         (gradient.pow(2).sum() + call["hidden"].sum()).backward()
+
+
+def linear_loss(**call: object) -> Tensor:
+    return kepo_kernels.fused_linear_loss(**call, token_loss=lambda stats, _: -stats.logprobs)
+
+
+TRANSFORMS = {
+    "grad": torch.func.grad,
+    "vmap": lambda f: lambda x: torch.func.vmap(f)(x.unsqueeze(0)),
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x,)),
+    "vjp": lambda f: lambda x: torch.func.vjp(f, x),
+    "jacrev": torch.func.jacrev,
+    "hessian": torch.func.hessian,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("total", [*map(function_of, LOSSES), logprobs_sum, linear_loss])
+def test_transforms_of_torch_func_are_refused(total, transform):
+    """And the remedies that the refusal names give the gradient."""
+    name = total.__name__
+    call = call_of(name[6:-5]) if total in map(function_of, LOSSES) else logprobs_call()
+    hidden = call.pop("hidden")
+    transformed = TRANSFORMS[transform](lambda x: total(hidden=x, **call))
+    with pytest.raises(kepo_kernels.KepoInputError, match=r"torch.func .*torch.autograd.grad"):
+        transformed(hidden)
+
+
+def test_what_to_use_in_place_of_torch_func():
+    """Both remedies: autograd.grad with functional_call, and torch.func.grad of the reference."""
+    call = call_of("grpo")
+    hidden = call.pop("hidden")
+    below = torch.nn.Linear(16, 16)
+
+    def total(loss: Callable[..., Tensor], parameters: dict[str, Tensor]) -> Tensor:
+        return loss(torch.func.functional_call(below, parameters, hidden), **call)
+
+    parameters = {name: x.detach().requires_grad_() for name, x in below.named_parameters()}
+    found = torch.autograd.grad(
+        total(kepo_kernels.fused_grpo_loss, parameters), list(parameters.values())
+    )
+    expected = torch.func.grad(lambda x: total(kepo_kernels.reference.grpo_loss, x))(parameters)
+    for one, other in zip(found, expected.values(), strict=True):
+        assert one.any() and torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("total", [function_of("kepo"), logprobs_sum])
+def test_forward_mode_is_refused(total, name):
+    """torch would let a tangent vanish where nothing requires a gradient."""
+    call = logprobs_call() if total is logprobs_sum else call_of("kepo")
+    with forward_ad.dual_level():
+        call[name] = forward_ad.make_dual(call[name], torch.ones_like(call[name]))
+        with pytest.raises(kepo_kernels.KepoInputError, match=f"{name} carries a tangent"):
+            total(**call)
+        with torch.no_grad(), pytest.raises(kepo_kernels.KepoInputError, match="a tangent"):
+            total(**call)
+
+
+@pytest.mark.parametrize("total", [function_of("grpo"), logprobs_sum])
+def test_a_batch_of_upstream_gradients_is_refused(total):
+    call = leaves(logprobs_call() if total is logprobs_sum else call_of("grpo"))
+    result, hidden = total(**call), call["hidden"]
+    with pytest.raises(RuntimeError, match="one upstream gradient at a time"):
+        torch.autograd.grad(result, hidden, torch.ones(3), is_grads_batched=True, retain_graph=True)
+    with pytest.raises(RuntimeError, match="one upstream gradient at a time"):
+        torch.func.vmap(lambda v: torch.autograd.grad(result, hidden, v, retain_graph=True))(
+            torch.ones(3)
+        )
 
 
 def test_upstream_gradient_of_a_larger_graph():

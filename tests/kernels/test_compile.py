@@ -1,13 +1,18 @@
 """torch.compile of a model that ends in a loss: one graph, the same bits, the same gradients."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from checks import make_problem
-from loss_calls import LOSSES, OPTIONS, arguments
+from loss_calls import LOSSES, OPTIONS, arguments, call_of, leaves
+from torch.autograd import forward_ad
 
 import kepo_kernels
-from kepo_kernels import Head, LoRA
+from kepo_kernels import Head, LoRA, fused_grpo_loss
 from kepo_kernels.compiled import STUDENT
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 TEACHER = {"gated_kd": "gate completion_mask teacher_bias"}
 
@@ -46,13 +51,6 @@ def run(model: torch.nn.Module, step: torch.nn.Module, x: torch.Tensor, call: di
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     numbers = {f"stats {i}": number for i, number in enumerate(stats) if number is not None}
     return {"loss": loss.detach()} | gradients | numbers
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("return_stats", [False, True])
@@ -94,6 +92,56 @@ def test_one_graph_for_all_lengths():
         call.pop("lm_head")
         assert torch.allclose(step(x, call), model(x, call), rtol=1e-6)
     assert len(compiles) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["missing", "too many", "twice", "list"])
+def test_wrong_calls_are_refused_as_in_eager_mode(fault):
+    call = call_of("grpo")
+    names = ("hidden", "lm_head", "targets", "advantages")
+    args = [call.pop(name) for name in names]
+    if fault == "missing":
+        args.pop()
+    if fault == "too many":
+        args.append(call.pop("completion_mask"))
+    if fault == "twice":
+        call["targets"] = args[2]
+    if fault == "list":
+        call["temperature"] = [0.5]
+    errors = []
+    for step in (fused_grpo_loss, torch.compile(fused_grpo_loss, backend="eager")):
+        with pytest.raises((TypeError, kepo_kernels.KepoInputError)) as found:
+            step(*args, **call)
+        errors.append((found.type, str(found.value)))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "dual"])
+def test_transforms_of_a_compiled_loss_are_refused(transform):
+    """torch would compute the loss, and lose the tangents of forward mode without a word."""
+    call = call_of("grpo")
+    hidden = call.pop("hidden")
+
+    def loss(x):
+        return fused_grpo_loss(x, **call)
+
+    def transformed(x):
+        if transform == "grad":
+            return torch.func.grad(loss)(x)
+        return torch.func.jvp(loss, (x,), (x,)) if transform == "jvp" else loss(x)
+
+    step = torch.compile(transformed, backend="eager")
+    with forward_ad.dual_level() if transform == "dual" else nullcontext():
+        x = forward_ad.make_dual(hidden, hidden) if transform == "dual" else hidden
+        with pytest.raises(kepo_kernels.KepoInputError, match=r"torch\.autograd\.grad"):
+            step(x)
+
+
+def test_double_backward_of_a_compiled_loss_is_refused():
+    call = leaves(call_of("grpo"))
+    loss = torch.compile(fused_grpo_loss, backend="eager")(**call)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss, call["hidden"], create_graph=True)
 
 
 def test_autocast_in_the_graph():
@@ -159,13 +207,14 @@ def test_bad_input_is_refused_when_the_graph_runs():
 
 def test_opcheck_of_the_loss():
     problem = make_problem(length=5)
-    settings = "{'lm_head.softcap': None, 'lm_head.logit_scale': 1.0, 'temperature': 0.7, "
-    settings += "'return_stats': True, 'tensors': 'targets advantages completion_mask'}"
+    constants = "{'lm_head.softcap': None, 'return_stats': True}"
+    names = "targets advantages completion_mask; temperature lm_head.logit_scale; chunk_rows"
     student = (problem.hidden, problem.lm_head, problem.bias)
     others = [problem.targets, problem.advantages, problem.completion_mask]
-    arguments = ("fused_grpo_loss", settings, *(x.requires_grad_() for x in student), None, None)
-    needs = [True, True, True, False, False]
-    torch.library.opcheck(torch.ops.kepo_kernels.fused_loss, (*arguments, others, needs))
+    floats = [torch.tensor(x, dtype=torch.float64) for x in (0.7, 1.5)]
+    arguments = (*(x.requires_grad_() for x in student), None, None, others, floats, [4])
+    arguments = ("fused_grpo_loss", constants, names, *arguments, [True, True, True, False, False])
+    torch.library.opcheck(torch.ops.kepo_kernels.fused_loss, arguments)
 
 
 @pytest.mark.slow

@@ -3,11 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kepo_kernels import dispatch, triton_rows, versions
+from kepo_kernels import dispatch, heads, triton_rows, versions
 from kepo_kernels.errors import KepoInputError
 
 CUDA = torch.device("cuda")
@@ -101,3 +102,36 @@ def test_the_command_names_it(tmp_path, source, words):
     assert f"triton  not live: {words}" in done.stdout
     first = done.stdout.splitlines()[0]
     assert first.endswith("triton 3.3.1" if "3.3.1" in words else "no triton")
+
+
+@pytest.mark.parametrize(
+    ("version", "mesh", "size", "refused"),
+    [
+        ("2.8.0+cu128", "cpu", 2, True),
+        ("2.8.0+cu128", "cpu", 1, False),
+        ("2.8.0+cu128", "cuda", 2, False),
+        ("2.9.0", "cpu", 2, False),
+    ],
+)
+def test_a_torch_that_shards_wrongly_on_cpus_is_refused(monkeypatch, version, mesh, size, refused):
+    """In 2.8 gloo takes an average for a sum; a weight of a GPU mesh may be offloaded to the CPU."""
+    monkeypatch.setattr(torch, "__version__", version)
+    group, head = SimpleNamespace(unshard=lambda: None), SimpleNamespace()
+    mesh = SimpleNamespace(device_type=mesh, size=lambda: size)
+    head.weight = type("DTensor", (), {"device_mesh": mesh})()
+    monkeypatch.setattr(heads, "_holders", lambda model, layer: [group])
+    if not refused:
+        assert heads._fsdp2_holder(None, head) is group
+        return
+    with pytest.raises(KepoInputError, match=r"adds up the gradients .* needs torch >= 2\.9"):
+        heads._fsdp2_holder(None, head)
+    with torch.no_grad():
+        assert heads._fsdp2_holder(None, head) is group
+
+
+def test_the_loop_refuses_it_too(monkeypatch):
+    sharding = pytest.importorskip("kepo.sharding", reason="the loop is not installed")
+    monkeypatch.setattr(torch, "__version__", "2.8.0")
+    monkeypatch.setattr(sharding, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"needs torch >= 2\.9"):
+        sharding.shard(torch.nn.Linear(2, 2), torch.device("cpu"), torch.float32)
