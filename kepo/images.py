@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from kepo.durable import make_folder, write_durably
 from kepo.errors import KepoDataError
 from kepo.example import Example
 from kepo.records import BadRecord, Sources
@@ -85,10 +86,8 @@ def _cached(content: bytes) -> Path:
     name = hashlib.sha256(content).hexdigest()
     file = (home / "images" / name[:2] / name).absolute()
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{name}.{os.getpid()}")
-        part.write_bytes(content)
-        part.replace(file)
+        make_folder(file.parent)
+        write_durably(file, content)
     return file.resolve()
 
 
