@@ -16,18 +16,18 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kepo.durable import as_json, is_folder, naming
+from kepo.durable import as_json, is_folder, naming, remove, unfinished
 from kepo.errors import KepoCheckpointError
 from kepo.manifest import (
     begin_folder,
     described,
     finish_folder,
-    remove_folder,
     verify,
     write_manifest,
 )
@@ -108,7 +108,11 @@ def _prune(root: Path, newest: Path, keep: int) -> None:
     steps = [path for path in _steps(root) if is_folder(path)]
     place = steps.index(newest)
     for old in [*steps[: max(0, place + 1 - keep)], *steps[place + 1 :]]:
-        remove_folder(old)
+        leaving = unfinished(old)  # killed in the middle of it, no half checkpoint is left
+        with suppress(OSError):
+            old.rename(leaving)
+            old = leaving
+        remove(old)
 
 
 def _steps(root: Path) -> list[Path]:

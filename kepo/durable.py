@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -44,7 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.exists() and not path.is_file():
             yield path
             return
-        part = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+        part = unfinished(path)
         try:
             yield part
             sync(part)
@@ -109,6 +110,43 @@ def naming(path: Path) -> Iterator[None]:
             raise
         number = int(said[1])
         raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def unfinished(path: Path) -> Path:
+    """What ``path`` is called while this process writes or removes it."""
+    return path.with_name(f".tmp-{os.getpid()}-{path.name}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that no longer run on this machine left unfinished in a folder."""
+    for path in folder.iterdir():
+        name = re.fullmatch(r"\.tmp-(\d+)(-.+)?", path.name, re.ASCII)
+        if name and not _runs(int(name[1])):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove what is not needed any more; where that fails it is said, and nothing lost by it."""
+    try:
+        if is_folder(path):
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        print(f"{path} is not needed any more and cannot be removed: {error}")
+
+
+def _runs(process: int) -> bool:
+    """Whether another process of that number is running here."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OverflowError, PermissionError):
+        pass
+    return True
 
 
 def is_folder(path: Path) -> bool:

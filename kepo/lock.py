@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from kepo.durable import make_folder, naming
+from kepo.durable import make_folder, naming, remove_leftovers
 from kepo.errors import KepoConfigError
 from kepo.parallel import by_first
 
@@ -54,6 +54,7 @@ def _lock(run_dir: Path, stack: ExitStack) -> None:
                 "same folder would not be noticed"
             )
             return
+        remove_leftovers(run_dir)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -9,14 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from kepo.durable import is_folder, make_folder, naming, sync
+from kepo.durable import (
+    is_folder,
+    make_folder,
+    naming,
+    remove,
+    remove_leftovers,
+    sync,
+    unfinished,
+)
 from kepo.parallel import world_size
 
 MANIFEST = "manifest.json"
@@ -39,10 +46,7 @@ def begin_folder(target: Path) -> Path:
     """A new folder beside ``target``; what killed processes of this machine left there is
     removed."""
     make_folder(target.parent)
-    for path in target.parent.iterdir():
-        name = re.fullmatch(r"\.tmp-(\d+)(-old)?", path.name, re.ASCII)
-        if name and is_folder(path) and not _runs(int(name[1])):
-            remove_folder(path)
+    remove_leftovers(target.parent)
     folder = target.parent / f".tmp-{os.getpid()}"
     folder.mkdir()
     return folder
@@ -59,7 +63,7 @@ def finish_folder(folder: Path, target: Path) -> None:
         sync(path)
     old = None
     if is_folder(target):
-        old = target.with_name(f"{folder.name}-old")
+        old = unfinished(target)
         target.rename(old)
     elif os.path.lexists(target):
         aside = _unused(target)
@@ -74,15 +78,7 @@ def finish_folder(folder: Path, target: Path) -> None:
         raise
     sync(target.parent)
     if old is not None:
-        remove_folder(old)
-
-
-def remove_folder(path: Path) -> None:
-    """What is not needed any more goes; where it cannot, that is said, and nothing lost by it."""
-    try:
-        shutil.rmtree(path)
-    except OSError as error:
-        print(f"{path} is not needed any more and cannot be removed: {error}")
+        remove(old)
 
 
 def write_manifest(
@@ -176,19 +172,6 @@ def _text(manifest: Mapping[str, Any]) -> str:
 
 def _own_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(_text(manifest).encode()).hexdigest()
-
-
-def _runs(process: int) -> bool:
-    """Whether a process of that number is running here, this one apart."""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OverflowError, PermissionError):
-        pass
-    return True
 
 
 def _unused(path: Path) -> Path:
