@@ -90,17 +90,16 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage, capsys):
     assert latest_checkpoint(tmp_path).name == "step-00000002"
 
 
-def test_any_flipped_bit_of_the_manifest_is_seen(tmp_path):
+def test_a_flipped_bit_anywhere_in_the_manifest_is_seen(tmp_path):
     folder, _, _ = write(tmp_path, 1)
     path = folder / MANIFEST
     whole = path.read_bytes()
     assert verify(folder, PARTS) is None
     for place in range(len(whole)):
-        for bit in range(8):
-            changed = bytearray(whole)
-            changed[place] ^= 1 << bit
-            path.write_bytes(changed)
-            assert verify(folder, PARTS) is not None, (place, bit)
+        changed = bytearray(whole)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(changed)
+        assert verify(folder, PARTS) is not None, place
 
 
 @pytest.mark.parametrize(

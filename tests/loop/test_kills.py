@@ -13,6 +13,7 @@ import pytest
 import toy_run
 from faulty_disk import watched
 
+from kepo import checkpoint
 from kepo.checkpoint import PARTS
 from kepo.manifest import verify
 
@@ -26,15 +27,16 @@ def known(tmp_path_factory):
     data = toy_run.write_dataset(root / "data")
     calls = []
     with toy_run.toys():
-        started = time.perf_counter()
         with watched(root / "whole", lambda call, path: calls.append(call)):
             right = toy_run.undisturbed(data, root / "whole" / "run")
+        started = time.perf_counter()  # of a run that finds everything warm
+        toy_run.undisturbed(data, root / "again")
     return data, right, len(calls), time.perf_counter() - started
 
 
-def killed(config, rng: random.Random, calls: int, seconds: float) -> bool:
+def killed(config, rng: random.Random, calls: int, seconds: float) -> int:
     """Train in a fork until it is killed, at a random time or before a random call that changes a
-    file; False if it was through before."""
+    file; -9 if it was, 0 if it was through before."""
     by_time, seconds = rng.random() < 0.5, rng.uniform(0.0, seconds)
     number, count = rng.randrange(1, calls), 0
 
@@ -56,8 +58,7 @@ def killed(config, rng: random.Random, calls: int, seconds: float) -> bool:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, status
-    return os.WIFSIGNALED(status)
+    return os.waitstatus_to_exitcode(status)
 
 
 def killed_runs(known, root, runs):
@@ -67,7 +68,10 @@ def killed_runs(known, root, runs):
         for number in runs:
             rng = random.Random(number)
             config = toy_run.config_of(data, root / f"run-{number}")
-            kills += sum(killed(config, rng, calls // 2, seconds / 2) for _ in range(KILLS_EACH))
+            ends = [killed(config, rng, calls // 2, seconds / 2) for _ in range(KILLS_EACH)]
+            kills += ends.count(-signal.SIGKILL)
+            if not set(ends) <= {0, -signal.SIGKILL}:
+                faults.append(f"{number}: a fork ended in an error: {ends}")
             ended = toy_run.run(config)
             run_dir = root / f"run-{number}"
             wrong = ended.sentence or right.wrong_weights(run_dir)
@@ -93,3 +97,15 @@ def test_50_kills(known, tmp_path, capsys):
     with capsys.disabled():
         print(f"\nkills: {kills} in {runs} runs, {runs - len(faults)} ended in the same bits")
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.slow
+def test_checkpoints_written_in_place_would_be_seen(known, tmp_path, monkeypatch):
+    def begin(target):
+        target.mkdir(parents=True)
+        return target
+
+    monkeypatch.setattr(checkpoint, "begin_folder", begin)
+    monkeypatch.setattr(checkpoint, "finish_folder", lambda folder, target: None)
+    _, faults = killed_runs(known, tmp_path, range(3))
+    assert faults
