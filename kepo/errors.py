@@ -75,13 +75,23 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(main)
     def ended(*arguments: P.args, **named: P.kwargs) -> T:
         try:
-            return main(*arguments, **named)
+            try:
+                return main(*arguments, **named)
+            finally:
+                sys.stdout.flush()  # or a full disk would be noticed after the end, by nobody
         except KepoError as error:
             sys.exit(f"error: {error}")
-        except BrokenPipeError:  # as of `| head`: nobody is left to read a sentence
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
         except OSError as error:
-            sys.exit(f"error: {disk_sentence(error)}")
+            _forget_output()
+            # Without a reader, as of `| head`, there is nobody to tell.
+            sys.exit(1 if isinstance(error, BrokenPipeError) else f"error: {disk_sentence(error)}")
 
     return ended
+
+
+def _forget_output() -> None:
+    """If what was printed cannot be written, do not try once more at the end of the process."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
