@@ -1,5 +1,6 @@
 """Whatever is done to the files of a run: it goes on to the right bits, or ends in a sentence."""
 
+import json
 import random
 import shutil
 from collections import Counter
@@ -8,6 +9,7 @@ import pytest
 import toy_run
 
 from kepo import checkpoint
+from kepo.manifest import described
 
 SAID = ("damaged", "has lost or changed lines")
 """Words by which a run says that something of it was not as it had been."""
@@ -151,6 +153,25 @@ def trials(begun, run_dir, numbers):
 def test_some_corruptions(begun, tmp_path):
     found, faults = trials(begun, tmp_path / "run", range(len(DONE)))
     assert not faults and found["said and gone on"] >= 4, found
+
+
+def test_a_run_of_an_earlier_version_goes_on(begun, tmp_path):
+    """Its manifests have no digest of themselves, its states no marks of the logs."""
+    data, right, base = begun
+    run_dir = toy_run.copied(base, tmp_path / "run")
+    for folder in (run_dir / "checkpoints").iterdir():
+        state = json.loads((folder / "state.json").read_text())
+        assert state.pop("logs")
+        (folder / "state.json").write_text(json.dumps(state, indent=1))
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest.pop("sha256")
+        manifest["files"]["state.json"] = described(folder / "state.json")
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    with toy_run.toys():
+        ended = toy_run.run(toy_run.config_of(data, run_dir))
+    assert ended.sentence is None and "resuming after step 4" in ended.printed
+    assert not any(words in ended.printed for words in SAID)
+    assert not right.wrong_weights(run_dir) and right.has_logs_of(run_dir)
 
 
 @pytest.mark.slow
