@@ -18,12 +18,12 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from kepo.durable import as_json, is_folder, naming, remove, unfinished
-from kepo.errors import KepoCheckpointError
+from kepo.errors import KepoCheckpointError, KepoError
 from kepo.manifest import (
     begin_folder,
     described,
@@ -33,6 +33,8 @@ from kepo.manifest import (
 )
 from kepo.optimizer_state import save_optimizer
 from kepo.parallel import by_first, is_first, together
+
+T = TypeVar("T")
 
 PARTS = ("state.json", "policy/", "optimizer")
 """How names of files begin that every checkpoint has."""
@@ -58,10 +60,7 @@ def save_checkpoint(
     target = root / f"step-{step:08d}"
     folder = by_first(lambda: begin_folder(target))
     try:
-        with naming(folder):
-            write_policy(folder / "policy")
-            own = save_optimizer(folder, named_parameters, optimizer)
-        hashes = together({path.name: described(path) for path in own})
+        hashes = _of_all(lambda: _written(folder, write_policy, named_parameters, optimizer))
 
         def finish() -> None:
             with naming(folder):
@@ -77,6 +76,32 @@ def save_checkpoint(
             shutil.rmtree(folder, ignore_errors=True)
         raise
     return target
+
+
+def _written(
+    folder: Path,
+    write_policy: Callable[[Path], None],
+    named_parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, dict[str, Any]]:
+    """Write this process's part; what of the optimiser it wrote, for the manifest."""
+    with naming(folder):
+        write_policy(folder / "policy")
+        own = save_optimizer(folder, named_parameters, optimizer)
+        return {path.name: described(path) for path in own}
+
+
+def _of_all(make: Callable[[], T]) -> list[T]:
+    """What ``make`` returns in each process; an error of one is raised in all, as by `by_first`."""
+    try:
+        mine: T | Exception = make()
+    except (KepoError, OSError) as error:
+        mine = error
+    everyones = together(mine)
+    for one in everyones:
+        if isinstance(one, Exception):
+            raise one
+    return everyones  # type: ignore[return-value]
 
 
 def latest_checkpoint(root: Path) -> Path | None:

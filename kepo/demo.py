@@ -25,7 +25,7 @@ from kepo.durable import as_json, write_durably
 from kepo.errors import KepoConfigError, command
 from kepo.evaluate import evaluate, means, summary
 from kepo.experiments import COMPLETION_TOKENS, DIGITS_RUN
-from kepo.manifest import MANIFEST, new_folder, verify, write_manifest
+from kepo.manifest import new_folder, verify, write_manifest
 from kepo.metrics import read_metrics
 from kepo.reading import own_progress_only
 from kepo.sft import train_supervised
@@ -151,10 +151,10 @@ def cached(target: Path, made_with: dict[str, object], make: Callable[[Path], No
     is a folder that was not made here."""
     record = target / "made_with.json"
     if target.exists():
-        if not (target / MANIFEST).is_file():
+        if not record.is_file():
             raise KepoConfigError(
-                f"{target} is in the way: it has no {MANIFEST}, so this command did not make it; "
-                "use another root, or move it"
+                f"{target} is in the way: it has no {record.name}, so this command did not make "
+                "it; use another root, or move it"
             )
         fault = verify(target)
         if fault is None:

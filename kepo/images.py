@@ -85,7 +85,7 @@ def _cached(content: bytes) -> Path:
     home = Path(os.environ.get("KEPO_CACHE") or Path.home() / ".cache" / "kepo")
     name = hashlib.sha256(content).hexdigest()
     file = (home / "images" / name[:2] / name).absolute()
-    if not file.is_file():
+    if not file.is_file() or file.stat().st_size != len(content):  # empty after a power loss
         make_folder(file.parent)
         write_durably(file, content)
     return file.resolve()

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from saved import flip, write
 
-from kepo import durable, optimizer_state
+from kepo import checkpoint, durable, optimizer_state
 from kepo.checkpoint import latest_checkpoint, save_checkpoint
 from kepo.errors import KepoCheckpointError
 from kepo.manifest import new_folder, verify, write_manifest
@@ -153,6 +154,29 @@ def test_what_the_disk_says_through_other_libraries_is_an_error_of_the_disk(tmp_
 
     with pytest.raises(OSError, match=r"No space left on device.*\.tmp-"):
         save_checkpoint(tmp_path, 2, full, {}, torch.optim.AdamW([torch.zeros(1)]), {}, 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_real_limit_leaves_no_half_checkpoint(tmp_path):
+    """The limit on file sizes stops safetensors itself, in the middle of its writing."""
+    write(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*\.tmp-"):
+            write(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert latest_checkpoint(tmp_path).name == "step-00000001"
+
+
+def test_an_error_of_another_process_is_raised_in_this_one(tmp_path, monkeypatch):
+    """Else it would wait for the one that left."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "shard 2")
+    monkeypatch.setattr(checkpoint, "together", lambda mine: [mine, full])
+    with pytest.raises(OSError, match="shard 2"):
+        write(tmp_path, 1)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -60,7 +60,7 @@ def test_a_folder_that_was_not_made_here_is_not_replaced(tmp_path):
     """As of `--root .` beside a user's own folder named data."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine").write_text("years of work")
-    with pytest.raises(KepoConfigError, match=r"data is in the way: it has no manifest.json"):
+    with pytest.raises(KepoConfigError, match=r"data is in the way: it has no made_with.json"):
         cached(tmp_path / "data", {}, lambda folder: None)
     assert (tmp_path / "data" / "mine").read_text() == "years of work"
 
