@@ -83,8 +83,9 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
             sys.exit(f"error: {error}")
         except OSError as error:
             _forget_output()
-            # Without a reader, as of `| head`, there is nobody to tell.
-            sys.exit(1 if isinstance(error, BrokenPipeError) else f"error: {disk_sentence(error)}")
+            # Of `| head`, which has read enough, nobody needs to be told.
+            unread = isinstance(error, BrokenPipeError) and error.filename is None
+            sys.exit(1 if unread else f"error: {disk_sentence(error)}")
 
     return ended
 

@@ -10,7 +10,7 @@ from saved import flip, write
 
 from kepo.checkpoint import PARTS, latest_checkpoint
 from kepo.errors import KepoCheckpointError
-from kepo.manifest import MANIFEST, verify, write_manifest
+from kepo.manifest import MANIFEST, described, verify, write_manifest
 
 
 def truncate(folder):
@@ -135,6 +135,17 @@ def test_a_manifest_of_any_kind_is_judged_and_raises_nothing(tmp_path, manifest)
     path.write_text(manifest)
     assert verify(folder, PARTS) is not None
     assert verify(folder) is not None
+
+
+@pytest.mark.parametrize("place", ["../{}", "policy/../../{}", "{root}/{}"])
+def test_a_manifest_does_not_lead_out_of_its_folder(tmp_path, place):
+    folder, _, _ = write(tmp_path, 1)
+    (tmp_path / "outside").write_text("x")
+    old = earlier_manifest(folder)
+    name = place.format("outside", root=tmp_path)
+    files = old["files"] | {name: described(tmp_path / "outside")}
+    (folder / MANIFEST).write_text(json.dumps(old | {"files": files}, indent=1))
+    assert "outside the folder" in verify(folder, PARTS)
 
 
 def earlier_manifest(folder):
