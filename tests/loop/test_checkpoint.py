@@ -84,7 +84,7 @@ def test_only_what_the_run_wrote_is_removed_or_read(tmp_path, capsys):
     """Copies, links, folders of other names and of running processes stay, and are not read."""
     folder, _, _ = write(tmp_path, 3)
     mine = tmp_path / "mine"
-    for copy in ("step-00000003-keep", "step-3", "step-000000004", "best", ".tmp-keep"):
+    for copy in ("step-00000003-keep", "step-3", "step-000000009", "best", ".tmp-keep"):
         shutil.copytree(folder, tmp_path / copy)
     shutil.copytree(folder, mine)
     (tmp_path / "step-00000001").symlink_to("mine")

@@ -121,12 +121,13 @@ def test_an_error_of_ours_and_a_result_pass(capsys):
 
 SPEAK = """
 from kepo.errors import command
-command(lambda: print("word " * 10000))()
+command(lambda: print("word " * {}))()
 """
 
 
-def test_output_that_nobody_takes_is_no_traceback():
-    words = [sys.executable, "-c", SPEAK]
+@pytest.mark.parametrize("count", [1, 100_000])  # what a buffer keeps to the end, and what not
+def test_output_that_nobody_takes_is_no_traceback(count):
+    words = [sys.executable, "-c", SPEAK.format(count)]
     with open("/dev/full", "w") as full:
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)

@@ -189,6 +189,7 @@ def test_lines_that_changed_since_the_checkpoint_are_said(tmp_path, capsys):
 def test_the_log_is_strict_json_and_so_becomes_an_older_one(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1, "grad_norm": NaN, "x": -Infinity}\n')
+    assert read_metrics(path) == [{"step": 1, "grad_norm": None, "x": None}]
     log = StepLog(path, resume_step=1)
     log.write(2, {"grad_norm": float("inf"), "nested": {"x": [float("nan")]}})
 
