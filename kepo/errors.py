@@ -82,8 +82,17 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
         except KepoError as error:
             sys.exit(f"error: {error}")
         except OSError as error:
+            _forget_output()
             # Of `| head`, which has read enough, nobody needs to be told.
             unread = isinstance(error, BrokenPipeError) and error.filename is None
             sys.exit(1 if unread else f"error: {disk_sentence(error)}")
 
     return ended
+
+
+def _forget_output() -> None:
+    """If what was printed cannot be written, do not try once more at the end of the process."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

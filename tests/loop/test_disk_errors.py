@@ -126,7 +126,8 @@ command(lambda: print("word " * {}))()
 
 
 @pytest.mark.parametrize("count", [1, 100_000])  # what a buffer keeps to the end, and what not
-def test_output_that_nobody_takes_is_no_traceback(count):
+def test_output_that_nobody_takes_is_no_traceback(count, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     words = [sys.executable, "-c", SPEAK.format(count)]
     with open("/dev/full", "w") as full:
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)

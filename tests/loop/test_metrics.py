@@ -191,7 +191,7 @@ def test_the_log_is_strict_json_and_so_becomes_an_older_one(tmp_path):
     path.write_text('{"step": 1, "grad_norm": NaN, "x": -Infinity}\n')
     assert read_metrics(path) == [{"step": 1, "grad_norm": None, "x": None}]
     log = StepLog(path, resume_step=1)
-    log.write(2, {"grad_norm": float("inf"), "nested": {"x": [float("nan")]}})
+    log.write(2, {"reward": float("inf"), "nested": {"x": [float("nan")]}})
 
     def refuse(name):
         raise AssertionError(name)
@@ -199,7 +199,7 @@ def test_the_log_is_strict_json_and_so_becomes_an_older_one(tmp_path):
     lines = path.read_text().splitlines()
     assert [json.loads(line, parse_constant=refuse) for line in lines] == [
         {"step": 1, "grad_norm": None, "x": None},
-        {"step": 2, "grad_norm": None, "nested": {"x": [None]}},
+        {"step": 2, "reward": None, "nested": {"x": [None]}},
     ]
     pytest.importorskip("matplotlib")
     plot_curves(path, tmp_path / "curves.png")  # of which nothing but gaps can be drawn
