@@ -6,27 +6,38 @@
 Loading takes the newest step whose files all match the manifest's sha256. If steps exist and none
 does, it stops: a silent fresh start would throw the run away. Weights and optimiser are
 safetensors, the rest JSON; nothing is pickled. Randomness needs no saving: data order and sampling
-of a step are functions of (seed, step).
+of a step are functions of (seed, step). Folders of any other name, links and files are nobody's
+checkpoints: they are neither read nor removed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from kepo.errors import KepoCheckpointError
+from kepo.durable import as_json, is_folder, naming, remove, unfinished
+from kepo.errors import KepoCheckpointError, KepoError
+from kepo.manifest import (
+    begin_folder,
+    described,
+    finish_folder,
+    verify,
+    write_manifest,
+)
 from kepo.optimizer_state import save_optimizer
-from kepo.parallel import by_first, is_first, together, world_size
+from kepo.parallel import by_first, is_first, together
 
-MANIFEST = "manifest.json"
+T = TypeVar("T")
+
+PARTS = ("state.json", "policy/", "optimizer")
+"""How names of files begin that every checkpoint has."""
 
 
 def save_checkpoint(
@@ -43,20 +54,20 @@ def save_checkpoint(
 
     All processes call, and all call ``write_policy``. The first writes all else but the others'
     shares of a sharded optimiser, which each process writes and hashes for itself; the folder must
-    be on a disk that all can reach.
+    be on a disk that all can reach. Raises OSError if that disk does not take it; older checkpoints
+    are then as they were.
     """
     target = root / f"step-{step:08d}"
     folder = by_first(lambda: begin_folder(target))
     try:
-        write_policy(folder / "policy")
-        own = save_optimizer(folder, named_parameters, optimizer)
-        hashes = together({path.name: described(path) for path in own})
+        hashes = _of_all(lambda: _written(folder, write_policy, named_parameters, optimizer))
 
         def finish() -> None:
-            (folder / "state.json").write_text(json.dumps(state, indent=1))
-            known = {name: facts for each in hashes for name, facts in each.items()}
-            write_manifest(folder, known, step=step)
-            finish_folder(folder, target)
+            with naming(folder):
+                (folder / "state.json").write_text(as_json(state, indent=1))
+                known = {name: facts for each in hashes for name, facts in each.items()}
+                write_manifest(folder, known, step=step)
+                finish_folder(folder, target)
             _prune(root, target, keep)
 
         by_first(finish)
@@ -67,6 +78,32 @@ def save_checkpoint(
     return target
 
 
+def _written(
+    folder: Path,
+    write_policy: Callable[[Path], None],
+    named_parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, dict[str, Any]]:
+    """Write this process's part; what of the optimiser it wrote, for the manifest."""
+    with naming(folder):
+        write_policy(folder / "policy")
+        own = save_optimizer(folder, named_parameters, optimizer)
+        return {path.name: described(path) for path in own}
+
+
+def _of_all(make: Callable[[], T]) -> list[T]:
+    """What ``make`` returns in each process; an error of one is raised in all, as by `by_first`."""
+    try:
+        mine: T | Exception = make()
+    except (KepoError, OSError) as error:
+        mine = error
+    everyones = together(mine)
+    for one in everyones:
+        if isinstance(one, Exception):
+            raise one
+    return everyones  # type: ignore[return-value]
+
+
 def latest_checkpoint(root: Path) -> Path | None:
     """The newest checkpoint that verifies; None if there is none at all.
 
@@ -74,7 +111,7 @@ def latest_checkpoint(root: Path) -> Path | None:
     """
     steps = _steps(root)
     for folder in reversed(steps):
-        fault = verify(folder)
+        fault = verify(folder, PARTS)
         if fault is None:
             return folder
         print(f"checkpoint {folder} is damaged and passed over: {fault}")
@@ -90,108 +127,26 @@ def load_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text())
 
 
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder that appears at ``target`` whole or not at all; an existing one is replaced."""
-    folder = begin_folder(target)
-    try:
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    finish_folder(folder, target)
-
-
-def begin_folder(target: Path) -> Path:
-    """A new folder beside ``target``; what killed processes left there is removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(".tmp-*"):
-        shutil.rmtree(stale)
-    folder = target.parent / f".tmp-{os.getpid()}"
-    folder.mkdir()
-    return folder
-
-
-def finish_folder(folder: Path, target: Path) -> None:
-    """Make it durable, then rename it to ``target``."""
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_file():
-            path.chmod(0o644)  # safetensors writes 0600
-        _fsync(path)
-    if target.exists():
-        shutil.rmtree(target)
-    folder.rename(target)
-    _fsync(target.parent)
-
-
-def write_manifest(
-    folder: Path, known: Mapping[str, dict[str, Any]] | None = None, **facts: Any
-) -> None:
-    """List every file with size and sha256; must come after all of them are written.
-
-    known: what `described` said of files in it, which are not read again.
-    """
-    files = dict(known or {})
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_file() and name not in files:
-            files[name] = described(path)
-    text = json.dumps({**facts, "world_size": world_size(), "files": files}, indent=1)
-    (folder / MANIFEST).write_text(text)
-
-
-def described(path: Path) -> dict[str, Any]:
-    """A file's entry in the manifest."""
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def verify(folder: Path) -> str | None:
-    """What is wrong with a folder that has a manifest, or None."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST}: {error}"
-    if "step" in manifest and folder.name != f"step-{manifest['step']:08d}":
-        return f"{MANIFEST} says step {manifest['step']}"
-    for name, facts in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != facts["bytes"] or described(path) != facts:
-            return f"{name} is not the file that was saved"
-    return None
-
-
-def append_durably(path: Path, line: str) -> None:
-    """Append a line and wait until it is on disk."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _prune(root: Path, newest: Path, keep: int) -> None:
     """Leave ``newest`` and as many before it as make ``keep``. Later steps were damaged, or the
     run would have gone on from them."""
-    steps = _steps(root)
+    steps = [path for path in _steps(root) if is_folder(path)]
     place = steps.index(newest)
     for old in [*steps[: max(0, place + 1 - keep)], *steps[place + 1 :]]:
-        shutil.rmtree(old)
+        leaving = unfinished(old)  # killed in the middle of it, no half checkpoint is left
+        with suppress(OSError):
+            old.rename(leaving)
+            old = leaving
+        remove(old)
 
 
 def _steps(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("step-*") if path.is_dir())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """What has exactly the name of a checkpoint, by step."""
+    if not root.exists():
+        return []
+    found = {}
+    for path in root.iterdir():
+        name = re.fullmatch(r"step-(\d{8,})", path.name, re.ASCII)
+        if name and path.name == f"step-{int(name[1]):08d}":
+            found[int(name[1])] = path
+    return [found[step] for step in sorted(found)]

@@ -28,7 +28,7 @@ from pathlib import Path
 from kepo.config import Config
 from kepo.data import load_omnimedvqa
 from kepo.demo import SOURCE, Demo, cached, make_data, make_teacher
-from kepo.errors import KepoConfigError, KepoError
+from kepo.errors import KepoConfigError, command
 from kepo.experiments import MAIN, METHODS, SETTINGS, config_of
 from kepo.pool import Pool, quiet
 from kepo.report import write_report
@@ -278,9 +278,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
-    except KepoError as error:
-        sys.exit(f"error: {error}")
+        command(main)()
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it was")
         sys.exit(130)

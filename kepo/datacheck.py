@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kepo.data import DataReport, load_examples
-from kepo.errors import KepoDataError, KepoError
+from kepo.errors import KepoDataError, command
 from kepo.example import Example
 from kepo.files import printable
 from kepo.images import Look, digests_in, looks_of
@@ -125,6 +125,7 @@ def compare(checked: Checked, other: Checked) -> tuple[int, list[str]]:
     return images, lines
 
 
+@command
 def run(arguments: Sequence[str] | None = None) -> None:
     """The command line. Exits with 1 if something is wrong or an image is in both, else with 0."""
     parser = argparse.ArgumentParser("python -m kepo.data", description="Datasets on disk.")
@@ -144,15 +145,12 @@ def run(arguments: Sequence[str] | None = None) -> None:
         "--all", action="store_true", help=f"list all that is wrong, not {NAMED} of each kind"
     )
     given = parser.parse_args(arguments)
-    try:
-        checked = check_data(given.path, image_root=given.image_root, progress=True)
-        print("\n".join(describe(checked, given.all)))
-        wrong = len(checked.report.problems)
-        if given.against is not None:
-            other = check_data(given.against, image_root=given.image_root, progress=True)
-            shared, lines = compare(checked, other)
-            print("\n".join(lines))
-            wrong += shared
-    except KepoError as error:
-        sys.exit(f"error: {error}")
+    checked = check_data(given.path, image_root=given.image_root, progress=True)
+    print("\n".join(describe(checked, given.all)))
+    wrong = len(checked.report.problems)
+    if given.against is not None:
+        other = check_data(given.against, image_root=given.image_root, progress=True)
+        shared, lines = compare(checked, other)
+        print("\n".join(lines))
+        wrong += shared
     sys.exit(1 if wrong else 0)

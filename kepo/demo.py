@@ -18,13 +18,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kepo.checkpoint import new_folder, verify, write_manifest
 from kepo.config import Config
 from kepo.data import load_omnimedvqa
 from kepo.digits import MODALITIES, write_digits
-from kepo.errors import KepoConfigError, KepoError
+from kepo.durable import as_json, write_durably
+from kepo.errors import KepoConfigError, command
 from kepo.evaluate import evaluate, means, summary
 from kepo.experiments import COMPLETION_TOKENS, DIGITS_RUN
+from kepo.manifest import new_folder, verify, write_manifest
 from kepo.metrics import read_metrics
 from kepo.reading import own_progress_only
 from kepo.sft import train_supervised
@@ -146,9 +147,15 @@ def _supervise(
 
 
 def cached(target: Path, made_with: dict[str, object], make: Callable[[Path], None]) -> Path:
-    """``target``, made now unless it is there whole; made with other settings it is refused."""
+    """``target``, made now unless it is there whole; made with other settings it is refused, and so
+    is a folder that was not made here."""
     record = target / "made_with.json"
     if target.exists():
+        if not record.is_file():
+            raise KepoConfigError(
+                f"{target} is in the way: it has no {record.name}, so this command did not make "
+                "it; use another root, or move it"
+            )
         fault = verify(target)
         if fault is None:
             before = json.loads(record.read_text())
@@ -161,7 +168,7 @@ def cached(target: Path, made_with: dict[str, object], make: Callable[[Path], No
         print(f"{target} is damaged ({fault}) and made again")
     with new_folder(target) as folder:
         make(folder)
-        (folder / record.name).write_text(json.dumps(made_with))
+        (folder / record.name).write_text(as_json(made_with))
         write_manifest(folder)
     return target
 
@@ -172,18 +179,16 @@ def report(root: Path, teacher: Path, data: Path) -> None:
     evaluations = [record for record in read_metrics(root / "metrics.jsonl") if "eval" in record]
     before, after = evaluations[0]["eval"], evaluations[-1]["eval"]
     picture, table = root / "curves.png", root / "accuracy.json"
-    if table.exists() and (known := json.loads(table.read_text()))["after"] == after:
-        of_teacher = known["teacher"]
-    else:
+    of_teacher = _known_teacher(table, after)
+    if of_teacher is None:
         scores = evaluate(
             VLM.load(teacher), load_omnimedvqa(data / "test"), max_new_tokens=COMPLETION_TOKENS
         )
         of_teacher = means(scores)
     rows = [(name, before[name], after[name], of_teacher[name]) for name in after]
     others = [summary(column, SOURCE)[1] for column in (before, after, of_teacher)]
-    table.write_text(
-        json.dumps({"before": before, "after": after, "teacher": of_teacher}, indent=1)
-    )
+    found = {"before": before, "after": after, "teacher": of_teacher}
+    write_durably(table, as_json(found, indent=1))
 
     title = "greedy accuracy, unseen scans"
     print(f"\n{title:34} {'before':>7} {'after':>7} {'gain':>7} {'teacher':>8}")
@@ -191,6 +196,17 @@ def report(root: Path, teacher: Path, data: Path) -> None:
         note = "  (trained on)" if name == SOURCE else ""
         print(f"{name + note:34} {old:7.3f} {new:7.3f} {new - old:+7.3f} {best:8.3f}")
     print(f"\ncurves: {picture}   metrics: {root / 'metrics.jsonl'}   table: {table}")
+
+
+def _known_teacher(table: Path, after: dict[str, float]) -> dict[str, float] | None:
+    """The teacher's accuracies from an earlier call's table, if it is whole and of this run."""
+    try:
+        known = json.loads(table.read_text())
+        if known["after"] == after and known["teacher"].keys() == after.keys():
+            return known["teacher"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # it is made again
+    return None
 
 
 def main() -> None:
@@ -203,9 +219,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
-    except KepoError as error:
-        sys.exit(f"error: {error}")
+        command(main)()
     except KeyboardInterrupt:  # in a stage before training, which is then made again
         print("\ninterrupted; the same command goes on from the last finished stage")
         sys.exit(130)

@@ -1,4 +1,19 @@
-"""Errors of the training loop; each is also a built-in error, so callers may catch either."""
+"""Errors of the training loop, and how a command ends in one sentence.
+
+Each is also a built-in error, so callers may catch either.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class KepoError(Exception):
@@ -19,3 +34,65 @@ class KepoCheckpointError(KepoError, RuntimeError):
 
 class KepoRewardError(KepoError, RuntimeError):
     """A reward function failed or returned something that is not a finite number."""
+
+
+REMEDIES = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some of your quota and run the same command again",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or use another file system",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: "change its permissions, or choose another path",
+    errno.EPERM: "change its permissions, or choose another path",
+    errno.EEXIST: "a file is where a folder should be, or the reverse: move it, or choose another",
+    errno.ENOTDIR: "a file is where a folder should be: move it, or choose another path",
+    errno.EISDIR: "a folder is where a file should be: move it, or choose another path",
+    errno.EIO: "its disk may be failing: restore or remove the file, or use another disk",
+    errno.ESTALE: "the network file system lost it: mount it again",
+    errno.ENOENT: "check the path; folders above a file that is written must be there",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+}
+"""What to do about what a disk says."""
+
+
+def disk_sentence(error: OSError) -> str:
+    """What failed, where, and what to do, in one sentence."""
+    if error.errno is None:  # a library's own text
+        return str(error)
+    names = [_shown(name) for name in (error.filename, error.filename2) if name is not None]
+    where = " -> ".join(names) or "a file"
+    remedy = REMEDIES.get(error.errno)
+    said = error.strerror or os.strerror(error.errno)
+    return f"{where} cannot be read or written: {said}{f'; {remedy}' if remedy else ''}"
+
+
+def _shown(name: object) -> str:
+    return os.fsdecode(name) if isinstance(name, (str, bytes)) else str(name)
+
+
+def command(main: Callable[P, T]) -> Callable[P, T]:
+    """A command whose KepoError or OSError ends the process with code 1 and one sentence."""
+
+    @functools.wraps(main)
+    def ended(*arguments: P.args, **named: P.kwargs) -> T:
+        try:
+            try:
+                return main(*arguments, **named)
+            finally:
+                sys.stdout.flush()  # or a full disk would be noticed after the end, by nobody
+        except KepoError as error:
+            sys.exit(f"error: {error}")
+        except OSError as error:
+            _forget_output()
+            # Of `| head`, which has read enough, nobody needs to be told.
+            unread = isinstance(error, BrokenPipeError) and error.filename is None
+            sys.exit(1 if unread else f"error: {disk_sentence(error)}")
+
+    return ended
+
+
+def _forget_output() -> None:
+    """If what was printed cannot be written, do not try once more at the end of the process."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

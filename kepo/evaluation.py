@@ -9,8 +9,7 @@ wrong.
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from kepo.data import DataReport, load_examples
+from kepo.durable import as_json, write_durably
 from kepo.encodable import Faults, Reader, faults_of, left_out, plain_reader
-from kepo.errors import KepoConfigError, KepoDataError, KepoError
+from kepo.errors import KepoConfigError, KepoDataError, command
 from kepo.evaluate import greedy_answers
 from kepo.example import Example
 from kepo.images import digests_of
@@ -230,6 +230,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     return found
 
 
+@command
 def run(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     from kepo.reading import own_progress_only
@@ -242,17 +243,18 @@ def run(arguments: Sequence[str] | None = None) -> None:
         config=(tyro.conf.PositionalRequiredArgs,),
     )
     own_progress_only()
-    try:
-        if settings.json is not None and not Path(settings.json).resolve().parent.is_dir():
+    if settings.json is not None:  # known now, not after an hour of answers
+        folder = Path(settings.json).resolve().parent
+        if not folder.is_dir():
             raise KepoConfigError(f"json={settings.json!r}: its folder is not there; make it first")
-        result = evaluation(settings)
-    except KepoError as error:
-        sys.exit(f"error: {error}")
+        if Path(settings.json).is_dir() or not os.access(folder, os.W_OK):
+            raise KepoConfigError(f"json={settings.json!r} cannot be written; choose another file")
+    result = evaluation(settings)
     left_out = sum(result["data"]["bad_records"].values())
     if left_out:
         kinds = (f"{kind} {count}" for kind, count in result["data"]["bad_records"].items())
         print(f"left out: {left_out} bad records ({', '.join(kinds)})")
     print("\n".join(lines(result)))
     if settings.json is not None:
-        text = json.dumps(result, indent=1, ensure_ascii=False)
-        Path(settings.json).write_text(text + "\n", encoding="utf-8")
+        text = as_json(result, indent=1, ensure_ascii=False)
+        write_durably(Path(settings.json), text + "\n")

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from kepo.durable import make_folder, write_durably
 from kepo.errors import KepoDataError
 from kepo.example import Example
 from kepo.files import expanded, printable, require_regular
@@ -155,10 +156,8 @@ def _cached(content: bytes) -> Path:
     try:
         # Of a power loss a file of this name may be left without its content.
         if not file.is_file() or file.read_bytes() != content:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_name(f"{name}.{os.getpid()}")
-            part.write_bytes(content)
-            part.replace(file)
+            make_folder(file.parent)
+            write_durably(file, content)
     except OSError as error:
         raise KepoDataError(
             f"locate: cannot keep an image of the dataset at {file}: {error}; set KEPO_CACHE to a "

@@ -1,22 +1,24 @@
 """What a step was like, in numbers: TRL's names where they mean the same, ours under kepo/.
 
-metrics.jsonl has one line per step or evaluation, completions.jsonl one per completion.
+metrics.jsonl has one line per step or evaluation, completions.jsonl one per completion; both are
+strict JSON, with null for a number that is not finite.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kepo.batch import Batch
-from kepo.checkpoint import append_durably
 from kepo.config import Config
+from kepo.durable import append_durably, as_json, make_folder, write_durably
 from kepo.explore import Exploration
 from kepo.parallel import by_first, is_first
 from kepo.prompts import question_prompt
@@ -117,40 +119,72 @@ def completion_records(rollouts: Sequence[Rollout], batch: Batch) -> list[dict[s
 class StepLog:
     """Appends records; on resume, those of steps that will be run again are dropped first.
 
-    Of several processes only the first writes.
+    Lines that are no records, as a power loss or a bad disk leaves them, are dropped and said; so
+    it is if what the log had at the checkpoint, by ``mark``, is no longer in it. Of several
+    processes only the first reads and writes.
     """
 
-    def __init__(self, path: Path, resume_step: int):
+    def __init__(self, path: Path, resume_step: int, mark: Mapping[str, Any] | None = None):
         self.path = path
+        self._content = hashlib.sha256()
+        self._bytes = 0
         if not is_first():
             return
-        kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        fresh.replace(path)
+        make_folder(path.parent)
+        content = b"" if resume_step < 0 or not path.exists() else path.read_bytes()
+        if mark is not None:
+            saved = content[: mark["bytes"]]
+            if hashlib.sha256(saved).hexdigest() != mark["sha256"]:
+                print(f"{path} has lost or changed lines since step {resume_step} was saved")
+        kept = [record for record in _records(content, path) if record["step"] <= resume_step]
+        text = "".join(as_json(record) + "\n" for record in kept)
+        write_durably(path, text)
+        self._add(text)
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """What the log holds, for a checkpoint to remember: its length and sha256."""
+        return {"bytes": self._bytes, "sha256": self._content.hexdigest()}
 
     def at(self, step: int) -> list[dict[str, Any]]:
         """The records of a step. All processes must call."""
         return by_first(lambda: [r for r in read_metrics(self.path) if r["step"] == step])
 
     def write(self, step: int, *records: dict[str, Any]) -> None:
-        if is_first():
-            self._append(json.dumps({"step": step, **values}) for values in records)
-
-    def _append(self, lines: Iterable[str]) -> None:
-        if text := "\n".join(lines):
+        if is_first() and records:
+            text = "\n".join(as_json({"step": step, **values}) for values in records)
             append_durably(self.path, text)
+            self._add(text + "\n")
+
+    def _add(self, text: str) -> None:
+        content = text.encode()
+        self._content.update(content)
+        self._bytes += len(content)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete records; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """All whole records of a log; lines that are none, cut short by a kill, are left out."""
+    return _records(path.read_bytes()) if path.exists() else []
+
+
+def _records(content: bytes, named: Path | None = None) -> list[dict[str, Any]]:
+    """The records of a log's lines; of lines that are none the numbers are printed, if ``named``.
+
+    NaN and Infinity, of logs from before they were null, become None.
+    """
+    found, bad = [], []
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line:
+            continue
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+            record = json.loads(line.decode("utf-8"), parse_constant=lambda name: None)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            found.append(record)
+        else:
+            bad.append(number)
+    if bad and named is not None:
+        shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        print(f"{named}: damaged lines are dropped: {len(bad)} of them, number {shown}")
+    return found

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from kepo.check import check_settings
 from kepo.config import Config, load
-from kepo.errors import KepoConfigError, KepoError
+from kepo.errors import KepoConfigError, command
 from kepo.held import GIB, ITEMS, Machine, completions_per_process
 from kepo.memory import Phase, Prompts, peak, phases, student_of, teacher_of
 
@@ -323,7 +323,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KepoError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(command(main)())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from kepo.durable import replacing
 from kepo.held import GIB, ITEMS, Machine
 from kepo.memory import Phase
 
@@ -28,5 +29,6 @@ def plot_plan(phases: Sequence[Phase], machine: Machine, picture: Path) -> None:
     axis.invert_yaxis()
     axis.set(xlabel="GB per GPU", xlim=(0, 1.05 * max(*starts, machine.gpu_bytes / GIB)))
     axis.legend(fontsize="x-small", ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.25))
-    figure.savefig(picture, dpi=110)
+    with replacing(picture) as part:
+        figure.savefig(part, dpi=110)
     plt.close(figure)

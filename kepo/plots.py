@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kepo.durable import replacing
 from kepo.metrics import read_metrics
 
 
 def plot_curves(metrics: Path, picture: Path, source: str | None = None) -> None:
     """Reward, gate and hint rates, divergence and entropy, losses, seconds per phase, accuracy.
+
+    Numbers that were not finite, null in the log, are gaps.
 
     source: the training modality, drawn apart from the mean over the others.
     """
@@ -30,7 +33,7 @@ def plot_curves(metrics: Path, picture: Path, source: str | None = None) -> None
     ]
     for axis, (title, keys) in zip(axes.flat, panels, strict=False):
         for key in keys:
-            points = [(r["step"], r[key]) for r in records if key in r]
+            points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
             if points:
                 axis.plot(*zip(*_smooth(points), strict=True), label=key)
         axis.set(title=title, xlabel="step")
@@ -38,7 +41,8 @@ def plot_curves(metrics: Path, picture: Path, source: str | None = None) -> None
             axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
     _plot_accuracy(axes.flat[-1], records, source)
-    figure.savefig(picture, dpi=110)
+    with replacing(picture) as part:
+        figure.savefig(part, dpi=110)
     plt.close(figure)
 
 
@@ -46,7 +50,7 @@ def _plot_accuracy(axis: Any, records: list[dict[str, Any]], source: str | None)
     tables = [(r["step"], r["eval"]) for r in records if "eval" in r]
     for name in sorted({name for _, table in tables for name in table}):
         style = dict(linewidth=2.5, color="black") if name == source else dict(alpha=0.6)
-        points = [(step, table[name]) for step, table in tables if name in table]
+        points = [(step, table[name]) for step, table in tables if table.get(name) is not None]
         axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
     axis.set(title="greedy accuracy on unseen images", xlabel="step", ylim=(0, 1))
     if tables:

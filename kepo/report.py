@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kepo.demo import SOURCE
+from kepo.durable import make_folder, replacing, write_durably
 from kepo.experiments import METHODS, Setting
 from kepo.results import Results
 from kepo.statistics import Interval, bootstrap, over_seeds
@@ -57,8 +58,8 @@ def write_report(results: Results, setting: Setting, out: Path) -> str:
             "",
         ]
     )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.md").write_text(text, encoding="utf-8")
+    make_folder(out)
+    write_durably(out / "report.md", text)
     _plot(results, methods, out / "report.png")
     return text
 
@@ -277,7 +278,8 @@ def _plot(results: Results, methods: list[str], picture: Path) -> None:
     axes[0, 2].legend(fontsize="small")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-    figure.savefig(picture, dpi=100)
+    with replacing(picture) as part:
+        figure.savefig(part, dpi=100)
     plt.close(figure)
 
 

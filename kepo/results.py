@@ -8,12 +8,15 @@ steps.csv   a line per run and step: the curves
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kepo.durable import make_folder, naming, write_durably
+from kepo.errors import KepoDataError
 from kepo.metrics import read_metrics
 
 Row = dict[str, Any]
@@ -64,6 +67,8 @@ class Results:
     def __init__(self, folder: Path):
         self.folder = folder
         self.tables: dict[str, list[Row]] = {name: _read(folder / f"{name}.csv") for name in FILES}
+        # Of a run whose line in runs.csv was never written, the power having gone before.
+        self.drop({_run(row) for rows in self.tables.values() for row in rows} - self.runs.keys())
 
     @property
     def runs(self) -> dict[Run, Row]:
@@ -85,7 +90,7 @@ class Results:
         key = {"seed": str(run[0]), "method": run[1]}
         records = read_metrics(run_dir / "metrics.jsonl")
         steps = [record for record in records if "step_time" in record]
-        costs = {name: sum(r.get(source, 0) for r in steps) for name, source in COSTS.items()}
+        costs = {name: sum(r.get(source) or 0 for r in steps) for name, source in COSTS.items()}
         costs["seconds"] = round(costs["seconds"], 1)
         self.tables["runs"].append(_text(key | costs | facts))
         for record in steps:
@@ -98,15 +103,15 @@ class Results:
                 self.tables["evals"].append(_text(key | row))
 
     def write(self) -> None:
-        """All three files, each whole or not at all, ordered by seed and method."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name, columns in FILES.items():
-            fresh = self.folder / f".{name}.tmp"
-            with fresh.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(sorted(self.tables[name], key=_run))
-            fresh.replace(self.folder / f"{name}.csv")
+        """All three files, each whole or not at all, ordered by seed and method; runs.csv last, so
+        that no run is in it whose other lines are not there."""
+        make_folder(self.folder)
+        for name, columns in reversed(FILES.items()):
+            text = io.StringIO()
+            writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(sorted(self.tables[name], key=_run))
+            write_durably(self.folder / f"{name}.csv", text.getvalue())
 
     # ---- what statistics are made of ----
 
@@ -154,10 +159,36 @@ def _run(row: Row) -> Run:
 
 
 def _read(path: Path) -> list[Row]:
+    """The rows of a file. Raises KepoDataError if they are not what `Results.write` wrote."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    columns = FILES[path.stem]
+    with naming(path):
+        text = path.read_bytes()
+    try:
+        reader = csv.DictReader(io.StringIO(text.decode("utf-8"), newline=""), strict=True)
+        rows = list(reader)
+        whole = tuple(reader.fieldnames or ()) == columns and all(_is_whole(row) for row in rows)
+    except (ValueError, csv.Error):
+        whole = False
+    if not whole:
+        raise KepoDataError(
+            f"{path} is damaged; restore it, or remove it and the other results beside it to have "
+            "them made again"
+        )
+    return rows
+
+
+def _is_whole(row: Row) -> bool:
+    """Whether a row has every column, and numbers where numbers belong; raises ValueError if
+    not."""
+    if None in row or None in row.values():
+        return False
+    for name in row.keys() & {"seed", "step"}:
+        int(row[name])
+    for name in row.keys() & ({"accuracy"} | COSTS.keys() | CURVES.keys()):
+        float(row[name] or "nan")
+    return set(row.get("items", "")) <= {"0", "1"}
 
 
 def _text(row: Row) -> Row:

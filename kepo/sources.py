@@ -12,6 +12,7 @@ from typing import Any
 
 from kepo.config import Config
 from kepo.data import DataReport, load_examples
+from kepo.durable import as_json, write_durably
 from kepo.errors import KepoDataError
 from kepo.example import Example
 from kepo.files import printable
@@ -178,18 +179,22 @@ def write_record(data: RunData, run_dir: Path, *, resuming: bool) -> None:
     """``data.json`` in the run folder.
 
     A run that goes on must meet the questions it began with: raises KepoDataError if those of
-    training are others than in the file, say because a disk is missing.
+    training are others than in the file, say because a disk is missing. A file that is damaged, or
+    empty after a power loss, is said and written anew.
     """
     file = run_dir / "data.json"
     if resuming and file.exists():
-        before, now = json.loads(file.read_text(encoding="utf-8"))["train"], data.record["train"]
-        if before["ids_sha256"] != now["ids_sha256"]:
-            raise KepoDataError(
-                f"train_data has {now['questions']} good questions, but {run_dir} was begun with "
-                f"{before['questions']} or with others; bring them back, or use another run_dir.\n"
-                f"{data.summary}"
-            )
-    text = json.dumps(data.record, indent=1, ensure_ascii=False)
-    replacement = file.with_suffix(".tmp")
-    replacement.write_text(text + "\n", encoding="utf-8")
-    replacement.replace(file)
+        now = data.record["train"]
+        try:
+            before = json.loads(file.read_bytes().decode("utf-8"))["train"]
+            ids, count = before["ids_sha256"], before["questions"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            print(f"{file} is damaged and written anew; what it said of the questions is not known")
+        else:
+            if ids != now["ids_sha256"]:
+                raise KepoDataError(
+                    f"train_data has {now['questions']} good questions, but {run_dir} was begun "
+                    f"with {count} or with others; bring them back, use another run_dir, or, if it "
+                    f"is {file.name} that is wrong, remove it.\n{data.summary}"
+                )
+    write_durably(file, as_json(data.record, indent=1, ensure_ascii=False) + "\n")

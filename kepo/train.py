@@ -12,13 +12,10 @@ same bits.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,11 +30,12 @@ from kepo.check import check
 from kepo.config import MAY_CHANGE_ON_RESUME, Config, from_mapping, load
 from kepo.conventions import check_same_opening
 from kepo.encodable import judge_of
-from kepo.errors import KepoConfigError, KepoError
+from kepo.errors import KepoConfigError, KepoError, command
 from kepo.evaluate import by_question_type, evaluate, means
 from kepo.explore import explore
 from kepo.hints import Hints
 from kepo.loading import load_engine, load_policy, load_reference, load_teacher
+from kepo.lock import exclusive
 from kepo.metrics import StepLog, completion_records, peak_gb, step_metrics
 from kepo.optimizer_state import load_optimizer
 from kepo.parallel import by_first, is_first, processes, together, world_size
@@ -96,8 +94,11 @@ def train(config: Config) -> int:
             say(f"resuming after step {done} from {resume}")
         hints: Hints = state["hints"] if resume is not None else {}
         resume_step = done if resume is not None else -1
-        log = StepLog(run_dir / "metrics.jsonl", resume_step)
-        completions = StepLog(run_dir / "completions.jsonl", resume_step)
+        marks = state.get("logs", {}) if resume is not None else {}
+        log, completions = (
+            StepLog(run_dir / name, resume_step, marks.get(name))
+            for name in ("metrics.jsonl", "completions.jsonl")
+        )
 
         def save(step: int) -> None:
             def write_policy(folder: Path) -> None:
@@ -107,6 +108,7 @@ def train(config: Config) -> int:
                     (folder / "README.md").write_text(card, encoding="utf-8")
 
             state = {"step": step, "config": dataclasses.asdict(config), "hints": hints}
+            state["logs"] = {one.path.name: one.mark for one in (log, completions)}
             checkpoint.save_checkpoint(
                 checkpoints,
                 step,
@@ -286,27 +288,6 @@ def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
         )
 
 
-@contextmanager
-def exclusive(run_dir: Path) -> Iterator[None]:
-    """Refuse a second run in the same folder; the lock goes with the first process, however it
-    ends."""
-    with ExitStack() as stack:
-
-        def lock() -> None:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((run_dir / "lock").open("w"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise KepoConfigError(
-                    f"run_dir={str(run_dir)!r} is in use by another process; wait for it, or "
-                    "choose another"
-                ) from error
-
-        by_first(lock)
-        yield
-
-
 def main() -> None:
     import tyro
 
@@ -323,7 +304,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KepoError as error:
-        sys.exit(f"error: {error}")
+    command(main)()

@@ -1,37 +1,24 @@
-"""A checkpoint verifies or is passed over, whatever happened to its files."""
+"""Checkpoints are found, pruned, and come back bit for bit; what fails leaves what was there."""
 
+import errno
 import json
 import os
+import resource
 import shutil
 import stat
+import subprocess
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from saved import flip, write
 
-from kepo import checkpoint, optimizer_state
-from kepo.checkpoint import latest_checkpoint, new_folder, save_checkpoint, verify
+from kepo import checkpoint, durable, optimizer_state
+from kepo.checkpoint import latest_checkpoint, save_checkpoint
 from kepo.errors import KepoCheckpointError
+from kepo.manifest import new_folder, verify, write_manifest
 from kepo.optimizer_state import load_optimizer
-
-
-def write(root, step, keep=3):
-    torch.manual_seed(step)
-    model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    model(torch.ones(3)).sum().backward()
-    optimizer.step()
-
-    def policy(folder):
-        folder.mkdir()
-        save_file(model.state_dict(), folder / "model.safetensors")
-
-    names = dict(model.named_parameters())
-    return (
-        save_checkpoint(root, step, policy, names, optimizer, {"step": step}, keep),
-        names,
-        optimizer,
-    )
 
 
 def test_the_newest_is_found_and_old_ones_pruned(tmp_path):
@@ -93,69 +80,34 @@ def test_optimizer_of_another_model_is_refused(tmp_path):
         )
 
 
-def flip(folder):
-    path = folder / "optimizer.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 1
-    path.write_bytes(data)
+def test_only_what_the_run_wrote_is_removed_or_read(tmp_path, capsys):
+    """Copies, links, folders of other names and of running processes stay, and are not read."""
+    folder, _, _ = write(tmp_path, 3)
+    mine = tmp_path / "mine"
+    for copy in ("step-00000003-keep", "step-3", "step-000000009", "best", ".tmp-keep"):
+        shutil.copytree(folder, tmp_path / copy)
+    shutil.copytree(folder, mine)
+    (tmp_path / "step-00000001").symlink_to("mine")
+    (tmp_path / "step-00000002").write_text("notes")
+    (tmp_path / ".tmp-1").mkdir()  # there is always a process 1
+    kept = sorted(path.name for path in tmp_path.iterdir() if path != folder)
+    for step in (4, 5, 6):
+        write(tmp_path, step, keep=2)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == sorted([*kept, "step-00000005", "step-00000006"])
+    assert len(list(mine.rglob("*.safetensors"))) == 2
+    assert latest_checkpoint(tmp_path).name == "step-00000006"
+    write(tmp_path, 2)  # where a file of somebody else is
+    assert (tmp_path / "step-00000002.aside-1").read_text() == "notes"
+    assert "it is now" in capsys.readouterr().out
 
 
-def truncate(folder):
-    os.truncate(folder / "policy" / "model.safetensors", 20)
-
-
-def empty(folder):
-    (folder / "state.json").write_text("")
-
-
-def delete(folder):
-    (folder / "policy" / "model.safetensors").unlink()
-
-
-def no_manifest(folder):
-    (folder / "manifest.json").unlink()
-
-
-def cut_manifest(folder):
-    path = folder / "manifest.json"
-    path.write_text(path.read_text()[:-30])
-
-
-def swapped(folder):
-    other = folder.parent / "step-00000001"
-    shutil.copy(other / "policy" / "model.safetensors", folder / "policy")
-
-
-def renamed_from_another_step(folder):
-    shutil.rmtree(folder)
-    shutil.copytree(folder.parent / "step-00000001", folder)
-
-
-DAMAGE = [
-    flip,
-    truncate,
-    empty,
-    delete,
-    no_manifest,
-    cut_manifest,
-    swapped,
-    renamed_from_another_step,
-]
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage, capsys):
-    write(tmp_path, 1)
-    damage(write(tmp_path, 2)[0])
-    assert latest_checkpoint(tmp_path).name == "step-00000001"
-    assert "step-00000002 is damaged" in capsys.readouterr().out
-
-
-def test_when_none_verifies_it_stops_instead_of_starting_afresh(tmp_path):
-    flip(write(tmp_path, 1)[0])
-    flip(write(tmp_path, 2)[0])
-    with pytest.raises(KepoCheckpointError, match="none of its 2 checkpoints verifies"):
-        latest_checkpoint(tmp_path)
+def test_links_alone_are_no_fresh_start(tmp_path):
+    folder, _, _ = write(tmp_path / "elsewhere", 1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / folder.name).symlink_to(folder)
+    with pytest.raises(KepoCheckpointError, match="none of its 1 checkpoints verifies"):
+        latest_checkpoint(tmp_path / "run")
 
 
 def test_a_save_that_fails_leaves_what_was_there(tmp_path):
@@ -171,8 +123,10 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path):
 
 
 def test_leftovers_of_a_killed_save_are_removed(tmp_path):
-    (tmp_path / ".tmp-1").mkdir()
-    (tmp_path / ".tmp-1" / "half").write_text("x")
+    ended = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True)
+    for process in (int(ended.stdout), os.getpid()):  # numbers come again, as in a container
+        (tmp_path / f".tmp-{process}").mkdir()
+        (tmp_path / f".tmp-{process}" / "half").write_text("x")
     write(tmp_path, 1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
@@ -192,10 +146,60 @@ def test_files_are_readable_by_others_and_synced_before_the_rename(tmp_path, mon
     assert synced[-1] == str(tmp_path)
 
 
+def test_what_the_disk_says_through_other_libraries_is_an_error_of_the_disk(tmp_path):
+    """safetensors raises its own; a run on a full disk must still end in a sentence."""
+
+    def full(folder):
+        raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+
+    with pytest.raises(OSError, match=r"No space left on device.*\.tmp-"):
+        save_checkpoint(tmp_path, 2, full, {}, torch.optim.AdamW([torch.zeros(1)]), {}, 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_real_limit_leaves_no_half_checkpoint(tmp_path):
+    """The limit on file sizes stops safetensors itself, in the middle of its writing."""
+    write(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*\.tmp-"):
+            write(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert latest_checkpoint(tmp_path).name == "step-00000001"
+
+
+def test_an_error_of_another_process_is_raised_in_this_one(tmp_path, monkeypatch):
+    """Else it would wait for the one that left."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "shard 2")
+    monkeypatch.setattr(checkpoint, "together", lambda mine: [mine, full])
+    with pytest.raises(OSError, match="shard 2"):
+        write(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_cannot_sync_folders_is_no_reason_to_stop(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    write(tmp_path, 1)
+    assert latest_checkpoint(tmp_path).name == "step-00000001"
+    monkeypatch.setattr(os, "fsync", lambda descriptor: os.close(-1))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        durable.sync(tmp_path)
+
+
 def test_new_folder_replaces_and_verifies(tmp_path):
     for text in ("a", "b"):
         with new_folder(tmp_path / "x") as folder:
             (folder / "f").write_text(text)
-            checkpoint.write_manifest(folder)
+            write_manifest(folder)
     assert (tmp_path / "x" / "f").read_text() == "b" and verify(tmp_path / "x") is None
     assert json.loads((tmp_path / "x" / "manifest.json").read_text())["files"]["f"]["bytes"] == 1

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from kepo.demo import SOURCE, Demo, cached, run
+from kepo.demo import SOURCE, Demo, _known_teacher, cached, run
 from kepo.digits import MODALITIES
 from kepo.errors import KepoConfigError
 
@@ -54,3 +54,26 @@ def test_a_stage_that_fails_leaves_nothing_and_a_damaged_one_is_made_again(tmp_p
     cached(target, {}, whole)
     assert (target / "file").read_text() == "right"
     assert "is damaged" in capsys.readouterr().out
+
+
+def test_a_folder_that_was_not_made_here_is_not_replaced(tmp_path):
+    """As of `--root .` beside a user's own folder named data."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine").write_text("years of work")
+    with pytest.raises(KepoConfigError, match=r"data is in the way: it has no made_with.json"):
+        cached(tmp_path / "data", {}, lambda folder: None)
+    assert (tmp_path / "data" / "mine").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"after": {"CT": 1.0}}', '{"after": 1}'])
+def test_a_torn_table_is_made_again(tmp_path, content):
+    (tmp_path / "accuracy.json").write_text(content)
+    assert _known_teacher(tmp_path / "accuracy.json", {"CT": 1.0}) is None
+
+
+def test_a_whole_table_is_used_for_its_run_alone(tmp_path):
+    table = tmp_path / "accuracy.json"
+    assert _known_teacher(table, {"CT": 1.0}) is None
+    table.write_text('{"after": {"CT": 1.0}, "teacher": {"CT": 0.5}}')
+    assert _known_teacher(table, {"CT": 1.0}) == {"CT": 0.5}
+    assert _known_teacher(table, {"CT": 0.9}) is None

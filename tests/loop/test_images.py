@@ -9,6 +9,7 @@ import quirks
 from PIL import Image
 from toy import example
 
+from kepo import images
 from kepo.data import DataReport, load_examples
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.images import digests_of, open_rgb
@@ -127,3 +128,13 @@ def test_one_image_that_is_broken_is_enough(tmp_path):
     digests = digests_of(path for e in examples for path in e.images)
     kept, report = readable(examples, report, digests)
     assert [e.id for e in kept] == ["2"] and report.counts() == {"image unreadable": 1}
+
+
+def test_a_torn_image_in_the_cache_is_written_again(tmp_path, monkeypatch):
+    """As a loss of power left it under an earlier version."""
+    monkeypatch.setenv("KEPO_CACHE", str(tmp_path))
+    file = images._cached(b"content")
+    assert file.read_bytes() == b"content" and images._cached(b"content") == file
+    file.write_bytes(b"")
+    assert images._cached(b"content").read_bytes() == b"content"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]

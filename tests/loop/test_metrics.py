@@ -11,6 +11,7 @@ from kepo.config import Config
 from kepo.explore import Exploration
 from kepo.hints import RescueReport
 from kepo.metrics import StepLog, completion_records, peak_gb, read_metrics, step_metrics
+from kepo.plots import plot_curves
 from kepo.prompts import question_prompt
 from kepo.step import StepTotals
 
@@ -152,3 +153,54 @@ def test_a_step_may_write_many_records_or_none(tmp_path):
     assert read_metrics(path) == [{"step": s, "x": x} for s, x in ((1, 1), (1, "a\nb"), (3, 3))]
     StepLog(path, resume_step=-1)  # a fresh run keeps nothing
     assert read_metrics(path) == []
+
+
+def test_a_damaged_line_costs_that_line_and_is_said(tmp_path, capsys):
+    path = tmp_path / "m.jsonl"
+    lines = [b'{"step": 1}', b'{"step": 2, ', b'{"step": 3}', b"\0\0\0", b"\xff", b"7", b'{"x": 1}']
+    path.write_bytes(b"\n".join([*lines, b'{"step": "4"}', b'{"step": 4}', b'{"step": 5, "x']))
+    assert read_metrics(path) == [{"step": 1}, {"step": 3}, {"step": 4}]
+    assert capsys.readouterr().out == ""  # it is read while a run writes it
+    StepLog(path, resume_step=4)
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n{"step": 4}\n'
+    said = capsys.readouterr().out
+    assert "damaged lines are dropped: 7 of them, number 2, 4, 5, 6, 7, ..." in said
+    StepLog(path, resume_step=3)
+    assert capsys.readouterr().out == ""
+
+
+def test_lines_that_changed_since_the_checkpoint_are_said(tmp_path, capsys):
+    path = tmp_path / "m.jsonl"
+    log = StepLog(path, resume_step=-1)
+    log.write(1, {"x": 1.5})
+    mark = log.mark
+    log.write(2, {"x": 2})
+    again = StepLog(path, 1, mark)
+    assert capsys.readouterr().out == "" and again.mark == mark
+    for content in (path.read_text().replace("1.5", "1.7"), "", '{"step": 1}\n'):
+        path.write_text(content)
+        StepLog(path, 1, mark)
+        assert "has lost or changed lines since step 1" in capsys.readouterr().out
+    path.unlink()
+    StepLog(path, 1, mark)
+    assert "has lost or changed lines" in capsys.readouterr().out
+
+
+def test_the_log_is_strict_json_and_so_becomes_an_older_one(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1, "grad_norm": NaN, "x": -Infinity}\n')
+    assert read_metrics(path) == [{"step": 1, "grad_norm": None, "x": None}]
+    log = StepLog(path, resume_step=1)
+    log.write(2, {"reward": float("inf"), "nested": {"x": [float("nan")]}})
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    lines = path.read_text().splitlines()
+    assert [json.loads(line, parse_constant=refuse) for line in lines] == [
+        {"step": 1, "grad_norm": None, "x": None},
+        {"step": 2, "reward": None, "nested": {"x": [None]}},
+    ]
+    pytest.importorskip("matplotlib")
+    plot_curves(path, tmp_path / "curves.png")  # of which nothing but gaps can be drawn
+    assert (tmp_path / "curves.png").stat().st_size > 1000
