@@ -13,6 +13,7 @@ from kepo.config import Config
 from kepo.data import DataReport, load_examples
 from kepo.errors import KepoDataError
 from kepo.example import Example
+from kepo.identity import records_identity
 from kepo.images import digests_of
 from kepo.records import Problem
 from kepo.splits import shared_images, split_by_image, without_images_of
@@ -32,6 +33,13 @@ class RunData:
     """Counts of everything, for the run folder's data.json."""
     summary: str
     """The same in a few lines."""
+    identity: dict[str, dict[str, Any]]
+    """Digests of the questions, by ``train_data`` and ``eval_data``."""
+
+    @property
+    def by_setting(self) -> dict[str, list[Example]]:
+        """The questions under the names that ``identity`` has."""
+        return {"train_data": self.train, "eval_data": self.eval}
 
 
 def load_data(config: Config) -> RunData:
@@ -91,7 +99,10 @@ def load_data(config: Config) -> RunData:
                 f"  {questions} of them are about {images} images that are trained on too: the "
                 "evaluation is not of unseen images"
             )
-    return RunData(train, held_out, record, "\n".join(lines))
+    identity = {"train_data": records_identity(train, digests)}
+    if held_out:
+        identity["eval_data"] = records_identity(held_out, digests)
+    return RunData(train, held_out, record, "\n".join(lines), identity)
 
 
 def capped(examples: Sequence[Example], limit: int | None) -> list[Example]:

@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from kepo import checkpoint
+from kepo.agreement import joined, same_images
 from kepo.batch import collate
 from kepo.card import model_card
 from kepo.check import check
@@ -35,10 +36,11 @@ from kepo.errors import KepoConfigError, KepoError
 from kepo.evaluate import by_question_type, evaluate, means
 from kepo.explore import explore
 from kepo.hints import Hints
+from kepo.identity import changed_questions, inputs_of
 from kepo.loading import load_engine, load_policy, load_reference, load_teacher
 from kepo.metrics import StepLog, completion_records, peak_gb, step_metrics
 from kepo.optimizer_state import load_optimizer
-from kepo.parallel import by_first, is_first, processes, together, world_size
+from kepo.parallel import by_first, is_first, together, world_size
 from kepo.plots import plot_curves
 from kepo.questions import draw, from_data
 from kepo.reading import own_progress_only
@@ -62,22 +64,26 @@ def train(config: Config) -> int:
     own_progress_only()
     run_dir = Path(config.run_dir)
     checkpoints = run_dir / "checkpoints"
-    shards = config.sharding == "fsdp2" or config.teacher_placement != "copy"
     with (
-        processes(config.device, alone=shards) as device,
+        joined(config) as device,
         StopRequest() as stop,
         exclusive(run_dir),
     ):
         data = by_first(lambda: load_data(config))
+        same_images(data)
         examples = data.train
         say(data.summary)
+        inputs = by_first(lambda: inputs_of(config, data.identity))
         resume = by_first(lambda: checkpoint.latest_checkpoint(checkpoints))
         done = 0
         if resume is not None:
             state = checkpoint.load_state(resume)
             refuse_other_config(config, state["config"], resume)
             done = state["step"]
-        by_first(lambda: write_record(data, run_dir, resuming=resume is not None))
+            changed = by_first(lambda: changed_questions(config, state, inputs, data.by_setting))
+        # A checkpoint with digests has been compared with them.
+        by_ids = resume is not None and "inputs" not in state
+        by_first(lambda: write_record(data, run_dir, resuming=by_ids))
         policy = load_policy(config, device, resume / "policy" if resume else None)
         teacher = load_teacher(config, device) if config.distils or config.hints else None
         ref = load_reference(config, device)
@@ -90,7 +96,9 @@ def train(config: Config) -> int:
         if resume is not None:
             load_optimizer(resume, parameters, optimizer)
             say(f"resuming after step {done} from {resume}")
-        hints: Hints = state["hints"] if resume is not None else {}
+        hints: Hints = {}
+        if resume is not None:  # what is known of a question that has changed is no longer true
+            hints = {name: hint for name, hint in state["hints"].items() if name not in changed}
         resume_step = done if resume is not None else -1
         log = StepLog(run_dir / "metrics.jsonl", resume_step)
         completions = StepLog(run_dir / "completions.jsonl", resume_step)
@@ -103,6 +111,7 @@ def train(config: Config) -> int:
                     (folder / "README.md").write_text(card, encoding="utf-8")
 
             state = {"step": step, "config": dataclasses.asdict(config), "hints": hints}
+            state["inputs"] = inputs
             checkpoint.save_checkpoint(
                 checkpoints,
                 step,

@@ -126,7 +126,9 @@ def test_a_package_that_is_missing_is_named(good, monkeypatch, settings, package
 
 def test_one_device_for_several_processes_is_refused(good, monkeypatch):
     check(replace(good, device="cpu:0"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    as_torchrun = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29500")
+    for name, value in as_torchrun.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(KepoConfigError, match="set device: cpu, of which each takes its own"):
         check(replace(good, device="cpu:0"))
 
