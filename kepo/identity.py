@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -57,22 +58,34 @@ def model_identity(name: str) -> dict[str, str]:
     if isinstance(files, str):
         return {"Hub": files}
     total = sum(file.stat().st_size for file in files)
+    ended = threading.Event()
+
+    def read(count: int) -> None:
+        if ended.is_set():
+            raise InterruptedError("digest of weights")
+        bar.update(count)
+
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="digest of weights", delay=2) as bar,
         ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool,
     ):
-        digests = pool.map(lambda file: sha256(file, bar), files)
-        return {file.name: digest for file, digest in zip(files, digests, strict=True)}
+        try:
+            digests = list(pool.map(lambda file: sha256(file, read), files))
+        except BaseException:  # a second signal: do not wait for the other files
+            ended.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return {file.name: digest for file, digest in zip(files, digests, strict=True)}
 
 
-def sha256(file: Path, bar: tqdm | None = None) -> str:
-    """Of the file's bytes; ``bar`` is told how many were read."""
+def sha256(file: Path, read: Callable[[int], object] | None = None) -> str:
+    """Of the file's bytes; ``read`` is told how many there were, block by block."""
     digest = hashlib.sha256()
     with file.open("rb") as content:
         while block := content.read(BLOCK):
             digest.update(block)
-            if bar is not None:
-                bar.update(len(block))
+            if read is not None:
+                read(len(block))
     return digest.hexdigest()
 
 

@@ -104,7 +104,11 @@ def digests_of(
     with ThreadPoolExecutor(min(_DECODERS, os.cpu_count() or 1)) as pool:
         found = pool.map(_digest, distinct)
         bar = tqdm(found, total=len(distinct), desc="images", disable=not progress, delay=1)
-        return dict(zip(distinct, bar, strict=True))
+        try:
+            return dict(zip(distinct, bar, strict=True))
+        except BaseException:  # a signal: do not decode the others first
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _digest(path: Path) -> str | KepoDataError:

@@ -140,7 +140,9 @@ def _join(device: torch.device, patience: float, stack: ExitStack) -> None:
     apart = max(2 * limit, timedelta(minutes=10))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=apart)
     _control = dist.new_group(backend="gloo", timeout=LAST_RESORT)
-    stack.enter_context(watched(private, rank, size, patience))
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own process
+    server = store if rank == 0 and not agents else None
+    stack.enter_context(watched(private, rank, size, patience, server))
 
 
 def _late(store: dist.Store, rank: int, size: int, patience: float) -> list[int]:
@@ -239,30 +241,44 @@ def share_of(items: Sequence[T], place: int | None = None) -> Sequence[T]:
     return items[start:end]
 
 
+class Stopped(Exception):
+    """Work that was shared out has ended early, in every process, because one was asked to stop."""
+
+
 def shared_out(
     items: Sequence[T],
     work: Callable[[Sequence[T]], list[R]],
     portions: Callable[[Sequence[T]], list[Sequence[T]]],
     *,
     in_step: bool = False,
+    stop: Callable[[], bool] | None = None,
 ) -> list[R]:
     """``work`` of all items, each process having done its share; the same list in every process.
 
     portions: cuts a share into what is worked on at once; ``work`` returns one result per item of
     it. in_step: ``work`` needs the other processes too (a sharded model), so those with fewer
-    portions repeat one for them and drop its results. All must call, with the same items.
+    portions repeat one for them and drop its results. stop: asked before every portion; once it is
+    true in one process, `Stopped` is raised in all. All must call, with the same items.
     """
     if not items:
         return []
     mine = portions(share_of(items)) if share_of(items) else []
     rounds = max(together(len(mine))) if in_step else len(mine)
     results: list[R] = []
+    ended = False
     for place in range(rounds):
+        if stop is not None:
+            ended = any_of(stop()) if in_step else stop()
+        if ended:
+            break
         if place < len(mine):
             results += work(mine[place])
         else:
             work(mine[0] if mine else items[:1])
-    return [result for part in together(results) for result in part]
+    parts = together((results, ended))
+    if any(ended for _, ended in parts):
+        raise Stopped
+    return [result for part, _ in parts for result in part]
 
 
 def runs_of(most: int) -> Callable[[Sequence[T]], list[Sequence[T]]]:

@@ -40,13 +40,13 @@ from kepo.identity import changed_questions, inputs_of
 from kepo.loading import load_engine, load_policy, load_reference, load_teacher
 from kepo.metrics import StepLog, completion_records, peak_gb, step_metrics
 from kepo.optimizer_state import load_optimizer
-from kepo.parallel import by_first, is_first, together, world_size
+from kepo.parallel import Stopped, by_first, is_first, together, world_size
 from kepo.plots import plot_curves
 from kepo.questions import draw, from_data
 from kepo.reading import own_progress_only
 from kepo.rollout import demonstrations
 from kepo.sharding import own_gradients, whole_tensor
-from kepo.signals import StopRequest
+from kepo.signals import StopRequest, lasting_output
 from kepo.sources import load_data, write_record
 from kepo.step import StepTotals, kepo_step
 from kepo.vlm import VLM
@@ -55,7 +55,8 @@ from kepo.vlm import VLM
 def train(config: Config) -> int:
     """Run (or resume) the training that ``config`` describes; returns the exit code.
 
-    0 when all steps are done, 130 or 143 when Ctrl-C or SIGTERM ended it after saving.
+    0 when all steps are done, 128 and its number when a signal ended it after saving: 130 for
+    Ctrl-C, 143 for SIGTERM.
     Writes checkpoints, metrics.jsonl, data.json and curves.png under ``config.run_dir``. Every
     process of torchrun calls it; all see the whole of a step but for the micro-batches, of which
     each has its share (kepo.parallel).
@@ -65,6 +66,7 @@ def train(config: Config) -> int:
     run_dir = Path(config.run_dir)
     checkpoints = run_dir / "checkpoints"
     with (
+        lasting_output(),
         joined(config) as device,
         StopRequest() as stop,
         exclusive(run_dir),
@@ -124,13 +126,17 @@ def train(config: Config) -> int:
 
         def measure(step: int) -> None:
             if data.eval:
-                with engine.ready():
-                    scores = evaluate(
-                        engine,
-                        data.eval,
-                        max_new_tokens=config.max_completion_length,
-                        batch_size=config.eval_batch,
-                    )
+                try:
+                    with engine.ready():
+                        scores = evaluate(
+                            engine,
+                            data.eval,
+                            max_new_tokens=config.max_completion_length,
+                            batch_size=config.eval_batch,
+                            stop=stop.noted,
+                        )
+                except Stopped:
+                    return  # a resumed run begins with it
                 values = {"eval": means(scores), "eval_items": as_digits(scores)}
                 if len(types := by_question_type(data.eval, scores)) > 1:
                     values["eval_types"] = means(types)
@@ -141,6 +147,9 @@ def train(config: Config) -> int:
                 config.eval_every and step % config.eval_every == 0
             )
 
+        stop.agree()
+        if stop:  # nothing has been trained yet
+            return stop.exit_code
         if resume is None:
             measure(0)
             save(0)

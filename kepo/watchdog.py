@@ -22,11 +22,11 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-OWN = "kepo-watch"  # names of the threads in here, whose work is not the run's
 LONGEST_PAUSE = 5.0  # seconds between two looks
-WORK = 0.001  # of the time: a thread that only sleeps in a loop uses less of the processor
-WAITING = ("/torch/distributed/", "/torch/autograd/", "/kepo/parallel.py")
-"""Files in which a process waits for others; in autograd, for their gradients."""
+FAREWELL = 2.0  # seconds
+WORK = 0.001  # of the limit: who uses the processor for less only sleeps in a loop
+WAITING = ("/torch/distributed/", "/torch/autograd/")
+"""Where a process waits for others; in autograd, for their gradients."""
 PACKAGE = Path(__file__).parent
 OURS = (f"{PACKAGE}/", f"{PACKAGE}_kernels/")
 
@@ -46,9 +46,15 @@ class Report(NamedTuple):
 
 
 @contextmanager
-def watched(store: dist.Store, rank: int, world_size: int, limit: float) -> Iterator[None]:
+def watched(
+    store: dist.Store, rank: int, world_size: int, limit: float, server: dist.Store | None = None
+) -> Iterator[None]:
     """End this process, with a sentence and exit code 1, once a rank stands still for ``limit``
-    seconds. All ranks call, with the same store, which nothing else may use."""
+    seconds.
+
+    All ranks call, with clients of the same store, which nothing else may use. server: what the
+    clients ask, in the one process that has it, which leaves last if it can; None elsewhere.
+    """
     over = threading.Event()
     pause = min(LONGEST_PAUSE, limit / 10)
     mine = [Report(0, 0.0, False, "the start")]
@@ -63,12 +69,14 @@ def watched(store: dist.Store, rank: int, world_size: int, limit: float) -> Iter
             with suppress(RuntimeError, ValueError):  # no answer is no news
                 report = mine[0]._replace(left=True) if last else mine[0]
                 store.set(f"rank/{rank}", json.dumps(report))
+                if last:
+                    return
                 if verdict:
                     store.set("ended", verdict[0])
                 elif store.check(["ended"]):
                     verdict.append(store.get("ended").decode())
                 for other in range(world_size):
-                    if other != rank and not last and store.check([f"rank/{other}"]):
+                    if other != rank and store.check([f"rank/{other}"]):
                         news = Report(*json.loads(store.get(f"rank/{other}")))
                         before = heard.get(other)
                         if before is None or before[0].beat != news.beat:
@@ -77,14 +85,13 @@ def watched(store: dist.Store, rank: int, world_size: int, limit: float) -> Iter
                 return
 
     def judge() -> None:
-        started = moved = looked = time.monotonic()
+        started = moved = time.monotonic()
         used = processor_seconds()
         while not over.wait(pause):
             now = time.monotonic()
             uses = processor_seconds()
-            if abs(uses - used) > WORK * (now - looked):
-                moved = now
-            looked, used = now, uses
+            if abs(uses - used) > WORK * limit:  # abs: threads end
+                moved, used = now, uses
             waits, place = standing(sys._current_frames().get(thread))
             mine[0] = Report(mine[0].beat + 1, now - moved, waits, place)
             reports = {rank: mine[0]}
@@ -104,14 +111,29 @@ def watched(store: dist.Store, rank: int, world_size: int, limit: float) -> Iter
                 over.wait(2 * pause)  # for the others to read it too
                 os._exit(1)  # whatever the main thread stands in will not return
 
-    workers = [threading.Thread(target=f, name=OWN, daemon=True) for f in (talk, judge)]
+    workers = [threading.Thread(target=f, daemon=True) for f in (talk, judge)]
     for worker in workers:
         worker.start()
     try:
         yield
     finally:
         over.set()
-        workers[0].join(2.0)
+        workers[0].join(FAREWELL)
+        if server is not None:
+            _see_off(store, rank, world_size)
+
+
+def _see_off(store: dist.Store, rank: int, world_size: int) -> None:
+    """Wait a little for the others to say that they have left."""
+    end = time.monotonic() + FAREWELL
+    here = {other for other in range(world_size) if other != rank}
+    while here and time.monotonic() < end:
+        with suppress(RuntimeError, ValueError):
+            for other in sorted(here):
+                name = f"rank/{other}"
+                if store.check([name]) and Report(*json.loads(store.get(name))).left:
+                    here.discard(other)
+        time.sleep(0.05)
 
 
 def stalled(reports: dict[int, Report], limit: float) -> str | None:
@@ -144,17 +166,18 @@ def standing(frame: FrameType | None) -> tuple[bool, str]:
     inner = next(
         (place for place, (file, _, _) in enumerate(frames) if _is_ours(file)), len(frames) - 1
     )
-    waits = any(mark in file for file, _, _ in frames[:inner] for mark in WAITING)
+    in_torch = "/torch/" in frames[0][0]
+    waits = in_torch and any(mark in file for file, _, _ in frames[:inner] for mark in WAITING)
     shown = [frames[0]] if inner == 0 else [frames[0], frames[inner]]
     return waits, ", for ".join(f"{name} at {_short(file)}:{line}" for file, line, name in shown)
 
 
 def processor_seconds() -> float:
-    """Time on the processor of this process's Python threads, those of this module left out.
+    """Time on the processor of this process's Python threads, those in the background left out.
 
     Not of the whole process: NCCL's threads turn while they wait.
     """
-    threads = [t.native_id for t in threading.enumerate() if not t.name.startswith(OWN)]
+    threads = [thread.native_id for thread in threading.enumerate() if not thread.daemon]
     try:
         return sum(_seconds(thread) for thread in threads)
     except FileNotFoundError:  # no /proc here
