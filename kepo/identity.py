@@ -190,7 +190,7 @@ def _files(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     names = sorted(before.keys() | now.keys())
     other = [name for name in names if before.get(name) != now.get(name)]
     more = f" and {len(other) - 3} more" if len(other) > 3 else ""
-    return f"its files are not those the run began with: {', '.join(other[:3])}{more}"
+    return f"has other files than the run began with: {', '.join(other[:3])}{more}"
 
 
 def _questions(before: Mapping[str, Any], now: Mapping[str, Any], other: Sequence[str]) -> str:
