@@ -69,8 +69,10 @@ def refuse_different(what: str, mine: Mapping[str, object]) -> None:
 
 
 def software() -> dict[str, str]:
-    """Versions of what computes, and a digest of this package's own source."""
+    """Versions of what computes, what the environment says of it, and a digest of this package's
+    own source."""
     found = {"python": platform.python_version()}
+    found["KEPO_CPU_ISA"] = os.environ.get("KEPO_CPU_ISA", "not set")
     for name in PACKAGES:
         try:
             found[name] = version(name)

@@ -94,10 +94,13 @@ def _tell(text: str) -> None:
 def lasting_output() -> Iterator[None]:
     """Within, a closed terminal or pipe costs what would have been written to it, not the run."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)  # type: ignore[assignment]
+    lasting = [_Lasting(stream) for stream in before]
+    sys.stdout, sys.stderr = lasting  # type: ignore[assignment]
     try:
         yield
     finally:
+        for stream in lasting:
+            stream.flush()
         sys.stdout, sys.stderr = before
 
 

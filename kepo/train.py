@@ -75,6 +75,9 @@ def train(config: Config) -> int:
         same_images(data)
         examples = data.train
         say(data.summary)
+        stop.agree()
+        if stop:  # reading the images may have taken long
+            return stop.exit_code
         inputs = by_first(lambda: inputs_of(config, data.identity))
         resume = by_first(lambda: checkpoint.latest_checkpoint(checkpoints))
         done = 0

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,21 @@ def test_image_files_of_another_node_are_compared(made, tmp_path, others):
     others(("node2", lost))
     with pytest.raises(KepoDataError, match=f"first {paths[-1]}"):
         same_images(data)
+
+
+def test_the_time_limit_is_the_setting(monkeypatch):
+    given = {}
+
+    @contextmanager
+    def processes(device, **settings):
+        given.update(settings, device=device)
+        yield device
+
+    monkeypatch.setattr(agreement, "processes", processes)
+    with agreement.joined(Config(rank_timeout_minutes=0.5)) as device:
+        assert device == "cpu"
+    assert given == {"device": "cpu", "alone": False, "patience": 30.0}
+    assert Config().rank_timeout_minutes == 15.0
 
 
 @pytest.mark.slow

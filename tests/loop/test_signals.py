@@ -142,6 +142,7 @@ def test_a_run_whose_output_nobody_reads_any_more_saves(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=os.getcwd(),
+        env={name: x for name, x in os.environ.items() if name != "PYTHONUNBUFFERED"},
     )
     assert process.stdout.readline() == b"started\n"
     process.stdout.close()
