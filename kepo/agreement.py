@@ -104,10 +104,12 @@ def read_by_each(config: Config) -> dict[str, str]:
             found[role] = files
             continue
         for file in files:
-            if not is_weights(file):
-                found[f"{role}/{file.name}"] = sha256(file)[:12]
-            elif whole:
-                found[f"{role}/{file.name}"] = sampled(file)[:12]
+            if whole or not is_weights(file):
+                digest = sampled if is_weights(file) else sha256
+                try:
+                    found[f"{role}/{file.name}"] = digest(file)[:12]
+                except OSError as error:
+                    found[f"{role}/{file.name}"] = f"unreadable: {error.strerror}"
     return found
 
 

@@ -48,7 +48,8 @@ def model_files(name: str) -> list[Path] | str:
 
 
 def is_weights(file: Path) -> bool:
-    return file.suffix == ".safetensors"
+    """Whether it is a part of the weights, or the index of the parts."""
+    return ".safetensors" in file.name
 
 
 def model_identity(name: str) -> dict[str, str]:

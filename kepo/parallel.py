@@ -58,11 +58,13 @@ def processes(
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         try:
             yield own
-        except BaseException:
+        except BaseException as error:
             # Others may be waiting for this one in a collective, and then so would the farewell: it
             # just leaves, and torchrun ends them.
             if started and not several:
                 dist.destroy_process_group()
+            if several and isinstance(error, RuntimeError) and _is_lost_peer(error):
+                raise _lost_peer(error) from error
             raise
         if started:
             _leave()
@@ -203,10 +205,21 @@ def _collective(exchange: Callable[..., Any], *arguments: Any, **settings: Any) 
     try:
         exchange(*arguments, group=_control, **settings)
     except RuntimeError as error:
-        raise KepoError(
-            f"rank {rank()}: another process of this run has ended or cannot be reached: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+        raise _lost_peer(error) from error
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def _lost_peer(error: RuntimeError) -> KepoError:
+    # "[file of gloo:line] Connection closed by peer [host]:port. This is typically ..."
+    said = str(error).splitlines()[0].split(". ")[0]
+    said = said.rpartition(".cc:")[2].partition("] ")[2] or said
+    return KepoError(
+        f"rank {rank()}: another process of this run has ended, or cannot be reached ({said}); the "
+        "cause is what it said itself"
+    )
 
 
 def any_of(mine: bool) -> bool:

@@ -132,14 +132,14 @@ def test_four_ways_to_differ_are_four_clear_ends(made, tmp_path, capsys):
         "teacher": {"teacher": str(made / "teacher")},
     }
     whole = dataclasses.asdict(base)
-    pairs = [[whole, whole | other] for other in ways.values()] + [[whole, whole]]
+    pairs = [[whole, whole | other] for other in ways.values()]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
     script = Path(__file__).with_name("apart.py")
     for process in bare(script, tmp_path / "pairs.json", tmp_path / "ends"):
         output, _ = process.communicate(timeout=200)
         assert process.returncode == 0, output[-4000:]
     for rank in (0, 1):
-        *ends, last = json.loads((tmp_path / f"ends.{rank}").read_text())
+        ends = json.loads((tmp_path / f"ends.{rank}").read_text())
         for (name, other), (end, seconds) in zip(ways.items(), ends, strict=True):
             theirs = f"{name}: {whole[name]!r} on rank 0, {other[name]!r} on rank 1"
             assert end == (
@@ -148,7 +148,6 @@ def test_four_ways_to_differ_are_four_clear_ends(made, tmp_path, capsys):
             )
             with capsys.disabled():
                 print(f"\nrank {rank}, another {name}: ended after {seconds:.2f} s")
-        assert last[0] == "exit code 0"
 
 
 @pytest.mark.slow

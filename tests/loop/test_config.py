@@ -43,6 +43,11 @@ REFUSED = {
     "missing folder": ({"train_data": "/nowhere"}, "train_data='/nowhere'"),
     "missing eval folder": ({"eval_data": "/nowhere"}, "eval_data='/nowhere'"),
     "no student": ({"student": ""}, "student is not set"),
+    "no patience": (
+        {"rank_timeout_minutes": 0.0},
+        "rank_timeout_minutes=0.0; expected a number > 0",
+    ),
+    "changed inputs": ({"changed_inputs": "ask"}, "changed_inputs='ask'; expected one of refuse"),
     "one generation": ({"num_generations": 1, "hint_trigger": "never"}, "num_generations=1"),
     "beta": ({"beta": 1.5}, "beta=1.5"),
     "temperature": ({"temperature": 0.0}, "temperature=0.0"),

@@ -96,8 +96,21 @@ def test_where_a_thread_stands_says_whether_it_waits():
 @pytest.mark.slow
 @pytest.mark.processes
 def test_the_one_that_stands_still_is_named_by_all(tmp_path):
-    for process in bare(Path(__file__).with_name("stands_still.py"), PATIENCE="2"):
+    for process in bare(Path(__file__).with_name("stands_still.py"), PATIENCE="2", HOW="sleeps"):
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 1
         assert "error: rank 1 has not moved for 2 s (<module> at loop/stands_still.py:1" in output
         assert "rank 0 is in all_gather" in output and "Traceback" not in output, output
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize("how", ["killed", "killed, tensors"])
+def test_the_others_say_that_one_has_ended(how):
+    first, second = bare(Path(__file__).with_name("stands_still.py"), PATIENCE="60", HOW=how)
+    output, _ = first.communicate(timeout=120)
+    assert second.wait(timeout=120) == -9 and first.returncode == 1
+    second.communicate()
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: rank 0: another process of this run has ended, or cannot be")
+    assert ".cc" not in line and "Traceback" not in output, output
