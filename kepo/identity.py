@@ -57,7 +57,7 @@ def model_identity(name: str) -> dict[str, str]:
     revision. Several files are read at once, under a bar where it takes long."""
     files = model_files(name)
     if isinstance(files, str):
-        return {"Hub": files}
+        return {files: "on the Hub"}
     total = sum(file.stat().st_size for file in files)
     ended = threading.Event()
 

@@ -9,7 +9,14 @@ from toy import example
 from kepo import identity
 from kepo.config import Config
 from kepo.errors import KepoCheckpointError, KepoDataError
-from kepo.identity import changed_questions, inputs_of, model_identity, records_identity, sha256
+from kepo.identity import (
+    changed_questions,
+    inputs_of,
+    model_files,
+    model_identity,
+    records_identity,
+    sha256,
+)
 
 QUESTIONS = [example(name) for name in ("q1", "q2", "q3")]
 PICTURES = {path: path.name for e in QUESTIONS for path in e.images}
@@ -144,3 +151,21 @@ def test_an_interrupted_digest_does_not_read_the_rest(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         model_identity(str(tmp_path))
     assert not finished
+
+
+def test_a_name_on_the_hub_is_known_by_its_revision(tmp_path, monkeypatch):
+    utils = pytest.importorskip("transformers.utils")
+    inputs = []
+    for revision in ("1a2b", "3c4d"):
+        snapshot = tmp_path / "models--who--what" / "snapshots" / revision / "config.json"
+        monkeypatch.setattr(utils, "cached_file", lambda name, file, at=snapshot: str(at))
+        assert model_files("who/what") == f"revision {revision}"
+        inputs.append({"teacher": model_identity("who/what")})
+    with pytest.raises(KepoCheckpointError, match="began with: revision 1a2b, revision 3c4d"):
+        compare(*inputs, {})
+
+    def missing(name, file):
+        raise OSError("who/nobody is no model")
+
+    monkeypatch.setattr(utils, "cached_file", missing)
+    assert model_files("who/nobody") == [] and model_identity("who/nobody") == {}
