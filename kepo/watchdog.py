@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 LONGEST_PAUSE = 5.0  # seconds between two looks
 FAREWELL = 2.0  # seconds
+PAUSED = 4  # pauses without a look: this process itself was stopped
 WORK = 0.001  # of the limit: who uses the processor for less only sleeps in a loop
 WAITING = ("/torch/distributed/", "/torch/autograd/")
 """Where a process waits for others; in autograd, for their gradients."""
@@ -85,10 +86,13 @@ def watched(
                 return
 
     def judge() -> None:
-        started = moved = time.monotonic()
+        since = looked = moved = time.monotonic()
         used = processor_seconds()
         while not over.wait(pause):
             now = time.monotonic()
+            if now - looked > PAUSED * pause:  # a scheduler held all of it, and the others perhaps
+                since = moved = now
+            looked = now
             uses = processor_seconds()
             if abs(uses - used) > WORK * limit:  # abs: threads end
                 moved, used = now, uses
@@ -97,10 +101,10 @@ def watched(
             reports = {rank: mine[0]}
             for other in range(world_size):
                 if other != rank:
-                    news, at = heard.get(other, (Report(0, 0.0, False, "the start"), started))
-                    silent = now - at
+                    news, at = heard.get(other, (Report(0, 0.0, False, "the start"), since))
+                    silent = now - max(at, since)
                     if silent > 3 * pause and not news.left:
-                        said = f"nothing heard of it, last in {news.place}"
+                        said = f"nothing heard of it since {news.place}"
                         news = news._replace(still=max(news.still, silent), place=said, waits=False)
                     reports[other] = news
             if not verdict and (found := stalled(reports, limit)):
@@ -144,7 +148,7 @@ def stalled(reports: dict[int, Report], limit: float) -> str | None:
     if not named and len(still) < len(here):
         return None
     others = [rank for rank in sorted(here) if rank not in named]
-    rest = "; ".join(f"rank {rank} is in {here[rank].place}" for rank in others[:8])
+    rest = "; ".join(f"rank {rank}: {here[rank].place}" for rank in others[:8])
     limits = f"(rank_timeout_minutes: {limit / 60:g})"
     if not named:
         return f"every rank waits for another, for {_span(limit)} {limits}: {rest}"

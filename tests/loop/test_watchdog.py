@@ -1,6 +1,7 @@
 """A process that stands still is told from one that works, and from one that waits for it."""
 
 import functools
+import signal
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ from several import bare
 from kepo import watchdog
 from kepo.watchdog import Report, processor_seconds, stalled, standing
 
+HERE = Path(__file__).parent
 WORKS = Report(7, still=1.0, waits=False, place="sample at rollout.py:1")
 SLEEPS = Report(7, still=130.0, waits=False, place="read at images.py:2")
 WAITS = Report(7, still=150.0, waits=True, place="together at parallel.py:3")
@@ -25,7 +27,7 @@ def test_who_neither_works_nor_waits_is_to_blame():
     assert judged({0: WAITS, 1: LEFT, 2: WORKS}) is None
     assert judged({0: WAITS, 1: SLEEPS, 2: WAITS}) == (
         "rank 1 has not moved for 2 minutes (read at images.py:2) (rank_timeout_minutes: 2); "
-        "rank 0 is in together at parallel.py:3; rank 2 is in together at parallel.py:3"
+        "rank 0: together at parallel.py:3; rank 2: together at parallel.py:3"
     )
     assert judged({0: WORKS, 1: SLEEPS}).startswith("rank 1 has not moved")
     assert judged({0: WAITS, 1: WAITS}).startswith("every rank waits for another, for 2 minutes")
@@ -93,24 +95,45 @@ def test_where_a_thread_stands_says_whether_it_waits():
     assert standing(None) == (False, "no code")
 
 
+def two(folder, **environment):
+    """Two processes that meet, and then what HOW says."""
+    return bare(HERE / "stands_still.py", MEET=str(folder / "here"), **environment)
+
+
 @pytest.mark.slow
 @pytest.mark.processes
 def test_the_one_that_stands_still_is_named_by_all(tmp_path):
-    for process in bare(Path(__file__).with_name("stands_still.py"), PATIENCE="2", HOW="sleeps"):
+    for process in two(tmp_path, PATIENCE="3", HOW="sleeps"):
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 1
-        assert "error: rank 1 has not moved for 2 s (<module> at loop/stands_still.py:1" in output
-        assert "rank 0 is in all_gather" in output and "Traceback" not in output, output
+        assert "error: rank 1 has not moved for 3 s (<module> at loop/stands_still.py:" in output
+        assert "; rank 0: " in output and "Traceback" not in output, output
 
 
 @pytest.mark.slow
 @pytest.mark.processes
-@pytest.mark.parametrize("how", ["killed", "killed, tensors"])
-def test_the_others_say_that_one_has_ended(how):
-    first, second = bare(Path(__file__).with_name("stands_still.py"), PATIENCE="60", HOW=how)
+def test_the_others_say_that_one_has_ended(tmp_path):
+    first, second = two(tmp_path, PATIENCE="60", HOW="killed")
     output, _ = first.communicate(timeout=120)
     assert second.wait(timeout=120) == -9 and first.returncode == 1
     second.communicate()
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: rank 0: another process of this run has ended, or cannot be")
     assert ".cc" not in line and "Traceback" not in output, output
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_job_that_the_scheduler_paused_goes_on(tmp_path):
+    """Longer than the limit: nobody stood still of its own accord."""
+    both = two(tmp_path, PATIENCE="4", HOW="paused")
+    for process in both:
+        assert process.stdout.readline() == "here\n"
+    for process in both:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(7)
+    for process in both:
+        process.send_signal(signal.SIGCONT)
+    for process in both:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
