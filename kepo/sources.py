@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class RunData:
     """Counts of everything, for the run folder's data.json."""
     summary: str
     """The same in a few lines."""
-    identity: dict[str, dict[str, Any]]
+    identity: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Digests of the questions, by ``train_data`` and ``eval_data``."""
 
     @property
