@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from kepo.config import TOTAL, Config
 from kepo.data import layout_of
 from kepo.errors import KepoConfigError, KepoDataError
+from kepo.parallel import launched
 from kepo.rewards import REWARDS
 
 
@@ -96,7 +96,7 @@ def _machine(config: Config) -> None:
         _refuse(f"device={config.device!r}: {error}")
     if device.type == "cuda" and not torch.cuda.is_available():
         _refuse(f"device={config.device!r}, but torch {torch.__version__} sees no CUDA device here")
-    if device.index is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if device.index is not None and launched() > 1:
         _refuse(
             f"device={config.device!r} would be every process's; set device: {device.type}, of "
             "which each takes its own"
@@ -140,7 +140,7 @@ def _ranges(config: Config) -> None:
     )
     bound(
         "lr max_grad_norm sampling_temperature temperature hinted_cap hinted_gamma "
-        "sampler_cap lora_alpha",
+        "sampler_cap lora_alpha rank_timeout_minutes",
         lambda x: x > 0,
         "a number > 0",
     )
@@ -169,6 +169,7 @@ def _names(config: Config) -> None:
     choose("engine", ("transformers", "vllm"))
     choose("sampler_correction", ("none", "truncate"))
     choose("bad_records", ("skip", "fail"))
+    choose("changed_inputs", ("refuse", "accept"))
     choose("impl", ("auto", "triton", "cpu", "torch"))
     choose("policy_reduction", ("token_mean", "sequence_mean", "sum", "dr_grpo"))
     choose("distill_reduction", ("token_mean", "sequence_mean", "sum"))

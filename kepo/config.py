@@ -51,6 +51,12 @@ class Config:
     device: str = "cpu"
     """Where student and teacher live, as torch spells it; under torchrun, cuda is each process's
     own."""
+    changed_inputs: str = "refuse"
+    """At a resume with another teacher, or other questions, answers or images, than the run began
+    with. refuse: named, and the end. accept: named, and it goes on."""
+    rank_timeout_minutes: float = 15.0
+    """So long may one of several processes stand still, or be late at the start, before it is named
+    and all end. Reading and computing are not standing still."""
 
     # ---- how the models are held ----
     sharding: str = "none"
@@ -261,6 +267,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "eval_batch",
         "max_skipped_steps",
         "log_completions_every",
+        *("changed_inputs", "rank_timeout_minutes"),
         *("device", "sharding", "rollout_gather", "teacher_placement"),
         *("gradient_checkpointing", "attn_implementation", "liger_layers", "vllm_memory"),
         *("micro_batch", "rollout_batch", "rollout_tokens", "workspace_bytes"),

@@ -27,6 +27,7 @@ from kepo.evaluate import evaluate, means, summary
 from kepo.experiments import COMPLETION_TOKENS, DIGITS_RUN
 from kepo.manifest import new_folder, verify, write_manifest
 from kepo.metrics import read_metrics
+from kepo.parallel import launched
 from kepo.reading import own_progress_only
 from kepo.sft import train_supervised
 from kepo.tiny import build_tiny
@@ -67,6 +68,8 @@ class Demo:
 def run(demo: Demo) -> int:
     """All stages; returns the exit code of the training."""
     own_progress_only()
+    if launched() > 1:
+        raise KepoConfigError("the demonstration runs in one process; start it without torchrun")
     root = Path(demo.root)
     started = time.perf_counter()
 

@@ -5,7 +5,7 @@ python -m kepo.evaluate MODEL DATA    # of a saved model, with intervals and cha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -25,14 +25,21 @@ def evaluate(
     max_new_tokens: int,
     batch_size: int = 64,
     progress: bool = False,
+    stop: Callable[[], bool] | None = None,
 ) -> dict[str, list[float]]:
     """``accuracy`` of the greedy answer to each example, by modality in order of first sight.
 
     Draws no random numbers. All processes call, each answers its share, and all get the whole.
-    progress: show a bar. Raises KepoDataError if there are no examples.
+    progress: show a bar. stop: asked after every batch in each process; once it is true in one,
+    Stopped is raised in all. Raises KepoDataError if there are no examples.
     """
     texts = greedy_answers(
-        engine, examples, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+        engine,
+        examples,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+        stop=stop,
     )
     scores: dict[str, list[float]] = {}
     for example, text in zip(examples, texts, strict=True):
@@ -47,6 +54,7 @@ def greedy_answers(
     max_new_tokens: int,
     batch_size: int = 64,
     progress: bool = False,
+    stop: Callable[[], bool] | None = None,
 ) -> list[str]:
     """What the model says to each example, in their order; otherwise as ``evaluate``."""
     if not examples:
@@ -68,7 +76,7 @@ def greedy_answers(
         return engine.encoder.decode(ids, mask)
 
     with bar:
-        return shared_out(examples, work, runs_of(batch_size), in_step=engine.in_step)
+        return shared_out(examples, work, runs_of(batch_size), in_step=engine.in_step, stop=stop)
 
 
 def by_question_type(

@@ -185,7 +185,11 @@ def looks_of(images: Iterable[Path], *, progress: bool = False) -> dict[Path, Lo
     with ThreadPoolExecutor(min(_DECODERS, os.cpu_count() or 1)) as pool:
         found = pool.map(_look, distinct)
         bar = tqdm(found, total=len(distinct), desc="images", disable=not progress, delay=1)
-        return dict(zip(distinct, bar, strict=True))
+        try:
+            return dict(zip(distinct, bar, strict=True))
+        except BaseException:  # a signal: do not decode the others first
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def digests_of(

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from kepo.durable import as_json, write_durably
 from kepo.errors import KepoDataError
 from kepo.example import Example
 from kepo.files import printable
+from kepo.identity import records_identity
 from kepo.images import Look, digests_in, looks_of
 from kepo.records import Problem
 from kepo.splits import shared_images, split_by_image, without_images_of
@@ -37,6 +38,13 @@ class RunData:
     """Counts of everything, for the run folder's data.json."""
     summary: str
     """The same in a few lines."""
+    identity: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Digests of the questions, by ``train_data`` and ``eval_data``."""
+
+    @property
+    def by_setting(self) -> dict[str, list[Example]]:
+        """The questions under the names that ``identity`` has."""
+        return {"train_data": self.train, "eval_data": self.eval}
 
 
 def load_data(config: Config, judge: Judge | None = None) -> RunData:
@@ -104,7 +112,10 @@ def load_data(config: Config, judge: Judge | None = None) -> RunData:
                 f"  {questions} of them are about {images} images that are trained on too: the "
                 "evaluation is not of unseen images"
             )
-    return RunData(train, held_out, record, "\n".join(lines))
+    identity = {"train_data": records_identity(train, digests)}
+    if held_out:
+        identity["eval_data"] = records_identity(held_out, digests)
+    return RunData(train, held_out, record, "\n".join(lines), identity)
 
 
 def capped(examples: Sequence[Example], limit: int | None) -> list[Example]:

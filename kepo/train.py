@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from kepo import checkpoint
+from kepo.agreement import joined, same_images
 from kepo.batch import collate
 from kepo.card import model_card
 from kepo.check import check
@@ -34,17 +35,18 @@ from kepo.errors import KepoConfigError, KepoError, command
 from kepo.evaluate import by_question_type, evaluate, means
 from kepo.explore import explore
 from kepo.hints import Hints
+from kepo.identity import changed_questions, inputs_of
 from kepo.loading import load_engine, load_policy, load_reference, load_teacher
 from kepo.lock import exclusive
 from kepo.metrics import StepLog, completion_records, peak_gb, step_metrics
 from kepo.optimizer_state import load_optimizer
-from kepo.parallel import by_first, is_first, processes, together, world_size
+from kepo.parallel import Stopped, by_first, is_first, together, world_size
 from kepo.plots import plot_curves
 from kepo.questions import draw, from_data
 from kepo.reading import own_progress_only
 from kepo.rollout import demonstrations
 from kepo.sharding import own_gradients, whole_tensor
-from kepo.signals import StopRequest
+from kepo.signals import StopRequest, lasting_output
 from kepo.sources import load_data, write_record
 from kepo.step import StepTotals, kepo_step
 from kepo.vlm import VLM
@@ -53,7 +55,8 @@ from kepo.vlm import VLM
 def train(config: Config) -> int:
     """Run (or resume) the training that ``config`` describes; returns the exit code.
 
-    0 when all steps are done, 130 or 143 when Ctrl-C or SIGTERM ended it after saving.
+    0 when all steps are done, 128 and its number when a signal ended it after saving: 130 for
+    Ctrl-C, 143 for SIGTERM.
     Writes checkpoints, metrics.jsonl, data.json and curves.png under ``config.run_dir``. Every
     process of torchrun calls it; all see the whole of a step but for the micro-batches, of which
     each has its share (kepo.parallel).
@@ -62,22 +65,30 @@ def train(config: Config) -> int:
     own_progress_only()
     run_dir = Path(config.run_dir)
     checkpoints = run_dir / "checkpoints"
-    shards = config.sharding == "fsdp2" or config.teacher_placement != "copy"
     with (
-        processes(config.device, alone=shards) as device,
+        lasting_output(),
+        joined(config) as device,
         StopRequest() as stop,
         exclusive(run_dir),
     ):
         data = by_first(lambda: load_data(config, judge_of(config)))
+        same_images(data)
         examples = data.train
         say(data.summary)
+        stop.agree()
+        if stop:  # reading the images may have taken long
+            return stop.exit_code
+        inputs = by_first(lambda: inputs_of(config, data.identity))
         resume = by_first(lambda: checkpoint.latest_checkpoint(checkpoints))
         done = 0
         if resume is not None:
             state = checkpoint.load_state(resume)
             refuse_other_config(config, state["config"], resume)
             done = state["step"]
-        by_first(lambda: write_record(data, run_dir, resuming=resume is not None))
+            changed = by_first(lambda: changed_questions(config, state, inputs, data.by_setting))
+        # A checkpoint with digests has been compared with them.
+        by_ids = resume is not None and "inputs" not in state
+        by_first(lambda: write_record(data, run_dir, resuming=by_ids))
         policy = load_policy(config, device, resume / "policy" if resume else None)
         teacher = load_teacher(config, device) if config.distils or config.hints else None
         ref = load_reference(config, device)
@@ -92,7 +103,9 @@ def train(config: Config) -> int:
         if resume is not None:
             load_optimizer(resume, parameters, optimizer)
             say(f"resuming after step {done} from {resume}")
-        hints: Hints = state["hints"] if resume is not None else {}
+        hints: Hints = {}
+        if resume is not None:  # what is known of a question that has changed is no longer true
+            hints = {name: hint for name, hint in state["hints"].items() if name not in changed}
         resume_step = done if resume is not None else -1
         marks = state.get("logs", {}) if resume is not None else {}
         log, completions = (
@@ -109,6 +122,7 @@ def train(config: Config) -> int:
 
             state = {"step": step, "config": dataclasses.asdict(config), "hints": hints}
             state["logs"] = {one.path.name: one.mark for one in (log, completions)}
+            state["inputs"] = inputs
             checkpoint.save_checkpoint(
                 checkpoints,
                 step,
@@ -121,13 +135,17 @@ def train(config: Config) -> int:
 
         def measure(step: int) -> None:
             if data.eval:
-                with engine.ready():
-                    scores = evaluate(
-                        engine,
-                        data.eval,
-                        max_new_tokens=config.max_completion_length,
-                        batch_size=config.eval_batch,
-                    )
+                try:
+                    with engine.ready():
+                        scores = evaluate(
+                            engine,
+                            data.eval,
+                            max_new_tokens=config.max_completion_length,
+                            batch_size=config.eval_batch,
+                            stop=stop.noted,
+                        )
+                except Stopped:
+                    return  # a resumed run begins with it
                 values = {"eval": means(scores), "eval_items": as_digits(scores)}
                 if len(types := by_question_type(data.eval, scores)) > 1:
                     values["eval_types"] = means(types)
@@ -138,6 +156,9 @@ def train(config: Config) -> int:
                 config.eval_every and step % config.eval_every == 0
             )
 
+        stop.agree()
+        if stop:  # nothing has been trained yet
+            return stop.exit_code
         if resume is None:
             measure(0)
             save(0)

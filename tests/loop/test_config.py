@@ -43,6 +43,11 @@ REFUSED = {
     "missing folder": ({"train_data": "/nowhere"}, "train_data='/nowhere'"),
     "missing eval folder": ({"eval_data": "/nowhere"}, "eval_data='/nowhere'"),
     "no student": ({"student": ""}, "student is not set"),
+    "no patience": (
+        {"rank_timeout_minutes": 0.0},
+        "rank_timeout_minutes=0.0; expected a number > 0",
+    ),
+    "changed inputs": ({"changed_inputs": "ask"}, "changed_inputs='ask'; expected one of refuse"),
     "one generation": ({"num_generations": 1, "hint_trigger": "never"}, "num_generations=1"),
     "beta": ({"beta": 1.5}, "beta=1.5"),
     "temperature": ({"temperature": 0.0}, "temperature=0.0"),
@@ -126,7 +131,9 @@ def test_a_package_that_is_missing_is_named(good, monkeypatch, settings, package
 
 def test_one_device_for_several_processes_is_refused(good, monkeypatch):
     check(replace(good, device="cpu:0"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    as_torchrun = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29500")
+    for name, value in as_torchrun.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(KepoConfigError, match="set device: cpu, of which each takes its own"):
         check(replace(good, device="cpu:0"))
 

@@ -3,13 +3,14 @@
 import functools
 
 import pytest
+import several
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from kepo import parallel
-from kepo.errors import KepoConfigError
-from kepo.parallel import any_of, by_first, share_of, shared_out, together
+from kepo.errors import KepoConfigError, KepoError
+from kepo.parallel import Stopped, any_of, by_first, share_of, shared_out, together
 
 ITEMS = list(range(7))
 
@@ -79,6 +80,12 @@ def in_each_of_two(rank, file):
     found = shared_out(range(5), work, lambda share: [[x] for x in share], in_step=True)
     assert found == [x + 0.5 for x in range(5)]
     assert done == [[*apart[:2], apart[0]], apart[2:]][rank]
+    # One is asked to stop: so do both.
+    for in_step in (False, True):
+        with pytest.raises(parallel.Stopped):
+            shared_out(ITEMS, work, in_twos, in_step=in_step, stop=lambda: rank == 1)
+        assert together("here") == ["here", "here"]
+    done.clear()
     # One item: the other process helps with it, and its help is not counted.
     done.clear()
     assert shared_out([9], work, in_twos, in_step=True) == [9.5] and done == [[9]]
@@ -101,3 +108,116 @@ def test_a_group_of_one_is_made_where_it_is_needed():
     with pytest.raises(KepoConfigError), parallel.processes("cpu", alone=True):
         refuse("no")
     assert not dist.is_initialized()
+
+
+# ---- what makes a process one of several ----
+
+LAUNCH = ("RANK", "LOCAL_RANK", *parallel.LAUNCH)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets the variables of a launcher, and clears the others."""
+
+    def set_to(**given):
+        for name in LAUNCH:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+
+    set_to()
+    return set_to
+
+
+WHOLE = dict(RANK="1", WORLD_SIZE="4", MASTER_ADDR="localhost", MASTER_PORT="29500")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        dict(WORLD_SIZE="1"),
+        dict(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0"),
+        dict(MASTER_ADDR="head", MASTER_PORT="29500"),
+        dict(RANK="3", LOCAL_RANK="3"),
+        dict(WORLD_SIZE=""),
+        WHOLE | dict(WORLD_SIZE="1", RANK="0"),
+    ],
+)
+def test_what_a_scheduler_sets_for_one_process_is_one_process(environment, given):
+    environment(**given)
+    assert parallel.launched() == 1
+    with parallel.processes("cpu"):
+        assert not dist.is_initialized()
+
+
+def test_torchruns_variables_are_several(environment):
+    environment(**WHOLE)
+    assert parallel.launched() == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(WORLD_SIZE="4"), r"WORLD_SIZE=4, but RANK, MASTER_ADDR, MASTER_PORT is not set"),
+        ({**WHOLE, "MASTER_ADDR": ""}, "torchrun --nproc-per-node=4"),
+        ({**WHOLE, "RANK": "4"}, "RANK=4 and WORLD_SIZE=4; expected a rank below it"),
+        ({**WHOLE, "RANK": "first"}, "RANK='first'; expected a number"),
+        ({**WHOLE, "WORLD_SIZE": "-2"}, "WORLD_SIZE='-2'; expected a number"),
+        (dict(WORLD_SIZE="two"), "WORLD_SIZE='two'; expected a number"),
+    ],
+)
+def test_half_a_launch_is_refused_with_a_remedy(environment, given, message):
+    environment(**given)
+    with pytest.raises(KepoConfigError, match=message), parallel.processes("cpu"):
+        pass
+
+
+def test_a_process_takes_the_device_of_its_place(environment, monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    environment(LOCAL_RANK="1")  # set by a scheduler, and nobody else is there
+    assert parallel._own_device("cuda", several=False) == torch.device("cuda:0")
+    assert parallel._own_device("cuda", several=True) == torch.device("cuda:1")
+    assert parallel._own_device("cuda:1", several=False) == torch.device("cuda:1")
+    assert taken == [0, 1, 1]
+    environment(LOCAL_RANK="2")
+    with pytest.raises(KepoConfigError, match=r"LOCAL_RANK=2, .* sees 2 CUDA devices; .*node=2"):
+        parallel._own_device("cuda", several=True)
+    with pytest.raises(KepoConfigError, match="device='cuda:7', but"):
+        parallel._own_device("cuda:7", several=False)
+    environment()
+    with pytest.raises(KepoConfigError, match="LOCAL_RANK is not set"):
+        parallel._own_device("cuda", several=True)
+
+
+def test_a_rank_that_does_not_come_is_named(environment):
+    store = dist.HashStore()
+    store.set("here/2", "")
+    assert parallel._late(store, 0, 4, 0.3) == [1, 3]
+    assert parallel.ranks([1, 3, 4]) == "ranks 1, 3-4" and parallel.ranks([2]) == "rank 2"
+    with several.free_port() as port:
+        environment(**{**WHOLE, "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    with (
+        pytest.raises(KepoError, match=r"rank 0: the 4 processes .* not all met .*0\.01 minutes"),
+        parallel.processes("cpu", patience=0.6),
+    ):
+        pass
+    assert not dist.is_initialized()
+
+
+# ---- work that ends early ----
+
+
+def test_work_that_is_asked_to_stop_ends_at_a_portion():
+    done = []
+
+    def work(some):
+        done.extend(some)
+        return some
+
+    with pytest.raises(Stopped):
+        shared_out(ITEMS, work, in_twos, stop=lambda: len(done) >= 4)
+    assert done == ITEMS[:4]
+    assert shared_out(ITEMS, work, in_twos, stop=lambda: False) == ITEMS

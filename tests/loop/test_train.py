@@ -275,17 +275,44 @@ def test_steps_without_a_finite_gradient_are_skipped_until_it_is_too_many(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_signal_during_an_evaluation_ends_the_run_after_it(
-    made, tmp_path, monkeypatch, no_picture
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_during_an_evaluation_ends_it_at_a_batch(
+    made, tmp_path, monkeypatch, no_picture, number
 ):
-    def interrupted(engine, examples, **settings):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(engine, examples, **settings)
+    """However long it would take; a resumed run begins with it."""
+    answered = []
 
+    def interrupted(engine, examples, *, stop, **settings):
+        def asked():
+            answered.append(stop())
+            if len(answered) == 2:
+                os.kill(os.getpid(), number)
+            return stop()
+
+        return evaluate(engine, examples, stop=asked, **settings | {"batch_size": 1})
+
+    config = whole_config(made, tmp_path, steps=1)
     monkeypatch.setattr(train_module, "evaluate", interrupted)
-    assert train(whole_config(made, tmp_path)) == 143
+    assert train(config) == 128 + number
+    assert len(answered) == 2
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000000"]
-    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [0]
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    monkeypatch.setattr(train_module, "evaluate", evaluate)
+    assert train(config) == 0
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records if "eval" in r] == [0, 1]
+
+
+def test_a_signal_while_models_are_read_ends_the_run_before_it_begins(made, tmp_path, monkeypatch):
+    whole = train_module.load_engine
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return whole(*arguments)
+
+    monkeypatch.setattr(train_module, "load_engine", interrupted)
+    assert train(config_of(made, tmp_path, "grpo", steps=1)) == 128 + signal.SIGUSR1
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_learning_rate_rises_then_falls_in_a_line():
