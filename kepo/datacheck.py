@@ -16,6 +16,8 @@ from kepo.images import digests_of
 from kepo.records import KINDS
 from kepo.sources import readable
 from kepo.splits import shared_images
+from kepo.terminal import any_terminal
+from kepo.words import expanded
 
 NAMED = 5
 """Problems of each kind that are listed without --all."""
@@ -109,18 +111,25 @@ def compare(checked: Checked, other: Checked) -> tuple[int, list[str]]:
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """The command line. Exits with 1 if something is wrong or an image is in both, else with 0."""
+    any_terminal()
     parser = argparse.ArgumentParser("python -m kepo.data", description="Datasets on disk.")
     commands = parser.add_subparsers(required=True, metavar="check")
     words = "read everything once and list what is wrong; exit code 1 if something is"
     check = commands.add_parser("check", help=words, description=words)
     check.add_argument(
         "path",
+        type=expanded,
         help="a folder in OmniMedVQA's layout, one written by datasets.save_to_disk, Med-R1's "
         "split files or one of them",
     )
-    check.add_argument("--against", metavar="OTHER", help="count the images that OTHER has too")
     check.add_argument(
-        "--image-root", metavar="FOLDER", help="where image paths begin, if not in the dataset"
+        "--against", metavar="OTHER", type=expanded, help="count the images that OTHER has too"
+    )
+    check.add_argument(
+        "--image-root",
+        metavar="FOLDER",
+        type=expanded,
+        help="where image paths begin, if not in the dataset",
     )
     check.add_argument(
         "--all", action="store_true", help=f"list all that is wrong, not {NAMED} of each kind"

@@ -31,6 +31,7 @@ from kepo.sft import train_supervised
 from kepo.tiny import build_tiny
 from kepo.train import train
 from kepo.vlm import VLM
+from kepo.words import at_home, command_line
 
 SOURCE = next(iter(MODALITIES))
 
@@ -66,6 +67,7 @@ class Demo:
 def run(demo: Demo) -> int:
     """All stages; returns the exit code of the training."""
     own_progress_only()
+    demo = at_home(demo, "root")
     root = Path(demo.root)
     started = time.perf_counter()
 
@@ -194,9 +196,7 @@ def report(root: Path, teacher: Path, data: Path) -> None:
 
 
 def main() -> None:
-    import tyro
-
-    demo = tyro.cli(Demo, prog="python -m kepo.demo", description=__doc__)
+    demo = command_line(Demo, prog="python -m kepo.demo", description=__doc__)
     print(f"settings: {dataclasses.asdict(demo)}")
     sys.exit(run(demo))
 
