@@ -53,7 +53,7 @@ def save_checkpoint(
         hashes = together({path.name: described(path) for path in own})
 
         def finish() -> None:
-            (folder / "state.json").write_text(json.dumps(state, indent=1))
+            (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
             known = {name: facts for each in hashes for name, facts in each.items()}
             write_manifest(folder, known, step=step)
             finish_folder(folder, target)
@@ -87,7 +87,7 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "state.json").read_text())
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def write_manifest(
         if path.is_file() and name not in files:
             files[name] = described(path)
     text = json.dumps({**facts, "world_size": world_size(), "files": files}, indent=1)
-    (folder / MANIFEST).write_text(text)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def described(path: Path) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def described(path: Path) -> dict[str, Any]:
 def verify(folder: Path) -> str | None:
     """What is wrong with a folder that has a manifest, or None."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST}: {error}"

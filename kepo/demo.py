@@ -153,7 +153,7 @@ def cached(target: Path, made_with: dict[str, object], make: Callable[[Path], No
     if target.exists():
         fault = verify(target)
         if fault is None:
-            before = json.loads(record.read_text())
+            before = json.loads(record.read_text(encoding="utf-8"))
             if before == made_with:
                 return target
             raise KepoConfigError(
@@ -163,7 +163,7 @@ def cached(target: Path, made_with: dict[str, object], make: Callable[[Path], No
         print(f"{target} is damaged ({fault}) and made again")
     with new_folder(target) as folder:
         make(folder)
-        (folder / record.name).write_text(json.dumps(made_with))
+        (folder / record.name).write_text(json.dumps(made_with), encoding="utf-8")
         write_manifest(folder)
     return target
 
@@ -174,7 +174,10 @@ def report(root: Path, teacher: Path, data: Path) -> None:
     evaluations = [record for record in read_metrics(root / "metrics.jsonl") if "eval" in record]
     before, after = evaluations[0]["eval"], evaluations[-1]["eval"]
     picture, table = root / "curves.png", root / "accuracy.json"
-    if table.exists() and (known := json.loads(table.read_text()))["after"] == after:
+    if (
+        table.exists()
+        and (known := json.loads(table.read_text(encoding="utf-8")))["after"] == after
+    ):
         of_teacher = known["teacher"]
     else:
         scores = evaluate(
@@ -184,7 +187,8 @@ def report(root: Path, teacher: Path, data: Path) -> None:
     rows = [(name, before[name], after[name], of_teacher[name]) for name in after]
     others = [summary(column, SOURCE)[1] for column in (before, after, of_teacher)]
     table.write_text(
-        json.dumps({"before": before, "after": after, "teacher": of_teacher}, indent=1)
+        json.dumps({"before": before, "after": after, "teacher": of_teacher}, indent=1),
+        encoding="utf-8",
     )
 
     title = "greedy accuracy, unseen scans"

@@ -293,7 +293,7 @@ def exclusive(run_dir: Path) -> Iterator[None]:
 
         def lock() -> None:
             run_dir.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((run_dir / "lock").open("w"))
+            file = stack.enter_context((run_dir / "lock").open("w", encoding="utf-8"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
