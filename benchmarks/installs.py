@@ -167,16 +167,29 @@ def one(environment: Environment, work: Path, wheel: Path, index: str | None, lo
     return result
 
 
+def build(work: Path) -> Path:
+    """A wheel from a copy of the sources alone: what an earlier build left is not in it."""
+    source, built = work / "source", work / "wheel"
+    for folder in (source, built):
+        shutil.rmtree(folder, ignore_errors=True)
+    source.mkdir()
+    left = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
+    for name in ("csrc", "kepo", "kepo_kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=left)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", built, source]
+    subprocess.run(command, env=os.environ | {"KEPO_REQUIRE_EXT": "1"}, check=True)
+    (wheel,) = built.glob("*.whl")
+    return wheel
+
+
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     logs: dict[str, list[str]] = {}
-    built = work / "wheel"
-    shutil.rmtree(built, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", built, ROOT]
-    subprocess.run(command, env=os.environ | {"KEPO_REQUIRE_EXT": "1"}, check=True)
-    (wheel,) = built.glob("*.whl")
+    wheel = build(work)
     chosen = [e for e in ENVIRONMENTS if args.only is None or e.name in args.only]
     results = []
     for environment in chosen:
