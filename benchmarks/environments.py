@@ -129,7 +129,8 @@ def torch_without_cuda(shop: Workshop, torch: str) -> None:
     place = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(shop.run(shop.python, "-c", place).strip())
     alone, with_parts = companions(torch_of(site).requires or [])
-    shop.pip("--no-deps", *(word for word in alone if not word.startswith("triton")))
+    if small := [word for word in alone if not word.startswith("triton")]:
+        shop.pip("--no-deps", *small)
     if with_parts:
         shop.pip(*with_parts)
     made = [make_library(site, soname, names) for soname, names in missing(site).items()]
