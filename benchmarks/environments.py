@@ -94,7 +94,9 @@ class Workshop:
         names = {self.folder: ".", self.folder.parent: "WORK", ROOT: "CHECKOUT", Path.home(): "~"}
         for folder, name in names.items():
             line = line.replace(str(folder), name)
-        self.log.append(line.rstrip())
+        line = re.sub(r"~/\.pyenv/versions/(3\.\d+)[^/]*/bin/python", r"python\1", line).rstrip()
+        if line:
+            self.log.append(line)
 
     def pip(self, *words: object) -> None:
         self.run(self.python, "-m", "pip", "install", "-q", *words)
