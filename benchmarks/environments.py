@@ -94,7 +94,8 @@ class Workshop:
         names = {self.folder: ".", self.folder.parent: "WORK", ROOT: "CHECKOUT", Path.home(): "~"}
         for folder, name in names.items():
             line = line.replace(str(folder), name)
-        line = re.sub(r"~/\.pyenv/versions/(3\.\d+)[^/]*/bin/python", r"python\1", line).rstrip()
+        line = re.sub(r"\S*/versions/(3\.\d+)[^/]*/bin/python", r"python\1", line)
+        line = re.sub(r"^\$ \S*/(python3\.\d+)", r"$ \1", line).rstrip()
         if line:
             self.log.append(line)
 
