@@ -18,7 +18,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment
-.PHONY: help demo test test-slow lint bench tritons matrix matrix-quick torches torches-test gpu gpu-quick clean
+.PHONY: help demo test test-slow lint bench tritons matrix matrix-quick torches torches-test installs gpu gpu-quick clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -42,8 +42,9 @@ bench: $(VENV)/bench.stamp  ## time the losses against their peers
 
 tritons: $(OLDER:%=%/.stamp)  ## fetch the older Tritons that are supported, each into a folder of its own
 
-matrix: $(VENV)/test.stamp tritons  ## compile for all targets and test the kernels with every Triton, 10 minutes
+matrix: $(VENV)/test.stamp tritons  ## compile for all targets and test the kernels with every Triton; then installs
 	$(PY) benchmarks/matrix.py --wide --csv benchmarks/results/triton_versions.csv $(OLDER)
+	$(MAKE) installs
 
 matrix-quick: $(VENV)/test.stamp tritons  ## the same, but the older Tritons compile a sample for sm_90
 	$(PY) benchmarks/matrix.py $(OLDER)
@@ -52,6 +53,11 @@ torches: $(OLDER_TORCHES:%=%/.stamp)  ## fetch older torches that are supported,
 
 torches-test: $(VENV)/test.stamp torches  ## test the losses with each of them, compiled and not, on the CPU
 	$(PY) benchmarks/torches.py $(OLDER_TORCHES)
+
+# Takes python3.10, 3.11, 3.12 and 3.13 from the PATH or from pyenv, and in WORK 3 GB at a time. Half an hour.
+WORK ?= $(VENV)/installs
+installs: $(VENV)/test.stamp  ## install the oldest and the newest of everything that is promised, test it, train with it
+	$(PY) benchmarks/installs.py $(WORK) --csv benchmarks/results/install_matrix.csv
 
 # In no environment of ours: images with CUDA come with their own torch and Triton.
 # OUT: folder of the results. WHEELS: a folder of wheels of peers. BASELINE: another checkout to time beside this one.

@@ -23,10 +23,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+import setuptools
+
+# pip sees to this by itself, unless it is told --no-build-isolation. An older one stops at an
+# import below, or at the licence in pyproject.toml, and says nothing of its age.
+OLDEST_SETUPTOOLS = 77
+if int(setuptools.__version__.partition(".")[0]) < OLDEST_SETUPTOOLS:
+    raise SystemExit(
+        f"setup.py: kepo is built by setuptools>={OLDEST_SETUPTOOLS}, and here is setuptools "
+        f"{setuptools.__version__}; pip install 'setuptools>={OLDEST_SETUPTOOLS}', or leave out "
+        "--no-build-isolation"
+    )
+
+from setuptools import Extension, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
+from setuptools.errors import CompileError  # noqa: E402
 
 # No -ffast-math: NaN and infinity in the logits must come out as they went in.
 COMMON_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-pthread", "-Wno-psabi"]
@@ -130,7 +142,7 @@ class BuildRows(build_ext):
                     f"losses will run on torch alone, slower.\n{error}\n",
                     file=sys.stderr,
                 )
-        info_file.write_text(json.dumps(info, indent=2) + "\n")
+        info_file.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 
     def copy_extensions_to_source(self) -> None:
         """Editable and in-place builds: built files go beside the sources, stale ones go away."""

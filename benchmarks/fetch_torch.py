@@ -136,7 +136,7 @@ def make_library(folder: Path, soname: str, names: dict[str, set[str]]) -> str:
     ]
     with tempfile.TemporaryDirectory() as scratch:
         script = Path(scratch, "versions")
-        script.write_text("".join(versions))
+        script.write_text("".join(versions), encoding="utf-8")
         command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-w", "-fno-builtin"]
         command += ["-x", "c", "-", f"-Wl,-soname,{soname}"]
         command += [f"-Wl,--version-script={script}"] if versions else []

@@ -85,7 +85,7 @@ class Report:
             self.floors[row.get("shape"), row.get("case")] = row["seconds"]
         row = gpu_targets.judged(row, str(self.environment.get("machine", "")), self.floors)
         self.rows.append(row)
-        with self.results.open("a", newline="") as file:
+        with self.results.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(
                 file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n"
             )

@@ -68,7 +68,7 @@ def write(path: Path, results: list[tuple[Variant, Report]]) -> None:
 
     commit = stamp()["commit"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         columns = ["kernel", "target", "variant", *asdict(Report()), "triton", "torch", "commit"]
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()

@@ -103,7 +103,7 @@ def compiled(folder: Path | None, words: list[str]) -> Line:
         done = subprocess.run([*command, "--csv", results], cwd=ROOT, env=environment(folder))
         if not results.exists():
             raise SystemExit(f"compile_kernels.py ended with status {done.returncode}")
-        with results.open(newline="") as file:
+        with results.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     faults = sum(bool(row["faults"]) for row in rows)
     if (faults > 0) != (done.returncode != 0):
@@ -121,7 +121,7 @@ def interpreted(folder: Path | None) -> dict:
         done = subprocess.run(command, cwd=ROOT, env=there, capture_output=True, text=True)
         if not counts.exists():
             raise SystemExit(done.stdout + done.stderr)
-        found = json.loads(counts.read_text())
+        found = json.loads(counts.read_text(encoding="utf-8"))
     if done.returncode != 0:
         print(done.stdout)
         found["failed"] = max(found["failed"], 1)
@@ -143,7 +143,7 @@ def count_tests(path: Path) -> int:
     status = pytest.main(words, plugins=[Counter()])
     import triton  # after the tests: the one that they ran with
 
-    path.write_text(json.dumps(counts | {"triton": triton.__version__}))
+    path.write_text(json.dumps(counts | {"triton": triton.__version__}), encoding="utf-8")
     return int(status)
 
 
@@ -182,7 +182,7 @@ def write(path: Path, lines: list[Line]) -> None:
 
     about = stamp()
     columns = ["triton", "torch", "variants", "targets", "faults", "passed", "failed", "skipped"]
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*columns, "commit", "date"], lineterminator="\n")
         writer.writeheader()
         for line in lines:

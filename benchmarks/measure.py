@@ -200,7 +200,7 @@ def _resident_reader() -> Callable[[], int] | None:
     if not statm.exists():
         return None
     page = os.sysconf("SC_PAGE_SIZE")
-    return lambda: int(statm.read_text().split()[1]) * page
+    return lambda: int(statm.read_text(encoding="utf-8").split()[1]) * page
 
 
 def _synchronize(device: torch.device) -> None:
@@ -210,7 +210,7 @@ def _synchronize(device: torch.device) -> None:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
+    for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else ():
         if line.startswith("model name"):
             return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
     return f"{platform.machine()}, {os.cpu_count()} cores"

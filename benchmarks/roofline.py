@@ -68,7 +68,9 @@ class Sources(NamedTuple):
     def read(cls, file: Path | None = None) -> Sources:
         if file is None:
             runs = RESULTS.glob("nvidia-h100*.csv")
-            file = newest(path for path in runs if "probe_product" in path.read_text())
+            file = newest(
+                path for path in runs if "probe_product" in path.read_text(encoding="utf-8")
+            )
         instructions = {
             (row["kernel"], row["teacher"]): float(row["instructions"])
             for row in now(newest(RESULTS.glob("kernel_instructions_sm90_*.csv")))
@@ -103,7 +105,7 @@ def newest(paths: Iterable[Path]) -> Path:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -197,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"guessed: {CLOCK / 1e9} GHz, {ISSUE} of the issue slots, {1e6 * LAUNCH} us a launch,")
     print(f"         of an H200 {H200_BANDWIDTH / 1e12} TB/s, and that it multiplies as the H100")
     if args.csv:
-        with args.csv.open("w", newline="") as file:
+        with args.csv.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows({name: shown(x) for name, x in row.items()} for row in rows)

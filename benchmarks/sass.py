@@ -266,7 +266,7 @@ def write(path: Path, target: str, found: Iterable[Counts]) -> None:
 
     commit = stamp()["commit"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         names = [field.name for field in fields(Counts)]
         writer = csv.DictWriter(file, [*names, "target", "triton", "commit"], lineterminator="\n")
         writer.writeheader()

@@ -143,7 +143,7 @@ def promised_rows(
 
 def write(path: Path, rows: Iterable[Row], columns: tuple[str, ...] = COLUMNS) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: _text(value) for name, value in row.items()} for row in rows)
@@ -151,7 +151,7 @@ def write(path: Path, rows: Iterable[Row], columns: tuple[str, ...] = COLUMNS) -
 
 def read(path: Path) -> list[dict[str, str]]:
     """The rows as text; a ValueError if this is not a results file."""
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
         if missing:

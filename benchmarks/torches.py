@@ -79,7 +79,7 @@ def tested(folder: Path | None) -> Line:
         done = subprocess.run(command, cwd=ROOT, env=there, capture_output=True, text=True)
         if not counts.exists():
             raise SystemExit(done.stdout + done.stderr)
-        line = Line(asked, **json.loads(counts.read_text()))
+        line = Line(asked, **json.loads(counts.read_text(encoding="utf-8")))
     if done.returncode != 0:
         print(f"--- torch {line.torch}\n{done.stdout}")
         line.failed = max(line.failed, 1)
@@ -108,7 +108,7 @@ def count_tests(path: Path) -> int:
     status = pytest.main([*words, "-k", SELECTED, *COMPILED, *EAGER], plugins=[Counter()])
     why = unavailable("cpu")
     found = {"torch": torch.__version__, "cpp": why or cpu_rows.isa(), "live": why is None}
-    path.write_text(json.dumps(found | {"passed": passed, "failed": failed}))
+    path.write_text(json.dumps(found | {"passed": passed, "failed": failed}), encoding="utf-8")
     return int(status)
 
 

@@ -64,7 +64,7 @@ def save_checkpoint(
 
         def finish() -> None:
             with naming(folder):
-                (folder / "state.json").write_text(as_json(state, indent=1))
+                (folder / "state.json").write_text(as_json(state, indent=1), encoding="utf-8")
                 known = {name: facts for each in hashes for name, facts in each.items()}
                 write_manifest(folder, known, step=step)
                 finish_folder(folder, target)
@@ -124,7 +124,7 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "state.json").read_text())
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
 def _prune(root: Path, newest: Path, keep: int) -> None:

@@ -33,6 +33,7 @@ from kepo.experiments import MAIN, METHODS, SETTINGS, config_of
 from kepo.pool import Pool, quiet
 from kepo.report import write_report
 from kepo.results import Results, Run
+from kepo.words import at_home, command_line
 
 WARMUP_LR = 1e-3
 WARMUP_BATCH = 32
@@ -71,6 +72,7 @@ class Compare:
 
 def compare(settings: Compare) -> None:
     """All runs that the results lack, then the report."""
+    settings = at_home(settings, "root", "out")
     _check(settings)
     out = Path(settings.out) / settings.setting
     results = Results(out)
@@ -244,7 +246,7 @@ def _provenance() -> dict[str, str]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
+    for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else ():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
@@ -271,9 +273,7 @@ def _check(settings: Compare) -> None:
 
 
 def main() -> None:
-    import tyro
-
-    compare(tyro.cli(Compare, prog="python -m kepo.compare", description=__doc__))
+    compare(command_line(Compare, prog="python -m kepo.compare", description=__doc__))
 
 
 if __name__ == "__main__":

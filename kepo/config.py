@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from kepo.errors import KepoConfigError
+from kepo.words import expanded, sentence, typed
+from kepo.yaml_file import read_mapping
 
 PRESETS = Path(__file__).parent / "presets"
 TOTAL = "total"  # in place of a reward's name: the weighted sum of them all
+PATHS = ("student", "teacher", "train_data", "eval_data", "image_root", "run_dir")
+"""Settings in which a leading ~ stands for the home folder."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +252,11 @@ class Config:
     log_completions_every: int = 10
     """Steps between those whose completions are all written to completions.jsonl. 0 = never."""
 
+    def __post_init__(self) -> None:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, value in _typed(values, "config").items():
+            object.__setattr__(self, name, value)
+
     @property
     def distils(self) -> bool:
         return self.teacher is not None and self.distill_coef > 0
@@ -284,11 +293,15 @@ def load(*layers: str | Path) -> Config:
     """
     values: dict[str, Any] = {}
     for layer in layers:
-        path = presets().get(str(layer), Path(layer))
-        content = _mapping(path)
-        from_mapping(content, str(path))  # so that an error names the layer it is in
-        values |= content
-    return from_mapping(values, "config")
+        values |= read_layer(layer)
+    return Config(**values)
+
+
+def read_layer(layer: str | Path) -> dict[str, Any]:
+    """The settings that one layer of ``load`` has, by name, each of its field's type."""
+    path = presets().get(str(layer), Path(layer))
+    words = read_mapping(path, otherwise=f"a preset, one of {', '.join(presets())}")
+    return _typed(words, str(path))
 
 
 def presets() -> dict[str, Path]:
@@ -296,56 +309,25 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
 
 
-def _mapping(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise KepoConfigError(
-            f"config file {path} cannot be read: {error}; expected a YAML file or a preset, one of "
-            f"{', '.join(presets())}"
-        ) from error
-    except yaml.YAMLError as error:
-        raise KepoConfigError(f"config file {path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise KepoConfigError(f"config file {path} holds {content!r}; expected `key: value` lines")
-    return content
-
-
 def from_mapping(values: dict[str, Any], source: str) -> Config:
     """A Config from plain values, each checked against its field's type; lists become tuples."""
-    known = {field.name: field for field in dataclasses.fields(Config)}
-    unknown = sorted(set(values) - set(known))
+    return Config(**_typed(values, source))
+
+
+def _typed(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """``values`` as the fields' annotations want them, paths with their ~ expanded."""
+    known = {field.name: str(field.type) for field in dataclasses.fields(Config)}
+    unknown = sorted(str(name) for name in values if name not in known)
     if unknown:
         raise KepoConfigError(f"{source}: unknown keys {unknown}; known are {sorted(known)}")
-    return Config(**{name: _typed(name, value, source) for name, value in values.items()})
-
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "bool": (bool,),
-}
-
-
-def _typed(name: str, value: Any, source: str) -> Any:
-    """``value`` as the field's annotation wants it; whole numbers may stand for floats."""
-    field = next(field for field in dataclasses.fields(Config) if field.name == name)
-    wanted = str(field.type)
-    optional = wanted.endswith(" | None")
-    plain = wanted.removesuffix(" | None")
-    if value is None and optional:
-        return None
-    if plain.startswith("tuple["):
-        element = plain.removeprefix("tuple[").removesuffix(", ...]")
-        if isinstance(value, (list, tuple)) and all(_is(x, element) for x in value):
-            return tuple(float(x) if element == "float" else x for x in value)
-    elif _is(value, plain):
-        return float(value) if plain == "float" else value
-    raise KepoConfigError(f"{source}: {name}={value!r}; expected {wanted}")
-
-
-def _is(value: Any, kind: str) -> bool:
-    return isinstance(value, _TYPES[kind]) and isinstance(value, bool) == (kind == "bool")
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        wanted = known[name]
+        try:
+            found[name] = typed(value, wanted)
+            if name in PATHS and found[name] != getattr(Config, name):  # "" and None: not set
+                wanted = "a path"
+                found[name] = expanded(found[name])
+        except ValueError as error:
+            raise KepoConfigError(f"{source}: {name}={sentence(value, wanted, error)}") from error
+    return found

@@ -17,6 +17,7 @@ from kepo.images import Look, digests_in, looks_of
 from kepo.records import KINDS
 from kepo.sources import readable, with_faint
 from kepo.splits import shared_images
+from kepo.words import expanded
 
 NAMED = 5
 """Problems of each kind that are listed without --all."""
@@ -134,12 +135,18 @@ def run(arguments: Sequence[str] | None = None) -> None:
     check = commands.add_parser("check", help=words, description=words)
     check.add_argument(
         "path",
+        type=expanded,
         help="a folder in OmniMedVQA's layout, one written by datasets.save_to_disk, Med-R1's "
         "split files or one of them",
     )
-    check.add_argument("--against", metavar="OTHER", help="count the images that OTHER has too")
     check.add_argument(
-        "--image-root", metavar="FOLDER", help="where image paths begin, if not in the dataset"
+        "--against", metavar="OTHER", type=expanded, help="count the images that OTHER has too"
+    )
+    check.add_argument(
+        "--image-root",
+        metavar="FOLDER",
+        type=expanded,
+        help="where image paths begin, if not in the dataset",
     )
     check.add_argument(
         "--all", action="store_true", help=f"list all that is wrong, not {NAMED} of each kind"

@@ -33,6 +33,7 @@ from kepo.sft import train_supervised
 from kepo.tiny import build_tiny
 from kepo.train import train
 from kepo.vlm import VLM
+from kepo.words import at_home, command_line
 
 SOURCE = next(iter(MODALITIES))
 
@@ -70,6 +71,7 @@ def run(demo: Demo) -> int:
     own_progress_only()
     if launched() > 1:
         raise KepoConfigError("the demonstration runs in one process; start it without torchrun")
+    demo = at_home(demo, "root")
     root = Path(demo.root)
     started = time.perf_counter()
 
@@ -161,7 +163,7 @@ def cached(target: Path, made_with: dict[str, object], make: Callable[[Path], No
             )
         fault = verify(target)
         if fault is None:
-            before = json.loads(record.read_text())
+            before = json.loads(record.read_text(encoding="utf-8"))
             if before == made_with:
                 return target
             raise KepoConfigError(
@@ -171,7 +173,7 @@ def cached(target: Path, made_with: dict[str, object], make: Callable[[Path], No
         print(f"{target} is damaged ({fault}) and made again")
     with new_folder(target) as folder:
         make(folder)
-        (folder / record.name).write_text(as_json(made_with))
+        (folder / record.name).write_text(as_json(made_with), encoding="utf-8")
         write_manifest(folder)
     return target
 
@@ -204,7 +206,7 @@ def report(root: Path, teacher: Path, data: Path) -> None:
 def _known_teacher(table: Path, after: dict[str, float]) -> dict[str, float] | None:
     """The teacher's accuracies from an earlier call's table, if it is whole and of this run."""
     try:
-        known = json.loads(table.read_text())
+        known = json.loads(table.read_text(encoding="utf-8"))
         if known["after"] == after and known["teacher"].keys() == after.keys():
             return known["teacher"]
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
@@ -213,9 +215,7 @@ def _known_teacher(table: Path, after: dict[str, float]) -> dict[str, float] | N
 
 
 def main() -> None:
-    import tyro
-
-    demo = tyro.cli(Demo, prog="python -m kepo.demo", description=__doc__)
+    demo = command_line(Demo, prog="python -m kepo.demo", description=__doc__)
     print(f"settings: {dataclasses.asdict(demo)}")
     sys.exit(run(demo))
 

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from kepo.terminal import any_terminal
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -70,10 +72,12 @@ def _shown(name: object) -> str:
 
 
 def command(main: Callable[P, T]) -> Callable[P, T]:
-    """A command whose KepoError or OSError ends the process with code 1 and one sentence."""
+    """A command that prints on any terminal, and whose KepoError or OSError ends the process with
+    code 1 and one sentence."""
 
     @functools.wraps(main)
     def ended(*arguments: P.args, **named: P.kwargs) -> T:
+        any_terminal()
         try:
             try:
                 return main(*arguments, **named)

@@ -29,6 +29,7 @@ from kepo.rewards import accuracy, parse_answer
 from kepo.sources import as_record, capped, readable
 from kepo.statistics import wilson
 from kepo.vlm import VLM
+from kepo.words import at_home, command_line
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ class Evaluation:
     """Write settings, counts and all numbers of the table into this file. None = nowhere."""
 
 
+PATHS = ("model", "data", "image_root", "json")
+
+
 class Answer(NamedTuple):
     """What came of one question."""
 
@@ -77,6 +81,7 @@ def evaluation(settings: Evaluation) -> dict[str, Any]:
     A cell is the questions of one modality and type. Raises KepoConfigError, KepoDataError or
     KepoCheckpointError where settings, data or model are not usable.
     """
+    settings = at_home(settings, *PATHS)
     for name in ("limit", "batch", "max_completion_length"):
         value = getattr(settings, name)
         if value is not None and value < 1:
@@ -235,7 +240,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     from kepo.reading import own_progress_only
 
-    settings = tyro.cli(
+    settings = command_line(
         Evaluation,
         prog="python -m kepo.evaluate",
         args=arguments,
@@ -243,6 +248,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         config=(tyro.conf.PositionalRequiredArgs,),
     )
     own_progress_only()
+    settings = at_home(settings, *PATHS)
     if settings.json is not None:  # known now, not after an hour of answers
         folder = Path(settings.json).resolve().parent
         if not folder.is_dir():

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
-from kepo.config import Config, from_mapping, presets
+from kepo.config import Config, from_mapping, read_layer
 
 COMPLETION_TOKENS = 24
 
@@ -106,7 +104,7 @@ METHODS = MAIN | ABLATIONS
 
 def config_of(setting: Setting, method: Method, **run: Any) -> Config:
     """The run of a method in a setting: preset, its changes, what all share, then ``run``."""
-    values = yaml.safe_load(presets()[method.preset].read_text(encoding="utf-8"))
+    values = read_layer(method.preset)
     own = {**values, **method.changes}
     common = {name: x for name, x in setting.common.items() if name not in method.changes}
     if own.get("distill_coef") == 0.0:

@@ -94,7 +94,7 @@ def write_manifest(
             files[name] = described(folder / name)
     manifest = {**facts, "world_size": world_size(), "files": files}
     manifest["sha256"] = _own_digest(manifest)
-    (folder / MANIFEST).write_text(_text(manifest))
+    (folder / MANIFEST).write_text(_text(manifest), encoding="utf-8")
 
 
 def described(path: Path) -> dict[str, Any]:
@@ -183,5 +183,8 @@ def _unused(path: Path) -> Path:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -24,6 +24,7 @@ from kepo.config import Config, load
 from kepo.errors import KepoConfigError, command
 from kepo.held import GIB, ITEMS, Machine, completions_per_process
 from kepo.memory import Phase, Prompts, peak, phases, student_of, teacher_of
+from kepo.words import command_line
 
 MOST_TOKENS, TOKENS_STEP = 2**17, 16
 """The longest completion that is tried, and of how many tokens its length is a multiple."""
@@ -295,7 +296,7 @@ def main() -> int:
         print(table(arguments[1:]))
         return 0
     layers = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
-    given = tyro.cli(
+    given = command_line(
         Arguments,
         prog="python -m kepo.plan",
         args=arguments[len(layers) :],

@@ -129,7 +129,9 @@ def _finish_older(path: Path, tokenizer: Any) -> None:
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2_5_VLProcessor",
     }
-    (path / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (path / "preprocessor_config.json").write_text(
+        json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def build_tokenizer() -> Any:

@@ -49,7 +49,9 @@ from kepo.sharding import own_gradients, whole_tensor
 from kepo.signals import StopRequest, lasting_output
 from kepo.sources import load_data, write_record
 from kepo.step import StepTotals, kepo_step
+from kepo.terminal import any_terminal
 from kepo.vlm import VLM
+from kepo.words import command_line
 
 
 def train(config: Config) -> int:
@@ -61,6 +63,7 @@ def train(config: Config) -> int:
     process of torchrun calls it; all see the whole of a step but for the micro-batches, of which
     each has its share (kepo.parallel).
     """
+    any_terminal()
     check(config)
     own_progress_only()
     run_dir = Path(config.run_dir)
@@ -310,11 +313,9 @@ def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
 
 
 def main() -> None:
-    import tyro
-
     arguments = sys.argv[1:]
     layers = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
-    config = tyro.cli(
+    config = command_line(
         Config,
         prog="python -m kepo.train",
         args=arguments[len(layers) :],

@@ -190,7 +190,7 @@ def processor_seconds() -> float:
 
 def _seconds(thread: int | None) -> float:
     try:
-        text = Path(f"/proc/self/task/{thread}/stat").read_text()
+        text = Path(f"/proc/self/task/{thread}/stat").read_text(encoding="utf-8")
     except (FileNotFoundError, ProcessLookupError):
         if Path("/proc/self/stat").exists():  # it has ended
             return 0.0

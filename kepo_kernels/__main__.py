@@ -1,6 +1,7 @@
 """`python -m kepo_kernels`: which back-ends are live here, and why the others are not."""
 
 import argparse
+import sys
 
 import torch
 
@@ -13,6 +14,8 @@ SERVES = {"triton": "CUDA", "cpu": "CPU", "torch": "any device"}
 
 
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):  # a compiler's words, on a terminal that lacks some
+        sys.stdout.reconfigure(errors="backslashreplace")
     argparse.ArgumentParser(prog="python -m kepo_kernels", description=__doc__).parse_args()
     triton = triton_version()
     words = "no triton" if triton is None else f"triton {triton}"

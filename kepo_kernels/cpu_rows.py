@@ -64,7 +64,7 @@ def unavailable() -> str | None:
     if not LIBRARY.exists():
         reason = "the C++ library was not built"
         if BUILD_INFO.exists():
-            error = json.loads(BUILD_INFO.read_text()).get("error")
+            error = json.loads(BUILD_INFO.read_text(encoding="utf-8")).get("error")
             reason += f": {error}" if error else ""
         return reason
     try:

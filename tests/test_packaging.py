@@ -1,41 +1,25 @@
-"""The repository as a user meets it: imports, the commands in README, installs of every kind."""
+"""The repository as a user meets it: imports, what it builds with, the commands in README."""
 
 import ctypes
 import functools
 import importlib.util
-import json
 import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
-import zipfile
-from importlib import metadata
 from pathlib import Path
 
 import pytest
+from installing import run, succeed
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from environments import EXTRAS, bounds  # noqa: E402
 
 
 def text(name: str | Path) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
-
-
-def run(command, *, cwd=ROOT, **environment):
-    """Runs a command without this shell's build settings; returns the completed process."""
-    dropped = ("KEPO_", "CXX", "LDFLAGS", "PYTHONPATH")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(dropped)} | environment
-    return subprocess.run(
-        [str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True
-    )
-
-
-def succeed(command, **kwargs) -> str:
-    done = run(command, **kwargs)
-    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    return done.stdout + done.stderr
 
 
 def pyproject() -> dict:
@@ -75,6 +59,24 @@ def test_building_needs_setuptools_only():
     (requirement,) = pyproject()["build-system"]["requires"]
     assert re.match(r"setuptools\b", requirement)
     assert pyproject()["project"]["dependencies"] == ["torch>=2.8"]
+
+
+def test_setup_refuses_an_older_setuptools_before_it_breaks(tmp_path):
+    """One that says it is old, and has nothing that setup.py imports: nothing is fetched."""
+    (required,) = pyproject()["build-system"]["requires"]
+    for version, refused in (("76.1.0", True), ("77.0.1", False)):
+        (tmp_path / "setuptools.py").write_text(f'__version__ = "{version}"\n', encoding="utf-8")
+        done = run([sys.executable, "setup.py", "--version"], PYTHONPATH=str(tmp_path))
+        sentence = f"setup.py: kepo is built by {required}, and here is setuptools {version};"
+        assert done.returncode != 0 and (sentence in done.stderr) == refused, done.stderr
+
+
+def test_everything_that_the_loop_needs_has_a_lower_bound():
+    """They are what `make installs` installs as the oldest."""
+    pins = bounds(EXTRAS)
+    assert {"torch==2.8", "transformers==5.5", "peft==0.18"} <= set(pins)  # 5.4 wants torchvision
+    with pytest.raises(SystemExit, match="'datasets' has no lower bound"):
+        bounds(("hf",))
 
 
 def test_library_exports_its_interface():
@@ -180,156 +182,3 @@ def test_documented_commands_exist(document):
 def test_broken_commands_are_noticed(line, problem):
     found = [what_is_missing(words) for words in commands_in(f"```bash\n{line}\n```\n")]
     assert [words for words in found if words] == [problem]
-
-
-# ---- installing into environments that hold torch and what torch needs, nothing else
-
-
-def installs(test):
-    return pytest.mark.slow(pytest.mark.packaging(test))
-
-
-SMOKE = """
-import importlib.util, torch, kepo_kernels
-for absent in ("triton", "transformers"):
-    assert importlib.util.find_spec(absent) is None, absent
-hidden = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-lm_head = torch.randn(11, 8, generator=torch.Generator().manual_seed(1))
-rows = torch.arange(6)
-want = (hidden @ lm_head.T).log_softmax(-1)[rows, rows]
-got = kepo_kernels.fused_linear_logprobs(hidden, lm_head, rows, impl="{impl}")
-torch.testing.assert_close(got, want)
-torch.testing.assert_close(*(torch.autograd.grad(x.sum(), hidden)[0] for x in (got, want)))
-"""
-
-
-def torch_and_its_needs(name: str = "torch", found: dict | None = None) -> dict:
-    """Installed distributions that torch requires, Triton apart (CPU builds live without it)."""
-    requirements = pytest.importorskip("packaging.requirements")
-    found = {} if found is None else found
-    if name not in found and name != "triton":
-        found[name] = metadata.distribution(name)
-        for line in found[name].requires or []:
-            needed = requirements.Requirement(line)
-            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
-                torch_and_its_needs(needed.name.lower(), found)
-    return found
-
-
-def torch_only_python(where: Path) -> Path:
-    """A fresh environment, in which torch is linked, not copied."""
-    succeed([sys.executable, "-m", "venv", "--without-pip", where])
-    python = where / "bin" / "python"
-    program = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site = Path(succeed([python, "-c", program]).strip())
-    for distribution in torch_and_its_needs().values():
-        for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
-            if not (site / top).exists():
-                (site / top).symlink_to(distribution.locate_file(top))
-    return python
-
-
-def pip(*arguments, python=sys.executable, **environment):
-    return run([sys.executable, "-m", "pip", "--python", python, *arguments], **environment)
-
-
-def wheel(source: Path, where: Path, *, isolated: bool = False, **environment) -> Path:
-    isolation = [] if isolated else ["--no-build-isolation"]
-    done = pip("wheel", "--no-deps", *isolation, "-w", where, source, **environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (built,) = where.glob("*.whl")
-    return built
-
-
-def build_info(built: Path) -> dict:
-    return json.loads(zipfile.ZipFile(built).read("kepo_kernels/_build_info.json"))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """What a clean clone has of the package."""
-    copy = tmp_path_factory.mktemp("source")
-    built = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
-    for name in ("csrc", "kepo", "kepo_kernels"):
-        shutil.copytree(ROOT / name, copy / name, ignore=built)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    return copy
-
-
-@pytest.fixture(scope="module")
-def good_wheel(source, tmp_path_factory) -> Path:
-    """`pip wheel .` as a user runs it: isolated, with whatever compiler there is."""
-    return wheel(source, tmp_path_factory.mktemp("good"), isolated=True, KEPO_REQUIRE_EXT="1")
-
-
-@pytest.fixture(scope="module")
-def crippled_wheel(good_wheel, source, tmp_path_factory) -> Path:
-    """Built after the good one from the same tree, by a compiler that always fails."""
-    return wheel(source, tmp_path_factory.mktemp("crippled"), CXX="/bin/false", CC="/bin/false")
-
-
-@installs
-def test_wheel_serves_every_python(good_wheel):
-    assert re.fullmatch(r"kepo-[\d.]+-py3-none-(?!any)\w+\.whl", good_wheel.name)
-    assert build_info(good_wheel)["built"] is True
-    names = set(zipfile.ZipFile(good_wheel).namelist())
-    assert {"kepo_kernels/_rows.so", "kepo_kernels/py.typed", "kepo/py.typed"} <= names
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"kepo_kernels", "kepo"}
-
-
-@installs
-def test_earlier_library_does_not_hide_a_failed_build(crippled_wheel):
-    assert "kepo_kernels/_rows.so" not in zipfile.ZipFile(crippled_wheel).namelist()
-    assert build_info(crippled_wheel)["built"] is False
-
-
-@installs
-@pytest.mark.parametrize("which, impl", [("good_wheel", "cpu"), ("crippled_wheel", "auto")])
-def test_installed_package_works_with_torch_alone(which, impl, request, tmp_path):
-    built = request.getfixturevalue(which)
-    python = torch_only_python(tmp_path / "env")
-    done = pip("install", "--no-deps", "--no-index", built, python=python)
-    assert done.returncode == 0, done.stdout + done.stderr
-    words = succeed([python, "-m", "kepo_kernels"], cwd=tmp_path)
-    assert all(name in words for name in ("triton", "cpu", "torch")), words
-    assert ("/bin/false" in words) == (which == "crippled_wheel"), words  # it says why
-    succeed([python, "-c", SMOKE.format(impl=impl)], cwd=tmp_path)
-
-
-@installs
-def test_failed_build_tells_the_reason(source, tmp_path):
-    broken = shutil.copytree(source, tmp_path / "broken")
-    (broken / "csrc" / "rows.cpp").write_text("#error words of the compiler\n")
-    info = build_info(wheel(broken, tmp_path / "a"))
-    assert "words of the compiler" in info["error"] and info["compiler"]
-    info = build_info(wheel(source, tmp_path / "b", PATH=str(tmp_path)))
-    assert "no C++ compiler" in info["error"]
-
-
-@installs
-def test_build_switches(source, tmp_path):
-    required = {"CXX": "/bin/false", "KEPO_REQUIRE_EXT": "1"}
-    arguments = ["wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
-    done = pip(*arguments, **required)
-    assert done.returncode != 0 and "KEPO_REQUIRE_EXT=1" in done.stdout + done.stderr
-    assert pip(*arguments, KEPO_REQUIRE_EXT="1", KEPO_SKIP_EXT="1").returncode != 0
-    skipped = wheel(source, tmp_path / "skipped", KEPO_SKIP_EXT="1", KEPO_REQUIRE_EXT="0")
-    assert skipped.name.endswith("-py3-none-any.whl")
-    assert "kepo_kernels/_rows.so" not in zipfile.ZipFile(skipped).namelist()
-    assert "KEPO_SKIP_EXT" in build_info(skipped)["error"]
-
-
-@installs
-def test_editable_install_keeps_the_library_beside_the_sources(source, tmp_path):
-    checkout = shutil.copytree(source, tmp_path / "checkout")
-    library = checkout / "kepo_kernels" / "_rows.so"
-    python = torch_only_python(tmp_path / "env")
-    arguments = ["install", "--no-deps", "--no-build-isolation", "-e", checkout]
-    # The build runs in the new environment, which has setuptools because torch requires it.
-    assert pip(*arguments, python=python, KEPO_REQUIRE_EXT="1").returncode == 0
-    assert library.exists()
-    succeed([python, "-c", SMOKE.format(impl="cpu")], cwd=tmp_path)
-    assert pip(*arguments, python=python, CXX="/bin/false").returncode == 0
-    assert not library.exists()
-    assert "/bin/false" in (library.with_name("_build_info.json")).read_text(encoding="utf-8")

@@ -41,7 +41,7 @@ class Report:
         self.failed = False
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(",".join(COLUMNS) + "\n")
+            file.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
         print(line(HEAD), flush=True)
 
     def left(self) -> float:
@@ -52,7 +52,7 @@ class Report:
         self.rows.append(row)
         print(line(row), flush=True)
         if self.file is not None:
-            with self.file.open("a", newline="") as file:
+            with self.file.open("a", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
                 writer.writerow({name: text(value) for name, value in row.items()})
 

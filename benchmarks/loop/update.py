@@ -128,7 +128,7 @@ class Gauge:
             return peak
         peak = resident("VmHWM")
         try:
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         except OSError as error:
             raise SystemExit(f"error: this benchmark needs Linux and its /proc: {error}") from error
         return peak
@@ -145,7 +145,7 @@ class Gauge:
 
 def resident(what: str) -> float:
     """VmRSS, memory of this process now, or VmHWM, its highest so far, in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(what))
 
 

@@ -163,7 +163,7 @@ def test_yaml_is_read_with_its_types(tmp_path):
         ("steps: many", "steps='many'; expected int"),
         ("steps: 1.5", "steps=1.5; expected int"),
         ("mask_truncated: 1", "mask_truncated=1; expected bool"),
-        ("lr: true", "lr=True; expected float"),
+        ("lr: true", "lr=true; expected float"),
         ("rewards: accuracy", r"rewards='accuracy'; expected tuple\[str, ...\]"),
         ("- a", "expected `key: value` lines"),
         ("a: [", "is not YAML"),

@@ -123,7 +123,7 @@ def test_the_scores_of_a_run_are_the_same(root):
 
 def test_one_modality_and_type_make_one_line(root, scripted):
     settings = Evaluation(
-        "", str(root), modalities=quirks.MODALITIES[:1], question_types=quirks.TYPES[:1]
+        "m", str(root), modalities=quirks.MODALITIES[:1], question_types=quirks.TYPES[:1]
     )
     shown = [line for line in lines(evaluation(settings)) if line]
     assert len(shown) == 3 and shown[1].startswith(quirks.MODALITIES[0])

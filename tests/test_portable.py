@@ -1,0 +1,157 @@
+"""Any locale, any terminal, and a Python that is too old: it runs, or says so in one sentence."""
+
+import ast
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kepo.terminal import any_terminal
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# ---- files
+
+
+def opened_without_encoding(source: str) -> list[int]:
+    """Lines that open a text file in the locale's encoding, which is not the same everywhere."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        opens = name == "open" or name.endswith((".open", ".read_text", ".write_text"))
+        if not opens or name in ("os.open", "Image.open"):
+            continue
+        words = [x.value for x in ast.walk(node) if isinstance(x, ast.Constant)]
+        binary = name.endswith("open") and any(w in ("rb", "wb", "ab", "r+b") for w in words)
+        if not binary and not any(keyword.arg == "encoding" for keyword in node.keywords):
+            found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize("folder", ["kepo", "kepo_kernels", "benchmarks", "setup.py"])
+def test_text_files_are_utf8_in_every_locale(folder):
+    files = [ROOT / folder] if folder.endswith(".py") else sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    found = {
+        f"{file.relative_to(ROOT)}:{line}"
+        for file in files
+        for line in opened_without_encoding(file.read_text(encoding="utf-8"))
+    }
+    assert found == set()
+
+
+def test_an_encoding_left_out_is_noticed():
+    source = 'open("a")\nPath("a").read_text()\npath.open("w")\nopen("a", "rb")\nos.open("a", 0)\n'
+    source += 'path.write_text("é", encoding="utf-8")\nwith zip.open("a", encoding="utf-8"): pass\n'
+    assert opened_without_encoding(source) == [1, 2, 3]
+
+
+# ---- terminals
+
+
+@pytest.mark.parametrize(
+    ("encoding", "arrives"),
+    [
+        ("ascii", b"\\u8d85 \\xe9 \\udc80 a"),
+        ("latin-1", b"\\u8d85 \xe9 \\udc80 a"),
+        ("utf-8", "超 é \\udc80 a".encode()),
+    ],
+)
+def test_what_a_terminal_lacks_is_escaped(monkeypatch, encoding, arrives):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(UnicodeEncodeError):
+        print("超 é \udc80 a", flush=True)
+    any_terminal()
+    print("超 é \udc80 a", end="", flush=True)
+    assert stream.buffer.getvalue() == arrives
+
+
+def test_a_stream_that_is_missing_or_replaced_is_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as under pythonw, or after `>&-`
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    any_terminal()
+
+
+LOCALES = {
+    "ascii": {"PYTHONIOENCODING": "ascii"},
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+}
+
+
+def run(*words: object, **environment: str) -> subprocess.CompletedProcess:
+    env = os.environ | environment
+    return subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, env=env, capture_output=True
+    )
+
+
+@pytest.fixture(scope="module")
+def odd_names(tmp_path_factory):
+    """A dataset whose names are in no small encoding."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("data")
+    (root / "QA_information").mkdir()
+    (root / "Images").mkdir()
+    Image.new("RGB", (8, 8)).save(root / "Images" / "e.png")
+    record = (
+        '[{"question_id": "q→", "question_type": "→ T", "question": "?", "gt_answer": "één",'
+        ' "image_path": "Images/e.png", "option_A": "één", "option_B": "twee",'
+        ' "modality_type": "超声"}]'
+    )
+    (root / "QA_information" / "a.json").write_text(record, encoding="utf-8")
+    return root
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_data_check_prints_on_any_terminal(odd_names, locale):
+    done = run("-m", "kepo.data", "check", odd_names, **LOCALES[locale])
+    assert done.returncode == 0, done.stderr
+    assert b"\\u8d85\\u58f0" in done.stdout and b"nothing is wrong" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("-m", f"kepo.{name}", "--help") for name in ("train", "evaluate", "demo")),
+        ("-m", "kepo.plan", "--table", *sorted(ROOT.glob("recipes/*.yaml"))[:1]),
+        ("-m", "kepo_kernels"),
+    ],
+    ids=lambda words: words[1],
+)
+def test_commands_print_on_an_ascii_terminal(words):
+    done = run(*words, **LOCALES["ascii"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii() and done.stdout.strip()
+
+
+# ---- a Python that is too old
+
+OLD = """
+import runpy, sys
+sys.version_info, sys.version = (3, 10, 13, "final", 0), "3.10.13 (main)"
+{}
+"""
+
+
+def test_the_loop_refuses_an_older_python_at_import():
+    done = run("-c", OLD.format("import kepo.config"))
+    last = done.stderr.decode().splitlines()[-1]
+    assert last.startswith("ImportError: kepo, the training loop, needs Python 3.11")
+    assert "this is 3.10.13" in last
+
+
+def test_its_commands_end_in_that_sentence_alone():
+    program = "sys.argv = ['-m']; runpy._run_module_as_main('kepo.train')"
+    done = run("-c", OLD.format(program))
+    said = done.stderr.decode().splitlines()
+    assert done.returncode == 1 and len(said) == 1
+    assert said[0].startswith("error: kepo, the training loop, needs Python 3.11")
