@@ -3,7 +3,7 @@
     python benchmarks/fetch_torch.py .venv/torch-2.8.0
     PYTHONPATH=.venv/torch-2.8.0:. python -m pytest tests/kernels/test_compile.py
 
-Until 2.12 the wheels of torch for x86-64 are CUDA builds only, which want 3 to 5 GB of CUDA
+On PyPI the wheels of torch for x86-64 are CUDA builds, which want 3 to 5 GB of CUDA
 libraries before they can be imported, and call none of them on a CPU. Here the folder gets the
 wheel as it is published, the Triton that it names and the two small CUDA libraries that it does
 call (cudart, cupti). Each other one is a stand-in that the C compiler makes on the spot: the same

@@ -160,9 +160,8 @@ def at_home(record: Any, *names: str) -> Any:
 
 
 def command_line(kind: Any, **settings: Any) -> Any:
-    """``tyro.cli``, with the words of flags read as those of a YAML file are, on any terminal."""
+    """``tyro.cli``, with the words of flags read as those of a YAML file are."""
     import tyro
-
 
     return tyro.cli(kind, registry=_registry(), **settings)
 

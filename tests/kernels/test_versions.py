@@ -114,7 +114,7 @@ def test_the_command_names_it(tmp_path, source, words):
     ],
 )
 def test_a_torch_that_shards_wrongly_on_cpus_is_refused(monkeypatch, version, mesh, size, refused):
-    """In 2.8 gloo sums for an average; a weight of a GPU mesh may be offloaded to the CPU."""
+    """In 2.8 gloo takes an average for a sum. Weights of a GPU mesh may be offloaded to the CPU."""
     monkeypatch.setattr(torch, "__version__", version)
     group, head = SimpleNamespace(unshard=lambda: None), SimpleNamespace()
     mesh = SimpleNamespace(device_type=mesh, size=lambda: size)
