@@ -15,6 +15,7 @@ from kepo_kernels.dispatch import pick_rows
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.rows import accumulate_dtype
 from kepo_kernels.sparsity import BLOCK_ELEMENTS
+from kepo_kernels.validate import Validator
 
 # On a GPU the fp32 gradient of a large head costs a pass over the head per chunk, so chunks want to
 # be about 2048 rows, which of two heads of 151,936 rows is 3.1 GiB. On a CPU they want to be small
@@ -197,12 +198,34 @@ def plan(
         trains: which of hidden, lm_head, lora require a gradient.
 
     Raises:
-        KepoInputError: workspace_bytes is too small; the message has the smallest that works.
+        KepoInputError: a size is no integer, or workspace_bytes is too small; the message has the
+            smallest that works.
 
     Example: `plan(8192, 2048, 151936, dtype=torch.bfloat16).chunk_rows`.
     """
+    check = Validator("plan")
     device = torch.device(device)
-    teacher_vocab = vocab if teacher_vocab is None else teacher_vocab
+    rows, teacher_rows, lora_rank = (
+        check.integer(name, x, 0, "an integer >= 0")
+        for name, x in (("rows", rows), ("teacher_rows", teacher_rows), ("lora_rank", lora_rank))
+    )
+    hidden_size, vocab, teacher_vocab, teacher_hidden_size = (
+        check.integer(name, x, 1, "a positive integer")
+        for name, x in (
+            ("hidden_size", hidden_size),
+            ("vocab", vocab),
+            ("teacher_vocab", vocab if teacher_vocab is None else teacher_vocab),
+            ("teacher_hidden_size", teacher_hidden_size or hidden_size),
+        )
+    )
+    engine = {
+        "impl": impl,
+        "workspace_bytes": workspace_bytes,
+        "chunk_rows": chunk_rows,
+        "grad_tol": grad_tol,
+    }
+    check.engine(engine)
+    workspace_bytes, chunk_rows = engine["workspace_bytes"], engine["chunk_rows"]
     logits_dtype = logits_dtype or gemm.default_logits_dtype(dtype, device)
     sizes = Sizes(
         rows=rows,
@@ -212,12 +235,12 @@ def plan(
         logits_dtype=logits_dtype,
         device=device,
         teacher_rows=teacher_rows,
-        teacher_hidden_size=(teacher_hidden_size or hidden_size) if teacher_rows else 0,
+        teacher_hidden_size=teacher_hidden_size if teacher_rows else 0,
         shared_vocab=min(vocab, teacher_vocab) if teacher_rows else 0,
         tokens=rows,
         lora_rank=lora_rank,
         torch_impl=pick_rows(impl, device, logits_dtype) is torch_rows,
-        compacts=grad_tol > 0,
+        compacts=engine["grad_tol"] > 0,
         **gpu_at_hand(device),
     )
     accumulators = {

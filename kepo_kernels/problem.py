@@ -142,7 +142,9 @@ def build_problem(
         strip_bytes = sizes.strip_bytes(workspace_bytes)
     except KepoInputError as error:
         check.refuse(str(error))
-    scale = 1.0 if teacher is None else teacher.head.logit_scale
+    # Numbers may be numpy's or 0-d tensors; the kernels want Python's.
+    own_scale = float(head.logit_scale)
+    scale = 1.0 if teacher is None else float(teacher.head.logit_scale)
     chunks = even_chunks(len(teacher_rows), len(rows), chunk_rows)
     there = (moved(x, hidden.device) for x in (rows, teacher_rows))
     return student_of(hidden, head, bias), LinearProblem(
@@ -159,12 +161,12 @@ def build_problem(
         # c / s).
         settings=RowSettings(
             beta=float(beta),
-            temperature=temperature / head.logit_scale,
+            temperature=float(temperature) / own_scale,
             teacher_temperature=1.0 if teacher is None else teacher.temperature / scale,
-            softcap=(head.softcap or 0.0) / head.logit_scale,
-            teacher_softcap=0.0 if teacher is None else (teacher.head.softcap or 0.0) / scale,
+            softcap=float(head.softcap or 0.0) / own_scale,
+            teacher_softcap=0.0 if teacher is None else float(teacher.head.softcap or 0.0) / scale,
         ),
-        lora_scale=1.0 if head.lora is None else head.lora.scale,
+        lora_scale=1.0 if head.lora is None else float(head.lora.scale),
         logits_dtype=dtype,
         row_kernels=row_kernels,
         chunk_rows=chunk_rows,
@@ -187,7 +189,9 @@ def _flat(states: Tensor) -> Tensor:
 
 
 def _shared(lora: LoRA | None, shared: int) -> LoRA | None:
-    return None if lora is None else LoRA(lora.a.detach(), lora.b.detach()[:shared], lora.scale)
+    return (
+        None if lora is None else LoRA(lora.a.detach(), lora.b.detach()[:shared], float(lora.scale))
+    )
 
 
 def even_chunks(split: int, rows: int, longest: int) -> tuple[tuple[int, int], ...]:

@@ -211,6 +211,16 @@ BAD_SHAPES = {
         {"advantages": PROBLEM.advantages.to("meta")},
         ["advantages on meta"],
     ),
+    "sampler_weights (1, T)": (
+        POLICY,
+        {"sampler_weights": torch.ones(1, LENGTH)},
+        ["sampler_weights [1, 4]", "[3]", "[3, 4]"],
+    ),
+    "sampler_weights (B, T, 1)": (
+        POLICY,
+        {"sampler_weights": torch.ones(BATCH, LENGTH, 1)},
+        ["sampler_weights [3, 4, 1]"],
+    ),
     "old_logprobs (B,)": (
         POLICY,
         {"old_logprobs": torch.ones(BATCH)},
