@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kepo_kernels import gemm, lora, pages
+from kepo_kernels import forks, gemm, lora, pages
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.heads import LoRA
 from kepo_kernels.rows import NUM_COEFFICIENTS, RowSettings, RowStats, accumulate_dtype
@@ -159,6 +159,7 @@ def sweep(
     """The chunk loop; what the coefficients send back is added to `gradients`."""
     kernels, settings = problem.row_kernels, problem.settings
     hidden = student.hidden
+    forks.in_use()
     numbers = hidden.new_zeros(
         NUM_COEFFICIENTS,
         hidden.shape[:-1].numel(),
