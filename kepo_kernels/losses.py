@@ -26,7 +26,7 @@ Shared arguments, wherever they appear:
                       sum(weights * mask * term). `grpo_weights`, `dapo_weights`, `bnpo_weights`,
                       `dr_grpo_weights` and `sod_weights` make the usual ones
     **engine          impl="auto"|"triton"|"cpu"|"torch"; workspace_bytes, the most that may be held
-                      above inputs and gradients (None = 192 to 512 MiB on CPU, 3.25 GiB on GPU,
+                      above inputs and gradients (None = 32 to 512 MiB on CPU, 3.25 GiB on GPU,
                       of whose memory an eighth at most; `engine.plan` explains the choice), or
                       chunk_rows directly; logits_dtype
                       (None = fp32, but bf16 for bf16 inputs on CPUs with bf16 instructions);
