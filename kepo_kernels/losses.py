@@ -3,7 +3,8 @@
 Shared arguments, wherever they appear:
 
     hidden            (B, T, H) or (N, H): the states that predict the targets; fp64, fp32, bf16 or
-                      fp16
+                      fp16. Where states, heads, LoRA and biases differ in dtype (fp64 may not) all
+                      products and logits are fp32; each gradient is of its own tensor's dtype
     lm_head           (V, H) weight, or a `Head`: weight, softcap, logit_scale, LoRA; bias (V,) or
                       None
     teacher_hidden    (B, T, H_t) or (N, H_t), or only the sequences whose gate is not 0, in their

@@ -45,7 +45,8 @@ class Sizes:
     rows: int
     hidden_size: int
     vocab: int
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32  # the narrowest, if states and heads differ
+    mixed: bool = False  # they do: states are held in fp32, too
     logits_dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     teacher_rows: int = 0
@@ -79,8 +80,9 @@ class Sizes:
         h, teacher_h = self.hidden_size, self.teacher_hidden_size
         strip = min(self.vocab, self.strip_rows(h, strip_bytes))
         a_row = (self.vocab + self.shared_vocab) * logits + ROW_BYTES
-        a_row += h * (narrow + 2 * wide)  # the states, their upcast, their gradient
-        a_row += teacher_h * (narrow + wide)
+        states = wide if self.mixed else narrow
+        a_row += h * (states + 2 * wide)  # the states, their upcast, their gradient
+        a_row += teacher_h * (states + wide)
         a_row += 4 * self.lora_rank * wide
         if self.device.type != "cpu" and narrow == 2 and logits == 4:
             a_row += self.vocab * narrow  # dlogits in the dtype of the operands
@@ -190,6 +192,7 @@ def plan(
     teacher_hidden_size: int | None = None,
     teacher_vocab: int | None = None,
     dtype: torch.dtype = torch.float32,
+    head_dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     workspace_bytes: int | None = None,
     chunk_rows: int | None = None,
@@ -205,6 +208,7 @@ def plan(
         rows: tokens of non-zero weight; teacher_rows of them (<= rows) meet the teacher.
         vocab, teacher_vocab: rows of the two heads; None = the student's.
         teacher_hidden_size: None = the student's.
+        dtype: of the states; head_dtype: of the heads and the LoRA, None = the same.
         workspace_bytes, chunk_rows, logits_dtype, impl, grad_tol: as in the losses.
         lora_rank: of a LoRA on the student's head; 0 = none.
         trains: which of hidden, lm_head, lora require a gradient.
@@ -238,12 +242,15 @@ def plan(
     }
     check.engine(engine)
     workspace_bytes, chunk_rows = engine["workspace_bytes"], engine["chunk_rows"]
-    logits_dtype = logits_dtype or gemm.default_logits_dtype(dtype, device)
+    head_dtype = head_dtype or dtype
+    operands = gemm.operand_dtype({dtype, head_dtype})
+    logits_dtype = logits_dtype or gemm.default_logits_dtype(operands, device)
     sizes = Sizes(
         rows=rows,
         hidden_size=hidden_size,
         vocab=vocab,
-        dtype=dtype,
+        dtype=min(dtype, head_dtype, key=lambda x: x.itemsize),
+        mixed=dtype != head_dtype,
         logits_dtype=logits_dtype,
         device=device,
         teacher_rows=teacher_rows,
@@ -255,19 +262,19 @@ def plan(
         compacts=engine["grad_tol"] > 0,
         **gpu_at_hand(device),
     )
-    accumulators = {
-        "hidden": rows * hidden_size,
-        "lm_head": vocab * hidden_size,
-        "lora": lora_rank * (vocab + hidden_size),
+    wide = gemm.gradient_dtype(dtype).itemsize
+    gradients = {
+        "hidden": rows * hidden_size * (wide + dtype.itemsize),
+        "lm_head": vocab * hidden_size * (wide + head_dtype.itemsize),
+        "lora": lora_rank * (vocab + hidden_size) * (wide + head_dtype.itemsize),
     }
-    elements = sum(accumulators[name] for name in trains)
     per_chunk = chunk_length(sizes, workspace_bytes, chunk_rows)
     longest = min(per_chunk, max(1, rows))
     return ChunkPlan(
         chunk_rows=per_chunk,
         chunks=-(-teacher_rows // per_chunk) + -(-(rows - teacher_rows) // per_chunk),
         workspace_bytes=sizes.bytes_of(longest, sizes.strip_bytes(workspace_bytes)),
-        gradient_bytes=elements * (gemm.gradient_dtype(dtype).itemsize + dtype.itemsize),
+        gradient_bytes=sum(gradients[name] for name in trains),
         least_workspace_bytes=sizes.least_workspace(),
     )
 

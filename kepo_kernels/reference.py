@@ -7,6 +7,7 @@ matter.
 """
 
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -22,15 +23,21 @@ def project(hidden: Tensor, lm_head: object, bias: Tensor | None = None) -> Tens
 
     lm_head: the weight (V, H), or anything with `.weight`, `.softcap` (None = no cap),
     `.logit_scale` and `.lora` (None, or with `.a` (r, H), `.b` (V, r) and `.scale`). A logit of
-    -inf, a token ruled out, stays -inf under a softcap.
+    -inf, a token ruled out, stays -inf under a softcap. Of two dtypes the product is in the wider.
     """
-    if isinstance(lm_head, Tensor):
-        return hidden @ lm_head.T if bias is None else hidden @ lm_head.T + bias
-    logits = hidden @ lm_head.weight.T
-    if lm_head.lora is not None:
-        logits = logits + lm_head.lora.scale * (hidden @ lm_head.lora.a.T) @ lm_head.lora.b.T
+    plain = isinstance(lm_head, Tensor)
+    given = [hidden, lm_head] if plain else [hidden, lm_head.weight]
+    if not plain and lm_head.lora is not None:
+        given += [lm_head.lora.a, lm_head.lora.b]
+    wide = reduce(torch.promote_types, (x.dtype for x in given))
+    hidden, weight, *low = (x.to(wide) for x in given)
+    logits = hidden @ weight.T
+    if low:
+        logits = logits + lm_head.lora.scale * (hidden @ low[0].T) @ low[1].T
     if bias is not None:
         logits = logits + bias
+    if plain:
+        return logits
     logits = lm_head.logit_scale * logits
     if lm_head.softcap is None:
         return logits

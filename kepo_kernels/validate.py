@@ -97,11 +97,7 @@ class Validator:
             f"{head_name}",
         )
         for name, x in given[1:]:
-            self.require(
-                x.dtype == hidden.dtype,
-                f"{hidden_name} {describe(hidden)} and {name} {describe(x)} differ in dtype; cast "
-                "one of them",
-            )
+            self.dtypes((hidden_name, hidden), (name, x))
         self.number(f"{head_name}.logit_scale", head.logit_scale, lambda x: x > 0, "a number > 0")
         if head.softcap is not None:
             self.number(
@@ -123,6 +119,15 @@ class Validator:
                 x.device == lm_head.device,
                 f"{head_name} is on {lm_head.device} and {name} on {x.device}; move one",
             )
+
+    def dtypes(self, a: tuple[str, Tensor], b: tuple[str, Tensor]) -> None:
+        """Both fp64, or neither: among the others a product is formed in fp32."""
+        (a_name, a), (b_name, b) = a, b
+        self.require(
+            a.dtype == b.dtype or torch.float64 not in (a.dtype, b.dtype),
+            f"{a_name} {describe(a)} and {b_name} {describe(b)} differ in dtype; float64 goes with "
+            "float64 alone: cast one of them",
+        )
 
     def whole(self, name: str, x: Tensor) -> None:
         """Not one shard of a parameter that lives on many devices."""
@@ -283,12 +288,12 @@ class Validator:
         wanted = settings["return_stats"] = plain(settings.get("return_stats", False))
         self.require(isinstance(wanted, bool), f"return_stats={wanted!r}; expected True or False")
 
-    def logits_dtype(self, wanted: torch.dtype | None, hidden: Tensor) -> None:
+    def logits_dtype(self, wanted: torch.dtype | None, operands: torch.dtype) -> None:
         allowed = {torch.float64: (torch.float64,), torch.bfloat16: (torch.float32, torch.bfloat16)}
-        accepted = allowed.get(hidden.dtype, (torch.float32,))
+        accepted = allowed.get(operands, (torch.float32,))
         self.require(
             wanted is None or wanted in accepted,
-            f"logits_dtype={wanted} with {hidden.dtype} hidden; expected None or "
+            f"logits_dtype={wanted} with {operands} hidden and lm_head; expected None or "
             + " or ".join(map(str, accepted)),
         )
 
