@@ -3,8 +3,10 @@
 //
 // Threads are started per call and joined before it returns. A call works on a whole chunk of logits (milliseconds to
 // seconds), so starting them is free, no idle pool competes with torch's, and a process that forks afterwards has
-// no lost threads to wait for.
+// no lost threads to wait for. Where the system gives no more threads, or no memory for one, the calling thread does
+// what is left: nothing is thrown across the C interface.
 #include <algorithm>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -19,14 +21,19 @@ constexpr int64_t MIN_ELEMENTS_PER_THREAD = 1;  // so that small inputs have thr
 constexpr int64_t MIN_ELEMENTS_PER_THREAD = 1 << 16;  // below this a thread costs more than it saves
 #endif
 
-void over_rows(RowRange kernel, const RowBatch &batch, int32_t threads) {
+void over_rows(RowRange kernel, const RowBatch &batch, int32_t threads) noexcept {
     int64_t useful = batch.n * batch.vocab / MIN_ELEMENTS_PER_THREAD;
     int64_t count = std::max<int64_t>(1, std::min<int64_t>({threads, useful, batch.n}));
     std::vector<std::thread> workers;
-    for (int64_t i = 1; i < count; ++i) {
-        workers.emplace_back(kernel, std::cref(batch), batch.n * i / count, batch.n * (i + 1) / count);
+    try {
+        workers.reserve(count - 1);
+        for (int64_t i = 1; i < count; ++i) {
+            workers.emplace_back(kernel, std::cref(batch), batch.n * i / count, batch.n * (i + 1) / count);
+        }
+    } catch (const std::exception &) {  // std::system_error: no thread; std::bad_alloc: no memory for one
     }
     kernel(batch, 0, batch.n / count);
+    kernel(batch, batch.n * ((int64_t)workers.size() + 1) / count, batch.n);  // of the threads that were not to be had
     for (auto &worker : workers) worker.join();
 }
 

@@ -16,6 +16,7 @@ from kepo.parallel import any_of, together
 from kepo.steps import drift_weights
 from kepo.vlm import VLM
 from kepo_kernels import TokenStats, fused_grpo_loss, fused_kepo_loss, fused_linear_logprobs
+from kepo_kernels.policy import ESTIMATORS
 
 
 @dataclass
@@ -213,7 +214,7 @@ def _add(
     totals.divergence += float(stats.divergence.sum())
     if ref_logprobs is not None:
         difference = (ref_logprobs - stats.logprobs)[mask]
-        totals.kl += float((difference.expm1() - difference).sum())
+        totals.kl += float(ESTIMATORS["k3"](difference).sum())
     if micro.old_logprobs is not None:
         ratio = (stats.logprobs - micro.old_logprobs).exp()
         up = mask & (micro.advantages > 0)[:, None]

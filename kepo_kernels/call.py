@@ -74,7 +74,7 @@ class Call:
             present = loss_weights(mask, gate, "sum")
             weights = torch.where(present != 0, weights.to(torch.float64) * present, 0)
             self.check.finite(weights != 0, **{weights_name: weights})
-        weights = coefficient * weights
+        weights = float(coefficient) * weights
         return moved(weights, self.hidden.device), weights != 0
 
     def run(self, student: Student, problem: LinearProblem, token_loss: TokenLoss) -> Result:

@@ -1,10 +1,11 @@
 """The row contract in C++ (csrc/), for CPU tensors of fp32 or bf16 logits.
 
-The library is torch-free and found through ctypes; here it becomes two `torch.library` custom ops,
-so that `torch.compile`, fake tensors and the profiler see it like any other operator. It starts as
-many threads as torch would (`torch.get_num_threads()`); each row is summed by one thread in a fixed
-order, so the result does not depend on their number. `KEPO_CPU_ISA=baseline|avx2|avx512` overrides
-the choice of instruction set.
+The library is torch-free and found through ctypes; here it becomes two `torch.library` operators,
+so that `torch.compile`, fake tensors and the profiler see it like any other. (They are defined by
+hand: the first call of a `torch.library.custom_op` imports the whole compiler, 140 MiB of it.) It
+starts as many threads as torch would (`torch.get_num_threads()`), or as many as the system gives;
+each row is summed by one thread in a fixed order, so the result does not depend on their number.
+`KEPO_CPU_ISA=baseline|avx2|avx512` overrides the choice of instruction set.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kepo_kernels.rows import NUM_STATS, RowSettings, shared_columns
+from kepo_kernels.rows import NUM_STATS, RowSettings, RowStats, shared_columns
 
 LIBRARY = Path(__file__).with_name("_rows.so")
 BUILD_INFO = Path(__file__).with_name("_build_info.json")
@@ -111,7 +112,6 @@ def row_backward_(
         out.copy_(logits)
 
 
-@torch.library.custom_op("kepo_kernels::row_forward", mutates_args=(), device_types="cpu")
 def _forward_op(
     logits: Tensor,
     targets: Tensor | None,
@@ -129,14 +129,6 @@ def _forward_op(
     return table
 
 
-@_forward_op.register_fake
-def _(logits, targets, teacher, *settings):
-    return logits.new_empty(NUM_STATS, logits.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op(
-    "kepo_kernels::row_backward_", mutates_args=("logits",), device_types="cpu"
-)
 def _backward_op(
     logits: Tensor,
     targets: Tensor | None,
@@ -152,6 +144,31 @@ def _backward_op(
     settings = RowSettings(beta, temperature, teacher_temperature, softcap, teacher_softcap)
     batch = _batch(logits, targets, teacher, table, coefficients, settings)
     _library().kepo_row_backward(batch, torch.get_num_threads(), ISAS.index(isa()))
+    if not logits.is_inference():  # such a tensor counts no versions
+        torch.autograd.graph.increment_version(logits)
+
+
+SETTINGS = ", ".join(f"float {name}" for name in RowSettings._fields)
+FORWARD = f"row_forward(Tensor logits, Tensor? targets, Tensor? teacher, {SETTINGS}) -> Tensor"
+BACKWARD = (
+    "row_backward_(Tensor(a!) logits, Tensor? targets, Tensor? teacher, Tensor table, "
+    f"Tensor coefficients, {SETTINGS}) -> ()"
+)
+
+
+def _fake_forward(logits: Tensor, *others: object) -> Tensor:
+    return logits.new_empty(NUM_STATS, logits.shape[0], dtype=torch.float32)
+
+
+_OPERATORS = torch.library.Library("kepo_kernels", "FRAGMENT")
+for _schema, _kernel, _fake in (
+    (FORWARD, _forward_op, _fake_forward),
+    (BACKWARD, _backward_op, lambda *of_all: None),
+):
+    _name = _schema[: _schema.index("(")]
+    _OPERATORS.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _OPERATORS.impl(_name, _kernel, "CPU")
+    torch.library.register_fake(f"kepo_kernels::{_name}", _fake, lib=_OPERATORS)
 
 
 def _batch(
@@ -166,17 +183,26 @@ def _batch(
 
     What could make the kernel read out of bounds is checked here, once more.
     """
+    named = ("targets", targets), ("teacher", teacher), ("table", table)
+    for name, x in (("logits", logits), *named, ("coefficients", coefficients)):
+        if x is not None:
+            _require(name, x, x.device.type == "cpu")
     _require("logits", logits, logits.dtype in DTYPES and logits.dim() == 2)
-    rows = logits.shape[0]
+    rows, shared = logits.shape[0], logits.shape[1]
     if teacher is not None:
-        _require("teacher", teacher, teacher.dtype == logits.dtype and teacher.shape[0] == rows)
+        _require("teacher", teacher, teacher.dtype == logits.dtype and teacher.dim() == 2)
+        shared = shared_columns(logits, teacher)
+        _require("teacher", teacher, teacher.shape[0] == rows and shared > 0)
     if targets is not None:
         _require("targets", targets, targets.dtype == torch.int64 and targets.shape == (rows,))
         _require("targets", targets, targets.is_contiguous())
+        _require_ids("targets", targets, logits.shape[1])
     for name, x, width in (("table", table, NUM_STATS), ("coefficients", coefficients, 3)):
         if x is not None:
             _require(name, x, x.dtype == torch.float32 and x.shape == (width, rows))
             _require(name, x, x.is_contiguous())
+    if teacher is not None and coefficients is not None:  # the backward, which reads this column
+        _require_ids("table's peak_token", RowStats(*table).peak_token, shared)
     for name, x in (("logits", logits), ("teacher", teacher)):
         if x is not None:
             _require(name, x, x.stride(-1) == 1 or x.shape[-1] == 1)
@@ -188,7 +214,7 @@ def _batch(
         _pointer(coefficients),
         rows,
         logits.shape[1],
-        shared_columns(logits, teacher),
+        shared,
         logits.stride(0),
         0 if teacher is None else teacher.stride(0),
         settings.beta,
@@ -203,6 +229,16 @@ def _require(name: str, x: Tensor, holds: bool) -> None:
         raise ValueError(
             f"cpu_rows: {name} of shape {tuple(x.shape)}, stride {x.stride()}, {x.dtype} does not "
             "fit the row contract (kepo_kernels/rows.py)"
+        )
+
+
+def _require_ids(name: str, ids: Tensor, columns: int) -> None:
+    """Ids (n,), each of a column that exists. NaN is none."""
+    bad = (ids >= 0).logical_and_(ids < columns).logical_not_()
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"cpu_rows: {name} holds {ids[row].item()} in row {row}; expected ids in [0, {columns})"
         )
 
 

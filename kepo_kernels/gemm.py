@@ -8,8 +8,8 @@ When operands and logits share a dtype these are plain `mm`. 16-bit operands wit
 `mm(out_dtype=)` on CUDA, dx among them: in 16 bits it would be rounded twice. CPU torch has no such
 product, and on processors without bf16 instructions its bf16 `mm` is 5 to 150 times slower than
 fp32; there a strip of the head at a time is cast to fp32 and multiplied as fp32, which is both the
-faster and the more exact way. The two gradient products also run over chosen `columns` of the
-logits, as if dlogits were 0 in the others.
+faster and the more exact way. So is, on either device, a 16-bit head under fp32 states. The two
+gradient products also run over chosen `columns` of the logits, as if dlogits were 0 in the others.
 """
 
 from collections.abc import Iterator
@@ -33,6 +33,13 @@ def fast_bf16(device: torch.device) -> bool:
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     has_them = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
     return has_them and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def operand_dtype(dtypes: set[torch.dtype]) -> torch.dtype:
+    """In which states enter the products with heads and LoRAs of these dtypes: theirs, if it is one
+    dtype throughout, else fp32."""
+    (one,) = dtypes if len(dtypes) == 1 else (torch.float32,)
+    return one
 
 
 def default_logits_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -79,8 +86,7 @@ def project_(
     if _same(w, out):
         x = x.to(w.dtype)
         out.addmm_(x, w.T) if add else torch.mm(x, w.T, out=out)
-    elif x.is_cuda:
-        x = x.to(w.dtype)
+    elif x.is_cuda and x.dtype == w.dtype:
         if add:
             torch.addmm(out, x, w.T, out_dtype=out.dtype, out=out)
         else:
@@ -133,8 +139,8 @@ def add_gradients_(
 
 def hidden_gradient(dlogits: Tensor, w: Tensor, strip_rows: int | None = None) -> Tensor:
     """dlogits @ w, in fp32 where the product is formed in fp32, else in the dtype of `w`."""
-    if w.is_cuda and w.dtype.itemsize == 2:
-        return torch.mm(dlogits.to(w.dtype), w, out_dtype=torch.float32)
+    if w.is_cuda and w.dtype.itemsize == 2 and dlogits.dtype == w.dtype:
+        return torch.mm(dlogits, w, out_dtype=torch.float32)
     if _same(w, dlogits):
         return dlogits @ w
     wide = gradient_dtype(w.dtype)

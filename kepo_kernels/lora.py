@@ -19,7 +19,7 @@ def project_(
     """logits <- logits + low @ b^T; returns low, in fp32 on a CPU (fp64 for fp64)."""
     wide = gemm.gradient_dtype(b.dtype)
     low = (x.to(wide) @ a.to(wide).T).mul_(scale)
-    if logits.is_cuda:
+    if logits.is_cuda and x.dtype == b.dtype:
         low = low.to(b.dtype)
     gemm.project_(logits, low, b, add=True, strip_rows=strip_rows)
     return low

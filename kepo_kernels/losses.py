@@ -3,7 +3,8 @@
 Shared arguments, wherever they appear:
 
     hidden            (B, T, H) or (N, H): the states that predict the targets; fp64, fp32, bf16 or
-                      fp16
+                      fp16. Where states, heads, LoRA and biases differ in dtype (fp64 may not) all
+                      products and logits are fp32; each gradient is of its own tensor's dtype
     lm_head           (V, H) weight, or a `Head`: weight, softcap, logit_scale, LoRA; bias (V,) or
                       None
     teacher_hidden    (B, T, H_t) or (N, H_t), or only the sequences whose gate is not 0, in their
@@ -26,7 +27,7 @@ Shared arguments, wherever they appear:
                       sum(weights * mask * term). `grpo_weights`, `dapo_weights`, `bnpo_weights`,
                       `dr_grpo_weights` and `sod_weights` make the usual ones
     **engine          impl="auto"|"triton"|"cpu"|"torch"; workspace_bytes, the most that may be held
-                      above inputs and gradients (None = 192 to 512 MiB on CPU, 3.25 GiB on GPU,
+                      above inputs and gradients (None = 32 to 512 MiB on CPU, 3.25 GiB on GPU,
                       of whose memory an eighth at most; `engine.plan` explains the choice), or
                       chunk_rows directly; logits_dtype
                       (None = fp32, but bf16 for bf16 inputs on CPUs with bf16 instructions);
@@ -145,14 +146,15 @@ def fused_grpo_loss(
     """The GRPO objective, and its relatives, on sampled tokens.
 
         loss = sum_t w_t [ s_t L(r_t, A_t) + kl_coef K(d_t) - entropy_coef H(q_t) ]
-        r_t  = exp(log q(target_t) - old_logprobs_t),   d_t = ref_logprobs_t - log q(target_t)
+        r_t = exp(min(log q(target_t) - old_logprobs_t, 20)), d_t = ref_logprobs_t - log q(target_t)
 
         "clip"       L = -min( min(r, delta) A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A )
         "cispo"      L = -stopgrad(min(r, 1 + epsilon_high)) A log q(target)
         "sapo"       L = -(4/t) sigmoid(t (r - 1)) A,  t by the sign of A
         "reinforce"  L = -A log q(target)
-        K            k1 = -d,  k2 = d^2 / 2,  k3 = e^d - d - 1
+        K            k1 = -d,  k2 = d^2 / 2,  k3 = e^m - m - 1,  m = min(d, 20)
 
+    Beyond 20 nats a ratio, or k3, is constant and has no gradient: every loss is finite.
     (GRPO, Shao et al. 2024, eq. 3; unequal bounds are DAPO's clip-higher, Yu et al. 2025; cispo,
     MiniMax-M1 2025; sapo, Gao et al. 2025; sequence level is GSPO, Zheng et al. 2025; k1 to k3,
     Schulman 2020.)
@@ -162,13 +164,13 @@ def fused_grpo_loss(
         old_logprobs: per token, of the policy that sampled, at this temperature. None = that policy
             is this one: the ratio is 1 in value and its gradient is kept (REINFORCE).
         ref_logprobs: per token, of the frozen reference; needed when kl_coef is not 0.
-        sampler_weights: (B,) or one per token; multiply L where the rollouts came from an engine
-            whose probabilities differ, see `kepo_kernels.sampler_weights`. None = 1.
+        sampler_weights: (B,), (B, 1) or one per token; multiply L where the rollouts came from an
+            engine whose probabilities differ, see `kepo_kernels.sampler_weights`. None = 1.
         delta: upper bound of the ratio, also for negative advantages (dual clip), > 1 +
             epsilon_high; None = none.
         kl_coef, entropy_coef: 0 = term absent. The entropy bonus lowers the loss.
         policy_loss: by name, or your own: (logprobs, log_ratio, advantages) of n tokens, the first
-            two with gradient, -> n losses, in any differentiable PyTorch.
+            two with gradient, the log-ratio unbounded -> n losses, in any differentiable PyTorch.
         importance_level: "token", or "sequence": log r is the mean over the sequence's tokens, the
             same for all of them. Chunks then hold whole sequences; where one does not fit, a pass
             for the log-probabilities comes first.

@@ -6,8 +6,8 @@ host has to find the memory first. So `empty` and `zeros` ask Linux for pages of
 freed is kept for the next call of the same sizes, up to KEPT_BYTES; `release` gives it back.
 `untouched_zeros` is for a tensor of which only a few rows will ever be written: one too large to be
 kept is fresh and small-paged, so that what is not written costs nothing; to fill kept pages with
-zeros takes less time than to fault a few thousand in. On other devices and systems these are
-torch.zeros and torch.empty.
+zeros takes less time than to fault a few thousand in. On other devices and systems, and where Linux
+has no such memory to give, these are torch.zeros and torch.empty: the error is torch's own.
 """
 
 import contextlib
@@ -29,7 +29,10 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     """All of it will be written before it is read."""
     if not _is_mapped(shape, dtype, device):
         return torch.empty(shape, dtype=dtype, device=device)
-    return _tensor(_pages(_bytes(shape, dtype)), shape, dtype, keep=True)
+    pages = _pages(_bytes(shape, dtype))
+    if pages is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return _tensor(pages, shape, dtype, keep=True)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -43,7 +46,10 @@ def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
     """Few of its rows will be written."""
     if _bytes(shape, dtype) <= KEPT_BYTES or not _is_mapped(shape, dtype, device):
         return zeros(shape, dtype, device)
-    return _tensor(_fresh(_bytes(shape, dtype)), shape, dtype, keep=False)
+    pages = _fresh(_bytes(shape, dtype))
+    if pages is None:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return _tensor(pages, shape, dtype, keep=False)
 
 
 def release() -> None:
@@ -60,8 +66,11 @@ def _is_mapped(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     return large and device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE")
 
 
-def _pages(size: int) -> mmap.mmap:
-    """Kept ones of this size, or new ones; then what is kept was of another call, and goes."""
+def _pages(size: int) -> mmap.mmap | None:
+    """Kept ones of this size, or new ones; then what is kept was of another call, and goes.
+
+    None: there are none to be had.
+    """
     for place, pages in enumerate(_kept):
         if len(pages) == size:
             with contextlib.suppress(IndexError):  # another thread was faster
@@ -69,13 +78,18 @@ def _pages(size: int) -> mmap.mmap:
                     return taken
     release()
     pages = _fresh(size)
-    with contextlib.suppress(OSError):  # a kernel without pages of 2 MiB
-        pages.madvise(mmap.MADV_HUGEPAGE)
+    if pages is not None:
+        with contextlib.suppress(OSError):  # a kernel without pages of 2 MiB
+            pages.madvise(mmap.MADV_HUGEPAGE)
     return pages
 
 
-def _fresh(size: int) -> mmap.mmap:
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def _fresh(size: int) -> mmap.mmap | None:
+    try:
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        release()  # what is kept for the next call may be what this one lacks
+        return None
 
 
 def _tensor(pages: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype, keep: bool) -> Tensor:

@@ -15,14 +15,17 @@ from kepo_kernels.dispatch import pick_rows
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.rows import accumulate_dtype
 from kepo_kernels.sparsity import BLOCK_ELEMENTS
+from kepo_kernels.validate import Validator
 
 # On a GPU the fp32 gradient of a large head costs a pass over the head per chunk, so chunks want to
 # be about 2048 rows, which of two heads of 151,936 rows is 3.1 GiB. On a CPU they want to be small
 # enough not to page in gigabytes, and long enough that the same pass does not show: 256 rows, up to
-# half a gigabyte.
+# half a gigabyte. A small call there is granted half of what its inputs and gradients take, but
+# 128 rows and 32 MiB at least: so it never holds much more than it must.
 DEFAULT_WORKSPACE = {"cpu": 192 << 20, "cuda": 3328 << 20}
 LARGEST_SHARE = 8  # an eighth of a GPU's memory at most
-CPU_CHUNK_ROWS = 256
+CPU_CHUNK_ROWS, LEAST_CPU_CHUNK_ROWS = 256, 128
+LEAST_CPU_DEFAULT = 32 << 20
 TILE_ROWS, TILE_COLUMNS = 128, 256  # of a matrix product's output, on the GPUs of these years
 LARGEST_CPU_DEFAULT = 512 << 20
 
@@ -42,7 +45,8 @@ class Sizes:
     rows: int
     hidden_size: int
     vocab: int
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32  # the narrowest, if states and heads differ
+    mixed: bool = False  # they do: states are held in fp32, too
     logits_dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     teacher_rows: int = 0
@@ -76,8 +80,9 @@ class Sizes:
         h, teacher_h = self.hidden_size, self.teacher_hidden_size
         strip = min(self.vocab, self.strip_rows(h, strip_bytes))
         a_row = (self.vocab + self.shared_vocab) * logits + ROW_BYTES
-        a_row += h * (narrow + 2 * wide)  # the states, their upcast, their gradient
-        a_row += teacher_h * (narrow + wide)
+        states = wide if self.mixed else narrow
+        a_row += h * (states + 2 * wide)  # the states, their upcast, their gradient
+        a_row += teacher_h * (states + wide)
         a_row += 4 * self.lora_rank * wide
         if self.device.type != "cpu" and narrow == 2 and logits == 4:
             a_row += self.vocab * narrow  # dlogits in the dtype of the operands
@@ -106,8 +111,18 @@ class Sizes:
         if self.device.type != "cpu":
             share = self.gpu_memory // LARGEST_SHARE or DEFAULT_WORKSPACE["cuda"]
             return max(min(DEFAULT_WORKSPACE["cuda"], share), self.bytes_of(1))
-        wanted = min(self.bytes_of(CPU_CHUNK_ROWS), LARGEST_CPU_DEFAULT)
-        return max(DEFAULT_WORKSPACE["cpu"], wanted, self.bytes_of(1))
+        most = max(
+            DEFAULT_WORKSPACE["cpu"], min(self.bytes_of(CPU_CHUNK_ROWS), LARGEST_CPU_DEFAULT)
+        )
+        few = min(self.bytes_of(LEAST_CPU_CHUNK_ROWS), LARGEST_CPU_DEFAULT)
+        small = max(self.inputs_and_gradients() // 2, few, LEAST_CPU_DEFAULT)
+        return max(min(most, small), self.bytes_of(1))
+
+    def inputs_and_gradients(self) -> int:
+        """Bytes of states, heads and the student's gradients, in the dtype of gradients."""
+        student = (self.rows + self.vocab) * self.hidden_size
+        teacher = (self.teacher_rows + self.shared_vocab) * self.teacher_hidden_size
+        return (2 * student + teacher) * gemm.gradient_dtype(self.dtype).itemsize
 
     def least_workspace(self) -> int:
         """Chunks of one row, with the smallest strips."""
@@ -177,6 +192,7 @@ def plan(
     teacher_hidden_size: int | None = None,
     teacher_vocab: int | None = None,
     dtype: torch.dtype = torch.float32,
+    head_dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     workspace_bytes: int | None = None,
     chunk_rows: int | None = None,
@@ -192,47 +208,73 @@ def plan(
         rows: tokens of non-zero weight; teacher_rows of them (<= rows) meet the teacher.
         vocab, teacher_vocab: rows of the two heads; None = the student's.
         teacher_hidden_size: None = the student's.
+        dtype: of the states; head_dtype: of the heads and the LoRA, None = the same.
         workspace_bytes, chunk_rows, logits_dtype, impl, grad_tol: as in the losses.
         lora_rank: of a LoRA on the student's head; 0 = none.
         trains: which of hidden, lm_head, lora require a gradient.
 
     Raises:
-        KepoInputError: workspace_bytes is too small; the message has the smallest that works.
+        KepoInputError: a size is no integer, or workspace_bytes is too small; the message has the
+            smallest that works.
 
     Example: `plan(8192, 2048, 151936, dtype=torch.bfloat16).chunk_rows`.
     """
+    check = Validator("plan")
     device = torch.device(device)
-    teacher_vocab = vocab if teacher_vocab is None else teacher_vocab
-    logits_dtype = logits_dtype or gemm.default_logits_dtype(dtype, device)
+    rows, teacher_rows, lora_rank = (
+        check.integer(name, x, 0, "an integer >= 0")
+        for name, x in (("rows", rows), ("teacher_rows", teacher_rows), ("lora_rank", lora_rank))
+    )
+    hidden_size, vocab, teacher_vocab, teacher_hidden_size = (
+        check.integer(name, x, 1, "a positive integer")
+        for name, x in (
+            ("hidden_size", hidden_size),
+            ("vocab", vocab),
+            ("teacher_vocab", vocab if teacher_vocab is None else teacher_vocab),
+            ("teacher_hidden_size", teacher_hidden_size or hidden_size),
+        )
+    )
+    engine = {
+        "impl": impl,
+        "workspace_bytes": workspace_bytes,
+        "chunk_rows": chunk_rows,
+        "grad_tol": grad_tol,
+    }
+    check.engine(engine)
+    workspace_bytes, chunk_rows = engine["workspace_bytes"], engine["chunk_rows"]
+    head_dtype = head_dtype or dtype
+    operands = gemm.operand_dtype({dtype, head_dtype})
+    logits_dtype = logits_dtype or gemm.default_logits_dtype(operands, device)
     sizes = Sizes(
         rows=rows,
         hidden_size=hidden_size,
         vocab=vocab,
-        dtype=dtype,
+        dtype=min(dtype, head_dtype, key=lambda x: x.itemsize),
+        mixed=dtype != head_dtype,
         logits_dtype=logits_dtype,
         device=device,
         teacher_rows=teacher_rows,
-        teacher_hidden_size=(teacher_hidden_size or hidden_size) if teacher_rows else 0,
+        teacher_hidden_size=teacher_hidden_size if teacher_rows else 0,
         shared_vocab=min(vocab, teacher_vocab) if teacher_rows else 0,
         tokens=rows,
         lora_rank=lora_rank,
         torch_impl=pick_rows(impl, device, logits_dtype) is torch_rows,
-        compacts=grad_tol > 0,
+        compacts=engine["grad_tol"] > 0,
         **gpu_at_hand(device),
     )
-    accumulators = {
-        "hidden": rows * hidden_size,
-        "lm_head": vocab * hidden_size,
-        "lora": lora_rank * (vocab + hidden_size),
+    wide = gemm.gradient_dtype(dtype).itemsize
+    gradients = {
+        "hidden": rows * hidden_size * (wide + dtype.itemsize),
+        "lm_head": vocab * hidden_size * (wide + head_dtype.itemsize),
+        "lora": lora_rank * (vocab + hidden_size) * (wide + head_dtype.itemsize),
     }
-    elements = sum(accumulators[name] for name in trains)
     per_chunk = chunk_length(sizes, workspace_bytes, chunk_rows)
     longest = min(per_chunk, max(1, rows))
     return ChunkPlan(
         chunk_rows=per_chunk,
         chunks=-(-teacher_rows // per_chunk) + -(-(rows - teacher_rows) // per_chunk),
         workspace_bytes=sizes.bytes_of(longest, sizes.strip_bytes(workspace_bytes)),
-        gradient_bytes=elements * (gemm.gradient_dtype(dtype).itemsize + dtype.itemsize),
+        gradient_bytes=sum(gradients[name] for name in trains),
         least_workspace_bytes=sizes.least_workspace(),
     )
 

@@ -3,9 +3,8 @@
 Plain, differentiable PyTorch on vectors, the same for every back-end.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,14 +18,10 @@ from kepo_kernels.validate import (
     Validator,
     describe,
 )
-from kepo_kernels.weights import per_token
+from kepo_kernels.weights import LARGEST_LOG_RATIO, per_token
 
 # (logprobs, log_ratio, advantages) of n tokens -> n losses
 PolicyLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-# sigmoid(t (r - 1)) is 1 to the last bit long before r = e^20, and exp of more would send back
-# 0 * inf = NaN.
-LARGEST_LOG_RATIO = 20.0
 
 
 @dataclass(frozen=True)
@@ -42,26 +37,33 @@ class PolicySettings:
     sapo_temperature_pos: float
     sapo_temperature_neg: float
 
-    def check(self, check: Validator) -> None:
-        check.number("epsilon_low", self.epsilon_low, lambda x: 0 <= x <= 1, "a number in [0, 1]")
-        for name in ("epsilon_high", "kl_coef"):
-            check.number(name, getattr(self, name), lambda x: x >= 0, "a finite number >= 0")
-        for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
-            check.number(name, getattr(self, name), lambda x: x > 0, "a finite number > 0")
+    def checked(self, check: Validator) -> "PolicySettings":
+        """The same with Python's floats for all numbers."""
+        wanted = {
+            "epsilon_low": (lambda x: 0 <= x <= 1, "a number in [0, 1]"),
+            "epsilon_high": (lambda x: x >= 0, "a finite number >= 0"),
+            "kl_coef": (lambda x: x >= 0, "a finite number >= 0"),
+            "sapo_temperature_pos": (lambda x: x > 0, "a finite number > 0"),
+            "sapo_temperature_neg": (lambda x: x > 0, "a finite number > 0"),
+            "entropy_coef": (lambda x: True, "a finite number"),
+        }
+        numbers = {
+            name: check.number(name, getattr(self, name), *what) for name, what in wanted.items()
+        }
         if self.delta is not None:
-            least = 1.0 + self.epsilon_high
+            least = 1.0 + numbers["epsilon_high"]
             expected = f"None or a number > 1 + epsilon_high = {least}"
-            check.number("delta", self.delta, lambda x: x > least, expected)
+            numbers["delta"] = check.number("delta", self.delta, lambda x: x > least, expected)
             check.require(
                 self.policy_loss == "clip",
                 f"delta={self.delta} bounds the ratio of policy_loss='clip' and would have no "
                 f"effect on {self.policy_loss!r}; leave it out",
             )
-        check.number("entropy_coef", self.entropy_coef, lambda x: True, "a finite number")
         check.choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         if not callable(self.policy_loss):
             check.choice("policy_loss", self.policy_loss, POLICY_LOSSES, "or a callable")
         check.choice("importance_level", self.importance_level, IMPORTANCE_LEVELS)
+        return replace(self, **numbers)
 
     def of_tokens(self, check: Validator) -> PolicyLoss:
         """The policy loss by name, or the caller's own with its result checked."""
@@ -82,14 +84,16 @@ class PolicySettings:
         return checked
 
 
+def _ratio(log_ratio: Tensor) -> Tensor:
+    """exp(min(log_ratio, LARGEST_LOG_RATIO)): beyond that it is constant, and sends nothing back.
+
+    exp of 89 has no fp32, and 0 times its inf would be a NaN gradient also where the loss is flat.
+    """
+    return log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
+
+
 def _clip(to: PolicySettings, logprobs: Tensor, log_ratio: Tensor, advantages: Tensor) -> Tensor:
-    # Beyond the bound that applies nothing is sent back; exp of a huge log-ratio would send
-    # 0 * inf = NaN. One nat above it, so that no value changes.
-    upper = 1.0 + math.log1p(to.epsilon_high)
-    log_ratio = torch.where(advantages < 0, log_ratio, log_ratio.clamp(max=upper))
-    if to.delta is not None:
-        log_ratio = log_ratio.clamp(max=1.0 + math.log(to.delta))
-    ratio = torch.exp(log_ratio)
+    ratio = _ratio(log_ratio)
     clipped = ratio.clamp(1.0 - to.epsilon_low, 1.0 + to.epsilon_high)
     if to.delta is not None:
         ratio = ratio.clamp(max=to.delta)
@@ -97,12 +101,12 @@ def _clip(to: PolicySettings, logprobs: Tensor, log_ratio: Tensor, advantages: T
 
 
 def _cispo(to: PolicySettings, logprobs: Tensor, log_ratio: Tensor, advantages: Tensor) -> Tensor:
-    ratio = torch.exp(log_ratio.detach()).clamp(max=1.0 + to.epsilon_high)
+    ratio = _ratio(log_ratio.detach()).clamp(max=1.0 + to.epsilon_high)
     return -ratio * advantages * logprobs
 
 
 def _sapo(to: PolicySettings, logprobs: Tensor, log_ratio: Tensor, advantages: Tensor) -> Tensor:
-    ratio = torch.exp(log_ratio.clamp(max=LARGEST_LOG_RATIO))
+    ratio = _ratio(log_ratio)
     t = torch.full_like(ratio, to.sapo_temperature_neg)  # filled there, not copied from the host
     t = t.masked_fill(advantages > 0, to.sapo_temperature_pos)
     return -4.0 / t * torch.sigmoid(t * (ratio - 1.0)) * advantages
@@ -123,6 +127,7 @@ def _k2(difference: Tensor) -> Tensor:
 
 
 def _k3(difference: Tensor) -> Tensor:
+    difference = difference.clamp(max=LARGEST_LOG_RATIO)  # whole: -d alone would push away from ref
     return torch.expm1(difference) - difference
 
 
@@ -156,10 +161,10 @@ def policy_term(
 
     `active` (lead) may be on the CPU beside all others on a GPU.
     """
-    settings.check(check)
+    settings = settings.checked(check)
     check.per_sequence_or_token(lead, advantages=advantages)
     if sampler_weights is not None:
-        check.per_sequence_or_token(lead, sampler_weights=sampler_weights)
+        check.per_sequence_or_token(lead, columns=True, sampler_weights=sampler_weights)
     check.lead(lead, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
     check.same_device(
         hidden,

@@ -41,11 +41,7 @@ class Teacher:
             teacher_lm_head=self.head.weight,
             teacher_bias=self.bias,
         )
-        check.require(
-            self.hidden.dtype == student.dtype,
-            f"hidden is {describe(student)} and teacher_hidden {describe(self.hidden)}: dtypes "
-            "differ; cast one of them",
-        )
+        check.dtypes(("hidden", student), ("teacher_hidden", self.hidden))
         check.gate(self.gate, student.shape[:-1])
         lead = student.shape[:-1]
         if self.hidden.shape[:-1] == lead:
@@ -110,9 +106,14 @@ def build_problem(
         # What stands on inactive tokens is never read; int64 is what the kernels take.
         targets = targets.reshape(-1).to(torch.int64)
 
+    operands = [hidden, *_tensors(head, bias)]
+    if teacher is not None:
+        operands += [teacher.hidden, *_tensors(teacher.head, teacher.bias)]
+    dtypes = {x.dtype for x in operands}
+    operand_dtype = gemm.operand_dtype(dtypes)
     dtype = engine.get("logits_dtype")
-    check.logits_dtype(dtype, hidden)
-    dtype = dtype or gemm.default_logits_dtype(hidden.dtype, hidden.device)
+    check.logits_dtype(dtype, operand_dtype)
+    dtype = dtype or gemm.default_logits_dtype(operand_dtype, hidden.device)
     grad_tol = float(engine.get("grad_tol", 0.0))
     check.require(
         grad_tol == 0.0 or hidden.device.type == "cpu",
@@ -126,7 +127,8 @@ def build_problem(
             rows=len(rows),
             hidden_size=hidden.shape[-1],
             vocab=len(head.weight),
-            dtype=hidden.dtype,
+            dtype=min(dtypes, key=lambda x: x.itemsize),
+            mixed=len(dtypes) > 1,
             logits_dtype=dtype,
             device=hidden.device,
             teacher_rows=len(teacher_rows),
@@ -142,7 +144,9 @@ def build_problem(
         strip_bytes = sizes.strip_bytes(workspace_bytes)
     except KepoInputError as error:
         check.refuse(str(error))
-    scale = 1.0 if teacher is None else teacher.head.logit_scale
+    # Numbers may be numpy's or 0-d tensors; the kernels want Python's.
+    own_scale = float(head.logit_scale)
+    scale = 1.0 if teacher is None else float(teacher.head.logit_scale)
     chunks = even_chunks(len(teacher_rows), len(rows), chunk_rows)
     there = (moved(x, hidden.device) for x in (rows, teacher_rows))
     return student_of(hidden, head, bias), LinearProblem(
@@ -159,12 +163,13 @@ def build_problem(
         # c / s).
         settings=RowSettings(
             beta=float(beta),
-            temperature=temperature / head.logit_scale,
+            temperature=float(temperature) / own_scale,
             teacher_temperature=1.0 if teacher is None else teacher.temperature / scale,
-            softcap=(head.softcap or 0.0) / head.logit_scale,
-            teacher_softcap=0.0 if teacher is None else (teacher.head.softcap or 0.0) / scale,
+            softcap=float(head.softcap or 0.0) / own_scale,
+            teacher_softcap=0.0 if teacher is None else float(teacher.head.softcap or 0.0) / scale,
         ),
-        lora_scale=1.0 if head.lora is None else head.lora.scale,
+        lora_scale=1.0 if head.lora is None else float(head.lora.scale),
+        operand_dtype=operand_dtype,
         logits_dtype=dtype,
         row_kernels=row_kernels,
         chunk_rows=chunk_rows,
@@ -172,6 +177,11 @@ def build_problem(
         teacher_strip_rows=sizes.strip_rows(sizes.teacher_hidden_size, strip_bytes),
         grad_tol=grad_tol,
     )
+
+
+def _tensors(head: Head, bias: Tensor | None) -> list[Tensor]:
+    given = (head.weight, bias, *(() if head.lora is None else head.lora[:2]))
+    return [x for x in given if x is not None]
 
 
 def student_of(hidden: Tensor, head: Head, bias: Tensor | None) -> Student:
@@ -187,7 +197,9 @@ def _flat(states: Tensor) -> Tensor:
 
 
 def _shared(lora: LoRA | None, shared: int) -> LoRA | None:
-    return None if lora is None else LoRA(lora.a.detach(), lora.b.detach()[:shared], lora.scale)
+    return (
+        None if lora is None else LoRA(lora.a.detach(), lora.b.detach()[:shared], float(lora.scale))
+    )
 
 
 def even_chunks(split: int, rows: int, longest: int) -> tuple[tuple[int, int], ...]:

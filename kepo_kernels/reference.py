@@ -7,9 +7,12 @@ matter.
 """
 
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
+
+LARGEST_LOG_RATIO = 20.0  # before exp: beyond it ratios and k3 are constant, their gradient 0
 
 
 def project(hidden: Tensor, lm_head: object, bias: Tensor | None = None) -> Tensor:
@@ -20,15 +23,21 @@ def project(hidden: Tensor, lm_head: object, bias: Tensor | None = None) -> Tens
 
     lm_head: the weight (V, H), or anything with `.weight`, `.softcap` (None = no cap),
     `.logit_scale` and `.lora` (None, or with `.a` (r, H), `.b` (V, r) and `.scale`). A logit of
-    -inf, a token ruled out, stays -inf under a softcap.
+    -inf, a token ruled out, stays -inf under a softcap. Of two dtypes the product is in the wider.
     """
-    if isinstance(lm_head, Tensor):
-        return hidden @ lm_head.T if bias is None else hidden @ lm_head.T + bias
-    logits = hidden @ lm_head.weight.T
-    if lm_head.lora is not None:
-        logits = logits + lm_head.lora.scale * (hidden @ lm_head.lora.a.T) @ lm_head.lora.b.T
+    plain = isinstance(lm_head, Tensor)
+    given = [hidden, lm_head] if plain else [hidden, lm_head.weight]
+    if not plain and lm_head.lora is not None:
+        given += [lm_head.lora.a, lm_head.lora.b]
+    wide = reduce(torch.promote_types, (x.dtype for x in given))
+    hidden, weight, *low = (x.to(wide) for x in given)
+    logits = hidden @ weight.T
+    if low:
+        logits = logits + lm_head.lora.scale * (hidden @ low[0].T) @ low[1].T
     if bias is not None:
         logits = logits + bias
+    if plain:
+        return logits
     logits = lm_head.logit_scale * logits
     if lm_head.softcap is None:
         return logits
@@ -126,7 +135,7 @@ def policy_term(
     sapo_temperature_pos: float = 1.0,
     sapo_temperature_neg: float = 1.05,
 ) -> Tensor:
-    """The policy's loss per token: (n,) each -> (n,). r = exp(log_ratio), A = advantages.
+    """The policy's loss per token: (n,) each -> (n,). r = exp(min(log_ratio, 20)), A = advantages.
 
         "clip"       -min(min(r, delta) A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A)
         "cispo"      -stopgrad(min(r, 1 + epsilon_high)) A logprob
@@ -143,7 +152,7 @@ def policy_term(
         return policy_loss(logprobs, log_ratio, advantages)
     if policy_loss == "reinforce":
         return -advantages * logprobs
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
     if policy_loss == "clip":
         bounded = ratio if delta is None else ratio.clamp(max=delta)
         clipped = ratio.clamp(1.0 - epsilon_low, 1.0 + epsilon_high)
@@ -160,7 +169,8 @@ def policy_term(
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
     """Schulman's estimates of KL(policy|ref) from a sampled token, with d = ref - logprob.
 
-    k1 = -d, k2 = d^2 / 2, k3 = e^d - d - 1 (Schulman, "Approximating KL divergence", 2020).
+    k1 = -d, k2 = d^2 / 2, k3 = e^m - m - 1, m = min(d, 20) (Schulman, "Approximating KL
+    divergence", 2020; his k3 has no bound).
     """
     difference = ref_logprobs - logprobs
     if estimator == "k1":
@@ -168,6 +178,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
     if estimator == "k2":
         return difference.square() / 2.0
     if estimator == "k3":
+        difference = difference.clamp(max=LARGEST_LOG_RATIO)
         return difference.expm1() - difference
     raise ValueError(f"kl_estimator {estimator!r} is not k1, k2 or k3")
 

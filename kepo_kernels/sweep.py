@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kepo_kernels import gemm, lora, pages
+from kepo_kernels import forks, gemm, lora, pages
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.heads import LoRA
 from kepo_kernels.rows import NUM_COEFFICIENTS, RowSettings, RowStats, accumulate_dtype
@@ -134,6 +134,7 @@ class LinearProblem:
     teacher_lora: LoRA | None
     settings: RowSettings
     lora_scale: float
+    operand_dtype: torch.dtype  # of the student's states in the products: wider than they may be
     logits_dtype: torch.dtype
     row_kernels: ModuleType
     chunk_rows: int
@@ -159,6 +160,7 @@ def sweep(
     """The chunk loop; what the coefficients send back is added to `gradients`."""
     kernels, settings = problem.row_kernels, problem.settings
     hidden = student.hidden
+    forks.in_use()
     numbers = hidden.new_zeros(
         NUM_COEFFICIENTS,
         hidden.shape[:-1].numel(),
@@ -171,7 +173,7 @@ def sweep(
     with torch.autocast(hidden.device.type, enabled=False):
         for start, end in problem.plan.chunks:
             rows = problem.plan.rows[start:end]
-            x = _gather(problem, hidden, rows, "hidden")
+            x = _gather(problem, hidden, rows, "hidden").to(problem.operand_dtype)
             logits = buffers.get("student", len(rows), len(student.lm_head))
             gemm.project_(logits, x, *student[1:3], strip_rows=problem.strip_rows)
             low = None
@@ -265,7 +267,7 @@ class _Buffers:
     def __init__(self, problem: LinearProblem, hidden: Tensor):
         self.rows = max((end - start for start, end in problem.plan.chunks), default=0)
         self.dtype, self.device = problem.logits_dtype, hidden.device
-        self.gradient_dtype = gemm.dlogits_dtype(hidden.dtype, self.dtype, self.device)
+        self.gradient_dtype = gemm.dlogits_dtype(problem.operand_dtype, self.dtype, self.device)
         self.kept: dict[str, Tensor] = {}
 
     def get(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:

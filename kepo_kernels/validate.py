@@ -7,6 +7,7 @@ that is on CPU tensors, and only at tokens that take part.
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import NoReturn
 
 import torch
@@ -96,11 +97,7 @@ class Validator:
             f"{head_name}",
         )
         for name, x in given[1:]:
-            self.require(
-                x.dtype == hidden.dtype,
-                f"{hidden_name} {describe(hidden)} and {name} {describe(x)} differ in dtype; cast "
-                "one of them",
-            )
+            self.dtypes((hidden_name, hidden), (name, x))
         self.number(f"{head_name}.logit_scale", head.logit_scale, lambda x: x > 0, "a number > 0")
         if head.softcap is not None:
             self.number(
@@ -122,6 +119,15 @@ class Validator:
                 x.device == lm_head.device,
                 f"{head_name} is on {lm_head.device} and {name} on {x.device}; move one",
             )
+
+    def dtypes(self, a: tuple[str, Tensor], b: tuple[str, Tensor]) -> None:
+        """Both fp64, or neither: among the others a product is formed in fp32."""
+        (a_name, a), (b_name, b) = a, b
+        self.require(
+            a.dtype == b.dtype or torch.float64 not in (a.dtype, b.dtype),
+            f"{a_name} {describe(a)} and {b_name} {describe(b)} differ in dtype; float64 goes with "
+            "float64 alone: cast one of them",
+        )
 
     def whole(self, name: str, x: Tensor) -> None:
         """Not one shard of a parameter that lives on many devices."""
@@ -161,10 +167,14 @@ class Validator:
                 "without its last dimension)",
             )
 
-    def per_sequence_or_token(self, lead: torch.Size, **tensors: Tensor) -> None:
+    def per_sequence_or_token(
+        self, lead: torch.Size, columns: bool = False, **tensors: Tensor
+    ) -> None:
+        """`columns`: one per sequence may also come as (B, 1)."""
+        shapes = [lead, lead[:1]] + [torch.Size((*lead[:1], 1))] * columns
         for name, x in tensors.items():
             self.require(
-                isinstance(x, Tensor) and x.shape in (lead, lead[:1]) and not x.is_complex(),
+                isinstance(x, Tensor) and x.shape in shapes and not x.is_complex(),
                 f"{name} {describe(x)}; expected shape {list(lead[:1])} (per sequence) or "
                 f"{list(lead)} (per token)",
             )
@@ -219,23 +229,36 @@ class Validator:
 
     def number(
         self, name: str, value: object, holds: Callable[[float], bool], expected: str
-    ) -> None:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        self.require(
-            good and math.isfinite(value) and holds(value), f"{name}={value!r}; expected {expected}"
-        )
+    ) -> float:
+        """Returns it as Python's float, whatever kind of number it is."""
+        number = plain(value)
+        good = isinstance(number, Real) and not isinstance(number, bool)
+        try:
+            good = good and math.isfinite(number) and holds(number)
+        except OverflowError:  # an int beyond all floats
+            good = False
+        self.require(good, f"{name}={value!r}; expected {expected}")
+        return float(number)
+
+    def integer(self, name: str, value: object, least: int, expected: str) -> int:
+        """Returns it as Python's int, whatever kind of integer it is."""
+        number = plain(value)
+        good = isinstance(number, int) and not isinstance(number, bool) and number >= least
+        self.require(good, f"{name}={value!r}; expected {expected}")
+        return int(number)
 
     def softmax(
         self, temperature: float, beta: float = 0.5, teacher_temperature: float | None = None
     ) -> float:
         """Returns the teacher's temperature: its own, or the student's."""
-        self.number("temperature", temperature, lambda x: x > 0, "a finite number > 0")
+        temperature = self.number(
+            "temperature", temperature, lambda x: x > 0, "a finite number > 0"
+        )
         self.number("beta", beta, lambda x: 0 <= x <= 1, "a number in [0, 1]")
         if teacher_temperature is None:
             return temperature
         expected = "None or a finite number > 0"
-        self.number("teacher_temperature", teacher_temperature, lambda x: x > 0, expected)
-        return teacher_temperature
+        return self.number("teacher_temperature", teacher_temperature, lambda x: x > 0, expected)
 
     def choice(self, name: str, value: object, choices: tuple[str, ...], other: str = "") -> None:
         self.require(
@@ -247,6 +270,7 @@ class Validator:
         self.choice(name, value, REDUCTIONS)
 
     def engine(self, settings: dict[str, object]) -> None:
+        """Numbers become Python's in `settings`, which are the call's own."""
         for name in settings:
             self.require(
                 name in ENGINE_SETTINGS,
@@ -254,27 +278,37 @@ class Validator:
             )
         self.choice("impl", settings.get("impl", "auto"), ("auto", *IMPLS))
         for name in ("workspace_bytes", "chunk_rows"):
-            value = settings.get(name)
-            good = isinstance(value, int) and not isinstance(value, bool)
-            self.require(
-                value is None or (good and value > 0),
-                f"{name}={value!r}; expected a positive integer or None",
-            )
+            if settings.get(name) is not None:
+                expected = "a positive integer or None"
+                settings[name] = self.integer(name, settings[name], 1, expected)
         if "grad_tol" in settings:
-            self.number(
+            settings["grad_tol"] = self.number(
                 "grad_tol", settings["grad_tol"], lambda x: 0 <= x < 1, "a number in [0, 1)"
             )
-        wanted = settings.get("return_stats", False)
+        wanted = settings["return_stats"] = plain(settings.get("return_stats", False))
         self.require(isinstance(wanted, bool), f"return_stats={wanted!r}; expected True or False")
 
-    def logits_dtype(self, wanted: torch.dtype | None, hidden: Tensor) -> None:
+    def logits_dtype(self, wanted: torch.dtype | None, operands: torch.dtype) -> None:
         allowed = {torch.float64: (torch.float64,), torch.bfloat16: (torch.float32, torch.bfloat16)}
-        accepted = allowed.get(hidden.dtype, (torch.float32,))
+        accepted = allowed.get(operands, (torch.float32,))
         self.require(
             wanted is None or wanted in accepted,
-            f"logits_dtype={wanted} with {hidden.dtype} hidden; expected None or "
+            f"logits_dtype={wanted} with {operands} hidden and lm_head; expected None or "
             + " or ".join(map(str, accepted)),
         )
+
+
+def plain(value: object) -> object:
+    """A numpy scalar, or a 0-d tensor that can be read and is owed no gradient, as Python's number.
+
+    Anything else as it is.
+    """
+    if isinstance(value, Tensor):
+        readable = value.dim() == 0 and on_cpu(value) and not value.requires_grad
+        return value.item() if readable else value
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    return value
 
 
 def on_cpu(x: Tensor) -> bool:

@@ -10,6 +10,10 @@ from torch import Tensor
 
 from kepo_kernels.validate import Validator, describe, on_cpu
 
+# No difference of log-probabilities is read as more than this before it meets exp, whose value is
+# then at most 4.9e8 and whose gradient is 0; the bound is that of verl and slime. e^89 has no fp32.
+LARGEST_LOG_RATIO = 20.0
+
 
 def loss_weights(
     completion_mask: Tensor, gate: Tensor | None = None, reduction: str = "token_mean"
@@ -99,10 +103,12 @@ def dapo_weights(completion_mask: Tensor, num_items: float | Tensor | None = Non
         if on_cpu(num_items):
             num_items = num_items.item()
     if not isinstance(num_items, Tensor):
-        check.number("num_items", num_items, lambda x: x >= 0, "a finite number >= 0 of tokens")
+        num_items = check.number(
+            "num_items", num_items, lambda x: x >= 0, "a finite number >= 0 of tokens"
+        )
         check.require(
             num_items > 0 or not on_cpu(completion_mask) or not completion_mask.any(),
-            f"num_items={num_items}, but completion_mask has tokens; expected the tokens of the "
+            f"num_items={num_items:g}, but completion_mask has tokens; expected the tokens of the "
             "whole batch",
         )
         num_items = completion_mask.new_full((), num_items, dtype=torch.float64)
@@ -120,10 +126,10 @@ def dr_grpo_weights(completion_mask: Tensor, max_completion_length: int) -> Tens
     """
     check = Validator("dr_grpo_weights")
     _check_mask(check, completion_mask)
-    check.number("max_completion_length", max_completion_length, lambda x: x > 0, "a number > 0")
-    return completion_mask.to(torch.float64) / (
-        max(1, len(completion_mask)) * max_completion_length
+    longest = check.number(
+        "max_completion_length", max_completion_length, lambda x: x > 0, "a number > 0"
     )
+    return completion_mask.to(torch.float64) / (max(1, len(completion_mask)) * longest)
 
 
 def sampler_weights(
@@ -138,8 +144,8 @@ def sampler_weights(
 ) -> Tensor:
     """Correction for completions that another engine sampled than the one that trains.
 
-        level "token"    r_t = exp(old_t - sampler_t)
-        "sequence"       r = exp(sum of old_t - sampler_t over the sequence's tokens)
+        level "token"    r_t = exp(min(old_t - sampler_t, 20))
+        "sequence"       r = exp(min(sum of old_t - sampler_t over the sequence's tokens, 20))
         mode "truncate"  w = min(max(r, low), high)
         "mask"           w = r if low <= r <= high, 0 otherwise
 
@@ -162,9 +168,12 @@ def sampler_weights(
     _check_mask(check, completion_mask)
     check.choice("level", level, ("token", "sequence"))
     check.choice("mode", mode, ("truncate", "mask"))
-    for name, bound in (("low", low), ("high", high)):
-        if bound is not None:
-            check.number(name, bound, lambda x: x >= 0, "a finite number >= 0, or None for none")
+    low, high = (
+        None
+        if bound is None
+        else check.number(name, bound, lambda x: x >= 0, "a finite number >= 0, or None for none")
+        for name, bound in (("low", low), ("high", high))
+    )
     check.require(
         low is None or high is None or low <= high, f"low={low} is above high={high}; exchange them"
     )
@@ -179,7 +188,7 @@ def sampler_weights(
     difference = torch.where(scored, difference, 0)
     if level == "sequence" and difference.dim() == 2:
         difference = difference.sum(-1)
-    ratio = difference.exp()
+    ratio = difference.clamp(max=LARGEST_LOG_RATIO).exp()
     low, high = (0.0 if low is None else low), (torch.inf if high is None else high)
     if mode == "truncate":
         ratio = ratio.clamp(low, high)
@@ -221,8 +230,8 @@ def sod_weights(
         completion_mask.dim() == 2,
         f"completion_mask {describe(completion_mask)}; expected (B, T): flat tokens have no steps",
     )
-    check.number("epsilon", epsilon, lambda x: x > 0, "a finite number > 0")
-    check.number("delta", delta, lambda x: x >= 0, "a finite number >= 0")
+    epsilon = check.number("epsilon", epsilon, lambda x: x > 0, "a finite number > 0")
+    delta = check.number("delta", delta, lambda x: x >= 0, "a finite number >= 0")
     scores = {"logprobs": logprobs, "teacher_logprobs": teacher_logprobs}
     _check_like(check, completion_mask, steps=steps, **scores)
     check.require(

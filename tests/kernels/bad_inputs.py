@@ -1,5 +1,6 @@
 """What may be wrong with a call: its tensors (`bad_shapes.py`), their values, its settings."""
 
+import numpy
 import torch
 from bad_shapes import BAD_HEADS, BAD_SHAPES
 from right_calls import (
@@ -145,7 +146,26 @@ BAD_SETTINGS = {
     "temperature nan": (STUDENT, {"temperature": NAN}, ["temperature=nan"]),
     "temperature True": (STUDENT, {"temperature": True}, ["temperature=True"]),
     "temperature text": (STUDENT, {"temperature": "1.0"}, ["temperature='1.0'"]),
-    "temperature tensor": (STUDENT, {"temperature": torch.tensor(1.0)}, ["temperature=tensor(1.)"]),
+    "temperature of its own for each": (
+        STUDENT,
+        {"temperature": torch.ones(1)},
+        ["temperature=tensor([1.])", "finite number > 0"],
+    ),
+    "temperature that is trained": (
+        STUDENT,
+        {"temperature": torch.tensor(1.0, requires_grad=True)},
+        ["temperature=tensor(1., requires_grad=True)"],
+    ),
+    "temperature without a value": (
+        STUDENT,
+        {"temperature": torch.ones((), device="meta")},
+        ["temperature=tensor(..., device='meta'"],
+    ),
+    "temperature beyond floats": (STUDENT, {"temperature": 10**400}, ["temperature=1000"]),
+    "temperature numpy True": (STUDENT, {"temperature": numpy.True_}, ["temperature=", "True"]),
+    "beta tensor True": ((KD, KEPO, LINEAR), {"beta": torch.tensor(True)}, ["beta=tensor(True)"]),
+    "complex coefficient": (POLICY, {"entropy_coef": 1j}, ["entropy_coef=1j"]),
+    "numpy nan": (POLICY, {"epsilon_low": numpy.float32("nan")}, ["epsilon_low=", "nan"]),
     "temperature None": (STUDENT, {"temperature": None}, ["temperature=None"]),
     "beta above": ((KD, KEPO, LINEAR), {"beta": 1.01}, ["beta=1.01", "[0, 1]"]),
     "beta below": ((KD, KEPO, LINEAR), {"beta": -0.1}, ["beta=-0.1"]),
@@ -176,6 +196,12 @@ BAD_SETTINGS = {
     "impl None": (STUDENT, {"impl": None}, ["impl=None"]),
     "workspace 0": (STUDENT, {"workspace_bytes": 0}, ["workspace_bytes=0", "positive integer"]),
     "workspace float": (STUDENT, {"workspace_bytes": 1e9}, ["workspace_bytes=1000000000.0"]),
+    "workspace numpy float": (
+        STUDENT,
+        {"workspace_bytes": numpy.float64(1e9)},
+        ["workspace_bytes=", "positive integer"],
+    ),
+    "chunk_rows numpy True": (STUDENT, {"chunk_rows": numpy.True_}, ["chunk_rows=", "True"]),
     "workspace True": (STUDENT, {"workspace_bytes": True}, ["workspace_bytes=True"]),
     "chunk_rows 0": (STUDENT, {"chunk_rows": 0}, ["chunk_rows=0"]),
     "chunk_rows negative": (STUDENT, {"chunk_rows": -5}, ["chunk_rows=-5"]),

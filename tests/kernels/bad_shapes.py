@@ -72,17 +72,17 @@ BAD_HEADS = {
     ),
     "mixed dtypes": (
         STUDENT,
-        {"lm_head": PROBLEM.lm_head.bfloat16()},
-        ["hidden", "float32", "lm_head", "bfloat16", "cast one"],
+        {"lm_head": PROBLEM.lm_head.double()},
+        ["hidden", "float32", "lm_head", "float64", "cast one"],
     ),
     "mixed bias": (STUDENT, {"bias": PROBLEM.bias.double()}, ["hidden", "bias [37] float64"]),
     "mixed teacher": (
         TEACHER,
         {
-            "teacher_hidden": PROBLEM.teacher_hidden.half(),
-            "teacher_lm_head": PROBLEM.teacher_lm_head.half(),
+            "teacher_hidden": PROBLEM.teacher_hidden.double(),
+            "teacher_lm_head": PROBLEM.teacher_lm_head.double(),
         },
-        ["hidden is [3, 4, 16] float32", "teacher_hidden [3, 4, 24] float16"],
+        ["hidden [3, 4, 16] float32", "teacher_hidden [3, 4, 24] float64"],
     ),
     "bias of the hidden size": (STUDENT, {"bias": torch.ones(HIDDEN)}, ["bias [16]", "(37,)"]),
     "bias of one": (STUDENT, {"bias": torch.ones(1)}, ["bias [1]", "(37,)"]),
@@ -210,6 +210,16 @@ BAD_SHAPES = {
         POLICY,
         {"advantages": PROBLEM.advantages.to("meta")},
         ["advantages on meta"],
+    ),
+    "sampler_weights (1, T)": (
+        POLICY,
+        {"sampler_weights": torch.ones(1, LENGTH)},
+        ["sampler_weights [1, 4]", "[3]", "[3, 4]"],
+    ),
+    "sampler_weights (B, T, 1)": (
+        POLICY,
+        {"sampler_weights": torch.ones(BATCH, LENGTH, 1)},
+        ["sampler_weights [3, 4, 1]"],
     ),
     "old_logprobs (B,)": (
         POLICY,

@@ -275,6 +275,49 @@ def test_workspace_is_kept_by_the_process():
     assert plan.chunks > 2 and workspace // 4 < above < workspace + slack
 
 
+SMALL = """
+import torch, kepo_kernels
+from pathlib import Path
+
+def status(name):
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if name in x)
+    return int(line.split()[1]) << 10
+
+torch.manual_seed(0)
+states = [torch.randn(2048, 256, requires_grad=True), torch.randn(2048, 256)]
+heads = [torch.randn(32000, 256, requires_grad=True), torch.randn(32000, 256)]
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+student, teacher = zip(states, heads)
+kepo_kernels.fused_gated_kd_loss(*student, *teacher).backward()
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_small_call_holds_little():
+    """The first call of a fresh process by its defaults: what it imports and the matrix library's
+    buffers included. Its gradients are 33 MiB; whole matrices would take 1.5 GiB."""
+    run = subprocess.run([sys.executable, "-c", SMALL], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 96 << 20
+
+
+def test_the_default_goes_by_the_size_of_the_call():
+    """Half of inputs and gradients, and at least 128 rows and 32 MiB; large calls as ever."""
+    teacher = {"teacher_rows": 2048, "dtype": torch.float32, "impl": "torch"}
+    small = engine.plan(2048, 256, 32000, **teacher)
+    held = 3 * (2048 + 32000) * 256 * 4
+    assert 0.7 * held / 2 < small.workspace_bytes <= held / 2
+    tiny = engine.plan(8192, 16, 1000, impl="torch")
+    assert tiny.workspace_bytes < 32 << 20 and tiny.chunks <= 4
+    narrow = engine.plan(2048, 16, 151936, impl="torch")
+    assert 128 <= narrow.chunk_rows < 256
+    large = engine.plan(2048, 1024, 151936, teacher_rows=2048, impl="torch")
+    assert large.chunk_rows == 256
+    medium = engine.plan(1024, 1024, 32768, teacher_rows=1024, impl="torch")
+    assert medium.workspace_bytes > 120 << 20 and medium.chunks == 2
+
+
 @pytest.mark.parametrize("impl", ["cpu", "torch"])
 def test_no_gradient_no_accumulator(impl, unpoisoned):
     """Without gradients nothing of the size of the head is allocated."""
