@@ -87,7 +87,7 @@ def refuse_threads(allowed: int) -> None:
 
 
 def large_call(trains: str) -> None:
-    """A head that is one row in memory: its gradient would be 4 GiB, the logits of a chunk 1 GiB."""
+    """A head of one row in memory: its gradient would be 4 GiB, the logits of a chunk 1 GiB."""
     head = torch.ones(1, 256).expand(4_000_000, 256).requires_grad_(trains == "lm_head")
     hidden = torch.randn(64, 256).requires_grad_(trains == "hidden")
     ids = torch.arange(64)
