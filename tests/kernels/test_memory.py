@@ -307,7 +307,7 @@ def test_the_default_goes_by_the_size_of_the_call():
     teacher = {"teacher_rows": 2048, "dtype": torch.float32, "impl": "torch"}
     small = engine.plan(2048, 256, 32000, **teacher)
     held = 3 * (2048 + 32000) * 256 * 4
-    assert 0.3 * held < small.workspace_bytes <= 0.4 * held
+    assert 0.3 * held < small.workspace_bytes < 0.5 * held
     tiny = engine.plan(8192, 16, 1000, impl="torch")
     assert tiny.workspace_bytes < 32 << 20 and tiny.chunks <= 4
     narrow = engine.plan(2048, 16, 151936, impl="torch")
