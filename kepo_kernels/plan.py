@@ -20,8 +20,8 @@ from kepo_kernels.validate import Validator
 # On a GPU the fp32 gradient of a large head costs a pass over the head per chunk, so chunks want to
 # be about 2048 rows, which of two heads of 151,936 rows is 3.1 GiB. On a CPU they want to be small
 # enough not to page in gigabytes, and long enough that the same pass does not show: 256 rows, up to
-# half a gigabyte. A small call there is granted half of what its inputs and gradients take, but
-# 128 rows and 32 MiB at least: so it never holds much more than it must.
+# half a gigabyte. A small call there is granted two fifths of what its inputs and gradients take,
+# but 128 rows and 32 MiB at least: so it never holds much more than it must.
 DEFAULT_WORKSPACE = {"cpu": 192 << 20, "cuda": 3328 << 20}
 LARGEST_SHARE = 8  # an eighth of a GPU's memory at most
 CPU_CHUNK_ROWS, LEAST_CPU_CHUNK_ROWS = 256, 128
@@ -115,7 +115,7 @@ class Sizes:
             DEFAULT_WORKSPACE["cpu"], min(self.bytes_of(CPU_CHUNK_ROWS), LARGEST_CPU_DEFAULT)
         )
         few = min(self.bytes_of(LEAST_CPU_CHUNK_ROWS), LARGEST_CPU_DEFAULT)
-        small = max(self.inputs_and_gradients() // 2, few, LEAST_CPU_DEFAULT)
+        small = max(2 * self.inputs_and_gradients() // 5, few, LEAST_CPU_DEFAULT)
         return max(min(most, small), self.bytes_of(1))
 
     def inputs_and_gradients(self) -> int:
