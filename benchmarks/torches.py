@@ -148,7 +148,7 @@ def write(path: Path, lines: list[Line]) -> None:
 
     about = stamp()
     columns = ["torch", *KINDS, "failed", "cpp", "commit", "date"]
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for line in lines:

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kepo import hf, medr1, omnimedvqa
-from kepo.errors import KepoConfigError, KepoDataError
+from kepo.errors import KepoConfigError, KepoDataError, disk_sentence
 from kepo.example import LETTERS, UNKNOWN, Example
 from kepo.files import each_json_file, expanded, is_json, printable
 from kepo.images import load_image, locate, open_rgb
@@ -100,7 +100,7 @@ def layout_of(path: str | Path) -> Layout:
             return MEDR1
         found = "is not there" if not path.exists() else "is of no layout known here"
     except OSError as error:  # no permission, or a disk that is gone
-        found = f"cannot be read ({error})"
+        raise KepoDataError(disk_sentence(error)) from error
     raise KepoDataError(
         f"{printable(path)} {found}; expected a folder with {omnimedvqa.FOLDER}, one written by "
         "datasets.save_to_disk, or JSON files of image, problem, solution"

@@ -83,6 +83,7 @@ def test_metrics_by_hand():
         "kepo/hint_groups": 2,
         "kepo/hint_rate": 2 / 4,  # three groups, and one that was exchanged
         "kepo/hints_written": 1,
+        "kepo/hint_retries": 0,
         "kepo/hints_unusable": 1,
         "kepo/hint_attempts": 3,
         "kepo/hint_accept_rate": 1 / 3,

@@ -201,7 +201,7 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch, name):
 def test_other_commands_know_home_too(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(Exception, match=str(tmp_path / "nothing")):
-        evaluation(Evaluation(model="m", data="~/nothing"))
+        evaluation(Evaluation(model="~/nothing", data="d"))
     done = subprocess.run(
         [sys.executable, "-m", "kepo.data", "check", "~/nothing"],
         capture_output=True,

@@ -68,6 +68,7 @@ def toys():
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_module, "load_policy", lambda config, device, saved: ToyPolicy(saved))
+        patch.setattr(train_module, "judge_of", lambda config: None)  # it has no encoder to ask
         patch.setattr(train_module, "load_engine", lambda config, policy: policy)
         patch.setattr(train_module, "plot_curves", draw_nothing)
         torch.set_num_threads(1)
@@ -167,7 +168,8 @@ class Right(NamedTuple):
 
 
 def undisturbed(data: Path, run_dir: Path) -> Right:
-    assert run(config_of(data, run_dir)).sentence is None
+    ended = run(config_of(data, run_dir))
+    assert ended.sentence is None, ended
     return Right(weights(run_dir), log(run_dir), log(run_dir, "completions.jsonl"))
 
 
