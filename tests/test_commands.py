@@ -1,5 +1,6 @@
 """The commands of README, each run once in small."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,3 +33,14 @@ def test_help(command):
 @pytest.mark.parametrize("script", ["bench_loss.py", "loop/step.py", "plot.py", "compare.py"])
 def test_help_of_scripts(script):
     assert "usage:" in run(f"benchmarks/{script}", "--help")
+
+
+def test_every_test_that_the_docs_name_exists():
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w./]*test_\w+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 30
+    for file, test in named:
+        folder = ROOT / "tests" / ("" if file.startswith(("kernels/", "../")) else "loop")
+        path = folder / file.removeprefix("../")
+        assert path.is_file(), file
+        assert not test or f"def {test}(" in path.read_text(encoding="utf-8"), (file, test)
