@@ -138,3 +138,11 @@ def test_the_plan_holds(states, head, trains, unpoisoned):
         peak, _ = allocations(lambda loss=loss, to=leaves: torch.autograd.grad(loss, to))
         assert peak - returned <= workspace
         assert planned.gradient_bytes == wide + returned
+
+
+@pytest.mark.parametrize(("states", "head"), PAIRS, ids=str)
+def test_the_plan_counts_fp32_logits_where_bf16_products_are_fast(monkeypatch, states, head):
+    """A call's logits are bf16 there only if states and head both are."""
+    monkeypatch.setattr(gemm, "fast_bf16", lambda device: True)
+    plan = partial(engine.plan, 1024, 64, 32768, dtype=states, head_dtype=head, chunk_rows=256)
+    assert plan() == plan(logits_dtype=FP32) != plan(logits_dtype=BF16)
