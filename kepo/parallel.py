@@ -8,6 +8,7 @@ disagree about. Alone, without torchrun, every function does the obvious.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from kepo.errors import KepoConfigError, KepoError
-from kepo.watchdog import watched
+from kepo.watchdog import FAREWELL, watched
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -59,10 +60,8 @@ def processes(
         try:
             yield own
         except BaseException as error:
-            # Others may be waiting for this one in a collective, and then so would the farewell: it
-            # just leaves, and torchrun ends them.
-            if started and not several:
-                dist.destroy_process_group()
+            if started:
+                _give_up()
             if several and isinstance(error, RuntimeError) and _is_lost_peer(error):
                 raise _lost_peer(error) from error
             raise
@@ -165,6 +164,18 @@ def _leave() -> None:
     global _control
     _control = None
     dist.destroy_process_group()
+
+
+def _give_up() -> None:
+    """Leave, if that can be done at once: others may be in a collective with this process, and then
+    the farewell would wait for them; torchrun ends them.
+
+    Without it, Python may end while a thread of gloo gives back the last collective's tensors. That
+    thread asks for Python's lock, gets none, and the process aborts after it has said its sentence.
+    """
+    farewell = threading.Thread(target=_leave, daemon=True)
+    farewell.start()
+    farewell.join(FAREWELL)
 
 
 def ranks(places: Sequence[int]) -> str:

@@ -1,6 +1,7 @@
 """Work shared out over processes, and decisions they take together."""
 
 import functools
+import os
 
 import pytest
 import several
@@ -94,6 +95,31 @@ def in_each_of_two(rank, file):
 
 def test_two_processes_agree_and_share(tmp_path):
     mp.start_processes(in_each_of_two, args=(tmp_path / "store",), nprocs=2, start_method="spawn")
+
+
+def ends_with_an_error(rank, ports):
+    launch = dict(RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=ports[0])
+    os.environ.update({name: str(value) for name, value in launch.items()})
+    # Of both at once: a group that is left there aborts the end of some processes.
+    with pytest.raises(KepoConfigError, match="no"), parallel.processes("cpu"):
+        assert together(rank) == [0, 1]
+        refuse("no")
+    assert not dist.is_initialized()
+    # Of one, while the other waits for it.
+    os.environ["MASTER_PORT"] = str(ports[1])
+    ends = (r"rank 0: another process of this run has ended", "no")
+    with pytest.raises(KepoError, match=ends[rank]), parallel.processes("cpu"):
+        together(rank)
+        if rank == 1:
+            refuse("no")
+        together(rank)
+    assert not dist.is_initialized()
+
+
+def test_after_an_error_no_group_is_left():
+    with several.free_port() as first, several.free_port() as second:
+        pass
+    mp.start_processes(ends_with_an_error, args=((first, second),), nprocs=2, start_method="spawn")
 
 
 def test_a_group_of_one_is_made_where_it_is_needed():
