@@ -24,7 +24,7 @@ help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
 
 demo: $(VENV)/demo.stamp  ## train a tiny vision-language model with KEPO on scanned digits
-	$(PY) -m kepo.demo
+	$(PY) -m kepo demo
 
 # One process a core, one thread in each: threads of two processes would wait for each other.
 test: $(VENV)/test.stamp  ## the test suite

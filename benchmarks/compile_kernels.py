@@ -85,7 +85,7 @@ def launched_variants(targets: Iterable[str], cases: Iterable[Case]) -> list[Var
     """All launches of both row functions in these cases, once each for every target."""
     import torch
 
-    from kepo_kernels import triton_rows
+    from kepo_kernels.rows import triton_rows
 
     found: dict[Variant, None] = {}
     start, select_device, hip = triton_rows._start, torch.cuda.device, torch.version.hip
@@ -152,7 +152,7 @@ def call_rows(rows_module, cases: Iterable[Case]) -> None:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from kepo_kernels.rows import NUM_COEFFICIENTS, RowSettings
+    from kepo_kernels.rows.contract import NUM_COEFFICIENTS, RowSettings
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="cuda")

@@ -1,7 +1,7 @@
 """An older torch in a folder of its own, able to be imported on a machine without a GPU.
 
     python benchmarks/fetch_torch.py .venv/torch-2.8.0
-    PYTHONPATH=.venv/torch-2.8.0:. python -m pytest tests/kernels/test_compile.py
+    PYTHONPATH=.venv/torch-2.8.0:. python -m pytest tests/kernels/compute/test_compile.py
 
 On PyPI the wheels of torch for x86-64 are CUDA builds, which want 3 to 5 GB of CUDA
 libraries before they can be imported, and call none of them on a CPU. Here the folder gets the

@@ -13,7 +13,7 @@ from measure import Call, Measurement, time_in_turn, watched
 from problems import Problem
 from torch import Tensor
 
-from kepo_kernels import engine, gemm, pages
+from kepo_kernels.compute import autograd, gemm, pages
 
 LARGEST = 4 << 30  # bytes of a chunk's logits, student's and teacher's: chunks beyond are not tried
 Span = tuple[Tensor, Tensor]  # rows of a call that meet the teacher, and rows that do not
@@ -23,7 +23,7 @@ def chunk_rows(problem: Problem, rows: int, teacher_rows: int) -> int:
     """Rows per chunk of a call with so many rows, of which so many meet the teacher."""
     teacher_vocab, teacher_hidden = problem.teacher_lm_head.shape
     vocab, hidden = problem.lm_head.shape
-    return engine.plan(
+    return autograd.plan(
         rows,
         hidden,
         vocab,

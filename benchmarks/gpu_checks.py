@@ -29,7 +29,8 @@ from gpu_problems import (
 from torch import Tensor
 
 import kepo_kernels
-from kepo_kernels import gemm, reference
+from kepo_kernels import reference
+from kepo_kernels.compute import gemm
 
 SAMPLED = 64
 # Of fp16's gradients from fp32's, as a share of their size: dlogits and the result are each rounded

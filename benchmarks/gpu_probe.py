@@ -23,9 +23,12 @@ from problems import Problem, Shape
 from table import Row
 from torch import Tensor
 
+from kepo_kernels.compute import autograd
+
 REP = 100  # milliseconds of calls for a row
 CHUNKS = (2048, 1639, 1366, 4096)
-# Of kepo_kernels.triton_rows, beside what stands there: of the softmaxes, and of the other kernels.
+# Constants of kepo_kernels.rows.triton_rows to try beside those that stand there: of the
+# softmaxes, and of the other kernels.
 SOFTMAXES = (
     {"SOFTMAX_BLOCK": 8192},
     {"SOFTMAX_BLOCK": 2048},
@@ -112,7 +115,6 @@ def products(clock: Clock) -> Iterator[Row]:
 
 def head_gradient(clock: Clock) -> Iterator[Row]:
     """From fp32 to the head's dtype, scaled: as the package does it, and in one launch."""
-    from kepo_kernels import engine
 
     _, hidden, _, vocab = sizes_of(clock)
     gradient = normal(clock, vocab, hidden, dtype=torch.float32)
@@ -120,7 +122,7 @@ def head_gradient(clock: Clock) -> Iterator[Row]:
     factor = torch.full((), 0.5, device=clock.device)
     moved = gradient.nbytes + out.nbytes
     yield from tried(
-        clock, "scaled", "ours", lambda: engine.scaled(gradient, factor, out.dtype), moved
+        clock, "scaled", "ours", lambda: autograd.scaled(gradient, factor, out.dtype), moved
     )
     one = partial(torch.mul, gradient, factor, out=out)
     yield from tried(clock, "scaled", "one launch", one, moved)
@@ -128,9 +130,9 @@ def head_gradient(clock: Clock) -> Iterator[Row]:
 
 def rows(clock: Clock) -> Iterator[Row]:
     """The row kernels alone, by divergence, dtype of the logits and launch parameters."""
-    from kepo_kernels import gemm
-    from kepo_kernels.dispatch import pick_rows
-    from kepo_kernels.rows import RowSettings
+    from kepo_kernels.compute import gemm
+    from kepo_kernels.rows.contract import RowSettings
+    from kepo_kernels.rows.dispatch import pick_rows
 
     count, vocab = (2048, sizes_of(clock)[3]) if clock.cuda else (8, 512)
     kinds = {"none": 0.5, "KL": 0.0, "JSD": 0.5}
@@ -170,7 +172,7 @@ def rows(clock: Clock) -> Iterator[Row]:
 @contextmanager
 def launched(launch: dict[str, int]) -> Iterator[None]:
     """Triton's rows with these launch parameters."""
-    from kepo_kernels import triton_rows
+    from kepo_kernels.rows import triton_rows
 
     before = {name: getattr(triton_rows, name) for name in launch}
     try:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import kepo_kernels
-from kepo_kernels import Head, gemm, reference
+from kepo_kernels import Head, reference
+from kepo_kernels.compute import gemm
 
 RELATIVE_ERROR = 5e-6  # fp32, relative L2
 OF_ROUNDING = 1.1  # 16 bits: of the error that rounding dlogits and results alone makes

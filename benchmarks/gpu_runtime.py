@@ -30,7 +30,8 @@ from gpu_problems import (
 from torch import Tensor
 
 import kepo_kernels
-from kepo_kernels import engine, reference
+from kepo_kernels import reference
+from kepo_kernels.compute import autograd
 
 REPEATS = 100
 
@@ -117,7 +118,7 @@ def workspace(device: torch.device) -> str:
     for mib in (64, 256, 1024):
         budget = mib << 20
         sizes = {"teacher_rows": rows, "dtype": torch.bfloat16, "device": device}
-        planned = engine.plan(rows, width, vocab, **sizes, workspace_bytes=budget).workspace_bytes
+        planned = autograd.plan(rows, width, vocab, **sizes, workspace_bytes=budget).workspace_bytes
         kepo_kernels.fused_gated_kd_loss(*side, workspace_bytes=budget)  # kernels, cuBLAS
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

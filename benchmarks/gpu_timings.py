@@ -25,7 +25,7 @@ from problems import Problem, Shape
 from table import Row, measured_row
 
 import kepo_kernels
-from kepo_kernels.dispatch import IMPLS, unavailable
+from kepo_kernels.rows.dispatch import IMPLS, unavailable
 
 SLOWEST = 5.0  # seconds of a peer's first warm call, beyond which it is not timed
 ENOUGH = 5.0  # seconds that must be left for one more call to be timed

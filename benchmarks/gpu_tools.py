@@ -86,9 +86,9 @@ def row_kernels_once(device: str) -> None:
     """The row kernels of a mixture, once each: what the profiler looks at."""
     import torch
 
-    from kepo_kernels import gemm
-    from kepo_kernels.dispatch import pick_rows
-    from kepo_kernels.rows import RowSettings
+    from kepo_kernels.compute import gemm
+    from kepo_kernels.rows.contract import RowSettings
+    from kepo_kernels.rows.dispatch import pick_rows
 
     rows, vocab = (512, 151936) if device == "cuda" else (8, 512)
     kernels, settings = pick_rows("auto", torch.device(device), torch.float32), RowSettings()

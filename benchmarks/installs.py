@@ -118,13 +118,13 @@ def train(shop: Workshop, result: Result) -> None:
     small = {"root": "demo", "steps": STEPS, "teacher-steps": 2, "warmup-steps": 2}
     small |= {"supervised-batch": 4, "train-questions": 8, "test-questions": 2}
     flags = [word for name, value in small.items() for word in (f"--{name}", str(value))]
-    shop.run(shop.python, "-m", "kepo.demo", *flags)
+    shop.run(shop.python, "-m", "kepo", "demo", *flags)
     (shop.folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
-    shop.run(shop.python, "-m", "kepo.train", "recipe.yaml")
+    shop.run(shop.python, "-m", "kepo", "train", "recipe.yaml")
     saved = shop.folder / "adapters" / "checkpoints" / f"step-{STEPS:08d}" / "policy"
     for model in (shop.folder / "demo" / "checkpoints" / saved.parent.name / "policy", saved):
         words = ["--limit", "1", "--max-completion-length", "4", "--json", "found.json"]
-        shop.run(shop.python, "-m", "kepo.evaluate", model, "demo/data/test", *words)
+        shop.run(shop.python, "-m", "kepo", "evaluate", model, "demo/data/test", *words)
     done = []
     for run in ("demo", "adapters"):
         lines = (shop.folder / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -138,7 +138,7 @@ def train(shop: Workshop, result: Result) -> None:
 
 def refuse(shop: Workshop, result: Result) -> None:
     """On Python 3.10 the loop is one sentence."""
-    said = shop.run(shop.python, "-m", "kepo.train", fails=True)
+    said = shop.run(shop.python, "-m", "kepo", "train", fails=True)
     if said.startswith("error: kepo, the training loop, needs Python 3.11"):
         result.loop = "refused"
     else:

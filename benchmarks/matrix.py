@@ -31,9 +31,9 @@ from kernel_report import SHARED_LIMIT
 
 ROOT = Path(__file__).resolve().parents[1]
 # Those that run the kernels, and those that say what the interpreter they run in is worth.
-TESTS = [f"tests/kernels/test_{name}.py" for name in ("rows", "row_settings", "row_faults")]
-TESTS += [f"tests/kernels/test_{name}.py" for name in ("triton_rows", "interpret")]
-TESTS += ["tests/kernels/test_interpret_bfloat16.py"]
+TESTS = [f"tests/kernels/rows/test_{name}.py" for name in ("rows", "row_settings", "row_faults")]
+TESTS += [f"tests/kernels/rows/test_{name}.py" for name in ("triton_rows", "interpret")]
+TESTS += ["tests/kernels/rows/test_interpret_bfloat16.py"]
 SELECTED = "triton or interpret or row_faults"  # in their names; the other back-ends' are left out
 # By the metadata of torch's wheels for Linux.
 SHIPPED_BY = {"3.4": "2.8", "3.5": "2.9", "3.6": "2.10, 2.11", "3.7": "2.12, 2.13"}

@@ -24,7 +24,7 @@ from problems import Problem
 from torch import Tensor
 from torch.nn import functional as F
 
-from kepo_kernels import gemm
+from kepo_kernels.compute import gemm
 
 BASE_CASE = {"kd_tol": "kd_open", "grpo_tol": "grpo", "two_calls": "joint"}
 BETA = 0.5

@@ -13,7 +13,7 @@ products, dW     Each kind as the probe of an H100 measured it, over and over, w
                  cost, and what `dW +=` in place of `dW =`.
 softmax ... scaled   The longer of two: bytes at the share of a copy's bandwidth that the kernel
                  reached on the H100, and instructions a column (benchmarks/sass.py).
-small            Every launch (tests/kernels/test_launches.py) at LAUNCH seconds.
+small            Every launch (tests/kernels/compute/test_launches.py) at LAUNCH seconds.
 
 The goals for an H200 were set before anything was measured, with every product at 790 TFLOP/s, the
 best rate of a large square one. `as set` is the total with products and dW at that rate: whether

@@ -24,9 +24,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COMPILED = ["tests/kernels/test_compile.py", "tests/kernels/test_compile_numbers.py"]
+COMPILED = [
+    "tests/kernels/compute/test_compile.py",
+    "tests/kernels/compute/test_compile_numbers.py",
+]
 # A sample for the back-ends of a CPU: values, gradients, rows, heads.
-EAGER = [f"tests/kernels/test_{name}.py" for name in ("losses", "autograd", "rows", "heads")]
+EAGER = [
+    f"tests/kernels/{name}.py"
+    for name in ("test_losses", "compute/test_autograd", "rows/test_rows", "test_heads")
+]
 SELECTED = "not triton and not inductor"  # no GPU, and no C++ compiler behind torch
 # By words in the name of a test of torch.compile; the first that fits.
 KINDS = {
@@ -91,8 +97,8 @@ def count_tests(path: Path) -> int:
     import pytest
     import torch
 
-    from kepo_kernels import cpu_rows
-    from kepo_kernels.dispatch import unavailable
+    from kepo_kernels.rows import cpu_rows
+    from kepo_kernels.rows.dispatch import unavailable
 
     passed, failed = dict.fromkeys(KINDS, 0), 0
 

@@ -1,4 +1,4 @@
-// The C interface of the CPU row kernels, bound by kepo_kernels/cpu_rows.py through ctypes: it links against neither torch
+// The C interface of the CPU row kernels, bound by kepo_kernels/rows/cpu_rows.py through ctypes: it links against neither torch
 // nor Python, so one binary serves every version of both.
 //
 // Threads are started per call and joined before it returns. A call works on a whole chunk of logits (milliseconds to

@@ -4,7 +4,7 @@
 
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
 
-// The columns of the stats table, in the order of kepo_kernels.rows.RowStats; column k of row i is table[k * n + i].
+// The columns of the stats table, in the order of kepo_kernels.rows.contract.RowStats; column k of row i is table[k * n + i].
 enum Stat {
     LOGPROB, DIVERGENCE, ENTROPY, PEAK, LOG_SUM, SHARED_LOG_SUM, TEACHER_PEAK, TEACHER_LOG_SUM, PEAK_TOKEN, PEAK_RATIO,
     MEAN_RATIO, NUM_STATS

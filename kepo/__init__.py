@@ -1,12 +1,48 @@
-"""Readable training of vision-language models with KEPO: GRPO, gated distillation, hints."""
+"""Readable training of vision-language models with KEPO: GRPO, gated distillation, hints.
+
+import kepo
+kepo.train(kepo.load("recipe.yaml", "dr_grpo"))
+"""
 
 import sys
+from typing import TYPE_CHECKING
 
 if sys.version_info < (3, 11):  # pip installs the package there, for kepo_kernels
     _WORDS = (
         "kepo, the training loop, needs Python 3.11 or newer, and this is "
         f"{sys.version.split()[0]}; use a newer one (kepo_kernels, the losses, run on 3.10 too)"
     )
-    if sys.argv[:1] == ["-m"]:  # so it is while `python -m kepo.train` looks for the module
+    # So it is while `python -m kepo` looks for the module; or this is the installed command.
+    if sys.argv[:1] == ["-m"] or sys.argv[0].endswith(("/kepo", "\\kepo.exe")):
         sys.exit(f"error: {_WORDS}")
     raise ImportError(_WORDS)
+
+if TYPE_CHECKING:
+    from kepo.config import Config as Config
+    from kepo.config import load as load
+    from kepo.data.example import Example as Example
+    from kepo.evaluation.greedy import evaluate as evaluate
+    from kepo.loop import train as train
+    from kepo.rollout.rollouts import Rollout as Rollout
+
+_HOME = {
+    "Config": "kepo.config",
+    "load": "kepo.config",
+    "Example": "kepo.data.example",
+    "evaluate": "kepo.evaluation.greedy",
+    "train": "kepo.loop",
+    "Rollout": "kepo.rollout.rollouts",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for when it is asked for: `kepo --help` needs no torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'kepo' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

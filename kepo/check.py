@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from kepo.config import TOTAL, Config
-from kepo.data import layout_of
+from kepo.data.load import layout_of
+from kepo.distributed.processes import launched
 from kepo.errors import KepoConfigError, KepoDataError
-from kepo.parallel import launched
-from kepo.rewards import REWARDS
+from kepo.tasks.rewards import REWARDS
 
 
 def check(config: Config) -> None:

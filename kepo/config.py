@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kepo.disk.yaml_file import read_mapping
 from kepo.errors import KepoConfigError
 from kepo.words import expanded, sentence, typed
-from kepo.yaml_file import read_mapping
 
 PRESETS = Path(__file__).parent / "presets"
 TOTAL = "total"  # in place of a reward's name: the weighted sum of them all
@@ -151,7 +151,7 @@ class Config:
 
     # ---- rewards ----
     rewards: tuple[str, ...] = ("accuracy", "format")
-    """Names from kepo.rewards.REWARDS."""
+    """Names from kepo.tasks.rewards.REWARDS."""
     reward_weights: tuple[float, ...] = (1.0, 1.0)
     """Their weights in the total reward, from which advantages are made."""
     overlong_buffer: int = 0
@@ -217,7 +217,7 @@ class Config:
     hint_gives_answer: bool = False
     """Tell the student the right letter along with the hint."""
     leak_filter: bool = True
-    """Pass over hints that state an answer (kepo.leaks says which do)."""
+    """Pass over hints that state an answer (kepo.tasks.leaks says which do)."""
     hint_retries: int = 2
     """Times an unusable hint is asked for again: one that states an answer, is malformed or cut
     off, or has control tokens in it. A question without a usable one then stays without."""

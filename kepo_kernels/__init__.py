@@ -3,7 +3,7 @@
 They never hold an [N, V] matrix and pay only for rows with gradient.
 """
 
-from kepo_kernels.engine import TokenStats as TokenStats
+from kepo_kernels.compute.autograd import TokenStats as TokenStats
 from kepo_kernels.errors import KepoInputError as KepoInputError
 from kepo_kernels.heads import Head as Head
 from kepo_kernels.heads import LoRA as LoRA

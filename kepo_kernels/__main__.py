@@ -5,9 +5,10 @@ import sys
 
 import torch
 
-from kepo_kernels import __version__, gemm
-from kepo_kernels.dispatch import IMPLS, pick_rows, unavailable
+from kepo_kernels import __version__
+from kepo_kernels.compute import gemm
 from kepo_kernels.errors import KepoInputError
+from kepo_kernels.rows.dispatch import IMPLS, pick_rows, unavailable
 from kepo_kernels.versions import triton_version
 
 SERVES = {"triton": "CUDA", "cpu": "CPU", "torch": "any device"}
@@ -24,7 +25,7 @@ def main() -> None:
         reason = unavailable(impl)
         state = f"live on {SERVES[impl]}" if reason is None else f"not live: {reason}"
         if impl == "cpu" and reason is None:
-            from kepo_kernels.cpu_rows import isa
+            from kepo_kernels.rows.cpu_rows import isa
 
             state += f" ({isa()}, {torch.get_num_threads()} threads)"
         print(f"  {impl:7} {state}")

@@ -5,12 +5,12 @@ Arguments that are not explained here mean what they mean in `kepo_kernels.losse
 
 from torch import Tensor
 
-from kepo_kernels.call import Result, at, begin
-from kepo_kernels.devices import moved
-from kepo_kernels.engine import TokenLoss, TokenStats, row_numbers
-from kepo_kernels.graph_breaks import breaks_graph
+from kepo_kernels.compute.autograd import TokenLoss, TokenStats, row_numbers
+from kepo_kernels.compute.call import Result, at, begin
+from kepo_kernels.compute.devices import moved
+from kepo_kernels.compute.graph_breaks import breaks_graph
+from kepo_kernels.compute.problem import build_problem
 from kepo_kernels.heads import Head
-from kepo_kernels.problem import build_problem
 from kepo_kernels.validate import describe
 from kepo_kernels.weights import per_token
 

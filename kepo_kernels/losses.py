@@ -50,13 +50,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from kepo_kernels.call import Call, Result, at, begin
-from kepo_kernels.compiled import one_operator
-from kepo_kernels.engine import TokenStats
+from kepo_kernels.compute.autograd import TokenStats
+from kepo_kernels.compute.call import Call, Result, at, begin
+from kepo_kernels.compute.compiled import one_operator
+from kepo_kernels.compute.problem import build_problem
 from kepo_kernels.heads import Head
-from kepo_kernels.policy import PolicySettings, PolicyTerm, policy_term
-from kepo_kernels.problem import build_problem
-from kepo_kernels.sequences import with_whole_sequences
+from kepo_kernels.objectives.policy import PolicySettings, PolicyTerm, policy_term
+from kepo_kernels.objectives.sequences import with_whole_sequences
 
 
 @one_operator

@@ -13,9 +13,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from kepo_kernels.dispatch import IMPLS
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.heads import Head
+from kepo_kernels.rows.dispatch import IMPLS
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("token_mean", "sequence_mean", "sum")

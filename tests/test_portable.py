@@ -112,7 +112,7 @@ def odd_names(tmp_path_factory):
 
 @pytest.mark.parametrize("locale", LOCALES)
 def test_data_check_prints_on_any_terminal(odd_names, locale):
-    done = run("-m", "kepo.data", "check", odd_names, **LOCALES[locale])
+    done = run("-m", "kepo", "data", "check", odd_names, **LOCALES[locale])
     assert done.returncode == 0, done.stderr
     assert b"\\u8d85\\u58f0" in done.stdout and b"nothing is wrong" in done.stdout
 
@@ -121,8 +121,8 @@ def test_data_check_prints_on_any_terminal(odd_names, locale):
 @pytest.mark.parametrize(
     "words",
     [
-        *(("-m", f"kepo.{name}", "--help") for name in ("train", "evaluate", "demo")),
-        ("-m", "kepo.plan", "--table", *sorted(ROOT.glob("recipes/*.yaml"))[:1]),
+        *(("-m", "kepo", name, "--help") for name in ("train", "evaluate", "demo")),
+        ("-m", "kepo", "plan", "--table", *sorted(ROOT.glob("recipes/*.yaml"))[:1]),
         ("-m", "kepo_kernels"),
     ],
     ids=lambda words: words[1],
@@ -150,7 +150,7 @@ def test_the_loop_refuses_an_older_python_at_import():
 
 
 def test_its_commands_end_in_that_sentence_alone():
-    program = "sys.argv = ['-m']; runpy._run_module_as_main('kepo.train')"
+    program = "sys.argv = ['-m']; runpy._run_module_as_main('kepo')"
     done = run("-c", OLD.format(program))
     said = done.stderr.decode().splitlines()
     assert done.returncode == 1 and len(said) == 1

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import kepo.step
-from kepo.memory import student_of, teacher_of
-from kepo.vlm import VLM
+import kepo.objective.step
+from kepo.models.vlm import VLM
+from kepo.planner.memory import student_of, teacher_of
 from kepo_kernels import loss_weights, reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -185,9 +185,9 @@ def others(micro, at):
     ],
 )
 def test_a_teacher_that_scores_other_sequences_is_noticed(asked, words, tmp_path, monkeypatch):
-    right = kepo.step._open_hidden
+    right = kepo.objective.step._open_hidden
     monkeypatch.setattr(
-        kepo.step,
+        kepo.objective.step,
         "_open_hidden",
         lambda teacher, micro, at: right(teacher, micro, asked(micro, at)),
     )
@@ -271,7 +271,7 @@ def test_whole_matrices_against_the_oracle(beta, gate):
     for loss, states, also in (
         (whole.kepo_loss, teacher[gate > 0], {}),
         (reference.kepo_loss, teacher, {}),
-        (kepo.step.fused_kepo_loss, teacher[gate > 0], {"return_stats": True}),
+        (kepo.objective.step.fused_kepo_loss, teacher[gate > 0], {"return_stats": True}),
     ):
         leaves = [x.clone().requires_grad_() for x in (hidden, head)]
         result = loss(*leaves, *tokens, states, teacher_head, **settings, **also)

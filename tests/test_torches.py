@@ -41,7 +41,7 @@ def test_every_test_of_torch_compile_has_a_kind():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     found = [torches.kind_of(x) for x in done.stdout.splitlines() if "::" in x]
     assert len(found) > 20 and set(found) == KINDS.keys() - {"eager"}
-    assert torches.kind_of("tests/kernels/test_rows.py::test_rows[cpu]") == "eager"
+    assert torches.kind_of("tests/kernels/rows/test_rows.py::test_rows[cpu]") == "eager"
 
 
 def test_older_versions_come_first():

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kepo import loading
-from kepo.batch import Batch, collate
 from kepo.config import Config
-from kepo.digits import QUESTION
-from kepo.encoding import Encoder
-from kepo.example import Example
-from kepo.known_models import known_model
-from kepo.memory import Prompts
-from kepo.processors import pillow_processor_class
-from kepo.rollout import Rollout
-from kepo.tiny import CONTROL_TOKENS, PATCH, build_tokenizer, model_config
-from kepo.vlm import VLM
+from kepo.data.example import Example
+from kepo.digits.dataset import QUESTION
+from kepo.digits.tiny import CONTROL_TOKENS, PATCH, build_tokenizer, model_config
+from kepo.models.encoding import Encoder
+from kepo.models.processors import pillow_processor_class
+from kepo.models.vlm import VLM
+from kepo.objective.batch import Batch, collate
+from kepo.planner.known_models import known_model
+from kepo.planner.memory import Prompts
+from kepo.rollout.rollouts import Rollout
+from kepo.run import roles
 
 HEAD_SIZE = 32  # of an attention head
 
@@ -113,12 +113,12 @@ def build(folder: Path, args: argparse.Namespace) -> Problem:
         Vocabulary(tokenizer, rows), image_processor(), models["student"].config.image_token_id
     )
     with mock.patch.multiple(
-        loading,
+        roles,
         read_model=lambda path, dtype, **settings: by_path[path],
         load_encoder=lambda path, model: encoder,
     ):
-        policy = loading.load_policy(config, device)
-        teacher = loading.load_teacher(config, device)
+        policy = roles.load_policy(config, device)
+        teacher = roles.load_teacher(config, device)
     examples = [
         Example(
             id=str(number),

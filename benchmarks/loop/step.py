@@ -24,7 +24,7 @@ Before a way is timed it must have given fused's loss and gradients, and have sh
 many tokens as it says. Every way is run once, watched for memory, and then timed in turn, round
 after round (without rounds, seconds are those of the first call). `peak` is the most that was held
 at any moment: on a CPU all that was resident, interpreter and libraries among it, as the kernel
-counts it; on a GPU by tensors. `planned` is what `kepo.plan` says of the phase of a step of ours
+counts it; on a GPU by tensors. `planned` is what `kepo plan` says of the phase of a step of ours
 with every gate open, and of that moment of the update for the teacher; on a CPU on top of what is
 resident beside models and optimiser, without what libraries and the allocator come to keep.
 `fused/it` is fused's number over that of the way, times within a round. [p20 p80] are quantiles
@@ -55,10 +55,10 @@ from problem import HEAD_SIZE, Problem, Size, build, parameters
 from report import Report, Row, draw
 from update import WAYS, Bench, Taken, Update
 
-from kepo.held import Machine
-from kepo.known_models import KNOWN, known_model
-from kepo.memory import moments
-from kepo.reading import own_progress_only
+from kepo.models.reading import own_progress_only
+from kepo.planner.held import Machine
+from kepo.planner.known_models import KNOWN, known_model
+from kepo.planner.memory import moments
 
 SCENARIOS = {
     "memory": dict(

@@ -20,12 +20,12 @@ import whole
 from problem import Problem
 from torch import Tensor
 
-import kepo.step
+import kepo.objective.step
 import kepo_kernels
-from kepo.batch import Batch
-from kepo.rollout import sample
-from kepo.step import StepTotals, kepo_step
-from kepo_kernels import pages
+from kepo.objective.batch import Batch
+from kepo.objective.step import StepTotals, kepo_step
+from kepo.rollout.rollouts import sample
+from kepo_kernels.compute import pages
 
 UNFELT = 1e-20  # a weight next to which the others, about 1e-3, round to themselves
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -173,7 +173,7 @@ class Bench:
         """The most held before each."""
         self._watch(problem.teacher)
 
-    def _watch(self, teacher: kepo.step.VLM) -> None:
+    def _watch(self, teacher: kepo.objective.step.VLM) -> None:
         backbone = teacher.completion_hidden
 
         def watched(inputs: object, ids: Tensor, mask: Tensor) -> Tensor:
@@ -213,7 +213,9 @@ class Bench:
         self.seen.clear()
         self.before.clear()
         started = self.now()
-        with mock.patch.multiple(kepo.step, fused_kepo_loss=kepo_loss, fused_grpo_loss=grpo_loss):
+        with mock.patch.multiple(
+            kepo.objective.step, fused_kepo_loss=kepo_loss, fused_grpo_loss=grpo_loss
+        ):
             for micro in batch.split(config.micro_batch):
                 part, _ = kepo_step(problem.policy, problem.teacher, None, micro, config, totals)
                 part.backward()

@@ -1,8 +1,8 @@
 """The two losses of a training step as plain PyTorch on whole matrices, the rival of step.py.
 
-They stand in for `fused_kepo_loss` and `fused_grpo_loss` in `kepo.step`, and are what a careful
-user writes there: logits of the tokens that carry loss only, the teacher's without gradient and of
-the open sequences only, one log_softmax for both terms and no copy of some of its rows, one shift
+They stand in for `fused_kepo_loss` and `fused_grpo_loss` in `kepo.objective.step`, and are what a
+careful user writes there: logits of the tokens that carry loss only, the teacher's without gradient
+and of the open sequences only, one log_softmax for both terms and no copy of some of its rows, one shift
 for both weights of the mixture, each KL summed before it is weighted, no name that keeps a matrix
 alive for longer than autograd does, entropy (a metric) in slices; softmax in fp32 where the model
 computes in bf16. At beta 0.5 and with every gate

@@ -13,7 +13,8 @@ from checks import make_problem
 from loss_calls import LOSSES, arguments, assert_right
 from torch import Tensor
 
-from kepo_kernels import call, gemm, problem, torch_rows
+from kepo_kernels.compute import call, gemm, problem
+from kepo_kernels.rows import torch_rows
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -9,7 +9,7 @@ from loss_calls import Arguments, arguments, assert_same_bits, fused
 from torch import Tensor
 
 import kepo_kernels
-from kepo_kernels import gemm
+from kepo_kernels.compute import gemm
 
 BATCH, LENGTH = 4, 5
 OPEN = torch.tensor([False, True, False, True])

@@ -8,7 +8,8 @@ from loss_calls import arguments, assert_right, assert_same_bits, fused, plain
 from right_calls import FUNCTIONS, KEPO, LOGPROBS, PROBLEM
 
 import kepo_kernels
-from kepo_kernels import Head, KepoInputError, LoRA, engine
+from kepo_kernels import Head, KepoInputError, LoRA
+from kepo_kernels.compute import autograd
 
 KINDS = {
     "int": int,
@@ -96,10 +97,10 @@ def test_weights():
 
 def test_plan():
     """Its sizes as well: of numpy's int32 the bytes of a call would be beyond the largest."""
-    expected = engine.plan(8192, 2048, 151936, teacher_rows=4096, workspace_bytes=1 << 30)
+    expected = autograd.plan(8192, 2048, 151936, teacher_rows=4096, workspace_bytes=1 << 30)
     for kind in (numpy.int32, numpy.int64, torch.tensor):
         sizes = kind(8192), kind(2048), kind(151936)
-        made = engine.plan(*sizes, teacher_rows=kind(4096), workspace_bytes=kind(1 << 30))
+        made = autograd.plan(*sizes, teacher_rows=kind(4096), workspace_bytes=kind(1 << 30))
         assert made == expected
         assert all(type(x) is int for x in vars(made).values())
     for wrong, says in (
@@ -111,7 +112,7 @@ def test_plan():
         ({"grad_tol": 2}, "grad_tol=2"),
     ):
         with pytest.raises(KepoInputError, match=f"^plan: {says}"):
-            engine.plan(**{"rows": 8, "hidden_size": 16, "vocab": 100} | wrong)
+            autograd.plan(**{"rows": 8, "hidden_size": 16, "vocab": 100} | wrong)
 
 
 @pytest.mark.parametrize("loss", ["grpo", "kepo"])

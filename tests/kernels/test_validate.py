@@ -80,7 +80,7 @@ def test_triton_without_a_gpu():
 
 
 def test_a_missing_back_end_is_refused(monkeypatch):
-    from kepo_kernels import cpu_rows
+    from kepo_kernels.rows import cpu_rows
 
     monkeypatch.setattr(cpu_rows, "unavailable", lambda: "the C++ library was not built")
     message = refuse(GRPO, {"impl": "cpu"})

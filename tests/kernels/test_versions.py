@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kepo_kernels import dispatch, heads, triton_rows, versions
+from kepo_kernels import heads, versions
 from kepo_kernels.errors import KepoInputError
+from kepo_kernels.rows import dispatch, triton_rows
 
 CUDA = torch.device("cuda")
 
@@ -130,7 +131,7 @@ def test_a_torch_that_shards_wrongly_on_cpus_is_refused(monkeypatch, version, me
 
 
 def test_the_loop_refuses_it_too(monkeypatch):
-    sharding = pytest.importorskip("kepo.sharding", reason="the loop is not installed")
+    sharding = pytest.importorskip("kepo.distributed.sharding", reason="the loop is not installed")
     monkeypatch.setattr(torch, "__version__", "2.8.0")
     monkeypatch.setattr(sharding, "world_size", lambda: 2)
     with pytest.raises(ValueError, match=r"needs torch >= 2\.9"):

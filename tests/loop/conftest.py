@@ -9,12 +9,12 @@ def made(tmp_path_factory):
     """Folder with `student`, `teacher` and `data`; the student ends after a few tokens or many."""
     pytest.importorskip("transformers")
     pytest.importorskip("sklearn")
-    from kepo.data import load_omnimedvqa
-    from kepo.digits import write_digits
-    from kepo.encoding import Prompt
-    from kepo.prompts import question_prompt
-    from kepo.tiny import build_tiny
-    from kepo.vlm import VLM
+    from kepo.data.load import load_omnimedvqa
+    from kepo.digits.dataset import write_digits
+    from kepo.digits.tiny import build_tiny
+    from kepo.models.encoding import Prompt
+    from kepo.models.vlm import VLM
+    from kepo.tasks.multiple_choice import question_prompt
 
     root = tmp_path_factory.mktemp("made")
     write_digits(root / "data", train=6, test=1, seed=0)

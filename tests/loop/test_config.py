@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from kepo import train as train_module
+from kepo import loop as train_module
 from kepo.check import check
 from kepo.config import Config, from_mapping, load, presets
 from kepo.errors import KepoConfigError

@@ -8,12 +8,15 @@ import torch
 from safetensors.torch import load_file
 from small import config_of
 
-from kepo import hints, loading, rewards, step
-from kepo import train as train_module
+from kepo import loop as train_module
 from kepo.config import load, presets
-from kepo.metrics import read_metrics
-from kepo.prompts import HINT_INSTRUCTION
-from kepo.vlm import VLM
+from kepo.models.vlm import VLM
+from kepo.objective import step
+from kepo.rollout import hints
+from kepo.run import roles
+from kepo.run.metrics import read_metrics
+from kepo.tasks import rewards
+from kepo.tasks.multiple_choice import HINT_INSTRUCTION
 
 RULES = {}
 """By preset: what a run of it must show."""
@@ -49,7 +52,7 @@ def run(made, tmp_path, monkeypatch):
 
         monkeypatch.setattr(owner, name, watched)
 
-    watch(loading, "_load", lambda r, path, *rest, **settings: seen.loaded.append(path))
+    watch(roles, "_load", lambda r, path, *rest, **settings: seen.loaded.append(path))
     watch(
         train_module, "collate", lambda batch, groups, *rest: seen.batches.append((groups, batch))
     )

@@ -13,18 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import SUPPORT
 from safetensors.torch import load_file
 from small import config_of, run_rigged
 
-from kepo import hints as hints_module
-from kepo import train as train_module
+from kepo import loop as train_module
 from kepo.config import Config
-from kepo.data import load_omnimedvqa
+from kepo.data.load import load_omnimedvqa
 from kepo.errors import KepoConfigError, KepoError
-from kepo.evaluate import evaluate
-from kepo.metrics import read_metrics
-from kepo.questions import draw
-from kepo.train import exclusive, lr_share, train
+from kepo.evaluation.greedy import evaluate
+from kepo.loop import exclusive, lr_share, train
+from kepo.rollout import hints as hints_module
+from kepo.rollout.questions import draw
+from kepo.run.metrics import read_metrics
 
 STEPS = 6
 RUN = """
@@ -57,8 +58,7 @@ def whole_config(made, run_dir, **settings):
 def start(config, tmp_path):
     record = tmp_path / "config.json"
     record.write_text(json.dumps(dataclasses.asdict(config)))
-    here = str(Path(__file__).parent)
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([os.getcwd(), here]))
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([os.getcwd(), str(SUPPORT)]))
     return subprocess.Popen([sys.executable, "-c", RUN, str(record)], env=environment)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from kepo.config import PATHS, Config, load
 from kepo.errors import KepoConfigError
-from kepo.evaluation import Evaluation, evaluation
+from kepo.evaluation.report import Evaluation, evaluation
 from kepo.words import command_line
 
 START = Config(student="s", teacher="t", train_modalities=("X",), gate_threshold=0.5)
@@ -203,7 +203,7 @@ def test_other_commands_know_home_too(tmp_path, monkeypatch):
     with pytest.raises(Exception, match=str(tmp_path / "nothing")):
         evaluation(Evaluation(model="~/nothing", data="d"))
     done = subprocess.run(
-        [sys.executable, "-m", "kepo.data", "check", "~/nothing"],
+        [sys.executable, "-m", "kepo", "data", "check", "~/nothing"],
         capture_output=True,
         text=True,
         env=os.environ | {"HOME": str(tmp_path)},

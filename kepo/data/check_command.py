@@ -1,0 +1,161 @@
+"""``python -m kepo data check PATH``: read all of a dataset once, before a run does."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kepo.data.example import Example
+from kepo.data.images import Look, digests_in, looks_of
+from kepo.data.load import DataReport, load_examples
+from kepo.data.records import KINDS
+from kepo.data.run_data import readable, with_faint
+from kepo.data.splits import shared_images
+from kepo.disk.files import printable
+from kepo.errors import KepoDataError
+from kepo.words import expanded
+
+NAMED = 5
+"""Problems of each kind that are listed without --all."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A dataset that was read and decoded."""
+
+    examples: list[Example]
+    """Those with which nothing is wrong."""
+    report: DataReport
+    looks: dict[Path, Look | KepoDataError]
+    """What was seen of each image, or why it could not be decoded."""
+
+
+def check_data(
+    path: str | Path, *, image_root: str | Path | None = None, progress: bool = False
+) -> Checked:
+    """Read every record and decode every image. Raises KepoDataError if none of them is right."""
+    examples, report = load_examples(path, image_root=image_root, progress=progress)
+    looks = looks_of((path for e in examples for path in e.images), progress=progress)
+    examples, report = readable(examples, report, digests_in(looks))
+    return Checked(examples, with_faint(report, examples, looks), looks)
+
+
+def table(examples: Sequence[Example]) -> list[str]:
+    """Questions by modality, down, and type of question, across, with sums."""
+    counts = Counter((e.modality, e.question_type) for e in examples)
+    modalities = sorted({modality for modality, _ in counts})
+    types = sorted({kind for _, kind in counts})
+    cells = [["", *types, "all"]]
+    for modality in modalities:
+        row = [counts[modality, kind] for kind in types]
+        cells.append([modality, *map(str, row), str(sum(row))])
+    sums = [sum(counts[modality, kind] for modality in modalities) for kind in types]
+    cells.append(["all", *map(str, sums), str(sum(sums))])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def describe(checked: Checked, every: bool) -> list[str]:
+    """What a dataset holds and what is wrong with it; ``every``: all problems, not the first."""
+    report = checked.report
+    images = {path for e in checked.examples for path in e.images}
+    digests = digests_in(checked.looks)
+    contents = {digests[path] for path in images}
+    lines = [
+        f"{printable(report.path)} ({report.layout}): {report.records} records, "
+        f"{report.questions} good questions about {len(images)} images, {len(contents)} of them "
+        "different",
+        "",
+        *table(checked.examples),
+    ]
+    if report.quirks:
+        lines += ["", "odd, or unlike the published schema, but understood:"]
+        lines += [f"  {count:6}  {name}" for name, count in sorted(report.quirks.items())]
+    lines += _faint_pictures(checked, every)
+    if not report.problems:
+        return [*lines, "", "nothing is wrong"]
+    lines += ["", f"wrong: {len(report.problems)} records"]
+    for kind in KINDS:
+        found = [problem for problem in report.problems if problem.kind == kind]
+        shown = found if every else found[:NAMED]
+        if found:
+            lines.append(f"  {len(found):6}  {kind}")
+        lines += [f"          {problem}" for problem in shown]
+        if len(shown) < len(found):
+            lines.append(f"          and {len(found) - len(shown)} more: --all lists them")
+    return lines
+
+
+def _faint_pictures(checked: Checked, every: bool) -> list[str]:
+    shown = dict.fromkeys(path for e in checked.examples for path in e.images)
+    faint = {path: checked.looks[path].faint for path in shown}
+    lines = []
+    for kind in sorted(set(faint.values()) - {""}):
+        found = [path for path in faint if faint[path] == kind]
+        named = found if every else found[:NAMED]
+        lines += ["", f"pictures that come out {kind}: {len(found)}"]
+        lines += [f"          {printable(path)}" for path in named]
+        if len(named) < len(found):
+            lines.append(f"          and {len(found) - len(named)} more: --all lists them")
+    return lines
+
+
+def compare(checked: Checked, other: Checked) -> tuple[int, list[str]]:
+    """``(images shared by content, lines that say so)``; by path those of one folder can be."""
+    by_path, _ = shared_images(checked.examples, other.examples)
+    digests = digests_in(checked.looks | other.looks)
+    images, questions = shared_images(checked.examples, other.examples, digests)
+    path, total = other.report.path, len(other.examples)
+    lines = ["", f"against {printable(path)}: {total} good questions"]
+    if other.report.problems:
+        lines.append(f"  {len(other.report.problems)} records of it are wrong; check it by itself")
+    lines.append(
+        f"  {images} images are in both by content, {by_path} by path; {questions} of its "
+        "questions are about them"
+    )
+    return images, lines
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``kepo data``: returns 1 if something is wrong or an image is in both datasets, else 0."""
+    parser = argparse.ArgumentParser("kepo data", description="Datasets on disk.")
+    commands = parser.add_subparsers(required=True, metavar="check")
+    words = "read everything once and list what is wrong; exit code 1 if something is"
+    check = commands.add_parser("check", help=words, description=words)
+    check.add_argument(
+        "path",
+        type=expanded,
+        help="a folder in OmniMedVQA's layout, one written by datasets.save_to_disk, Med-R1's "
+        "split files or one of them",
+    )
+    check.add_argument(
+        "--against", metavar="OTHER", type=expanded, help="count the images that OTHER has too"
+    )
+    check.add_argument(
+        "--image-root",
+        metavar="FOLDER",
+        type=expanded,
+        help="where image paths begin, if not in the dataset",
+    )
+    check.add_argument(
+        "--all", action="store_true", help=f"list all that is wrong, not {NAMED} of each kind"
+    )
+    given = parser.parse_args(arguments)
+    checked = check_data(given.path, image_root=given.image_root, progress=True)
+    print("\n".join(describe(checked, given.all)))
+    wrong = len(checked.report.problems)
+    if given.against is not None:
+        other = check_data(given.against, image_root=given.image_root, progress=True)
+        shared, lines = compare(checked, other)
+        print("\n".join(lines))
+        wrong += shared
+    return 1 if wrong else 0

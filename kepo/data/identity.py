@@ -1,0 +1,203 @@
+"""What a run reads anew whenever it is resumed, in digests: that it goes on with the same.
+
+The teacher's files, and the student's where its weights are still needed; the questions, with their
+answers and pictures. A checkpoint's state.json keeps them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from kepo.config import Config
+from kepo.data.example import Example
+from kepo.errors import KepoCheckpointError, KepoDataError
+
+READ = (".json", ".jinja", ".txt", ".model", ".safetensors")
+"""Endings of a model's files."""
+SHORT = 8
+"""Hex digits that are kept of one record's digest: to name it, not to prove it."""
+READERS = 8
+BLOCK = 2**22
+
+
+def model_files(name: str) -> list[Path] | str:
+    """The files of a model's folder, sorted; of a name on the Hub the revision that is read.
+
+    Empty where there is no such model: to say so is its reader's part.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        files = (file for file in folder.iterdir() if file.suffix in READ and file.is_file())
+        return sorted(file for file in files if not file.name.startswith("."))
+    from transformers.utils import cached_file
+
+    try:
+        config = cached_file(name, "config.json")
+    except (OSError, ValueError):
+        return []
+    return f"revision {Path(config).parent.name}"
+
+
+def is_weights(file: Path) -> bool:
+    """Whether it is a part of the weights, or the index of the parts."""
+    return ".safetensors" in file.name
+
+
+def model_identity(name: str) -> dict[str, str]:
+    """SHA-256 of each of a model's files by name, all bytes of them; of a name on the Hub its
+    revision. Several files are read at once, under a bar where it takes long."""
+    files = model_files(name)
+    if isinstance(files, str):
+        return {files: "on the Hub"}
+    total = sum(file.stat().st_size for file in files)
+    ended = threading.Event()
+
+    def read(count: int) -> None:
+        if ended.is_set():
+            raise InterruptedError("digest of weights")
+        bar.update(count)
+
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="digest of weights", delay=2) as bar,
+        ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool,
+    ):
+        try:
+            digests = list(pool.map(lambda file: sha256(file, read), files))
+        except BaseException:  # a second signal: do not wait for the other files
+            ended.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return {file.name: digest for file, digest in zip(files, digests, strict=True)}
+
+
+def sha256(file: Path, read: Callable[[int], object] | None = None) -> str:
+    """Of the file's bytes; ``read`` is told how many there were, block by block."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(BLOCK):
+            digest.update(block)
+            if read is not None:
+                read(len(block))
+    return digest.hexdigest()
+
+
+def records_identity(
+    examples: Sequence[Example], pictures: Mapping[Path, str | KepoDataError] | None
+) -> dict[str, Any]:
+    """Digests of questions in their order: one of all, and a short one of each.
+
+    pictures: digests of the images' contents; None = by path and size.
+    """
+
+    def picture(path: Path) -> str:
+        if pictures is not None:
+            return str(pictures[path])
+        return f"{path}, {path.stat().st_size} bytes"
+
+    each = []
+    whole = hashlib.sha256()
+    for e in examples:
+        facts = [e.id, e.question, e.options, e.answer, e.rationale, e.modality, e.question_type]
+        text = json.dumps([facts, [picture(path) for path in e.images]])
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        whole.update(digest.encode())
+        each.append(digest[:SHORT])
+    return {"questions": len(examples), "sha256": whole.hexdigest(), "each": "".join(each)}
+
+
+def inputs_of(config: Config, records: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a resumed run must find again: ``records`` by setting, and the models."""
+    found = dict(records)
+    if config.teacher is not None and (config.distils or config.hints):
+        found["teacher"] = model_identity(config.teacher)
+    if config.lora_rank > 0 or config.kl_coef > 0:  # the base of adapters, or the reference
+        found["student"] = model_identity(config.student)
+    return found
+
+
+def changed_questions(
+    config: Config,
+    state: Mapping[str, Any],
+    now: Mapping[str, Any],
+    examples: Mapping[str, Sequence[Example]],
+) -> set[str]:
+    """Ids of training questions that are not as they were when the run was last saved.
+
+    state: a checkpoint's. now: as `inputs_of` gives it. examples: the questions of now, by setting.
+    Raises KepoDataError for other questions and KepoCheckpointError for another model, by name,
+    unless ``changed_inputs`` accepts them; then it says what differs.
+    """
+    before = state.get("inputs")
+    if before is None:
+        print(
+            "the checkpoint has no digests of teacher and questions (it was saved by an earlier "
+            "version): they are taken to be those the run began with"
+        )
+        return set()
+    if state["config"]["eval_limit"] != config.eval_limit:  # other questions were asked for
+        before = {name: facts for name, facts in before.items() if name != "eval_data"}
+    found, ids = other_inputs(before, now, examples)
+    text = "; ".join(f"{name} {what}" for name, what in found.items())
+    if found and config.changed_inputs == "refuse":
+        kind = KepoDataError if found.keys() & examples.keys() else KepoCheckpointError
+        raise kind(
+            f"{text}. Bring them back, use another run_dir, or set changed_inputs: accept to go on "
+            "with what is here now"
+        )
+    if found:
+        print(f"changed_inputs: accept: {text}")
+    return ids
+
+
+def other_inputs(
+    before: Mapping[str, Any], now: Mapping[str, Any], examples: Mapping[str, Sequence[Example]]
+) -> tuple[dict[str, str], set[str]]:
+    """``(what differs, by setting; ids of training questions that are not as they were)``.
+
+    A setting that only one of them has is not compared.
+    """
+    found: dict[str, str] = {}
+    ids: set[str] = set()
+    for name in sorted(now.keys() & before.keys()):
+        if before[name] == now[name]:
+            continue
+        if name not in examples:
+            found[name] = _files(before[name], now[name])
+            continue
+        known = set(_each(before[name]))
+        pairs = zip(examples[name], _each(now[name]), strict=True)
+        other = [example.id for example, digest in pairs if digest not in known]
+        found[name] = _questions(before[name], now[name], other)
+        if name == "train_data":
+            ids = set(other)
+    return found, ids
+
+
+def _each(records: Mapping[str, Any]) -> list[str]:
+    text = records["each"]
+    return [text[start : start + SHORT] for start in range(0, len(text), SHORT)]
+
+
+def _files(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    names = sorted(before.keys() | now.keys())
+    other = [name for name in names if before.get(name) != now.get(name)]
+    more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+    return f"has other files than the run began with: {', '.join(other[:3])}{more}"
+
+
+def _questions(before: Mapping[str, Any], now: Mapping[str, Any], other: Sequence[str]) -> str:
+    counts = f"has {now['questions']} good questions, but the run was begun with "
+    counts += f"{before['questions']}"
+    if not other:
+        gone = before["questions"] != now["questions"]
+        return counts if gone else f"{counts}, the same in another order"
+    return f"{counts}; {len(other)} are new or not as they were, first {other[0]!r}"

@@ -1,0 +1,1 @@
+"""The layouts of datasets on disk, one file each."""

@@ -1,0 +1,82 @@
+"""OmniMedVQA as it is published: ``QA_information/**/*.json`` beside ``Images/``.
+
+Published questions have two to four options; up to 26 are read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kepo.data.example import LETTERS, Example
+from kepo.data.records import BadRecord, Parsed, fields_of, one_line, read_list, right_letter, text
+from kepo.disk.files import json_files
+from kepo.errors import KepoDataError
+
+FOLDER = "QA_information"
+EXPECTED = f"{FOLDER}/**/*.json next to the images, as OmniMedVQA is published"
+PUBLISHED = "ABCD"
+_OPTION = re.compile(r"option[_ -]?(.|[0-9]+)", re.IGNORECASE)
+
+
+def rows(root: Path) -> Iterator[tuple[str, Any]]:
+    """Files in sorted order, records in file order; hidden files are passed over."""
+    folder = root / FOLDER
+    if not folder.is_dir():
+        raise KepoDataError(f"omnimedvqa: {root} has no folder {FOLDER}; expected {EXPECTED}")
+    files = json_files(folder)
+    if not files:
+        raise KepoDataError(f"omnimedvqa: no *.json under {folder}; expected {EXPECTED}")
+    for file in files:
+        yield from read_list(file)
+
+
+def parse(record: Any, where: str) -> Parsed:
+    """``question_id, question_type, question, gt_answer, image_path, option_A, option_B``,
+    optionally ``option_C`` and so on, ``rationale``, and ``modality_type`` or ``modality``."""
+    record = fields_of(record)
+    options = _options(record)
+    example = Example(
+        id=one_line(record, "question_id"),
+        question=text(record, "question"),
+        options=options,
+        answer=right_letter(text(record, "gt_answer", "answer"), options),
+        images=(),
+        modality=one_line(record, "modality_type" if "modality_type" in record else "modality"),
+        question_type=one_line(record, "question_type"),
+        rationale=text(record, "rationale") if "rationale" in record else "",
+    )
+    return example, (text(record, "image_path"),)
+
+
+def quirks(record: dict[str, Any], example: Example) -> list[str]:
+    """In what a good record departs from the published schema."""
+    found = []
+    if "modality_type" not in record:
+        found.append("modality in place of modality_type")
+    for letter in PUBLISHED[len(example.options) :]:
+        found.append(f"no option_{letter}")
+    if len(example.options) > len(PUBLISHED):
+        found.append(f"more than {len(PUBLISHED)} options")
+    if record["gt_answer"] != example.options[LETTERS.index(example.answer)]:
+        found.append("answer spelt otherwise than its option")
+    return found
+
+
+def _options(record: dict[str, Any]) -> tuple[str, ...]:
+    """Every option that the record has: one that is named otherwise makes it a bad record."""
+    present = [
+        key
+        for key, value in record.items()
+        if value is not None and _OPTION.fullmatch(key.strip()) and key.lower() != "options"
+    ]
+    expected = [f"option_{letter}" for letter in LETTERS[: len(present)]]
+    if len(present) < 2 or sorted(present) != expected:
+        raise BadRecord(
+            "options",
+            f"has options {sorted(present)}; expected option_A, option_B and optionally option_C, "
+            "option_D and so on to option_Z, without gaps",
+        )
+    return tuple(text(record, key, "options") for key in expected)

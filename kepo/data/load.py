@@ -1,0 +1,257 @@
+"""Multiple-choice questions about images, read from disk in any of three layouts.
+
+    python -m kepo data check PATH        # reads everything once and lists what is wrong
+
+OmniMedVQA as published (``omnimedvqa``), Med-R1's split files (``medr1``), and what
+``datasets.save_to_disk`` wrote (``saved_dataset``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from kepo.data.example import LETTERS, UNKNOWN, Example
+from kepo.data.images import load_image, locate, open_rgb
+from kepo.data.layouts import medr1, omnimedvqa, saved_dataset
+from kepo.data.records import KINDS, BadRecord, Parsed, Problem, Sources, repeated, shown
+from kepo.disk.files import each_json_file, expanded, is_json, printable
+from kepo.errors import KepoConfigError, KepoDataError, disk_sentence
+
+__all__ = [
+    "LETTERS",
+    "UNKNOWN",
+    "DataReport",
+    "Example",
+    "layout_of",
+    "load_examples",
+    "load_image",
+    "load_omnimedvqa",
+    "open_rgb",
+]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one kind of dataset is read; ``records`` says what rows and parse promise."""
+
+    name: str
+    rows: Callable[[Path], Iterator[tuple[str, Any]]]
+    parse: Callable[[Any, str], Parsed]
+    quirks: Callable[[dict[str, Any], Example], list[str]] = lambda record, example: []
+
+
+OMNIMEDVQA = Layout("OmniMedVQA", omnimedvqa.rows, omnimedvqa.parse, omnimedvqa.quirks)
+MEDR1 = Layout("Med-R1 split", medr1.rows, medr1.parse)
+HF = Layout("datasets folder", saved_dataset.rows, medr1.parse)
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What a loader found: how much it read and kept, and everything it left out."""
+
+    path: Path
+    layout: str
+    records: int
+    """Read in all."""
+    questions: int
+    """Kept after filters, limits and bad records."""
+    problems: tuple[Problem, ...]
+    """One per record that was left out because something is wrong with it."""
+    quirks: dict[str, int]
+    """Departures from the published schema that were understood, and how many records have them."""
+
+    def counts(self) -> dict[str, int]:
+        """Records left out, by kind of problem."""
+        found = Counter(problem.kind for problem in self.problems)
+        return {kind: found[kind] for kind in KINDS if found[kind]}
+
+    def summary(self) -> str:
+        """One line; with problems, a second one that counts them and names the first."""
+        line = (
+            f"{printable(self.path)}: {self.questions} of {self.records} questions ({self.layout})"
+        )
+        if not self.problems:
+            return line
+        kinds = ", ".join(f"{kind} {count}" for kind, count in self.counts().items())
+        return (
+            f"{line}\n  {len(self.problems)} bad records left out: {kinds}; "
+            f"first: {self.problems[0]}"
+        )
+
+
+def layout_of(path: str | Path) -> Layout:
+    """The layout of a folder, or of a JSON file; KepoDataError if it is none of the three."""
+    path = expanded(path)
+    try:
+        if (path / omnimedvqa.FOLDER).is_dir():
+            return OMNIMEDVQA
+        if any((path / name).is_file() for name in (saved_dataset.DICT, saved_dataset.SINGLE)):
+            return HF
+        if (is_json(path.name) and path.is_file()) or (
+            path.is_dir() and next(each_json_file(path), None)
+        ):
+            return MEDR1
+        found = "is not there" if not path.exists() else "is of no layout known here"
+    except OSError as error:  # no permission, or a disk that is gone
+        raise KepoDataError(disk_sentence(error)) from error
+    raise KepoDataError(
+        f"{printable(path)} {found}; expected a folder with {omnimedvqa.FOLDER}, one written by "
+        "datasets.save_to_disk, or JSON files of image, problem, solution"
+    )
+
+
+def load_examples(
+    path: str | Path,
+    *,
+    modalities: Sequence[str] | None = None,
+    question_types: Sequence[str] | None = None,
+    limit: int | None = None,
+    image_root: str | Path | None = None,
+    bad_records: str = "skip",
+    progress: bool = False,
+) -> tuple[list[Example], DataReport]:
+    """Read a dataset of any layout, in the order of its sorted files.
+
+    modalities, question_types: keep only these; None keeps all.
+    limit: the first so many of what is kept; None keeps all.
+    image_root: where image paths begin, and which they must not leave, but by a folder in it that
+        is itself a link (``images.locate``). None = the dataset's folder; for Med-R1's files the
+        nearest folder above that has ``Images``.
+    bad_records: "skip" leaves out records with which something is wrong and reports them, "fail"
+        raises at the first.
+    progress: show a bar.
+
+    ``~`` in a path is the home folder. Files and folders whose names begin with a dot are passed
+    over, as copies that other programs keep. The images must exist; whether they can be decoded,
+    ``images.digests_of`` says.
+    Raises KepoDataError for an unknown layout, an unknown name in a filter, or if nothing is left.
+    """
+    return _load(
+        layout_of(path), expanded(path), modalities, question_types, limit, image_root, bad_records,
+        progress,
+    )  # fmt: skip
+
+
+def load_omnimedvqa(
+    root: str | Path,
+    *,
+    modalities: Sequence[str] | None = None,
+    question_types: Sequence[str] | None = None,
+    limit: int | None = None,
+) -> list[Example]:
+    """``load_examples`` for data of which every record must be right: the first bad one raises."""
+    return _load(OMNIMEDVQA, expanded(root), modalities, question_types, limit, None, "fail")[0]
+
+
+def _load(
+    layout: Layout,
+    path: Path,
+    modalities: Sequence[str] | None,
+    question_types: Sequence[str] | None,
+    limit: int | None,
+    image_root: str | Path | None,
+    bad_records: str,
+    progress: bool = False,
+) -> tuple[list[Example], DataReport]:
+    if limit is not None and limit < 1:
+        raise KepoConfigError(f"load_examples: limit is {limit}; give None or a number >= 1")
+    if bad_records not in ("skip", "fail"):
+        raise KepoConfigError(
+            f"load_examples: bad_records is {bad_records!r}; expected 'skip' or 'fail'"
+        )
+    root = _image_root(layout, path, image_root)
+    path = path.resolve()
+    problems: list[Problem] = []
+
+    def bad(where: str, error: BadRecord, name: object) -> None:
+        told = f" (question {shown(name)})" if isinstance(name, str) else ""
+        problem = Problem(error.kind, where, f"{error}{told}")
+        if bad_records == "fail":
+            raise KepoDataError(f"load_examples: {problem}")
+        problems.append(problem)
+
+    parsed: list[tuple[str, Example, Sources]] = []
+    first_seen: dict[str, str] = {}
+    quirks: Counter[str] = Counter()
+    records = 0
+    rows = tqdm(layout.rows(path), desc=path.name, unit=" records", disable=not progress)
+    for where, record in rows:
+        records += 1
+        try:
+            if isinstance(record, BadRecord):
+                raise record
+            example, sources = layout.parse(record, where)
+            if (earlier := first_seen.setdefault(example.id, where)) != where:
+                raise BadRecord(
+                    "duplicate id",
+                    f"the id {example.id!r} was already used at {earlier}; ids must be unique",
+                )
+        except BadRecord as error:
+            bad(where, error, record.get("question_id") if isinstance(record, dict) else None)
+            continue
+        quirks.update(layout.quirks(record, example))
+        if repeated(example.options):
+            quirks["two wrong options are the same"] += 1
+        parsed.append((where, example, sources))
+
+    if parsed:  # otherwise the names are not to blame
+        _check_names("modalities", modalities, {e.modality for _, e, _ in parsed})
+        _check_names("question_types", question_types, {e.question_type for _, e, _ in parsed})
+    kept: list[Example] = []
+    # Only what is returned is looked up on disk: a subset may be used without all 88,996 images.
+    for where, example, sources in parsed:
+        if modalities is not None and example.modality not in modalities:
+            continue
+        if question_types is not None and example.question_type not in question_types:
+            continue
+        if len(kept) == limit:
+            break
+        try:
+            kept.append(replace(example, images=locate(sources, root)))
+        except BadRecord as error:
+            bad(where, error, example.id)
+    report = DataReport(path, layout.name, records, len(kept), tuple(problems), dict(quirks))
+    if not kept:
+        raise KepoDataError(f"load_examples: no question is left of {report.summary()}")
+    return kept, report
+
+
+def _image_root(layout: Layout, path: Path, given: str | Path | None) -> Path:
+    if given is not None:
+        folder = expanded(given)
+        if not folder.is_dir():
+            raise KepoDataError(f"load_examples: image_root={str(given)!r} is not a folder")
+        return folder.resolve()
+    resolved = path.resolve()
+    if layout is not MEDR1:
+        return resolved
+    # If the file or folder is a link: beside what it leads to, or else beside the link.
+    link = Path(os.path.abspath(path))
+    for folder in (resolved, *resolved.parents, link, *link.parents):
+        if (folder / "Images").is_dir():
+            return folder.resolve()
+    raise KepoDataError(
+        f"load_examples: no folder above {printable(path)} has Images; set image_root to the one "
+        "that does"
+    )
+
+
+def _check_names(argument: str, wanted: Sequence[str] | None, present: set[str]) -> None:
+    if wanted is None:
+        return
+    if isinstance(wanted, str):
+        raise KepoConfigError(
+            f"load_examples: {argument}={wanted!r} is a string; give a sequence of names"
+        )
+    if unknown := sorted(set(wanted) - present):
+        raise KepoDataError(
+            f"load_examples: {argument} names {unknown}, which the dataset lacks; "
+            f"it has {sorted(present)}"
+        )

@@ -1,0 +1,179 @@
+"""What the readers of every layout share: JSON lists, fields, the right option, naming what is
+wrong.
+
+A reader is two functions. ``rows(path)`` yields ``(where, record)``, a BadRecord standing in for a
+record that could not even be read; ``parse(record, where)`` makes of a record an Example without
+its images, and where those are: paths as the dataset writes them, or a function that fetches those
+or the files' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kepo.data.example import LETTERS, Example
+from kepo.disk.files import printable, read_regular
+
+KINDS = (
+    "file",
+    "field",
+    "options",
+    "answer",
+    "duplicate id",
+    "image outside",
+    "image missing",
+    "image unreadable",
+    "text refused",
+    "image refused",
+    "prompt too long",
+)
+"""What can be wrong with a record, in the order in which it is looked for."""
+
+_UNFIT = re.compile("[\0\ud800-\udfff]")
+_CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
+
+Sources = Sequence[str] | Callable[[], Sequence[str | bytes]]
+Parsed = tuple[Example, Sources]
+
+
+class BadRecord(Exception):
+    """Between a reader and the loader: what is wrong with one record."""
+
+    def __init__(self, kind: str, message: str):
+        assert kind in KINDS, kind
+        super().__init__(printable(message))
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with one record, and which it is."""
+
+    kind: str
+    where: str
+    """File and index in it."""
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
+
+
+def read_list(file: Path) -> list[tuple[str, Any]]:
+    """``(where, record)`` of a JSON list; one BadRecord if the file is none.
+
+    An object that has a key twice is a BadRecord in its place: which of the two is meant, nobody
+    can tell.
+    """
+    name = printable(file)
+    try:
+        content = _parsed(read_regular(file))
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        return [(name, BadRecord("file", f"not readable JSON: {error}"))]
+    if not isinstance(content, list):
+        kind = "dict" if isinstance(content, BadRecord) else type(content).__name__
+        return [(name, BadRecord("file", f"holds a {kind}; expected a list of objects"))]
+    return [(f"{name}[{index}]", record) for index, record in enumerate(content)]
+
+
+def _parsed(content: bytes) -> Any:
+    if not content.strip():
+        raise ValueError("the file is empty")
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError("the file is UTF-16; save it as UTF-8")
+    # -sig: a file saved on Windows may begin with a byte-order mark.
+    return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | BadRecord:
+    record = dict(pairs)
+    if len(record) == len(pairs):
+        return record
+    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    return BadRecord("field", f"has the keys {shown(twice)} more than once; expected each once")
+
+
+def fields_of(record: Any) -> dict[str, Any]:
+    """The record if it is an object."""
+    if not isinstance(record, dict):
+        raise BadRecord("field", f"is a {type(record).__name__}; expected an object")
+    return record
+
+
+def text(record: dict[str, Any], key: str, kind: str = "field") -> str:
+    """``record[key]``, which must be text with something in it, fit to be stored and tokenised.
+
+    Lone surrogates, which no encoding has, and NUL are not.
+    """
+    value = record.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise BadRecord(kind, f"{key}={shown(value)}; expected a non-empty string")
+    if odd := _UNFIT.search(value):
+        raise BadRecord(
+            kind,
+            f"{key}={shown(value)} has the character {odd[0]!r}; expected text as UTF-8 has it",
+        )
+    return value
+
+
+def one_line(record: dict[str, Any], key: str) -> str:
+    """``record[key]`` as text that logs and tables show: without control characters."""
+    value = text(record, key)
+    if odd := _CONTROL.search(value):
+        raise BadRecord(
+            "field", f"{key}={shown(value)} has the character {odd[0]!r}; expected a line of text"
+        )
+    return value
+
+
+def shown(value: object) -> str:
+    """``repr``, cut in the middle where it is long."""
+    words = repr(value)
+    return words if len(words) <= 300 else f"{words[:200]} ... {words[-50:]}"
+
+
+_LETTER = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z]))[.:)]?")
+_LETTER_AND_TEXT = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])[.:)])[.:]?\s*(\S.*)", re.DOTALL)
+
+
+def right_letter(answer: str, options: tuple[str, ...]) -> str:
+    """The one option that the dataset's answer means: by its text, its letter, or both.
+
+    Texts are equal but for case, spaces and a final period. A letter may be small and stand as in
+    ``b``, ``B.``, ``B)``, ``B:`` or ``(B)``, as the answers of a model are read; with a text after
+    it, as in ``B) MR``, the text must be that option's. Only A to Z are letters, not their
+    likenesses in other scripts. Raises BadRecord if no option is meant or, as when option A reads
+    "B", more than one.
+    """
+    wanted = plain(answer)
+    pairs = list(zip(LETTERS, options, strict=False))
+    found = {letter for letter, option in pairs if plain(option) == wanted}
+    if match := _LETTER.fullmatch(answer.strip()):
+        found |= {(match[1] or match[2]).upper()} & {letter for letter, _ in pairs}
+    elif match := _LETTER_AND_TEXT.fullmatch(answer.strip()):
+        said = ((match[1] or match[2]).upper(), plain(match[3]))
+        found |= {letter for letter, option in pairs if (letter, plain(option)) == said}
+    # The right option's text must be no other's: a model that gives the other is right as well.
+    texts = {plain(option) for letter, option in pairs if letter in found}
+    found |= {letter for letter, option in pairs if plain(option) in texts}
+    if len(found) != 1:
+        raise BadRecord(
+            "answer",
+            f"the answer {shown(answer)} equals {len(found)} of the options {shown(options)}; "
+            "expected exactly one, by text or letter",
+        )
+    return found.pop()
+
+
+def repeated(options: Sequence[str]) -> bool:
+    """Whether two options are the same, which among wrong ones does no harm."""
+    return len({plain(option) for option in options}) < len(options)
+
+
+def plain(words: str) -> str:
+    return " ".join(words.split()).rstrip(". ").casefold()

@@ -1,0 +1,1 @@
+"""The demonstration: tiny models, made on the spot, add two scanned digits."""

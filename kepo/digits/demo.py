@@ -1,0 +1,239 @@
+"""The embedded demonstration: a tiny vision-language model learns to add two scanned digits.
+
+    data -> teacher -> student's warm-up -> KEPO -> table and curves
+
+Everything is made on the spot from scikit-learn's scans and kept under `root`, so the same command
+after an interruption goes on where it was. The student is warmed up and then trained on one
+rendering of the digits only; the table shows what that does to the seven it has never seen (the
+single-source protocol of the paper, in miniature).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kepo.config import Config
+from kepo.data.load import load_omnimedvqa
+from kepo.digits.dataset import MODALITIES, write_digits
+from kepo.digits.tiny import build_tiny
+from kepo.digits.warm_up import train_supervised
+from kepo.disk.durable import as_json, write_durably
+from kepo.distributed.processes import launched
+from kepo.errors import KepoConfigError
+from kepo.evaluation.greedy import evaluate, means, summary
+from kepo.loop import train
+from kepo.models.reading import own_progress_only
+from kepo.models.vlm import VLM
+from kepo.run.manifest import new_folder, verify, write_manifest
+from kepo.run.metrics import read_metrics
+from kepo.words import at_home, command_line
+
+SOURCE = next(iter(MODALITIES))
+COMPLETION_TOKENS = 24
+
+DIGITS_RUN = dict(
+    # More questions and fewer answers to each than usual: what the model has to learn is to see,
+    # and for that it is the number of different images that counts.
+    prompts_per_step=32,
+    num_generations=4,
+    micro_batch=64,
+    max_completion_length=COMPLETION_TOKENS,
+    lr=4e-4,
+    lr_end=0.1,
+    warmup_steps=10,
+    # A JSD is about five times smaller than a KL, and on right answers smaller still.
+    distill_coef=10.0,
+)
+"""Settings of a run on the digits, of the demonstration as of the comparison."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Settings of the demonstration. Change any of them together with root."""
+
+    root: str = "runs/demo"
+    """Folder of everything the demonstration makes."""
+    train_questions: int = 1200
+    """Training questions per rendering."""
+    test_questions: int = 100
+    """Test questions per rendering, about scans that no training question shows."""
+    teacher_steps: int = 350
+    """Supervised steps of the teacher, on all renderings."""
+    warmup_steps: int = 240
+    """Supervised steps of the student, on the first rendering."""
+    supervised_batch: int = 32
+    """Answers per supervised step."""
+    supervised_lr: float = 1e-3
+    """Peak learning rate of supervised training."""
+    hint_fraction: float = 0.4
+    """Share of supervised answers that are about hints."""
+    steps: int = 130
+    """KEPO steps."""
+    lr: float = 4e-4
+    """Peak learning rate of KEPO."""
+    seed: int = 0
+    """Of everything."""
+
+
+def run(demo: Demo) -> int:
+    """All stages; returns the exit code of the training."""
+    own_progress_only()
+    if launched() > 1:
+        raise KepoConfigError("the demonstration runs in one process; start it without torchrun")
+    demo = at_home(demo, "root")
+    root = Path(demo.root)
+    started = time.perf_counter()
+
+    def stage(name: str, settings: tuple[str, ...], make: Callable[[Path], None]) -> Path:
+        made_with = {key: getattr(demo, key) for key in (*settings, "seed")}
+        return cached(root / name, made_with, make)
+
+    supervised = ("supervised_batch", "supervised_lr", "hint_fraction", "train_questions")
+    data = stage("data", ("train_questions", "test_questions"), lambda to: make_data(to, demo))
+    teacher = stage(
+        "teacher", ("teacher_steps", *supervised), lambda to: make_teacher(to, data, demo)
+    )
+    student = stage(
+        "student", ("warmup_steps", *supervised), lambda to: make_student(to, data, demo)
+    )
+    print(f"KEPO: training on {SOURCE!r} only", flush=True)
+    code = train(config_of(demo, data, teacher, student))
+    if code == 0:
+        report(root, teacher, data)
+        print(f"whole demonstration: {time.perf_counter() - started:.0f} s in this call")
+    return code
+
+
+def config_of(demo: Demo, data: Path, teacher: Path, student: Path) -> Config:
+    """The training run of the demonstration; the same loop and settings as any other."""
+    return Config(
+        student=str(student),
+        teacher=str(teacher),
+        train_data=str(data / "train"),
+        train_modalities=(SOURCE,),
+        eval_data=str(data / "test"),
+        run_dir=demo.root,
+        steps=demo.steps,
+        num_hinted=1,
+        max_attempts=2,
+        seed=demo.seed,
+        save_every=10,
+        eval_every=0,
+        **{**DIGITS_RUN, "lr": demo.lr},
+    )
+
+
+def make_data(folder: Path, demo: Demo) -> None:
+    print(f"data: {demo.train_questions} + {demo.test_questions} questions in each of "
+          f"{len(MODALITIES)} renderings", flush=True)  # fmt: skip
+    write_digits(folder, train=demo.train_questions, test=demo.test_questions, seed=demo.seed)
+
+
+def make_teacher(folder: Path, data: Path, demo: Demo) -> None:
+    _supervise(folder, "teacher", data, None, demo.teacher_steps, demo)
+
+
+def make_student(folder: Path, data: Path, demo: Demo) -> None:
+    _supervise(folder, "student", data, (SOURCE,), demo.warmup_steps, demo)
+
+
+def _supervise(
+    folder: Path,
+    size: str,
+    data: Path,
+    modalities: tuple[str, ...] | None,
+    steps: int,
+    demo: Demo,
+) -> None:
+    build_tiny(folder, size=size, seed=demo.seed)
+    vlm = VLM.load(folder)
+    train_supervised(
+        vlm,
+        load_omnimedvqa(data / "train", modalities=modalities),
+        steps=steps,
+        batch_size=demo.supervised_batch,
+        lr=demo.supervised_lr,
+        seed=demo.seed,
+        hint_fraction=demo.hint_fraction,
+        desc=size,
+    )
+    vlm.save(folder)
+
+
+def cached(target: Path, made_with: dict[str, object], make: Callable[[Path], None]) -> Path:
+    """``target``, made now unless it is there whole; made with other settings it is refused, and so
+    is a folder that was not made here."""
+    record = target / "made_with.json"
+    if target.exists():
+        if not record.is_file():
+            raise KepoConfigError(
+                f"{target} is in the way: it has no {record.name}, so this command did not make "
+                "it; use another root, or move it"
+            )
+        fault = verify(target)
+        if fault is None:
+            before = json.loads(record.read_text(encoding="utf-8"))
+            if before == made_with:
+                return target
+            raise KepoConfigError(
+                f"{target} was made with {before}, now asked for {made_with}; use another root, or "
+                "remove it"
+            )
+        print(f"{target} is damaged ({fault}) and made again")
+    with new_folder(target) as folder:
+        make(folder)
+        (folder / record.name).write_text(as_json(made_with), encoding="utf-8")
+        write_manifest(folder)
+    return target
+
+
+def report(root: Path, teacher: Path, data: Path) -> None:
+    """Print accuracy per rendering before and after KEPO, and the teacher's; keep it as
+    accuracy.json."""
+    evaluations = [record for record in read_metrics(root / "metrics.jsonl") if "eval" in record]
+    before, after = evaluations[0]["eval"], evaluations[-1]["eval"]
+    picture, table = root / "curves.png", root / "accuracy.json"
+    of_teacher = _known_teacher(table, after)
+    if of_teacher is None:
+        scores = evaluate(
+            VLM.load(teacher), load_omnimedvqa(data / "test"), max_new_tokens=COMPLETION_TOKENS
+        )
+        of_teacher = means(scores)
+    rows = [(name, before[name], after[name], of_teacher[name]) for name in after]
+    others = [summary(column, SOURCE)[1] for column in (before, after, of_teacher)]
+    found = {"before": before, "after": after, "teacher": of_teacher}
+    write_durably(table, as_json(found, indent=1))
+
+    title = "greedy accuracy, unseen scans"
+    print(f"\n{title:34} {'before':>7} {'after':>7} {'gain':>7} {'teacher':>8}")
+    for name, old, new, best in [*rows, ("mean of the seven unseen", *others)]:
+        note = "  (trained on)" if name == SOURCE else ""
+        print(f"{name + note:34} {old:7.3f} {new:7.3f} {new - old:+7.3f} {best:8.3f}")
+    print(f"\ncurves: {picture}   metrics: {root / 'metrics.jsonl'}   table: {table}")
+
+
+def _known_teacher(table: Path, after: dict[str, float]) -> dict[str, float] | None:
+    """The teacher's accuracies from an earlier call's table, if it is whole and of this run."""
+    try:
+        known = json.loads(table.read_text(encoding="utf-8"))
+        if known["after"] == after and known["teacher"].keys() == after.keys():
+            return known["teacher"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # it is made again
+    return None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``kepo demo``."""
+    demo = command_line(Demo, prog="kepo demo", args=arguments, description=__doc__)
+    print(f"settings: {dataclasses.asdict(demo)}")
+    try:
+        return run(demo)
+    except KeyboardInterrupt:  # in a stage before training, which is then made again
+        print("\ninterrupted; the same command goes on from the last finished stage")
+        return 130

@@ -1,0 +1,310 @@
+"""The processes of a run: who is who, one decision for all, work shared out among them.
+
+All processes hold the same view of a step: the same questions, and after sampling the same
+completions. They part only where a function here gives each a share, so there is nothing they could
+disagree about. Alone, without torchrun, every function does the obvious.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from kepo.distributed.watchdog import FAREWELL, watched
+from kepo.errors import KepoConfigError, KepoError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+PATIENCE = 15 * 60.0
+"""Seconds a process may stand still, or be late at the start, before all end."""
+LAST_RESORT = timedelta(days=1)
+"""Of a decision taken together: the first process may be reading a dataset. `watched` is what tells
+that from standing still."""
+LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells a process; nothing less makes it one of several."""
+
+_control: dist.ProcessGroup | None = None
+"""The group for decisions and Python objects, on the CPU; None = the default one."""
+
+
+@contextmanager
+def processes(
+    device: str, *, alone: bool = False, patience: float = PATIENCE
+) -> Iterator[torch.device]:
+    """Join the processes that torchrun started, if it did; yields this one's own device.
+
+    ``cuda`` becomes ``cuda:<local rank>``. alone: without torchrun, form a group of one, which
+    sharding needs. patience: seconds after which a process that does not come to the start, or
+    stands still, is named and all end. A process group that is there already is used as it is.
+    Raises KepoConfigError where the environment or the devices do not fit, KepoError if a process
+    does not come.
+    """
+    several = world_size() > 1 if dist.is_initialized() else launched() > 1
+    own = _own_device(device, several)
+    started = (several or alone) and not dist.is_initialized()
+    with ExitStack() as stack:
+        if started and several:
+            _join(own, patience, stack)
+        elif started:
+            backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "cpu:gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield own
+        except BaseException as error:
+            if started:
+                _give_up()
+            if several and isinstance(error, RuntimeError) and _is_lost_peer(error):
+                raise _lost_peer(error) from error
+            raise
+        if started:
+            _leave()
+
+
+def launched() -> int:
+    """The number of processes that torchrun, or who sets all that it does, started; 1 if nobody.
+
+    A scheduler may set WORLD_SIZE for its own ends. Raises KepoConfigError if that says there are
+    several, and how they find each other is missing.
+    """
+    given = {name: os.environ.get(name, "") for name in LAUNCH}
+    missing = [name for name, value in given.items() if not value]
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if given[name] and not given[name].isdecimal():
+            raise KepoConfigError(f"environment: {name}={given[name]!r}; expected a number >= 0")
+    size = int(given["WORLD_SIZE"] or 1)
+    if size > 1 and missing:
+        raise KepoConfigError(
+            f"environment: WORLD_SIZE={size}, but {', '.join(missing)} is not set, so processes "
+            f"cannot find each other; start them with `torchrun --nproc-per-node={size} -m "
+            "kepo.loop ...`, or unset WORLD_SIZE for one process"
+        )
+    if not missing and int(given["RANK"]) >= size:
+        raise KepoConfigError(
+            f"environment: RANK={given['RANK']} and WORLD_SIZE={size}; expected a rank below it"
+        )
+    return size
+
+
+def _own_device(device: str, several: bool) -> torch.device:
+    own = torch.device(device)
+    if own.type != "cuda":
+        return own
+    count = torch.cuda.device_count()
+    local = os.environ.get("LOCAL_RANK", "") if several else "0"
+    if own.index is None and not local and count > 1:
+        raise KepoConfigError(
+            f"environment: LOCAL_RANK is not set, so which of the {count} CUDA devices is this "
+            "process's is unknown; start it with torchrun"
+        )
+    place = int(local or 0) if own.index is None else own.index
+    if place >= count:
+        which = f"LOCAL_RANK={place}" if own.index is None else f"device={device!r}"
+        raise KepoConfigError(
+            f"{which}, but this process sees {count} CUDA devices; start one process per device: "
+            f"torchrun --nproc-per-node={count}"
+        )
+    torch.cuda.set_device(place)
+    return torch.device("cuda", place)
+
+
+def _join(device: torch.device, patience: float, stack: ExitStack) -> None:
+    """Form the group that torchrun describes, and watch it until ``stack`` ends."""
+    global _control
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    limit = timedelta(seconds=patience)
+    waited = f"within {patience / 60:g} minutes (rank_timeout_minutes)"
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        own = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
+    except RuntimeError as error:
+        raise KepoError(
+            f"rank {rank}: the {size} processes of this run have not all met at {host}:{port} "
+            f"{waited}: {str(error).splitlines()[0]}"
+        ) from error
+    # torchrun may start processes anew in the same store.
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    private = dist.PrefixStore(f"kepo/{again}", own)
+    if late := _late(private, rank, size, patience):
+        raise KepoError(f"rank {rank}: {ranks(late)} did not come to the start {waited}")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo"
+    # Between those of one step, ranks are apart by seconds. If that fails, `watched` names who.
+    apart = max(2 * limit, timedelta(minutes=10))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=apart)
+    _control = dist.new_group(backend="gloo", timeout=LAST_RESORT)
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own process
+    server = store if rank == 0 and not agents else None
+    stack.enter_context(watched(private, rank, size, patience, server))
+
+
+def _late(store: dist.Store, rank: int, size: int, patience: float) -> list[int]:
+    """The ranks that have not come to this place after ``patience`` seconds."""
+    store.set(f"here/{rank}", "")
+    end = time.monotonic() + patience
+    late = []
+    for other in range(size):
+        left = timedelta(seconds=max(0.1, end - time.monotonic()))
+        try:
+            store.wait([f"here/{other}"], left)
+        except RuntimeError:
+            late.append(other)
+    return late
+
+
+def _leave() -> None:
+    global _control
+    _control = None
+    dist.destroy_process_group()
+
+
+def _give_up() -> None:
+    """Leave, if that can be done at once: others may be in a collective with this process, and then
+    the farewell would wait for them; torchrun ends them.
+
+    Without it, Python may end while a thread of gloo gives back the last collective's tensors. That
+    thread asks for Python's lock, gets none, and the process aborts after it has said its sentence.
+    """
+    farewell = threading.Thread(target=_leave, daemon=True)
+    farewell.start()
+    farewell.join(FAREWELL)
+
+
+def ranks(places: Sequence[int]) -> str:
+    """\"rank 3\", or \"ranks 0-2, 5\"."""
+    runs: list[list[int]] = []
+    for place in sorted(places):
+        if runs and place == runs[-1][1] + 1:
+            runs[-1][1] = place
+        else:
+            runs.append([place, place])
+    text = ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+    return f"rank {text}" if len(places) == 1 else f"ranks {text}"
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
+def together(mine: T) -> list[T]:
+    """What each process passed, by rank; any object that pickles. All must call."""
+    if world_size() == 1:
+        return [mine]
+    everyones: list[T] = [None] * world_size()  # type: ignore[list-item]
+    _collective(dist.all_gather_object, everyones, mine)
+    return everyones
+
+
+def _collective(exchange: Callable[..., Any], *arguments: Any, **settings: Any) -> None:
+    try:
+        exchange(*arguments, group=_control, **settings)
+    except RuntimeError as error:
+        raise _lost_peer(error) from error
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def _lost_peer(error: RuntimeError) -> KepoError:
+    # "[file of gloo:line] Connection closed by peer [host]:port. This is typically ..."
+    said = str(error).splitlines()[0].split(". ")[0]
+    said = said.rpartition(".cc:")[2].partition("] ")[2] or said
+    return KepoError(
+        f"rank {rank()}: another process of this run has ended, or cannot be reached ({said}); the "
+        "cause is what it said itself"
+    )
+
+
+def any_of(mine: bool) -> bool:
+    """Whether it holds in any process. All must call."""
+    return any(together(bool(mine)))
+
+
+def by_first(make: Callable[[], T]) -> T:
+    """What ``make`` returns in the first process, in every process. All must call.
+
+    A KepoError or OSError it raises there is raised everywhere, so that no process waits for one
+    that left.
+    """
+    outcome: list[object] = [None, None]
+    if is_first():
+        try:
+            outcome[0] = make()
+        except (KepoError, OSError) as error:
+            outcome[1] = error
+    if world_size() > 1:
+        _collective(dist.broadcast_object_list, outcome, src=0)
+    if isinstance(outcome[1], Exception):
+        raise outcome[1]
+    return outcome[0]  # type: ignore[return-value]
+
+
+def share_of(items: Sequence[T], place: int | None = None) -> Sequence[T]:
+    """The part of ``items`` that belongs to one process (None = this one): runs of equal length,
+    up to one, in order of rank."""
+    place = rank() if place is None else place
+    start, end = (len(items) * i // world_size() for i in (place, place + 1))
+    return items[start:end]
+
+
+class Stopped(Exception):
+    """Work that was shared out has ended early, in every process, because one was asked to stop."""
+
+
+def shared_out(
+    items: Sequence[T],
+    work: Callable[[Sequence[T]], list[R]],
+    portions: Callable[[Sequence[T]], list[Sequence[T]]],
+    *,
+    in_step: bool = False,
+    stop: Callable[[], bool] | None = None,
+) -> list[R]:
+    """``work`` of all items, each process having done its share; the same list in every process.
+
+    portions: cuts a share into what is worked on at once; ``work`` returns one result per item of
+    it. in_step: ``work`` needs the other processes too (a sharded model), so those with fewer
+    portions repeat one for them and drop its results. stop: asked before every portion; once it is
+    true in one process, `Stopped` is raised in all. All must call, with the same items.
+    """
+    if not items:
+        return []
+    mine = portions(share_of(items)) if share_of(items) else []
+    rounds = max(together(len(mine))) if in_step else len(mine)
+    results: list[R] = []
+    ended = False
+    for place in range(rounds):
+        if stop is not None:
+            ended = any_of(stop()) if in_step else stop()
+        if ended:
+            break
+        if place < len(mine):
+            results += work(mine[place])
+        else:
+            work(mine[0] if mine else items[:1])
+    parts = together((results, ended))
+    if any(ended for _, ended in parts):
+        raise Stopped
+    return [result for part, _ in parts for result in part]
+
+
+def runs_of(most: int) -> Callable[[Sequence[T]], list[Sequence[T]]]:
+    """Portions for `shared_out` of at most so many items, in order."""
+    return lambda share: [share[start : start + most] for start in range(0, len(share), most)]

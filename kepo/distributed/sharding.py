@@ -1,0 +1,177 @@
+"""A model over several processes: a whole copy in each (DDP), or a share in each (FSDP2).
+
+Both do their part around a module's forward, and what we compute with a model is not one call of
+it: it is generation, or backbone, teacher and loss at once. So the module they wrap is `Whole`,
+whose forward is whatever it is given.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from kepo.distributed.processes import is_first, rank, world_size
+from kepo.errors import KepoConfigError
+from kepo_kernels.versions import refuse_sharding_on_cpu
+
+T = TypeVar("T")
+
+
+class Whole(nn.Module):
+    """A model whose forward is any computation with it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[], T]) -> T:
+        return work()
+
+
+def replicate(model: nn.Module) -> nn.Module:
+    """The module through which a trained model averages its gradients over the processes."""
+    if world_size() == 1:
+        return Whole(model)
+    # No buffer of these models changes, and a rollout must not wait for the others.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(Whole(model), gradient_as_bucket_view=True, **{name: False})
+
+
+def shard(
+    model: nn.Module, device: torch.device, compute: torch.dtype, *, offload: bool = False
+) -> nn.Module:
+    """Leave this process its share of every parameter, in rows; returns the root of the groups.
+
+    Each decoder layer and each block of the vision tower is gathered for itself, in ``compute``,
+    when it runs. Embedding, head and what else is left are one group, whole from a forward to the
+    end of its backward, and where there is none from then on: a tied head is one parameter there,
+    and an untied one can be read as a plain tensor. Gradients are averaged in float32. offload:
+    shares rest in host memory. Raises KepoConfigError on CPUs where torch is too old for that.
+    """
+    if device.type == "cpu" and world_size() > 1 and (reason := refuse_sharding_on_cpu()):
+        raise KepoConfigError(reason)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    settings: dict[str, Any] = dict(
+        mesh=mesh,
+        # Inputs stay as the model made them: rotary angles are float32 on purpose.
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+        offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        if offload
+        else OffloadPolicy(),
+    )
+    for layer in [*model.model.language_model.layers, *model.model.visual.blocks]:
+        fully_shard(layer, **settings)
+    root = Whole(model)
+    fully_shard(root, reshard_after_forward=False, **settings)
+    return root
+
+
+@contextmanager
+def gathered(root: nn.Module) -> Iterator[None]:
+    """Hold a sharded model whole within; nothing in it waits for another process then."""
+    groups = [module for module in root.modules() if isinstance(module, FSDPModule)]
+    for group in groups:
+        group.set_reshard_after_forward(False, recurse=False)
+        group.unshard()
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.set_reshard_after_forward(group is not root, recurse=False)
+            group.reshard()
+
+
+def own_gradients(root: nn.Module, last: bool) -> Any:
+    """A context for the forward and backward of a micro-batch: copies average their gradients
+    after the last one only. Shares always do, or each process would hold whole gradients."""
+    if isinstance(root, DistributedDataParallel) and not last:
+        return root.no_sync()
+    return nullcontext()
+
+
+# ---- shares and wholes ----
+
+
+def fill(model: nn.Module, source: Mapping[str, Tensor] | None, device: torch.device) -> None:
+    """Give every process its part of the first one's parameters and buffers, in place.
+
+    source: by name, all that ``model.named_parameters()`` and ``named_buffers()`` list; None in the
+    other processes. One tensor at a time is whole on ``device``.
+    """
+    with torch.no_grad():
+        for name, mine in [*model.named_parameters(), *model.named_buffers()]:
+            if source is not None:
+                full = source[name].to(device=device, dtype=mine.dtype)
+            else:
+                full = torch.empty(mine.shape, dtype=mine.dtype, device=device)
+            if world_size() > 1:
+                dist.broadcast(full, src=0)
+            local = mine.to_local() if isinstance(mine, DTensor) else mine
+            local.copy_(full[rows_of(mine)] if isinstance(mine, DTensor) else full)
+
+
+def whole_state(model: nn.Module, only: str = "") -> dict[str, Tensor]:
+    """The model's state dict, whole, on the CPU; in the first process. All must call.
+
+    only: leave out what does not have this in its name.
+
+    Names of one parameter share one tensor, as in an unsharded model.
+    """
+    seen: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if only not in name:
+            continue
+        if id(value) not in seen:
+            full = whole_tensor(value.detach())
+            seen[id(value)] = full.cpu() if is_first() else torch.empty(0)
+        state[name] = seen[id(value)]
+    return state if is_first() else {}
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor as a plain one. All processes must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def rows_of(tensor: Tensor) -> slice:
+    """The rows of a tensor's first dimension that lie in this process; all of one not sharded."""
+    if not isinstance(tensor, DTensor):
+        return slice(None)
+    rows = tensor.shape[0]
+    each = -(-rows // world_size())  # as torch.chunk cuts: the last shares may be short or empty
+    start, end = min(rank() * each, rows), min((rank() + 1) * each, rows)
+    assert tensor.to_local().shape[0] == end - start, "FSDP2 shards by rows"
+    return slice(start, end)
+
+
+def share_like(tensor: Tensor, share: Tensor) -> Tensor:
+    """This process's rows as a tensor sharded like ``tensor``; as they are if that is not."""
+    if not isinstance(tensor, DTensor):
+        return share
+    return DTensor.from_local(
+        share.to(tensor.to_local().device),
+        tensor.device_mesh,
+        tensor.placements,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )

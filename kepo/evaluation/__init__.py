@@ -1,0 +1,1 @@
+"""Accuracy of a model on held-out questions, with intervals."""

@@ -1,0 +1,111 @@
+"""Greedy accuracy by modality or type of question; its split into in-domain and out-of-domain.
+
+python -m kepo evaluate MODEL DATA    # of a saved model, with intervals and chance; see --help
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from tqdm import tqdm
+
+from kepo.data.load import Example
+from kepo.distributed.processes import runs_of, share_of, shared_out
+from kepo.errors import KepoConfigError, KepoDataError
+from kepo.models.encoding import Prompt
+from kepo.rollout.sampler import Engine
+from kepo.tasks.multiple_choice import question_prompt
+from kepo.tasks.rewards import accuracy
+
+
+def evaluate(
+    engine: Engine,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: bool = False,
+    stop: Callable[[], bool] | None = None,
+) -> dict[str, list[float]]:
+    """``accuracy`` of the greedy answer to each example, by modality in order of first sight.
+
+    Draws no random numbers. All processes call, each answers its share, and all get the whole.
+    progress: show a bar. stop: asked after every batch in each process; once it is true in one,
+    Stopped is raised in all. Raises KepoDataError if there are no examples.
+    """
+    texts = greedy_answers(
+        engine,
+        examples,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+        stop=stop,
+    )
+    scores: dict[str, list[float]] = {}
+    for example, text in zip(examples, texts, strict=True):
+        scores.setdefault(example.modality, []).append(accuracy(text, example.answer))
+    return scores
+
+
+def greedy_answers(
+    engine: Engine,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: bool = False,
+    stop: Callable[[], bool] | None = None,
+) -> list[str]:
+    """What the model says to each example, in their order; otherwise as ``evaluate``."""
+    if not examples:
+        raise KepoDataError("evaluate: examples is empty; expected at least one")
+    if batch_size < 1:
+        raise KepoConfigError(f"evaluate: batch_size is {batch_size}; expected a number >= 1")
+    bar = tqdm(total=len(share_of(examples)), desc="eval", disable=not progress)
+
+    def work(batch: Sequence[Example]) -> list[str]:
+        ids, mask, _ = engine.sample(
+            [Prompt(question_prompt(e), e.images) for e in batch],
+            num_return_sequences=1,
+            max_new_tokens=max_new_tokens,
+            temperature=0.0,
+            top_p=1.0,
+            seeds=(),
+        )
+        bar.update(len(batch))
+        return engine.encoder.decode(ids, mask)
+
+    with bar:
+        return shared_out(examples, work, runs_of(batch_size), in_step=engine.in_step, stop=stop)
+
+
+def by_question_type(
+    examples: Sequence[Example], scores: Mapping[str, Sequence[float]]
+) -> dict[str, list[float]]:
+    """The scores that ``evaluate`` gave these same examples, by type of question instead."""
+    left = {modality: iter(values) for modality, values in scores.items()}
+    types: dict[str, list[float]] = {}
+    for example in examples:
+        types.setdefault(example.question_type, []).append(next(left[example.modality]))
+    assert all(next(values, None) is None for values in left.values()), "other examples"
+    return types
+
+
+def means(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Accuracy of each modality, or type of question."""
+    return {name: sum(values) / len(values) for name, values in scores.items()}
+
+
+def summary(table: Mapping[str, float], source: str) -> tuple[float, float]:
+    """``(in_domain, ood_mean)``: the accuracy on ``source`` and the plain mean over the others.
+
+    Every other modality counts the same, whatever its number of questions. Raises KepoDataError if
+    source is not in the table or there is no other modality.
+    """
+    others = [value for modality, value in table.items() if modality != source]
+    if source not in table or not others:
+        raise KepoDataError(
+            f"summary: source={source!r}, table has {sorted(table)}; expected source among them "
+            "and at least one other modality"
+        )
+    return table[source], sum(others) / len(others)

@@ -1,0 +1,44 @@
+"""Low-rank adapters on the language model (LoRA, Hu et al. 2021), held by peft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kepo.config import Config
+from kepo.errors import KepoConfigError
+from kepo.models.tensors import with_saved_adapters
+
+TARGETS = r".*language_model\.layers\..*_proj"
+"""Every linear layer of the language model: not the head, which the losses read as one matrix, and
+not the vision tower."""
+
+
+def with_adapters(model: Any, config: Config, saved: Path | None = None) -> Any:
+    """Put adapters into ``model``, in place, and freeze all else; returns peft's wrapper, which
+    saves them.
+
+    saved: the folder they were saved in; None = new ones, that change nothing yet, the same for the
+    same ``config.seed``. Adapters are float32 whatever the model is. Raises KepoConfigError without
+    peft, KepoCheckpointError if ``saved`` has no safetensors or does not fit.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise KepoConfigError(
+            f"config: lora_rank={config.lora_rank} needs peft; pip install 'kepo[lora]'"
+        ) from error
+
+    if saved is not None:
+        return with_saved_adapters(peft, model, saved, is_trainable=True)
+    settings = peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,  # what trains is what sampled
+        target_modules=TARGETS,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return peft.get_peft_model(model, settings)

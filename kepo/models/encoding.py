@@ -1,0 +1,323 @@
+"""Prompts as tensors, and completions as text: the tokenizer and image processor of a model.
+
+Their conventions: prompts are padded on the left, completions on the right, a prompt's images come
+before its text, and image tokens are marked in ``mm_token_type_ids``, without which their positions
+are silently wrong in some versions of transformers. Nothing is ever truncated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kepo.data.images import open_rgb
+from kepo.errors import KepoConfigError, KepoDataError
+from kepo.models.conventions import closed
+
+IMAGE_CACHE_BYTES = 256 * 2**20
+"""Patches kept per encoder, so that an image met every epoch is decoded once."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Text without chat markup, and the images it is about, which are shown before it in this
+    order."""
+
+    text: str
+    images: tuple[Path, ...] = ()
+    """One path may be given as it is."""
+
+    def __post_init__(self) -> None:
+        given = self.images
+        paths = (given,) if isinstance(given, str | Path) else tuple(given)
+        object.__setattr__(self, "images", tuple(Path(path) for path in paths))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """B encoded prompts; all tensors on one device.
+
+    An image is there once however many prompts show it, so a model's vision tower has to see it
+    once: ``image_places`` says which images each prompt shows.
+    """
+
+    input_ids: Tensor  # (B, L) int64, padded on the left
+    attention_mask: Tensor  # (B, L) int64, 0 on padding
+    mm_token_type_ids: Tensor  # (B, L) int64, 1 on image tokens
+    pixel_values: Tensor  # (sum of patches, values per patch), the images one after another
+    image_grid_thw: Tensor  # (images, 3) int64, patches of each in time, height, width
+    image_places: tuple[tuple[int, ...], ...]  # B times the rows of image_grid_thw, in order
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def image_counts(self) -> tuple[int, ...]:
+        """Number of images that each prompt shows."""
+        return tuple(map(len, self.image_places))
+
+    def to(self, device: torch.device) -> Inputs:
+        return replace(
+            self,
+            **{
+                name: x.to(device, non_blocking=True)
+                for name, x in vars(self).items()
+                if isinstance(x, Tensor)
+            },
+        )
+
+    def repeat(self, n: int) -> Inputs:
+        """Each prompt n times in a row: p0 p0 .. p1 p1 .."""
+        if n < 1:
+            raise KepoConfigError(f"Inputs.repeat: n is {n}; expected a number >= 1")
+        return self.select(torch.arange(len(self)).repeat_interleave(n))
+
+    def select(self, indices: Sequence[int] | Tensor) -> Inputs:
+        """The prompts at these places, in this order; repeats are allowed. The padding stays."""
+        rows = torch.as_tensor(indices, device=self.input_ids.device)
+        if rows.dtype == torch.bool or rows.dim() != 1:
+            raise KepoConfigError(
+                f"Inputs.select: indices have dtype {rows.dtype} and shape {tuple(rows.shape)}; "
+                "expected a list of whole numbers"
+            )
+        rows = rows.long()
+        chosen = [self.image_places[i] for i in rows.tolist()]
+        shown = list(dict.fromkeys(place for places in chosen for place in places))
+        now_at = {place: new for new, place in enumerate(shown)}
+        return Inputs(
+            input_ids=self.input_ids[rows],
+            attention_mask=self.attention_mask[rows],
+            mm_token_type_ids=self.mm_token_type_ids[rows],
+            pixel_values=self.patches(shown),
+            image_grid_thw=self.image_grid_thw[shown],
+            image_places=tuple(tuple(now_at[place] for place in places) for places in chosen),
+        )
+
+    def patches(self, places: Sequence[int]) -> Tensor:
+        """``pixel_values`` of the images at these places, one after another."""
+        if list(places) == list(range(len(self.image_grid_thw))):
+            return self.pixel_values
+        images = self.pixel_values.split(self.image_grid_thw.prod(-1).tolist())
+        return torch.cat([self.pixel_values[:0], *(images[place] for place in places)])
+
+    def followed_by(self, completion_ids: Tensor, completion_mask: Tensor) -> Inputs:
+        """The prompts with a completion ``(B, T)`` each, which has no image in it; T places of mask
+        0 are padding."""
+        text = torch.zeros_like(completion_ids)
+        return replace(
+            self,
+            input_ids=torch.cat([self.input_ids, completion_ids], dim=1),
+            attention_mask=torch.cat([self.attention_mask, completion_mask.long()], dim=1),
+            mm_token_type_ids=torch.cat([self.mm_token_type_ids, text], dim=1),
+        )
+
+
+@dataclass
+class Encoder:
+    """What turns prompts into a model's inputs and its tokens into text. Its tensors are on the
+    CPU."""
+
+    tokenizer: Any
+    image_processor: Any
+    image_token_id: int
+    end_ids: tuple[int, ...] = ()
+    """Tokens that end a completion, first the one that ends a worked answer. () = the tokenizer's
+    own end token."""
+    control_ids: frozenset[int] = frozenset()
+    """Tokens that are no text: they are never decoded, and no text may hold them."""
+    opened: str = ""
+    """What the chat template has begun to say for the assistant (``<think>\\n``); a completion's
+    text begins with it, though its tokens do not."""
+    positions: int | None = None
+    """Tokens that the model has positions for, prompt and completion together. None = any."""
+    _patches: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.end_ids = tuple(self.end_ids) or (self.tokenizer.eos_token_id,)
+        pad = self.tokenizer.pad_token_id
+        self.control_ids = frozenset({*self.control_ids, *self.end_ids, self.image_token_id, pad})
+
+    def encode(self, prompts: Sequence[Prompt]) -> Inputs:
+        """Apply the chat template, expand image placeholders, pad on the left.
+
+        Prompts that occur again are tokenised once, images that do are read once. Raises
+        KepoDataError if there are no prompts, if an image is unreadable or of a shape that the
+        image processor refuses, or if a text has control tokens in it, which would end its turn.
+        """
+        if not prompts:
+            raise KepoDataError("Encoder.encode: prompts is empty; expected at least one")
+        distinct = list(dict.fromkeys(prompts))
+        order: dict[tuple, int] = {}  # where each image comes
+        images: list[tuple[Tensor, Tensor]] = []
+        rows: dict[Prompt, list[int]] = {}
+        places: dict[Prompt, tuple[int, ...]] = {}
+        for prompt, ids in zip(distinct, self._chat_ids(distinct), strict=True):
+            keys = [_key(path) for path in prompt.images]
+            for path, key in zip(prompt.images, keys, strict=True):
+                if key not in order:
+                    order[key] = len(images)
+                    images.append(self._image(path, key))
+            places[prompt] = tuple(order[key] for key in keys)
+            grids = [images[place][1] for place in places[prompt]]
+            rows[prompt] = self._expanded(prompt, ids, grids)
+
+        length = max(map(len, rows.values()))
+        pad = self.tokenizer.pad_token_id
+        input_ids = torch.tensor([[pad] * (length - len(rows[p])) + rows[p] for p in prompts])
+        lengths = torch.tensor([len(rows[prompt]) for prompt in prompts])
+        mask = torch.arange(length) >= (length - lengths)[:, None]
+        return Inputs(
+            input_ids=input_ids,
+            attention_mask=mask.long(),
+            mm_token_type_ids=(mask & (input_ids == self.image_token_id)).long(),
+            pixel_values=torch.cat([p for p, _ in images]) if images else torch.zeros(0, 0),
+            image_grid_thw=torch.stack([grid for _, grid in images])
+            if images
+            else torch.zeros(0, 3, dtype=torch.long),
+            image_places=tuple(places[prompt] for prompt in prompts),
+        )
+
+    def encode_completions(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Texts as ``(completion_ids, completion_mask)`` of ``generate``, end token included.
+
+        What the chat template has said already (`opened`) is not said again; a text that begins
+        otherwise first closes it. Raises KepoDataError for a text with control tokens in it.
+        """
+        self._refuse_control_tokens("encode_completions", "completion", texts)
+        rows = [row + [self.end_ids[0]] for row in self._ids([self._unsaid(t) for t in texts])]
+        length = max(map(len, rows), default=0)
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows]).long()
+        lengths = torch.tensor([len(row) for row in rows]).long()
+        mask = torch.arange(length) < lengths[:, None]
+        return ids, mask
+
+    def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
+        """Text of each row where mask is True; control tokens are left out, format tags stay.
+
+        It begins with what the chat template has begun to say (`opened`), if there is any.
+        """
+        rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu().bool(), strict=True)]
+        said = [[token for token in row if token not in self.control_ids] for row in rows]
+        texts = self.tokenizer.batch_decode(said, skip_special_tokens=False)
+        return [self.opened + text if row else text for row, text in zip(rows, texts, strict=True)]
+
+    def control_tokens_in(self, text: str) -> list[str]:
+        """The control tokens that a text would be read as having, in order; [] for plain text."""
+        found = [token for token in self._ids([text])[0] if token in self.control_ids]
+        return self.tokenizer.convert_ids_to_tokens(found)
+
+    def image_tokens(self, width: int, height: int) -> int:
+        """How many tokens a picture of this size becomes.
+
+        Raises ValueError, the image processor's, for a shape that it refuses.
+        """
+        none: dict[str, Any] = {}  # of its settings are changed; transformers 5.5 wants to be told
+        count = self.image_processor.get_number_of_image_patches(height, width, none)
+        return count // self.image_processor.merge_size**2
+
+    def text_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Tokens of each prompt without those of its images; no image is read."""
+        return [len(ids) - ids.count(self.image_token_id) for ids in self._chat_ids(prompts)]
+
+    # ---- private ----
+
+    def _refuse_control_tokens(self, function: str, what: str, texts: Sequence[str]) -> None:
+        for text, ids in zip(texts, self._ids(texts), strict=True):
+            if not self.control_ids.isdisjoint(ids):
+                raise KepoDataError(
+                    f"Encoder.{function}: the {what} {text!r} has the control tokens "
+                    f"{self.control_tokens_in(text)} in it; expected text alone: take them out"
+                )
+
+    def _unsaid(self, text: str) -> str:
+        """A completion's text without what the template has said already."""
+        if not self.opened:
+            return text
+        for said in (self.opened, self.opened.strip()):
+            if text.startswith(said):
+                return text.removeprefix(said)
+        return closed(self.opened) + text
+
+    def _chat_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        self._refuse_control_tokens("encode", "prompt", [prompt.text for prompt in prompts])
+        chats = [
+            [
+                {
+                    "role": "user",
+                    "content": [
+                        *({"type": "image"} for _ in prompt.images),
+                        {"type": "text", "text": prompt.text},
+                    ],
+                }
+            ]
+            for prompt in prompts
+        ]
+        texts = self.tokenizer.apply_chat_template(
+            chats, tokenize=False, add_generation_prompt=True
+        )
+        return self._ids(texts)
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Whole texts, whatever truncation and padding the tokenizer's files ask for."""
+        if not texts:
+            return []
+        for text in texts:
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise KepoDataError(
+                    f"Encoder: the text {text!r} has half a character in it ({error}); expected "
+                    "text that UTF-8 can write"
+                ) from error
+        plain = dict(add_special_tokens=False, truncation=False, padding=False)
+        return self.tokenizer(list(texts), **plain)["input_ids"]
+
+    def _expanded(self, prompt: Prompt, ids: list[int], grids: Sequence[Tensor]) -> list[int]:
+        """Each image's placeholder as often as the image has tokens."""
+        found = ids.count(self.image_token_id)
+        if found != len(grids):
+            raise KepoDataError(
+                f"Encoder.encode: the prompt {prompt.text!r} gives {found} image placeholders; "
+                f"expected {len(grids)}, one per image: check that the chat template writes them"
+            )
+        merge = self.image_processor.merge_size**2
+        counts = iter([int(grid.prod()) // merge for grid in grids])
+        return [
+            token
+            for one in ids
+            for token in ([one] * next(counts) if one == self.image_token_id else [one])
+        ]
+
+    def _image(self, path: Path, key: tuple) -> tuple[Tensor, Tensor]:
+        """Patches ``(n, values)`` and grid ``(3,)`` of an image file, cached while unchanged."""
+        if key not in self._patches:
+            image = open_rgb(path)
+            try:
+                out = self.image_processor(images=[image], return_tensors="pt")
+            except ValueError as error:
+                raise KepoDataError(
+                    f"Encoder.encode: the image processor refuses {path}, of {image.width} x "
+                    f"{image.height} pixels: {error}"
+                ) from error
+            entry = (out["pixel_values"], out["image_grid_thw"][0])
+            room = IMAGE_CACHE_BYTES - entry[0].nbytes
+            held = sum(patches.nbytes for patches, _ in self._patches.values())
+            while self._patches and held > room:
+                held -= self._patches.pop(next(iter(self._patches)))[0].nbytes  # oldest first
+            self._patches[key] = entry
+        return self._patches[key]
+
+
+def _key(path: Path) -> tuple:
+    """What stays the same while an image file does."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise KepoDataError(f"Encoder.encode: image {path} cannot be read: {error}") from error
+    return str(path), stat.st_mtime_ns, stat.st_size

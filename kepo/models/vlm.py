@@ -1,0 +1,288 @@
+"""A Qwen-VL model with its encoder: generate, hidden states, save and load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from kepo.distributed.processes import is_first, world_size
+from kepo.distributed.sharding import gathered, whole_state, whole_tensor
+from kepo.errors import KepoConfigError, KepoDataError
+from kepo.models.conventions import VISION_TOKENS
+from kepo.models.encoding import Encoder, Inputs, Prompt
+from kepo.models.reading import load_encoder, read_model
+from kepo.models.sampling import Sampled, SamplingLaw
+from kepo.models.vision import check_length, forward_inputs
+
+T = TypeVar("T")
+CPU = torch.device("cpu")
+
+
+@dataclass
+class VLM:
+    """The model, what turns prompts into its tensors, and how it is held."""
+
+    model: Any
+    encoder: Encoder
+    device: torch.device = CPU
+    whole: nn.Module | None = None
+    """The module through which the processes work together, see kepo.distributed.sharding."""
+    sharded: bool = False
+    """Each process has a share of the weights: every forward needs all processes."""
+    gathers: bool = False
+    """Sharded weights are held whole while it is `ready` to sample."""
+    adapters: Any = None
+    """peft's wrapper, where adapters are trained and saved in place of the model."""
+    _gathered: bool = False
+
+    @classmethod
+    def load(cls, path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> VLM:
+        """Read a folder or Hub name: config, safetensors, tokenizer, image processor.
+
+        Only safetensors are read, and no code of the folder is run. dtype: "float32", "bfloat16" or
+        "float16". Raises KepoConfigError for another dtype, KepoCheckpointError if something is
+        missing or broken, if the files do not fit together (kepo.models.conventions), or if the
+        model is not an image-text model.
+        """
+        dtypes = ("float32", "bfloat16", "float16")
+        if dtype not in dtypes:
+            raise KepoConfigError(f"VLM.load: dtype is {dtype!r}; expected one of {dtypes}")
+        model = read_model(path, getattr(torch, dtype))
+        encoder = load_encoder(path, model)
+        return cls(model.to(device).eval(), encoder, torch.device(device))
+
+    def save(self, path: str | Path) -> None:
+        """Write the layout that ``load`` and ``from_pretrained`` read; of adapters, peft's.
+
+        All processes of a sharded model call; the first one writes.
+        """
+        saved = self.adapters or self.model
+        settings: dict[str, Any] = {}
+        if self.sharded:
+            only = "lora_" if self.adapters else ""
+            settings["state_dict"] = whole_state(saved, only)
+        if not is_first():
+            return
+        if self.adapters:
+            settings["save_embedding_layers"] = False
+        saved.save_pretrained(path, **settings)
+        for part in (self.encoder.tokenizer, self.encoder.image_processor):
+            part.save_pretrained(path)
+
+    def within(self, work: Callable[[], T]) -> T:
+        """``work``, with the model's weights there for it and its gradients shared afterwards.
+
+        `generate` sees to it itself; a loss on `completion_hidden` and `lm_head` is computed within
+        one such call, if the model may be spread over processes. All processes call.
+        """
+        return work() if self.whole is None else self.whole(work)
+
+    @property
+    def lm_head(self) -> Tensor:
+        """Output embedding ``(V, H)``; V may exceed the tokenizer's length (padding rows)."""
+        return self.model.get_output_embeddings().weight
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter whole, one at a time, by its name. All processes iterate."""
+        for name, parameter in self.model.named_parameters():
+            yield name, whole_tensor(parameter.detach())
+
+    def never_sampled(self) -> list[int]:
+        """Ids that are no text and no end: placeholders, padding, rows of the head that the
+        tokenizer has no token for."""
+        ids = {getattr(self.model.config, name, None) for name in VISION_TOKENS} - {None}
+        ids |= {self.tokenizer.pad_token_id} - set(self.encoder.end_ids)
+        return sorted(ids | set(range(len(self.tokenizer), self.lm_head.shape[0])))
+
+    # ---- prompts and text: the encoder's, on the model's device ----
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.encoder.tokenizer
+
+    def encode(self, prompts: Sequence[Prompt]) -> Inputs:
+        return self.encoder.encode(prompts).to(self.device)
+
+    def encode_completions(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        ids, mask = self.encoder.encode_completions(texts)
+        return ids.to(self.device), mask.to(self.device)
+
+    def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
+        return self.encoder.decode(ids, mask)
+
+    # ---- as an Engine ----
+
+    @property
+    def in_step(self) -> bool:
+        return self.sharded and not self._gathered
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        if not (self.sharded and self.gathers):
+            yield
+            return
+        with gathered(self.whole):
+            self._gathered = True
+            try:
+                yield
+            finally:
+                self._gathered = False
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_return_sequences: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+        seeds: Sequence[int] | None = None,
+    ) -> Sampled:
+        """`generate` for prompts, its result on the CPU."""
+        sampled = self.generate(
+            self.encode(prompts),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            num_return_sequences=num_return_sequences,
+            seeds=seeds,
+        )
+        return Sampled(*(x.cpu() for x in sampled))
+
+    # ---- model ----
+
+    def generate(
+        self,
+        inputs: Inputs,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+        num_return_sequences: int = 1,
+        seeds: Sequence[int] | None = None,
+    ) -> Sampled:
+        """Sample ``num_return_sequences`` completions per prompt, those of a prompt in a row.
+
+        A row that is True throughout in the mask and has none of ``encoder.end_ids`` was cut off.
+
+        temperature: 0.0 is greedy. Placeholder, pad and padding-row tokens cannot be sampled. Of
+        the model's generation_config.json only the end tokens are obeyed: its top_k, penalties and
+        banned words would make the law of sampling another than the one that is trained.
+        seeds: one per completion, and then a completion does not depend on which others are
+        sampled beside it, rounding apart. None: drawn from torch's global generator. Leaves the
+        mode (train or eval) as it was.
+        """
+        rows = len(inputs) * num_return_sequences
+        if max_new_tokens < 1 or num_return_sequences < 1:
+            raise KepoConfigError(
+                f"VLM.generate: max_new_tokens={max_new_tokens} and num_return_sequences="
+                f"{num_return_sequences}; expected both >= 1"
+            )
+        if not temperature >= 0 or not 0 < top_p <= 1:
+            raise KepoConfigError(
+                f"VLM.generate: temperature={temperature} and top_p={top_p}; expected "
+                "temperature >= 0 (0 is greedy) and 0 < top_p <= 1"
+            )
+        check_length(self.model, inputs, max_new_tokens)
+        from transformers import GenerationConfig
+
+        law = None
+        if temperature > 0:
+            if seeds is None:
+                seeds = torch.randint(2**62, (rows,)).tolist()
+            if len(seeds) != rows:
+                raise KepoConfigError(
+                    f"VLM.generate: {len(seeds)} seeds for {len(inputs)} prompts and "
+                    f"num_return_sequences={num_return_sequences}; expected {rows}"
+                )
+            law = SamplingLaw(temperature, top_p, seeds, max_new_tokens)
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,  # what the law leaves is one token
+            temperature=1.0,
+            top_p=1.0,
+            top_k=50,
+            suppress_tokens=self.never_sampled(),
+            eos_token_id=list(self.encoder.end_ids),
+            pad_token_id=self.tokenizer.pad_token_id,
+            repetition_penalty=1.0,
+            num_beams=1,
+            use_cache=True,
+        )
+        repeated = inputs.repeat(num_return_sequences)
+        with _eval_mode(self.model), _no_defaults(self.model, settings), torch.no_grad():
+            sequences = self.within(
+                lambda: self.model.generate(
+                    **forward_inputs(self.model, repeated),
+                    generation_config=settings,
+                    logits_processor=[law] if law else [],
+                    synced_gpus=self.in_step and world_size() > 1,
+                )
+            )
+        completion_ids = sequences[:, inputs.input_ids.shape[1] :]
+        logprobs = (
+            law.logprobs(completion_ids.shape[1])
+            if law
+            else completion_ids.new_zeros(completion_ids.shape, dtype=torch.float32)
+        )
+        ended = torch.isin(completion_ids, completion_ids.new_tensor(self.encoder.end_ids))
+        completion_mask = (ended.cumsum(-1) - ended.long()) == 0  # nothing before me ended
+        pad = completion_ids.new_tensor(self.tokenizer.pad_token_id)
+        return Sampled(
+            torch.where(completion_mask, completion_ids, pad),
+            completion_mask,
+            torch.where(completion_mask, logprobs, 0.0),
+        )
+
+    def completion_hidden(
+        self, inputs: Inputs, completion_ids: Tensor, completion_mask: Tensor
+    ) -> Tensor:
+        """Last hidden states ``(B, T, H)``; the one at t predicts ``completion_ids[:, t]``.
+
+        ``completion_hidden @ lm_head.T`` are the model's logits. completion_ids ``(B, T)``,
+        completion_mask ``(B, T)`` bool; what stands at masked places does not matter, and the
+        states there mean nothing. Carries gradients unless the caller turned them off.
+        """
+        batch, length = inputs.input_ids.shape
+        if completion_ids.shape != completion_mask.shape or completion_ids.shape[0] != batch:
+            raise KepoDataError(
+                f"VLM.completion_hidden: {batch} prompts, completion_ids "
+                f"{tuple(completion_ids.shape)}, completion_mask {tuple(completion_mask.shape)}; "
+                "expected one completion per prompt (see Inputs.repeat) and equal shapes"
+            )
+        check_length(self.model, inputs, completion_ids.shape[1])
+        keep = completion_mask.bool()
+        pad = completion_ids.new_tensor(self.tokenizer.pad_token_id)
+        filled = torch.where(keep, completion_ids, pad)
+        states = self.model.model(
+            **forward_inputs(self.model, inputs.followed_by(filled, keep)),
+            use_cache=False,
+        ).last_hidden_state
+        return states[:, length - 1 : -1]
+
+
+@contextmanager
+def _eval_mode(model: Any) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _no_defaults(model: Any, settings: Any) -> Iterator[None]:
+    """`generate` fills what settings leave open from the model's own generation_config.json."""
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own

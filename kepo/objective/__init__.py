@@ -1,0 +1,1 @@
+"""From completions to gradients: advantages, gates, the batch, one step."""

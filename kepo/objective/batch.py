@@ -1,0 +1,132 @@
+"""Rollouts as tensors: padded, weighted, and cut into micro-batches whose losses add up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from kepo.config import Config
+from kepo.distributed.processes import share_of, world_size
+from kepo.models.encoding import Prompt
+from kepo.objective.credit import group_advantages, quality_gate
+from kepo.rollout.rollouts import Group, Rollout, reward_of, total_rewards
+from kepo.tasks.multiple_choice import question_prompt
+from kepo_kernels import dr_grpo_weights, loss_weights
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B completions of one optimiser step, or of one micro-batch of it."""
+
+    prompts: tuple[Prompt, ...]
+    """The plain questions, one per completion: hints never reach the training forward."""
+    completion_ids: Tensor
+    """(B, T) int64, padded on the right with 0."""
+    completion_mask: Tensor
+    """(B, T) bool, True on tokens that carry loss, the end token included."""
+    advantages: Tensor
+    """(B,) fp32"""
+    gate: Tensor
+    """(B,) fp32, 0 where it is closed"""
+    policy_weights: Tensor
+    """(B, T) weights of the policy term, normalised over the whole step."""
+    distill_weights: Tensor
+    """(B, T) weights of the divergence, normalised over the whole step; 0 where the gate is
+    closed."""
+    sampler_logprobs: Tensor
+    """(B, T) fp32 log-probabilities under the law that sampled; NaN where nobody did."""
+    hinted: Tensor
+    """(B,) bool, sampled with a hint."""
+    old_logprobs: Tensor | None = None
+    """(B, T) fp32, of the policy before the step's first update; None in the first iteration."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def split(self, size: int) -> list[Batch]:
+        """Micro-batches of up to ``size`` completions, each cut to its own longest one."""
+        return [self._rows(start, start + size) for start in range(0, len(self), size)]
+
+    def own_micros(self, size: int) -> list[Batch]:
+        """Micro-batches of this process's share; in every process as many, so that all can work
+        together on each. Where a share has run out they are one completion without any loss."""
+        rows = share_of(range(len(self)))
+        most = max(len(share_of(range(len(self)), place)) for place in range(world_size()))
+        micros = self._rows(rows.start, rows.stop).split(size) if len(rows) else []
+        return micros + [self._lossless()] * (-(-most // size) - len(micros))
+
+    def to(self, device: torch.device) -> Batch:
+        return replace(self, **{name: x.to(device) for name, x in self._tensors().items()})
+
+    def _lossless(self) -> Batch:
+        row = self._rows(0, 1)
+        names = ("completion_mask", "gate", "policy_weights", "distill_weights")
+        return replace(row, **{name: torch.zeros_like(getattr(row, name)) for name in names})
+
+    def _rows(self, start: int, end: int) -> Batch:
+        length = max(1, int(self.completion_mask[start:end].sum(-1).max()))
+        cut = {
+            name: x[start:end, :length] if x.dim() == 2 else x[start:end]
+            for name, x in self._tensors().items()
+        }
+        return replace(self, prompts=self.prompts[start:end], **cut)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: x for name, x in values.items() if isinstance(x, Tensor)}
+
+
+def collate(groups: Sequence[Group], config: Config, data: Sequence[Rollout] = ()) -> Batch:
+    """Advantages, gate, masks and weights of all rollouts of one step.
+
+    Every group must have the same number of samples; ``data`` are the dataset's own solutions, each
+    by itself with advantage 1. With ``mask_truncated`` a completion that hit the length limit keeps
+    its place in the group statistics but carries no loss. The gate reads ``gate_reward``; without a
+    teacher to distil from, every gate is closed.
+    """
+    rollouts = [rollout for group in groups for rollout in group] + list(data)
+    advantages = torch.ones(len(data))
+    if groups:
+        relative = group_advantages(total_rewards(groups, config), config.scale_rewards)
+        advantages = torch.cat([relative.flatten(), advantages])
+
+    ids = pad_sequence([r.completion_ids for r in rollouts], batch_first=True)
+    lengths = torch.tensor([len(r.completion_ids) for r in rollouts])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    if config.mask_truncated:
+        mask &= ~torch.tensor([r.truncated for r in rollouts])[:, None]
+    gate = gates(rollouts, config) * mask.any(-1)  # the teacher need not read what has no loss
+    if config.policy_reduction == "dr_grpo":
+        policy_weights = dr_grpo_weights(mask, config.max_completion_length)
+    else:
+        policy_weights = loss_weights(mask, None, config.policy_reduction)
+    unknown = [torch.full((len(r.completion_ids),), torch.nan) for r in rollouts]
+    drawn = [
+        nan if r.sampler_logprobs is None else r.sampler_logprobs
+        for r, nan in zip(rollouts, unknown, strict=True)
+    ]
+    return Batch(
+        prompts=tuple(Prompt(question_prompt(r.example), r.example.images) for r in rollouts),
+        completion_ids=ids,
+        completion_mask=mask,
+        advantages=advantages,
+        gate=gate,
+        policy_weights=config.policy_coef * policy_weights,
+        distill_weights=loss_weights(mask, gate, config.distill_reduction),
+        sampler_logprobs=pad_sequence(drawn, batch_first=True, padding_value=torch.nan),
+        hinted=torch.tensor([r.hinted for r in rollouts]),
+    )
+
+
+def gates(rollouts: Sequence[Rollout], config: Config) -> Tensor:
+    """(B,) fp32: how much each completion is distilled on, by its quality alone."""
+    if not config.distils:
+        return torch.zeros(len(rollouts))
+    if config.gate_reward is None:
+        return torch.ones(len(rollouts))
+    quality = torch.tensor([reward_of(r, config.gate_reward, config) for r in rollouts])
+    return quality_gate(quality, config.gate_threshold)

@@ -1,0 +1,231 @@
+"""One micro-step: a student forward, a teacher forward on open sequences only, one fused loss."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kepo.config import Config
+from kepo.distributed.processes import any_of, together
+from kepo.models.vlm import VLM
+from kepo.objective.batch import Batch
+from kepo.objective.credit import engine_weights, hinted_weights
+from kepo.objective.sod import drift_weights
+from kepo_kernels import TokenStats, fused_grpo_loss, fused_kepo_loss, fused_linear_logprobs
+from kepo_kernels.objectives.policy import ESTIMATORS
+
+
+@dataclass
+class StepTotals:
+    """Sums over the micro-batches and iterations of a step, from which its metrics are made."""
+
+    policy_loss: float = 0.0
+    distill_loss: float = 0.0
+    kl: float = 0.0
+    entropy: float = 0.0
+    divergence: float = 0.0
+    clipped_low: float = 0.0
+    clipped_high: float = 0.0
+    tokens: int = 0
+    teacher_tokens: int = 0
+    teacher_seconds: float = 0.0
+    sampler_gap: float = 0.0
+    sampler_gap_max: float = 0.0
+    sampled_tokens: int = 0
+    ratio: float = 0.0
+    ratio_max: float = 0.0
+    ratio_tokens: int = 0
+
+    def of_all(self) -> StepTotals:
+        """Those of all processes as one: sums, and the larger of what is a maximum or a time."""
+        everyones = [vars(totals) for totals in together(self)]
+        of = {name: max if name in _LARGEST else sum for name in vars(self)}
+        return StepTotals(**{name: of[name](t[name] for t in everyones) for name in of})
+
+
+_LARGEST = ("sampler_gap_max", "ratio_max", "teacher_seconds")
+
+
+def kepo_step(
+    policy: VLM,
+    teacher: VLM | None,
+    ref: VLM | None,
+    micro: Batch,
+    config: Config,
+    totals: StepTotals,
+) -> tuple[Tensor, Tensor]:
+    """The loss of a micro-batch, ready for backward, and its (B, T) detached log-probabilities.
+
+    One student forward feeds the policy term and the divergence. The teacher's backbone and head
+    meet the sequences whose gate is open and no others; with every gate closed it does not run,
+    unless it is sharded and another process has open ones. Call it through `VLM.within` where the
+    policy is spread over processes. Adds the numbers of the micro-batch to ``totals``.
+    """
+    micro = micro.to(policy.device)
+    ids, mask = micro.completion_ids, micro.completion_mask
+    hidden = policy.completion_hidden(policy.encode(micro.prompts), ids, mask)
+    scoring = dict(
+        temperature=config.temperature, impl=config.impl, workspace_bytes=config.workspace_bytes
+    )
+
+    def logprobs_of(states: Tensor, model: VLM, rows: Tensor, chosen: Tensor) -> Tensor:
+        with torch.no_grad():
+            return fused_linear_logprobs(
+                states, model.lm_head, ids[rows], completion_mask=chosen, **scoring
+            )
+
+    settings: dict[str, Any] = dict(
+        completion_mask=mask,
+        old_logprobs=micro.old_logprobs,
+        epsilon_low=config.epsilon_low,
+        epsilon_high=config.epsilon_high,
+        kl_coef=config.kl_coef,
+        entropy_coef=config.entropy_coef,
+        policy_loss=config.policy_loss,
+        importance_level=config.importance_level,
+        return_stats=True,
+        **scoring,
+    )
+    every = torch.arange(len(micro), device=ids.device)
+    if ref is not None:
+        shown = ref.encode(micro.prompts)
+        with torch.no_grad():
+            ref_hidden = ref.within(lambda: ref.completion_hidden(shown, ids, mask))
+        settings["ref_logprobs"] = logprobs_of(ref_hidden, ref, every, mask)
+    own, hinted = _to_correct(micro, config)
+    corrected = own | hinted
+    if bool(corrected.any()):
+        before = micro.old_logprobs
+        if before is None:
+            before = logprobs_of(hidden.detach(), policy, every, corrected)
+        weights = engine_weights(before, micro.sampler_logprobs, own, config.sampler_cap)
+        if config.hinted_correction != "none":
+            weights = weights * hinted_weights(
+                before,
+                micro.sampler_logprobs,
+                hinted,
+                config.hinted_correction,
+                config.hinted_cap,
+                config.hinted_gamma,
+            )
+        settings["sampler_weights"] = weights
+        if bool(own.any()):
+            totals.ratio += float(weights[own].sum())
+            totals.ratio_max = max(totals.ratio_max, float(weights[own].max()))
+            totals.ratio_tokens += int(own.sum())
+
+    opened = (micro.gate > 0).nonzero().squeeze(-1)
+    distils = teacher is not None and len(opened) > 0
+    if config.distils and teacher.in_step and any_of(distils) and not distils:
+        _open_hidden(teacher, micro, every[:1])  # for those who need this process's share of it
+    if distils:
+        started = _now(hidden)
+        teacher_hidden = _open_hidden(teacher, micro, opened)
+        totals.teacher_seconds += _now(hidden) - started
+        totals.teacher_tokens += int(mask[opened].sum())
+        distill_weights = micro.distill_weights
+        if config.step_weights:
+            factors = drift_weights(
+                policy.tokenizer,
+                ids[opened],
+                logprobs_of(hidden.detach()[opened], policy, opened, mask[opened]),
+                logprobs_of(teacher_hidden, teacher, opened, mask[opened]),
+                mask[opened],
+            )
+            distill_weights = distill_weights.index_copy(
+                0, opened, distill_weights[opened] * factors
+            )
+        loss, stats = fused_kepo_loss(
+            hidden,
+            policy.lm_head,
+            ids,
+            micro.advantages,
+            teacher_hidden,
+            teacher.lm_head,
+            # Its value is in the weights already; here it only says who is open.
+            gate=micro.gate > 0,
+            policy_weights=micro.policy_weights,
+            distill_weights=distill_weights,
+            distill_coef=config.distill_coef,
+            beta=config.beta,
+            **settings,
+        )
+        distill_loss = float((distill_weights * stats.divergence).sum())
+    else:
+        loss, stats = fused_grpo_loss(
+            hidden,
+            policy.lm_head,
+            ids,
+            micro.advantages,
+            weights=micro.policy_weights,
+            **settings,
+        )
+        distill_loss = 0.0
+    totals.distill_loss += distill_loss
+    totals.policy_loss += float(loss.detach()) - config.distill_coef * distill_loss
+    _add(totals, stats, micro, config, settings.get("ref_logprobs"))
+    return loss, stats.logprobs
+
+
+def _to_correct(micro: Batch, config: Config) -> tuple[Tensor, Tensor]:
+    """(B, T) bool, twice: tokens that the sampler and the hinted correction weigh."""
+    mask, hinted = micro.completion_mask, micro.hinted[:, None]
+    own = mask & ~hinted & ~micro.sampler_logprobs.isnan()
+    nothing = torch.zeros_like(mask)
+    return (
+        own if config.sampler_correction != "none" else nothing,
+        mask & hinted if config.hinted_correction != "none" else nothing,
+    )
+
+
+def _now(states: Tensor) -> float:
+    """Seconds, after all that the device of ``states`` was given to do."""
+    if states.is_cuda:
+        torch.cuda.synchronize(states.device)
+    return time.perf_counter()
+
+
+def _open_hidden(teacher: VLM, micro: Batch, opened: Tensor) -> Tensor:
+    """The teacher's states of the open sequences, on the policy's device."""
+    prompts = [micro.prompts[place] for place in opened.tolist()]
+    with torch.no_grad():
+        inputs = teacher.encode(prompts)
+        ids, mask = (
+            x[opened].to(teacher.device) for x in (micro.completion_ids, micro.completion_mask)
+        )
+        hidden = teacher.within(lambda: teacher.completion_hidden(inputs, ids, mask))
+    return hidden.to(micro.gate.device)
+
+
+def _add(
+    totals: StepTotals,
+    stats: TokenStats,
+    micro: Batch,
+    config: Config,
+    ref_logprobs: Tensor | None,
+) -> None:
+    mask = micro.completion_mask
+    totals.tokens += int(mask.sum())
+    totals.entropy += float(stats.entropy.sum())
+    totals.divergence += float(stats.divergence.sum())
+    if ref_logprobs is not None:
+        difference = (ref_logprobs - stats.logprobs)[mask]
+        totals.kl += float(ESTIMATORS["k3"](difference).sum())
+    if micro.old_logprobs is not None:
+        ratio = (stats.logprobs - micro.old_logprobs).exp()
+        up = mask & (micro.advantages > 0)[:, None]
+        down = mask & (micro.advantages < 0)[:, None]
+        totals.clipped_high += int((up & (ratio > 1 + config.epsilon_high)).sum())
+        totals.clipped_low += int((down & (ratio < 1 - config.epsilon_low)).sum())
+        return
+    # The first iteration: what trains is what sampled, up to top_p, temperatures and rounding.
+    sampled = mask & ~micro.hinted[:, None] & ~micro.sampler_logprobs.isnan()
+    if bool(sampled.any()):
+        gap = (stats.logprobs - micro.sampler_logprobs)[sampled].abs()
+        totals.sampler_gap += float(gap.sum())
+        totals.sampler_gap_max = max(totals.sampler_gap_max, float(gap.max()))
+        totals.sampled_tokens += int(sampled.sum())

@@ -1,0 +1,328 @@
+"""A model in parts, each on the meta device: how large, and what running it takes.
+
+The layers of a tower are alike, so one of each is run (`kepo.planner.trace`) and counted as often
+as there are. What the parts exchange is added up in `kepo.planner.memory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kepo.config import Config
+from kepo.errors import KepoConfigError
+from kepo.models.adapters import with_adapters
+from kepo.planner.known_models import KNOWN, known_model
+from kepo.planner.trace import LiveBytes, Traced, attention_of, trace_inference, trace_training
+
+FAMILIES = ("qwen3_vl", "qwen2_5_vl")
+"""As transformers calls the types of model that are taken apart here."""
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """A vision-language model without its weights."""
+
+    model: Any
+    dtype: torch.dtype
+    device: str
+    """cpu or cuda: whose attention kernels it is run with."""
+    masks: bool
+    """Whether attention is given a mask; flash attention is not."""
+
+    # ---- sizes ----
+
+    @property
+    def text(self) -> Any:
+        return self.model.config.get_text_config()
+
+    @property
+    def hidden(self) -> int:
+        return self.text.hidden_size
+
+    @property
+    def vocab(self) -> int:
+        return self.text.vocab_size
+
+    @property
+    def tied(self) -> bool:
+        return self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.model.language_model.layers
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.model.visual.blocks
+
+    @property
+    def patches_per_token(self) -> int:
+        return self.model.config.vision_config.spatial_merge_size**2
+
+    @property
+    def default_image_tokens(self) -> int:
+        """Of an image of 384 x 384, its sides rounded to whole tokens."""
+        vision = self.model.config.vision_config
+        side = vision.patch_size * vision.spatial_merge_size
+        return round(384 / side) ** 2
+
+    @property
+    def features(self) -> int:
+        """How often an image is there as tokens: for the first layer, and for DeepStack's."""
+        return 1 + len(getattr(self.model.model.visual, "deepstack_merger_list", []))
+
+    @property
+    def patch_values(self) -> int:
+        vision = self.model.config.vision_config
+        return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Of keys and values, all layers."""
+        heads = self.text.num_key_value_heads
+        return 2 * len(self.layers) * heads * self.head_dim * self.dtype.itemsize
+
+    @cached_property
+    def counts(self) -> Counts:
+        """Parameters, and how many of them where."""
+        layers, blocks = self.layers.parameters(), self.blocks.parameters()
+        inside = {id(parameter) for parameter in [*layers, *blocks]}
+        named = dict(self.model.named_parameters())
+        root = [p for p in named.values() if id(p) not in inside]
+        return Counts(
+            total=count(named.values()),
+            trained=count(trained(named.values())),
+            largest=max(p.numel() for p in named.values()),
+            largest_trained=max((p.numel() for p in trained(named.values())), default=0),
+            adapters=count(p for name, p in named.items() if "lora_" in name),
+            layer=count(self.layers[0].parameters()),
+            layer_trained=count(trained(self.layers[0].parameters())),
+            root=count(root),
+            root_trained=count(trained(root)),
+            linear=sum(m.weight.numel() for m in self._inner_linears()),
+            largest_linear=max(m.weight.numel() for m in self._inner_linears()),
+        )
+
+    @property
+    def trains_vision(self) -> bool:
+        return any(True for _ in trained(self.model.model.visual.parameters()))
+
+    @property
+    def trains_head(self) -> bool:
+        return self.model.get_output_embeddings().weight.requires_grad
+
+    def _inner_linears(self) -> list[nn.Linear]:
+        return [
+            module
+            for name, module in self.model.model.named_modules()
+            if isinstance(module, nn.Linear) and "lora_" not in name
+        ]
+
+    @property
+    def head_dim(self) -> int:
+        text = self.text
+        return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+    # ---- pieces at work ----
+
+    @lru_cache  # noqa: B019  lives as long as the process, as does the model
+    def layer(self, sequences: int, length: int, train: bool) -> Traced:
+        """A decoder layer on (sequences, length) tokens."""
+        x, layer = self._meta(sequences, length, self.hidden, train=train), self.layers[0]
+        rotary, mask = self._rotary(sequences, length), self._mask(sequences, length, length)
+        return self._run(
+            layer, lambda: layer(x, position_embeddings=rotary, attention_mask=mask), train
+        )
+
+    def decoding_layer(self, sequences: int, length: int) -> int:
+        """Bytes above a cache of ``length`` tokens while a decoder layer appends another: the
+        longer keys and values are made beside the old ones."""
+        # One query: all of it grows with the length in a straight line.
+        short, long = (self._decoding(sequences, n) for n in (512, 1024))
+        return max(0, short + (long - short) * (length - 512) // 512)
+
+    @lru_cache  # noqa: B019
+    def _decoding(self, sequences: int, length: int) -> int:
+        from transformers import DynamicCache
+
+        def old() -> Tensor:
+            return self._meta(sequences, self.text.num_key_value_heads, length, self.head_dim)
+
+        x, rotary = self._meta(sequences, 1, self.hidden), self._rotary(sequences, 1)
+        mask = self._mask(sequences, 1, length + 1)
+        name = "cache" if "cache" in _argument_names(self.layers[0]) else "past_key_values"
+        with torch.no_grad(), attention_of(self.device), LiveBytes() as live:
+            cache = DynamicCache()
+            cache.update(old(), old(), 0)
+            live.peak = before = live.now
+            self.layers[0](x, position_embeddings=rotary, attention_mask=mask, **{name: cache})
+            return live.peak - before
+
+    @lru_cache  # noqa: B019
+    def norm(self, sequences: int, length: int, train: bool) -> Traced:
+        """The norm after the last layer."""
+        x = self._meta(sequences, length, self.hidden, train=train)
+        norm = self.model.model.language_model.norm
+        return self._run(norm, lambda: norm(x), train)
+
+    def block(self, images: int, patches: int, train: bool) -> Traced:
+        """A block of the vision tower on images of so many patches."""
+        if images <= 4:
+            return self._block(images, patches, train)
+        # Each image is attended to by itself: beyond a few, all grows in a straight line.
+        few, some = (self._block(n, patches, train) for n in (2, 4))
+        return some.further(few, (images - 4) / 2)
+
+    @lru_cache  # noqa: B019
+    def _block(self, images: int, patches: int, train: bool) -> Traced:
+        vision = self.model.config.vision_config
+        x = self._meta(images * patches, vision.hidden_size, train=train)
+        width = vision.hidden_size // vision.num_heads
+        rotary = tuple(self._meta(images * patches, width) for _ in range(2))
+        ends = torch.arange(images + 1, dtype=torch.int32) * patches
+        block = self.blocks[0]
+        return self._run(
+            block, lambda: block(x, cu_seqlens=ends, position_embeddings=rotary), train
+        )
+
+    @lru_cache  # noqa: B019
+    def mergers(self, patches: int, train: bool) -> list[Traced]:
+        """Those that make tokens of patches: after the last block, and where there are more."""
+        vision = self.model.model.visual
+        modules = [*getattr(vision, "deepstack_merger_list", []), vision.merger]
+        x = self._meta(patches, self.model.config.vision_config.hidden_size, train=train)
+        return [self._run(module, lambda m=module: m(x), train) for module in modules]
+
+    @lru_cache  # noqa: B019
+    def patch_embedding(self, patches: int, train: bool) -> Traced:
+        pixels = torch.empty(patches, self.patch_values, device="meta")
+        embed = self.model.model.visual.patch_embed
+        return self._run(embed, lambda: embed(pixels), train)
+
+    @lru_cache  # noqa: B019
+    def drawing(self, sequences: int, temperature: float, top_p: float) -> int:
+        """Bytes above the head's output while one token is drawn for each sequence."""
+        from kepo.models.sampling import SamplingLaw
+
+        if temperature == 0:
+            return 2 * sequences * self.vocab * 4  # its fp32 copy, and that with tokens suppressed
+        scores = torch.empty(sequences, self.vocab, device="meta")
+        law = SamplingLaw(temperature, top_p, [0] * sequences, 1)
+        ids = torch.empty(sequences, 1, dtype=torch.int64, device="meta")
+        return 2 * scores.nbytes + trace_inference(lambda: law(ids, scores), self.device).forward
+
+    # ---- private ----
+
+    def _run(self, module: nn.Module, call: Callable[[], Any], train: bool) -> Traced:
+        if train:
+            return trace_training(call, module.parameters(), self.device)
+        return trace_inference(call, self.device)
+
+    def _meta(self, *shape: int, train: bool = False) -> Tensor:
+        return torch.empty(*shape, dtype=self.dtype, device="meta", requires_grad=train)
+
+    def _mask(self, sequences: int, queries: int, keys: int) -> Tensor | None:
+        if not self.masks:
+            return None
+        return torch.empty(sequences, 1, queries, keys, dtype=torch.bool, device="meta")
+
+    def _rotary(self, sequences: int, length: int) -> tuple[Tensor, Tensor]:
+        return (
+            self._meta(sequences, length, self.head_dim),
+            self._meta(sequences, length, self.head_dim),
+        )
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters."""
+
+    total: int
+    trained: int
+    largest: int
+    """Of one tensor."""
+    largest_trained: int
+    """Of one tensor that is trained."""
+    adapters: int
+    layer: int
+    """Of one decoder layer."""
+    layer_trained: int
+    root: int
+    """Outside the layers of both towers: embedding, head, norms, what is around the vision
+    tower."""
+    root_trained: int
+    linear: int
+    """Matrices that quantisation makes smaller: of every linear layer but the head."""
+    largest_linear: int
+
+
+def count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def trained(parameters: Iterable[nn.Parameter]) -> Iterable[nn.Parameter]:
+    return (parameter for parameter in parameters if parameter.requires_grad)
+
+
+@cache
+def anatomy(
+    name: str,
+    dtype: str,
+    device: str,
+    attention: str | None = None,
+    lora_rank: int = 0,
+    freeze_vision: bool = False,
+) -> Anatomy:
+    """The model of that name, as a run with these settings would hold it."""
+    from transformers import AutoModelForImageTextToText
+
+    flash = attention is not None and "flash" in attention
+    config = read_config(name)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(
+            config,
+            dtype=getattr(torch, dtype),
+            # Its kernels need not be here: without a mask torch's own keep the same.
+            attn_implementation="sdpa" if flash else attention,
+        )
+    model.tie_weights()
+    if lora_rank:
+        with_adapters(model, Config(lora_rank=lora_rank))
+    elif freeze_vision:
+        model.model.visual.requires_grad_(False)
+    return Anatomy(model, getattr(torch, dtype), device, masks=not flash)
+
+
+def read_config(name: str) -> Any:
+    """Of a folder, a bundled record, or a Hub name, in this order."""
+    from transformers import AutoConfig
+
+    known = known_model(name)
+    if not Path(name).is_dir() and known is not None:
+        return known.config()
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise KepoConfigError(
+            f"the config of {name!r} cannot be read: {error}; expected a model's folder, a Hub "
+            f"name that can be reached, or one of {', '.join(KNOWN)}"
+        ) from error
+    if config.model_type not in FAMILIES:
+        raise KepoConfigError(
+            f"{name!r} is a model of type {config.model_type!r}, whose parts are not known here; "
+            f"expected one of {', '.join(FAMILIES)}"
+        )
+    return config
+
+
+def _argument_names(module: nn.Module) -> tuple[str, ...]:
+    import inspect
+
+    return tuple(inspect.signature(inspect.unwrap(type(module).forward)).parameters)

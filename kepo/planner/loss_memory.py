@@ -1,0 +1,97 @@
+"""What the fused loss of a micro-batch holds, by `kepo_kernels.compute.chunks`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kepo.config import Config
+from kepo.errors import KepoConfigError
+from kepo.planner.anatomy import Anatomy
+from kepo_kernels.compute import gemm
+from kepo_kernels.compute.chunks import Sizes, chunk_length
+from kepo_kernels.compute.pages import KEPT_BYTES, LEAST_BYTES
+from kepo_kernels.errors import KepoInputError
+from kepo_kernels.rows import torch_rows
+from kepo_kernels.rows.dispatch import pick_rows
+
+
+@dataclass(frozen=True)
+class LossMemory:
+    """Bytes above the states and heads it is given."""
+
+    forward: int
+    """Flattened states, accumulators of gradients, and the workspace of a chunk."""
+    backward: int
+    """Accumulators, and the gradients that are made of them."""
+    head_gradient: int
+    """What backward returns for the head; 0 if it is frozen."""
+    pages: int
+    """Kept for the next call, on a CPU."""
+
+
+def loss_memory(
+    config: Config,
+    device: str,
+    tokens: int,
+    several: bool,
+    student: Anatomy,
+    teacher: Anatomy | None,
+) -> LossMemory:
+    """Of a micro-batch of so many completion tokens, all of which meet the teacher if there is one.
+
+    several: the step has more than one of them. Raises KepoConfigError where workspace_bytes is
+    too little, as the loss would.
+    """
+    dtype = student.dtype
+    place = torch.device(device)
+    logits_dtype = gemm.default_logits_dtype(dtype, place)
+    on_cpu = device == "cpu"
+    sizes = Sizes(
+        rows=tokens,
+        hidden_size=student.hidden,
+        vocab=student.vocab,
+        dtype=dtype,
+        logits_dtype=logits_dtype,
+        device=place,
+        teacher_rows=0 if teacher is None else tokens,
+        teacher_hidden_size=0 if teacher is None else teacher.hidden,
+        shared_vocab=0 if teacher is None else min(student.vocab, teacher.vocab),
+        tokens=tokens,
+        torch_impl=on_cpu and pick_rows(config.impl, place, logits_dtype) is torch_rows,
+    )
+    try:
+        rows = min(chunk_length(sizes, config.workspace_bytes, None), tokens)
+    except KepoInputError as error:
+        raise KepoConfigError(f"the loss of {tokens} tokens: {error}") from error
+    rows = -(-tokens // -(-tokens // rows))  # chunks are of equal length
+    workspace = sizes.bytes_of(rows, sizes.strip_bytes(config.workspace_bytes))
+
+    wide = gemm.gradient_dtype(dtype).itemsize
+    of_hidden = tokens * student.hidden
+    of_head = student.vocab * student.hidden if student.trains_head else 0
+    accumulators = (of_hidden + of_head) * wide
+    returned = (of_hidden + of_head) * dtype.itemsize
+    flat = of_hidden * dtype.itemsize
+    flat += 0 if teacher is None else tokens * teacher.hidden * teacher.dtype.itemsize
+    logits = rows * (student.vocab + sizes.shared_vocab) * logits_dtype.itemsize
+    gradients = [of_hidden * wide, of_hidden * dtype.itemsize, of_head * wide]
+    if several:  # else it is the parameter's
+        gradients.append(of_head * dtype.itemsize)
+    return LossMemory(
+        forward=flat + accumulators + workspace,
+        backward=accumulators + returned,
+        head_gradient=of_head * dtype.itemsize,
+        pages=_kept_pages(gradients, logits) if on_cpu else 0,
+    )
+
+
+def _kept_pages(gradients: list[int], logits: int) -> int:
+    """What `kepo_kernels.compute.pages` keeps: the gradients, to make room for which the logits'
+    were given back; the logits' where the gradients are too small to be kept."""
+    kept = 0
+    for size in [size for size in gradients if size >= LEAST_BYTES] or [logits]:
+        if size >= LEAST_BYTES and kept + size <= KEPT_BYTES:
+            kept += size
+    return kept

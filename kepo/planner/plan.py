@@ -1,0 +1,322 @@
+"""Whether a run fits its GPUs, before it is started: what each phase of a step holds, and how much
+more would fit.
+
+    python -m kepo plan recipe.yaml --gpus 8 --gpu-gb 80       # files, presets, flags as of train
+    python -m kepo plan recipes/8x80gb_8b.yaml --plot plan.png # the machine is in the name
+    python -m kepo plan --table recipes/*.yaml                 # a line for each
+
+GB are 2^30 bytes, as nvidia-smi counts; of a GPU's, 97 % are planned with. The exit code is 1 if it
+does not fit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from kepo.check import check_settings
+from kepo.config import Config, load
+from kepo.errors import KepoConfigError
+from kepo.planner.held import GIB, ITEMS, Machine, completions_per_process
+from kepo.planner.memory import Phase, Prompts, peak, phases, student_of, teacher_of
+from kepo.words import command_line
+
+MOST_TOKENS, TOKENS_STEP = 2**17, 16
+"""The longest completion that is tried, and of how many tokens its length is a multiple."""
+
+
+class Plan(NamedTuple):
+    """What is found out about a run."""
+
+    config: Config
+    machine: Machine
+    phases: list[Phase]
+    micro_batch: int
+    """The largest that fits, everything else as it is; 0 = none."""
+    max_completion_length: int
+    """Likewise, in multiples of TOKENS_STEP."""
+
+    @property
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak.total <= self.machine.offered
+
+
+def plan(config: Config, machine: Machine, prompts: Prompts | None = None) -> Plan:
+    """The phases of a run, and the largest settings with which it still fits.
+
+    Raises KepoConfigError for settings that train refuses.
+    """
+    prompts = prompts or Prompts()
+    if not config.student:
+        raise KepoConfigError("student is not set; give a folder, a Hub name or a known model")
+    for name, value in (("gpus", machine.gpus), ("gpu_gb", machine.gpu_bytes / GIB)):
+        if value <= 0:
+            raise KepoConfigError(f"{name} is {value}; expected a number > 0")
+    _refuse_as_train(config)
+
+    def fits(**change: int) -> bool:
+        after = _peak_after(config, change, machine, prompts)
+        return after is not None and after <= machine.offered
+
+    return Plan(
+        config,
+        machine,
+        phases(config, machine, prompts),
+        largest(lambda n: fits(micro_batch=n), completions_per_process(config, machine)),
+        TOKENS_STEP
+        * largest(
+            lambda n: fits(max_completion_length=n * TOKENS_STEP), MOST_TOKENS // TOKENS_STEP
+        ),
+    )
+
+
+def _refuse_as_train(config: Config) -> None:
+    """As `check_settings`, but a run may be planned before its data are there."""
+    check_settings(replace(config, train_data=config.train_data or "not needed"))
+
+
+def _peak_after(config: Config, change: dict, machine: Machine, prompts: Prompts) -> int | None:
+    """With other settings; None if train would refuse them."""
+    changed = replace(config, **change)
+    try:
+        _refuse_as_train(changed)
+        return peak(changed, machine, prompts).total
+    except KepoConfigError:
+        return None
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to ``most`` that fits, if what fits still fits when smaller; else 0.
+
+    ``most`` is tried first: a step in one micro-batch has no gradients of earlier ones.
+    """
+    if fits(most):
+        return most
+    low, high = 0, 1  # low fits or is 0
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)  # high does not fit, or may not be tried
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+class Change(NamedTuple):
+    """A setting that would take less, and what the run's peak would be."""
+
+    setting: str
+    peak: int
+
+
+def advice(config: Config, machine: Machine, prompts: Prompts) -> list[Change]:
+    """Single changes that lower the peak, the most effective first."""
+    now = peak(config, machine, prompts).total
+    share = completions_per_process(config, machine)
+
+    def half(name: str, most: int | None = None, least: int = 1) -> dict:
+        value = getattr(config, name)
+        return {name: max(least, min(value, value if most is None else most) // 2)}
+
+    changes: list[dict] = [
+        dict(gradient_checkpointing=True),
+        half("micro_batch", share),
+        half("rollout_batch", share, config.num_generations),
+        half("eval_batch"),
+        half("max_completion_length"),
+        dict(freeze_vision=True),
+        dict(lora_rank=16),
+        dict(rollout_gather=False),
+        dict(workspace_bytes=2**29),
+    ]
+    if config.rollout_tokens is not None:
+        changes.append(half("rollout_tokens"))
+    if config.engine == "vllm":
+        changes.append(dict(vllm_memory=config.vllm_memory / 2))
+    if machine.gpus > 1 or config.dtype != "float32":
+        changes.append(dict(sharding="fsdp2"))
+    if config.teacher is not None:
+        changes += [dict(teacher_bits=bits, teacher_placement="copy") for bits in (8, 4)]
+        changes.append(dict(teacher_bits=None, teacher_placement="offload"))
+        if machine.gpus > 1:
+            changes.append(dict(teacher_bits=None, teacher_placement="fsdp2"))
+    found = []
+    for change in changes:
+        new = {name: value for name, value in change.items() if getattr(config, name) != value}
+        after = _peak_after(config, new, machine, prompts)
+        if after is not None and after < 0.995 * now:
+            settings = ", ".join(f"{name}: {_yaml(value)}" for name, value in new.items())
+            found.append(Change(settings, after))
+    return sorted(found, key=lambda change: change.peak)
+
+
+def _yaml(value: object) -> str:
+    return {None: "null", True: "true", False: "false"}.get(value, str(value))
+
+
+# ---- in words ----
+
+
+def report(found: Plan, prompts: Prompts) -> str:
+    """What the command prints."""
+    config, machine = found.config, found.machine
+    student, teacher = student_of(config, machine), teacher_of(config, machine)
+    names = [item for item in ITEMS if any(phase.held[item] for phase in found.phases)]
+    width = max(len(phase.name) for phase in found.phases)
+    lines = [
+        f"{_model(config.student)} of {student.counts.total / 1e9:.2f} B parameters, "
+        f"{student.counts.trained / 1e9:.3g} B trained"
+        + (f"; {_model(config.teacher)} of {teacher.counts.total / 1e9:.2f} B" if teacher else ""),
+        f"{machine.gpus} x {machine.gpu_bytes / GIB:.0f} GB; prompts of {prompts.text_tokens} "
+        f"tokens and {prompts.images} x {prompts.image(student)} of images, completions of "
+        f"{config.max_completion_length}",
+        "",
+        "  ".join(["GB per GPU".ljust(width), *names, "total"]),
+    ]
+    for phase in found.phases:
+        cells = [f"{phase.held[name] / GIB:.1f}".rjust(len(name)) for name in names]
+        total = f"{phase.total / GIB:.1f}".rjust(5)
+        lines.append("  ".join([phase.name.ljust(width), *cells, total]) + f"  ({phase.moment})")
+    share = completions_per_process(config, machine)
+    lines += [
+        "",
+        f"peak: {found.peak.name}, {found.peak.total / GIB:.1f} of {machine.offered / GIB:.1f} "
+        f"GB: {'fits' if found.fits else 'does not fit'}",
+        f"largest micro_batch that fits: {found.micro_batch} (a process has {share} in a step)",
+        f"largest max_completion_length that fits: {found.max_completion_length}",
+    ]
+    if not found.fits:
+        lines += ["", "what would change it, each alone:"]
+        for change in advice(config, machine, prompts):
+            saved = (found.peak.total - change.peak) / GIB
+            verdict = "fits" if change.peak <= machine.offered else "does not fit yet"
+            lines.append(
+                f"  {change.setting}: {saved:.1f} GB less, {change.peak / GIB:.1f}: {verdict}"
+            )
+    return "\n".join(lines)
+
+
+COLUMNS = (
+    "recipe",
+    "GPUs",
+    "student",
+    "trained",
+    "teacher",
+    "peak",
+    "GB per GPU",
+    "fits",
+    "largest micro_batch",
+    "largest max_completion_length",
+)
+
+
+def table(paths: Sequence[str | Path], prompts: Prompts | None = None) -> str:
+    """A row for each recipe, in Markdown."""
+    rows = [COLUMNS, ["---"] * len(COLUMNS)]
+    for path in map(Path, paths):
+        machine = machine_of(path)
+        if machine is None:
+            raise KepoConfigError(
+                f"{path}: its name does not say on what it runs; expected one that begins like "
+                "8x80gb_"
+            )
+        found = plan(load(path), machine, prompts)
+        config = found.config
+        rows.append(
+            [
+                path.stem,
+                f"{machine.gpus} x {machine.gpu_bytes // GIB} GB",
+                _model(config.student),
+                f"LoRA {config.lora_rank}" if config.lora_rank else "all weights",
+                _teacher(config),
+                found.peak.name,
+                f"{found.peak.total / GIB:.0f}",
+                "yes" if found.fits else "no",
+                f"{found.micro_batch} of {completions_per_process(config, machine)}",
+                str(found.max_completion_length),
+            ]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _teacher(config: Config) -> str:
+    if config.teacher is None:
+        return "–"
+    how = "sharded" if config.teacher_placement == "fsdp2" else config.teacher_placement
+    bits = f"{config.teacher_bits} bits" if config.teacher_bits else how
+    return f"{_model(config.teacher)}, {bits}"
+
+
+def _model(name: str | None) -> str:
+    return Path(name or "").name
+
+
+def machine_of(path: Path) -> Machine | None:
+    """That of a recipe whose name begins like 8x80gb_; None if it does not."""
+    found = re.match(r"(\d+)x(\d+)gb_", path.name)
+    return Machine(int(found[1]), int(found[2]) * GIB) if found else None
+
+
+# ---- the command ----
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Beside the run's settings."""
+
+    config: Config
+    gpus: int | None = None
+    """GPUs, with a process for each. None = as a recipe's name says."""
+    gpu_gb: float | None = None
+    """Memory of a GPU. None = as a recipe's name says."""
+    prompt_tokens: int = Prompts.text_tokens
+    """Of a prompt, beside its image's."""
+    image_tokens: int | None = None
+    """Of an image. None = of 384 x 384 pixels."""
+    prompt_images: int = 1
+    """Images of a prompt."""
+    plot: str | None = None
+    """Draw the phases to this file."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``kepo plan``: recipes and presets, then flags; or --table and recipes."""
+    import tyro
+
+    if arguments[:1] == ["--table"]:
+        print(table(arguments[1:]))
+        return 0
+    layers = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
+    given = command_line(
+        Arguments,
+        prog="kepo plan",
+        args=arguments[len(layers) :],
+        default=Arguments(load(*layers)),
+        description=__doc__,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    named = next(filter(None, (machine_of(Path(layer)) for layer in reversed(layers))), None)
+    if named is None and None in (given.gpus, given.gpu_gb):
+        raise KepoConfigError(
+            "give --gpus and --gpu-gb, or a recipe whose name begins like 8x80gb_"
+        )
+    machine = Machine(
+        named.gpus if given.gpus is None else given.gpus,
+        named.gpu_bytes if given.gpu_gb is None else int(given.gpu_gb * GIB),
+    )
+    prompts = Prompts(given.prompt_tokens, given.image_tokens, given.prompt_images)
+    found = plan(given.config, machine, prompts)
+    print(report(found, prompts))
+    if given.plot is not None:
+        from kepo.planner.plot import plot_plan
+
+        plot_plan(found.phases, machine, Path(given.plot))
+    return 0 if found.fits else 1

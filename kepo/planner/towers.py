@@ -1,0 +1,94 @@
+"""What the two towers of a model hold: of one layer of each, and what passes between them.
+
+With checkpointing a layer keeps what it was given, and all that it computes is there a second time
+while its own backward runs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kepo.planner.anatomy import Anatomy
+from kepo.planner.trace import Traced
+
+
+class Kept(NamedTuple):
+    """Of a tower that runs with gradients."""
+
+    kept: int
+    """From forward to backward."""
+    forward: int
+    """Most during forward."""
+    backward: int
+    """Most during backward, above what was kept."""
+
+
+def text_training(model: Anatomy, rows: int, length: int, checkpointing: bool) -> Kept:
+    """The language model with gradients."""
+    layer, norm = model.layer(rows, length, True), model.norm(rows, length, True)
+    states = rows * length * model.hidden * model.dtype.itemsize
+    shared = states + _shared(model, rows, length)
+    last = norm.kept
+    if not checkpointing:
+        kept = shared + len(model.layers) * layer.kept + last
+        return Kept(kept, kept - last + layer.forward - layer.kept, layer.backward)
+    kept = shared + len(model.layers) * states + last
+    forward = kept - last + model.layer(rows, length, False).forward
+    return Kept(kept, forward, layer.kept + layer.backward)
+
+
+def _shared(model: Anatomy, rows: int, length: int) -> int:
+    """What all layers read: the mask, sines and cosines."""
+    mask = rows * length * length if model.masks else 0
+    return mask + 2 * rows * length * model.head_dim * model.dtype.itemsize
+
+
+def vision_training(model: Anatomy, images: int, patches: int, checkpointing: bool) -> Kept:
+    """The vision tower, which only keeps something if it is trained."""
+    train = model.trains_vision
+    run = _VisionRun.of(model, images, patches, train)
+    if not train:
+        return Kept(run.outputs, run.outputs + run.most, 0)
+    embedded = model.patch_embedding(images * patches, train).kept
+    block = run.block
+    backward = max(block.backward, *(merger.backward for merger in run.mergers))
+    if not checkpointing:
+        kept = run.outputs + embedded + len(model.blocks) * block.kept
+        return Kept(kept, kept + block.forward - block.kept, backward)
+    kept = run.outputs + (1 + len(model.blocks)) * embedded
+    again = model.block(images, patches, False).forward
+    return Kept(kept, kept + again, block.kept + backward)
+
+
+class _VisionRun(NamedTuple):
+    """A forward of the vision tower."""
+
+    block: Traced
+    mergers: list[Traced]
+    outputs: int
+    """Pixels, and tokens made of them."""
+
+    @classmethod
+    def of(cls, model: Anatomy, images: int, patches: int, train: bool) -> _VisionRun:
+        mergers = model.mergers(images * patches, train)
+        outputs = image_bytes(model, images, patches, train)
+        return cls(model.block(images, patches, train), mergers, outputs)
+
+    @property
+    def most(self) -> int:
+        """Beside them, where nothing is kept."""
+        return self.block.kept + max(self.block.forward, *(m.forward for m in self.mergers))
+
+
+def image_bytes(model: Anatomy, images: int, patches: int, train: bool = False) -> int:
+    """Pixels, in fp32, and what the mergers keep: without gradients, tokens made of them."""
+    tokens = sum(merger.kept for merger in model.mergers(images * patches, train))
+    return images * patches * model.patch_values * 4 + tokens
+
+
+def inference(model: Anatomy, rows: int, length: int, images: int, patches: int) -> int:
+    """Most at a time in a forward without gradients, from images to states."""
+    run = _VisionRun.of(model, images, patches, False)
+    states = rows * length * model.hidden * model.dtype.itemsize
+    text = states + _shared(model, rows, length) + model.layer(rows, length, False).forward
+    return run.outputs + max(run.most, text)

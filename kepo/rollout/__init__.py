@@ -1,0 +1,1 @@
+"""From questions to scored completions: sampling, exchange of questions, hints."""

@@ -1,0 +1,221 @@
+"""Records that only a model's encoder can judge: found before the first step, and left out by id.
+
+A text with control tokens in it, which would be read as the end of a turn or as an image; a picture
+of a shape that the image processor refuses; a prompt for which, with what is to follow, the model
+has too few positions. No picture is decoded: its size is in its header.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from kepo.config import Config
+from kepo.data.images import FORMATS
+from kepo.data.load import DataReport, Example
+from kepo.data.records import Problem
+from kepo.data.run_data import Judge
+from kepo.errors import KepoDataError
+from kepo.models.encoding import Encoder, Prompt
+from kepo.models.reading import encoder_of, read_config
+from kepo.rollout.hints import MAX_HINT_LENGTH
+from kepo.tasks.multiple_choice import hint_request, hinted_prompt, question_prompt, worked_answer
+
+Faults = dict[str, Problem]
+"""By example id."""
+_AT_ONCE = 256
+_READERS = 8  # threads; opening a file leaves Python's lock
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model that is asked about examples, and how."""
+
+    name: str
+    encoder: Encoder
+    prompts: Callable[[Example], Sequence[tuple[str, int]]]
+    """The texts that it reads, and the most tokens that may follow each."""
+    completions: Callable[[Example], Sequence[str]] = lambda example: ()
+    """Texts that are trained on as if the model had said them."""
+
+
+def judge_of(config: Config) -> Judge:
+    """The judge of a run's records: the student's encoder, and of what is trained on the teacher's
+    too. Raises KepoCheckpointError if one cannot be read."""
+    limit = config.max_completion_length
+    hint = min(MAX_HINT_LENGTH, limit)
+
+    def asked(example: Example) -> list[tuple[str, int]]:
+        if not config.hints:
+            return [(question_prompt(example), limit)]
+        return [(hinted_prompt(example, "", config.hint_gives_answer), hint + limit)]
+
+    def asks_teacher(example: Example) -> list[tuple[str, int]]:
+        prompts = [(question_prompt(example), limit)] if config.distils else []
+        if config.hints:
+            prompts.append((hint_request(example, config.hint_with_answer), hint))
+        return prompts
+
+    def given(example: Example) -> list[str]:
+        return [worked_answer(example)] if config.data_fraction > 0 else []
+
+    student = _encoder_at(config.student)
+    training = [Reader("student", student, asked, given)]
+    if config.teacher is not None and (config.distils or config.hints):
+        training.append(Reader("teacher", _encoder_at(config.teacher), asks_teacher))
+
+    def judge(
+        examples: Sequence[Example], report: DataReport, trained: bool
+    ) -> tuple[list[Example], DataReport]:
+        readers = training if trained else [plain_reader(student, limit)]
+        faults = faults_of(examples, readers, progress=True)
+        return left_out(examples, report, faults, config.bad_records)
+
+    return judge
+
+
+def plain_reader(encoder: Encoder, limit: int) -> Reader:
+    """One that is asked the plain question and answers in at most ``limit`` tokens."""
+    return Reader("model", encoder, lambda example: [(question_prompt(example), limit)])
+
+
+def faults_of(
+    examples: Sequence[Example], readers: Sequence[Reader], *, progress: bool = False
+) -> Faults:
+    """What is wrong with each example that a reader cannot be asked about; the first fault of each.
+
+    progress: show a bar.
+    """
+    sizes = _sizes(path for example in examples for path in example.images)
+    faults: Faults = {}
+    bar = tqdm(
+        total=len(examples) * len(readers),
+        desc="records",
+        unit=" records",
+        disable=not progress,
+        delay=1,
+    )
+    with bar:
+        for reader in readers:
+            for start in range(0, len(examples), _AT_ONCE):
+                some = examples[start : start + _AT_ONCE]
+                for fault in _faults(some, reader, sizes):
+                    faults.setdefault(fault[0].id, _problem(*fault))
+                bar.update(len(some))
+    return faults
+
+
+def left_out(
+    examples: Sequence[Example], report: DataReport, faults: Faults, bad_records: str = "skip"
+) -> tuple[list[Example], DataReport]:
+    """The examples without a fault, and the report with the others as problems.
+
+    Raises KepoDataError for the first fault if bad_records is "fail", or if none is left.
+    """
+    found = [faults[example.id] for example in examples if example.id in faults]
+    if found and bad_records == "fail":
+        raise KepoDataError(f"load_data: {found[0]}")
+    kept = [example for example in examples if example.id not in faults]
+    report = replace(
+        report,
+        questions=report.questions - len(found),
+        problems=(*report.problems, *found),
+    )
+    if not kept:
+        raise KepoDataError(f"load_data: no question is left of {report.summary()}")
+    return kept, report
+
+
+Fault = tuple[Example, str, str]  # kind and message
+
+
+def _faults(
+    examples: Sequence[Example], reader: Reader, sizes: dict[Path, tuple[int, int] | str]
+) -> list[Fault]:
+    faults: list[Fault] = []
+    asked: list[tuple[Example, Prompt, int]] = []
+    for example in examples:
+        prompts = reader.prompts(example)
+        fault = _text_fault(
+            [*(text for text, _ in prompts), *reader.completions(example)], reader
+        ) or _image_fault(example, reader, sizes)
+        if fault:
+            faults.append((example, *fault))
+            continue
+        asked += [(example, Prompt(text, example.images), room) for text, room in prompts]
+    positions = reader.encoder.positions
+    if positions is None or not asked:
+        return faults
+    lengths = reader.encoder.text_lengths([prompt for _, prompt, _ in asked])
+    for (example, prompt, room), text in zip(asked, lengths, strict=True):
+        images = sum(reader.encoder.image_tokens(*sizes[path]) for path in prompt.images)
+        if text + images + room > positions:
+            message = (
+                f"its prompt has {text} tokens of text and {images} of images, and up to {room} "
+                f"may follow; the {reader.name} has {positions} positions "
+                "(max_position_embeddings): prompts are not cut, so give smaller images, less "
+                "text or a shorter max_completion_length"
+            )
+            faults.append((example, "prompt too long", message))
+    return faults
+
+
+def _text_fault(texts: Sequence[str], reader: Reader) -> tuple[str, str] | None:
+    for text in texts:
+        try:
+            found = reader.encoder.control_tokens_in(text)
+        except KepoDataError as error:
+            return "text refused", str(error)
+        if found:
+            return "text refused", (
+                f"its text has the control tokens {', '.join(dict.fromkeys(found))} of the "
+                f"{reader.name} in it, which would be read as the end of a turn or as an image; "
+                "take them out"
+            )
+    return None
+
+
+def _image_fault(
+    example: Example, reader: Reader, sizes: dict[Path, tuple[int, int] | str]
+) -> tuple[str, str] | None:
+    for path in example.images:
+        size = sizes[path]
+        if isinstance(size, str):
+            return "image unreadable", f"image {path} cannot be read: {size}"
+        try:
+            reader.encoder.image_tokens(*size)
+        except ValueError as error:
+            return "image refused", (
+                f"the {reader.name}'s image processor refuses {path}, of {size[0]} x {size[1]} "
+                f"pixels: {error}"
+            )
+    return None
+
+
+def _problem(example: Example, kind: str, message: str) -> Problem:
+    return Problem(kind, f"question {example.id!r}", message)
+
+
+def _encoder_at(path: str) -> Encoder:
+    return encoder_of(path, read_config(path))
+
+
+def _sizes(paths: Iterable[Path]) -> dict[Path, tuple[int, int] | str]:
+    """Width and height of each picture by its header, or why that cannot be read."""
+    distinct = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
+        return dict(zip(distinct, pool.map(_size, distinct), strict=True))
+
+
+def _size(path: Path) -> tuple[int, int] | str:
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.size
+    except Exception as error:  # of broken bytes a decoder may raise anything
+        return str(error)

@@ -1,0 +1,84 @@
+"""The completions of a step: sampled, rescued, and once more where groups have nothing to teach."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kepo.config import Config
+from kepo.data.load import Example
+from kepo.models.vlm import VLM
+from kepo.rollout.hints import Hints, RescueReport, rescue
+from kepo.rollout.questions import draw
+from kepo.rollout.rollouts import Group, sample, total_rewards
+from kepo.rollout.sampler import Engine
+
+
+@dataclass
+class Exploration:
+    """Groups of one size, and what it took to get them."""
+
+    groups: list[Group] = field(default_factory=list)
+    report: RescueReport = field(default_factory=RescueReport)
+    asked: int = 0
+    """Groups that were sampled, those of exchanged questions included."""
+    resampled: int = 0
+    """Groups whose question was exchanged for another."""
+    sampled: int = 0
+    """Completions sampled in all, those with a hint included."""
+    rollout_seconds: float = 0.0
+    hint_seconds: float = 0.0
+
+
+def explore(
+    questions: Sequence[Example],
+    engine: Engine,
+    teacher: VLM | None,
+    config: Config,
+    hints: Hints,
+    examples: Sequence[Example],
+    step: int,
+) -> Exploration:
+    """``num_generations`` completions for each question, rescued by hints as `rescue` says.
+
+    With ``dynamic_sampling`` a group of equal rewards, which has no advantage, is replaced by the
+    group of another of the ``examples``, if that has one; so many times at most. (DAPO, Yu et al.
+    2025.)
+    """
+    found = Exploration()
+
+    def answered(questions: Sequence[Example], extra_round: int = 0) -> list[Group]:
+        started = time.perf_counter()
+        stream = (step, extra_round)
+        groups = sample(
+            engine, questions, config, num_generations=config.num_generations, stream=stream
+        )
+        sampled = time.perf_counter()
+        if config.hints:
+            groups, report = rescue(groups, engine, teacher, config, hints, stream)
+            found.report += report
+            found.sampled += report.sampled
+        found.asked += len(groups)
+        found.sampled += len(groups) * config.num_generations
+        found.rollout_seconds += sampled - started
+        found.hint_seconds += time.perf_counter() - sampled
+        return groups
+
+    found.groups = answered(questions) if questions else []
+    for extra_round in range(1, config.dynamic_sampling + 1):
+        dull = [place for place, group in enumerate(found.groups) if is_dull(group, config)]
+        if not dull:
+            break
+        others = answered(draw(examples, config, step, extra_round)[: len(dull)], extra_round)
+        lively = [group for group in others if not is_dull(group, config)]
+        for place, group in zip(dull, lively, strict=False):
+            found.groups[place] = group
+        found.resampled += len(lively)
+    return found
+
+
+def is_dull(group: Group, config: Config) -> bool:
+    """Whether all rewards of a group are equal."""
+    rewards = total_rewards([group], config)
+    return bool((rewards == rewards[:, :1]).all())

@@ -1,0 +1,228 @@
+"""Rescue groups in which every sample failed, with a hint from the teacher.
+
+A group whose rewards are all equal has no advantage and teaches nothing: on the prompts the policy
+cannot solve at all, exploration alone stands still. There the teacher writes a hint, the policy
+samples again with the hint in its prompt, and completions that succeed take the places of the worst
+ones. They are scored, trained on and distilled under the plain question, as if the policy had found
+them by itself. (KEPO, arXiv 2602.00400, section on knowledge-enhanced exploration; acceptance is
+per sample, and nothing happens to groups that need no help.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from kepo.config import Config
+from kepo.data.load import Example
+from kepo.distributed.processes import runs_of, shared_out
+from kepo.models.encoding import Encoder, Prompt
+from kepo.models.vlm import VLM
+from kepo.rollout.questions import seed_of
+from kepo.rollout.rollouts import Group, Rollout, reward_of, sample, total_reward
+from kepo.rollout.sampler import Engine
+from kepo.tasks.leaks import states_answer
+from kepo.tasks.multiple_choice import hint_request, parse_hint
+
+MAX_HINT_LENGTH = 256
+
+Hints = dict[str, str | None]
+"""By example id: what the teacher wrote; None where nothing it wrote was usable."""
+
+
+@dataclass(frozen=True)
+class RescueReport:
+    """What calls to `rescue` did, in counts."""
+
+    groups: int = 0
+    """Groups that hints were asked for."""
+    written: int = 0
+    """Questions the teacher wrote a hint for; of the others it was known from an earlier step."""
+    retried: int = 0
+    """Hints it wrote again because the one before was unusable."""
+    unhinted: int = 0
+    """Groups for which there was no usable hint."""
+    rescued: int = 0
+    """Groups that received at least one success."""
+    attempts: int = 0
+    """Rounds of sampling with hints, over all groups."""
+    sampled: int = 0
+    """Completions sampled with a hint."""
+    successes: int = 0
+    """Of those, the ones that succeeded."""
+    accepted: int = 0
+    """Of those, the ones that replaced a failure."""
+
+    def __add__(self, other: RescueReport) -> RescueReport:
+        sums = (getattr(self, f.name) + getattr(other, f.name) for f in fields(self))
+        return RescueReport(*sums)
+
+
+def rescue(
+    groups: Sequence[Group],
+    engine: Engine,
+    teacher: VLM,
+    config: Config,
+    hints: Hints,
+    stream: tuple[object, ...] = (),
+) -> tuple[list[Group], RescueReport]:
+    """The groups, with up to ``num_hinted`` hinted successes in each that ``hint_trigger`` names.
+
+    Each of at most ``max_attempts`` rounds draws ``num_hinted`` completions for the groups that
+    still lack successes, and for those only. Other groups are returned as they came; no input list
+    is changed. ``hints`` is what the teacher wrote so far, and is added to. ``stream`` names the
+    random numbers of `sample` and of hints that are written again.
+    """
+    groups = [list(group) for group in groups]
+    room = {place: _room(group, config) for place, group in enumerate(groups)}
+    helped = [place for place, group in enumerate(groups) if room[place] and _calls(group, config)]
+    if not helped:
+        return groups, RescueReport()
+    asked = [groups[place][0].example for place in helped]
+    written, retried = _learn_hints(teacher, asked, config, hints, stream)
+    hint_of = {place: hints[e.id] for place, e in zip(helped, asked, strict=True) if hints[e.id]}
+    found: dict[int, Group] = {place: [] for place in hint_of}
+    attempts = sampled = successes = 0
+    for attempt in range(config.max_attempts):
+        lacking = [place for place in hint_of if len(found[place]) < room[place]]
+        if not lacking:
+            break
+        tries = sample(
+            engine,
+            [groups[place][0].example for place in lacking],
+            config,
+            num_generations=config.num_hinted,
+            stream=(*stream, "hinted", attempt),
+            hints=[hint_of[place] for place in lacking],
+        )
+        attempts += len(lacking)
+        sampled += len(lacking) * config.num_hinted
+        for place, group in zip(lacking, tries, strict=True):
+            good = [rollout for rollout in group if succeeds(rollout, config)]
+            successes += len(good)
+            found[place] = (found[place] + good)[: room[place]]
+    for place, good in found.items():
+        groups[place] = replace_worst(groups[place], good, config)
+    return groups, RescueReport(
+        groups=len(helped),
+        written=written,
+        retried=retried,
+        unhinted=len(helped) - len(hint_of),
+        rescued=sum(bool(good) for good in found.values()),
+        attempts=attempts,
+        sampled=sampled,
+        successes=successes,
+        accepted=sum(map(len, found.values())),
+    )
+
+
+def all_failed(group: Group, config: Config) -> bool:
+    """Whether no sample of the group reaches ``hint_threshold`` on ``hint_reward``."""
+    return all(reward_of(r, config.hint_reward, config) < config.hint_threshold for r in group)
+
+
+def succeeds(rollout: Rollout, config: Config) -> bool:
+    """Whether a completion may be trained on as a success.
+
+    It reaches ``accept_threshold`` on ``accept_reward``, came to its end, and says nothing of a
+    hint: under the plain question there is none.
+    """
+    good = reward_of(rollout, config.accept_reward, config) >= config.accept_threshold
+    return good and not rollout.truncated and "hint" not in rollout.text.lower()
+
+
+def write_hints(
+    teacher: VLM,
+    examples: Sequence[Example],
+    config: Config,
+    stream: tuple[object, ...] | None = None,
+) -> list[str | None]:
+    """One hint per example; None where what the teacher wrote is unusable (`usable`).
+
+    stream: None writes greedily; else at ``hint_temperature``, with random numbers of its own for
+    each (seed, stream, id of the example), so whom else it writes for changes nothing but rounding.
+    """
+
+    def work(some: Sequence[Example]) -> list[str]:
+        ids, mask, _ = teacher.sample(
+            [
+                Prompt(hint_request(example, with_answer=config.hint_with_answer), example.images)
+                for example in some
+            ],
+            num_return_sequences=1,
+            max_new_tokens=min(MAX_HINT_LENGTH, config.max_completion_length),
+            temperature=0.0 if stream is None else config.hint_temperature,
+            seeds=None
+            if stream is None
+            else [seed_of(config.seed, *stream, example.id) for example in some],
+        )
+        return teacher.decode(ids, mask)
+
+    texts = shared_out(examples, work, runs_of(config.rollout_batch), in_step=teacher.in_step)
+    encoder = teacher.encoder
+    return [
+        hint if usable(hint, example, config, encoder) else None
+        for hint, example in zip(map(parse_hint, texts), examples, strict=True)
+    ]
+
+
+def usable(hint: str | None, example: Example, config: Config, encoder: Encoder) -> bool:
+    """Whether a hint may stand in a prompt.
+
+    It was written whole, between one pair of tags; it holds no control tokens, which would end the
+    turn it stands in; and it states no answer (`states_answer`), unless ``leak_filter`` is off or
+    the student is told the answer anyway.
+    """
+    if hint is None or encoder.control_tokens_in(hint):
+        return False
+    filtered = config.leak_filter and not config.hint_gives_answer
+    return not (filtered and states_answer(hint, example))
+
+
+def replace_worst(group: Group, successes: Group, config: Config) -> Group:
+    """The group with its lowest-reward failures (later ones first among equals) replaced, each
+    once."""
+    failures = [place for place, rollout in enumerate(group) if not succeeds(rollout, config)]
+    failures.sort(key=lambda place: (total_reward(group[place], config), -place))
+    group = list(group)
+    for place, success in zip(failures, successes, strict=False):
+        group[place] = success
+    return group
+
+
+def _calls(group: Group, config: Config) -> bool:
+    """Whether ``hint_trigger`` names this group."""
+    return config.hint_trigger == "always" or all_failed(group, config)
+
+
+def _room(group: Group, config: Config) -> int:
+    """How many of its samples hinted successes may replace."""
+    return min(config.num_hinted, sum(not succeeds(rollout, config) for rollout in group))
+
+
+def _learn_hints(
+    teacher: VLM,
+    examples: Sequence[Example],
+    config: Config,
+    hints: Hints,
+    stream: tuple[object, ...],
+) -> tuple[int, int]:
+    """Hints for the examples that have none yet: the teacher is frozen, so a hint holds.
+
+    The first is greedy; an unusable one is asked for again ``hint_retries`` times at most, at
+    ``hint_temperature``. What is unusable to the end is known as None, and not asked for again.
+    Returns for how many examples hints were written, and how often one was asked for again.
+    """
+    unknown = {e.id: e for e in examples if e.id not in hints}
+    if not unknown:
+        return 0, 0
+    hints |= zip(unknown, write_hints(teacher, list(unknown.values()), config), strict=True)
+    retried = 0
+    for retry in range(config.hint_retries):
+        again = [e for e in unknown.values() if hints[e.id] is None]
+        if not again:
+            break
+        written = write_hints(teacher, again, config, (*stream, "hint", retry))
+        hints |= zip((e.id for e in again), written, strict=True)
+        retried += len(again)
+    return len(unknown), retried

@@ -1,0 +1,208 @@
+"""Sample completions with the live policy, or take the dataset's own, and score them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kepo.config import TOTAL, Config
+from kepo.data.load import Example
+from kepo.distributed.processes import runs_of, shared_out
+from kepo.models.encoding import Encoder, Prompt
+from kepo.models.sampling import Sampled
+from kepo.rollout.questions import seed_of
+from kepo.rollout.sampler import Engine
+from kepo.tasks.multiple_choice import hinted_prompt, question_prompt, worked_answer
+from kepo.tasks.rewards import score
+
+
+@dataclass
+class Rollout:
+    """One completion with its facts. It is trained on under the plain question, however it came
+    about."""
+
+    example: Example
+    completion_ids: Tensor
+    """(T,) int64 sampled tokens, the end token included."""
+    text: str
+    rewards: dict[str, float]
+    sampler_logprobs: Tensor | None = None
+    """(T,) fp32 log-probabilities under the law they were drawn from, prompt and hint included.
+    None: nobody sampled it."""
+    hint: str | None = None
+    """What stood in the prompt beside the question."""
+    truncated: bool = False
+    """Reached the length limit before its end token."""
+
+    @property
+    def hinted(self) -> bool:
+        return self.hint is not None
+
+
+Group = list[Rollout]
+
+
+def sample(
+    engine: Engine,
+    examples: Sequence[Example],
+    config: Config,
+    *,
+    num_generations: int,
+    stream: tuple[object, ...] = (),
+    hints: Sequence[str] | None = None,
+) -> list[Group]:
+    """``num_generations`` scored completions for each example, in its order.
+
+    All processes call it with the same examples; each samples its share, and all get the whole.
+    stream: names the random numbers, which with it, ``config.seed``, an example's place and a
+    completion's give the same completion however they are shared out. hints: one per example, shown
+    with the question. ``config`` gives length limit, temperature, top_p, the rewards, and how much
+    is generated at once.
+    """
+    told: Sequence[str | None] = [None] * len(examples) if hints is None else hints
+    asked = [
+        _Asked(place, example, hint)
+        for place, (example, hint) in enumerate(zip(examples, told, strict=True))
+    ]
+
+    def work(some: Sequence[_Asked]) -> list[Group]:
+        sampled = engine.sample(
+            [_prompt(one, config) for one in some],
+            num_return_sequences=num_generations,
+            max_new_tokens=config.max_completion_length,
+            temperature=config.sampling_temperature,
+            top_p=config.top_p,
+            seeds=[
+                seed_of(config.seed, *stream, one.place, number)
+                for one in some
+                for number in range(num_generations)
+            ],
+        )
+        return _scored(some, sampled, engine.encoder, config, num_generations)
+
+    def portions(share: Sequence[_Asked]) -> list[Sequence[_Asked]]:
+        return _portions(share, engine.encoder, config, num_generations)
+
+    return shared_out(asked, work, portions, in_step=engine.in_step)
+
+
+class _Asked(NamedTuple):
+    place: int
+    example: Example
+    hint: str | None
+
+
+def _prompt(asked: _Asked, config: Config) -> Prompt:
+    if asked.hint is None:
+        text = question_prompt(asked.example)
+    else:
+        text = hinted_prompt(asked.example, asked.hint, config.hint_gives_answer)
+    return Prompt(text, asked.example.images)
+
+
+def _portions(
+    share: Sequence[_Asked], encoder: Encoder, config: Config, num_generations: int
+) -> list[Sequence[_Asked]]:
+    """Runs of the share that ``rollout_batch`` and ``rollout_tokens`` let be generated at once;
+    a single question always may."""
+    most = max(1, config.rollout_batch // num_generations)
+    if config.rollout_tokens is None:
+        return runs_of(most)(share)
+    lengths = [encoder.encode([_prompt(one, config)]).input_ids.shape[1] for one in share]
+    portions: list[list[_Asked]] = []
+    longest = 0
+    for one, length in zip(share, lengths, strict=True):
+        count = len(portions[-1]) + 1 if portions else 1
+        padded = max(longest, length) + config.max_completion_length  # of every sequence
+        if not portions or count > most or count * num_generations * padded > config.rollout_tokens:
+            portions.append([])
+            longest = 0
+        portions[-1].append(one)
+        longest = max(longest, length)
+    return portions
+
+
+def _scored(
+    asked: Sequence[_Asked],
+    sampled: Sampled,
+    encoder: Encoder,
+    config: Config,
+    num_generations: int,
+) -> list[Group]:
+    ids, mask, logprobs = sampled
+    texts = encoder.decode(ids, mask)
+    ended = (torch.isin(ids, torch.tensor(encoder.end_ids)) & mask).any(-1).tolist()
+    groups: list[Group] = [[] for _ in asked]
+    for row, text in enumerate(texts):
+        one = asked[row // num_generations]
+        groups[row // num_generations].append(
+            Rollout(
+                example=one.example,
+                completion_ids=ids[row][mask[row]],
+                text=text,
+                rewards=_rewards(text, int(mask[row].sum()), one.example, config),
+                sampler_logprobs=logprobs[row][mask[row]],
+                hint=one.hint,
+                truncated=not ended[row],
+            )
+        )
+    return groups
+
+
+def demonstrations(encoder: Encoder, examples: Sequence[Example], config: Config) -> list[Rollout]:
+    """The dataset's own worked solution of each example, as a scored completion."""
+    if not examples:
+        return []
+    texts = [worked_answer(example) for example in examples]
+    ids, mask = encoder.encode_completions(texts)
+    limit = config.max_completion_length
+    rollouts = []
+    cut = encoder.decode(ids[:, :limit], mask[:, :limit])  # what is trained on is what is judged
+    for row, example in enumerate(examples):
+        tokens = ids[row][mask[row]]
+        kept = tokens[:limit]
+        rollouts.append(
+            Rollout(
+                example=example,
+                completion_ids=kept,
+                text=cut[row],
+                rewards=_rewards(cut[row], len(kept), example, config),
+                truncated=len(tokens) > limit,
+            )
+        )
+    return rollouts
+
+
+def total_reward(rollout: Rollout, config: Config) -> float:
+    """The weighted sum of a rollout's rewards, less what an overlong one is fined."""
+    pairs = zip(config.rewards, config.reward_weights, strict=True)
+    total = sum(weight * rollout.rewards[name] for name, weight in pairs)
+    return total + rollout.rewards.get("overlong", 0.0)
+
+
+def reward_of(rollout: Rollout, name: str, config: Config) -> float:
+    """The reward of that name, or the total."""
+    return total_reward(rollout, config) if name == TOTAL else rollout.rewards[name]
+
+
+def total_rewards(groups: Sequence[Group], config: Config) -> Tensor:
+    """(P, G) fp32 total rewards of groups of one size."""
+    rewards = [[total_reward(rollout, config) for rollout in group] for group in groups]
+    return torch.tensor(rewards).reshape(len(groups), -1)
+
+
+def _rewards(text: str, length: int, example: Example, config: Config) -> dict[str, float]:
+    rewards = score(config.rewards, text, example.answer, example.id)
+    if config.overlong_buffer:
+        rewards["overlong"] = overlong_penalty(length, config)
+    return rewards
+
+
+def overlong_penalty(length: int, config: Config) -> float:
+    """DAPO's soft punishment (Yu et al. 2025, eq. 13): 0 up to the buffer, then in a line to -1."""
+    start = config.max_completion_length - config.overlong_buffer
+    return -min(1.0, max(0, length - start) / config.overlong_buffer)

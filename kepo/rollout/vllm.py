@@ -1,0 +1,299 @@
+"""vLLM in the processes that train: it samples with the policy's weights, and sleeps in between.
+
+Written for the interface of vLLM 0.22 to 0.33 and tested against a stand-in with that interface,
+not against vLLM itself. It computes in another way than the trainer, and resizes images in another
+way: watch `sampling/sampling_logp_difference`, and set `sampler_correction: truncate`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from kepo.data.images import open_rgb
+from kepo.distributed.processes import rank, world_size
+from kepo.errors import KepoConfigError, KepoError
+from kepo.models.encoding import Encoder, Prompt
+from kepo.models.sampling import Sampled
+
+DTYPES = ("float32", "bfloat16", "float16")
+COLDEST, HOTTEST = 0.01, 2.0  # vLLM raises a lower temperature to the first, refuses a higher one
+BANNED = -100.0  # of the biases that vLLM is sure to take, the lowest; e^-50 at the hottest
+
+
+class VllmEngine:
+    """An `Engine`: one `vllm.LLM` per process, on the process's own GPU, with whole weights.
+
+    The same seed gives the same tokens beside other prompts as far as vLLM's rounding does not
+    depend on them.
+    """
+
+    in_step = False
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        path: str | Path,
+        *,
+        dtype: str,
+        memory_share: float,
+        never_sampled: Iterable[int],
+        weights: Callable[[], Iterable[tuple[str, Tensor]]],
+        llm: Any = None,
+    ):
+        """All processes call it together.
+
+        Args:
+            path: folder or Hub name of the policy; vLLM takes its configuration from there.
+            dtype: in which vLLM computes: float32, bfloat16 or float16.
+            memory_share: of the GPU, for vLLM's weights and its cache of keys and values.
+            never_sampled: token ids that cannot be drawn.
+            weights: the policy's present weights, every tensor whole, under the names of its
+                checkpoint. Read once in each `ready`, one tensor at a time.
+            llm: a `vllm.LLM` that is there already, awake. None = made here.
+        """
+        if dtype not in DTYPES:
+            raise KepoConfigError(f"VllmEngine: dtype is {dtype!r}; expected one of {DTYPES}")
+        if not 0 < memory_share <= 1:
+            raise KepoConfigError(
+                f"VllmEngine: memory_share is {memory_share}; expected a number in (0, 1]"
+            )
+        self.encoder = encoder
+        self._weights = weights
+        self._biases = dict.fromkeys(never_sampled, BANNED)
+        self._llm = _load(path, encoder, dtype, memory_share) if llm is None else llm
+        self._awake = False
+        self._sleep()
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Wake vLLM and give it the policy's present weights; asleep again on leaving."""
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what the trainer's allocator only keeps for later
+            self._llm.wake_up(tags=["weights"])  # first: their memory is not mapped until then
+            missing = sorted(set().union(*self._llm.apply_model(self._take_weights)))
+            if missing:
+                raise KepoError(
+                    f"VllmEngine.ready: weights gave nothing for {len(missing)} of vLLM's "
+                    f"parameters, first {missing[0]}; expected all of the checkpoint's tensors"
+                )
+            self._llm.reset_prefix_cache()  # both hold what older weights computed
+            self._llm.llm_engine.reset_encoder_cache()
+            self._llm.wake_up(tags=["kv_cache"])
+            self._awake = True
+            yield
+        finally:
+            self._sleep()
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_return_sequences: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+        seeds: Sequence[int] | None = None,
+    ) -> Sampled:
+        """Completions on the CPU, those of a prompt in a row. Only within `ready`.
+
+        temperature: 0.0 is greedy. seeds: one per completion; None: drawn from torch's global
+        generator. Raises KepoConfigError for settings out of range, KepoError if vLLM read a prompt
+        otherwise than the encoder, or ended a completion otherwise than by its end token or
+        ``max_new_tokens``.
+        """
+        rows = len(prompts) * num_return_sequences
+        self._check(rows, num_return_sequences, max_new_tokens, temperature, top_p, seeds)
+        if temperature > 0 and seeds is None:
+            seeds = torch.randint(2**62, (rows,)).tolist()
+        asked = [self._request(prompt) for prompt in prompts]
+        asked = [one for one in asked for _ in range(num_return_sequences)]
+        settings = dict(
+            n=1,
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=max_new_tokens,
+            logprobs=0 if temperature > 0 else None,  # 0: of the token drawn and of no others
+            stop_token_ids=list(self.encoder.end_ids),
+            logit_bias=self._biases,
+            detokenize=False,
+        )
+        sampling_params = _vllm().SamplingParams
+        outputs = self._llm.generate(
+            [request for request, _ in asked],
+            sampling_params=[
+                sampling_params(seed=seeds[row] if temperature > 0 else None, **settings)
+                for row in range(rows)
+            ],
+            use_tqdm=False,
+        )
+        if len(outputs) != rows:
+            raise KepoError(
+                f"VllmEngine.sample: vLLM gave {len(outputs)} answers to {rows} prompts"
+            )
+        for output, (request, expanded) in zip(outputs, asked, strict=True):
+            if list(output.prompt_token_ids) not in (expanded, request["prompt_token_ids"]):
+                raise KepoError(
+                    f"VllmEngine.sample: vLLM read a prompt as {len(output.prompt_token_ids)} "
+                    f"tokens and the encoder as {len(expanded)}; expected the same ones: are "
+                    "images resized alike, and are the answers in order?"
+                )
+        completions = [self._completion(output, max_new_tokens) for output in outputs]
+        return self._padded(completions, greedy=temperature == 0)
+
+    # ---- private ----
+
+    def _sleep(self) -> None:
+        self._awake = False
+        # Level 2 drops the weights; level 1 would keep a copy in host memory that no one reads,
+        # as every `ready` loads new ones.
+        self._llm.sleep(level=2)
+
+    def _take_weights(self, model: Any) -> set[str]:
+        """Names of the parameters that got no weights: asleep, they lost what they had."""
+        loaded = model.load_weights(self._weights())
+        return {name for name, _ in model.named_parameters()} - set(loaded)
+
+    def _request(self, prompt: Prompt) -> tuple[dict[str, Any], list[int]]:
+        """What vLLM is asked, with one placeholder per image, and the ids it must expand it to."""
+        expanded = self.encoder.encode([prompt]).input_ids[0].tolist()
+        image = self.encoder.image_token_id
+        ids = [
+            token
+            for token, run in groupby(expanded)
+            for _ in range(1 if token == image else len(list(run)))
+        ]
+        pictures = [open_rgb(path) for path in prompt.images]
+        if ids.count(image) != len(pictures):
+            raise KepoError(
+                f"VllmEngine.sample: the prompt {prompt.text!r} has {len(pictures)} images and "
+                f"{ids.count(image)} runs of placeholders; expected something between two images"
+            )
+        request: dict[str, Any] = {"prompt_token_ids": ids}
+        if pictures:
+            request["multi_modal_data"] = {"image": pictures}
+        return request, expanded
+
+    def _completion(self, output: Any, max_new_tokens: int) -> Any:
+        (completion,) = output.outputs
+        tokens, reason = completion.token_ids, completion.finish_reason
+        ends = self.encoder.end_ids
+        whole = reason == "stop" and len(tokens) > 0 and tokens[-1] in ends
+        if not whole and not (reason == "length" and len(tokens) == max_new_tokens):
+            raise KepoError(
+                f"VllmEngine.sample: vLLM ended a completion after {len(tokens)} tokens, "
+                f"finish_reason {reason!r}, last token {list(tokens[-1:])}; expected one of "
+                f"{list(ends)} at its end, or max_new_tokens={max_new_tokens}. If it ran out of "
+                "room, give it more memory (vllm_memory)"
+            )
+        return completion
+
+    def _padded(self, completions: Sequence[Any], *, greedy: bool) -> Sampled:
+        rows = [torch.tensor(list(one.token_ids)) for one in completions]
+        pad = self.encoder.tokenizer.pad_token_id
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        logprobs = torch.zeros(ids.shape)
+        if not greedy:
+            drawn = [
+                law[token].logprob
+                for one in completions
+                for law, token in zip(one.logprobs, one.token_ids, strict=True)
+            ]
+            logprobs[mask] = torch.tensor(drawn)
+        return Sampled(ids, mask, logprobs)
+
+    def _check(
+        self,
+        rows: int,
+        num_return_sequences: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seeds: Sequence[int] | None,
+    ) -> None:
+        def require(holds: bool, message: str) -> None:
+            if not holds:
+                raise KepoConfigError(f"VllmEngine.sample: {message}")
+
+        if not self._awake:
+            raise KepoError("VllmEngine.sample: vLLM is asleep; call it within ready()")
+        require(rows > 0 or num_return_sequences < 1, "prompts is empty; expected at least one")
+        require(
+            max_new_tokens >= 1 and num_return_sequences >= 1,
+            f"max_new_tokens={max_new_tokens} and num_return_sequences={num_return_sequences}; "
+            "expected both >= 1",
+        )
+        require(
+            (temperature == 0 or COLDEST <= temperature <= HOTTEST) and 0 < top_p <= 1,
+            f"temperature={temperature} and top_p={top_p}; expected temperature 0 (greedy) or "
+            f"within [{COLDEST}, {HOTTEST}], and 0 < top_p <= 1",
+        )
+        require(
+            temperature == 0 or seeds is None or len(seeds) == rows,
+            f"{len(seeds or ())} seeds for {rows // max(1, num_return_sequences)} prompts and "
+            f"num_return_sequences={num_return_sequences}; expected {rows}",
+        )
+
+
+def _load(path: str | Path, encoder: Encoder, dtype: str, memory_share: float) -> Any:
+    size = encoder.image_processor.size
+    with _launched():
+        return _vllm().LLM(
+            model=str(path),
+            dtype=dtype,
+            tensor_parallel_size=1,
+            distributed_executor_backend="external_launcher",  # in this process, beside the trainer
+            gpu_memory_utilization=memory_share,
+            max_model_len=-1,  # as long as that memory allows, not as long as the model could
+            max_num_batched_tokens=4096,  # else it sets memory aside for far larger steps
+            enable_sleep_mode=True,
+            seed=rank(),
+            logprobs_mode="processed_logprobs",  # of the law after biases, temperature and top_p
+            generation_config="vllm",  # and not the model's own defaults
+            trust_remote_code=False,
+            load_format="safetensors",
+            limit_mm_per_prompt={"video": 0},
+            mm_processor_kwargs=dict(
+                min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]
+            ),
+        )
+
+
+def _vllm() -> Any:
+    try:
+        import vllm
+    except ImportError as error:
+        raise KepoConfigError(
+            f"engine='vllm' needs vLLM, which cannot be imported: {error}; "
+            "pip install 'kepo[vllm]', or set engine: transformers"
+        ) from error
+    return vllm
+
+
+@contextmanager
+def _launched() -> Iterator[None]:
+    """What torchrun tells its processes, where it did not start this one: vLLM starts by it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    facts = dict(RANK=rank(), LOCAL_RANK=own, WORLD_SIZE=world_size())
+    facts |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    added = {name: str(fact) for name, fact in facts.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

@@ -1,0 +1,164 @@
+"""The processes of a run compare what each of them has by itself, before they train apart.
+
+Settings, the code, the files of models that every process reads, and on other nodes the images.
+What the first process reads for all is not compared: records, and weights that the others receive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import platform
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from kepo.config import Config
+from kepo.data.identity import is_weights, model_files, sha256
+from kepo.data.run_data import RunData
+from kepo.distributed.processes import is_first, processes, ranks, together, world_size
+from kepo.errors import KepoConfigError, KepoDataError
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "peft")
+NAMED = 8
+"""Differences that the error names; it counts the others."""
+SAMPLED = 64
+"""Images of which another node's bytes are compared too, not the sizes alone."""
+BLOCK = 2**16
+
+
+@contextmanager
+def joined(config: Config) -> Iterator[torch.device]:
+    """The processes of this run, which have the same settings, code and models; yields this one's
+    own device. Raises KepoConfigError in all of them otherwise."""
+    shards = config.sharding == "fsdp2" or config.teacher_placement != "copy"
+    patience = config.rank_timeout_minutes * 60
+    with processes(config.device, alone=shards, patience=patience) as device:
+        if world_size() > 1:
+            refuse_different("settings", dataclasses.asdict(config))
+            refuse_different("installed code", software())
+            refuse_different("files of models", read_by_each(config))
+        yield device
+
+
+def refuse_different(what: str, mine: Mapping[str, object]) -> None:
+    """Raise KepoConfigError in every process if one has another value than the first under any
+    name; it says which names, and whose values. All must call."""
+    everyones = together({name: repr(value) for name, value in mine.items()})
+    names = dict.fromkeys(name for each in everyones for name in each)
+    found = []
+    for name in names:
+        holders: dict[str, list[int]] = {}
+        for place, each in enumerate(everyones):
+            holders.setdefault(each.get(name, "nothing"), []).append(place)
+        if len(holders) > 1:
+            whose = (f"{value} on {ranks(places)}" for value, places in holders.items())
+            found.append(f"{name}: {', '.join(whose)}")
+    if found:
+        more = f"; and {len(found) - NAMED} more" if len(found) > NAMED else ""
+        raise KepoConfigError(
+            f"the processes of this run differ in {what}: {'; '.join(found[:NAMED])}{more}; start "
+            "all of them with the same"
+        )
+
+
+def software() -> dict[str, str]:
+    """Versions of what computes, what the environment says of it, and a digest of this package's
+    own source."""
+    found = {"python": platform.python_version()}
+    found["KEPO_CPU_ISA"] = os.environ.get("KEPO_CPU_ISA", "not set")
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    here = Path(__file__).parents[1]
+    for package in (here, here.with_name("kepo_kernels")):
+        digest = hashlib.sha256()
+        for file in sorted(package.rglob("*.py")):
+            digest.update(str(file.relative_to(package)).encode() + file.read_bytes())
+        found[f"source of {package.name}"] = digest.hexdigest()[:12]
+    return found
+
+
+def read_by_each(config: Config) -> dict[str, str]:
+    """Short digests of the model files that every process reads by itself.
+
+    Of a quantised teacher its weights too, by size, header and samples: to read all of them would
+    take as long as loading it.
+    """
+    found = {}
+    for role in ("student", "teacher"):
+        name = getattr(config, role)
+        if name is None or (role == "teacher" and not (config.distils or config.hints)):
+            continue
+        whole = role == "teacher" and config.teacher_bits is not None
+        files = model_files(name)
+        if isinstance(files, str):
+            found[role] = files
+            continue
+        for file in files:
+            if whole or not is_weights(file):
+                digest = sampled if is_weights(file) else sha256
+                try:
+                    found[f"{role}/{file.name}"] = digest(file)[:12]
+                except OSError as error:
+                    found[f"{role}/{file.name}"] = f"unreadable: {error.strerror}"
+    return found
+
+
+def sampled(file: Path) -> str:
+    """SHA-256 of a file's size, its first blocks, where safetensors has its table, and fifteen
+    others."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as content:
+        digest.update(content.read(16 * BLOCK))
+        for part in range(1, 16):
+            content.seek(max(0, size * part // 15 - BLOCK))
+            digest.update(content.read(BLOCK))
+    return digest.hexdigest()
+
+
+def same_images(data: RunData) -> None:
+    """Raise KepoDataError in every process if on another node an image file is missing or other.
+
+    The first process of each node looks: at all sizes, and at the bytes of ``SAMPLED`` images. All
+    must call, with the same data.
+    """
+    if world_size() == 1:
+        return
+    shown = [path for e in [*data.train, *data.eval] for path in e.images]
+    paths = list(dict.fromkeys(shown))
+    looks = is_first() or os.environ.get("LOCAL_RANK", "0") == "0"
+    everyones = together((socket.gethostname(), _seen(paths) if looks else None))
+    _, expected = everyones[0]
+    for place, (host, seen) in enumerate(everyones):
+        pairs = zip(paths, expected, seen or expected, strict=True)
+        other = [path for path, mine, theirs in pairs if mine != theirs]
+        if other:
+            raise KepoDataError(
+                f"{len(other)} of {len(paths)} images are missing or other for rank {place} on "
+                f"{host} than for rank 0, first {other[0]}; every node needs the same files"
+            )
+
+
+def _seen(paths: Sequence[Path]) -> list[str]:
+    """Of each image its size, and of some their contents."""
+    every = max(1, len(paths) // SAMPLED)
+
+    def look(place: int) -> str:
+        try:
+            size = paths[place].stat().st_size
+            return sha256(paths[place])[:12] if place % every == 0 else str(size)
+        except OSError as error:
+            return f"missing: {error.strerror}"
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(look, range(len(paths))))

@@ -1,0 +1,152 @@
+"""Checkpoints that are verified or ignored: a run killed at any moment finds its last complete one.
+
+    checkpoints/.tmp-<pid>/   write everything, hash it, write manifest.json, fsync every file
+    checkpoints/step-00000050 the same folder, renamed; then fsync the parent and prune
+
+Loading takes the newest step whose files all match the manifest's sha256. If steps exist and none
+does, it stops: a silent fresh start would throw the run away. Weights and optimiser are
+safetensors, the rest JSON; nothing is pickled. Randomness needs no saving: data order and sampling
+of a step are functions of (seed, step). Folders of any other name, links and files are nobody's
+checkpoints: they are neither read nor removed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from kepo.disk.durable import as_json, is_folder, naming, remove, unfinished
+from kepo.distributed.processes import by_first, is_first, together
+from kepo.errors import KepoCheckpointError, KepoError
+from kepo.run.manifest import (
+    begin_folder,
+    described,
+    finish_folder,
+    verify,
+    write_manifest,
+)
+from kepo.run.optimizer_state import save_optimizer
+
+T = TypeVar("T")
+
+PARTS = ("state.json", "policy/", "optimizer")
+"""How names of files begin that every checkpoint has."""
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    write_policy: Callable[[Path], None],
+    named_parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write ``root/step-<step>``: ``policy/`` (by ``write_policy``), the optimiser, ``state``;
+    prune to ``keep``.
+
+    All processes call, and all call ``write_policy``. The first writes all else but the others'
+    shares of a sharded optimiser, which each process writes and hashes for itself; the folder must
+    be on a disk that all can reach. Raises OSError if that disk does not take it; older checkpoints
+    are then as they were.
+    """
+    target = root / f"step-{step:08d}"
+    folder = by_first(lambda: begin_folder(target))
+    try:
+        hashes = _of_all(lambda: _written(folder, write_policy, named_parameters, optimizer))
+
+        def finish() -> None:
+            with naming(folder):
+                (folder / "state.json").write_text(as_json(state, indent=1), encoding="utf-8")
+                known = {name: facts for each in hashes for name, facts in each.items()}
+                write_manifest(folder, known, step=step)
+                finish_folder(folder, target)
+            _prune(root, target, keep)
+
+        by_first(finish)
+    except BaseException:
+        if is_first():  # the others do not know how far it has come
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return target
+
+
+def _written(
+    folder: Path,
+    write_policy: Callable[[Path], None],
+    named_parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, dict[str, Any]]:
+    """Write this process's part; what of the optimiser it wrote, for the manifest."""
+    with naming(folder):
+        write_policy(folder / "policy")
+        own = save_optimizer(folder, named_parameters, optimizer)
+        return {path.name: described(path) for path in own}
+
+
+def _of_all(make: Callable[[], T]) -> list[T]:
+    """What ``make`` returns in each process; an error of one is raised in all, as by `by_first`."""
+    try:
+        mine: T | Exception = make()
+    except (KepoError, OSError) as error:
+        mine = error
+    everyones = together(mine)
+    for one in everyones:
+        if isinstance(one, Exception):
+            raise one
+    return everyones  # type: ignore[return-value]
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The newest checkpoint that verifies; None if there is none at all.
+
+    Prints why newer ones are passed over; KepoCheckpointError if every one is damaged.
+    """
+    steps = _steps(root)
+    for folder in reversed(steps):
+        fault = verify(folder, PARTS)
+        if fault is None:
+            return folder
+        print(f"checkpoint {folder} is damaged and passed over: {fault}")
+    if steps:
+        raise KepoCheckpointError(
+            f"{root}: none of its {len(steps)} checkpoints verifies; restore one, or remove the "
+            "folder to start afresh"
+        )
+    return None
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def _prune(root: Path, newest: Path, keep: int) -> None:
+    """Leave ``newest`` and as many before it as make ``keep``. Later steps were damaged, or the
+    run would have gone on from them."""
+    steps = [path for path in _steps(root) if is_folder(path)]
+    place = steps.index(newest)
+    for old in [*steps[: max(0, place + 1 - keep)], *steps[place + 1 :]]:
+        leaving = unfinished(old)  # killed in the middle of it, no half checkpoint is left
+        with suppress(OSError):
+            old.rename(leaving)
+            old = leaving
+        remove(old)
+
+
+def _steps(root: Path) -> list[Path]:
+    """What has exactly the name of a checkpoint, by step."""
+    if not root.exists():
+        return []
+    found = {}
+    for path in root.iterdir():
+        name = re.fullmatch(r"step-(\d{8,})", path.name, re.ASCII)
+        if name and path.name == f"step-{int(name[1]):08d}":
+            found[int(name[1])] = path
+    return [found[step] for step in sorted(found)]

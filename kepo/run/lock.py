@@ -1,0 +1,60 @@
+"""One run per folder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from kepo.disk.durable import make_folder, naming, remove_leftovers
+from kepo.distributed.processes import by_first
+from kepo.errors import KepoConfigError
+
+HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""What file systems without locks say: Lustre ENOSYS, NFS without its lock daemon ENOLCK."""
+
+
+@contextmanager
+def exclusive(run_dir: Path) -> Iterator[None]:
+    """Refuse a second run in the same folder; the lock goes with the first process, however it
+    ends. All processes call.
+
+    Raises KepoConfigError if the folder is in use. On a file system without locks it prints that a
+    second run will not be noticed, and goes on.
+    """
+    with ExitStack() as stack:
+        by_first(lambda: _lock(run_dir, stack))
+        yield
+
+
+def _lock(run_dir: Path, stack: ExitStack) -> None:
+    make_folder(run_dir)
+    path = run_dir / "lock"
+    with naming(path):
+        file = stack.enter_context(path.open("a+", encoding="utf-8"))  # "w" would empty another's
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in HELD:
+                file.seek(0)
+                by = file.read(300).strip()
+                raise KepoConfigError(
+                    f"run_dir={str(run_dir)!r} is in use by another process"
+                    f"{f' ({by})' if by else ''}; wait for it, or choose another"
+                ) from error
+            if error.errno not in NO_LOCKS:
+                raise
+            print(
+                f"{run_dir}: its file system has no locks ({error.strerror}); a second run in the "
+                "same folder would not be noticed"
+            )
+            return
+        remove_leftovers(run_dir)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()

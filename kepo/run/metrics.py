@@ -1,0 +1,190 @@
+"""What a step was like, in numbers: TRL's names where they mean the same, ours under kepo/.
+
+metrics.jsonl has one line per step or evaluation, completions.jsonl one per completion; both are
+strict JSON, with null for a number that is not finite.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kepo.config import Config
+from kepo.disk.durable import append_durably, as_json, make_folder, write_durably
+from kepo.distributed.processes import by_first, is_first
+from kepo.objective.batch import Batch
+from kepo.objective.step import StepTotals
+from kepo.rollout.explore import Exploration
+from kepo.rollout.rollouts import Rollout, total_rewards
+from kepo.tasks.multiple_choice import question_prompt
+
+
+def step_metrics(
+    found: Exploration, data: Sequence[Rollout], batch: Batch, totals: StepTotals, config: Config
+) -> dict[str, float]:
+    """The log record of a step, times and optimiser apart. docs/metrics.md says what each is."""
+    rollouts = [rollout for group in found.groups for rollout in group]
+    values: dict[str, float] = {}
+    if rollouts:  # not where the dataset answered every question
+        rewards = total_rewards(found.groups, config)
+        deviations = rewards.std(-1)
+        values |= {
+            "reward": rewards.mean().item(),
+            "reward_std": rewards.std().item(),
+            "frac_reward_zero_std": (deviations == 0).float().mean().item(),
+        }
+        for name in rollouts[0].rewards:
+            column = torch.tensor([rollout.rewards[name] for rollout in rollouts])
+            values[f"rewards/{name}/mean"] = column.mean().item()
+            values[f"rewards/{name}/std"] = column.std().item()
+    if config.sampler_correction != "none":
+        values |= {
+            "sampling/importance_sampling_ratio/mean": totals.ratio / max(1, totals.ratio_tokens),
+            "sampling/importance_sampling_ratio/max": totals.ratio_max,
+        }
+    lengths = torch.tensor([len(r.completion_ids) for r in [*rollouts, *data]]).float()
+    cut = [r.truncated for r in [*rollouts, *data]]
+    iterations = config.num_iterations
+    tokens, teacher_tokens = totals.tokens // iterations, totals.teacher_tokens // iterations
+    report, asked = found.report, max(1, found.asked)
+    return values | {
+        "entropy": totals.entropy / max(1, totals.tokens),
+        "kl": totals.kl / max(1, totals.tokens),
+        "clip_ratio/low_mean": totals.clipped_low / max(1, totals.tokens),
+        "clip_ratio/high_mean": totals.clipped_high / max(1, totals.tokens),
+        "completions/mean_length": lengths.mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": sum(cut) / len(cut),
+        "sampling/sampling_logp_difference/mean": totals.sampler_gap
+        / max(1, totals.sampled_tokens),
+        "sampling/sampling_logp_difference/max": totals.sampler_gap_max,
+        "kepo/completion_tokens": tokens,
+        "kepo/policy_loss": totals.policy_loss / iterations,
+        "kepo/kd_loss": totals.distill_loss / iterations,
+        "kepo/divergence": totals.divergence / max(1, totals.teacher_tokens),
+        "kepo/gate_rate": (batch.gate > 0).float().mean().item(),
+        "kepo/teacher_tokens": teacher_tokens,
+        "kepo/teacher_skipped_frac": 1.0 - teacher_tokens / max(1, tokens),
+        "kepo/sampled_completions": found.sampled,
+        "kepo/data_completions": len(data),
+        "kepo/resampled_groups": found.resampled,
+        "kepo/hint_groups": report.groups,
+        "kepo/hint_rate": report.groups / asked,
+        "kepo/hints_written": report.written,
+        "kepo/hint_retries": report.retried,
+        "kepo/hints_unusable": report.unhinted,
+        "kepo/hint_attempts": report.attempts,
+        "kepo/hint_accept_rate": report.successes / max(1, report.sampled),
+        "kepo/hint_accepted": report.accepted,
+        "kepo/rescue_rate": report.rescued / asked,
+        "kepo/hinted_rate": batch.hinted.float().mean().item(),
+    }
+
+
+def peak_gb(device: torch.device) -> float:
+    """Most memory held so far, in GB: allocated on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+
+
+def completion_records(rollouts: Sequence[Rollout], batch: Batch) -> list[dict[str, Any]]:
+    """One record per completion of a step, in the order of the batch."""
+    return [
+        {
+            "prompt": question_prompt(rollout.example),
+            "images": [str(path) for path in rollout.example.images],
+            "hint": rollout.hint,
+            "completion": rollout.text,
+            "answer": rollout.example.answer,
+            "rewards": rollout.rewards,
+            "advantage": batch.advantages[place].item(),
+            "gate": batch.gate[place].item(),
+            "truncated": rollout.truncated,
+            "from_data": rollout.sampler_logprobs is None,
+        }
+        for place, rollout in enumerate(rollouts)
+    ]
+
+
+class StepLog:
+    """Appends records; on resume, those of steps that will be run again are dropped first.
+
+    Lines that are no records, as a power loss or a bad disk leaves them, are dropped and said; so
+    it is if what the log had at the checkpoint, by ``mark``, is no longer in it. Of several
+    processes only the first reads and writes.
+    """
+
+    def __init__(self, path: Path, resume_step: int, mark: Mapping[str, Any] | None = None):
+        self.path = path
+        self._content = hashlib.sha256()
+        self._bytes = 0
+        if not is_first():
+            return
+        make_folder(path.parent)
+        content = b"" if resume_step < 0 or not path.exists() else path.read_bytes()
+        if mark is not None:
+            saved = content[: mark["bytes"]]
+            if hashlib.sha256(saved).hexdigest() != mark["sha256"]:
+                print(f"{path} has lost or changed lines since step {resume_step} was saved")
+        kept = [record for record in _records(content, path) if record["step"] <= resume_step]
+        text = "".join(as_json(record) + "\n" for record in kept)
+        write_durably(path, text)
+        self._add(text)
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """What the log holds, for a checkpoint to remember: its length and sha256."""
+        return {"bytes": self._bytes, "sha256": self._content.hexdigest()}
+
+    def at(self, step: int) -> list[dict[str, Any]]:
+        """The records of a step. All processes must call."""
+        return by_first(lambda: [r for r in read_metrics(self.path) if r["step"] == step])
+
+    def write(self, step: int, *records: dict[str, Any]) -> None:
+        if is_first() and records:
+            text = "\n".join(as_json({"step": step, **values}) for values in records)
+            append_durably(self.path, text)
+            self._add(text + "\n")
+
+    def _add(self, text: str) -> None:
+        content = text.encode()
+        self._content.update(content)
+        self._bytes += len(content)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a log; lines that are none, cut short by a kill, are left out."""
+    return _records(path.read_bytes()) if path.exists() else []
+
+
+def _records(content: bytes, named: Path | None = None) -> list[dict[str, Any]]:
+    """The records of a log's lines; of lines that are none the numbers are printed, if ``named``.
+
+    NaN and Infinity, of logs from before they were null, become None.
+    """
+    found, bad = [], []
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line.decode("utf-8"), parse_constant=lambda name: None)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            found.append(record)
+        else:
+            bad.append(number)
+    if bad and named is not None:
+        shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        print(f"{named}: damaged lines are dropped: {len(bad)} of them, number {shown}")
+    return found

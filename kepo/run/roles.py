@@ -1,0 +1,189 @@
+"""Models from disk, held as the config says: whole, with adapters, sharded, quantised, offloaded.
+
+The first process reads a model and the others receive it, so a node holds it once in host memory
+however many GPUs it has. A quantised teacher is read by every process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kepo.config import Config
+from kepo.distributed import sharding
+from kepo.distributed.processes import by_first, is_first, world_size
+from kepo.errors import KepoConfigError
+from kepo.models.adapters import with_adapters
+from kepo.models.conventions import without_dropout
+from kepo.models.reading import NO_CODE, base_of, blank_model, load_encoder, read_model
+from kepo.models.vlm import VLM
+from kepo.rollout.sampler import Engine
+
+Prepare = Callable[[Any], Any]
+"""Marks what is trained in a model; returns the wrapper that saves its adapters, or None."""
+
+
+def load_policy(config: Config, device: torch.device, saved: Path | None = None) -> VLM:
+    """The student to train: ``config.student``, or what it has become in ``saved``, the policy
+    folder of a checkpoint. All processes call."""
+    if base_of(config.student) is not None:
+        raise KepoConfigError(
+            f"student={config.student!r} holds adapters and not a whole model; merge them into "
+            "their model (peft's merge_and_unload), save that, and give its folder"
+        )
+    adapters = config.lora_rank > 0
+    compute = getattr(torch, config.dtype)
+
+    def prepare(model: Any) -> Any:
+        if config.gradient_checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None)  # its name from v6 on
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        wrapper = None
+        if adapters:
+            wrapper = with_adapters(model, config, saved)
+        elif config.freeze_vision:
+            model.model.visual.requires_grad_(False)
+        dropped = without_dropout(model)
+        if dropped and is_first():
+            print(
+                f"{config.student}: trained without its dropout ({', '.join(dropped)}), as "
+                "log-probabilities must be those of the model that sampled; its config keeps it"
+            )
+        return wrapper
+
+    path = config.student if adapters or saved is None else str(saved)
+    if config.sharding == "fsdp2":
+        policy = _load(path, torch.float32, device, config, prepare, sharded_in=compute)
+        policy.gathers = config.rollout_gather
+    else:
+        policy = _load(path, compute, device, config, prepare)
+        policy.whole = sharding.replicate(policy.model)
+    return policy
+
+
+def load_teacher(config: Config, device: torch.device) -> VLM:
+    """The frozen teacher, where and in how many bits the config says. All processes call."""
+    dtype = getattr(torch, config.dtype)
+    if config.teacher_bits is not None:
+        model = read_model(
+            config.teacher,
+            dtype,
+            attn_implementation=config.attn_implementation,
+            quantization_config=_quantization(config.teacher_bits, dtype),
+            device_map={"": device},
+        )
+        return VLM(_frozen(model), load_encoder(config.teacher, model), device)
+    placed = config.teacher_placement
+    return _load(
+        config.teacher,
+        dtype,
+        device,
+        config,
+        _freeze,
+        sharded_in=None if placed == "copy" else dtype,
+        offload=placed == "offload",
+    )
+
+
+def load_engine(config: Config, policy: VLM) -> Engine:
+    """What samples the policy's completions: the policy itself, or vLLM. All processes call."""
+    if config.engine == "transformers":
+        return policy
+    from kepo.rollout.vllm import VllmEngine
+
+    return VllmEngine(
+        policy.encoder,
+        config.student,
+        dtype=config.dtype,
+        memory_share=config.vllm_memory,
+        never_sampled=policy.never_sampled(),
+        weights=policy.weights,
+    )
+
+
+def load_reference(config: Config, device: torch.device) -> VLM | None:
+    """The frozen start point for the k3 penalty, held as the policy is; None when there is no
+    penalty. All processes call."""
+    if config.kl_coef == 0:
+        return None
+    dtype = getattr(torch, config.dtype)
+    sharded_in = dtype if config.sharding == "fsdp2" else None
+    return _load(config.student, dtype, device, config, _freeze, sharded_in=sharded_in)
+
+
+def _load(
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: Config,
+    prepare: Prepare,
+    *,
+    sharded_in: torch.dtype | None = None,
+    offload: bool = False,
+) -> VLM:
+    attention = config.attn_implementation
+    if config.liger_layers:
+        use_liger_layers(path)
+    read: list[Any] = []
+    by_first(lambda: read.append(read_model(path, dtype, attn_implementation=attention)))
+    model = read[0] if read else blank_model(path, dtype, attn_implementation=attention)
+    adapters = prepare(model)
+    source = None
+    if is_first() and world_size() > 1:
+        # Other tensors over the same memory: sharding moves the model's own to the device.
+        named = [*model.named_parameters(), *model.named_buffers()]
+        source = {name: tensor.detach() for name, tensor in named}
+    vlm = VLM(model.eval(), load_encoder(path, model), device, adapters=adapters)
+    if sharded_in is None:
+        model.to(device)
+    else:
+        vlm.whole = sharding.shard(model, device, sharded_in, offload=offload)
+        vlm.sharded = True
+    if world_size() > 1:
+        sharding.fill(model, source, device)
+    return vlm
+
+
+def _freeze(model: Any) -> None:
+    model.requires_grad_(False)
+
+
+def _frozen(model: Any) -> Any:
+    return model.requires_grad_(False).eval()
+
+
+def _quantization(bits: int, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+
+
+def use_liger_layers(path: str) -> None:
+    """Have models of that family built from Liger's norms and rotary embedding, and where it has
+    one its MLP, from now on; their losses stay ours.
+
+    Raises KepoConfigError where Liger lacks the family, or does not fit this transformers.
+    """
+    from liger_kernel.transformers import monkey_patch
+    from transformers import AutoConfig
+
+    family = AutoConfig.from_pretrained(path, **NO_CODE).model_type
+    patch = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN.get(family)
+    if patch is None:
+        raise KepoConfigError(f"liger_layers: liger-kernel has none for {family!r}")
+    try:
+        patch(cross_entropy=False, fused_linear_cross_entropy=False)
+    except ImportError as error:
+        versions = ", ".join(f"{name} {version(name)}" for name in ("liger-kernel", "transformers"))
+        raise KepoConfigError(
+            f"liger_layers: {versions} do not fit together for {family!r}: {error}; install "
+            "versions that do, or leave liger_layers out"
+        ) from error

@@ -1,0 +1,136 @@
+"""Signals that ask a run to stop: it saves first. A second one ends it at once.
+
+Ctrl-C and SIGTERM; SIGHUP, when a terminal closes; SIGUSR1 and SIGUSR2, which schedulers send some
+minutes before the end. What was ignored when the process began, as SIGHUP is under nohup, stays
+ignored.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+from kepo.distributed.processes import is_first, together
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+SAME_SIGNAL = 2.0
+"""Seconds within which signals are one: a terminal sends Ctrl-C to torchrun and to its processes,
+and torchrun passes it on to them."""
+
+
+class StopRequest:
+    """Holds the signal that asked the run to stop. Handlers only note it: the loop asks at step
+    boundaries, an evaluation after each batch. In a thread other than the main one it is never
+    asked."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._noted: int | None = None
+        self._last = 0
+        self._at = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                before = signal.getsignal(number)
+                if before not in (signal.SIG_IGN, None):  # None: not Python's to put back
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def agree(self) -> None:
+        """Stop if any process has been asked to. All must call, at the same place of the run."""
+        asked = [number for number in together(self._noted) if number is not None]
+        self.signal = asked[0] if asked else None
+
+    def noted(self) -> bool:
+        """Whether this process has been asked to, whatever the others know."""
+        return self._noted is not None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        """128 + signal, as a shell reports it: 130 after Ctrl-C, 143 after SIGTERM."""
+        return 0 if self.signal is None else 128 + self.signal
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._noted is not None and time.monotonic() - self._at <= SAME_SIGNAL:
+            return
+        # The scheduler's SIGTERM after its warning is still the first to end the run.
+        if self._noted is None or (self._last in WARNINGS and number not in WARNINGS):
+            self._noted = number if self._noted is None else self._noted
+            self._last, self._at = number, time.monotonic()
+            if is_first():
+                _tell("stopping after this step; once more to stop at once without saving")
+        else:
+            raise SystemExit(128 + number)
+
+
+def _tell(text: str) -> None:
+    """Past sys.stderr: the signal may have come in the middle of a line written to it."""
+    with suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
+
+
+# ---- a terminal that goes away ----
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Within, a closed terminal or pipe costs what would have been written to it, not the run."""
+    before = sys.stdout, sys.stderr
+    lasting = [_Lasting(stream) for stream in before]
+    sys.stdout, sys.stderr = lasting  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for stream in lasting:
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+class _Lasting:
+    """A text stream whose writes do not fail."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._lost(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lost(error)
+
+    def _lost(self, error: OSError) -> None:
+        """What has no reader any more leads nowhere from now on: Python flushes it at exit too,
+        which would change the exit code."""
+        if error.errno in (errno.EPIPE, errno.EIO, errno.EBADF):
+            with suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

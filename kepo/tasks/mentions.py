@@ -1,0 +1,312 @@
+"""Where a text speaks of an option: by its letter, its place in the list, or its own words.
+
+Whatever is said of the option there is for `kepo.tasks.leaks` to read.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kepo.data.example import LETTERS
+
+
+def words_of(text: str) -> frozenset[str]:
+    """The words of a list that is written as one string."""
+    return frozenset(text.split())
+
+
+NUMBERS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
+    *("nineteen", "twenty"),
+)
+ORDINALS = (
+    *("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth"),
+    "tenth",
+)
+OPTION_NOUNS = words_of("option choice alternative possibility candidate answer item")
+LISTS = words_of("options choices answers list")
+
+_WORD = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+|[+%]+")
+_IDEOGRAPH = re.compile("([\u1100-\u11ff\u2e80-\u9fff])")
+_EMPHASIS = re.compile(r"</?(?:b|i|u|s|p|em|strong|code|span)>", re.IGNORECASE | re.ASCII)
+_PERCENT = re.compile(r"\bper ?cent\b", re.IGNORECASE | re.ASCII)
+_CONTRACTED = re.compile(r"n['’]t\b", re.IGNORECASE | re.ASCII)
+_ARTICLES = frozenset(("a", "an", "the"))
+_ROMAN = ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix", "x")
+_WRAPS = {"(": ")", "[": "]", "{": "}", "<": ">", "“": "”", "‘": "’", "«": "»"} | {
+    mark: mark for mark in "\"'*_`$"
+}
+
+# What makes a letter part of a name: "vitamin B", "B cells". Compounds, as "B-mode", are names too.
+_NAMED_BEFORE = words_of(
+    "question vitamin vitamins hepatitis influenza hemophilia haemophilia type types group groups "
+    "grade stage class category level phase part point points region regions zone area "
+    "segment line lines plane panel panels figure fig image arrow label labelled labeled "
+    "marked slice row column series factor protein antigen kerley stanford weber pugh plan "
+    "view lead ring schatzki wave patient case exhibit appendix"
+)
+_NAMED_AFTER = words_of(
+    "cell cells line lines lymphoma lymphocyte lymphocytes mode scan scans virus wave waves "
+    "ring rings symptom symptoms strep streptococcus streptococci difficile vitamin vitamins "
+    "major minor"
+)
+# An article has a noun after it and never one of these.
+_AFTER_A_LETTER = words_of(
+    "is was are it looks seems fits must should would can could cannot has matches remains "
+    "wins makes stands appears shows describes corresponds because since as due for and or "
+    "nor vs versus but here instead if with from to"
+)
+# Options of one everyday word: it means the option only where it is stated as an answer.
+_EVERYDAY = words_of(
+    "yes no true false none other others both all neither unknown normal abnormal present "
+    "absent left right one"
+)
+# "the right ...": the correct one, not the side.
+_THE = ("the", "these", "those")
+_LISTED = ("listed", "possible", "given", "offered", "answer")
+_CORRECT = words_of(
+    "answer option choice one letter way thing order track solution diagnosis place question"
+)
+
+
+@dataclass(frozen=True)
+class Words:
+    """A text as its words, case folded, and what stands around them."""
+
+    words: tuple[str, ...]
+    raw: tuple[str, ...]
+    """The words in their own case."""
+    gaps: tuple[str, ...]
+    """Spaces and punctuation: ``gaps[i]`` before word i, and the last one after the last word."""
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def at(self, place: int) -> str:
+        """The word there; "" beyond either end."""
+        return self.words[place] if 0 <= place < len(self) else ""
+
+
+class Mention(NamedTuple):
+    """Words ``start`` to ``end`` (exclusive) speak of an option."""
+
+    start: int
+    end: int
+    option: int
+    sure: bool
+    """False: they do only if they are stated as an answer ("the second", an everyday word)."""
+    by_text: bool = False
+
+
+def read(text: str) -> Words:
+    """A text without the accents, invisible characters and typographic forms that hide a word."""
+    plain = unicodedata.normalize("NFKD", text)
+    plain = "".join(c for c in plain if unicodedata.category(c) not in ("Mn", "Cf"))
+    if "</" in plain:
+        plain = _EMPHASIS.sub("", plain)
+    plain = _PERCENT.sub("%", _CONTRACTED.sub(" not", plain))
+    plain = _IDEOGRAPH.sub(r" \1 ", plain)  # each is a word: no space parts it from a letter
+    found = list(_WORD.finditer(plain))
+    starts = [0, *(match.end() for match in found)]
+    ends = [*(match.start() for match in found), len(plain)]
+    raw = tuple(match.group() for match in found)
+    gaps = tuple(plain[start:end] for start, end in zip(starts, ends, strict=True))
+    return Words(tuple(map(str.casefold, raw)), raw, gaps)
+
+
+def number(word: str) -> float | None:
+    """What a word says in digits or as one of `NUMBERS`; None if it is no number."""
+    if word in NUMBERS:
+        return float(NUMBERS.index(word))
+    plain = word.replace(",", "")
+    # float reads any script's digits, as it should, and words such as "nan", as it should not.
+    return float(plain) if plain[:1].isdecimal() and re.fullmatch(r"\d+(\.\d+)?", plain) else None
+
+
+def mentions(text: Words, options: Sequence[str]) -> list[Mention]:
+    """Where ``text`` speaks of an option, in order; the longest where several readings overlap.
+
+    A number as an option is not looked for here: a number alone says nothing.
+    """
+    found = [*_by_text(text, options), *_by_place(text, len(options))]
+    found += _by_letter(text, len(options))
+    found.sort(key=lambda m: (m.start, m.start - m.end))
+    kept: list[Mention] = []
+    for mention in found:
+        if kept and mention.start < kept[-1].end:
+            continue  # within a longer one: the letter in "hepatitis B"
+        label = kept[-1] if kept else None
+        if (
+            label is not None
+            and mention.by_text
+            and (label.end, label.option) == (mention.start, mention.option)
+            and "\n" not in text.gaps[mention.start]
+        ):
+            mention = mention._replace(start=kept.pop().start)  # "B. normal lung"
+        kept.append(mention)
+    return kept
+
+
+def is_name(text: Words, place: int) -> bool:
+    """Whether the letter there is part of a name: vitamin B, B-mode, C. difficile, 37 °C."""
+    before, after = text.gaps[place], text.gaps[place + 1]
+    previous, following = text.at(place - 1), text.at(place + 1)
+    asked = {text.at(place - back) for back in (1, 2, 3)} & OPTION_NOUNS
+    if before.strip(" \t-(") == "" and previous in _NAMED_BEFORE and not asked:
+        return True
+    if "°" in before or (number(previous) is not None and before.strip() == ""):
+        return True
+    if previous and before in ("-", "\u2010", ".", "'", "’") and previous not in OPTION_NOUNS:
+        return True
+    if following and after in ("-", "\u2010", ".", "'", "’"):
+        return True
+    return after == " " and following in _NAMED_AFTER
+
+
+def wrapped(text: Words, place: int) -> bool:
+    """Whether a word stands in brackets, quotes or emphasis of its own."""
+    opening, closing = text.gaps[place][-1:], text.gaps[place + 1][:1]
+    return opening in _WRAPS and closing == _WRAPS[opening]
+
+
+def _by_text(text: Words, options: Sequence[str]) -> Iterator[Mention]:
+    starts: dict[int, int] = {}
+    ends: dict[int, int] = {}
+    length = 0
+    for place, word in enumerate(text.words):
+        starts[length] = place
+        length += len(word)
+        ends[length] = place + 1
+    joined = "".join(text.words)
+    for option, words in enumerate(options):
+        own = list(read(words).words)
+        while len(own) > 1 and own[0] in _ARTICLES:
+            del own[0]
+        if own and all(number(word) is not None for word in own):
+            continue
+        everyday = len(own) == 1 and own[0] in _EVERYDAY
+        name = "".join(own)
+        for form in dict.fromkeys((name,) if everyday else _forms(name)):
+            place = joined.find(form) if form else -1
+            while place >= 0:
+                if place in starts and place + len(form) in ends:
+                    start, end = starts[place], ends[place + len(form)]
+                    yield Mention(start, end, option, not everyday or _is_side(text, start), True)
+                place = joined.find(form, place + 1)
+
+
+def _forms(name: str) -> tuple[str, ...]:
+    """One and several of them; of a short name only itself."""
+    if len(name) < 3 or not name[-1].isalpha():
+        return (name,)
+    return (name, name + "s", name + "es", name.removesuffix("s") if len(name) > 4 else name)
+
+
+def _is_side(text: Words, place: int) -> bool:
+    """Whether "left" or "right" there is a side that is pointed at."""
+    if text.words[place] not in ("left", "right") or text.at(place - 1) != "the":
+        return False
+    return text.at(place + 1) not in _CORRECT
+
+
+def _by_letter(text: Words, count: int) -> Iterator[Mention]:
+    letters = LETTERS[:count].lower()
+    for place, word in enumerate(text.words):
+        option = letters.find(word) if len(word) == 1 else -1
+        if option < 0 or (word in "ai" and _is_article(text, place)):
+            continue
+        before, after, following = text.gaps[place], text.gaps[place + 1], text.at(place + 1)
+        # "C. difficile", "a. the wall": a sentence would begin with a capital letter.
+        short = after.startswith(". ") and following and text.raw[place + 1][0].islower()
+        counted = after.startswith(")") and "(" not in before and following  # "b) the content"
+        slashed = (before == "/" and text.at(place - 1) not in letters) or (
+            after == "/" and following not in letters  # "c/o", "A/P"
+        )
+        yield Mention(place, place + 1, option, not (short or counted or slashed))
+
+
+def closes(text: Words, place: int) -> bool:
+    """Whether a clause ends after the word there."""
+    return place + 1 >= len(text) or bool(text.gaps[place + 1].strip(" \t\"'*_`"))
+
+
+def _is_article(text: Words, place: int) -> bool:
+    """Whether "a" (or the pronoun "I") is that: a word follows, and not one that follows a letter.
+
+    Quotes, emphasis and brackets that open before that word change nothing.
+    """
+    gap, following = text.gaps[place + 1], text.at(place + 1)
+    follows = gap[:1].isspace() and gap.strip(" \t\n([{\"'“‘*_`") == ""
+    if not follows or not following:
+        return False
+    if "\n" in gap and (text.raw[place].isupper() or text.raw[place + 1][0].isupper()):
+        return False
+    if following in ("over", "rather", "not"):  # "A over B"; but "a rather large one"
+        return len(text.at(place + 2)) != 1 and text.at(place + 2) != "than"
+    return following not in _AFTER_A_LETTER
+
+
+def _by_place(text: Words, count: int) -> Iterator[Mention]:
+    for place, word in enumerate(text.words):
+        following = text.at(place + 1)
+        ordinal = _ordinal(word, count)
+        if ordinal is not None and 0 <= ordinal < count:
+            if following in OPTION_NOUNS and (word, following) != ("final", "answer"):
+                yield Mention(place, place + 2, ordinal, True)
+            elif following == "from" and text.at(place + 3) in ("bottom", "end", "top"):
+                turned = ordinal if text.at(place + 3) == "top" else count - 1 - ordinal
+                yield Mention(place, place + 4, turned, True)
+            elif following in ("of", "in", "on") and text.at(place + 2) in _THE:
+                listed = not LISTS.isdisjoint(text.words[place + 3 : place + 6])
+                yield Mention(place, min(place + 4, len(text)), ordinal, listed)
+            elif following in _LISTED and text.at(place + 2) in OPTION_NOUNS:
+                yield Mention(place, place + 3, ordinal, True)
+            elif text.at(place - 1) == "listed":
+                yield Mention(place, place + 1, ordinal, True)
+            elif following == "one":
+                listed = not LISTS.isdisjoint(text.words[place + 2 : place + 5])
+                yield Mention(place, place + 2, ordinal, listed)
+            elif closes(text, place) or following in ("is", "fits", "must", "looks", "seems"):
+                yield Mention(place, place + 1, ordinal, False)
+        elif word in ("former", "latter") and count == 2 and closes(text, place):
+            yield Mention(place, place + 1, int(word == "latter"), False)
+        yield from _numbered(text, place, count)
+
+
+def _ordinal(word: str, count: int) -> int | None:
+    """Place in the list, from 0, that an ordinal names."""
+    if word in ORDINALS:
+        return ORDINALS.index(word)
+    if word in ("last", "final", "bottom"):
+        return count - 1
+    if word in ("top", "penultimate"):
+        return 0 if word == "top" else count - 2
+    digits = word[:-2]
+    if word[-2:] in ("st", "nd", "rd", "th") and digits.isascii() and digits.isdecimal():
+        return int(digits[:3]) - 1
+    return None
+
+
+def _numbered(text: Words, place: int, count: int) -> Iterator[Mention]:
+    """Option 2, choice no. 2, option (ii); #2 and number two if they are stated as an answer."""
+    word, gap = text.words[place], text.gaps[place]
+    if word in _ROMAN and (word != "i" or wrapped(text, place)):
+        option = _ROMAN.index(word)
+    else:
+        value = number(word)
+        option = int(value) - 1 if value is not None and value < 100 and value % 1 == 0 else -1
+    if not 0 <= option < count or "." in word:
+        return
+    counted = text.at(place - 1) in ("number", "no", "nr") and gap.strip() in ("", ".")
+    noun = text.at(place - 2 if counted else place - 1)
+    marked = counted or gap.rstrip().endswith("#")
+    close = not set(text.gaps[place - counted]) & set(",;!?\n")
+    if close and (noun in OPTION_NOUNS - {"answer"} or (noun == "answer" and marked)):
+        yield Mention(place - 1 - counted, place + 1, option, True)
+    elif marked or (word in _ROMAN and wrapped(text, place)):
+        yield Mention(place - counted, place + 1, option, False)

@@ -1,0 +1,53 @@
+"""Every text the models are asked with; no templates, so braces in a question are safe."""
+
+from __future__ import annotations
+
+import re
+
+from kepo.data.load import LETTERS, Example
+from kepo.tasks.leaks import states_answer as states_answer  # importable from here, too
+
+ANSWER_INSTRUCTION = "Reply as <think>reasoning</think><answer>letter</answer>."
+HINT_INSTRUCTION = "Give a short hint as <hint>hint</hint>."
+
+_HINT = re.compile(r"<hint>(.*?)</hint>", re.DOTALL)
+
+
+def question_prompt(example: Example) -> str:
+    """The question, its options one per line, and the answer format."""
+    return f"{_question(example)}\n{ANSWER_INSTRUCTION}"
+
+
+def hint_request(example: Example, with_answer: bool) -> str:
+    """Ask the teacher for a hint; ``with_answer`` tells it the right letter first."""
+    told = f"The answer is {example.answer}. " if with_answer else ""
+    return f"{_question(example)}\n{told}{HINT_INSTRUCTION}"
+
+
+def hinted_prompt(example: Example, hint: str, gives_answer: bool = False) -> str:
+    """``question_prompt`` with a hint as its last line; ``gives_answer``: and the right letter."""
+    told = f"\nThe answer is {example.answer}." if gives_answer else ""
+    return f"{question_prompt(example)}\nHint: {hint}{told}"
+
+
+def parse_hint(text: str) -> str | None:
+    """The inside of the one ``<hint>...</hint>`` of ``text``, stripped; it may span lines.
+
+    None if there is no such pair, more than one, an unmatched tag, or nothing inside.
+    """
+    if text.count("<hint>") != 1 or text.count("</hint>") != 1:
+        return None
+    match = _HINT.search(text)
+    return (match.group(1).strip() or None) if match else None
+
+
+def worked_answer(example: Example) -> str:
+    """``<think>3 + 5 = 8</think><answer>C</answer>``; without a rationale only the answer."""
+    thought = f"<think>{example.rationale}</think>" if example.rationale else ""
+    return f"{thought}<answer>{example.answer}</answer>"
+
+
+def _question(example: Example) -> str:
+    lines = [example.question]
+    lines += [f"{letter}. {text}" for letter, text in zip(LETTERS, example.options, strict=False)]
+    return "\n".join(lines)

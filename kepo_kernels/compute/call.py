@@ -1,0 +1,163 @@
+"""What every public function does with its arguments before and after its own few lines."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from kepo_kernels.compute.autograd import TokenLoss, TokenStats, fused_loss, loss_and_gradients
+from kepo_kernels.compute.devices import moved
+from kepo_kernels.compute.problem import Teacher
+from kepo_kernels.compute.sweep import LinearProblem, Student
+from kepo_kernels.heads import Head, LoRA
+from kepo_kernels.validate import Validator
+from kepo_kernels.weights import loss_weights
+
+Result = Tensor | tuple[Tensor, TokenStats]
+
+AUTOCASTING = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The student's side of a call, checked; under autocast in the dtype that it asks for."""
+
+    check: Validator
+    hidden: Tensor
+    head: Head
+    bias: Tensor | None
+    completion_mask: Tensor | None
+    planned_on: torch.device
+    """Where it is worked out which rows take part: the CPU, where that waits for no device, if all
+    that decides it is there or None; else where the states are."""
+    engine: dict[str, object]
+    needs: tuple[bool, ...] | None
+    """None, or what `kepo_kernels.compute.compiled` wants in place of a differentiable loss: which
+    of the student's gradients are to be returned with it."""
+
+    @property
+    def lead(self) -> torch.Size:
+        return self.hidden.shape[:-1]
+
+    def teacher(
+        self,
+        hidden: Tensor,
+        lm_head: Tensor | Head,
+        bias: Tensor | None,
+        gate: Tensor | None,
+        temperature: float,
+    ) -> Teacher:
+        hidden, head, bias = autocast(hidden, Head.of(lm_head), bias)
+        teacher = Teacher(hidden, head, bias, gate, temperature)
+        teacher.check(self.check, self.hidden)
+        return teacher
+
+    def weights(
+        self, gate: Tensor | None, coefficient: float = 1.0, **given: Tensor | str | None
+    ) -> tuple[Tensor, Tensor]:
+        """One fp64 weight per token, on the states' device: `coefficient` times `..reduction` of
+        mask and gate, or times `..weights` and both. And where it is not 0, where rows are planned.
+        """
+        (weights_name, weights), (reduction_name, reduction) = given.items()
+        self.check.reduction(reduction_name, reduction)
+        self.check.lead(self.lead, **{weights_name: weights})
+        self.check.same_device_or_cpu(self.hidden, **{weights_name: weights})
+        mask, here = self.completion_mask, self.planned_on
+        mask = torch.ones(self.lead, dtype=torch.bool, device=here) if mask is None else mask
+        mask, gate, weights = (
+            None if x is None else moved(x.detach(), here) for x in (mask, gate, weights)
+        )
+        if weights is None:
+            weights = loss_weights(mask, gate, reduction)
+        else:
+            present = loss_weights(mask, gate, "sum")
+            weights = torch.where(present != 0, weights.to(torch.float64) * present, 0)
+            self.check.finite(weights != 0, **{weights_name: weights})
+        weights = float(coefficient) * weights
+        return moved(weights, self.hidden.device), weights != 0
+
+    def run(self, student: Student, problem: LinearProblem, token_loss: TokenLoss) -> Result:
+        """The loss, and the numbers of every token if `return_stats` asks for them."""
+        if self.needs is not None:
+            return loss_and_gradients(student, problem, token_loss, self.needs)
+        loss, stats = fused_loss(student, problem, token_loss)
+        if not self.engine.get("return_stats"):
+            return loss
+        shaped = (x.reshape(self.lead) for x in stats[:3])
+        return loss, TokenStats(*shaped, stats.dropped_gradient)
+
+
+def begin(
+    function: str,
+    hidden: Tensor,
+    lm_head: Tensor | Head,
+    bias: Tensor | None,
+    completion_mask: Tensor | None,
+    engine: dict[str, object],
+    *deciding: Tensor | None,
+) -> Call:
+    """Check what every call has; `deciding` are gate and weights, by which rows take part."""
+    check = Validator(function)
+    needs = engine.pop("_needs", None)
+    check.engine(engine)
+    refuse_transforms(check, hidden, Head.of(lm_head), bias)
+    hidden, head, bias = autocast(hidden, Head.of(lm_head), bias)
+    check.head(("hidden", "lm_head", "bias"), hidden, head, bias)
+    check.mask(completion_mask, hidden.shape[:-1])
+    check.same_device(hidden, lm_head=head.weight, bias=bias)
+    check.same_device_or_cpu(hidden, completion_mask=completion_mask)
+    given = [x.device for x in (completion_mask, *deciding) if isinstance(x, Tensor)]
+    cpu = torch.device("cpu")
+    planned_on = cpu if hidden.is_cuda and all(x == cpu for x in given) else hidden.device
+    return Call(check, hidden, head, bias, completion_mask, planned_on, engine, needs)
+
+
+def refuse_transforms(check: Validator, hidden: Tensor, head: Head, bias: Tensor | None) -> None:
+    """Refuse what asks for more than one backward pass: the gradients are formed in forward."""
+    instead = "kepo_kernels.reference has the same losses in plain PyTorch, where it works"
+    check.require(
+        not torch._C._are_functorch_transforms_active(),
+        "called under a transform of torch.func (grad, vjp, jvp, vmap, jacrev, hessian), which the "
+        "fused losses do not take; call the loss outside of it and torch.autograd.grad(loss, "
+        f"inputs) on the result, with torch.func.functional_call for parameters; {instead}",
+    )
+    lora = () if head.lora is None else head.lora[:2]
+    tangents = [
+        name
+        for name, x in zip(Student._fields, (hidden, head.weight, bias, *lora), strict=False)
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+    ]
+    check.require(
+        not tangents,
+        f"{', '.join(tangents)} carries a tangent of forward-mode AD, which the fused losses do "
+        f"not propagate; use backward(), or torch.autograd.grad; {instead}",
+    )
+
+
+def at(weights: Tensor, rows: Tensor) -> Tensor:
+    """The weights of these rows of the flattened lead dimensions."""
+    return weights.reshape(-1)[rows]
+
+
+def autocast(hidden: Tensor, head: Head, bias: Tensor | None) -> tuple[Tensor, Head, Tensor | None]:
+    """States and weights as autocast would hand them to a linear layer; nothing else is cast.
+
+    Like there, fp64 stays as it is.
+    """
+    device = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
+    # A device without autocast, as meta, would raise. torch.amp knows which have it, but not under
+    # torch.compile before torch 2.13.
+    if device not in AUTOCASTING or not torch.is_autocast_enabled(device):
+        return hidden, head, bias
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(x: object) -> object:
+        floating = isinstance(x, Tensor) and x.is_floating_point()
+        return x.to(dtype) if floating and x.dtype != torch.float64 else x
+
+    lora = head.lora
+    if lora is not None:
+        lora = LoRA(cast(lora.a), cast(lora.b), lora.scale)
+    # Written out: torch.compile traces neither dataclasses.replace nor *map(...) in every version.
+    return cast(hidden), Head(cast(head.weight), head.softcap, head.logit_scale, lora), cast(bias)

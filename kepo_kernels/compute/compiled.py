@@ -1,0 +1,254 @@
+"""`torch.compile`: inside a compiled region each loss is one opaque operator, and breaks no graph.
+
+The chunk loop depends on data (masks, gates, what carries gradient), which a graph cannot hold.
+The operator runs it eagerly when the graph runs, and returns the gradients beside the loss; its
+backward only scales them, as in eager mode. Outside compiled regions nothing here is used.
+"""
+
+import ast
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import wraps
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from kepo_kernels.compute import gemm
+from kepo_kernels.compute.autograd import TokenStats, differentiable_once
+from kepo_kernels.compute.call import autocast
+from kepo_kernels.compute.graph_breaks import breaks_graph
+from kepo_kernels.heads import Head, LoRA
+
+LOSSES: dict[str, Callable] = {}
+HEADS = {"lm_head": "bias", "teacher_lm_head": "teacher_bias"}
+STUDENT = ("hidden", "lm_head", "bias", "lm_head.lora_a", "lm_head.lora_b")
+
+
+def one_operator(function: Callable) -> Callable:
+    """Makes a loss an operator under torch.compile.
+
+    A loss of the caller's own in Python (`policy_loss` as a callable) cannot be one: the graph then
+    breaks around the call. So it does for what the loss is going to refuse in eager mode.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    positional = [x.name for x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD]
+    LOSSES[function.__name__] = function
+    broken = breaks_graph(f"{function.__name__} with a Python callable")(function)
+    refused = breaks_graph(f"{function.__name__} with an argument that it refuses")(function)
+    transformed = breaks_graph(f"{function.__name__} under torch.func or forward-mode AD")(function)
+
+    @wraps(function)
+    def loss(*args, **kwargs):
+        if not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return transformed(*args, **kwargs)
+        names = positional[: len(args)]  # strict=False with a rest is an error under torch 2.8
+        if len(args) > len(positional) or any(name in kwargs for name in names):
+            return refused(*args, **kwargs)
+        arguments = dict(zip(names, args, strict=True)) | kwargs
+        if callable(arguments.get("policy_loss")):
+            return broken(**arguments)
+        flat = _flattened(arguments)
+        complete = all(name in flat for name in positional)
+        if not (complete and all(_fits(x) for x in flat.values())):
+            return refused(**arguments)
+        return _call_operator(function.__name__, flat)
+
+    return loss
+
+
+def _flattened(arguments: dict[str, object]) -> dict[str, object]:
+    """The arguments by name, with those of the heads beside them, cast as autocast asks."""
+    flat = dict(arguments)
+    for head_name, bias_name in HEADS.items():
+        states_name = "hidden" if head_name == "lm_head" else "teacher_hidden"
+        if head_name not in flat or states_name not in flat:
+            continue
+        given = flat[head_name]
+        cast = autocast(flat[states_name], Head.of(given), flat.get(bias_name))
+        flat[states_name], head, flat[bias_name] = cast
+        flat[head_name] = head.weight
+        if not isinstance(given, Head):
+            continue
+        flat[f"{head_name}.softcap"] = head.softcap
+        flat[f"{head_name}.logit_scale"] = head.logit_scale
+        if head.lora is not None:
+            for part, value in zip(LoRA._fields, head.lora, strict=True):
+                flat[f"{head_name}.lora_{part}"] = value
+    return flat
+
+
+def _fits(value: object) -> bool:
+    """Whether an operator's schema has a place for it."""
+    known = value is None or isinstance(value, (Tensor, torch.dtype, str, int, float))
+    return known or getattr(value, "ndim", None) == 0  # a numpy scalar
+
+
+def _call_operator(name: str, arguments: dict[str, object]):
+    """Sorts the arguments by what an operator's schema can hold.
+
+    Numbers go in as numbers, so that another value is not another graph. A graph would still be
+    compiled anew for every float that an operator takes as such (torch's tensorify_python_scalars
+    fixes it), but not for one that an arithmetic operator has made a tensor. It is on the CPU,
+    where reading it waits for no device.
+    """
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    tensors, floats, ints, constants = {}, {}, {}, []
+    return_stats = arguments.pop("return_stats", False)
+    for key, value in arguments.items():
+        if isinstance(value, Tensor):
+            tensors[key] = value
+        elif isinstance(value, torch.dtype):
+            constants.append(f"'{key}': '{value}'")
+        elif value is None or isinstance(value, (str, bool)):
+            constants.append(f"'{key}': {value!r}")
+        elif isinstance(value, int):
+            ints[key] = value
+        elif isinstance(value, float):
+            floats[key] = one * value
+        else:
+            floats[key] = torch.as_tensor(value)  # of numpy; its integers stay integers
+    student = [tensors.pop(key, None) for key in STUDENT]
+    constants.append(f"'return_stats': {return_stats!r}")
+    names = "; ".join([" ".join(x) for x in (tensors, floats, ints)])
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student]
+    total, numbers, share, *_ = torch.ops.kepo_kernels.fused_loss(
+        name,
+        "{" + ", ".join(constants) + "}",
+        names,
+        *student,
+        list(tensors.values()),
+        list(floats.values()),
+        list(ints.values()),
+        needs,
+    )
+    if not return_stats:
+        return total
+    dropped = share if arguments.get("grad_tol", 0.0) > 0.0 else None
+    shaped = numbers.detach().reshape(3, *student[0].shape[:-1])
+    return total, TokenStats(shaped[0], shaped[1], shaped[2], dropped)
+
+
+Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+# It reads masks on the device, so it cannot be captured; with this tag "reduce-overhead" leaves
+# it out of its graphs, in versions of torch that have the tag.
+UNCAPTURED = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+
+
+@torch.library.custom_op("kepo_kernels::fused_loss", mutates_args=(), tags=UNCAPTURED)
+def _operator(
+    function: str,
+    constants: str,
+    names: str,
+    hidden: Tensor,
+    lm_head: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    others: Sequence[Tensor],
+    floats: Sequence[Tensor],
+    ints: Sequence[int],
+    needs: Sequence[bool],
+) -> Parts:
+    """`names` says whose the others, the floats (0-d, on the CPU) and the ints are.
+
+    (loss, numbers (3, N), share of gradient dropped, the five gradients, empty if not needed)
+    """
+    with ExitStack() as inside:
+        # Operators run below autograd; a loss differentiates vectors of its own.
+        for key in ("AutogradFunctionality", "ADInplaceOrView"):
+            key = getattr(torch._C.DispatchKey, key)
+            inside.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        inside.enter_context(torch.autocast(hidden.device.type, enabled=False))
+        given = zip(STUDENT, (hidden, lm_head, bias, lora_a, lora_b), strict=True)
+        student = {name: x.detach() for name, x in given if x is not None}
+        arguments = ast.literal_eval(constants) | student
+        given = (others, [x.item() for x in floats], ints)
+        for keys, values in zip(names.split(";"), given, strict=True):
+            arguments |= zip(keys.split(), values, strict=True)
+        formed = LOSSES[function](**_nested(arguments), _needs=tuple(needs))
+    gradients = [hidden.new_empty(0) if x is None else x for x in formed.gradients]
+    gradients[0] = gradients[0].flatten(0, -2) if needs[0] else gradients[0]
+    return formed.total, formed.numbers, formed.dropped, *gradients
+
+
+def _nested(flat: dict[str, object]) -> dict[str, object]:
+    """The keyword arguments that `_flattened` took apart."""
+    arguments = {key: value for key, value in flat.items() if "." not in key}
+    for name in HEADS:
+        if f"{name}.logit_scale" not in flat:
+            continue
+        softcap, scale = flat[f"{name}.softcap"], flat[f"{name}.logit_scale"]
+        lora = None
+        if f"{name}.lora_a" in flat:
+            lora = LoRA(*(flat[f"{name}.lora_{part}"] for part in LoRA._fields))
+        arguments[name] = Head(arguments[name], softcap, scale, lora)
+    if isinstance(arguments.get("logits_dtype"), str):
+        arguments["logits_dtype"] = getattr(torch, arguments["logits_dtype"].split(".")[1])
+    return arguments
+
+
+@_operator.register_fake
+def _(
+    function,
+    constants,
+    names,
+    hidden,
+    lm_head,
+    bias,
+    lora_a,
+    lora_b,
+    others,
+    floats,
+    ints,
+    needs,
+) -> Parts:
+    wide = gemm.gradient_dtype(hidden.dtype)  # of losses and numbers, too
+    student = (hidden, lm_head, bias, lora_a, lora_b)
+    gradients = [
+        torch.empty_like(x, dtype=wide, memory_format=torch.contiguous_format)
+        if need
+        else hidden.new_empty(0)
+        for x, need in zip(student, needs, strict=True)
+    ]
+    gradients[0] = gradients[0].flatten(0, -2) if needs[0] else gradients[0]
+    rows = math.prod(hidden.shape[:-1])  # Size.numel() would fix a dynamic length
+    numbers = hidden.new_empty(3, rows, dtype=wide)
+    share = hidden.new_empty((), dtype=wide)
+    return hidden.new_empty((), dtype=wide), numbers, share, *gradients
+
+
+def _save(ctx, inputs, output) -> None:
+    _, _, _, *student, others, floats, ints, needs = inputs
+    # In torch's eyes a list without elements is one of tensors.
+    ctx.lists = [None] * len(others), [None] * len(floats), None if ints else []
+    ctx.needs = list(needs)
+    ctx.like = [None if x is None else (x.shape, x.dtype) for x in student]
+    ctx.save_for_backward(*output[3:])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+@differentiable_once
+def _backward(ctx, grad_total, *_):
+    gradients = [
+        (x * grad_total.to(x.dtype)).to(like[1]).reshape(like[0]) if need else None
+        for x, like, need in zip(ctx.saved_tensors, ctx.like, ctx.needs, strict=True)
+    ]
+    return (
+        None,
+        None,
+        None,
+        *gradients,
+        *ctx.lists,
+        None,
+    )  # to torch an empty list is one of tensors
+
+
+_operator.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,305 @@
+"""The only chunk loop.
+
+    for rows in chunks:                                   rows of weight zero are in none of them
+        logits, teacher logits <- two GEMMs               the second for rows that have a teacher
+        table                  <- row_forward             logprob, divergence, entropy of each row
+        c, g, e                <- d loss / d those three  autograd on vectors of length n
+        dlogits                <- row_backward_           in place of the logits if of their dtype
+        dhidden[rows], dlm_head, dbias <- GEMMs, fp32     over rows and columns that carry gradient
+
+Nothing here knows of masks, gates, advantages or clipping.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kepo_kernels.compute import forks, gemm, low_rank, pages
+from kepo_kernels.compute.sparsity import LightColumns, keep_rows_, live_rows
+from kepo_kernels.errors import KepoInputError
+from kepo_kernels.heads import LoRA
+from kepo_kernels.rows.contract import NUM_COEFFICIENTS, RowSettings, RowStats, accumulate_dtype
+
+Coefficients = Callable[[Tensor, Tensor], Tensor]  # (rows (n,), numbers (3, n)) -> (3, n)
+
+
+class Student(NamedTuple):
+    """The tensors that may receive a gradient."""
+
+    hidden: Tensor  # (N, H), or (B, T, H) where that is no view of it
+    lm_head: Tensor  # (V, H)
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """Their accumulators: None for those nobody asked for, whose GEMMs are then never run."""
+
+    hidden: Tensor | None
+    lm_head: Tensor | None
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+
+    @classmethod
+    def empty(
+        cls, student: Student, needs: tuple[bool, ...], problem: "LinearProblem"
+    ) -> "Gradients":
+        dtype = gemm.gradient_dtype(student.lm_head.dtype)
+        # grad_tol > 0: most rows of the head's will never be written.
+        zeros = pages.zeros if problem.grad_tol == 0.0 else pages.untouched_zeros
+        made = {name: zeros for name in cls._fields}
+        if problem.plan.chunks and gemm.writes_first(student.lm_head.device):
+            made["lm_head"] = pages.empty
+        return cls(
+            *(
+                made[name](x.shape, dtype, x.device) if need else None
+                for name, x, need in zip(cls._fields, student, needs, strict=True)
+            )
+        )
+
+
+class HalfScale:
+    """Keeps fp16 dlogits in fp16's range: they are raised by a power of two before they are formed.
+
+    A mean over N tokens sends back 1/N, and a flat row of V columns makes 1/(N V) of it: 8e-10 at
+    8192 x 151,936, where fp16 ends at 6e-8. Coefficients are raised until the largest of a chunk is
+    2^8 or so: that leaves 2^8 above it for a log-ratio of 100 at a temperature of 0.5, and 2^22
+    below it for flat rows. The sums over chunks (of the head, its bias and its LoRA's second
+    factor) follow the factor from chunk to chunk and lose it at the end; what belongs to a chunk's
+    rows loses it at once. A chunk is raised at most 2^40 times as far as any before it: what is
+    lighter than that is no part of the sums, and these stay in fp32's range. NaN and Inf are not
+    looked at, and stay in their rows. All of it is fp32 and stays on the device.
+    """
+
+    SUMS = ("lm_head", "bias", "lora_b")
+
+    def __init__(self):
+        self.factor: Tensor | None = None
+        self.lowest: Tensor | None = None
+
+    @property
+    def inverse(self) -> Tensor:
+        return 1.0 / self.factor
+
+    def raised(self, coefficients: Tensor, gradients: Gradients) -> Tensor:
+        """The chunk's coefficients, times the factor that its dlogits then have."""
+        finite = torch.where(coefficients.isfinite(), coefficients, 0.0)
+        largest = finite.abs().amax().clamp(2.0**-60, 2.0**100)
+        factor = torch.exp2(8.0 - torch.log2(largest).ceil())
+        if self.factor is None:
+            self.lowest = factor
+        else:
+            self.lowest = torch.minimum(self.lowest, factor)
+            factor = torch.minimum(factor, self.lowest * 2.0**40)
+            self._multiply(gradients, factor / self.factor)
+        self.factor = factor
+        return coefficients * factor
+
+    def lower(self, gradients: Gradients) -> None:
+        if self.factor is not None:
+            self._multiply(gradients, self.inverse)
+
+    def _multiply(self, gradients: Gradients, by: Tensor) -> None:
+        for name in self.SUMS:
+            if (x := getattr(gradients, name)) is not None:
+                x.mul_(by)
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Which rows take part, those with a teacher first: indices into the flattened (B * T)."""
+
+    rows: Tensor  # (n,) int64
+    teacher_rows: Tensor  # (n_teacher,) int64: where rows[:n_teacher] stand in `teacher_hidden`
+    chunks: tuple[tuple[int, int], ...]  # [start, end) in `rows`; none holds both kinds of row
+    planned_rows: Tensor  # `rows`, perhaps on the CPU: where looking at them waits for nothing
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """One call, flattened: all that the chunk loop needs but the tensors with gradient."""
+
+    function: str  # the public one, for error messages
+    plan: RowPlan
+    targets: Tensor | None  # (N,)
+    teacher_hidden: Tensor | None  # (M, H_t), or (B, T, H_t) as for the student
+    teacher_lm_head: Tensor | None  # (V_t, H_t), cut to the shared rows, as are the next two
+    teacher_bias: Tensor | None
+    teacher_lora: LoRA | None
+    settings: RowSettings
+    lora_scale: float
+    operand_dtype: torch.dtype  # of the student's states in the products: wider than they may be
+    logits_dtype: torch.dtype
+    row_kernels: ModuleType
+    chunk_rows: int
+    strip_rows: int  # of the student's head that are upcast at a time, where they have to be
+    teacher_strip_rows: int
+    grad_tol: float
+
+
+class Swept(NamedTuple):
+    """What a sweep found, beside the gradients it added to."""
+
+    numbers: Tensor  # (3, N)
+    dropped: float  # share of sum |dlogits| in columns left out of the gradient products
+    head_rows: Tensor | None  # rows of the head whose gradient is not 0; None: any may be
+
+
+def sweep(
+    student: Student,
+    problem: LinearProblem,
+    coefficients: Coefficients | None,
+    gradients: Gradients | None,
+) -> Swept:
+    """The chunk loop; what the coefficients send back is added to `gradients`."""
+    kernels, settings = problem.row_kernels, problem.settings
+    hidden = student.hidden
+    forks.in_use()
+    numbers = hidden.new_zeros(
+        NUM_COEFFICIENTS,
+        hidden.shape[:-1].numel(),
+        dtype=accumulate_dtype(problem.logits_dtype),
+        requires_grad=False,
+    )
+    buffers = _Buffers(problem, hidden)
+    light = LightColumns(problem.grad_tol, len(student.lm_head), hidden.device)
+    scale = HalfScale() if buffers.gradient_dtype == torch.float16 else None
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start, end in problem.plan.chunks:
+            rows = problem.plan.rows[start:end]
+            x = _gather(problem, hidden, rows, "hidden").to(problem.operand_dtype)
+            logits = buffers.get("student", len(rows), len(student.lm_head))
+            gemm.project_(logits, x, *student[1:3], strip_rows=problem.strip_rows)
+            low = None
+            if student.lora_a is not None:
+                ab = student.lora_a, student.lora_b
+                low = low_rank.project_(logits, x, *ab, problem.lora_scale, problem.strip_rows)
+            teacher = _teacher_logits(problem, buffers, start, end)
+            targets = None if problem.targets is None else problem.targets[rows]
+
+            table = kernels.row_forward(logits, targets, teacher, settings)
+            found = RowStats(*table.unbind(0))
+            chunk = torch.stack((found.logprob, found.divergence, found.entropy))
+            numbers[:, rows] = chunk
+            if coefficients is None:
+                continue
+            back = coefficients(rows, chunk).contiguous()
+            if gradients is None or (live := live_rows(back)).numel() == 0:
+                continue
+            if scale is not None:
+                back = scale.raised(back, gradients)
+            dlogits = buffers.dlogits(logits)
+            out = None if dlogits is logits else dlogits
+            kernels.row_backward_(logits, targets, teacher, table, back, settings, out)
+
+            if len(live) < len(rows):
+                dlogits, live = keep_rows_(dlogits, live)
+                x, rows = x[live], rows[live]
+                low = None if low is None else low[live]
+            for part in light.parts(len(rows)):
+                columns = light.leave_out(dlogits[part])
+                of_rows = dlogits[part], x[part], None if low is None else low[part], rows[part]
+                _accumulate_(gradients, student, problem, *of_rows, columns, start == 0, scale)
+    if scale is not None and gradients is not None:
+        scale.lower(gradients)
+    return Swept(numbers, light.share, light.kept)
+
+
+def _teacher_logits(
+    problem: LinearProblem, buffers: "_Buffers", start: int, end: int
+) -> Tensor | None:
+    rows = problem.plan.teacher_rows[start:end]
+    if len(rows) == 0:
+        return None
+    logits = buffers.get("teacher", len(rows), len(problem.teacher_lm_head))
+    x = _gather(problem, problem.teacher_hidden, rows, "teacher_hidden")
+    strip_rows = problem.teacher_strip_rows
+    gemm.project_(logits, x, problem.teacher_lm_head, problem.teacher_bias, strip_rows=strip_rows)
+    if problem.teacher_lora is not None:
+        low_rank.project_(logits, x, *problem.teacher_lora, strip_rows)
+    return logits
+
+
+def _accumulate_(
+    gradients: Gradients,
+    student: Student,
+    problem: LinearProblem,
+    dlogits: Tensor,
+    x: Tensor,
+    low: Tensor | None,
+    rows: Tensor,
+    columns: Tensor | None,
+    first: bool,
+    scale: HalfScale | None,
+) -> None:
+    """Adds a chunk's part to every gradient that was asked for; `columns` None = all of them.
+
+    `first`: it is the first chunk. `scale`: by which its dlogits are too large.
+    """
+    how = columns, problem.strip_rows
+    dx = gemm.add_gradients_(
+        gradients.lm_head, dlogits, student.lm_head, x, gradients.hidden is not None, *how, first
+    )
+    if gradients.bias is not None:
+        gradients.bias.add_(dlogits.sum(0, dtype=gradients.bias.dtype))
+    dx = None if dx is None else dx.to(gradients.hidden.dtype)
+    lora_scale = problem.lora_scale
+    if scale is not None:
+        dx = None if dx is None else dx.mul_(scale.inverse)
+        lora_scale = lora_scale * scale.inverse
+    if low is not None:
+        ab = student.lora_a, student.lora_b
+        wanted = dx, gradients.lora_a, gradients.lora_b
+        low_rank.add_gradients_(*wanted, dlogits, x, low, *ab, lora_scale, *how)
+    if dx is not None:
+        gradients.hidden.view(-1, dx.shape[1])[rows] = dx
+
+
+class _Buffers:
+    """The logits of one chunk, allocated at the first use, reused by every chunk."""
+
+    def __init__(self, problem: LinearProblem, hidden: Tensor):
+        self.rows = max((end - start for start, end in problem.plan.chunks), default=0)
+        self.dtype, self.device = problem.logits_dtype, hidden.device
+        self.gradient_dtype = gemm.dlogits_dtype(problem.operand_dtype, self.dtype, self.device)
+        self.kept: dict[str, Tensor] = {}
+
+    def get(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        if name not in self.kept:
+            self.kept[name] = pages.empty((self.rows, columns), dtype or self.dtype, self.device)
+        return self.kept[name][:rows]
+
+    def dlogits(self, logits: Tensor) -> Tensor:
+        """Where their gradient goes: over them, or beside them if it is of another dtype."""
+        if self.gradient_dtype == self.dtype:
+            return logits
+        return self.get("dlogits", *logits.shape, self.gradient_dtype)
+
+
+def _gather(problem: LinearProblem, states: Tensor, rows: Tensor, name: str) -> Tensor:
+    """The states of these rows.
+
+    NaN and Inf are refused on a CPU, where looking costs no synchronisation: their sum is finite
+    only if each of them is.
+    """
+    x = (
+        states[rows]
+        if states.dim() == 2
+        else states[rows // states.shape[1], rows % states.shape[1]]
+    )
+    if x.device.type == "cpu" and not x.sum(dtype=torch.float64).isfinite():
+        bad = torch.isfinite(x).all(-1).logical_not().nonzero()
+        if len(bad) == 0:
+            return x
+        raise KepoInputError(
+            f"{problem.function}: {name} holds NaN or Inf in row {int(rows[int(bad[0])])} of its "
+            "flattened sequence dimensions, which has a non-zero weight; mask it out, or find "
+            "where it comes from"
+        )
+    return x

@@ -1,0 +1,1 @@
+"""The policy objectives: plain PyTorch on the numbers of a token."""

@@ -1,0 +1,251 @@
+"""The policy term of one token: GRPO and its relatives.
+
+Plain, differentiable PyTorch on vectors, the same for every back-end.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kepo_kernels.compute.autograd import TokenLoss, TokenStats
+from kepo_kernels.compute.devices import moved
+from kepo_kernels.validate import (
+    IMPORTANCE_LEVELS,
+    KL_ESTIMATORS,
+    POLICY_LOSSES,
+    Validator,
+    describe,
+)
+from kepo_kernels.weights import LARGEST_LOG_RATIO, per_token
+
+# (logprobs, log_ratio, advantages) of n tokens -> n losses
+PolicyLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    epsilon_low: float
+    epsilon_high: float
+    delta: float | None
+    kl_coef: float
+    kl_estimator: str
+    entropy_coef: float
+    policy_loss: str | PolicyLoss
+    importance_level: str
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+
+    def checked(self, check: Validator) -> "PolicySettings":
+        """The same with Python's floats for all numbers."""
+        wanted = {
+            "epsilon_low": (lambda x: 0 <= x <= 1, "a number in [0, 1]"),
+            "epsilon_high": (lambda x: x >= 0, "a finite number >= 0"),
+            "kl_coef": (lambda x: x >= 0, "a finite number >= 0"),
+            "sapo_temperature_pos": (lambda x: x > 0, "a finite number > 0"),
+            "sapo_temperature_neg": (lambda x: x > 0, "a finite number > 0"),
+            "entropy_coef": (lambda x: True, "a finite number"),
+        }
+        numbers = {
+            name: check.number(name, getattr(self, name), *what) for name, what in wanted.items()
+        }
+        if self.delta is not None:
+            least = 1.0 + numbers["epsilon_high"]
+            expected = f"None or a number > 1 + epsilon_high = {least}"
+            numbers["delta"] = check.number("delta", self.delta, lambda x: x > least, expected)
+            check.require(
+                self.policy_loss == "clip",
+                f"delta={self.delta} bounds the ratio of policy_loss='clip' and would have no "
+                f"effect on {self.policy_loss!r}; leave it out",
+            )
+        check.choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        if not callable(self.policy_loss):
+            check.choice("policy_loss", self.policy_loss, POLICY_LOSSES, "or a callable")
+        check.choice("importance_level", self.importance_level, IMPORTANCE_LEVELS)
+        return replace(self, **numbers)
+
+    def of_tokens(self, check: Validator) -> PolicyLoss:
+        """The policy loss by name, or the caller's own with its result checked."""
+        if not callable(self.policy_loss):
+            named = {"clip": _clip, "cispo": _cispo, "sapo": _sapo, "reinforce": _reinforce}
+            function = named[self.policy_loss]
+            return lambda *of_tokens: function(self, *of_tokens)
+
+        def checked(logprobs: Tensor, log_ratio: Tensor, advantages: Tensor) -> Tensor:
+            values = self.policy_loss(logprobs, log_ratio, advantages)
+            check.require(
+                isinstance(values, Tensor) and values.shape == logprobs.shape,
+                f"policy_loss returned {describe(values)} for {len(logprobs)} tokens; expected one "
+                f"loss per token, shape [{len(logprobs)}]",
+            )
+            return values
+
+        return checked
+
+
+def _ratio(log_ratio: Tensor) -> Tensor:
+    """exp(min(log_ratio, LARGEST_LOG_RATIO)): beyond that it is constant, and sends nothing back.
+
+    exp of 89 has no fp32, and 0 times its inf would be a NaN gradient also where the loss is flat.
+    """
+    return log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
+
+
+def _clip(to: PolicySettings, logprobs: Tensor, log_ratio: Tensor, advantages: Tensor) -> Tensor:
+    ratio = _ratio(log_ratio)
+    clipped = ratio.clamp(1.0 - to.epsilon_low, 1.0 + to.epsilon_high)
+    if to.delta is not None:
+        ratio = ratio.clamp(max=to.delta)
+    return -torch.minimum(ratio * advantages, clipped * advantages)
+
+
+def _cispo(to: PolicySettings, logprobs: Tensor, log_ratio: Tensor, advantages: Tensor) -> Tensor:
+    ratio = _ratio(log_ratio.detach()).clamp(max=1.0 + to.epsilon_high)
+    return -ratio * advantages * logprobs
+
+
+def _sapo(to: PolicySettings, logprobs: Tensor, log_ratio: Tensor, advantages: Tensor) -> Tensor:
+    ratio = _ratio(log_ratio)
+    t = torch.full_like(ratio, to.sapo_temperature_neg)  # filled there, not copied from the host
+    t = t.masked_fill(advantages > 0, to.sapo_temperature_pos)
+    return -4.0 / t * torch.sigmoid(t * (ratio - 1.0)) * advantages
+
+
+def _reinforce(
+    to: PolicySettings, logprobs: Tensor, log_ratio: Tensor, advantages: Tensor
+) -> Tensor:
+    return -advantages * logprobs
+
+
+def _k1(difference: Tensor) -> Tensor:
+    return -difference
+
+
+def _k2(difference: Tensor) -> Tensor:
+    return 0.5 * difference * difference
+
+
+def _k3(difference: Tensor) -> Tensor:
+    difference = difference.clamp(max=LARGEST_LOG_RATIO)  # whole: -d alone would push away from ref
+    return torch.expm1(difference) - difference
+
+
+ESTIMATORS = {"k1": _k1, "k2": _k2, "k3": _k3}
+
+
+@dataclass(frozen=True)
+class PolicyTerm:
+    """The term, and what it needs of the chunk loop."""
+
+    token_loss: TokenLoss
+    """Of the rows of one chunk; finite on rows that are not active, whatever stands there."""
+    alive: Tensor
+    """Bool of shape lead: active tokens whose term is not 0 whatever the logits are."""
+    whole_sequences: bool
+    """Whether a token's term depends on the rest of its sequence, which the chunk must hold."""
+
+
+def policy_term(
+    check: Validator,
+    settings: PolicySettings,
+    lead: torch.Size,
+    active: Tensor,
+    hidden: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    sampler_weights: Tensor | None,
+) -> PolicyTerm:
+    """sampler_weight * policy loss + kl_coef * k(ref) - entropy_coef * entropy, inputs checked.
+
+    `active` (lead) may be on the CPU beside all others on a GPU.
+    """
+    settings = settings.checked(check)
+    check.per_sequence_or_token(lead, advantages=advantages)
+    if sampler_weights is not None:
+        check.per_sequence_or_token(lead, columns=True, sampler_weights=sampler_weights)
+    check.lead(lead, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+    check.same_device(
+        hidden,
+        advantages=advantages,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        sampler_weights=sampler_weights,
+    )
+    check.require(
+        settings.kl_coef == 0.0 or ref_logprobs is not None,
+        f"kl_coef={settings.kl_coef} needs ref_logprobs; pass them or set kl_coef=0",
+    )
+    advantages = per_token(advantages, lead)
+    if sampler_weights is not None:
+        sampler_weights = per_token(sampler_weights, lead)
+    check.finite(
+        active,
+        advantages=advantages,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        sampler_weights=sampler_weights,
+    )
+    by_sequence = settings.importance_level == "sequence" and len(lead) == 2
+    alive = _alive(settings, by_sequence, active, advantages, sampler_weights)
+    of_tokens = settings.of_tokens(check)
+    live_tokens = moved(active, hidden.device).reshape(-1)
+    advantages, old_logprobs, ref_logprobs, sampler_weights = (
+        None if x is None else x.detach().reshape(-1)
+        for x in (advantages, old_logprobs, ref_logprobs, sampler_weights)
+    )
+
+    def token_loss(stats: TokenStats, rows: Tensor) -> Tensor:
+        logprobs, live = stats.logprobs, live_tokens[rows]
+        dtype = logprobs.dtype
+        advantage = torch.where(live, advantages[rows].to(dtype), 0)
+        old = logprobs.detach() if old_logprobs is None else old_logprobs[rows].to(dtype)
+        log_ratio = torch.where(live, logprobs - old, 0)
+        if by_sequence:
+            log_ratio = _sequence_mean(log_ratio, live, rows, lead)
+        loss = of_tokens(logprobs, log_ratio, advantage)
+        if sampler_weights is not None:
+            loss = loss * torch.where(live, sampler_weights[rows].to(dtype), 0)
+        if settings.kl_coef != 0.0:
+            difference = torch.where(live, ref_logprobs[rows].to(dtype) - logprobs, 0)
+            loss = loss + settings.kl_coef * ESTIMATORS[settings.kl_estimator](difference)
+        if settings.entropy_coef != 0.0:
+            loss = loss - settings.entropy_coef * stats.entropy
+        return loss
+
+    return PolicyTerm(token_loss, alive, by_sequence)
+
+
+def _alive(
+    settings: PolicySettings,
+    by_sequence: bool,
+    active: Tensor,
+    advantages: Tensor,
+    sampler_weights: Tensor | None,
+) -> Tensor:
+    """Every built-in policy loss is proportional to advantage and sampler weight: where one of them
+    is 0, and neither penalty nor bonus is asked for, a token has nothing to say. It may still be
+    part of a sequence-level ratio: there a sequence lives or dies as a whole. Advantages on a GPU
+    are not looked at where rows are planned on the CPU: the host would wait for them."""
+    if active.device != advantages.device:
+        return active
+    if settings.kl_coef != 0.0 or settings.entropy_coef != 0.0 or callable(settings.policy_loss):
+        return active
+    alive = active & (advantages != 0)
+    if sampler_weights is not None:
+        alive = alive & (sampler_weights != 0)
+    return active & alive.any(-1, keepdim=True) if by_sequence else alive
+
+
+def _sequence_mean(x: Tensor, live: Tensor, rows: Tensor, lead: torch.Size) -> Tensor:
+    """For each row the mean of x over the live rows of its sequence (GSPO).
+
+    Through a padded (B, T) matrix: every element is written once, so that no sum has an order of
+    its own on a GPU.
+    """
+    at = rows // lead[1], rows % lead[1]
+    padded = x.new_zeros(lead, dtype=torch.float64).index_put(at, torch.where(live, x, 0).double())
+    count = torch.zeros_like(padded).index_put(at, live.double()).sum(-1)
+    mean = padded.sum(-1) / count.clamp(min=1)
+    return mean.unsqueeze(-1).expand(lead)[at].to(x.dtype)

@@ -1,0 +1,1 @@
+"""The row kernels: one contract, three back-ends."""

@@ -1,0 +1,259 @@
+"""The row contract in Triton, for CUDA and ROCm: what is launched, and with what.
+
+Launch parameters follow from the chip and the dtype by rule; there is no autotuning. With
+TRITON_INTERPRET=1 set before Triton is first imported the same kernels run on CPU tensors, slowly.
+"""
+
+import contextlib
+import math
+
+import torch
+from torch import Tensor
+
+from kepo_kernels.rows import triton_kernels as kernels
+from kepo_kernels.rows.contract import NUM_COEFFICIENTS, NUM_STATS, RowSettings, shared_columns
+from kepo_kernels.rows.triton_math import IMPORT_ERROR
+from kepo_kernels.versions import refuse_torch_on_rocm, refuse_triton
+
+# Columns that a program reads at a time: eight a thread, one 16-byte load in bf16 and two in fp32.
+BLOCK = 2048
+COLUMNS_PER_THREAD = 8
+STAGES = 2  # loads of a block begin while the one before it is worked on
+# Columns of a program: long enough that starting it costs little, short enough that a dozen rows
+# fill a GPU. A row has at most MOST_SECTIONS of them; of a larger vocabulary they are longer.
+SECTION = 8 * BLOCK
+# A softmax holds a block in registers, 32 columns a thread: its peak is known before the first 2^x.
+SOFTMAX_BLOCK = 4096
+SOFTMAX_COLUMNS_PER_THREAD = 32
+SEARCHED_BLOCK = 1024  # of the one section in which the row's peak is looked for
+MOST_SECTIONS = 128
+NO_TARGET = -1
+
+INTERPRETED = IMPORT_ERROR is None and type(kernels.softmax_kernel).__name__ != "JITFunction"
+
+
+def unavailable() -> str | None:
+    """Why the Triton rows cannot be used here, or None when they can."""
+    if reason := refuse_triton():
+        return reason
+    if IMPORT_ERROR is not None:
+        return f"triton cannot be imported: {IMPORT_ERROR}"
+    if INTERPRETED:
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA or ROCm device, and TRITON_INTERPRET=1 was not set at import"
+    return refuse_torch_on_rocm()
+
+
+def row_forward(
+    logits: Tensor, targets: Tensor | None, teacher: Tensor | None, settings: RowSettings
+) -> Tensor:
+    """See `kepo_kernels.rows.contract`. fp64 logits are refused: `torch_rows` takes them."""
+    _check(logits, targets, teacher)
+    n, vocab = logits.shape
+    table = _fp32(logits, NUM_STATS, n)
+    if n == 0:
+        return table
+    rows = _Rows(logits, targets, teacher, settings)
+    parts = _softmaxes(rows, logits, rows.vocab, rows.scale, settings.softcap)
+    teacher_parts = None
+    if teacher is not None:
+        cap = settings.teacher_softcap
+        teacher_parts = _softmaxes(rows, teacher, rows.shared, rows.teacher_scale, cap)
+    section = section_length(vocab, SOFTMAX_BLOCK)
+    inside = -(-rows.shared // section)
+    rows.start(
+        kernels.row_kernel,
+        1,
+        (logits, rows.targets, teacher, parts, teacher_parts, table, logits.stride(0))
+        + (rows.teacher_stride, n, parts.shape[1] // 3, inside, rows.shared, *rows.numbers),
+        KIND=rows.kind,
+        CAPPED=rows.capped,
+        SECTION=section,
+        SECTIONS=MOST_SECTIONS,
+        BLOCK=SEARCHED_BLOCK,
+        num_warps=warps(SEARCHED_BLOCK // COLUMNS_PER_THREAD),
+    )
+    if teacher is None:
+        return table
+    sections = -(-rows.shared // rows.blocks["SECTION"])
+    divergences = _fp32(logits, n, 2 * sections)
+    rows.start(
+        kernels.divergence_kernel,
+        sections,
+        (logits, teacher, table, divergences, logits.stride(0), rows.teacher_stride, n)
+        + (rows.shared, *rows.numbers),
+        KIND=rows.kind,
+        CAPPED=rows.capped,
+        **rows.blocks,
+    )
+    is_mixture = rows.kind == "mixture"  # its sums are in bits, and of (1 - beta) q
+    unit = math.log(2) if is_mixture else 1.0
+    ratio_unit = math.log(2) / (1.0 - settings.beta if is_mixture else 1.0)
+    rows.start(
+        kernels.finish_kernel,
+        1,
+        (divergences, table, n, sections, unit, ratio_unit),
+        SECTIONS=MOST_SECTIONS,
+        num_warps=1,
+    )
+    return table
+
+
+def row_backward_(
+    logits: Tensor,
+    targets: Tensor | None,
+    teacher: Tensor | None,
+    table: Tensor,
+    coefficients: Tensor,
+    settings: RowSettings,
+    out: Tensor | None = None,
+) -> None:
+    """See `kepo_kernels.rows.contract`. fp64 logits are refused: `torch_rows` takes them."""
+    _check(logits, targets, teacher)
+    n, vocab = logits.shape
+    out = logits if out is None else out
+    for name, x, width in (
+        ("table", table, NUM_STATS),
+        ("coefficients", coefficients, NUM_COEFFICIENTS),
+    ):
+        _require(name, x, x.dtype == torch.float32 and x.shape == (width, n))
+        _require(name, x, x.is_contiguous() and x.device == logits.device)
+    _require("out", out, out.shape == logits.shape and out.device == logits.device)
+    _require("out", out, out.stride(1) == 1 or vocab == 1)
+    if n == 0:
+        return
+    rows = _Rows(logits, targets, teacher, settings)
+    rows.start(
+        kernels.backward_kernel,
+        rows.sections,
+        (logits, rows.targets, teacher, table, coefficients, out, logits.stride(0))
+        + (rows.teacher_stride, out.stride(0), n, vocab, rows.shared, *rows.numbers[:4])
+        + (1.0 / settings.temperature, *rows.numbers[4:]),
+        KIND=rows.kind,
+        CAPPED=rows.capped,
+        **rows.blocks,
+    )
+
+
+def _softmaxes(rows: "_Rows", logits: Tensor, vocab: int, scale: float, softcap: float) -> Tensor:
+    """The parts of every section of the leading `vocab` columns."""
+    blocks = _softmax_blocks(rows.vocab)
+    section = blocks["SECTION"]
+    sections = -(-rows.shared // section) + -(-(vocab - rows.shared) // section)
+    parts = _fp32(logits, rows.count, 3 * sections)
+    rows.start(
+        kernels.softmax_kernel,
+        sections,
+        (logits, parts, logits.stride(0), vocab, rows.shared, scale, softcap),
+        CAPPED=softcap > 0,
+        **blocks,
+    )
+    return parts
+
+
+def _softmax_blocks(vocab: int) -> dict[str, int]:
+    section = section_length(vocab, SOFTMAX_BLOCK)
+    threads = SOFTMAX_BLOCK // SOFTMAX_COLUMNS_PER_THREAD
+    return {"SECTION": section, "BLOCK": SOFTMAX_BLOCK, "num_warps": warps(threads)}
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor in a new tensor of `dtype`, rounded once.
+
+    torch.mul with `out` of another dtype is as exact, at half of the bandwidth.
+
+    Args:
+        gradient: fp32, contiguous.
+        factor: 0-d fp32 on the same device.
+    """
+    out = torch.empty_like(gradient, dtype=dtype)
+    grid = (-(-out.numel() // BLOCK),)
+    if grid[0]:
+        arguments = (gradient, factor, out, out.numel())
+        threads = warps(BLOCK // COLUMNS_PER_THREAD)
+        _start(kernels.scaled_kernel, grid, out.device, *arguments, BLOCK=BLOCK, num_warps=threads)
+    return out
+
+
+class _Rows:
+    """What the launches of one call have in common."""
+
+    def __init__(
+        self, logits: Tensor, targets: Tensor | None, teacher: Tensor | None, settings: RowSettings
+    ):
+        n, self.vocab = logits.shape
+        self.count, self.device = n, logits.device
+        self.shared = shared_columns(logits, teacher)
+        section = section_length(self.vocab, SECTION)
+        inside = -(-self.shared // section)
+        self.sections = inside + -(-(self.vocab - self.shared) // section)
+        self.blocks = {"SECTION": section, "BLOCK": BLOCK, "STAGES": STAGES}
+        self.blocks["num_warps"] = warps(BLOCK // COLUMNS_PER_THREAD)
+        if targets is None:
+            targets = logits.new_full((n,), NO_TARGET, dtype=torch.int64)
+        self.targets = targets
+        self.teacher_stride = 0 if teacher is None else teacher.stride(0)
+        kinds = {0.0: "forward", 1.0: "reverse"}
+        self.kind = "none" if teacher is None else kinds.get(settings.beta, "mixture")
+        self.capped = settings.softcap > 0 or (teacher is not None and settings.teacher_softcap > 0)
+        bits = 1.0 / math.log(2)  # of a nat
+        self.scale = bits / settings.temperature
+        self.teacher_scale = bits / settings.teacher_temperature
+        weights = (0.0, 0.0)
+        if self.kind == "mixture":
+            weights = (math.log2(1.0 - settings.beta), math.log2(settings.beta))
+        self.numbers = (*weights, self.scale, self.teacher_scale)
+        self.numbers += (float(settings.softcap), float(settings.teacher_softcap))
+
+    def start(self, kernel, programs: int, arguments: tuple, **constants: object) -> None:
+        """Starts `programs` for each row."""
+        _start(kernel, (self.count, programs), self.device, *arguments, **constants)
+
+
+def section_length(vocab: int, longest: int) -> int:
+    """Columns per section. One section fewer than there are lanes is for the cut at `shared`."""
+    while -(-vocab // longest) >= MOST_SECTIONS:
+        longest *= 2
+    return longest
+
+
+def warps(threads: int) -> int:
+    """Of so many threads: on AMD's data centre GPUs a warp has 64."""
+    return max(1, threads // (64 if torch.version.hip else 32))
+
+
+def _start(kernel, grid: tuple[int, ...], device: torch.device, *arguments, **constants) -> None:
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        # enable_fp_fusion: off by default from Triton 3.10 on; an upgrade must not change the bits.
+        kernel[grid](*arguments, **constants, enable_fp_fusion=True)
+
+
+def _fp32(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _check(logits: Tensor, targets: Tensor | None, teacher: Tensor | None) -> None:
+    """What could make a kernel read out of bounds, once more."""
+    rows, vocab = logits.shape
+    if logits.dtype == torch.float64:
+        raise ValueError(
+            "triton_rows: logits are float64 and the kernels compute in float32; use impl='torch'"
+        )
+    _require("logits", logits, logits.is_cuda or INTERPRETED)
+    _require("logits", logits, logits.stride(1) == 1 or vocab == 1)
+    if teacher is not None:
+        _require("teacher", teacher, teacher.dtype == logits.dtype and teacher.shape[0] == rows)
+        _require("teacher", teacher, teacher.stride(1) == 1 or teacher.shape[1] == 1)
+        _require("teacher", teacher, teacher.device == logits.device)
+    if targets is not None:
+        _require("targets", targets, targets.dtype == torch.int64 and targets.shape == (rows,))
+        _require("targets", targets, targets.is_contiguous() and targets.device == logits.device)
+
+
+def _require(name: str, x: Tensor, holds: bool) -> None:
+    if not holds:
+        raise ValueError(
+            f"triton_rows: {name} of shape {tuple(x.shape)}, stride {x.stride()}, {x.dtype} on "
+            f"{x.device} does not fit the row contract (kepo_kernels/rows/contract.py)"
+        )

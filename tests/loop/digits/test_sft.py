@@ -1,0 +1,161 @@
+"""Supervised training learns, repeats to the bit, and evaluation counts what was said."""
+
+import random
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("transformers")
+
+from kepo.data.load import load_omnimedvqa
+from kepo.digits.dataset import write_digits
+from kepo.digits.tiny import build_tiny
+from kepo.digits.warm_up import (
+    _loss,
+    _sample,
+    _schedule,
+    train_supervised,
+    worked_answer,
+    worked_hint,
+)
+from kepo.errors import KepoConfigError, KepoDataError
+from kepo.evaluation.greedy import evaluate, means, summary
+from kepo.models.encoding import Prompt
+from kepo.models.vlm import VLM
+from kepo.tasks.multiple_choice import hint_request, hinted_prompt, question_prompt
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    root = tmp_path_factory.mktemp("digits")
+    write_digits(root, train=1, test=1, seed=0)
+    return load_omnimedvqa(root / "train")[:4]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    build_tiny(path, size="student", seed=0)
+    return path
+
+
+SETTINGS = dict(batch_size=4, lr=2e-3, progress=False)
+
+
+def test_worked_texts(examples):
+    example = replace(examples[0], rationale="9 + 9 = 18", answer="D")
+    assert worked_answer(example) == "<think>9 + 9 = 18</think><answer>D</answer>"
+    assert worked_hint(example) == "9 + 9"
+    assert worked_hint(replace(example, rationale="look left")) == "look left"
+
+
+def test_loss_is_the_mean_cross_entropy_of_completion_tokens(folder, examples):
+    vlm = VLM.load(folder)
+    texts = ["<hint>1</hint>", "<think>3 + 15 = 18</think><answer>C</answer>"]
+    prompts = [Prompt(question_prompt(e), e.images) for e in examples[:2]]
+    with torch.no_grad():
+        loss = _loss(vlm, prompts, texts)
+        terms = []
+        for prompt, text in zip(prompts, texts, strict=True):  # one by one, without padding
+            ids, mask = vlm.encode_completions([text])
+            hidden = vlm.completion_hidden(vlm.encode([prompt]), ids, mask)[0]
+            logprobs = (hidden @ vlm.lm_head.T).log_softmax(-1)
+            terms += [-logprobs[place, token] for place, token in enumerate(ids[0])]
+    torch.testing.assert_close(loss, torch.stack(terms).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_training_learns_a_handful_by_heart_and_evaluate_sees_it(folder, examples):
+    vlm = VLM.load(folder)
+    before = evaluate(vlm, examples, max_new_tokens=14)
+    assert means(before) == {
+        example.modality: 0.0 for example in examples
+    }  # random weights do not write the format
+    losses = train_supervised(vlm, examples, steps=60, seed=0, **SETTINGS)
+    assert len(losses) == 60 and losses[0] > 3 and losses[-1] < 0.05
+    assert not vlm.model.training
+    table = evaluate(vlm, examples, max_new_tokens=14, batch_size=3)
+    assert table == {example.modality: [1.0] for example in examples}
+    wrong = [replace(e, answer="A" if e.answer != "A" else "B") for e in examples]
+    assert evaluate(vlm, wrong, max_new_tokens=14) == {e.modality: [0.0] for e in examples}
+    cut_off = evaluate(vlm, examples, max_new_tokens=3)
+    assert cut_off == {e.modality: [0.0] for e in examples}
+    # Every answer by itself, in the order of the questions, under its modality.
+    one = [replace(e, modality="CT") for e in (examples[0], wrong[1], examples[2])]
+    scores = evaluate(vlm, [*one, examples[3]], max_new_tokens=14)
+    assert scores == {"CT": [1.0, 0.0, 1.0], examples[3].modality: [1.0]}
+    assert means(scores) == {"CT": 2 / 3, examples[3].modality: 1.0}
+
+
+def test_training_repeats_to_the_bit(folder, examples):
+    def run(seed):
+        vlm = VLM.load(folder)
+        losses = train_supervised(vlm, examples, steps=4, seed=seed, hint_fraction=0.5, **SETTINGS)
+        return losses, [p.detach().clone() for p in vlm.model.parameters()]
+
+    (first, weights), (again, same), (other, _) = run(1), run(1), run(2)
+    assert first == again and all(map(torch.equal, weights, same))
+    assert first != other
+
+
+def test_samples_mix_questions_hint_requests_and_hinted_questions(examples):
+    example, draw = examples[0], random.Random(0)
+    counts: dict[tuple[str, str], int] = {}
+    seen: dict[bool, set] = {}
+    for _ in range(2000):
+        prompt, text = _sample(example, examples, draw, 0.4)
+        hinted = "Hint:" in prompt.text
+        seen.setdefault(hinted, set()).add(prompt.images)
+        counts[prompt.text, text] = counts.get((prompt.text, text), 0) + 1
+    hint = f"<hint>{worked_hint(example)}</hint>"
+    answer = worked_answer(example)
+    expected = {
+        (question_prompt(example), answer): 0.6,
+        (hinted_prompt(example, worked_hint(example)), answer): 0.2,
+        (hint_request(example, True), hint): 0.1,
+        (hint_request(example, False), hint): 0.1,
+    }
+    assert counts.keys() == expected.keys()
+    for key, share in expected.items():
+        assert counts[key] / 2000 == pytest.approx(share, abs=0.035)
+    plain = {_sample(example, examples, draw, 0.0)[0].text for _ in range(50)}
+    assert plain == {question_prompt(example)}
+    # Only the hint tells a hinted question's answer: its image is any of them.
+    assert seen[False] == {example.images} and seen[True] == {e.images for e in examples}
+
+
+def test_schedule_rises_then_falls_to_zero():
+    rates = [_schedule(step, 100) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5] == 1.0 and rates[-1] < 0.001
+    assert all(a >= b for a, b in pairwise(rates[4:]))
+    assert _schedule(0, 1) == 1.0
+
+
+def test_training_refuses_bad_settings_and_examples(folder, examples):
+    vlm = VLM.load(folder)
+    fine = dict(steps=1, batch_size=1, lr=1e-3, seed=0, progress=False)
+    for bad in (dict(steps=0), dict(batch_size=0), dict(lr=0.0), dict(hint_fraction=1.5)):
+        with pytest.raises(KepoConfigError, match=next(iter(bad))):
+            train_supervised(vlm, examples, **{**fine, **bad})
+    with pytest.raises(KepoDataError, match="examples is empty"):
+        train_supervised(vlm, [], **fine)
+    with pytest.raises(KepoDataError, match=f"{examples[0].id}.*no rationale"):
+        train_supervised(vlm, [replace(examples[0], rationale="")], **fine)
+
+
+def test_evaluate_and_summary_refuse_empty_tables(examples):
+    with pytest.raises(KepoDataError, match="examples is empty"):
+        evaluate(None, [], max_new_tokens=4)
+    with pytest.raises(KepoConfigError, match="batch_size is 0"):
+        evaluate(None, examples, max_new_tokens=4, batch_size=0)
+    with pytest.raises(KepoDataError, match=r"'MRI'.*'CT'"):
+        summary({"CT": 1.0}, "MRI")
+    with pytest.raises(KepoDataError, match="one other modality"):
+        summary({"CT": 1.0}, "CT")
+
+
+def test_summary_separates_the_source():
+    assert summary({"CT": 0.9, "MRI": 0.5, "OCT": 0.25}, "CT") == (0.9, 0.375)

@@ -1,0 +1,252 @@
+"""Several processes do what one does: the same losses, the same weights, and resumption."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from several import run_all, torchrun
+from small import config_of, run_rigged
+
+from kepo.run.metrics import read_metrics
+
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
+
+STEPS = 3
+CLOSE = 1e-5
+ADAM_EPS = 1e-8
+# Everything at once: hints, exchanged questions, the dataset's answers, two iterations, a penalty,
+# and gates that are open in one process and closed in the other.
+WHOLE = dict(
+    steps=STEPS,
+    prompts_per_step=3,
+    num_iterations=2,
+    data_fraction=0.4,
+    dynamic_sampling=1,
+    max_attempts=3,
+    hinted_correction="truncate",
+    kl_coef=0.1,
+    micro_batch=2,
+    lr=2e-4,
+    seed=2,
+    log_completions_every=1,
+    keep_checkpoints=STEPS + 1,
+)
+HELD = {
+    "ddp": {},
+    "fsdp2": dict(sharding="fsdp2"),
+    "everything sharded": dict(
+        sharding="fsdp2",
+        teacher_placement="fsdp2",
+        rollout_gather=False,
+        gradient_checkpointing=True,
+    ),
+    "offloaded teacher": dict(teacher_placement="offload"),
+}
+MEASURED = ("mem/", "time/", "step_time")  # of the machine, not of the run
+
+
+def weights(run_dir: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    policy = run_dir / "checkpoints" / f"step-{step:08d}" / "policy"
+    (file,) = policy.glob("*.safetensors")
+    return load_file(file)
+
+
+def assert_same_weights(one: Path, other: Path, step: int = STEPS) -> None:
+    """Equal but for rounding.
+
+    AdamW moves an element by lr g / (|g| + 1e-8), however small its gradient g is. Where |g| is
+    under 1e-8 it is rounding itself: sums of another order give another one, and another step
+    (5e-10 in one element of 36,864 was seen, and steps 7e-6 to 4e-5 apart). By `one`'s own record,
+    the mean of g^2 times 1 - 0.999 a step: such elements may be off by what an element moves at
+    most. Without a record in one file, as of a sharded run, none may.
+    """
+    mine, theirs = weights(one, step), weights(other, step)
+    assert mine.keys() == theirs.keys()
+    record = one / "checkpoints" / f"step-{step:08d}" / "optimizer.safetensors"
+    state = load_file(record) if record.exists() else {}
+    for name in mine:
+        off = (mine[name] - theirs[name]).abs()
+        squares = state.get(f"exp_avg_sq/{name}")
+        if squares is not None:
+            rounding = (squares > 0) & (squares <= step * 0.001 * ADAM_EPS**2)
+            assert (off[rounding] <= WHOLE["lr"] * step).all(), f"{name}: {off[rounding].max():.1e}"
+            off = off[~rounding]
+        assert off.numel() == 0 or off.max() <= CLOSE, f"{name}: {off.max():.1e}"
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same weights and numbers, rounding apart, and the very same completions."""
+    assert_same_weights(one, other)
+    records = [read_metrics(run / "metrics.jsonl") for run in (one, other)]
+    assert len(records[0]) == len(records[1]) >= STEPS
+    for a, b in zip(*records, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            if isinstance(a[key], dict):  # an evaluation
+                assert a[key] == b[key]
+            elif not key.startswith(MEASURED):
+                assert a[key] == pytest.approx(b[key], rel=CLOSE, abs=CLOSE), key
+    said = [
+        [(r["step"], r["completion"], r["hint"]) for r in read_metrics(run / "completions.jsonl")]
+        for run in (one, other)
+    ]
+    assert said[0] == said[1]
+
+
+@pytest.fixture(scope="module")
+def runs(made, tmp_path_factory):
+    """The same run in one process and in two, once for every way to hold the models."""
+    root = tmp_path_factory.mktemp("processes")
+    configs = {
+        name: config_of(made, root / name, **WHOLE, **held, eval_data=str(made / "data" / "test"))
+        for name, held in {"one": {}, **HELD}.items()
+    }
+    assert run_rigged(dataclasses.asdict(configs["one"])) == 0
+    run_all([configs[name] for name in HELD], root / "configs.json")
+    return root
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_two_processes_are_one_run(runs, name):
+    assert_same_run(runs / "one", runs / name)
+
+
+def test_the_run_had_every_part(runs):
+    steps = [r for r in read_metrics(runs / "one" / "metrics.jsonl") if "reward" in r]
+    assert any(r["kepo/hint_accepted"] for r in steps) and any(r["kepo/kd_loss"] for r in steps)
+    assert any(r["kepo/hint_retries"] for r in steps)
+    assert any(0 < r["kepo/teacher_skipped_frac"] < 1 for r in steps)
+    assert any(r["kl"] > 0 for r in steps) and any(r["kepo/data_completions"] for r in steps)
+    first, last = weights(runs / "one", 0), weights(runs / "one")
+    moved = [name for name in first if (first[name] - last[name]).abs().max() > 10 * CLOSE]
+    assert {"lm_head.weight", "model.language_model.embed_tokens.weight"} <= set(moved)
+    assert len(moved) > len(first) / 2  # else equality says little
+
+
+def test_a_fault_in_sharing_the_loss_would_be_seen(runs):
+    """The tolerance is far below what a loss that is off by the number of processes does."""
+    steps = [r for r in read_metrics(runs / "one" / "metrics.jsonl") if "reward" in r]
+    assert all(r["grad_norm"] > 100 * CLOSE for r in steps)
+
+
+# ---- resumption ----
+
+RECIPE = dict(
+    teacher_placement="fsdp2", sharding="fsdp2", gate_reward=None, hint_trigger="never", steps=8
+)
+
+
+def recipe(made, folder: Path, **settings) -> Path:
+    folder.mkdir(exist_ok=True)
+    config = config_of(made, folder / "run", **{**RECIPE, **settings})
+    file = folder / "recipe.yaml"
+    record = json.loads(json.dumps(dataclasses.asdict(config)))
+    file.write_text(yaml.safe_dump(record))
+    return file
+
+
+def start(file: Path, *flags: str, **settings) -> subprocess.Popen:
+    """The command a user types, in a process group of its own."""
+    return torchrun(
+        *("-m", "kepo", "train", file, *flags),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **settings,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output[-6000:]
+    return output
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    for _ in range(4000):
+        if any(r["step"] >= step for r in read_metrics(folder / "run" / "metrics.jsonl")):
+            return
+        assert process.poll() is None, "the run ended early"
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was never reached")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    finish(start(recipe(made, folder)))
+    return folder
+
+
+def files_of(folder: Path, step: int) -> dict[str, dict]:
+    checkpoint = folder / "run" / "checkpoints" / f"step-{step:08d}"
+    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    return {name: facts for name, facts in files.items() if name.endswith(".safetensors")}
+
+
+def test_a_run_killed_in_both_processes_goes_on_to_the_same_bits(made, uninterrupted, tmp_path):
+    file = recipe(made, tmp_path)
+    process = start(file)
+    wait_for_step(tmp_path, 4, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    output = finish(start(file))
+    assert "resuming after step" in output
+    ours, theirs = files_of(tmp_path, 8), files_of(uninterrupted, 8)
+    assert ours == theirs
+    assert {"optimizer-00001-of-00002.safetensors", "optimizer-00002-of-00002.safetensors"} < set(
+        ours
+    )
+
+
+def test_sigterm_to_torchrun_saves_and_ends_both(made, uninterrupted, tmp_path):
+    file = recipe(made, tmp_path, save_every=100)
+    process = start(file)
+    wait_for_step(tmp_path, 3, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "stopping after this step" in output
+    saved = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert len(saved) == 2 and saved[0] == "step-00000000", saved
+    finish(start(file))
+    assert files_of(tmp_path, 8) == files_of(uninterrupted, 8)
+
+
+def test_another_number_of_processes_takes_the_run_up(made, uninterrupted, tmp_path):
+    """Two sharded, then one alone, then two with copies: as if uninterrupted, rounding apart."""
+    finish(start(recipe(made, tmp_path), "--steps", "3"))
+    alone = ("--steps", "5", "--sharding", "none", "--teacher-placement", "copy")
+    finish(start(recipe(made, tmp_path), *alone, processes=1))
+    finish(start(recipe(made, tmp_path, sharding="none")))
+    assert_same_weights(uninterrupted / "run", tmp_path / "run", 8)
+
+
+def test_two_nodes_are_two_process_groups_of_the_same_run(made, uninterrupted, tmp_path):
+    """`torchrun --nnodes 2`, both nodes here: one process each, met over the network."""
+    file = recipe(made, tmp_path)
+    port = 29500 + os.getpid() % 1000
+    nodes = [
+        torchrun(
+            "--nnodes=2",
+            f"--node-rank={rank}",
+            "--master-addr=127.0.0.1",
+            f"--master-port={port}",
+            *("-m", "kepo", "train", file),
+            processes=1,
+            standalone=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in (0, 1)
+    ]
+    for node in nodes:
+        finish(node)
+    assert files_of(tmp_path, 8) == files_of(uninterrupted, 8)

@@ -1,0 +1,136 @@
+"""Models whose files do not fit together, or that do what cannot be obeyed: refused when loaded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from folders import change_json, change_template, change_text_config
+from small import config_of
+
+from kepo.errors import KepoCheckpointError
+from kepo.models.conventions import without_dropout
+from kepo.models.encoding import Prompt
+from kepo.models.vlm import VLM
+from kepo.run.roles import load_policy
+
+CPU = torch.device("cpu")
+SAID = "<think>3 + 5 = 8</think><answer>C</answer>"
+
+
+@pytest.fixture
+def folder(tinies, tmp_path) -> Path:
+    return Path(shutil.copytree(tinies / "qwen3", tmp_path / "model"))
+
+
+def test_a_tokenizer_longer_than_the_head_is_refused(folder):
+    vlm = VLM.load(folder)
+    rows = vlm.lm_head.shape[0]
+    spare = rows - len(vlm.tokenizer)
+    vlm.tokenizer.add_tokens([f"[new {number}]" for number in range(spare)])
+    vlm.tokenizer.save_pretrained(folder)
+    VLM.load(folder)  # as many as there are rows
+    vlm.tokenizer.add_tokens(["[one more]"])
+    vlm.tokenizer.save_pretrained(folder)
+    with pytest.raises(
+        KepoCheckpointError, match=rf"ids up to {rows} \('\[one more\]'\), the model's head {rows}"
+    ):
+        VLM.load(folder)
+
+
+@pytest.mark.parametrize(
+    "file, settings, says",
+    [
+        ("preprocessor_config.json", dict(patch_size=14), "patch_size=14, the vision tower"),
+        ("preprocessor_config.json", dict(merge_size=1), "merge_size=1, the vision tower"),
+        ("preprocessor_config.json", dict(do_resize=False), "do_resize=false; expected true"),
+        (
+            "preprocessor_config.json",
+            dict(image_processor_type="CLIPImageProcessor"),
+            "wants the image processor CLIPImageProcessor",
+        ),
+        ("config.json", dict(image_token_id=65), "makes 0 image placeholders"),
+    ],
+)
+def test_files_of_different_models_are_refused(folder, file, settings, says):
+    change_json(folder / file, **settings)
+    with pytest.raises(KepoCheckpointError, match=says):
+        VLM.load(folder)
+
+
+@pytest.mark.parametrize(
+    "setting, value", [("final_logit_softcapping", 30.0), ("logit_scale", 0.0625)]
+)
+def test_a_head_that_does_more_than_multiply_is_refused(folder, setting, value):
+    change_text_config(folder, **{setting: value})
+    with pytest.raises(KepoCheckpointError, match=f"{setting}={value}, which the losses would"):
+        VLM.load(folder)
+
+
+def test_positions_that_depend_on_the_length_are_refused(folder):
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    rope = text["rope_parameters"] | {"rope_type": "dynamic", "factor": 2.0}
+    change_text_config(folder, rope_parameters=rope)
+    with pytest.raises(KepoCheckpointError, match="rope_type='dynamic' turns positions"):
+        VLM.load(folder)
+
+
+@pytest.mark.parametrize(
+    "template, says",
+    [
+        ("{{ nothing.there }}", "fails on a message"),
+        ("{% for message in messages %}hello{% endfor %}", "makes no text"),
+        (
+            "{% for m in messages %}{{ m.content[-1].text }}{% endfor %}",
+            "makes 0 image placeholders",
+        ),
+    ],
+)
+def test_a_template_must_show_the_question_and_its_image(folder, template, says):
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(KepoCheckpointError, match=says):
+        VLM.load(folder)
+
+
+def test_a_template_that_says_what_day_it_is_is_refused(folder):
+    change_template(folder, "{%- for message", "{{ strftime_now('%d %b %Y') }}{%- for message")
+    with pytest.raises(KepoCheckpointError, match="writes the day"):
+        VLM.load(folder)
+
+
+# ---- dropout ----
+
+
+def test_dropout_of_the_config_is_not_trained_with_and_stays_in_the_config(
+    folder, made, tmp_path, capsys
+):
+    change_text_config(folder, attention_dropout=0.5)
+    policy = load_policy(config_of(made, tmp_path, student=str(folder)), CPU)
+    assert "trained without its dropout (attention_dropout=0.5)" in capsys.readouterr().out
+    inputs, (ids, mask) = policy.encode([Prompt("Which?")]), policy.encode_completions([SAID])
+    with torch.no_grad():
+        sampled_by = policy.completion_hidden(inputs, ids, mask)
+        policy.model.train()
+        trained = policy.completion_hidden(inputs, ids, mask)
+    assert torch.equal(sampled_by, trained)
+    policy.save(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["text_config"]["attention_dropout"] == 0.5
+
+
+def test_dropout_is_found_in_layers_and_in_settings():
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention_dropout = 0.1
+            self.resid = torch.nn.Dropout(0.2)
+            self.whole = torch.nn.Dropout(0.0)
+
+    module = torch.nn.Sequential(Attention(), torch.nn.Linear(2, 2))
+    assert without_dropout(module) == ["attention_dropout=0.1", "dropout=0.2"]
+    assert without_dropout(module) == []
+    assert module[0].attention_dropout == 0.0 and module[0].resid.p == 0.0

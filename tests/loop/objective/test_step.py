@@ -1,0 +1,350 @@
+"""One micro-step against the whole-matrix oracle: what it adds up, and what the teacher reads."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from toy import BARE, MALFORMED, RIGHT, WRONG, TableVLM, drawn_logprob, group_of, rollout
+
+from kepo.config import Config, load
+from kepo.objective import step as step_module
+from kepo.objective.batch import collate
+from kepo.objective.credit import engine_weights, hinted_weights
+from kepo.objective.sod import drift_weights
+from kepo.objective.step import StepTotals, kepo_step
+from kepo.rollout.rollouts import demonstrations
+from kepo.tasks.multiple_choice import question_prompt
+from kepo_kernels import reference
+
+CONFIG = Config(teacher="t", num_generations=2, max_completion_length=64, impl="torch")
+CLOSE = dict(rtol=1e-5, atol=1e-7)
+
+
+def drawn(text, name="q", hint=None, **facts):
+    """A rollout with the log-probabilities that a scripted model would have drawn it with."""
+    r = rollout(text, name, hint=hint, **facts)
+    shown = "Hint: " + hint if hint else ""
+    return replace(
+        r,
+        sampler_logprobs=torch.tensor(
+            [drawn_logprob(shown, t) for t in range(len(r.completion_ids))]
+        ),
+    )
+
+
+GROUPS = [
+    [drawn(RIGHT, "a"), drawn(WRONG, "a")],
+    [drawn(MALFORMED, "b"), drawn(RIGHT, "b", hint="look left")],
+]
+
+
+@pytest.fixture
+def models():
+    return TableVLM(1), TableVLM(5, hidden=5)
+
+
+def step(models, groups, config, *, size=100, ref=None, data=(), old=None):
+    """Loss, gradients by name and totals of a whole step, in micro-batches of ``size``."""
+    policy, teacher = models
+    for weight in policy.weights.values():
+        weight.grad = None
+    totals, losses = StepTotals(), []
+    micros = collate(groups, config, data).split(size)
+    for place, micro in enumerate(micros):
+        if old is not None:
+            micro = replace(micro, old_logprobs=old[place])
+        loss, _ = kepo_step(policy, teacher, ref, micro, config, totals)
+        loss.backward()
+        losses.append(loss.detach())
+    grads = {name: weight.grad for name, weight in policy.weights.items()}
+    return torch.stack(losses).sum(), grads, totals
+
+
+def oracle(models, groups, config, *, data=(), **settings):
+    """The same by `reference.kepo_loss`, which holds every logit of every sequence."""
+    policy, teacher = models
+    batch = collate(groups, config, data)
+    texts = [prompt.text for prompt in batch.prompts]
+    ids, mask = batch.completion_ids, batch.completion_mask
+    states = [model.completion_hidden(texts, ids, mask) for model in models]
+    loss = reference.kepo_loss(
+        states[0],
+        policy.lm_head,
+        ids,
+        batch.advantages,
+        states[1].detach(),
+        teacher.lm_head,
+        gate=batch.gate,
+        completion_mask=mask,
+        **{
+            "policy_weights": batch.policy_weights,
+            "distill_weights": batch.distill_weights / batch.gate[:, None].clamp(min=1e-9),
+            "distill_coef": config.distill_coef,
+            "beta": config.beta,
+            **settings,
+        },
+    )
+    grads = torch.autograd.grad(loss, list(policy.weights.values()))
+    return loss.detach(), dict(zip(policy.weights, grads, strict=True))
+
+
+def same(mine, theirs):
+    torch.testing.assert_close(mine[0].double(), theirs[0].double(), **CLOSE)
+    for name, grad in theirs[1].items():
+        assert grad.abs().max() > 1e-4  # else nothing is compared
+        torch.testing.assert_close(mine[1][name], grad, **CLOSE)
+
+
+# ---- against the oracle ----
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gate_reward": None, "beta": 0.0, "distill_coef": 3.0},
+        {"gate_reward": "total", "gate_threshold": None},  # soft: gates 2, 1, 0, 2
+        {"distill_reduction": "sequence_mean", "policy_reduction": "dr_grpo"},
+        {"policy_coef": 0.5, "policy_reduction": "token_mean"},
+    ],
+)
+def test_the_step_is_the_reference_objective(models, settings):
+    config = replace(CONFIG, **settings)
+    same(step(models, GROUPS, config), oracle(models, GROUPS, config))
+
+
+def test_opd_is_the_whole_matrix_kl_of_student_from_teacher(models):
+    config = replace(load("opd"), teacher="t", num_generations=2, impl="torch")
+    policy, teacher = models
+    batch = collate(GROUPS, config)
+    mask = batch.completion_mask
+    q, p = (m.logits(batch)[mask].log_softmax(-1) for m in models)
+    truth = reference.token_divergence(
+        policy.logits(batch)[mask], teacher.logits(batch)[mask].detach(), 1.0
+    )
+    torch.testing.assert_close(truth, (q.exp() * (q - p.detach())).sum(-1))
+    kl = truth.mean()  # KL(student | teacher), over all tokens, whatever they earned
+    grads = torch.autograd.grad(kl, list(policy.weights.values()))
+    loss, mine, totals = step(models, GROUPS, config)
+    same((loss, mine), (kl.detach(), dict(zip(policy.weights, grads, strict=True))))
+    assert totals.policy_loss == pytest.approx(0.0, abs=1e-6)
+    assert totals.distill_loss == pytest.approx(kl.item(), rel=1e-5)
+
+
+def test_sft_has_the_gradient_of_cross_entropy_on_the_worked_answers(models):
+    config = replace(load("sft"), impl="torch", max_completion_length=64)
+    policy, _ = models
+    examples = [r.example for r in (rollout(RIGHT, "a"), rollout(RIGHT, "b"), rollout(RIGHT, "c"))]
+    examples[1] = replace(examples[1], rationale="because it is so", answer="B")
+    data = demonstrations(policy, examples, config)
+    batch = collate([], config, data)
+    mask = batch.completion_mask
+    loss = torch.nn.functional.cross_entropy(policy.logits(batch)[mask], batch.completion_ids[mask])
+    grads = torch.autograd.grad(loss, list(policy.weights.values()))
+    # reinforce with advantage 1 is the cross-entropy in value, too
+    mine = step((policy, None), [], config, data=data, size=2)
+    same(mine, (loss.detach(), dict(zip(policy.weights, grads, strict=True))))
+    assert mine[2].teacher_tokens == 0 and policy.seen == []
+
+
+def test_micro_batches_add_up_to_the_step(models):
+    for config in (CONFIG, replace(CONFIG, policy_reduction="token_mean", gate_reward="format")):
+        whole = step(models, GROUPS, config)
+        for size in (1, 3):
+            parts = step(models, GROUPS, config, size=size)
+            same(parts, whole)
+            assert parts[2].tokens == whole[2].tokens
+            assert parts[2].teacher_tokens == whole[2].teacher_tokens
+
+
+# ---- what the models read ----
+
+
+def test_the_teacher_reads_open_sequences_and_no_others(models):
+    policy, teacher = models
+    batch = collate(GROUPS, CONFIG)
+    _, _, totals = step(models, GROUPS, CONFIG, size=3)
+    opened = [r for group in GROUPS for r in group if r.rewards["accuracy"] == 1.0]
+    assert teacher.read == [
+        (question_prompt(r.example), tuple(r.completion_ids.tolist())) for r in opened
+    ]
+    assert len(policy.read) == 4
+    assert totals.teacher_tokens == int(batch.completion_mask[[0, 3]].sum()) == 70
+    assert not any("look left" in text for text, _ in policy.read + teacher.read)
+
+
+def test_closed_gates_are_a_case_and_the_teacher_does_not_run(models):
+    policy, teacher = models
+    groups = [group_of([WRONG, MALFORMED])]
+    loss, grads, totals = step(models, groups, CONFIG)
+    assert teacher.read == [] and totals.teacher_tokens == 0 and totals.distill_loss == 0.0
+    alone, expected, _ = step((policy, None), groups, replace(CONFIG, teacher=None))
+    assert torch.isfinite(loss) and torch.equal(loss, alone)
+    assert all(torch.equal(grads[name], expected[name]) for name in grads)
+    assert grads["head"].abs().max() > 1e-3  # the policy term is there
+
+
+def test_no_signal_at_all_is_zero_and_finite(models):
+    loss, grads, _ = step(models, [group_of([WRONG, WRONG])], CONFIG)
+    assert loss == 0 and all(not grad.any() for grad in grads.values())
+
+
+# ---- ratios ----
+
+
+def test_the_first_pass_has_ratio_one_and_the_second_the_old_logprobs(models):
+    policy, _ = models
+    config = replace(CONFIG, teacher=None, gate_reward=None, epsilon_low=0.05, epsilon_high=0.05)
+    groups = [[drawn(RIGHT, "a"), drawn(WRONG, "a")], [drawn(BARE, "b"), drawn(MALFORMED, "b")]]
+    batch = collate(groups, config)
+    totals = StepTotals()
+    first, logprobs = kepo_step(policy, None, None, batch, config, totals)
+    mask = batch.completion_mask
+    torch.testing.assert_close(logprobs[mask], policy.logprobs(batch).detach()[mask])
+    assert not logprobs.requires_grad
+    # Ratio 1: the value is minus the weighted advantages, whatever was drawn with what.
+    expected = -(batch.policy_weights * batch.advantages[:, None]).sum()
+    torch.testing.assert_close(first.detach().double(), expected, **CLOSE)
+    assert totals.clipped_high == totals.clipped_low == 0
+
+    with torch.no_grad():  # an update in between
+        policy.weights["head"] += 0.1 * torch.randn_like(policy.weights["head"])
+    again = replace(batch, old_logprobs=logprobs)
+    second, _ = kepo_step(policy, None, None, again, config, totals)
+    ratio = (policy.logprobs(batch) - logprobs).exp()
+    gain = batch.advantages[:, None]
+    clipped = torch.minimum(ratio * gain, ratio.clamp(0.95, 1.05) * gain)
+    truth = -(batch.policy_weights * clipped).sum().detach()
+    torch.testing.assert_close(second.detach().double(), truth, **CLOSE)
+    up, down = mask & (gain > 0), mask & (gain < 0)
+    assert totals.clipped_high == int((up & (ratio > 1.05)).sum()) > 0
+    assert totals.clipped_low == int((down & (ratio < 0.95)).sum()) > 0
+
+
+def test_the_gap_to_the_sampler_is_measured_where_it_sampled_these_tokens(models):
+    policy, _ = models
+    data = [rollout(RIGHT, "c")]  # nobody sampled it
+    batch = collate(GROUPS, CONFIG, data)
+    _, _, totals = step(models, GROUPS, CONFIG, data=data, size=2)
+    own = batch.completion_mask.clone()
+    own[3:] = False  # neither the hinted completion nor the dataset's
+    gap = (policy.logprobs(batch) - batch.sampler_logprobs)[own].abs()
+    assert totals.sampled_tokens == int(own.sum())
+    assert totals.sampler_gap == pytest.approx(gap.sum().item(), rel=1e-5)
+    assert totals.sampler_gap_max == pytest.approx(gap.max().item(), rel=1e-5)
+
+
+def test_the_reference_penalty_is_k3_of_the_plain_question(models):
+    ref = TableVLM(3)
+    config = replace(CONFIG, kl_coef=0.3)
+    batch = collate(GROUPS, config)
+    mine = step(models, GROUPS, config, ref=ref)
+    truth = ref.logprobs(batch).detach()
+    same(mine, oracle(models, GROUPS, config, kl_coef=0.3, ref_logprobs=truth))
+    assert {text for text, _ in ref.read} == {p.text for p in batch.prompts}
+    assert mine[2].kl > 0
+
+
+# ---- corrections for another law that sampled, step weights ----
+
+
+@pytest.mark.parametrize("correction", ["truncate", "shape"])
+@pytest.mark.parametrize("second_pass", [False, True])
+def test_hinted_completions_are_weighted_as_the_correction_says(models, correction, second_pass):
+    policy, _ = models
+    config = replace(CONFIG, hinted_correction=correction, hinted_cap=1.5, hinted_gamma=0.2)
+    batch = collate(GROUPS, config)
+    before = policy.logprobs(batch).detach()
+    old = before + 0.3 if second_pass else None  # of the policy before the first update
+    hinted = batch.completion_mask & batch.hinted[:, None]
+    weights = hinted_weights(
+        old if second_pass else before, batch.sampler_logprobs, hinted, correction, 1.5, 0.2
+    )
+    assert weights[3][hinted[3]].ne(1).all() and weights[:3].eq(1).all()
+    mine = step(models, GROUPS, config, old=[old] if second_pass else None)
+    same(mine, oracle(models, GROUPS, config, sampler_weights=weights, old_logprobs=old))
+    plain = step(models, GROUPS, CONFIG, old=[old] if second_pass else None)
+    assert not torch.allclose(mine[0], plain[0], rtol=1e-3)
+
+
+def weighted_by_the_ratio_of_trainer_to_sampler(models, hinted_correction="none", *, later=False):
+    """Tokens without a hint by exp(trainer - sampler), at most 1.25; the dataset's own by 1; those
+    with a hint as their own correction says."""
+    policy, _ = models
+    config = replace(
+        CONFIG, sampler_correction="truncate", sampler_cap=1.25, hinted_correction=hinted_correction
+    )
+    data = [rollout(RIGHT, "c")]
+    plain = collate(GROUPS, config, data)
+    before = policy.logprobs(plain).detach() + (0.3 if later else 0.0)
+    noise = 0.4 * torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
+    rows = iter(before + noise)
+    groups = [
+        [replace(r, sampler_logprobs=next(rows)[: len(r.completion_ids)]) for r in group]
+        for group in GROUPS
+    ]
+    mask, ratio = plain.completion_mask, (-noise).exp()
+    own = mask & torch.tensor([True, True, True, False, False])[:, None]
+    weights = torch.where(own, ratio.clamp(max=1.25), 1.0).double()
+    assert (ratio[own] > 1.25).any() and (ratio[own] < 0.8).any()
+    if hinted_correction == "truncate":
+        weights[3] = torch.where(mask[3], ratio[3].double().clamp(max=config.hinted_cap), 1.0)
+    elif hinted_correction == "shape":
+        q, g = before[3].double().exp(), config.hinted_gamma
+        weights[3] = g * q / (q + g).square()
+    old = before if later else None
+    mine = step(models, groups, config, data=data, old=[old] if later else None)
+    truth = dict(sampler_weights=weights, old_logprobs=old)
+    same(mine, oracle(models, groups, config, data=data, **truth))
+    assert mine[2].ratio_tokens == int(own.sum()) and mine[2].ratio_max == 1.25
+    assert mine[2].ratio == pytest.approx(weights[own].sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("hinted_correction", ["none", "truncate", "shape"])
+@pytest.mark.parametrize("later", [False, True])
+def test_sampled_tokens_are_weighted_by_the_ratio(models, hinted_correction, later):
+    weighted_by_the_ratio_of_trainer_to_sampler(models, hinted_correction, later=later)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    {
+        "upside down": lambda law, drawn, own, cap: engine_weights(drawn, law, own, cap),
+        "no cap": lambda law, drawn, own, cap: engine_weights(law, drawn, own, 1e9),
+        "hinted ones too": lambda law, drawn, own, cap: engine_weights(law, drawn, own | True, cap),
+    }.items(),
+    ids=lambda fault: fault[0],
+)
+def test_a_wrong_ratio_is_seen(models, fault, monkeypatch):
+    monkeypatch.setattr(step_module, "engine_weights", fault[1])
+    with pytest.raises(AssertionError):
+        weighted_by_the_ratio_of_trainer_to_sampler(models)
+
+
+def test_the_policy_is_scored_once_for_both_corrections(models, monkeypatch):
+    calls, whole = [], step_module.fused_linear_logprobs
+
+    def counted(*arguments, **settings):
+        calls.append(settings["completion_mask"])
+        return whole(*arguments, **settings)
+
+    monkeypatch.setattr(step_module, "fused_linear_logprobs", counted)
+    both = replace(CONFIG, sampler_correction="truncate", hinted_correction="truncate")
+    step(models, GROUPS, both)
+    assert len(calls) == 1 and torch.equal(calls[0], collate(GROUPS, both).completion_mask)
+
+
+def test_step_weights_multiply_the_divergence_of_open_sequences(models):
+    policy, teacher = models
+    config = replace(CONFIG, step_weights=True, beta=1.0)
+    lines = "<think>x\ny\nz</think><answer>A</answer>"
+    groups = [[drawn(lines, "a"), drawn(WRONG, "a")]]
+    batch = collate(groups, config)
+    q, p = (model.logprobs(batch).detach() for model in models)
+    factors = drift_weights(policy.tokenizer, batch.completion_ids, q, p, batch.completion_mask)
+    assert len(factors[0].unique()) > 2 and factors[0].min() < 0.9
+    mine = step(models, groups, config)
+    assert [text for text, _ in teacher.read] == [batch.prompts[0].text]
+    truth = oracle(models, groups, config, distill_weights=batch.distill_weights * factors)
+    same(mine, truth)
+    assert not torch.allclose(mine[0], step(models, groups, replace(config, step_weights=False))[0])

@@ -1,0 +1,314 @@
+"""The planner: sizes of released models, what a setting takes, the search; and that a layer on the
+meta device holds what a real one does."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kepo.config import Config
+from kepo.errors import KepoConfigError
+from kepo.planner import plan as plan_module
+from kepo.planner.anatomy import anatomy, read_config
+from kepo.planner.held import GIB, Held, Machine, standing
+from kepo.planner.known_models import KNOWN, known_model
+from kepo.planner.memory import Phase, Prompts, peak, phases
+from kepo.planner.plan import advice, largest, plan
+from kepo.planner.plot import plot_plan
+from kepo.planner.trace import LiveBytes, trace_inference, trace_training
+
+pytest.importorskip("transformers")
+TOTALS = {  # billions, as published
+    "Qwen3-VL-2B": 2.13,
+    "Qwen3-VL-4B": 4.44,
+    "Qwen3-VL-8B": 8.77,
+    "Qwen3-VL-32B": 33.4,
+    "Qwen2.5-VL-3B": 3.75,
+    "Qwen2.5-VL-7B": 8.29,
+    "Qwen2.5-VL-32B": 33.5,
+    "Qwen2.5-VL-72B": 73.4,
+}
+SMALL = Config(
+    student="Qwen3-VL-2B-Instruct",
+    dtype="bfloat16",
+    sharding="fsdp2",
+    gradient_checkpointing=True,
+    micro_batch=4,
+    max_completion_length=256,
+    hint_trigger="never",
+    gate_reward=None,
+    distill_coef=0.0,
+)
+TEACHER = dict(teacher="Qwen3-VL-8B-Instruct", distill_coef=1.0)
+
+
+# ---- models ----
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_parameters_of_released_models(name):
+    model = anatomy(name, "bfloat16", "cuda")
+    short = name.removeprefix("Qwen/").removesuffix("-Instruct")
+    assert model.counts.total == pytest.approx(TOTALS[short] * 1e9, rel=0.02)
+    assert model.tied == (short in ("Qwen3-VL-2B", "Qwen3-VL-4B", "Qwen2.5-VL-3B"))
+    assert model.default_image_tokens == (144 if "Qwen3" in short else 196)
+
+
+def test_parts_add_up():
+    model = anatomy("Qwen3-VL-8B-Instruct", "bfloat16", "cuda")
+    counts = model.counts
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    whole = counts.root + counts.layer * len(model.layers) + block * len(model.blocks)
+    assert whole == counts.total == counts.trained
+    assert known_model("Qwen3-VL-8B-Instruct") is KNOWN["Qwen/Qwen3-VL-8B-Instruct"]
+
+
+def test_what_is_trained():
+    pytest.importorskip("peft")
+    adapted = anatomy("Qwen3-VL-2B-Instruct", "bfloat16", "cuda", None, 16, False)
+    # Seven matrices of 28 layers, each beside 16 x (rows + columns): q, k, v, o, gate, up, down.
+    shapes = [(2048, 2048), (2048, 1024), (2048, 1024), (2048, 2048), *[(2048, 6144)] * 3]
+    assert adapted.counts.trained == 28 * 16 * sum(map(sum, shapes)) == adapted.counts.adapters
+    assert not adapted.trains_head and not adapted.trains_vision
+    frozen = anatomy("Qwen3-VL-2B-Instruct", "bfloat16", "cuda", None, 0, True)
+    assert frozen.trains_head and not frozen.trains_vision
+
+
+def test_unknown_model():
+    with pytest.raises(KepoConfigError, match="'/nowhere/model' cannot be read"):
+        read_config("/nowhere/model")
+
+
+def test_model_of_another_family(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(KepoConfigError, match=r"of type 'llama'.*expected one of qwen3_vl"):
+        read_config(str(tmp_path))
+
+
+def test_items_are_known():
+    with pytest.raises(AssertionError):
+        Held(weights=1) + Held(weight=1)
+
+
+# ---- the meta device against memory ----
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_layer_holds_what_it_would(made, masked):
+    """Storages of a real decoder layer on the CPU, counted as they come and go, and traced."""
+    from kepo.models.vlm import VLM
+
+    real = VLM.load(made / "student").model.model.language_model.layers[0].train()
+    traced = anatomy(str(made / "student"), "float32", "cpu", None if masked else "flash")
+    rows, length, hidden = 3, 40, traced.hidden
+    x = torch.randn(rows, length, hidden, requires_grad=True)
+    rotary = (torch.randn(rows, length, 24), torch.randn(rows, length, 24))
+    mask = torch.ones(rows, 1, length, length, dtype=torch.bool).tril() if masked else None
+    for parameter in real.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with LiveBytes("cpu") as live:
+        out = real(x, position_embeddings=rotary, attention_mask=mask)
+        kept, forward = live.now, live.peak
+        upstream = torch.ones_like(out)
+        live.peak = live.now
+        out.backward(upstream)
+    found = traced.layer(rows, length, True)
+    assert found.kept == pytest.approx(kept, rel=0.02)
+    assert found.forward == pytest.approx(forward, rel=0.05)
+    assert found.backward == pytest.approx(live.peak - kept, rel=0.1)
+
+
+def test_live_bytes():
+    """Views share, what is freed is gone, what was there before does not count."""
+    before = torch.empty(100, device="meta")
+    weight = torch.nn.Parameter(torch.empty(10, 10, device="meta"))
+
+    def call():
+        twice = before * 2  # 400 bytes, gone before the next
+        half = twice[:50] + 1  # 200
+        del twice
+        return half.view(5, 10) @ weight  # 200
+
+    found = trace_inference(call, "cpu")
+    assert (found.kept, found.forward) == (200, 600)
+    trained = trace_training(call, [weight], "cpu")
+    assert trained.kept == 400  # the product's operand too
+    assert weight.grad is not None
+
+
+# ---- phases ----
+
+
+def test_each_setting_takes_or_saves():
+    """What a setting is for, seen in the item it is about."""
+    machine, prompts = Machine(4, 80 * GIB), Prompts()
+
+    def held(name, item, **change):
+        found = phases(replace(SMALL, **change), machine, prompts)
+        return next(phase for phase in found if phase.name == name).held[item]
+
+    width = 2 * 2127532032  # bytes of a whole copy in bf16
+    assert held("optimiser", "weights") == pytest.approx(2 * width / 4)
+    assert held("update", "gradients", kl_coef=0.1) >= 2 * width / 4
+    assert held("rollout", "weights") == pytest.approx(2 * width / 4 + width)
+    assert held("rollout", "weights", rollout_gather=False) < 2 * width / 4 + width / 2
+    whole = held("rollout", "teacher", **TEACHER)
+    assert whole == 2 * 8767123696
+    shared = held("rollout", "teacher", teacher_placement="fsdp2", **TEACHER)
+    offloaded = held("rollout", "teacher", teacher_placement="offload", **TEACHER)
+    assert offloaded < shared < whole / 2
+    four, eight = (held("rollout", "teacher", teacher_bits=bits, **TEACHER) for bits in (4, 8))
+    assert four < eight < whole
+    for item in ("loss", "activations"):
+        assert held("update", item, **TEACHER) > held("update", item) > 0, item
+    share = int(0.3 * 80 * GIB)
+    assert held("rollout", "cache", engine="vllm") == share
+    assert held("evaluation", "cache", engine="vllm", eval_share=0.1) == share
+    hinted = TEACHER | dict(hint_trigger="always")
+    assert held("hints", "cache", engine="vllm", **hinted) > share  # it is awake beside the teacher
+    assert held("rollout", "cache", rollout_batch=16) < held("rollout", "cache")
+    assert held("rollout", "cache", rollout_tokens=8000) < held("rollout", "cache")
+    plain = held("update", "activations", gradient_checkpointing=False)
+    assert plain > 3 * held("update", "activations")
+
+
+def test_more_takes_more():
+    """In the phase that a setting is about."""
+    machine, prompts = Machine(1, 80 * GIB), Prompts()
+    config = replace(SMALL, rollout_batch=1024, eval_share=0.1)
+
+    def total(phase, **change):
+        found = phases(replace(config, **change), machine, prompts)
+        return next(p.total for p in found if p.name == phase)
+
+    for phase, name in (
+        ("update", "micro_batch"),
+        ("update", "max_completion_length"),
+        ("rollout", "max_completion_length"),
+        ("rollout", "prompts_per_step"),
+        ("evaluation", "eval_batch"),
+    ):
+        one, two, four = (total(phase, **{name: n * getattr(config, name)}) for n in (1, 2, 4))
+        assert one < two < four, (phase, name)
+
+
+@pytest.mark.parametrize("gpus, micro_batch, sets", [(1, 128, 0), (1, 4, 1), (4, 32, 1), (4, 4, 2)])
+def test_gradients_beside_the_buckets(gpus, micro_batch, sets):
+    """DDP's buckets are one set; the sum over earlier micro-batches is another."""
+    config = replace(SMALL, sharding="none", dtype="float32", micro_batch=micro_batch)
+    machine = Machine(gpus, 80 * GIB)
+    student = anatomy(config.student, "float32", "cuda")
+    stays = standing(config, machine, student, None, 0)
+    assert stays.earlier_gradients == sets * 4 * student.counts.trained
+    update = next(p for p in phases(config, machine, Prompts()) if p.name == "update")
+    assert update.held["gradients"] >= sets * 4 * student.counts.trained
+
+
+def test_reference_is_held_as_the_policy():
+    counts = anatomy("Qwen3-VL-2B-Instruct", "bfloat16", "cuda").counts
+
+    def held(**change):
+        config = replace(SMALL, kl_coef=0.1, **change)
+        return phases(config, Machine(4, 80 * GIB), Prompts())[0].held["reference"]
+
+    assert held() == 2 * counts.total // 4 + 2 * counts.root
+    assert held(sharding="none", dtype="float32") == 4 * counts.total
+
+
+def test_weights_reach_vllm_one_at_a_time():
+    config = replace(SMALL, engine="vllm", rollout_gather=False)
+    counts = anatomy(config.student, "bfloat16", "cuda").counts
+    assert counts.largest == 151936 * 2048  # the embedding, which is most of the root in bf16
+    shared = 4 * counts.total // 4
+    found = phases(config, Machine(4, 80 * GIB), Prompts())[0].held["weights"] - shared
+    assert found == max(4 * counts.largest, 2 * counts.root)
+
+
+# ---- the command ----
+
+
+@pytest.mark.parametrize("limit, most", [(0, 9), (1, 9), (5, 9), (8, 9), (9, 9), (40, 9), (6, 1)])
+def test_largest(limit, most):
+    assert largest(lambda n: n <= limit, most) == min(limit, most)
+
+
+def test_largest_tries_all_at_once():
+    assert largest(lambda n: n <= 3 or n == 9, 9) == 9
+
+
+@pytest.mark.slow
+def test_largest_settings_fit_and_no_larger():
+    machine = Machine(1, 60 * GIB)
+    config = replace(SMALL, prompts_per_step=64, rollout_batch=64)
+    found = plan(config, machine)
+    assert 0 < found.micro_batch < 512 and found.max_completion_length > 0
+
+    def fits(**change):
+        return peak(replace(config, **change), machine, Prompts()).total <= 0.97 * 60 * GIB
+
+    assert fits(micro_batch=found.micro_batch) and not fits(micro_batch=found.micro_batch + 1)
+    longest = found.max_completion_length
+    assert fits(max_completion_length=longest) and not fits(max_completion_length=longest + 16)
+
+
+def test_advice_is_what_it_says():
+    machine, prompts = Machine(2, 20 * GIB), Prompts()
+    now = peak(SMALL, machine, prompts).total
+    found = advice(SMALL, machine, prompts)
+    assert [c.peak for c in found] == sorted(c.peak for c in found)
+    lora = next(change for change in found if change.setting == "lora_rank: 16")
+    assert lora.peak == peak(replace(SMALL, lora_rank=16), machine, prompts).total < now
+
+
+def test_advice_is_not_refused():
+    machine, prompts = Machine(2, 20 * GIB), Prompts()
+
+    def settings(**change):
+        found = advice(replace(SMALL, **change), machine, prompts)
+        return {found.setting.split(":")[0] for found in found}
+
+    assert {"lora_rank", "rollout_batch"} <= settings()
+    assert "rollout_batch" not in settings(rollout_batch=8)  # a question's completions, at least
+    engine = settings(engine="vllm", vllm_memory=0.6)
+    assert "vllm_memory" in engine and "lora_rank" not in engine
+    assert "eval_batch" in settings(eval_share=0.1, eval_batch=512)
+    many = dict(prompts_per_step=256, rollout_batch=1024, rollout_tokens=300000)
+    assert "rollout_tokens" in settings(**many)
+
+
+def test_what_train_refuses_is_not_planned():
+    with pytest.raises(KepoConfigError, match="dtype='bfloat16' would keep"):
+        plan(replace(SMALL, sharding="none"), Machine(1, 80 * GIB))
+    with pytest.raises(KepoConfigError, match="too little for a chunk of one row"):
+        plan(replace(SMALL, workspace_bytes=1000), Machine(1, 80 * GIB))
+
+
+def test_command(monkeypatch, capsys, tmp_path):
+    recipe = tmp_path / "1x60gb_small.yaml"
+    recipe.write_text(
+        "student: Qwen3-VL-2B-Instruct\ndtype: bfloat16\nsharding: fsdp2\nhint_trigger: never\n"
+        "gate_reward: null\ndistill_coef: 0.0\n"
+    )
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["plan", *map(str, words)])
+        code = plan_module.main()
+        return code, capsys.readouterr().out
+
+    picture = tmp_path / "plan.png"
+    code, out = run(recipe, "--micro-batch", "2", "--plot", picture)
+    assert code == 0 and ": fits" in out and "1 x 60 GB" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    code, out = run(recipe, "--micro-batch", "2", "--gpu-gb", "30")
+    assert code == 1 and "does not fit" in out and "lora_rank: 16" in out
+    with pytest.raises(KepoConfigError, match="give --gpus and --gpu-gb"):
+        run("dr_grpo", "--student", "Qwen3-VL-2B-Instruct")
+    with pytest.raises(KepoConfigError, match="student is not set"):
+        run("dr_grpo", "--gpus", "1", "--gpu-gb", "24")
+
+
+def test_picture(tmp_path):
+    held = Held(weights=GIB, cache=2 * GIB)
+    plot_plan([Phase("rollout", "x", held)], Machine(1, 4 * GIB), tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 1000

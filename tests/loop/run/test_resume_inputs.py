@@ -1,0 +1,91 @@
+"""A run is resumed with the teacher and the questions it began with, or says that it is not."""
+
+import json
+import shutil
+
+import pytest
+from small import config_of
+
+from kepo import loop as train_module
+from kepo.errors import KepoCheckpointError, KepoDataError
+from kepo.loop import train
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """Drawing takes longer than the steps."""
+    monkeypatch.setattr(train_module, "plot_curves", lambda *_, **__: None)
+
+
+@pytest.fixture
+def own(made, tmp_path):
+    """A run of one step on a teacher and a dataset of its own, which a test may change."""
+    for name in ("teacher", "data"):
+        shutil.copytree(made / name, tmp_path / name)
+
+    def config(run_dir=tmp_path / "run", **settings):
+        given = dict(
+            teacher=str(tmp_path / "teacher"),
+            train_data=str(tmp_path / "data" / "train"),
+            eval_data=str(tmp_path / "data" / "test"),
+            eval_limit=1,
+            hint_trigger="never",
+            steps=1,
+        )
+        return config_of(made, run_dir, **given | settings)
+
+    return config
+
+
+def other_answers(file):
+    """The first record's right option is another one from now on, under the same id."""
+    records = json.loads(file.read_text())
+    first = records[0]
+    wrong = next(first[f"option_{x}"] for x in "ABCD" if first[f"option_{x}"] != first["gt_answer"])
+    first["gt_answer"] = wrong
+    file.write_text(json.dumps(records))
+    return first["question_id"]
+
+
+def test_a_resume_with_another_teacher_is_refused_or_said(own, tmp_path, capsys):
+    assert train(own()) == 0
+    weights = tmp_path / "teacher" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(KepoCheckpointError, match=r"teacher has other files .*model\.safetensors"):
+        train(own(steps=2))
+    capsys.readouterr()
+    assert train(own(steps=2, changed_inputs="accept")) == 0
+    assert "changed_inputs: accept: teacher has other files" in capsys.readouterr().out
+    assert train(own(steps=3)) == 0  # from now on it is this run's teacher
+    assert "other files" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_resume_with_other_answers_under_the_same_ids_is_refused(own, tmp_path, capsys, part):
+    assert train(own()) == 0
+    file = sorted((tmp_path / "data" / part / "QA_information").rglob("scanned*.json"))[0]
+    name = other_answers(file)
+    setting = {"train": "train_data", "test": "eval_data"}[part]
+    (tmp_path / "run" / "data.json").unlink()  # what is compared is the checkpoint's
+    with pytest.raises(KepoDataError, match=rf"{setting} has .* 1 are new .*first '{name}'"):
+        train(own(steps=2))
+    assert train(own(steps=2, changed_inputs="accept")) == 0
+    assert f"changed_inputs: accept: {setting} has" in capsys.readouterr().out
+
+
+def test_the_first_model_counts_where_a_resume_reads_it(own, tmp_path, made):
+    """The penalty is towards it; without one it has become the checkpoint's."""
+    shutil.copytree(made / "student", tmp_path / "student")
+    settings = dict(student=str(tmp_path / "student"), teacher=None, distill_coef=0.0)
+    settings |= dict(gate_reward=None, eval_data=None)
+    for name, kl_coef in (("with", 0.1), ("without", 0.0)):
+        assert train(own(**settings, kl_coef=kl_coef, run_dir=tmp_path / name)) == 0
+    weights = tmp_path / "student" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(KepoCheckpointError, match="student has other files"):
+        train(own(**settings, kl_coef=0.1, run_dir=tmp_path / "with", steps=2))
+    assert train(own(**settings, run_dir=tmp_path / "without", steps=2)) == 0

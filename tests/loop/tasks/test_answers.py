@@ -1,0 +1,198 @@
+"""Which options a record has, and which of them its answer means."""
+
+import json
+
+import pytest
+from test_data import dataset, record
+from test_layouts import ROW, split_file
+
+from kepo.data.example import LETTERS
+from kepo.data.layouts import medr1
+from kepo.data.load import load_examples, load_omnimedvqa
+from kepo.data.records import BadRecord, right_letter
+from kepo.evaluation.report import judged
+from kepo.tasks.multiple_choice import question_prompt
+
+FIVE = ("CT", "MR", "X-ray", "PET", "Ultrasound")
+
+
+def named(*options: str) -> dict[str, str]:
+    return {f"option_{letter}": text for letter, text in zip(LETTERS, options, strict=False)}
+
+
+# ---- the fields option_A, option_B ...
+
+
+@pytest.mark.parametrize("count", [5, 26])
+def test_every_option_of_a_record_is_asked_and_judged(tmp_path, count):
+    options = tuple(f"finding {number}" for number in range(count))
+    last = record(**named(*options), gt_answer=options[-1])
+    (example,), report = load_examples(dataset(tmp_path, last))
+    assert example.options == options and example.answer == LETTERS[count - 1]
+    assert question_prompt(example).splitlines()[count].startswith(f"{example.answer}. finding")
+    assert report.quirks == {"more than 4 options": 1}
+    answer = judged(example, f"<answer>{example.answer.lower()}</answer>")
+    assert answer.right and answer.chance == 1 / count
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"option_D": "PET"},  # C is not there
+        {"option_C": "PET", "option_e": "CT"},
+        {"Option_C": "PET"},
+        {"option_5": "PET"},
+        {"optionC": "PET"},
+        {"option_C ": "PET"},
+        {"option_\uff23": "PET"},  # a wide C
+        {"option_C": ""},
+        {"option_C": float("nan")},  # as pandas writes what is missing
+        {"option_C": ["PET"]},
+    ],
+)
+def test_options_that_would_be_lost_make_a_bad_record(tmp_path, more):
+    odd = record(option_C=None) | more
+    root = dataset(tmp_path, record(question_id="fine"), odd)
+    examples, report = load_examples(root)
+    assert [e.id for e in examples] == ["fine"] and report.counts() == {"options": 1}
+    assert "a.json[1]" in report.problems[0].where and "'q0'" in report.problems[0].message
+
+
+def test_other_fields_about_options_are_no_options(tmp_path):
+    extra = {"options": ["x", "y"], "option_count": 3, "option_E": None, "score": float("nan")}
+    (example,) = load_omnimedvqa(dataset(tmp_path, record(**extra) | extra))
+    assert example.options == ("Nothing", "a  CYST", "A tumour")
+
+
+def test_an_option_that_is_written_twice_is_a_bad_record(tmp_path):
+    root = dataset(tmp_path, record(question_id="fine"))
+    file = root / "QA_information" / "Open-access" / "a.json"
+    twice = json.dumps(record()).replace('"option_B"', '"option_A"')
+    file.write_text(f"[{json.dumps(record(question_id='fine'))}, {twice}]")
+    examples, report = load_examples(root)
+    assert [e.id for e in examples] == ["fine"] and report.counts() == {"field": 1}
+    assert "['option_A'] more than once" in report.problems[0].message
+
+
+def test_wrong_options_that_are_the_same_are_counted_the_right_one_is_refused(tmp_path):
+    harmless = record(**named("a", "b", "B."), gt_answer="a")
+    harmful = record(**named("a", "b", "B."), gt_answer="b", question_id="q1")
+    examples, report = load_examples(dataset(tmp_path, harmless, harmful))
+    assert [e.id for e in examples] == ["q0"] and report.counts() == {"answer": 1}
+    assert report.quirks["two wrong options are the same"] == 1
+
+
+# ---- the options in the text of a problem
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "Which? A)CT, B)MR, C)X-ray, D)PET, E)Ultrasound",
+        "Which?\nA. CT\nB. MR\nC. X-ray\nD. PET\nE. Ultrasound",
+        "Which?\nA: CT\nB: MR\nC: X-ray\nD: PET\nE: Ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET\nE)Ultrasound",
+    ],
+)
+def test_a_fifth_option_in_the_same_style_is_read(problem):
+    assert medr1.split_problem(problem) == ("Which?", FIVE)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "Which? A)CT, B)MR, C)X-ray, D)PET, E. Ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET, E.Ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET E. Ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET, e)ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET e. ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)infection by E. coli",  # who could tell?
+        "Which? A)CT B)OCT (Optical C) X-ray",
+        "Which? A)CT, B)MR, C)OCT (Optical d)PET",
+        "Which? A)CT, B)lack (vitamin C) of (iron, D)PET",
+        "Which? A)CT, B)MR, C)X-ray, D)OCT (Optical, e)ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET (e)ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET e) ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET/E)ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET, (E) ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET\ne. ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET\nE: ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET\uff0c\uff25\uff09ultrasound",  # in wide letters
+        "Which?\nA. CT\nB. MR\nC. X-ray\nD. PET\nE.ultrasound",
+        "Which?\nA. CT\nB. MR\nC. X-ray\nD. PET E. Ultrasound",
+        "Which?\nA. CT\nB. MR\nC. X-ray\nD. PET\ne) ultrasound",
+        "Which? A)CT, B)MR, c)X-ray, d)PET",
+        "Which? a)CT, b)MR, c)X-ray",
+        "Which? A)CT, B)MR, D)PET",
+        "Which? A)CT, B), C)PET",
+    ],
+)
+def test_an_option_is_never_part_of_another(problem):
+    with pytest.raises(BadRecord, match="can be told apart") as caught:
+        medr1.split_problem(problem)
+    assert caught.value.kind == "options"
+
+
+@pytest.mark.parametrize(
+    "last",
+    ["E. coli", "lack of vitamin (or E) alone", "either, e.g. both", "type E", "type E."],
+)
+def test_letters_within_an_option_begin_no_other(last):
+    problem = f"Which? A)CT, B)MR, C)X-ray, D){last}"
+    assert medr1.split_problem(problem)[1] == ("CT", "MR", "X-ray", last)
+
+
+def test_a_bracket_that_is_never_closed_ends_no_list():
+    """As Med-R1's files have it."""
+    for part in (", ", "; ", "\n", " / ", " "):
+        problem = f"Which? A)CT{part}B)OCT (Optical Coherence Tomography{part}C)MR"
+        assert medr1.split_problem(problem)[1] == ("CT", "OCT (Optical Coherence Tomography", "MR")
+
+
+# ---- the answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["B", "b", " b. ", "B.", "(B)", "(b).", "B)", "B:", "B) MR", "b. mr", "(B) MR.", "MR", "mr."],
+)
+def test_an_answer_is_read_as_a_completion_would_be(tmp_path, answer):
+    assert right_letter(answer, ("CT", "MR", "PET")) == "B"
+    problem = "What is it? A)CT, B)MR, C)PET"
+    solved = ROW | {"problem": problem, "solution": f"<answer>{answer}</answer>"}
+    assert load_examples(split_file(tmp_path, "CT_train.json", solved))[0][0].answer == "B"
+    root = dataset(tmp_path, record(**named("CT", "MR", "PET"), gt_answer=answer))
+    assert load_omnimedvqa(root)[0].answer == "B"
+
+
+@pytest.mark.parametrize(
+    ("answer", "options"),
+    [
+        ("B) CT", ("CT", "MR")),  # one letter, another's text
+        ("C", ("CT", "MR")),
+        ("C) MR", ("CT", "MR")),
+        ("B", ("B", "C")),  # the text of A, the letter of B
+        ("b.", ("B", "C")),
+        ("A", ("CT", "ct.")),  # B is just as right
+        ("A B", ("CT", "MR")),
+        ("A cyst", ("cyst", "tumour")),  # a word, no letter
+        ("A,B", ("CT", "MR")),
+        ("\uff22", ("CT", "MR")),  # a wide B
+        ("\u0412", ("CT", "MR")),  # a Cyrillic letter that looks like B
+        ("\u0131", ("a", "b", "c", "d", "e", "f", "g", "h", "x")),  # upper() makes it I
+        ("\u017f", tuple(f"option {n}" for n in range(26))),  # upper() makes it S
+        ("\u212a", tuple(f"option {n}" for n in range(26))),  # lower() makes it k
+        ("(B", ("CT", "MR")),
+        ("BB", ("CT", "MR")),
+    ],
+)
+def test_an_answer_that_means_none_or_two_is_bad(answer, options):
+    with pytest.raises(BadRecord, match="of the options") as caught:
+        right_letter(answer, options)
+    assert caught.value.kind == "answer"
+
+
+def test_a_letter_that_is_also_its_own_options_text_is_clear():
+    assert right_letter("B", ("A", "B", "AB", "O")) == "B"
+    assert right_letter("ab", ("A", "B", "AB", "O")) == "C"
+    assert right_letter("E. coli", ("E. coli", "K. pneumoniae")) == "A"

@@ -1,0 +1,32 @@
+"""A tiny model of every family and a few pictures, for tests that all models must pass."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from kepo.digits.tiny import build_tiny
+
+FAMILIES = {
+    "qwen3": {},
+    "qwen3-tied": dict(tied=True),
+    "qwen2.5": dict(family="qwen2_5_vl"),
+}
+
+
+def build(root: Path) -> Path:
+    """Write a student of each family below root."""
+    for name, settings in FAMILIES.items():
+        build_tiny(root / name, size="student", seed=0, **settings)
+    return root
+
+
+def pictures(root: Path, *sizes: tuple[int, int]) -> list[Path]:
+    """Noise of these widths and heights."""
+    generator = torch.Generator().manual_seed(0)
+    paths = []
+    for number, (width, height) in enumerate(sizes):
+        pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+        paths.append(root / f"{number}.png")
+        Image.fromarray(pixels.numpy()).save(paths[-1])
+    return paths

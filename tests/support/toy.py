@@ -1,0 +1,156 @@
+"""Stand-ins for models: a policy and a teacher that say what a test scripts."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from kepo.config import Config
+from kepo.data.load import Example
+from kepo.models.sampling import Sampled
+from kepo.rollout.rollouts import Rollout
+from kepo.tasks.rewards import score
+
+RIGHT = "<think>x</think><answer>A</answer>"
+WRONG = "<think>x</think><answer>B</answer>"
+BARE = "<answer>A</answer>"  # right, but not in the format
+MALFORMED = "B"
+EOS = 0
+PAD = 1
+
+
+def example(name: str, **fields: object) -> Example:
+    facts = dict(
+        id=name,
+        question=f"question {name}?",
+        options=("yes", "no"),
+        answer="A",
+        images=(Path(f"/{name}.png"),),
+        modality="CT",
+        question_type="x",
+    )
+    return Example(**{**facts, **fields})
+
+
+def rollout(text: str, name: str = "q", config: Config | None = None, **facts: object) -> Rollout:
+    names = (config or Config()).rewards
+    ids = torch.tensor([*text.encode(), EOS])
+    return Rollout(example(name), ids, text, score(names, text, "A", name), **facts)
+
+
+def group_of(texts: str | list[str], name: str = "q", **facts: object) -> list[Rollout]:
+    return [rollout(text, name, **facts) for text in texts]
+
+
+def drawn_logprob(prompt: str, place: int) -> float:
+    """What a scripted model says of its token at ``place``: a hint makes it ten times surer."""
+    return -(place + 1) / (1000 if "Hint:" in prompt else 100)
+
+
+class ScriptedVLM:
+    """Has `encode`, `generate` and `decode` of a VLM; `answer(prompt, nth_time)` is what it says.
+
+    `seen` lists every prompt it was asked to complete, once per completion.
+    """
+
+    def __init__(self, answer: Callable[[str, int], str]):
+        self.answer = answer
+        self.seen: list[str] = []
+        self.tokenizer = SimpleNamespace(
+            eos_token_id=EOS, decode=lambda ids: "".join(map(chr, ids)).replace("\0", "")
+        )
+
+    def encode(self, prompts):
+        return [prompt.text for prompt in prompts]
+
+    def encode_completions(self, texts):
+        return self._padded([[*text.encode(), EOS] for text in texts])
+
+    @property
+    def encoder(self):
+        return self
+
+    in_step = False
+    end_ids = (EOS,)
+
+    def control_tokens_in(self, text):
+        return []
+
+    def within(self, work):
+        return work()
+
+    def sample(self, prompts, *, seeds=None, **settings):
+        return self.generate(self.encode(prompts), **settings)
+
+    def generate(self, inputs, *, max_new_tokens, num_return_sequences=1, **sampling):
+        asked = [prompt for prompt in inputs for _ in range(num_return_sequences)]
+        rows = []
+        for prompt in asked:
+            text = self.answer(prompt, self.seen.count(prompt))
+            self.seen.append(prompt)
+            rows.append([*text.encode(), EOS][:max_new_tokens])
+        ids, mask = self._padded(rows)
+        logprobs = [[drawn_logprob(prompt, t) for t in range(ids.shape[1])] for prompt in asked]
+        return Sampled(ids, mask, torch.where(mask, torch.tensor(logprobs), 0.0))
+
+    def decode(self, ids, mask):
+        return [
+            bytes(t for t in row[keep].tolist() if t != EOS).decode()
+            for row, keep in zip(ids, mask, strict=True)
+        ]
+
+    def _padded(self, rows):
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+        return ids, torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+
+
+class TableVLM(ScriptedVLM):
+    """A scripted model with weights: its states depend on the prompt and the token before.
+
+    `read` lists the prompts and completions that its backbone met, as (text, ids).
+    """
+
+    VOCABULARY = 128  # ASCII
+
+    def __init__(self, seed: int, hidden: int = 6, answer: Callable[[str, int], str] | None = None):
+        super().__init__(answer or (lambda prompt, nth: RIGHT))
+        generator = torch.Generator().manual_seed(seed)
+        shapes = dict(tokens=(self.VOCABULARY, hidden), head=(self.VOCABULARY, hidden))
+        self.weights = {
+            name: torch.randn(shape, generator=generator).requires_grad_()
+            for name, shape in shapes.items()
+        }
+        self.read: list[tuple[str, tuple[int, ...]]] = []
+
+    @property
+    def lm_head(self):
+        return self.weights["head"]
+
+    @property
+    def device(self):
+        return self.lm_head.device
+
+    def completion_hidden(self, inputs, completion_ids, completion_mask):
+        for text, ids, mask in zip(inputs, completion_ids, completion_mask, strict=True):
+            self.read.append((text, tuple(ids[mask.bool()].tolist())))
+        last = torch.tensor([[zlib.crc32(text.encode()) % self.VOCABULARY] for text in inputs])
+        before = torch.cat([last, completion_ids[:, :-1]], dim=1)
+        return torch.tanh(self.weights["tokens"][before])
+
+    def logits(self, batch):
+        """(B, T, V) of a batch's completions, every one of them, whatever its gate."""
+        texts = [prompt.text for prompt in batch.prompts]
+        met = len(self.read)
+        hidden = self.completion_hidden(texts, batch.completion_ids, batch.completion_mask)
+        del self.read[met:]
+        return hidden @ self.lm_head.T
+
+    def logprobs(self, batch):
+        """(B, T) of the tokens of a batch's completions, from `logits`."""
+        chosen = batch.completion_ids[..., None]
+        return self.logits(batch).log_softmax(-1).gather(-1, chosen).squeeze(-1)
