@@ -96,7 +96,7 @@ def watched(call: Call, device: torch.device) -> Measurement:
     resident = _resident_reader()
     if resident is None:  # not Linux
         return Measurement(timed(call, device), None)
-    from kepo_kernels import pages  # here, because plot.py has no need of the package
+    from kepo_kernels.compute import pages  # here, because plot.py has no need of the package
 
     done, peak = threading.Event(), [0]
     # What earlier calls freed, or left for the next one, must not hide what this one takes.

@@ -71,7 +71,7 @@ def test_where_a_thread_stands_says_whether_it_waits():
         return found["inner"]
 
     collective = code("/lib/torch/distributed/distributed_c10d.py")
-    ours = code(f"{watchdog.PACKAGE}/rollout.py")
+    ours = code(f"{watchdog.PACKAGE}/rollout/rollouts.py")
     backward = code("/lib/torch/autograd/graph.py")
     module = code("/lib/torch/nn/modules/linear.py")
     reward = code("/home/someone/rewards.py")
@@ -85,7 +85,7 @@ def test_where_a_thread_stands_says_whether_it_waits():
 
     assert stack(collective, ours) == (
         True,
-        "inner at distributed/distributed_c10d.py:1, for inner at kepo/rollout/rollouts.py:1",
+        "inner at distributed/distributed_c10d.py:1, for inner at rollout/rollouts.py:1",
     )
     assert stack(backward, ours)[0]
     assert not stack(module, ours)[0] and not stack(reward, ours)[0] and not stack(ours)[0]

@@ -1,7 +1,6 @@
 """The planner: sizes of released models, what a setting takes, the search; and that a layer on the
 meta device holds what a real one does."""
 
-import sys
 from dataclasses import replace
 
 import pytest
@@ -284,7 +283,7 @@ def test_what_train_refuses_is_not_planned():
         plan(replace(SMALL, workspace_bytes=1000), Machine(1, 80 * GIB))
 
 
-def test_command(monkeypatch, capsys, tmp_path):
+def test_command(capsys, tmp_path):
     recipe = tmp_path / "1x60gb_small.yaml"
     recipe.write_text(
         "student: Qwen3-VL-2B-Instruct\ndtype: bfloat16\nsharding: fsdp2\nhint_trigger: never\n"
@@ -292,8 +291,7 @@ def test_command(monkeypatch, capsys, tmp_path):
     )
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["plan", *map(str, words)])
-        code = plan_module.main()
+        code = plan_module.main([str(word) for word in words])
         return code, capsys.readouterr().out
 
     picture = tmp_path / "plan.png"
