@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kepo.config import Config
-from kepo.distributed.processes import share_of, world_size
+from kepo.distributed.processes import rank_slice, world_size
 from kepo.models.encoding import Prompt
 from kepo.objective.credit import group_advantages, quality_gate
 from kepo.rollout.rollouts import Group, Rollout, reward_of, total_rewards
@@ -54,8 +54,8 @@ class Batch:
     def own_micros(self, size: int) -> list[Batch]:
         """Micro-batches of this process's share; in every process as many, so that all can work
         together on each. Where a share has run out they are one completion without any loss."""
-        rows = share_of(range(len(self)))
-        most = max(len(share_of(range(len(self)), place)) for place in range(world_size()))
+        rows = rank_slice(range(len(self)))
+        most = max(len(rank_slice(range(len(self)), place)) for place in range(world_size()))
         micros = self._rows(rows.start, rows.stop).split(size) if len(rows) else []
         return micros + [self._lossless()] * (-(-most // size) - len(micros))
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from kepo.config import Config
-from kepo.distributed.processes import any_of, together
+from kepo.distributed.processes import all_gather, any_rank
 from kepo.models.vlm import VLM
 from kepo.objective.batch import Batch
-from kepo.objective.credit import engine_weights, hinted_weights
+from kepo.objective.credit import correction_weights, hinted_weights
 from kepo.objective.sod import drift_weights
 from kepo_kernels import TokenStats, fused_grpo_loss, fused_kepo_loss, fused_linear_logprobs
 from kepo_kernels.objectives.policy import ESTIMATORS
@@ -42,7 +42,7 @@ class StepTotals:
 
     def of_all(self) -> StepTotals:
         """Those of all processes as one: sums, and the larger of what is a maximum or a time."""
-        everyones = [vars(totals) for totals in together(self)]
+        everyones = [vars(totals) for totals in all_gather(self)]
         of = {name: max if name in _LARGEST else sum for name in vars(self)}
         return StepTotals(**{name: of[name](t[name] for t in everyones) for name in of})
 
@@ -94,7 +94,7 @@ def kepo_step(
     if ref is not None:
         shown = ref.encode(micro.prompts)
         with torch.no_grad():
-            ref_hidden = ref.within(lambda: ref.completion_hidden(shown, ids, mask))
+            ref_hidden = ref.run_wrapped(lambda: ref.completion_hidden(shown, ids, mask))
         settings["ref_logprobs"] = logprobs_of(ref_hidden, ref, every, mask)
     own, hinted = _to_correct(micro, config)
     corrected = own | hinted
@@ -102,7 +102,7 @@ def kepo_step(
         before = micro.old_logprobs
         if before is None:
             before = logprobs_of(hidden.detach(), policy, every, corrected)
-        weights = engine_weights(before, micro.sampler_logprobs, own, config.sampler_cap)
+        weights = correction_weights(before, micro.sampler_logprobs, own, config.sampler_cap)
         if config.hinted_correction != "none":
             weights = weights * hinted_weights(
                 before,
@@ -120,7 +120,7 @@ def kepo_step(
 
     opened = (micro.gate > 0).nonzero().squeeze(-1)
     distils = teacher is not None and len(opened) > 0
-    if config.distils and teacher.in_step and any_of(distils) and not distils:
+    if config.distils and teacher.collective and any_rank(distils) and not distils:
         _open_hidden(teacher, micro, every[:1])  # for those who need this process's share of it
     if distils:
         started = _now(hidden)
@@ -197,7 +197,7 @@ def _open_hidden(teacher: VLM, micro: Batch, opened: Tensor) -> Tensor:
         ids, mask = (
             x[opened].to(teacher.device) for x in (micro.completion_ids, micro.completion_mask)
         )
-        hidden = teacher.within(lambda: teacher.completion_hidden(inputs, ids, mask))
+        hidden = teacher.run_wrapped(lambda: teacher.completion_hidden(inputs, ids, mask))
     return hidden.to(micro.gate.device)
 
 

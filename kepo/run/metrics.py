@@ -18,7 +18,7 @@ import torch
 
 from kepo.config import Config
 from kepo.disk.durable import append_durably, as_json, make_folder, write_durably
-from kepo.distributed.processes import by_first, is_first
+from kepo.distributed.processes import is_rank0, on_rank0
 from kepo.objective.batch import Batch
 from kepo.objective.step import StepTotals
 from kepo.rollout.explore import Exploration
@@ -128,7 +128,7 @@ class StepLog:
         self.path = path
         self._content = hashlib.sha256()
         self._bytes = 0
-        if not is_first():
+        if not is_rank0():
             return
         make_folder(path.parent)
         content = b"" if resume_step < 0 or not path.exists() else path.read_bytes()
@@ -148,10 +148,10 @@ class StepLog:
 
     def at(self, step: int) -> list[dict[str, Any]]:
         """The records of a step. All processes must call."""
-        return by_first(lambda: [r for r in read_metrics(self.path) if r["step"] == step])
+        return on_rank0(lambda: [r for r in read_metrics(self.path) if r["step"] == step])
 
     def write(self, step: int, *records: dict[str, Any]) -> None:
-        if is_first() and records:
+        if is_rank0() and records:
             text = "\n".join(as_json({"step": step, **values}) for values in records)
             append_durably(self.path, text)
             self._add(text + "\n")
