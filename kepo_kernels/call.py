@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from kepo_kernels.devices import moved
 from kepo_kernels.engine import TokenLoss, TokenStats, fused_loss, loss_and_gradients
 from kepo_kernels.heads import Head, LoRA
-from kepo_kernels.problem import Teacher
+from kepo_kernels.problem import Request, Teacher, build_problem
 from kepo_kernels.sweep import LinearProblem, Student
 from kepo_kernels.validate import Validator
 from kepo_kernels.weights import loss_weights
@@ -45,19 +45,17 @@ class Call:
         hidden: Tensor,
         lm_head: Tensor | Head,
         bias: Tensor | None,
-        gate: Tensor | None,
+        opened: Tensor | None,
         temperature: float,
     ) -> Teacher:
         hidden, head, bias = autocast(hidden, Head.of(lm_head), bias)
-        teacher = Teacher(hidden, head, bias, gate, temperature)
+        teacher = Teacher(hidden, head, bias, opened, temperature)
         teacher.check(self.check, self.hidden)
         return teacher
 
-    def weights(
-        self, gate: Tensor | None, coefficient: float = 1.0, **given: Tensor | str | None
-    ) -> tuple[Tensor, Tensor]:
-        """One fp64 weight per token, on the states' device: `coefficient` times `..reduction` of
-        mask and gate, or times `..weights` and both. And where it is not 0, where rows are planned.
+    def weights(self, gate: Tensor | None, **given: Tensor | str | None) -> tuple[Tensor, Tensor]:
+        """One fp64 weight per token, on the states' device: `..reduction` of mask and gate, or
+        `..weights` times both. And where it is not 0, where rows are planned.
         """
         (weights_name, weights), (reduction_name, reduction) = given.items()
         self.check.reduction(reduction_name, reduction)
@@ -74,8 +72,21 @@ class Call:
             present = loss_weights(mask, gate, "sum")
             weights = torch.where(present != 0, weights.to(torch.float64) * present, 0)
             self.check.finite(weights != 0, **{weights_name: weights})
-        weights = float(coefficient) * weights
         return moved(weights, self.hidden.device), weights != 0
+
+    def problem(
+        self,
+        targets: Tensor | None,
+        active: Tensor,
+        *,
+        teacher: Teacher | None = None,
+        distilled: Tensor | None = None,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+    ) -> tuple[Student, LinearProblem]:
+        """The chunk loop's problem for these tokens; see `Request`."""
+        side = self.check, self.hidden, self.head, self.bias, self.engine
+        return build_problem(Request(*side, targets, active, teacher, distilled, beta, temperature))
 
     def run(self, student: Student, problem: LinearProblem, token_loss: TokenLoss) -> Result:
         """The loss, and the numbers of every token if `return_stats` asks for them."""

@@ -3,8 +3,8 @@
 Plain, differentiable PyTorch on vectors, the same for every back-end.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ class PolicySettings:
     importance_level: str
     sapo_temperature_pos: float
     sapo_temperature_neg: float
+
+    @classmethod
+    def among(cls, arguments: Mapping[str, object]) -> "PolicySettings":
+        """Those of a loss's arguments that are settings of the policy, by their names."""
+        return cls(**{field.name: arguments[field.name] for field in fields(cls)})
 
     def checked(self, check: Validator) -> "PolicySettings":
         """The same with Python's floats for all numbers."""
@@ -134,6 +139,32 @@ def _k3(difference: Tensor) -> Tensor:
 ESTIMATORS = {"k1": _k1, "k2": _k2, "k3": _k3}
 
 
+@dataclass(frozen=True, eq=False)
+class PolicyPart:
+    """The policy's arguments as a loss was given them, none of them checked."""
+
+    targets: Tensor
+    advantages: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    sampler_weights: Tensor | None
+    settings: PolicySettings
+    weighing: dict[str, Tensor | str | None]
+    """Weights and reduction, by their names in that loss."""
+
+    def refuse_the_rest(self, check: Validator) -> None:
+        """Of a call without targets and advantages: no tensor, penalty or bonus may be there."""
+        settings = self.settings.checked(check)
+        weights, reduction = self.weighing
+        check.reduction(reduction, self.weighing[reduction])
+        given = {weights: self.weighing[weights]}
+        for name in ("old_logprobs", "ref_logprobs", "sampler_weights"):
+            given[name] = getattr(self, name)
+        for name in ("kl_coef", "entropy_coef"):
+            given[name] = getattr(settings, name) or None  # 0: the term is not asked for
+        check.unused("targets and advantages", **given)
+
+
 @dataclass(frozen=True)
 class PolicyTerm:
     """The term, and what it needs of the chunk loop."""
@@ -146,22 +177,14 @@ class PolicyTerm:
     """Whether a token's term depends on the rest of its sequence, which the chunk must hold."""
 
 
-def policy_term(
-    check: Validator,
-    settings: PolicySettings,
-    lead: torch.Size,
-    active: Tensor,
-    hidden: Tensor,
-    advantages: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    sampler_weights: Tensor | None,
-) -> PolicyTerm:
+def policy_term(check: Validator, given: PolicyPart, active: Tensor, hidden: Tensor) -> PolicyTerm:
     """sampler_weight * policy loss + kl_coef * k(ref) - entropy_coef * entropy, inputs checked.
 
     `active` (lead) may be on the CPU beside all others on a GPU.
     """
-    settings = settings.checked(check)
+    settings, lead = given.settings.checked(check), hidden.shape[:-1]
+    advantages, sampler_weights = given.advantages, given.sampler_weights
+    old_logprobs, ref_logprobs = given.old_logprobs, given.ref_logprobs
     check.per_sequence_or_token(lead, advantages=advantages)
     if sampler_weights is not None:
         check.per_sequence_or_token(lead, columns=True, sampler_weights=sampler_weights)
