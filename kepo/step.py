@@ -103,7 +103,7 @@ def kepo_step(
 
 
 def _softmax(config: Config) -> dict[str, Any]:
-    """What every call of the kernels is given: how logits are read, and by which engine."""
+    """Say how every call of the kernels reads logits, and by which engine."""
     return dict(
         temperature=config.temperature, impl=config.impl, workspace_bytes=config.workspace_bytes
     )
@@ -111,7 +111,7 @@ def _softmax(config: Config) -> dict[str, Any]:
 
 @torch.no_grad()
 def _logprobs(model: VLM, states: Tensor, ids: Tensor, mask: Tensor, config: Config) -> Tensor:
-    """(B, T) log-probabilities of the ids where the mask is; 0 elsewhere."""
+    """Score the ids: (B, T) log-probabilities where the mask is, 0 elsewhere."""
     head = model.lm_head
     return fused_linear_logprobs(states, head, ids, completion_mask=mask, **_softmax(config))
 
@@ -127,7 +127,10 @@ def _ref_logprobs(ref: VLM, micro: Batch, config: Config) -> Tensor:
 def _sampler_weights(
     policy: VLM, hidden: Tensor, micro: Batch, config: Config, totals: StepTotals
 ) -> Tensor | None:
-    """(B, T) factors of the policy loss where another law sampled; None where none did."""
+    """Return (B, T) factors of the policy loss where another law sampled, None where none did.
+
+    Adds the engine's ratios to ``totals``.
+    """
     own, hinted = _to_correct(micro, config)
     corrected = own | hinted
     if not bool(corrected.any()):
@@ -160,8 +163,10 @@ def _distillation(
     config: Config,
     totals: StepTotals,
 ) -> dict[str, Any]:
-    """The teacher's arguments of the loss, its states those of the open sequences alone; none where
-    every gate is closed."""
+    """Ask the teacher, and return its arguments of the loss: none where every gate is closed.
+
+    Its states are those of the open sequences alone. Adds its time and tokens to ``totals``.
+    """
     ids, mask = micro.completion_ids, micro.completion_mask
     opened = micro.opened.nonzero().squeeze(-1)
     distils = teacher is not None and len(opened) > 0

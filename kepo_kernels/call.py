@@ -53,14 +53,18 @@ class Call:
         teacher.check(self.check, self.hidden)
         return teacher
 
-    def weights(self, gate: Tensor | None, **given: Tensor | str | None) -> tuple[Tensor, Tensor]:
-        """One fp64 weight per token, on the states' device: `..reduction` of mask and gate, or
-        `..weights` times both. And where it is not 0, where rows are planned.
+    def weights(
+        self, gate: Tensor | None, weights: Tensor | None, reduction: str, prefix: str = ""
+    ) -> tuple[Tensor, Tensor]:
+        """Return one fp64 weight per token, on the states' device: the reduction of mask and gate,
+        or `weights` times both; and where it is not 0, where rows are planned.
+
+        `prefix` is that of weights and reduction among the caller's arguments.
         """
-        (weights_name, weights), (reduction_name, reduction) = given.items()
-        self.check.reduction(reduction_name, reduction)
-        self.check.lead(self.lead, **{weights_name: weights})
-        self.check.same_device_or_cpu(self.hidden, **{weights_name: weights})
+        name = f"{prefix}weights"
+        self.check.reduction(f"{prefix}reduction", reduction)
+        self.check.lead(self.lead, **{name: weights})
+        self.check.same_device_or_cpu(self.hidden, **{name: weights})
         mask, here = self.completion_mask, self.planned_on
         mask = torch.ones(self.lead, dtype=torch.bool, device=here) if mask is None else mask
         mask, gate, weights = (
@@ -71,7 +75,7 @@ class Call:
         else:
             present = loss_weights(mask, gate, "sum")
             weights = torch.where(present != 0, weights.to(torch.float64) * present, 0)
-            self.check.finite(weights != 0, **{weights_name: weights})
+            self.check.finite(weights != 0, **{name: weights})
         return moved(weights, self.hidden.device), weights != 0
 
     def problem(
@@ -84,7 +88,7 @@ class Call:
         beta: float = 0.5,
         temperature: float = 1.0,
     ) -> tuple[Student, LinearProblem]:
-        """The chunk loop's problem for these tokens; see `Request`."""
+        """Build the chunk loop's problem for these tokens; see `Request`."""
         side = self.check, self.hidden, self.head, self.bias, self.engine
         return build_problem(Request(*side, targets, active, teacher, distilled, beta, temperature))
 

@@ -111,7 +111,8 @@ def fused_gated_kd_loss(
         teacher_lm_head,
         teacher_bias,
         gate,
-        weighing=dict(weights=weights, reduction=reduction),
+        weights,
+        reduction,
     )
     return _loss(
         call,
@@ -192,8 +193,9 @@ def fused_grpo_loss(
         old_logprobs,
         ref_logprobs,
         sampler_weights,
-        settings=PolicySettings.among(locals()),
-        weighing=dict(weights=weights, reduction=reduction),
+        PolicySettings.among(locals()),
+        weights,
+        reduction,
     )
     return _loss(call, policy, None, temperature=temperature)
 
@@ -278,16 +280,20 @@ def fused_kepo_loss(
         old_logprobs,
         ref_logprobs,
         sampler_weights,
-        settings=PolicySettings.among(locals()),
-        weighing=dict(policy_weights=policy_weights, policy_reduction=policy_reduction),
+        PolicySettings.among(locals()),
+        policy_weights,
+        policy_reduction,
+        prefix="policy_",
     )
     distillation = DistillationPart(
         teacher_hidden,
         teacher_lm_head,
         teacher_bias,
         gate,
+        distill_weights,
+        distill_reduction,
+        prefix="distill_",
         coefficient=distill_coef,
-        weighing=dict(distill_weights=distill_weights, distill_reduction=distill_reduction),
     )
     if not has_policy:
         policy.refuse_the_rest(check)
@@ -305,28 +311,32 @@ def fused_kepo_loss(
 
 @dataclass(frozen=True, eq=False)
 class DistillationPart:
-    """The teacher's arguments as a loss was given them, none of them checked."""
+    """This is what a loss was given of the teacher, none of it checked but the coefficient."""
 
     teacher_hidden: Tensor
     teacher_lm_head: Tensor | Head
     teacher_bias: Tensor | None
     gate: Tensor | None
-    weighing: dict[str, Tensor | str | None]
-    """Weights and reduction, by their names in that loss."""
+    weights: Tensor | None
+    reduction: str
+    prefix: str = ""
+    """The last two are arguments of this prefix, as in distill_weights."""
     coefficient: float = 1.0
 
     def refuse_the_rest(self, check: Validator) -> None:
-        """Of a call without a teacher: nothing of it may be there."""
-        weights, reduction = self.weighing
-        check.reduction(reduction, self.weighing[reduction])
-        given = {"gate": self.gate, "teacher_bias": self.teacher_bias}
-        given[weights] = self.weighing[weights]
-        check.unused("teacher_hidden and teacher_lm_head", **given)
+        """Refuse tensors of a teacher that is not there."""
+        check.reduction(f"{self.prefix}reduction", self.reduction)
+        check.unused(
+            "teacher_hidden and teacher_lm_head",
+            gate=self.gate,
+            teacher_bias=self.teacher_bias,
+            **{f"{self.prefix}weights": self.weights},
+        )
 
     def checked(self, call: Call, temperature: float) -> tuple[Teacher, Tensor, Tensor]:
-        """The teacher; each token's weight of the divergence; and where it is not 0."""
+        """Return the teacher, each token's weight of the divergence, and where that is not 0."""
         call.check.gate(self.gate, call.lead)
-        weights, present = call.weights(self.gate, **self.weighing)
+        weights, present = call.weights(self.gate, self.weights, self.reduction, self.prefix)
         teacher = call.teacher(
             self.teacher_hidden,
             self.teacher_lm_head,
@@ -339,9 +349,12 @@ class DistillationPart:
         return teacher, self.coefficient * weights, present
 
     def opened(self, present: Tensor) -> Tensor | None:
-        """(B,), 0 or False on closed sequences: the gate or, without one, what weights leave."""
-        weights, _ = self.weighing.values()
-        if self.gate is not None or weights is None:
+        """Return (B,), 0 or False on closed sequences: the gate or, where weights stand in for it,
+        whether a sequence has a token of weight; None if all are open.
+
+        `present` says where mask times weights is not 0.
+        """
+        if self.gate is not None or self.weights is None:
             return self.gate
         return present.any(-1) if present.dim() == 2 else present
 
@@ -355,14 +368,16 @@ def _loss(
     beta: float = 0.5,
     teacher_temperature: float | None = None,
 ) -> Result:
-    """The one body of the losses; one of the two parts, or both, is there."""
+    """Compute any of the losses: at least one of the two parts is there."""
     check = call.check
     teacher_temperature = check.softmax(temperature, beta, teacher_temperature)
     targets = teacher = rewarded = rows = distilled = None
     if distillation is not None:
         teacher, distill_weights, distilled = distillation.checked(call, teacher_temperature)
     if policy is not None:
-        policy_weights, rewarded = call.weights(None, **policy.weighing)
+        policy_weights, rewarded = call.weights(
+            None, policy.weights, policy.reduction, policy.prefix
+        )
         term = policy_term(check, policy, rewarded, call.hidden)
         targets = policy.targets
         check.targets(targets, call.hidden, _either(rewarded, distilled), len(call.head.weight))
@@ -397,7 +412,7 @@ def _loss(
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor:
-    """Tokens of one part, or of the other; None: there is no such part."""
+    """Join the tokens of two parts; None stands for a part that is not there."""
     if a is None or b is None:
         return b if a is None else a
     return a | b

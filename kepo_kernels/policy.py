@@ -39,7 +39,7 @@ class PolicySettings:
 
     @classmethod
     def among(cls, arguments: Mapping[str, object]) -> "PolicySettings":
-        """Those of a loss's arguments that are settings of the policy, by their names."""
+        """Pick the settings of the policy, by their names, from the arguments of a loss."""
         return cls(**{field.name: arguments[field.name] for field in fields(cls)})
 
     def checked(self, check: Validator) -> "PolicySettings":
@@ -141,7 +141,7 @@ ESTIMATORS = {"k1": _k1, "k2": _k2, "k3": _k3}
 
 @dataclass(frozen=True, eq=False)
 class PolicyPart:
-    """The policy's arguments as a loss was given them, none of them checked."""
+    """This is what a loss was given of the policy, none of it checked."""
 
     targets: Tensor
     advantages: Tensor
@@ -149,20 +149,24 @@ class PolicyPart:
     ref_logprobs: Tensor | None
     sampler_weights: Tensor | None
     settings: PolicySettings
-    weighing: dict[str, Tensor | str | None]
-    """Weights and reduction, by their names in that loss."""
+    weights: Tensor | None
+    reduction: str
+    prefix: str = ""
+    """The last two are arguments of this prefix, as in policy_weights."""
 
     def refuse_the_rest(self, check: Validator) -> None:
-        """Of a call without targets and advantages: no tensor, penalty or bonus may be there."""
+        """Refuse tensors, penalty and bonus of a policy part without targets and advantages."""
         settings = self.settings.checked(check)
-        weights, reduction = self.weighing
-        check.reduction(reduction, self.weighing[reduction])
-        given = {weights: self.weighing[weights]}
-        for name in ("old_logprobs", "ref_logprobs", "sampler_weights"):
-            given[name] = getattr(self, name)
-        for name in ("kl_coef", "entropy_coef"):
-            given[name] = getattr(settings, name) or None  # 0: the term is not asked for
-        check.unused("targets and advantages", **given)
+        check.reduction(f"{self.prefix}reduction", self.reduction)
+        check.unused(
+            "targets and advantages",
+            old_logprobs=self.old_logprobs,
+            ref_logprobs=self.ref_logprobs,
+            sampler_weights=self.sampler_weights,
+            kl_coef=settings.kl_coef or None,  # 0: the term is not asked for
+            entropy_coef=settings.entropy_coef or None,
+            **{f"{self.prefix}weights": self.weights},
+        )
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class Teacher:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What a call asks of the chunk loop.
+    """This is what a call asks of the chunk loop.
 
     `active` and `distilled` are bool of shape lead: tokens that take part, and those among them
     that meet the teacher (None: none do). With both on the CPU the host does not wait for a GPU.
@@ -151,7 +151,8 @@ def build_problem(asked: Request) -> tuple[Student, LinearProblem]:
 
 
 def _rows(asked: Request) -> tuple[Tensor, Tensor]:
-    """Rows of the flattened student, those with a teacher first; where these are in the teacher."""
+    """Return the rows of the flattened student that take part, those with a teacher first, and
+    where the latter stand in the flattened teacher."""
     active = asked.active.reshape(-1)
     if asked.teacher is None or asked.distilled is None:
         rows = active.nonzero().squeeze(-1)
@@ -163,7 +164,7 @@ def _rows(asked: Request) -> tuple[Tensor, Tensor]:
 
 
 def _operand_dtypes(asked: Request) -> set[torch.dtype]:
-    """The dtypes of all that a product is formed of."""
+    """Collect the dtypes of all that a product is formed of."""
     operands = [asked.hidden, *_tensors(asked.head, asked.bias)]
     if asked.teacher is not None:
         operands += [asked.teacher.hidden, *_tensors(asked.teacher.head, asked.teacher.bias)]
@@ -187,7 +188,7 @@ def _grad_tol(asked: Request) -> float:
 
 
 def _teacher_tensors(teacher: Teacher | None, shared: int) -> dict[str, Tensor | LoRA | None]:
-    """The teacher's side of a `LinearProblem`: frozen, and the vocabulary that both share."""
+    """Fill the teacher's side of a `LinearProblem`: detached, and cut to the shared vocabulary."""
     names = ("teacher_hidden", "teacher_lm_head", "teacher_bias", "teacher_lora")
     if teacher is None:
         return dict.fromkeys(names)
@@ -197,7 +198,7 @@ def _teacher_tensors(teacher: Teacher | None, shared: int) -> dict[str, Tensor |
 
 
 def _row_settings(asked: Request) -> RowSettings:
-    """The numbers of the row kernels.
+    """Fix the numbers of the row kernels.
 
     A scale s is a temperature 1/s: softmax(s z / T), and s z capped at c is s (z capped at c / s).
     """

@@ -248,7 +248,7 @@ def other_opened(bad: Callable[[losses.DistillationPart, Tensor], Tensor | None]
 
 def by_weights_alone(part: losses.DistillationPart, present: Tensor) -> Tensor:
     """As they came, masked tokens included."""
-    return next(iter(part.weighing.values())).to(present.device).any(-1)
+    return part.weights.to(present.device).any(-1)
 
 
 def other_either(bad: Callable[[Tensor, Tensor], Tensor]) -> Plant:
@@ -274,18 +274,21 @@ def no_coefficient(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         losses,
         "DistillationPart",
-        lambda *args, coefficient=1.0, weighing: good(*args, weighing=weighing),
+        lambda *args, coefficient=1.0, **given: good(*args, **given),
     )
 
 
 def one_weight_for_both(patch: pytest.MonkeyPatch) -> None:
-    """The divergence by the policy's weights."""
+    """The first that are asked for."""
     good = call.Call.weights
 
-    def bad(self: call.Call, gate: Tensor | None, **given: object) -> tuple[Tensor, Tensor]:
-        kept = bad.kept = getattr(bad, "kept", None) or given
-        values = dict(zip(given, kept.values(), strict=True))
-        return good(self, gate, **values)
+    seen = []
+
+    def bad(
+        self: call.Call, gate: Tensor | None, weights: Tensor, *rest: object
+    ) -> tuple[Tensor, Tensor]:
+        seen.append(weights)
+        return good(self, gate, seen[0], *rest)
 
     patch.setattr(call.Call, "weights", bad)
 
