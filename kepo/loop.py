@@ -233,7 +233,7 @@ def train(config: Config) -> int:
             rollouts = [rollout for group in found.groups for rollout in group] + given
             every = config.log_completions_every
             if every and (step == 1 or step % every == 0):
-                completions.write(step, *completion_records(rollouts, batch))
+                completions.write(step, *completion_records(rollouts, batch, config))
             bar.set_postfix(
                 reward=f"{values.get('reward', math.nan):.2f}",
                 gate=f"{values['kepo/gate_rate']:.2f}",

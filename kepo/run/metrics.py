@@ -19,7 +19,7 @@ import torch
 from kepo.config import Config
 from kepo.disk.durable import append_durably, as_json, make_folder, write_durably
 from kepo.distributed.processes import is_rank0, on_rank0
-from kepo.objective.batch import Batch
+from kepo.objective.batch import Batch, gates
 from kepo.objective.step import StepTotals
 from kepo.rollout.explore import Exploration
 from kepo.rollout.rollouts import Rollout, total_rewards
@@ -70,7 +70,7 @@ def step_metrics(
         "kepo/policy_loss": totals.policy_loss / iterations,
         "kepo/kd_loss": totals.distill_loss / iterations,
         "kepo/divergence": totals.divergence / max(1, totals.teacher_tokens),
-        "kepo/gate_rate": (batch.gate > 0).float().mean().item(),
+        "kepo/gate_rate": batch.opened.float().mean().item(),
         "kepo/teacher_tokens": teacher_tokens,
         "kepo/teacher_skipped_frac": 1.0 - teacher_tokens / max(1, tokens),
         "kepo/sampled_completions": found.sampled,
@@ -97,8 +97,11 @@ def peak_gb(device: torch.device) -> float:
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
 
-def completion_records(rollouts: Sequence[Rollout], batch: Batch) -> list[dict[str, Any]]:
+def completion_records(
+    rollouts: Sequence[Rollout], batch: Batch, config: Config
+) -> list[dict[str, Any]]:
     """One record per completion of a step, in the order of the batch."""
+    gate = gates(rollouts, config) * batch.opened
     return [
         {
             "prompt": question_prompt(rollout.example),
@@ -108,7 +111,7 @@ def completion_records(rollouts: Sequence[Rollout], batch: Batch) -> list[dict[s
             "answer": rollout.example.answer,
             "rewards": rollout.rewards,
             "advantage": batch.advantages[place].item(),
-            "gate": batch.gate[place].item(),
+            "gate": gate[place].item(),
             "truncated": rollout.truncated,
             "from_data": rollout.sampler_logprobs is None,
         }

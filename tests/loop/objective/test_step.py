@@ -74,11 +74,10 @@ def oracle(models, groups, config, *, data=(), **settings):
         batch.advantages,
         states[1].detach(),
         teacher.lm_head,
-        gate=batch.gate,
         completion_mask=mask,
         **{
             "policy_weights": batch.policy_weights,
-            "distill_weights": batch.distill_weights / batch.gate[:, None].clamp(min=1e-9),
+            "distill_weights": batch.distill_weights,
             "distill_coef": config.distill_coef,
             "beta": config.beta,
             **settings,
