@@ -56,11 +56,11 @@ def check_settings(config: Config) -> None:
             f"teacher_bits={config.teacher_bits} and teacher_placement="
             f"{config.teacher_placement!r}: a quantised teacher is a copy in every process"
         )
-    if config.engine == "vllm" and config.lora_rank:
-        _refuse("engine='vllm' takes whole weights, not adapters; set lora_rank: 0")
-    if config.engine == "vllm" and not 0.01 <= config.sampling_temperature <= 2:
+    if config.sampler == "vllm" and config.lora_rank:
+        _refuse("sampler='vllm' takes whole weights, not adapters; set lora_rank: 0")
+    if config.sampler == "vllm" and not 0.01 <= config.sampling_temperature <= 2:
         _refuse(
-            f"sampling_temperature={config.sampling_temperature}; engine='vllm' takes one in "
+            f"sampling_temperature={config.sampling_temperature}; sampler='vllm' takes one in "
             "[0.01, 2]"
         )
     if config.rollout_batch < config.num_generations:
@@ -101,10 +101,10 @@ def _machine(config: Config) -> None:
             f"device={config.device!r} would be every process's; set device: {device.type}, of "
             "which each takes its own"
         )
-    for name in ("engine", "liger_layers"):
+    for name in ("sampler", "liger_layers"):
         if getattr(config, name) in ("vllm", True) and device.type != "cuda":
             _refuse(f"{name}={getattr(config, name)!r} needs device: cuda, not {config.device!r}")
-    needs = [(config.engine == "vllm", "engine", "vllm", "vllm")]
+    needs = [(config.sampler == "vllm", "sampler", "vllm", "vllm")]
     needs += [(config.lora_rank > 0, "lora_rank", "peft", "lora")]
     quantises = config.teacher_bits is not None
     needs += [(quantises, "teacher_bits", p, "quant") for p in ("bitsandbytes", "accelerate")]
@@ -166,7 +166,7 @@ def _names(config: Config) -> None:
     choose("sharding", ("none", "fsdp2"))
     choose("teacher_placement", ("copy", "fsdp2", "offload"))
     choose("teacher_bits", (None, 8, 4))
-    choose("engine", ("transformers", "vllm"))
+    choose("sampler", ("transformers", "vllm"))
     choose("sampler_correction", ("none", "truncate"))
     choose("bad_records", ("skip", "fail"))
     choose("changed_inputs", ("refuse", "accept"))

@@ -110,7 +110,7 @@ class Config:
     rollout_tokens: int | None = None
     """Tokens of those, prompts and max_completion_length together, at most. None = no such
     bound."""
-    engine: str = "transformers"
+    sampler: str = "transformers"
     """What generates: transformers, or vllm in the same processes."""
     vllm_memory: float = 0.3
     """Share of a GPU's memory that vLLM takes for itself."""
@@ -144,7 +144,7 @@ class Config:
     """Nucleus of generation. 1 = off."""
     sampler_correction: str = "none"
     """truncate: tokens sampled without a hint are weighted by the ratio of the policy's probability
-    to the one they were drawn with, at most sampler_cap; for an engine that computes in another
+    to the one they were drawn with, at most sampler_cap; for a sampler that computes in another
     way."""
     sampler_cap: float = 2.0
     """See sampler_correction."""
@@ -285,6 +285,10 @@ MAY_CHANGE_ON_RESUME = frozenset(
 """Settings that decide what a run writes down, or where and in what portions it computes."""
 
 
+RENAMED = {"engine": "sampler"}
+"""Old names of settings, which runs on disk may have."""
+
+
 def load(*layers: str | Path) -> Config:
     """A Config from YAML files and presets (`presets()`), where later ones override earlier ones.
 
@@ -310,7 +314,11 @@ def presets() -> dict[str, Path]:
 
 
 def from_mapping(values: dict[str, Any], source: str) -> Config:
-    """A Config from plain values, each checked against its field's type; lists become tuples."""
+    """A Config from plain values, each checked against its field's type; lists become tuples.
+
+    Settings of a run on disk may have old names (``RENAMED``), which are read as the new ones.
+    """
+    values = {RENAMED.get(name, name): value for name, value in values.items()}
     return Config(**_typed(values, source))
 
 
@@ -319,7 +327,8 @@ def _typed(values: dict[str, Any], source: str) -> dict[str, Any]:
     known = {field.name: str(field.type) for field in dataclasses.fields(Config)}
     unknown = sorted(str(name) for name in values if name not in known)
     if unknown:
-        raise KepoConfigError(f"{source}: unknown keys {unknown}; known are {sorted(known)}")
+        new = "".join(f"{a} is now called {RENAMED[a]}; " for a in unknown if a in RENAMED)
+        raise KepoConfigError(f"{source}: unknown keys {unknown}; {new}known are {sorted(known)}")
     found: dict[str, Any] = {}
     for name, value in values.items():
         wanted = known[name]

@@ -27,7 +27,7 @@ from kepo.check import check
 from kepo.config import MAY_CHANGE_ON_RESUME, Config, from_mapping, load
 from kepo.data.identity import changed_questions, inputs_of
 from kepo.data.run_data import load_data, write_record
-from kepo.distributed.processes import Stopped, by_first, is_first, together, world_size
+from kepo.distributed.processes import Stopped, all_gather, is_rank0, on_rank0, world_size
 from kepo.distributed.sharding import own_gradients, whole_tensor
 from kepo.errors import KepoConfigError, KepoError
 from kepo.evaluation.greedy import by_question_type, evaluate, means
@@ -48,7 +48,7 @@ from kepo.run.curves import plot_curves
 from kepo.run.lock import exclusive
 from kepo.run.metrics import StepLog, completion_records, peak_gb, step_metrics
 from kepo.run.optimizer_state import load_optimizer
-from kepo.run.roles import load_engine, load_policy, load_reference, load_teacher
+from kepo.run.roles import load_policy, load_reference, load_sampler, load_teacher
 from kepo.run.signals import StopRequest, lasting_output
 from kepo.terminal import any_terminal
 from kepo.words import command_line
@@ -74,31 +74,31 @@ def train(config: Config) -> int:
         StopRequest() as stop,
         exclusive(run_dir),
     ):
-        data = by_first(lambda: load_data(config, judge_of(config)))
+        data = on_rank0(lambda: load_data(config, judge_of(config)))
         same_images(data)
         examples = data.train
         say(data.summary)
         stop.agree()
         if stop:  # reading the images may have taken long
             return stop.exit_code
-        inputs = by_first(lambda: inputs_of(config, data.identity))
-        resume = by_first(lambda: checkpoint.latest_checkpoint(checkpoints))
+        inputs = on_rank0(lambda: inputs_of(config, data.identity))
+        resume = on_rank0(lambda: checkpoint.latest_checkpoint(checkpoints))
         done = 0
         if resume is not None:
             state = checkpoint.load_state(resume)
             refuse_other_config(config, state["config"], resume)
             done = state["step"]
-            changed = by_first(lambda: changed_questions(config, state, inputs, data.by_setting))
+            changed = on_rank0(lambda: changed_questions(config, state, inputs, data.by_setting))
         # A checkpoint with digests has been compared with them.
         by_ids = resume is not None and "inputs" not in state
-        by_first(lambda: write_record(data, run_dir, resuming=by_ids))
+        on_rank0(lambda: write_record(data, run_dir, resuming=by_ids))
         policy = load_policy(config, device, resume / "policy" if resume else None)
         teacher = load_teacher(config, device) if config.distils or config.hints else None
         ref = load_reference(config, device)
         check_same_tokens(policy, teacher)
         if config.distils:
             check_same_opening(policy.encoder, teacher.encoder)
-        engine = load_engine(config, policy)
+        sampler = load_sampler(config, policy)
         parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
             parameters.values(), lr=config.lr, weight_decay=config.weight_decay
@@ -119,7 +119,7 @@ def train(config: Config) -> int:
         def save(step: int) -> None:
             def write_policy(folder: Path) -> None:
                 policy.save(folder)
-                if is_first():
+                if is_rank0():
                     card = model_card(config, step, data.record)
                     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -139,9 +139,9 @@ def train(config: Config) -> int:
         def measure(step: int) -> None:
             if data.eval:
                 try:
-                    with engine.ready():
+                    with sampler.ready():
                         scores = evaluate(
-                            engine,
+                            sampler,
                             data.eval,
                             max_new_tokens=config.max_completion_length,
                             batch_size=config.eval_batch,
@@ -174,7 +174,7 @@ def train(config: Config) -> int:
             initial=done,
             total=config.steps,
             desc="kepo",
-            disable=not is_first(),
+            disable=not is_rank0(),
         )
         for step in (number + 1 for number in bar):
             if stop:
@@ -183,8 +183,8 @@ def train(config: Config) -> int:
             questions = draw(examples, config, step)
             own = len(questions) - from_data(config, step)
             given = demonstrations(policy.encoder, questions[own:], config)
-            with engine.ready():
-                found = explore(questions[:own], engine, teacher, config, hints, examples, step)
+            with sampler.ready():
+                found = explore(questions[:own], sampler, teacher, config, hints, examples, step)
             explored = time.perf_counter()
 
             batch = collate(found.groups, config, given)
@@ -196,8 +196,8 @@ def train(config: Config) -> int:
                 policy.model.train()
                 for place, micro in enumerate(micros):
                     work = partial(kepo_step, policy, teacher, ref, micro, config, totals)
-                    with own_gradients(policy.whole, last=place == len(micros) - 1):
-                        loss, logprobs = policy.within(work)
+                    with own_gradients(policy.wrapper, last=place == len(micros) - 1):
+                        loss, logprobs = policy.run_wrapped(work)
                         # Gradients are averaged over processes; the loss's weights are of the sum.
                         (loss * world_size()).backward()
                     if micro.old_logprobs is None and config.num_iterations > 1:
@@ -227,13 +227,13 @@ def train(config: Config) -> int:
                 "time/teacher": totals.teacher_seconds,
                 "time/update": ended - explored - totals.teacher_seconds,
                 "step_time": ended - started,
-                "mem/peak_gb": max(together(peak_gb(device))),
+                "mem/peak_gb": max(all_gather(peak_gb(device))),
             }
             log.write(step, values)
             rollouts = [rollout for group in found.groups for rollout in group] + given
             every = config.log_completions_every
             if every and (step == 1 or step % every == 0):
-                completions.write(step, *completion_records(rollouts, batch))
+                completions.write(step, *completion_records(rollouts, batch, config))
             bar.set_postfix(
                 reward=f"{values.get('reward', math.nan):.2f}",
                 gate=f"{values['kepo/gate_rate']:.2f}",
@@ -251,14 +251,14 @@ def train(config: Config) -> int:
                 stop.agree()  # an evaluation may be long
             if stop or step == config.steps or step % config.save_every == 0:
                 save(step)
-        if is_first():
+        if is_rank0():
             plot_curves(log.path, run_dir / "curves.png", source=source_of(config))
         return stop.exit_code
 
 
 def say(text: str) -> None:
     """A line on the terminal, from one process, beside the bar."""
-    if is_first():
+    if is_rank0():
         tqdm.write(text)
 
 

@@ -9,7 +9,6 @@ from kepo_kernels.compute.autograd import TokenLoss, TokenStats, row_numbers
 from kepo_kernels.compute.call import Result, at, begin
 from kepo_kernels.compute.devices import moved
 from kepo_kernels.compute.graph_breaks import breaks_graph
-from kepo_kernels.compute.problem import build_problem
 from kepo_kernels.heads import Head
 from kepo_kernels.validate import describe
 from kepo_kernels.weights import per_token
@@ -42,18 +41,7 @@ def fused_linear_logprobs(
     check.softmax(temperature)
     _, active = call.weights(None, weights=None, reduction="sum")
     check.targets(targets, call.hidden, active, len(call.head.weight))
-    student, problem = build_problem(
-        check,
-        call.hidden,
-        call.head,
-        call.bias,
-        targets,
-        None,
-        active,
-        None,
-        engine,
-        temperature=temperature,
-    )
+    student, problem = call.problem(targets, active, temperature=temperature)
     stats = row_numbers(student, problem)
     stats = TokenStats(*(x.reshape(lead) for x in stats[:3]))
     result = (stats.logprobs,) + ((stats.entropy,) if return_entropy else ())
@@ -107,16 +95,8 @@ def fused_linear_loss(
     check.require(
         callable(token_loss), f"token_loss is {type(token_loss).__name__}; expected a callable"
     )
-    check.require(
-        (teacher_hidden is None) == (teacher_lm_head is None),
-        "teacher_hidden and teacher_lm_head must be given together or not at all",
-    )
-    for name, x in (("gate", gate), ("teacher_bias", teacher_bias)):
-        check.require(
-            x is None or teacher_hidden is not None,
-            f"{name} is given without teacher_hidden and would have no effect; pass the teacher, "
-            "or leave it out (`weights` and `completion_mask` take sequences out of the loss)",
-        )
+    if not check.all_gather(teacher_hidden=teacher_hidden, teacher_lm_head=teacher_lm_head):
+        check.unused("teacher_hidden and teacher_lm_head", gate=gate, teacher_bias=teacher_bias)
     check.gate(gate, lead)
     weights, active = call.weights(None, weights=weights, reduction=reduction)
     teacher = distilled = None
@@ -129,18 +109,8 @@ def fused_linear_loss(
             distilled = active & per_token(moved(gate, active.device) != 0, lead)
     if targets is not None:
         check.targets(targets, call.hidden, active, len(call.head.weight))
-    student, problem = build_problem(
-        check,
-        call.hidden,
-        call.head,
-        call.bias,
-        targets,
-        teacher,
-        active,
-        distilled,
-        engine,
-        beta=beta,
-        temperature=temperature,
+    student, problem = call.problem(
+        targets, active, teacher=teacher, distilled=distilled, beta=beta, temperature=temperature
     )
 
     def weighted(stats: TokenStats, rows: Tensor) -> Tensor:

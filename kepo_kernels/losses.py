@@ -1,4 +1,9 @@
-"""The public losses. Each is a few lines of ordinary PyTorch on the three numbers of a token.
+"""The public losses: three names for one body, a few lines of PyTorch on three numbers of a token.
+
+    loss = sum_t [ policy weight_t * policy term_t + distillation weight_t * divergence_t ]
+
+`fused_grpo_loss` has the first part, `fused_gated_kd_loss` the second, `fused_kepo_loss` either or
+both.
 
 Shared arguments, wherever they appear:
 
@@ -7,8 +12,9 @@ Shared arguments, wherever they appear:
                       products and logits are fp32; each gradient is of its own tensor's dtype
     lm_head           (V, H) weight, or a `Head`: weight, softcap, logit_scale, LoRA; bias (V,) or
                       None
-    teacher_hidden    (B, T, H_t) or (N, H_t), or only the sequences whose gate is not 0, in their
-                      order
+    teacher_hidden    (B, T, H_t) or (N, H_t), or only the open sequences, in their order: those
+                      whose gate is not 0; with weights of the divergence and no gate, those with a
+                      weight that is not 0 on a token of completion_mask
     teacher_lm_head   (V_t, H_t) weight, or a `Head`; teacher_bias (V_t,) or None. Vocabularies of
                       different size (151,936 against a padded 152,064) are read as the min(V, V_t)
                       rows they share, both distributions normalised over those. No teacher tensor
@@ -47,16 +53,19 @@ weights and biases are cast as a linear layer would cast them, and nothing else.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kepo_kernels.compute.autograd import TokenStats
 from kepo_kernels.compute.call import Call, Result, at, begin
 from kepo_kernels.compute.compiled import one_operator
-from kepo_kernels.compute.problem import build_problem
+from kepo_kernels.compute.problem import Teacher
 from kepo_kernels.heads import Head
-from kepo_kernels.objectives.policy import PolicySettings, PolicyTerm, policy_term
+from kepo_kernels.objectives.policy import PolicyPart, PolicySettings, policy_term
 from kepo_kernels.objectives.sequences import with_whole_sequences
+from kepo_kernels.validate import Validator
 
 
 @one_operator
@@ -88,7 +97,7 @@ def fused_gated_kd_loss(
     Args:
         gate: (B,) bool or float >= 0 that multiplies the divergence; 0 closes a sequence, which is
             then not computed at all: neither its student nor its teacher logits exist. None = all
-            open.
+            open, but those that `weights` close.
         beta: 0 = KL(teacher|student), 1 = KL(student|teacher), between = JSD (about five times
             smaller than a KL).
 
@@ -97,23 +106,22 @@ def fused_gated_kd_loss(
     """
     deciding = gate, weights
     call = begin("fused_gated_kd_loss", hidden, lm_head, bias, completion_mask, engine, *deciding)
-    teacher_temperature = call.check.softmax(temperature, beta, teacher_temperature)
-    teacher = call.teacher(teacher_hidden, teacher_lm_head, teacher_bias, gate, teacher_temperature)
-    weights, active = call.weights(gate, weights=weights, reduction=reduction)
-    student, problem = build_problem(
-        call.check,
-        call.hidden,
-        call.head,
-        call.bias,
+    distillation = DistillationPart(
+        teacher_hidden,
+        teacher_lm_head,
+        teacher_bias,
+        gate,
+        weights,
+        reduction,
+    )
+    return _loss(
+        call,
         None,
-        teacher,
-        active,
-        active,
-        engine,
+        distillation,
         beta=beta,
         temperature=temperature,
+        teacher_temperature=teacher_temperature,
     )
-    return call.run(student, problem, lambda stats, rows: at(weights, rows) * stats.divergence)
 
 
 @one_operator
@@ -179,64 +187,29 @@ def fused_grpo_loss(
     Equals, holding whole matrices: `reference.grpo_loss`.
     """
     call = begin("fused_grpo_loss", hidden, lm_head, bias, completion_mask, engine, weights)
-    call.check.softmax(temperature)
-    weights, active = call.weights(None, weights=weights, reduction=reduction)
-    settings = PolicySettings(
-        epsilon_low,
-        epsilon_high,
-        delta,
-        kl_coef,
-        kl_estimator,
-        entropy_coef,
-        policy_loss,
-        importance_level,
-        sapo_temperature_pos,
-        sapo_temperature_neg,
-    )
-    policy = policy_term(
-        call.check,
-        settings,
-        call.lead,
-        active,
-        call.hidden,
+    policy = PolicyPart(
+        targets,
         advantages,
         old_logprobs,
         ref_logprobs,
         sampler_weights,
+        PolicySettings.among(locals()),
+        weights,
+        reduction,
     )
-    call.check.targets(targets, call.hidden, active, len(call.head.weight))
-    rows = _rows(call, active, policy)
-    student, problem = build_problem(
-        call.check,
-        call.hidden,
-        call.head,
-        call.bias,
-        targets,
-        None,
-        rows,
-        None,
-        engine,
-        temperature=temperature,
-    )
-
-    def token_loss(stats: TokenStats, rows: Tensor) -> Tensor:
-        return at(weights, rows) * policy.token_loss(stats, rows)
-
-    if policy.whole_sequences:
-        problem, token_loss = with_whole_sequences(student, problem, call.lead, rows, token_loss)
-    return call.run(student, problem, token_loss)
+    return _loss(call, policy, None, temperature=temperature)
 
 
 @one_operator
 def fused_kepo_loss(
     hidden: Tensor,
     lm_head: Tensor | Head,
-    targets: Tensor,
-    advantages: Tensor,
-    teacher_hidden: Tensor,
-    teacher_lm_head: Tensor | Head,
+    targets: Tensor | None = None,
+    advantages: Tensor | None = None,
+    teacher_hidden: Tensor | None = None,
+    teacher_lm_head: Tensor | Head | None = None,
     *,
-    gate: Tensor,
+    gate: Tensor | None = None,
     completion_mask: Tensor | None = None,
     policy_weights: Tensor | None = None,
     distill_weights: Tensor | None = None,
@@ -271,8 +244,15 @@ def fused_kepo_loss(
     student GEMM, one row kernel, one gradient. Tokens of closed sequences never meet the teacher's
     head.
 
+    Without a teacher it is `fused_grpo_loss`; without targets and advantages it is the divergence
+    alone, `distill_coef * fused_gated_kd_loss(...)`, and `stats.logprobs` is 0. Tensors, penalty
+    and bonus of a part that is not there are refused; its other settings may stand, without effect.
+
     Args:
-        gate: (B,) as in `fused_gated_kd_loss`; typically accuracy >= threshold.
+        targets, advantages: as in `fused_grpo_loss`, or both None: no policy part.
+        teacher_hidden, teacher_lm_head: as in `fused_gated_kd_loss`, or both None: no teacher.
+        gate: (B,) as in `fused_gated_kd_loss`; typically accuracy >= threshold. Not needed beside
+            distill_weights that are 0 on closed sequences.
         policy_weights, distill_weights: per token, in place of policy_reduction / distill_reduction
             (a micro-batch passes its slice of the whole batch's `loss_weights`); mask, and for the
             latter the gate, still multiply.
@@ -283,66 +263,156 @@ def fused_kepo_loss(
     """
     deciding = gate, policy_weights, distill_weights
     call = begin("fused_kepo_loss", hidden, lm_head, bias, completion_mask, engine, *deciding)
-    teacher_temperature = call.check.softmax(temperature, beta, teacher_temperature)
-    call.check.number("distill_coef", distill_coef, lambda x: x >= 0, "a finite number >= 0")
-    teacher = call.teacher(teacher_hidden, teacher_lm_head, teacher_bias, gate, teacher_temperature)
-    policy_weights, rewarded = call.weights(
-        None, policy_weights=policy_weights, policy_reduction=policy_reduction
+    check = call.check
+    distill_coef = check.number(
+        "distill_coef", distill_coef, lambda x: x >= 0, "a finite number >= 0"
     )
-    distill_weights, distilled = call.weights(
-        gate, distill_coef, distill_weights=distill_weights, distill_reduction=distill_reduction
+    has_policy = check.all_gather(targets=targets, advantages=advantages)
+    has_teacher = check.all_gather(teacher_hidden=teacher_hidden, teacher_lm_head=teacher_lm_head)
+    check.require(
+        has_policy or has_teacher,
+        "neither targets and advantages (a policy part) nor teacher_hidden and teacher_lm_head (a "
+        "teacher to distil from) are given; pass either, or both",
     )
-    settings = PolicySettings(
-        epsilon_low,
-        epsilon_high,
-        delta,
-        kl_coef,
-        kl_estimator,
-        entropy_coef,
-        policy_loss,
-        importance_level,
-        sapo_temperature_pos,
-        sapo_temperature_neg,
-    )
-    policy = policy_term(
-        call.check,
-        settings,
-        call.lead,
-        rewarded,
-        call.hidden,
+    policy = PolicyPart(
+        targets,
         advantages,
         old_logprobs,
         ref_logprobs,
         sampler_weights,
+        PolicySettings.among(locals()),
+        policy_weights,
+        policy_reduction,
+        prefix="policy_",
     )
-    call.check.targets(targets, call.hidden, rewarded | distilled, len(call.head.weight))
-    rows = _rows(call, rewarded, policy)
-    student, problem = build_problem(
-        call.check,
-        call.hidden,
-        call.head,
-        call.bias,
+    distillation = DistillationPart(
+        teacher_hidden,
+        teacher_lm_head,
+        teacher_bias,
+        gate,
+        distill_weights,
+        distill_reduction,
+        prefix="distill_",
+        coefficient=distill_coef,
+    )
+    if not has_policy:
+        policy.refuse_the_rest(check)
+    if not has_teacher:
+        distillation.refuse_the_rest(check)
+    return _loss(
+        call,
+        policy if has_policy else None,
+        distillation if has_teacher else None,
+        beta=beta,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class DistillationPart:
+    """This is what a loss was given of the teacher, none of it checked but the coefficient."""
+
+    teacher_hidden: Tensor
+    teacher_lm_head: Tensor | Head
+    teacher_bias: Tensor | None
+    gate: Tensor | None
+    weights: Tensor | None
+    reduction: str
+    prefix: str = ""
+    """The last two are arguments of this prefix, as in distill_weights."""
+    coefficient: float = 1.0
+
+    def refuse_the_rest(self, check: Validator) -> None:
+        """Refuse tensors of a teacher that is not there."""
+        check.reduction(f"{self.prefix}reduction", self.reduction)
+        check.unused(
+            "teacher_hidden and teacher_lm_head",
+            gate=self.gate,
+            teacher_bias=self.teacher_bias,
+            **{f"{self.prefix}weights": self.weights},
+        )
+
+    def checked(self, call: Call, temperature: float) -> tuple[Teacher, Tensor, Tensor]:
+        """Return the teacher, each token's weight of the divergence, and where that is not 0."""
+        call.check.gate(self.gate, call.lead)
+        weights, present = call.weights(self.gate, self.weights, self.reduction, self.prefix)
+        teacher = call.teacher(
+            self.teacher_hidden,
+            self.teacher_lm_head,
+            self.teacher_bias,
+            self.opened(present),
+            temperature,
+        )
+        if self.coefficient == 0.0:
+            present = torch.zeros_like(present)
+        return teacher, self.coefficient * weights, present
+
+    def opened(self, present: Tensor) -> Tensor | None:
+        """Return (B,), 0 or False on closed sequences: the gate or, where weights stand in for it,
+        whether a sequence has a token of weight; None if all are open.
+
+        `present` says where mask times weights is not 0.
+        """
+        if self.gate is not None or self.weights is None:
+            return self.gate
+        return present.any(-1) if present.dim() == 2 else present
+
+
+def _loss(
+    call: Call,
+    policy: PolicyPart | None,
+    distillation: DistillationPart | None,
+    *,
+    temperature: float,
+    beta: float = 0.5,
+    teacher_temperature: float | None = None,
+) -> Result:
+    """Compute any of the losses: at least one of the two parts is there."""
+    check = call.check
+    teacher_temperature = check.softmax(temperature, beta, teacher_temperature)
+    targets = teacher = rewarded = rows = distilled = None
+    if distillation is not None:
+        teacher, distill_weights, distilled = distillation.checked(call, teacher_temperature)
+    if policy is not None:
+        policy_weights, rewarded = call.weights(
+            None, policy.weights, policy.reduction, policy.prefix
+        )
+        term = policy_term(check, policy, rewarded, call.hidden)
+        targets = policy.targets
+        check.targets(targets, call.hidden, _either(rewarded, distilled), len(call.head.weight))
+        # All of its tokens are computed where their numbers were asked for.
+        rows = rewarded if call.engine.get("return_stats") else term.alive
+    student, problem = call.problem(
         targets,
-        teacher,
-        rows | distilled,
-        distilled,
-        engine,
+        _either(rows, distilled),
+        teacher=teacher,
+        distilled=distilled,
         beta=beta,
         temperature=temperature,
     )
 
     def policy_part(stats: TokenStats, rows: Tensor) -> Tensor:
-        return at(policy_weights, rows) * policy.token_loss(stats, rows)
+        return at(policy_weights, rows) * term.token_loss(stats, rows)
 
-    if policy.whole_sequences:
+    def divergence_part(stats: TokenStats, rows: Tensor) -> Tensor:
+        return at(distill_weights, rows) * stats.divergence
+
+    if policy is None:
+        return call.run(student, problem, divergence_part)
+    if term.whole_sequences:
         problem, policy_part = with_whole_sequences(student, problem, call.lead, rows, policy_part)
+    if distillation is None:
+        return call.run(student, problem, policy_part)
 
-    def token_loss(stats: TokenStats, rows: Tensor) -> Tensor:
-        return policy_part(stats, rows) + at(distill_weights, rows) * stats.divergence
+    def both_parts(stats: TokenStats, rows: Tensor) -> Tensor:
+        return policy_part(stats, rows) + divergence_part(stats, rows)
 
-    return call.run(student, problem, token_loss)
+    return call.run(student, problem, both_parts)
 
 
-def _rows(call: Call, active: Tensor, policy: PolicyTerm) -> Tensor:
-    """Tokens that the policy term computes: all of its own where their numbers were asked for."""
-    return active if call.engine.get("return_stats") else policy.alive
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor:
+    """Join the tokens of two parts; None stands for a part that is not there."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a | b

@@ -300,12 +300,12 @@ def grpo_loss(
 def kepo_loss(
     hidden: Tensor,
     lm_head: object,
-    targets: Tensor,
-    advantages: Tensor,
-    teacher_hidden: Tensor,
-    teacher_lm_head: object,
+    targets: Tensor | None = None,
+    advantages: Tensor | None = None,
+    teacher_hidden: Tensor | None = None,
+    teacher_lm_head: object = None,
     *,
-    gate: Tensor,
+    gate: Tensor | None = None,
     completion_mask: Tensor | None = None,
     policy_weights: Tensor | None = None,
     distill_weights: Tensor | None = None,
@@ -321,30 +321,36 @@ def kepo_loss(
 ) -> Tensor:
     """Oracle of `kepo_kernels.fused_kepo_loss`: grpo_loss + distill_coef gated_kd_loss.
 
-    Each has its own weights or reduction; `policy` is what else `grpo_loss` takes.
+    Without targets the second alone, without teacher_hidden the first. Each has its own weights or
+    reduction; `policy` is what else `grpo_loss` takes.
     """
     common = {"completion_mask": completion_mask, "temperature": temperature, "bias": bias}
-    reward = grpo_loss(
-        hidden,
-        lm_head,
-        targets,
-        advantages,
-        weights=policy_weights,
-        reduction=policy_reduction,
-        **common,
-        **policy,
-    )
-    distillation = gated_kd_loss(
-        hidden,
-        lm_head,
-        teacher_hidden,
-        teacher_lm_head,
-        gate=gate,
-        weights=distill_weights,
-        beta=beta,
-        teacher_temperature=teacher_temperature,
-        teacher_bias=teacher_bias,
-        reduction=distill_reduction,
-        **common,
-    )
-    return reward + distill_coef * distillation
+    terms = []
+    if targets is not None:
+        reward = grpo_loss(
+            hidden,
+            lm_head,
+            targets,
+            advantages,
+            weights=policy_weights,
+            reduction=policy_reduction,
+            **common,
+            **policy,
+        )
+        terms.append(reward)
+    if teacher_hidden is not None:
+        distillation = gated_kd_loss(
+            hidden,
+            lm_head,
+            teacher_hidden,
+            teacher_lm_head,
+            gate=gate,
+            weights=distill_weights,
+            beta=beta,
+            teacher_temperature=teacher_temperature,
+            teacher_bias=teacher_bias,
+            reduction=distill_reduction,
+            **common,
+        )
+        terms.append(distill_coef * distillation)
+    return sum(terms)

@@ -52,6 +52,26 @@ class Validator:
         if not holds:
             self.refuse(message)
 
+    def all_gather(self, **given: object) -> bool:
+        """Whether these arguments are given: all of them, or none."""
+        missing = [name for name, x in given.items() if x is None]
+        there = [name for name in given if name not in missing]
+        self.require(
+            not there or not missing,
+            f"{' and '.join(there)} came without {' and '.join(missing)}; "
+            f"{' and '.join(given)} must be given together or not at all",
+        )
+        return not missing
+
+    def unused(self, part: str, **given: object) -> None:
+        """Refuse arguments of a part that the call does not have."""
+        for name, x in given.items():
+            self.require(
+                x is None,
+                f"{name} is given without {part} and would have no effect; pass {part}, or leave "
+                f"{name} out",
+            )
+
     def none_bad(self, name: str, x: Tensor, bad: Tensor, expected: str) -> None:
         """Refuse `x` for the first of its elements that is bad."""
         if bad.any():

@@ -44,29 +44,35 @@ def as_it_is(batch: Batch) -> Batch:
     return batch
 
 
+class AllRead(Batch):
+    """A batch whose closed sequences the teacher reads, too."""
+
+    @property
+    def opened(self) -> Tensor:
+        return torch.ones_like(super().opened)
+
+
 def all_states(batch: Batch) -> Batch:
-    """Every gate open, the weights of closed sequences still 0: the loss drops those rows."""
-    return replace(batch, gate=torch.ones_like(batch.gate))
+    """Every sequence read, the weights of closed ones still 0: the loss drops those rows."""
+    return AllRead(**vars(batch))
 
 
 def everything(batch: Batch) -> Batch:
-    """Every gate open and no weight 0: the loss computes rows that nobody feels."""
+    """No weight 0: the loss computes rows that nobody feels."""
     weights = batch.distill_weights.clamp(min=UNFELT) * batch.completion_mask
-    return replace(all_states(batch), distill_weights=weights)
+    return replace(batch, distill_weights=weights)
 
 
 class Way(NamedTuple):
     batch: Callable[[Batch], Batch]
-    kepo_loss: Callable
-    grpo_loss: Callable
+    loss: Callable
 
 
-OURS = (kepo_kernels.fused_kepo_loss, kepo_kernels.fused_grpo_loss)
 WAYS = {
-    "fused": Way(as_it_is, *OURS),
-    "states": Way(all_states, *OURS),
-    "everywhere": Way(everything, *OURS),
-    "whole": Way(as_it_is, whole.kepo_loss, whole.grpo_loss),
+    "fused": Way(as_it_is, kepo_kernels.fused_kepo_loss),
+    "states": Way(all_states, kepo_kernels.fused_kepo_loss),
+    "everywhere": Way(everything, kepo_kernels.fused_kepo_loss),
+    "whole": Way(as_it_is, whole.kepo_loss),
 }
 
 
@@ -205,7 +211,7 @@ class Bench:
     def update(self, rate: float, way: str, gradients: Path | None = None) -> Update:
         """An update, from the same weights as any other. gradients: a file for them; what is free
         is given back before such an update."""
-        problem, (change, kepo_loss, grpo_loss) = self.problem, WAYS[way]
+        problem, (change, loss_of_way) = self.problem, WAYS[way]
         config, totals, loss = problem.config, StepTotals(), 0.0
         batch = change(problem.batch(rate))
         problem.policy.model.train()
@@ -213,9 +219,7 @@ class Bench:
         self.seen.clear()
         self.before.clear()
         started = self.now()
-        with mock.patch.multiple(
-            kepo.objective.step, fused_kepo_loss=kepo_loss, fused_grpo_loss=grpo_loss
-        ):
+        with mock.patch.object(kepo.objective.step, "fused_kepo_loss", loss_of_way):
             for micro in batch.split(config.micro_batch):
                 part, _ = kepo_step(problem.policy, problem.teacher, None, micro, config, totals)
                 part.backward()
@@ -234,7 +238,7 @@ class Bench:
             found = {n: p.grad if p.grad is None else p.grad.cpu() for n, p in self.trained.items()}
             torch.save(found, gradients)
         self.clear()
-        expected = int(batch.completion_mask[batch.gate > 0].sum())
+        expected = int(batch.completion_mask[batch.opened].sum())
         return Update(loss, norm, sum(n for n, _ in self.seen), expected, phases)
 
     def first(self, rate: float, way: str) -> Update:

@@ -1,16 +1,15 @@
-"""The two losses of a training step as plain PyTorch on whole matrices, the rival of step.py.
+"""The loss of a training step as plain PyTorch on whole matrices, the rival of step.py.
 
-They stand in for `fused_kepo_loss` and `fused_grpo_loss` in `kepo.objective.step`, and are what a
-careful user writes there: logits of the tokens that carry loss only, the teacher's without gradient
-and of the open sequences only, one log_softmax for both terms and no copy of some of its rows, one
-shift for both weights of the mixture, each KL summed before it is weighted, no name that keeps a matrix
-alive for longer than autograd does, entropy (a metric) in slices; softmax in fp32 where the model
-computes in bf16. At beta 0.5 and with every gate
-open, forward and backward then hold 8 matrices at their peak; the usual formula (TRL's, and `jsd`
-in peers.py) holds 9 or more, and `kepo_kernels/reference.py`, whose guards against -inf each copy a
-matrix, more again.
+It stands in for `fused_kepo_loss` in `kepo.objective.step`, and is what a careful user writes
+there: logits of the tokens that carry loss only, the teacher's without gradient and of the open
+sequences only, one log_softmax for both terms and no copy of some of its rows, one shift for both
+weights of the mixture, each KL summed before it is weighted, no name that keeps a matrix alive for
+longer than autograd does, entropy (a metric) in slices; softmax in fp32 where the model computes in
+bf16. At beta 0.5 and with every gate open, forward and backward then hold 8 matrices at their peak;
+the usual formula (TRL's, and `jsd` in peers.py) holds 9 or more, and `kepo_kernels/reference.py`,
+whose guards against -inf each copy a matrix, more again.
 
-They know the settings of a default run only and read no other: step.py compares loss and gradients
+It knows the settings of a default run only and reads no other: step.py compares loss and gradients
 before it times them.
 """
 
@@ -33,13 +32,12 @@ def kepo_loss(
     lm_head: Tensor,
     targets: Tensor,
     advantages: Tensor,
-    teacher_hidden: Tensor,
-    teacher_lm_head: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_lm_head: Tensor | None = None,
     *,
-    gate: Tensor,
     completion_mask: Tensor,
     policy_weights: Tensor,
-    distill_weights: Tensor,
+    distill_weights: Tensor | None = None,
     distill_coef: float,
     beta: float,
     epsilon_low: float,
@@ -47,38 +45,25 @@ def kepo_loss(
     **settings: object,
 ) -> Result:
     """As `fused_kepo_loss`, the teacher's states those of the open sequences; 0 < beta < 1."""
-    opened = completion_mask & (gate > 0)[:, None]
+    clip = epsilon_low, epsilon_high
+    if teacher_hidden is None:
+        parts = [(completion_mask, log_softmax(hidden[completion_mask], lm_head))]
+        return policy_part(parts, targets, advantages, policy_weights, *clip)
+    sequences = distill_weights.any(-1)
+    opened = completion_mask & sequences[:, None]
     closed = completion_mask & ~opened
     # Open and closed sequences apart: to select rows of one log_q would be to copy them.
     log_q = log_softmax(hidden[opened], lm_head)  # (n, V)
     with torch.no_grad():
-        log_p = log_softmax(teacher_hidden[completion_mask[gate > 0]], teacher_lm_head)
+        log_p = log_softmax(teacher_hidden[completion_mask[sequences]], teacher_lm_head)
     divergence = jsd(log_q, log_p, beta)
     del log_p
     parts = [(opened, log_q)]
     if bool(closed.any()):
         parts.append((closed, log_softmax(hidden[closed], lm_head)))
-    loss, stats = policy_part(parts, targets, advantages, policy_weights, epsilon_low, epsilon_high)
+    loss, stats = policy_part(parts, targets, advantages, policy_weights, *clip)
     stats.divergence[opened] = divergence.detach()
     return loss + distill_coef * weighted(divergence, distill_weights[opened]), stats
-
-
-def grpo_loss(
-    hidden: Tensor,
-    lm_head: Tensor,
-    targets: Tensor,
-    advantages: Tensor,
-    *,
-    completion_mask: Tensor,
-    weights: Tensor,
-    epsilon_low: float,
-    epsilon_high: float,
-    **settings: object,
-) -> Result:
-    """As `fused_grpo_loss`."""
-    log_q = log_softmax(hidden[completion_mask], lm_head)
-    parts = [(completion_mask, log_q)]
-    return policy_part(parts, targets, advantages, weights, epsilon_low, epsilon_high)
 
 
 def log_softmax(states: Tensor, lm_head: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from kepo.errors import KepoConfigError, KepoError
 T = TypeVar("T")
 R = TypeVar("R")
 
-PATIENCE = 15 * 60.0
+TIMEOUT = 15 * 60.0
 """Seconds a process may stand still, or be late at the start, before all end."""
 LAST_RESORT = timedelta(days=1)
 """Of a decision taken together: the first process may be reading a dataset. `watched` is what tells
@@ -38,12 +38,12 @@ _control: dist.ProcessGroup | None = None
 
 @contextmanager
 def processes(
-    device: str, *, alone: bool = False, patience: float = PATIENCE
+    device: str, *, alone: bool = False, timeout: float = TIMEOUT
 ) -> Iterator[torch.device]:
     """Join the processes that torchrun started, if it did; yields this one's own device.
 
     ``cuda`` becomes ``cuda:<local rank>``. alone: without torchrun, form a group of one, which
-    sharding needs. patience: seconds after which a process that does not come to the start, or
+    sharding needs. timeout: seconds after which a process that does not come to the start, or
     stands still, is named and all end. A process group that is there already is used as it is.
     Raises KepoConfigError where the environment or the devices do not fit, KepoError if a process
     does not come.
@@ -53,7 +53,7 @@ def processes(
     started = (several or alone) and not dist.is_initialized()
     with ExitStack() as stack:
         if started and several:
-            _join(own, patience, stack)
+            _join(own, timeout, stack)
         elif started:
             backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "cpu:gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -116,13 +116,13 @@ def _own_device(device: str, several: bool) -> torch.device:
     return torch.device("cuda", place)
 
 
-def _join(device: torch.device, patience: float, stack: ExitStack) -> None:
+def _join(device: torch.device, timeout: float, stack: ExitStack) -> None:
     """Form the group that torchrun describes, and watch it until ``stack`` ends."""
     global _control
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    limit = timedelta(seconds=patience)
-    waited = f"within {patience / 60:g} minutes (rank_timeout_minutes)"
+    limit = timedelta(seconds=timeout)
+    waited = f"within {timeout / 60:g} minutes (rank_timeout_minutes)"
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=limit))
         own = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
@@ -134,7 +134,7 @@ def _join(device: torch.device, patience: float, stack: ExitStack) -> None:
     # torchrun may start processes anew in the same store.
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     private = dist.PrefixStore(f"kepo/{again}", own)
-    if late := _late(private, rank, size, patience):
+    if late := _late(private, rank, size, timeout):
         raise KepoError(f"rank {rank}: {ranks(late)} did not come to the start {waited}")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo"
     # Between those of one step, ranks are apart by seconds. If that fails, `watched` names who.
@@ -143,13 +143,13 @@ def _join(device: torch.device, patience: float, stack: ExitStack) -> None:
     _control = dist.new_group(backend="gloo", timeout=LAST_RESORT)
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own process
     server = store if rank == 0 and not agents else None
-    stack.enter_context(watched(private, rank, size, patience, server))
+    stack.enter_context(watched(private, rank, size, timeout, server))
 
 
-def _late(store: dist.Store, rank: int, size: int, patience: float) -> list[int]:
-    """The ranks that have not come to this place after ``patience`` seconds."""
+def _late(store: dist.Store, rank: int, size: int, timeout: float) -> list[int]:
+    """The ranks that have not come to this place after ``timeout`` seconds."""
     store.set(f"here/{rank}", "")
-    end = time.monotonic() + patience
+    end = time.monotonic() + timeout
     late = []
     for other in range(size):
         left = timedelta(seconds=max(0.1, end - time.monotonic()))
@@ -198,12 +198,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_first() -> bool:
+def is_rank0() -> bool:
     """Whether this process is the one that writes and prints."""
     return rank() == 0
 
 
-def together(mine: T) -> list[T]:
+def all_gather(mine: T) -> list[T]:
     """What each process passed, by rank; any object that pickles. All must call."""
     if world_size() == 1:
         return [mine]
@@ -233,19 +233,19 @@ def _lost_peer(error: RuntimeError) -> KepoError:
     )
 
 
-def any_of(mine: bool) -> bool:
+def any_rank(mine: bool) -> bool:
     """Whether it holds in any process. All must call."""
-    return any(together(bool(mine)))
+    return any(all_gather(bool(mine)))
 
 
-def by_first(make: Callable[[], T]) -> T:
+def on_rank0(make: Callable[[], T]) -> T:
     """What ``make`` returns in the first process, in every process. All must call.
 
     A KepoError or OSError it raises there is raised everywhere, so that no process waits for one
     that left.
     """
     outcome: list[object] = [None, None]
-    if is_first():
+    if is_rank0():
         try:
             outcome[0] = make()
         except (KepoError, OSError) as error:
@@ -257,7 +257,7 @@ def by_first(make: Callable[[], T]) -> T:
     return outcome[0]  # type: ignore[return-value]
 
 
-def share_of(items: Sequence[T], place: int | None = None) -> Sequence[T]:
+def rank_slice(items: Sequence[T], place: int | None = None) -> Sequence[T]:
     """The part of ``items`` that belongs to one process (None = this one): runs of equal length,
     up to one, in order of rank."""
     place = rank() if place is None else place
@@ -269,42 +269,42 @@ class Stopped(Exception):
     """Work that was shared out has ended early, in every process, because one was asked to stop."""
 
 
-def shared_out(
+def split_work(
     items: Sequence[T],
     work: Callable[[Sequence[T]], list[R]],
     portions: Callable[[Sequence[T]], list[Sequence[T]]],
     *,
-    in_step: bool = False,
+    collective: bool = False,
     stop: Callable[[], bool] | None = None,
 ) -> list[R]:
     """``work`` of all items, each process having done its share; the same list in every process.
 
     portions: cuts a share into what is worked on at once; ``work`` returns one result per item of
-    it. in_step: ``work`` needs the other processes too (a sharded model), so those with fewer
+    it. collective: ``work`` needs the other processes too (a sharded model), so those with fewer
     portions repeat one for them and drop its results. stop: asked before every portion; once it is
     true in one process, `Stopped` is raised in all. All must call, with the same items.
     """
     if not items:
         return []
-    mine = portions(share_of(items)) if share_of(items) else []
-    rounds = max(together(len(mine))) if in_step else len(mine)
+    mine = portions(rank_slice(items)) if rank_slice(items) else []
+    rounds = max(all_gather(len(mine))) if collective else len(mine)
     results: list[R] = []
     ended = False
     for place in range(rounds):
         if stop is not None:
-            ended = any_of(stop()) if in_step else stop()
+            ended = any_rank(stop()) if collective else stop()
         if ended:
             break
         if place < len(mine):
             results += work(mine[place])
         else:
             work(mine[0] if mine else items[:1])
-    parts = together((results, ended))
+    parts = all_gather((results, ended))
     if any(ended for _, ended in parts):
         raise Stopped
     return [result for part, _ in parts for result in part]
 
 
-def runs_of(most: int) -> Callable[[Sequence[T]], list[Sequence[T]]]:
-    """Portions for `shared_out` of at most so many items, in order."""
+def batches_of(most: int) -> Callable[[Sequence[T]], list[Sequence[T]]]:
+    """Portions for `split_work` of at most so many items, in order."""
     return lambda share: [share[start : start + most] for start in range(0, len(share), most)]

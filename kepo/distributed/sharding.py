@@ -1,8 +1,8 @@
 """A model over several processes: a whole copy in each (DDP), or a share in each (FSDP2).
 
 Both do their part around a module's forward, and what we compute with a model is not one call of
-it: it is generation, or backbone, teacher and loss at once. So the module they wrap is `Whole`,
-whose forward is whatever it is given.
+it: it is generation, or backbone, teacher and loss at once. So the module they wrap is
+`ForwardWrapper`, whose forward is whatever it is given.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from kepo.distributed.processes import is_first, rank, world_size
+from kepo.distributed.processes import is_rank0, rank, world_size
 from kepo.errors import KepoConfigError
 from kepo_kernels.versions import refuse_sharding_on_cpu
 
 T = TypeVar("T")
 
 
-class Whole(nn.Module):
+class ForwardWrapper(nn.Module):
     """A model whose forward is any computation with it."""
 
     def __init__(self, model: nn.Module):
@@ -47,11 +47,13 @@ class Whole(nn.Module):
 def replicate(model: nn.Module) -> nn.Module:
     """The module through which a trained model averages its gradients over the processes."""
     if world_size() == 1:
-        return Whole(model)
+        return ForwardWrapper(model)
     # No buffer of these models changes, and a rollout must not wait for the others.
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(Whole(model), gradient_as_bucket_view=True, **{name: False})
+    return DistributedDataParallel(
+        ForwardWrapper(model), gradient_as_bucket_view=True, **{name: False}
+    )
 
 
 def shard(
@@ -80,7 +82,7 @@ def shard(
     )
     for layer in [*model.model.language_model.layers, *model.model.visual.blocks]:
         fully_shard(layer, **settings)
-    root = Whole(model)
+    root = ForwardWrapper(model)
     fully_shard(root, reshard_after_forward=False, **settings)
     return root
 
@@ -143,9 +145,9 @@ def whole_state(model: nn.Module, only: str = "") -> dict[str, Tensor]:
             continue
         if id(value) not in seen:
             full = whole_tensor(value.detach())
-            seen[id(value)] = full.cpu() if is_first() else torch.empty(0)
+            seen[id(value)] = full.cpu() if is_rank0() else torch.empty(0)
         state[name] = seen[id(value)]
-    return state if is_first() else {}
+    return state if is_rank0() else {}
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

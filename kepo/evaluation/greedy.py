@@ -10,16 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from tqdm import tqdm
 
 from kepo.data.load import Example
-from kepo.distributed.processes import runs_of, share_of, shared_out
+from kepo.distributed.processes import batches_of, rank_slice, split_work
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.models.encoding import Prompt
-from kepo.rollout.sampler import Engine
+from kepo.rollout.sampler import Sampler
 from kepo.tasks.multiple_choice import question_prompt
 from kepo.tasks.rewards import accuracy
 
 
 def evaluate(
-    engine: Engine,
+    sampler: Sampler,
     examples: Sequence[Example],
     *,
     max_new_tokens: int,
@@ -34,7 +34,7 @@ def evaluate(
     Stopped is raised in all. Raises KepoDataError if there are no examples.
     """
     texts = greedy_answers(
-        engine,
+        sampler,
         examples,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
@@ -48,7 +48,7 @@ def evaluate(
 
 
 def greedy_answers(
-    engine: Engine,
+    sampler: Sampler,
     examples: Sequence[Example],
     *,
     max_new_tokens: int,
@@ -61,10 +61,10 @@ def greedy_answers(
         raise KepoDataError("evaluate: examples is empty; expected at least one")
     if batch_size < 1:
         raise KepoConfigError(f"evaluate: batch_size is {batch_size}; expected a number >= 1")
-    bar = tqdm(total=len(share_of(examples)), desc="eval", disable=not progress)
+    bar = tqdm(total=len(rank_slice(examples)), desc="eval", disable=not progress)
 
     def work(batch: Sequence[Example]) -> list[str]:
-        ids, mask, _ = engine.sample(
+        ids, mask, _ = sampler.sample(
             [Prompt(question_prompt(e), e.images) for e in batch],
             num_return_sequences=1,
             max_new_tokens=max_new_tokens,
@@ -73,10 +73,12 @@ def greedy_answers(
             seeds=(),
         )
         bar.update(len(batch))
-        return engine.encoder.decode(ids, mask)
+        return sampler.encoder.decode(ids, mask)
 
     with bar:
-        return shared_out(examples, work, runs_of(batch_size), in_step=engine.in_step, stop=stop)
+        return split_work(
+            examples, work, batches_of(batch_size), collective=sampler.collective, stop=stop
+        )
 
 
 def by_question_type(

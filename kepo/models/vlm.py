@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kepo.distributed.processes import is_first, world_size
+from kepo.distributed.processes import is_rank0, world_size
 from kepo.distributed.sharding import gathered, whole_state, whole_tensor
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.models.conventions import VISION_TOKENS
@@ -31,7 +31,7 @@ class VLM:
     model: Any
     encoder: Encoder
     device: torch.device = CPU
-    whole: nn.Module | None = None
+    wrapper: nn.Module | None = None
     """The module through which the processes work together, see kepo.distributed.sharding."""
     sharded: bool = False
     """Each process has a share of the weights: every forward needs all processes."""
@@ -67,7 +67,7 @@ class VLM:
         if self.sharded:
             only = "lora_" if self.adapters else ""
             settings["state_dict"] = whole_state(saved, only)
-        if not is_first():
+        if not is_rank0():
             return
         if self.adapters:
             settings["save_embedding_layers"] = False
@@ -75,13 +75,13 @@ class VLM:
         for part in (self.encoder.tokenizer, self.encoder.image_processor):
             part.save_pretrained(path)
 
-    def within(self, work: Callable[[], T]) -> T:
+    def run_wrapped(self, work: Callable[[], T]) -> T:
         """``work``, with the model's weights there for it and its gradients shared afterwards.
 
         `generate` sees to it itself; a loss on `completion_hidden` and `lm_head` is computed within
         one such call, if the model may be spread over processes. All processes call.
         """
-        return work() if self.whole is None else self.whole(work)
+        return work() if self.wrapper is None else self.wrapper(work)
 
     @property
     def lm_head(self) -> Tensor:
@@ -116,10 +116,10 @@ class VLM:
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
         return self.encoder.decode(ids, mask)
 
-    # ---- as an Engine ----
+    # ---- as a Sampler ----
 
     @property
-    def in_step(self) -> bool:
+    def collective(self) -> bool:
         return self.sharded and not self._gathered
 
     @contextmanager
@@ -127,7 +127,7 @@ class VLM:
         if not (self.sharded and self.gathers):
             yield
             return
-        with gathered(self.whole):
+        with gathered(self.wrapper):
             self._gathered = True
             try:
                 yield
@@ -217,12 +217,12 @@ class VLM:
         )
         repeated = inputs.repeat(num_return_sequences)
         with _eval_mode(self.model), _no_defaults(self.model, settings), torch.no_grad():
-            sequences = self.within(
+            sequences = self.run_wrapped(
                 lambda: self.model.generate(
                     **forward_inputs(self.model, repeated),
                     generation_config=settings,
                     logits_processor=[law] if law else [],
-                    synced_gpus=self.in_step and world_size() > 1,
+                    synced_gpus=self.collective and world_size() > 1,
                 )
             )
         completion_ids = sequences[:, inputs.input_ids.shape[1] :]

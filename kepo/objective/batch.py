@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kepo.config import Config
-from kepo.distributed.processes import share_of, world_size
+from kepo.distributed.processes import rank_slice, world_size
 from kepo.models.encoding import Prompt
 from kepo.objective.credit import group_advantages, quality_gate
 from kepo.rollout.rollouts import Group, Rollout, reward_of, total_rewards
@@ -30,13 +30,11 @@ class Batch:
     """(B, T) bool, True on tokens that carry loss, the end token included."""
     advantages: Tensor
     """(B,) fp32"""
-    gate: Tensor
-    """(B,) fp32, 0 where it is closed"""
     policy_weights: Tensor
     """(B, T) weights of the policy term, normalised over the whole step."""
     distill_weights: Tensor
-    """(B, T) weights of the divergence, normalised over the whole step; 0 where the gate is
-    closed."""
+    """(B, T) weights of the divergence, the gate among their factors, normalised over the whole
+    step."""
     sampler_logprobs: Tensor
     """(B, T) fp32 log-probabilities under the law that sampled; NaN where nobody did."""
     hinted: Tensor
@@ -47,6 +45,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @property
+    def opened(self) -> Tensor:
+        """(B,) bool, the completions that are distilled on: a token of theirs weighs something."""
+        return self.distill_weights.any(-1)
+
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of up to ``size`` completions, each cut to its own longest one."""
         return [self._rows(start, start + size) for start in range(0, len(self), size)]
@@ -54,8 +57,8 @@ class Batch:
     def own_micros(self, size: int) -> list[Batch]:
         """Micro-batches of this process's share; in every process as many, so that all can work
         together on each. Where a share has run out they are one completion without any loss."""
-        rows = share_of(range(len(self)))
-        most = max(len(share_of(range(len(self)), place)) for place in range(world_size()))
+        rows = rank_slice(range(len(self)))
+        most = max(len(rank_slice(range(len(self)), place)) for place in range(world_size()))
         micros = self._rows(rows.start, rows.stop).split(size) if len(rows) else []
         return micros + [self._lossless()] * (-(-most // size) - len(micros))
 
@@ -64,7 +67,7 @@ class Batch:
 
     def _lossless(self) -> Batch:
         row = self._rows(0, 1)
-        names = ("completion_mask", "gate", "policy_weights", "distill_weights")
+        names = ("completion_mask", "policy_weights", "distill_weights")
         return replace(row, **{name: torch.zeros_like(getattr(row, name)) for name in names})
 
     def _rows(self, start: int, end: int) -> Batch:
@@ -81,7 +84,7 @@ class Batch:
 
 
 def collate(groups: Sequence[Group], config: Config, data: Sequence[Rollout] = ()) -> Batch:
-    """Advantages, gate, masks and weights of all rollouts of one step.
+    """Advantages, masks and weights of all rollouts of one step.
 
     Every group must have the same number of samples; ``data`` are the dataset's own solutions, each
     by itself with advantage 1. With ``mask_truncated`` a completion that hit the length limit keeps
@@ -99,7 +102,6 @@ def collate(groups: Sequence[Group], config: Config, data: Sequence[Rollout] = (
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     if config.mask_truncated:
         mask &= ~torch.tensor([r.truncated for r in rollouts])[:, None]
-    gate = gates(rollouts, config) * mask.any(-1)  # the teacher need not read what has no loss
     if config.policy_reduction == "dr_grpo":
         policy_weights = dr_grpo_weights(mask, config.max_completion_length)
     else:
@@ -114,9 +116,8 @@ def collate(groups: Sequence[Group], config: Config, data: Sequence[Rollout] = (
         completion_ids=ids,
         completion_mask=mask,
         advantages=advantages,
-        gate=gate,
         policy_weights=config.policy_coef * policy_weights,
-        distill_weights=loss_weights(mask, gate, config.distill_reduction),
+        distill_weights=loss_weights(mask, gates(rollouts, config), config.distill_reduction),
         sampler_logprobs=pad_sequence(drawn, batch_first=True, padding_value=torch.nan),
         hinted=torch.tensor([r.hinted for r in rollouts]),
     )

@@ -42,15 +42,17 @@ def quality_gate(quality: Tensor, threshold: float | None) -> Tensor:
     return (quality >= threshold).float()
 
 
-def engine_weights(logprobs: Tensor, sampler_logprobs: Tensor, own: Tensor, cap: float) -> Tensor:
+def correction_weights(
+    logprobs: Tensor, sampler_logprobs: Tensor, own: Tensor, cap: float
+) -> Tensor:
     """(B, T) weights of the policy term of tokens that were sampled without a hint; 1 elsewhere.
 
-    min(q / b, cap), q = exp(logprobs), b = exp(sampler_logprobs): they differ where the engine that
-    samples computes in another way. (Truncated importance sampling, Yao et al. 2025.)
+    min(q / b, cap), q = exp(logprobs), b = exp(sampler_logprobs): they differ where the sampler
+    computes in another way. (Truncated importance sampling, Yao et al. 2025.)
 
     Args:
         logprobs: (B, T), of the policy that sampled, as the trainer computes them.
-        sampler_logprobs: (B, T), as the engine did; NaN, where nobody sampled, weighs 1.
+        sampler_logprobs: (B, T), as the sampler did; NaN, where nobody sampled, weighs 1.
         own: (B, T) bool, the tokens of such completions.
     """
     sampled = own & ~sampler_logprobs.isnan()

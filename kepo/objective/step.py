@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from kepo.config import Config
-from kepo.distributed.processes import any_of, together
+from kepo.distributed.processes import all_gather, any_rank
 from kepo.models.vlm import VLM
 from kepo.objective.batch import Batch
-from kepo.objective.credit import engine_weights, hinted_weights
+from kepo.objective.credit import correction_weights, hinted_weights
 from kepo.objective.sod import drift_weights
-from kepo_kernels import TokenStats, fused_grpo_loss, fused_kepo_loss, fused_linear_logprobs
+from kepo_kernels import TokenStats, fused_kepo_loss, fused_linear_logprobs
 from kepo_kernels.objectives.policy import ESTIMATORS
 
 
@@ -42,7 +42,7 @@ class StepTotals:
 
     def of_all(self) -> StepTotals:
         """Those of all processes as one: sums, and the larger of what is a maximum or a time."""
-        everyones = [vars(totals) for totals in together(self)]
+        everyones = [vars(totals) for totals in all_gather(self)]
         of = {name: max if name in _LARGEST else sum for name in vars(self)}
         return StepTotals(**{name: of[name](t[name] for t in everyones) for name in of})
 
@@ -68,19 +68,21 @@ def kepo_step(
     micro = micro.to(policy.device)
     ids, mask = micro.completion_ids, micro.completion_mask
     hidden = policy.completion_hidden(policy.encode(micro.prompts), ids, mask)
-    scoring = dict(
-        temperature=config.temperature, impl=config.impl, workspace_bytes=config.workspace_bytes
-    )
-
-    def logprobs_of(states: Tensor, model: VLM, rows: Tensor, chosen: Tensor) -> Tensor:
-        with torch.no_grad():
-            return fused_linear_logprobs(
-                states, model.lm_head, ids[rows], completion_mask=chosen, **scoring
-            )
-
-    settings: dict[str, Any] = dict(
+    ref_logprobs = None if ref is None else _ref_logprobs(ref, micro, config)
+    sampler_weights = _sampler_weights(policy, hidden.detach(), micro, config, totals)
+    distillation = _distillation(policy, teacher, hidden.detach(), micro, config, totals)
+    loss, stats = fused_kepo_loss(
+        hidden,
+        policy.lm_head,
+        ids,
+        micro.advantages,
         completion_mask=mask,
+        policy_weights=micro.policy_weights,
+        distill_coef=config.distill_coef,
+        beta=config.beta,
         old_logprobs=micro.old_logprobs,
+        ref_logprobs=ref_logprobs,
+        sampler_weights=sampler_weights,
         epsilon_low=config.epsilon_low,
         epsilon_high=config.epsilon_high,
         kl_coef=config.kl_coef,
@@ -88,87 +90,107 @@ def kepo_step(
         policy_loss=config.policy_loss,
         importance_level=config.importance_level,
         return_stats=True,
-        **scoring,
+        **distillation,
+        **_softmax(config),
     )
-    every = torch.arange(len(micro), device=ids.device)
-    if ref is not None:
-        shown = ref.encode(micro.prompts)
-        with torch.no_grad():
-            ref_hidden = ref.within(lambda: ref.completion_hidden(shown, ids, mask))
-        settings["ref_logprobs"] = logprobs_of(ref_hidden, ref, every, mask)
-    own, hinted = _to_correct(micro, config)
-    corrected = own | hinted
-    if bool(corrected.any()):
-        before = micro.old_logprobs
-        if before is None:
-            before = logprobs_of(hidden.detach(), policy, every, corrected)
-        weights = engine_weights(before, micro.sampler_logprobs, own, config.sampler_cap)
-        if config.hinted_correction != "none":
-            weights = weights * hinted_weights(
-                before,
-                micro.sampler_logprobs,
-                hinted,
-                config.hinted_correction,
-                config.hinted_cap,
-                config.hinted_gamma,
-            )
-        settings["sampler_weights"] = weights
-        if bool(own.any()):
-            totals.ratio += float(weights[own].sum())
-            totals.ratio_max = max(totals.ratio_max, float(weights[own].max()))
-            totals.ratio_tokens += int(own.sum())
-
-    opened = (micro.gate > 0).nonzero().squeeze(-1)
-    distils = teacher is not None and len(opened) > 0
-    if config.distils and teacher.in_step and any_of(distils) and not distils:
-        _open_hidden(teacher, micro, every[:1])  # for those who need this process's share of it
-    if distils:
-        started = _now(hidden)
-        teacher_hidden = _open_hidden(teacher, micro, opened)
-        totals.teacher_seconds += _now(hidden) - started
-        totals.teacher_tokens += int(mask[opened].sum())
-        distill_weights = micro.distill_weights
-        if config.step_weights:
-            factors = drift_weights(
-                policy.tokenizer,
-                ids[opened],
-                logprobs_of(hidden.detach()[opened], policy, opened, mask[opened]),
-                logprobs_of(teacher_hidden, teacher, opened, mask[opened]),
-                mask[opened],
-            )
-            distill_weights = distill_weights.index_copy(
-                0, opened, distill_weights[opened] * factors
-            )
-        loss, stats = fused_kepo_loss(
-            hidden,
-            policy.lm_head,
-            ids,
-            micro.advantages,
-            teacher_hidden,
-            teacher.lm_head,
-            # Its value is in the weights already; here it only says who is open.
-            gate=micro.gate > 0,
-            policy_weights=micro.policy_weights,
-            distill_weights=distill_weights,
-            distill_coef=config.distill_coef,
-            beta=config.beta,
-            **settings,
-        )
-        distill_loss = float((distill_weights * stats.divergence).sum())
-    else:
-        loss, stats = fused_grpo_loss(
-            hidden,
-            policy.lm_head,
-            ids,
-            micro.advantages,
-            weights=micro.policy_weights,
-            **settings,
-        )
-        distill_loss = 0.0
+    distill_loss = 0.0
+    if distillation:
+        distill_loss = float((distillation["distill_weights"] * stats.divergence).sum())
     totals.distill_loss += distill_loss
     totals.policy_loss += float(loss.detach()) - config.distill_coef * distill_loss
-    _add(totals, stats, micro, config, settings.get("ref_logprobs"))
+    _add(totals, stats, micro, config, ref_logprobs)
     return loss, stats.logprobs
+
+
+def _softmax(config: Config) -> dict[str, Any]:
+    """Say how every call of the kernels reads logits, and by which engine."""
+    return dict(
+        temperature=config.temperature, impl=config.impl, workspace_bytes=config.workspace_bytes
+    )
+
+
+@torch.no_grad()
+def _logprobs(model: VLM, states: Tensor, ids: Tensor, mask: Tensor, config: Config) -> Tensor:
+    """Score the ids: (B, T) log-probabilities where the mask is, 0 elsewhere."""
+    head = model.lm_head
+    return fused_linear_logprobs(states, head, ids, completion_mask=mask, **_softmax(config))
+
+
+def _ref_logprobs(ref: VLM, micro: Batch, config: Config) -> Tensor:
+    ids, mask = micro.completion_ids, micro.completion_mask
+    shown = ref.encode(micro.prompts)
+    with torch.no_grad():
+        hidden = ref.run_wrapped(lambda: ref.completion_hidden(shown, ids, mask))
+    return _logprobs(ref, hidden, ids, mask, config)
+
+
+def _sampler_weights(
+    policy: VLM, hidden: Tensor, micro: Batch, config: Config, totals: StepTotals
+) -> Tensor | None:
+    """Return (B, T) factors of the policy loss where another law sampled, None where none did.
+
+    Adds the engine's ratios to ``totals``.
+    """
+    own, hinted = _to_correct(micro, config)
+    corrected = own | hinted
+    if not bool(corrected.any()):
+        return None
+    before = micro.old_logprobs
+    if before is None:
+        before = _logprobs(policy, hidden, micro.completion_ids, corrected, config)
+    weights = correction_weights(before, micro.sampler_logprobs, own, config.sampler_cap)
+    if config.hinted_correction != "none":
+        weights = weights * hinted_weights(
+            before,
+            micro.sampler_logprobs,
+            hinted,
+            config.hinted_correction,
+            config.hinted_cap,
+            config.hinted_gamma,
+        )
+    if bool(own.any()):
+        totals.ratio += float(weights[own].sum())
+        totals.ratio_max = max(totals.ratio_max, float(weights[own].max()))
+        totals.ratio_tokens += int(own.sum())
+    return weights
+
+
+def _distillation(
+    policy: VLM,
+    teacher: VLM | None,
+    hidden: Tensor,
+    micro: Batch,
+    config: Config,
+    totals: StepTotals,
+) -> dict[str, Any]:
+    """Ask the teacher, and return its arguments of the loss: none where every gate is closed.
+
+    Its states are those of the open sequences alone. Adds its time and tokens to ``totals``.
+    """
+    ids, mask = micro.completion_ids, micro.completion_mask
+    opened = micro.opened.nonzero().squeeze(-1)
+    distils = teacher is not None and len(opened) > 0
+    if config.distils and teacher.collective and any_rank(distils) and not distils:
+        # For those who need this process's share of it.
+        _open_hidden(teacher, micro, torch.arange(1, device=ids.device))
+    if not distils:
+        return {}
+    started = _now(hidden)
+    states = _open_hidden(teacher, micro, opened)
+    totals.teacher_seconds += _now(hidden) - started
+    totals.teacher_tokens += int(mask[opened].sum())
+    weights = micro.distill_weights
+    if config.step_weights:
+        ids, mask = ids[opened], mask[opened]
+        factors = drift_weights(
+            policy.tokenizer,
+            ids,
+            _logprobs(policy, hidden[opened], ids, mask, config),
+            _logprobs(teacher, states, ids, mask, config),
+            mask,
+        )
+        weights = weights.index_copy(0, opened, weights[opened] * factors)
+    return dict(teacher_hidden=states, teacher_lm_head=teacher.lm_head, distill_weights=weights)
 
 
 def _to_correct(micro: Batch, config: Config) -> tuple[Tensor, Tensor]:
@@ -197,8 +219,8 @@ def _open_hidden(teacher: VLM, micro: Batch, opened: Tensor) -> Tensor:
         ids, mask = (
             x[opened].to(teacher.device) for x in (micro.completion_ids, micro.completion_mask)
         )
-        hidden = teacher.within(lambda: teacher.completion_hidden(inputs, ids, mask))
-    return hidden.to(micro.gate.device)
+        hidden = teacher.run_wrapped(lambda: teacher.completion_hidden(inputs, ids, mask))
+    return hidden.to(micro.completion_ids.device)
 
 
 def _add(

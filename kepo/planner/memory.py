@@ -131,8 +131,8 @@ class _Run:
     # ---- phases ----
 
     def rollout(self) -> Iterator[Moment]:
-        """Sampling, or what an engine beside the models takes for it."""
-        if self.config.engine == "vllm":
+        """Sampling, or what a sampler beside the models takes for it."""
+        if self.config.sampler == "vllm":
             yield self._moment("vLLM", self._ready_to_sample())
             return
         yield from self._sampling(self.config.num_generations, self.prompts, "sampling")
@@ -145,13 +145,13 @@ class _Run:
         yield from self._generating(
             self.teacher, at_once, 1, self.prompts, longest, 0.0, extra, "the teacher's hint"
         )
-        if self.config.engine == "transformers":
+        if self.config.sampler == "transformers":
             hinted = replace(self.prompts, text_tokens=self.prompts.text_tokens + longest)
             yield from self._sampling(self.config.num_hinted, hinted, "sampling with it")
 
     def evaluation(self) -> Iterator[Moment]:
         """The greedy answers, by what samples in a rollout."""
-        if self.config.engine == "vllm":
+        if self.config.sampler == "vllm":
             yield self._moment("vLLM", self._ready_to_sample())
             return
         longest, at_once = self.config.max_completion_length, self.config.eval_batch
@@ -259,8 +259,8 @@ class _Run:
     # ---- their parts ----
 
     def _ready_to_sample(self) -> Held:
-        """While the engine is awake: it is from the first sample to the last hint."""
-        if self.config.engine == "vllm":
+        """While the sampler is awake: it is from the first sample to the last hint."""
+        if self.config.sampler == "vllm":
             # Its weights and cache; ours are made whole one fp32 tensor at a time.
             share = int(self.config.vllm_memory * self.machine.gpu_bytes)
             tensor = 4 * self.student.counts.largest if self.stays.sharded else 0

@@ -139,7 +139,7 @@ def advice(config: Config, machine: Machine, prompts: Prompts) -> list[Change]:
     ]
     if config.rollout_tokens is not None:
         changes.append(half("rollout_tokens"))
-    if config.engine == "vllm":
+    if config.sampler == "vllm":
         changes.append(dict(vllm_memory=config.vllm_memory / 2))
     if machine.gpus > 1 or config.dtype != "float32":
         changes.append(dict(sharding="fsdp2"))

@@ -12,7 +12,7 @@ from kepo.models.vlm import VLM
 from kepo.rollout.hints import Hints, RescueReport, rescue
 from kepo.rollout.questions import draw
 from kepo.rollout.rollouts import Group, sample, total_rewards
-from kepo.rollout.sampler import Engine
+from kepo.rollout.sampler import Sampler
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Exploration:
 
 def explore(
     questions: Sequence[Example],
-    engine: Engine,
+    sampler: Sampler,
     teacher: VLM | None,
     config: Config,
     hints: Hints,
@@ -52,11 +52,11 @@ def explore(
         started = time.perf_counter()
         stream = (step, extra_round)
         groups = sample(
-            engine, questions, config, num_generations=config.num_generations, stream=stream
+            sampler, questions, config, num_generations=config.num_generations, stream=stream
         )
         sampled = time.perf_counter()
         if config.hints:
-            groups, report = rescue(groups, engine, teacher, config, hints, stream)
+            groups, report = rescue(groups, sampler, teacher, config, hints, stream)
             found.report += report
             found.sampled += report.sampled
         found.asked += len(groups)

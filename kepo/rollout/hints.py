@@ -15,12 +15,12 @@ from dataclasses import dataclass, fields
 
 from kepo.config import Config
 from kepo.data.load import Example
-from kepo.distributed.processes import runs_of, shared_out
+from kepo.distributed.processes import batches_of, split_work
 from kepo.models.encoding import Encoder, Prompt
 from kepo.models.vlm import VLM
 from kepo.rollout.questions import seed_of
 from kepo.rollout.rollouts import Group, Rollout, reward_of, sample, total_reward
-from kepo.rollout.sampler import Engine
+from kepo.rollout.sampler import Sampler
 from kepo.tasks.leaks import states_answer
 from kepo.tasks.multiple_choice import hint_request, parse_hint
 
@@ -60,7 +60,7 @@ class RescueReport:
 
 def rescue(
     groups: Sequence[Group],
-    engine: Engine,
+    sampler: Sampler,
     teacher: VLM,
     config: Config,
     hints: Hints,
@@ -88,7 +88,7 @@ def rescue(
         if not lacking:
             break
         tries = sample(
-            engine,
+            sampler,
             [groups[place][0].example for place in lacking],
             config,
             num_generations=config.num_hinted,
@@ -158,7 +158,9 @@ def write_hints(
         )
         return teacher.decode(ids, mask)
 
-    texts = shared_out(examples, work, runs_of(config.rollout_batch), in_step=teacher.in_step)
+    texts = split_work(
+        examples, work, batches_of(config.rollout_batch), collective=teacher.collective
+    )
     encoder = teacher.encoder
     return [
         hint if usable(hint, example, config, encoder) else None

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from kepo.config import TOTAL, Config
 from kepo.data.load import Example
-from kepo.distributed.processes import runs_of, shared_out
+from kepo.distributed.processes import batches_of, split_work
 from kepo.models.encoding import Encoder, Prompt
 from kepo.models.sampling import Sampled
 from kepo.rollout.questions import seed_of
-from kepo.rollout.sampler import Engine
+from kepo.rollout.sampler import Sampler
 from kepo.tasks.multiple_choice import hinted_prompt, question_prompt, worked_answer
 from kepo.tasks.rewards import score
 
@@ -47,7 +47,7 @@ Group = list[Rollout]
 
 
 def sample(
-    engine: Engine,
+    sampler: Sampler,
     examples: Sequence[Example],
     config: Config,
     *,
@@ -70,7 +70,7 @@ def sample(
     ]
 
     def work(some: Sequence[_Asked]) -> list[Group]:
-        sampled = engine.sample(
+        sampled = sampler.sample(
             [_prompt(one, config) for one in some],
             num_return_sequences=num_generations,
             max_new_tokens=config.max_completion_length,
@@ -82,12 +82,12 @@ def sample(
                 for number in range(num_generations)
             ],
         )
-        return _scored(some, sampled, engine.encoder, config, num_generations)
+        return _scored(some, sampled, sampler.encoder, config, num_generations)
 
     def portions(share: Sequence[_Asked]) -> list[Sequence[_Asked]]:
-        return _portions(share, engine.encoder, config, num_generations)
+        return _portions(share, sampler.encoder, config, num_generations)
 
-    return shared_out(asked, work, portions, in_step=engine.in_step)
+    return split_work(asked, work, portions, collective=sampler.collective)
 
 
 class _Asked(NamedTuple):
@@ -111,7 +111,7 @@ def _portions(
     a single question always may."""
     most = max(1, config.rollout_batch // num_generations)
     if config.rollout_tokens is None:
-        return runs_of(most)(share)
+        return batches_of(most)(share)
     lengths = [encoder.encode([_prompt(one, config)]).input_ids.shape[1] for one in share]
     portions: list[list[_Asked]] = []
     longest = 0

@@ -10,13 +10,13 @@ from kepo.models.encoding import Encoder, Prompt
 from kepo.models.sampling import Sampled
 
 
-class Engine(Protocol):
-    """Samples completions with the policy's weights; `VLM` is one, `VllmEngine` another."""
+class Sampler(Protocol):
+    """Samples completions with the policy's weights; `VLM` is one, `VllmSampler` another."""
 
     encoder: Encoder
 
     @property
-    def in_step(self) -> bool:
+    def collective(self) -> bool:
         """Whether `sample` needs all processes to call it together: the weights are sharded."""
 
     def ready(self) -> AbstractContextManager[None]:
@@ -34,6 +34,6 @@ class Engine(Protocol):
     ) -> Sampled:
         """Completions on the CPU, those of a prompt in a row, one seed for each.
 
-        temperature: 0.0 is greedy, and reads no seed. Only where `in_step` is False do the same
+        temperature: 0.0 is greedy, and reads no seed. Only where `collective` is False do the same
         seeds promise the same tokens beside other prompts, rounding apart.
         """

@@ -30,14 +30,14 @@ COLDEST, HOTTEST = 0.01, 2.0  # vLLM raises a lower temperature to the first, re
 BANNED = -100.0  # of the biases that vLLM is sure to take, the lowest; e^-50 at the hottest
 
 
-class VllmEngine:
-    """An `Engine`: one `vllm.LLM` per process, on the process's own GPU, with whole weights.
+class VllmSampler:
+    """A `Sampler`: one `vllm.LLM` per process, on the process's own GPU, with whole weights.
 
     The same seed gives the same tokens beside other prompts as far as vLLM's rounding does not
     depend on them.
     """
 
-    in_step = False
+    collective = False
 
     def __init__(
         self,
@@ -62,10 +62,10 @@ class VllmEngine:
             llm: a `vllm.LLM` that is there already, awake. None = made here.
         """
         if dtype not in DTYPES:
-            raise KepoConfigError(f"VllmEngine: dtype is {dtype!r}; expected one of {DTYPES}")
+            raise KepoConfigError(f"VllmSampler: dtype is {dtype!r}; expected one of {DTYPES}")
         if not 0 < memory_share <= 1:
             raise KepoConfigError(
-                f"VllmEngine: memory_share is {memory_share}; expected a number in (0, 1]"
+                f"VllmSampler: memory_share is {memory_share}; expected a number in (0, 1]"
             )
         self.encoder = encoder
         self._weights = weights
@@ -84,7 +84,7 @@ class VllmEngine:
             missing = sorted(set().union(*self._llm.apply_model(self._take_weights)))
             if missing:
                 raise KepoError(
-                    f"VllmEngine.ready: weights gave nothing for {len(missing)} of vLLM's "
+                    f"VllmSampler.ready: weights gave nothing for {len(missing)} of vLLM's "
                     f"parameters, first {missing[0]}; expected all of the checkpoint's tensors"
                 )
             self._llm.reset_prefix_cache()  # both hold what older weights computed
@@ -139,12 +139,12 @@ class VllmEngine:
         )
         if len(outputs) != rows:
             raise KepoError(
-                f"VllmEngine.sample: vLLM gave {len(outputs)} answers to {rows} prompts"
+                f"VllmSampler.sample: vLLM gave {len(outputs)} answers to {rows} prompts"
             )
         for output, (request, expanded) in zip(outputs, asked, strict=True):
             if list(output.prompt_token_ids) not in (expanded, request["prompt_token_ids"]):
                 raise KepoError(
-                    f"VllmEngine.sample: vLLM read a prompt as {len(output.prompt_token_ids)} "
+                    f"VllmSampler.sample: vLLM read a prompt as {len(output.prompt_token_ids)} "
                     f"tokens and the encoder as {len(expanded)}; expected the same ones: are "
                     "images resized alike, and are the answers in order?"
                 )
@@ -176,7 +176,7 @@ class VllmEngine:
         pictures = [open_rgb(path) for path in prompt.images]
         if ids.count(image) != len(pictures):
             raise KepoError(
-                f"VllmEngine.sample: the prompt {prompt.text!r} has {len(pictures)} images and "
+                f"VllmSampler.sample: the prompt {prompt.text!r} has {len(pictures)} images and "
                 f"{ids.count(image)} runs of placeholders; expected something between two images"
             )
         request: dict[str, Any] = {"prompt_token_ids": ids}
@@ -191,7 +191,7 @@ class VllmEngine:
         whole = reason == "stop" and len(tokens) > 0 and tokens[-1] in ends
         if not whole and not (reason == "length" and len(tokens) == max_new_tokens):
             raise KepoError(
-                f"VllmEngine.sample: vLLM ended a completion after {len(tokens)} tokens, "
+                f"VllmSampler.sample: vLLM ended a completion after {len(tokens)} tokens, "
                 f"finish_reason {reason!r}, last token {list(tokens[-1:])}; expected one of "
                 f"{list(ends)} at its end, or max_new_tokens={max_new_tokens}. If it ran out of "
                 "room, give it more memory (vllm_memory)"
@@ -224,10 +224,10 @@ class VllmEngine:
     ) -> None:
         def require(holds: bool, message: str) -> None:
             if not holds:
-                raise KepoConfigError(f"VllmEngine.sample: {message}")
+                raise KepoConfigError(f"VllmSampler.sample: {message}")
 
         if not self._awake:
-            raise KepoError("VllmEngine.sample: vLLM is asleep; call it within ready()")
+            raise KepoError("VllmSampler.sample: vLLM is asleep; call it within ready()")
         require(rows > 0 or num_return_sequences < 1, "prompts is empty; expected at least one")
         require(
             max_new_tokens >= 1 and num_return_sequences >= 1,
@@ -275,8 +275,8 @@ def _vllm() -> Any:
         import vllm
     except ImportError as error:
         raise KepoConfigError(
-            f"engine='vllm' needs vLLM, which cannot be imported: {error}; "
-            "pip install 'kepo[vllm]', or set engine: transformers"
+            f"sampler='vllm' needs vLLM, which cannot be imported: {error}; "
+            "pip install 'kepo[vllm]', or set sampler: transformers"
         ) from error
     return vllm
 

@@ -22,7 +22,7 @@ import torch
 from kepo.config import Config
 from kepo.data.identity import is_weights, model_files, sha256
 from kepo.data.run_data import RunData
-from kepo.distributed.processes import is_first, processes, ranks, together, world_size
+from kepo.distributed.processes import all_gather, is_rank0, processes, ranks, world_size
 from kepo.errors import KepoConfigError, KepoDataError
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "peft")
@@ -38,8 +38,8 @@ def joined(config: Config) -> Iterator[torch.device]:
     """The processes of this run, which have the same settings, code and models; yields this one's
     own device. Raises KepoConfigError in all of them otherwise."""
     shards = config.sharding == "fsdp2" or config.teacher_placement != "copy"
-    patience = config.rank_timeout_minutes * 60
-    with processes(config.device, alone=shards, patience=patience) as device:
+    timeout = config.rank_timeout_minutes * 60
+    with processes(config.device, alone=shards, timeout=timeout) as device:
         if world_size() > 1:
             refuse_different("settings", dataclasses.asdict(config))
             refuse_different("installed code", software())
@@ -50,7 +50,7 @@ def joined(config: Config) -> Iterator[torch.device]:
 def refuse_different(what: str, mine: Mapping[str, object]) -> None:
     """Raise KepoConfigError in every process if one has another value than the first under any
     name; it says which names, and whose values. All must call."""
-    everyones = together({name: repr(value) for name, value in mine.items()})
+    everyones = all_gather({name: repr(value) for name, value in mine.items()})
     names = dict.fromkeys(name for each in everyones for name in each)
     found = []
     for name in names:
@@ -136,8 +136,8 @@ def same_images(data: RunData) -> None:
         return
     shown = [path for e in [*data.train, *data.eval] for path in e.images]
     paths = list(dict.fromkeys(shown))
-    looks = is_first() or os.environ.get("LOCAL_RANK", "0") == "0"
-    everyones = together((socket.gethostname(), _seen(paths) if looks else None))
+    looks = is_rank0() or os.environ.get("LOCAL_RANK", "0") == "0"
+    everyones = all_gather((socket.gethostname(), _seen(paths) if looks else None))
     _, expected = everyones[0]
     for place, (host, seen) in enumerate(everyones):
         pairs = zip(paths, expected, seen or expected, strict=True)

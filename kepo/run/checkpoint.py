@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 from kepo.disk.durable import as_json, is_folder, naming, remove, unfinished
-from kepo.distributed.processes import by_first, is_first, together
+from kepo.distributed.processes import all_gather, is_rank0, on_rank0
 from kepo.errors import KepoCheckpointError, KepoError
 from kepo.run.manifest import (
     begin_folder,
@@ -58,7 +58,7 @@ def save_checkpoint(
     are then as they were.
     """
     target = root / f"step-{step:08d}"
-    folder = by_first(lambda: begin_folder(target))
+    folder = on_rank0(lambda: begin_folder(target))
     try:
         hashes = _of_all(lambda: _written(folder, write_policy, named_parameters, optimizer))
 
@@ -70,9 +70,9 @@ def save_checkpoint(
                 finish_folder(folder, target)
             _prune(root, target, keep)
 
-        by_first(finish)
+        on_rank0(finish)
     except BaseException:
-        if is_first():  # the others do not know how far it has come
+        if is_rank0():  # the others do not know how far it has come
             shutil.rmtree(folder, ignore_errors=True)
         raise
     return target
@@ -92,12 +92,12 @@ def _written(
 
 
 def _of_all(make: Callable[[], T]) -> list[T]:
-    """What ``make`` returns in each process; an error of one is raised in all, as by `by_first`."""
+    """What ``make`` returns in each process; an error of one is raised in all, as by `on_rank0`."""
     try:
         mine: T | Exception = make()
     except (KepoError, OSError) as error:
         mine = error
-    everyones = together(mine)
+    everyones = all_gather(mine)
     for one in everyones:
         if isinstance(one, Exception):
             raise one

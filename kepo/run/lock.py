@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from kepo.disk.durable import make_folder, naming, remove_leftovers
-from kepo.distributed.processes import by_first
+from kepo.distributed.processes import on_rank0
 from kepo.errors import KepoConfigError
 
 HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
@@ -28,7 +28,7 @@ def exclusive(run_dir: Path) -> Iterator[None]:
     second run will not be noticed, and goes on.
     """
     with ExitStack() as stack:
-        by_first(lambda: _lock(run_dir, stack))
+        on_rank0(lambda: _lock(run_dir, stack))
         yield
 
 

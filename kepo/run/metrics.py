@@ -18,8 +18,8 @@ import torch
 
 from kepo.config import Config
 from kepo.disk.durable import append_durably, as_json, make_folder, write_durably
-from kepo.distributed.processes import by_first, is_first
-from kepo.objective.batch import Batch
+from kepo.distributed.processes import is_rank0, on_rank0
+from kepo.objective.batch import Batch, gates
 from kepo.objective.step import StepTotals
 from kepo.rollout.explore import Exploration
 from kepo.rollout.rollouts import Rollout, total_rewards
@@ -70,7 +70,7 @@ def step_metrics(
         "kepo/policy_loss": totals.policy_loss / iterations,
         "kepo/kd_loss": totals.distill_loss / iterations,
         "kepo/divergence": totals.divergence / max(1, totals.teacher_tokens),
-        "kepo/gate_rate": (batch.gate > 0).float().mean().item(),
+        "kepo/gate_rate": batch.opened.float().mean().item(),
         "kepo/teacher_tokens": teacher_tokens,
         "kepo/teacher_skipped_frac": 1.0 - teacher_tokens / max(1, tokens),
         "kepo/sampled_completions": found.sampled,
@@ -97,8 +97,11 @@ def peak_gb(device: torch.device) -> float:
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
 
-def completion_records(rollouts: Sequence[Rollout], batch: Batch) -> list[dict[str, Any]]:
+def completion_records(
+    rollouts: Sequence[Rollout], batch: Batch, config: Config
+) -> list[dict[str, Any]]:
     """One record per completion of a step, in the order of the batch."""
+    gate = gates(rollouts, config) * batch.opened
     return [
         {
             "prompt": question_prompt(rollout.example),
@@ -108,7 +111,7 @@ def completion_records(rollouts: Sequence[Rollout], batch: Batch) -> list[dict[s
             "answer": rollout.example.answer,
             "rewards": rollout.rewards,
             "advantage": batch.advantages[place].item(),
-            "gate": batch.gate[place].item(),
+            "gate": gate[place].item(),
             "truncated": rollout.truncated,
             "from_data": rollout.sampler_logprobs is None,
         }
@@ -128,7 +131,7 @@ class StepLog:
         self.path = path
         self._content = hashlib.sha256()
         self._bytes = 0
-        if not is_first():
+        if not is_rank0():
             return
         make_folder(path.parent)
         content = b"" if resume_step < 0 or not path.exists() else path.read_bytes()
@@ -148,10 +151,10 @@ class StepLog:
 
     def at(self, step: int) -> list[dict[str, Any]]:
         """The records of a step. All processes must call."""
-        return by_first(lambda: [r for r in read_metrics(self.path) if r["step"] == step])
+        return on_rank0(lambda: [r for r in read_metrics(self.path) if r["step"] == step])
 
     def write(self, step: int, *records: dict[str, Any]) -> None:
-        if is_first() and records:
+        if is_rank0() and records:
             text = "\n".join(as_json({"step": step, **values}) for values in records)
             append_durably(self.path, text)
             self._add(text + "\n")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from kepo.distributed.processes import is_first, rank, world_size
+from kepo.distributed.processes import is_rank0, rank, world_size
 from kepo.distributed.sharding import rows_of, share_like
 from kepo.errors import KepoCheckpointError
 
@@ -29,7 +29,7 @@ def save_optimizer(
     """Write this process's part of the optimiser; returns the files written, none where another
     process has the same."""
     sharded = any(isinstance(p, DTensor) for p in named_parameters.values())
-    if not sharded and not is_first():
+    if not sharded and not is_rank0():
         return []
     path = folder / "optimizer.safetensors"
     if sharded and world_size() > 1:

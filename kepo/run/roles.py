@@ -15,13 +15,13 @@ import torch
 
 from kepo.config import Config
 from kepo.distributed import sharding
-from kepo.distributed.processes import by_first, is_first, world_size
+from kepo.distributed.processes import is_rank0, on_rank0, world_size
 from kepo.errors import KepoConfigError
 from kepo.models.adapters import with_adapters
 from kepo.models.conventions import without_dropout
 from kepo.models.reading import NO_CODE, base_of, blank_model, load_encoder, read_model
 from kepo.models.vlm import VLM
-from kepo.rollout.sampler import Engine
+from kepo.rollout.sampler import Sampler
 
 Prepare = Callable[[Any], Any]
 """Marks what is trained in a model; returns the wrapper that saves its adapters, or None."""
@@ -48,7 +48,7 @@ def load_policy(config: Config, device: torch.device, saved: Path | None = None)
         elif config.freeze_vision:
             model.model.visual.requires_grad_(False)
         dropped = without_dropout(model)
-        if dropped and is_first():
+        if dropped and is_rank0():
             print(
                 f"{config.student}: trained without its dropout ({', '.join(dropped)}), as "
                 "log-probabilities must be those of the model that sampled; its config keeps it"
@@ -61,7 +61,7 @@ def load_policy(config: Config, device: torch.device, saved: Path | None = None)
         policy.gathers = config.rollout_gather
     else:
         policy = _load(path, compute, device, config, prepare)
-        policy.whole = sharding.replicate(policy.model)
+        policy.wrapper = sharding.replicate(policy.model)
     return policy
 
 
@@ -89,13 +89,13 @@ def load_teacher(config: Config, device: torch.device) -> VLM:
     )
 
 
-def load_engine(config: Config, policy: VLM) -> Engine:
+def load_sampler(config: Config, policy: VLM) -> Sampler:
     """What samples the policy's completions: the policy itself, or vLLM. All processes call."""
-    if config.engine == "transformers":
+    if config.sampler == "transformers":
         return policy
-    from kepo.rollout.vllm import VllmEngine
+    from kepo.rollout.vllm import VllmSampler
 
-    return VllmEngine(
+    return VllmSampler(
         policy.encoder,
         config.student,
         dtype=config.dtype,
@@ -129,11 +129,11 @@ def _load(
     if config.liger_layers:
         use_liger_layers(path)
     read: list[Any] = []
-    by_first(lambda: read.append(read_model(path, dtype, attn_implementation=attention)))
+    on_rank0(lambda: read.append(read_model(path, dtype, attn_implementation=attention)))
     model = read[0] if read else blank_model(path, dtype, attn_implementation=attention)
     adapters = prepare(model)
     source = None
-    if is_first() and world_size() > 1:
+    if is_rank0() and world_size() > 1:
         # Other tensors over the same memory: sharding moves the model's own to the device.
         named = [*model.named_parameters(), *model.named_buffers()]
         source = {name: tensor.detach() for name, tensor in named}
@@ -141,7 +141,7 @@ def _load(
     if sharded_in is None:
         model.to(device)
     else:
-        vlm.whole = sharding.shard(model, device, sharded_in, offload=offload)
+        vlm.wrapper = sharding.shard(model, device, sharded_in, offload=offload)
         vlm.sharded = True
     if world_size() > 1:
         sharding.fill(model, source, device)

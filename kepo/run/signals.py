@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from kepo.distributed.processes import is_first, together
+from kepo.distributed.processes import all_gather, is_rank0
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
@@ -53,7 +53,7 @@ class StopRequest:
 
     def agree(self) -> None:
         """Stop if any process has been asked to. All must call, at the same place of the run."""
-        asked = [number for number in together(self._noted) if number is not None]
+        asked = [number for number in all_gather(self._noted) if number is not None]
         self.signal = asked[0] if asked else None
 
     def noted(self) -> bool:
@@ -75,7 +75,7 @@ class StopRequest:
         if self._noted is None or (self._last in WARNINGS and number not in WARNINGS):
             self._noted = number if self._noted is None else self._noted
             self._last, self._at = number, time.monotonic()
-            if is_first():
+            if is_rank0():
                 _tell("stopping after this step; once more to stop at once without saving")
         else:
             raise SystemExit(128 + number)

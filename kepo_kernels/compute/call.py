@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from kepo_kernels.compute.autograd import TokenLoss, TokenStats, fused_loss, loss_and_gradients
 from kepo_kernels.compute.devices import moved
-from kepo_kernels.compute.problem import Teacher
+from kepo_kernels.compute.problem import Request, Teacher, build_problem
 from kepo_kernels.compute.sweep import LinearProblem, Student
 from kepo_kernels.heads import Head, LoRA
 from kepo_kernels.validate import Validator
@@ -45,24 +45,26 @@ class Call:
         hidden: Tensor,
         lm_head: Tensor | Head,
         bias: Tensor | None,
-        gate: Tensor | None,
+        opened: Tensor | None,
         temperature: float,
     ) -> Teacher:
         hidden, head, bias = autocast(hidden, Head.of(lm_head), bias)
-        teacher = Teacher(hidden, head, bias, gate, temperature)
+        teacher = Teacher(hidden, head, bias, opened, temperature)
         teacher.check(self.check, self.hidden)
         return teacher
 
     def weights(
-        self, gate: Tensor | None, coefficient: float = 1.0, **given: Tensor | str | None
+        self, gate: Tensor | None, weights: Tensor | None, reduction: str, prefix: str = ""
     ) -> tuple[Tensor, Tensor]:
-        """One fp64 weight per token, on the states' device: `coefficient` times `..reduction` of
-        mask and gate, or times `..weights` and both. And where it is not 0, where rows are planned.
+        """Return one fp64 weight per token, on the states' device: the reduction of mask and gate,
+        or `weights` times both; and where it is not 0, where rows are planned.
+
+        `prefix` is that of weights and reduction among the caller's arguments.
         """
-        (weights_name, weights), (reduction_name, reduction) = given.items()
-        self.check.reduction(reduction_name, reduction)
-        self.check.lead(self.lead, **{weights_name: weights})
-        self.check.same_device_or_cpu(self.hidden, **{weights_name: weights})
+        name = f"{prefix}weights"
+        self.check.reduction(f"{prefix}reduction", reduction)
+        self.check.lead(self.lead, **{name: weights})
+        self.check.same_device_or_cpu(self.hidden, **{name: weights})
         mask, here = self.completion_mask, self.planned_on
         mask = torch.ones(self.lead, dtype=torch.bool, device=here) if mask is None else mask
         mask, gate, weights = (
@@ -73,9 +75,22 @@ class Call:
         else:
             present = loss_weights(mask, gate, "sum")
             weights = torch.where(present != 0, weights.to(torch.float64) * present, 0)
-            self.check.finite(weights != 0, **{weights_name: weights})
-        weights = float(coefficient) * weights
+            self.check.finite(weights != 0, **{name: weights})
         return moved(weights, self.hidden.device), weights != 0
+
+    def problem(
+        self,
+        targets: Tensor | None,
+        active: Tensor,
+        *,
+        teacher: Teacher | None = None,
+        distilled: Tensor | None = None,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+    ) -> tuple[Student, LinearProblem]:
+        """Build the chunk loop's problem for these tokens; see `Request`."""
+        side = self.check, self.hidden, self.head, self.bias, self.engine
+        return build_problem(Request(*side, targets, active, teacher, distilled, beta, temperature))
 
     def run(self, student: Student, problem: LinearProblem, token_loss: TokenLoss) -> Result:
         """The loss, and the numbers of every token if `return_stats` asks for them."""

@@ -35,6 +35,7 @@ def one_operator(function: Callable) -> Callable:
     """
     parameters = inspect.signature(function).parameters.values()
     positional = [x.name for x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD]
+    required = [x.name for x in parameters if x.default is x.empty and x.kind is not x.VAR_KEYWORD]
     LOSSES[function.__name__] = function
     broken = breaks_graph(f"{function.__name__} with a Python callable")(function)
     refused = breaks_graph(f"{function.__name__} with an argument that it refuses")(function)
@@ -53,7 +54,7 @@ def one_operator(function: Callable) -> Callable:
         if callable(arguments.get("policy_loss")):
             return broken(**arguments)
         flat = _flattened(arguments)
-        complete = all(name in flat for name in positional)
+        complete = all(name in flat for name in required)
         if not (complete and all(_fits(x) for x in flat.values())):
             return refused(**arguments)
         return _call_operator(function.__name__, flat)
@@ -66,7 +67,7 @@ def _flattened(arguments: dict[str, object]) -> dict[str, object]:
     flat = dict(arguments)
     for head_name, bias_name in HEADS.items():
         states_name = "hidden" if head_name == "lm_head" else "teacher_hidden"
-        if head_name not in flat or states_name not in flat:
+        if flat.get(head_name) is None or states_name not in flat:
             continue
         given = flat[head_name]
         cast = autocast(flat[states_name], Head.of(given), flat.get(bias_name))

@@ -24,13 +24,13 @@ from kepo_kernels.validate import Validator, describe
 class Teacher:
     """The frozen side of a call.
 
-    `hidden` has the student's sequences, or only those whose gate is not 0.
+    `hidden` has the student's sequences, or only the open ones.
     """
 
     hidden: Tensor
     head: Head
     bias: Tensor | None
-    gate: Tensor | None  # (B,)
+    opened: Tensor | None  # (B,), 0 or False on closed sequences; None = all are open
     temperature: float
 
     def check(self, check: Validator, student: Tensor) -> None:
@@ -43,23 +43,25 @@ class Teacher:
             teacher_bias=self.bias,
         )
         check.dtypes(("hidden", student), ("teacher_hidden", self.hidden))
-        check.gate(self.gate, student.shape[:-1])
         lead = student.shape[:-1]
         if self.hidden.shape[:-1] == lead:
             return
-        opened = "all" if self.gate is None else f"the {int(self.gate.count_nonzero())} open"
+        opened = "all" if self.opened is None else f"the {self._count()} open"
         check.require(
             self._is_compact(lead),
             f"teacher_hidden {describe(self.hidden)} fits neither all {lead[0]} sequences of "
             f"hidden {describe(student)} nor {opened} ones; its leading dimensions must be "
-            f"{list(lead)}, or the number of sequences whose gate is not 0 in place of the first",
+            f"{list(lead)}, or the number of open sequences in place of the first (those whose "
+            "gate, or without a gate a weight inside completion_mask, is not 0)",
         )
 
     def _is_compact(self, lead: torch.Size) -> bool:
-        if self.gate is None or self.hidden.dim() != len(lead) + 1:
+        if self.opened is None or self.hidden.dim() != len(lead) + 1:
             return False
-        opened = int(self.gate.count_nonzero())
-        return self.hidden.shape[:-1] == (opened, *lead[1:])
+        return self.hidden.shape[:-1] == (self._count(), *lead[1:])
+
+    def _count(self) -> int:
+        return int(self.opened.count_nonzero())
 
     def rows(self, rows: Tensor, lead: torch.Size) -> Tensor:
         """Where rows of the flattened student stand in the flattened teacher."""
@@ -67,116 +69,150 @@ class Teacher:
             return rows
         tokens = lead[1] if len(lead) == 2 else 1
         # Of a sequence among the open ones.
-        position = self.gate.ne(0).cumsum(0).to(rows.device) - 1
+        position = self.opened.ne(0).cumsum(0).to(rows.device) - 1
         return position[rows // tokens] * tokens + rows % tokens
 
 
-def build_problem(
-    check: Validator,
-    hidden: Tensor,
-    head: Head,
-    bias: Tensor | None,
-    targets: Tensor | None,
-    teacher: Teacher | None,
-    active: Tensor,
-    distilled: Tensor | None,
-    engine: dict[str, object],
-    *,
-    beta: float = 0.5,
-    temperature: float = 1.0,
-) -> tuple[Student, LinearProblem]:
-    """Plan the rows and fix every setting of the chunk loop.
+@dataclass(frozen=True, eq=False)
+class Request:
+    """This is what a call asks of the chunk loop.
 
     `active` and `distilled` are bool of shape lead: tokens that take part, and those among them
     that meet the teacher (None: none do). With both on the CPU the host does not wait for a GPU.
     """
-    lead = hidden.shape[:-1]
-    active = active.reshape(-1)
-    shared = 0
-    if teacher is None or distilled is None:
-        rows = active.nonzero().squeeze(-1)
-        teacher_rows = rows[:0]
-    else:
-        distilled = distilled.reshape(-1) & active
-        with_teacher = distilled.nonzero().squeeze(-1)
-        rows = torch.cat((with_teacher, (active & ~distilled).nonzero().squeeze(-1)))
-        teacher_rows = teacher.rows(with_teacher, lead)
-        # Where every gate is closed the chunks are those of a call without a teacher, to the row.
-        shared = min(len(head.weight), len(teacher.head.weight)) if len(with_teacher) else 0
+
+    check: Validator
+    hidden: Tensor  # (B, T, H) or (N, H)
+    head: Head
+    bias: Tensor | None
+    engine: dict[str, object]
+    targets: Tensor | None
+    active: Tensor
+    teacher: Teacher | None
+    distilled: Tensor | None
+    beta: float
+    temperature: float
+
+
+def build_problem(asked: Request) -> tuple[Student, LinearProblem]:
+    """Plan the rows and fix every setting of the chunk loop."""
+    check, hidden, head, teacher = asked.check, asked.hidden, asked.head, asked.teacher
+    rows, teacher_rows = _rows(asked)
+    # Where every gate is closed the chunks are those of a call without a teacher, to the row.
+    shared = min(len(head.weight), len(teacher.head.weight)) if len(teacher_rows) else 0
+    targets = asked.targets
     if targets is not None:
         # What stands on inactive tokens is never read; int64 is what the kernels take.
         targets = targets.reshape(-1).to(torch.int64)
-
-    operands = [hidden, *_tensors(head, bias)]
-    if teacher is not None:
-        operands += [teacher.hidden, *_tensors(teacher.head, teacher.bias)]
-    dtypes = {x.dtype for x in operands}
+    dtypes = _operand_dtypes(asked)
     operand_dtype = gemm.operand_dtype(dtypes)
-    dtype = engine.get("logits_dtype")
-    check.logits_dtype(dtype, operand_dtype)
-    dtype = dtype or gemm.default_logits_dtype(operand_dtype, hidden.device)
-    grad_tol = float(engine.get("grad_tol", 0.0))
-    check.require(
-        grad_tol == 0.0 or hidden.device.type == "cpu",
-        f"grad_tol={grad_tol} with tensors on {hidden.device}: columns are left out on a CPU only, "
-        "where that saves time; leave grad_tol out, or pass 0",
-    )
-    workspace_bytes = engine.get("workspace_bytes")
+    logits_dtype = _logits_dtype(asked, operand_dtype)
+    grad_tol = _grad_tol(asked)
+    workspace_bytes = asked.engine.get("workspace_bytes")
     try:
-        row_kernels = pick_rows(engine.get("impl", "auto"), hidden.device, dtype)
+        row_kernels = pick_rows(asked.engine.get("impl", "auto"), hidden.device, logits_dtype)
         sizes = Sizes(
             rows=len(rows),
             hidden_size=hidden.shape[-1],
             vocab=len(head.weight),
             dtype=min(dtypes, key=lambda x: x.itemsize),
             mixed=len(dtypes) > 1,
-            logits_dtype=dtype,
+            logits_dtype=logits_dtype,
             device=hidden.device,
             teacher_rows=len(teacher_rows),
             teacher_hidden_size=teacher.hidden.shape[-1] if shared else 0,
             shared_vocab=shared,
-            tokens=active.numel(),
+            tokens=asked.active.numel(),
             lora_rank=0 if head.lora is None else len(head.lora.a),
             torch_impl=row_kernels is torch_rows,
             compacts=grad_tol > 0.0,
             **gpu_at_hand(hidden.device),
         )
-        chunk_rows = chunk_length(sizes, workspace_bytes, engine.get("chunk_rows"))
+        chunk_rows = chunk_length(sizes, workspace_bytes, asked.engine.get("chunk_rows"))
         strip_bytes = sizes.strip_bytes(workspace_bytes)
     except KepoInputError as error:
         check.refuse(str(error))
-    # Numbers may be numpy's or 0-d tensors; the kernels want Python's.
-    own_scale = float(head.logit_scale)
-    scale = 1.0 if teacher is None else float(teacher.head.logit_scale)
     chunks = even_chunks(len(teacher_rows), len(rows), chunk_rows)
     there = (moved(x, hidden.device) for x in (rows, teacher_rows))
-    return student_of(hidden, head, bias), LinearProblem(
+    return student_of(hidden, head, asked.bias), LinearProblem(
         function=check.function,
         plan=RowPlan(*there, chunks, rows),
         targets=targets,
-        teacher_hidden=None if teacher is None else _flat(teacher.hidden.detach()),
-        teacher_lm_head=None if teacher is None else teacher.head.weight.detach()[:shared],
-        teacher_bias=None
-        if teacher is None or teacher.bias is None
-        else teacher.bias.detach()[:shared],
-        teacher_lora=None if teacher is None else _shared(teacher.head.lora, shared),
-        # A scale s is a temperature 1/s: softmax(s z / T), and s z capped at c is s (z capped at
-        # c / s).
-        settings=RowSettings(
-            beta=float(beta),
-            temperature=float(temperature) / own_scale,
-            teacher_temperature=1.0 if teacher is None else teacher.temperature / scale,
-            softcap=float(head.softcap or 0.0) / own_scale,
-            teacher_softcap=0.0 if teacher is None else float(teacher.head.softcap or 0.0) / scale,
-        ),
+        **_teacher_tensors(teacher, shared),
+        settings=_row_settings(asked),
         lora_scale=1.0 if head.lora is None else float(head.lora.scale),
         operand_dtype=operand_dtype,
-        logits_dtype=dtype,
+        logits_dtype=logits_dtype,
         row_kernels=row_kernels,
         chunk_rows=chunk_rows,
         strip_rows=sizes.strip_rows(sizes.hidden_size, strip_bytes),
         teacher_strip_rows=sizes.strip_rows(sizes.teacher_hidden_size, strip_bytes),
         grad_tol=grad_tol,
+    )
+
+
+def _rows(asked: Request) -> tuple[Tensor, Tensor]:
+    """Return the rows of the flattened student that take part, those with a teacher first, and
+    where the latter stand in the flattened teacher."""
+    active = asked.active.reshape(-1)
+    if asked.teacher is None or asked.distilled is None:
+        rows = active.nonzero().squeeze(-1)
+        return rows, rows[:0]
+    distilled = asked.distilled.reshape(-1) & active
+    with_teacher = distilled.nonzero().squeeze(-1)
+    rows = torch.cat((with_teacher, (active & ~distilled).nonzero().squeeze(-1)))
+    return rows, asked.teacher.rows(with_teacher, asked.hidden.shape[:-1])
+
+
+def _operand_dtypes(asked: Request) -> set[torch.dtype]:
+    """Collect the dtypes of all that a product is formed of."""
+    operands = [asked.hidden, *_tensors(asked.head, asked.bias)]
+    if asked.teacher is not None:
+        operands += [asked.teacher.hidden, *_tensors(asked.teacher.head, asked.teacher.bias)]
+    return {x.dtype for x in operands}
+
+
+def _logits_dtype(asked: Request, operand_dtype: torch.dtype) -> torch.dtype:
+    wanted = asked.engine.get("logits_dtype")
+    asked.check.logits_dtype(wanted, operand_dtype)
+    return wanted or gemm.default_logits_dtype(operand_dtype, asked.hidden.device)
+
+
+def _grad_tol(asked: Request) -> float:
+    grad_tol, device = float(asked.engine.get("grad_tol", 0.0)), asked.hidden.device
+    asked.check.require(
+        grad_tol == 0.0 or device.type == "cpu",
+        f"grad_tol={grad_tol} with tensors on {device}: columns are left out on a CPU only, "
+        "where that saves time; leave grad_tol out, or pass 0",
+    )
+    return grad_tol
+
+
+def _teacher_tensors(teacher: Teacher | None, shared: int) -> dict[str, Tensor | LoRA | None]:
+    """Fill the teacher's side of a `LinearProblem`: detached, and cut to the shared vocabulary."""
+    names = ("teacher_hidden", "teacher_lm_head", "teacher_bias", "teacher_lora")
+    if teacher is None:
+        return dict.fromkeys(names)
+    bias = None if teacher.bias is None else teacher.bias.detach()[:shared]
+    weight, lora = teacher.head.weight.detach()[:shared], _shared(teacher.head.lora, shared)
+    return dict(zip(names, (_flat(teacher.hidden.detach()), weight, bias, lora), strict=True))
+
+
+def _row_settings(asked: Request) -> RowSettings:
+    """Fix the numbers of the row kernels.
+
+    A scale s is a temperature 1/s: softmax(s z / T), and s z capped at c is s (z capped at c / s).
+    """
+    # Numbers may be numpy's or 0-d tensors; the kernels want Python's.
+    head, teacher = asked.head, asked.teacher
+    own_scale = float(head.logit_scale)
+    scale = 1.0 if teacher is None else float(teacher.head.logit_scale)
+    return RowSettings(
+        beta=float(asked.beta),
+        temperature=float(asked.temperature) / own_scale,
+        teacher_temperature=1.0 if teacher is None else teacher.temperature / scale,
+        softcap=float(head.softcap or 0.0) / own_scale,
+        teacher_softcap=0.0 if teacher is None else float(teacher.head.softcap or 0.0) / scale,
     )
 
 

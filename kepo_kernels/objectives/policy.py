@@ -3,8 +3,8 @@
 Plain, differentiable PyTorch on vectors, the same for every back-end.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ class PolicySettings:
     importance_level: str
     sapo_temperature_pos: float
     sapo_temperature_neg: float
+
+    @classmethod
+    def among(cls, arguments: Mapping[str, object]) -> "PolicySettings":
+        """Pick the settings of the policy, by their names, from the arguments of a loss."""
+        return cls(**{field.name: arguments[field.name] for field in fields(cls)})
 
     def checked(self, check: Validator) -> "PolicySettings":
         """The same with Python's floats for all numbers."""
@@ -134,6 +139,36 @@ def _k3(difference: Tensor) -> Tensor:
 ESTIMATORS = {"k1": _k1, "k2": _k2, "k3": _k3}
 
 
+@dataclass(frozen=True, eq=False)
+class PolicyPart:
+    """This is what a loss was given of the policy, none of it checked."""
+
+    targets: Tensor
+    advantages: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    sampler_weights: Tensor | None
+    settings: PolicySettings
+    weights: Tensor | None
+    reduction: str
+    prefix: str = ""
+    """The last two are arguments of this prefix, as in policy_weights."""
+
+    def refuse_the_rest(self, check: Validator) -> None:
+        """Refuse tensors, penalty and bonus of a policy part without targets and advantages."""
+        settings = self.settings.checked(check)
+        check.reduction(f"{self.prefix}reduction", self.reduction)
+        check.unused(
+            "targets and advantages",
+            old_logprobs=self.old_logprobs,
+            ref_logprobs=self.ref_logprobs,
+            sampler_weights=self.sampler_weights,
+            kl_coef=settings.kl_coef or None,  # 0: the term is not asked for
+            entropy_coef=settings.entropy_coef or None,
+            **{f"{self.prefix}weights": self.weights},
+        )
+
+
 @dataclass(frozen=True)
 class PolicyTerm:
     """The term, and what it needs of the chunk loop."""
@@ -146,22 +181,14 @@ class PolicyTerm:
     """Whether a token's term depends on the rest of its sequence, which the chunk must hold."""
 
 
-def policy_term(
-    check: Validator,
-    settings: PolicySettings,
-    lead: torch.Size,
-    active: Tensor,
-    hidden: Tensor,
-    advantages: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    sampler_weights: Tensor | None,
-) -> PolicyTerm:
+def policy_term(check: Validator, given: PolicyPart, active: Tensor, hidden: Tensor) -> PolicyTerm:
     """sampler_weight * policy loss + kl_coef * k(ref) - entropy_coef * entropy, inputs checked.
 
     `active` (lead) may be on the CPU beside all others on a GPU.
     """
-    settings = settings.checked(check)
+    settings, lead = given.settings.checked(check), hidden.shape[:-1]
+    advantages, sampler_weights = given.advantages, given.sampler_weights
+    old_logprobs, ref_logprobs = given.old_logprobs, given.ref_logprobs
     check.per_sequence_or_token(lead, advantages=advantages)
     if sampler_weights is not None:
         check.per_sequence_or_token(lead, columns=True, sampler_weights=sampler_weights)

@@ -59,7 +59,7 @@ REFUSED = {
         {"teacher_bits": 4, "teacher_placement": "fsdp2"},
         "a quantised teacher is a copy",
     ),
-    "adapters in vllm": ({"engine": "vllm", "lora_rank": 4}, "not adapters"),
+    "adapters in vllm": ({"sampler": "vllm", "lora_rank": 4}, "not adapters"),
     "half precision without scaling": ({"dtype": "float16"}, "dtype='float16'"),
     "a question that does not fit": ({"rollout_batch": 3}, "rollout_batch=3 is less than"),
     "flash attention in float32": (
@@ -69,10 +69,10 @@ REFUSED = {
     "no device": ({"device": "banana"}, "device='banana'"),
     "no CUDA": ({"device": "cuda"}, "sees no CUDA device"),
     "too hot for vllm": (
-        {"engine": "vllm", "sampling_temperature": 3.0},
-        r"sampling_temperature=3.0; engine='vllm' takes",
+        {"sampler": "vllm", "sampling_temperature": 3.0},
+        r"sampling_temperature=3.0; sampler='vllm' takes",
     ),
-    "vllm without CUDA": ({"engine": "vllm"}, "engine='vllm' needs device: cuda"),
+    "vllm without CUDA": ({"sampler": "vllm"}, "sampler='vllm' needs device: cuda"),
     "liger without CUDA": ({"liger_layers": True}, "liger_layers=True needs device: cuda"),
     "sharding": ({"sharding": "zero3"}, "sharding='zero3'"),
     "bits": ({"teacher_bits": 2}, "teacher_bits=2"),

@@ -202,7 +202,7 @@ def every_sample_is_distilled_on(seen):
 
 @rule("kdpo_tau1", "kepo_official")
 def the_gate_reads_the_total(seen):
-    opened = [x > 0 for _, batch in seen.batches for x in batch.gate.tolist()]
+    opened = [x for _, batch in seen.batches for x in batch.opened.tolist()]
     rollouts = [r for groups, _ in seen.batches for group in groups for r in group]
     assert opened == [sum(r.rewards.values()) >= 1 for r in rollouts]
     assert any(opened) and opened != right(seen)  # the format alone opens it
@@ -210,7 +210,7 @@ def the_gate_reads_the_total(seen):
 
 @rule("kepo")
 def the_gate_reads_accuracy_and_failed_groups_are_rescued(seen):
-    opened = [x > 0 for _, batch in seen.batches for x in batch.gate.tolist()]
+    opened = [x for _, batch in seen.batches for x in batch.opened.tolist()]
     assert opened == right(seen) and 0 < sum(opened) < len(opened)
     assert total(seen, "teacher_tokens") < sum(
         record["kepo/completion_tokens"] for record in seen.steps

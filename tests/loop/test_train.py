@@ -282,14 +282,14 @@ def test_a_signal_during_an_evaluation_ends_it_at_a_batch(
     """However long it would take; a resumed run begins with it."""
     answered = []
 
-    def interrupted(engine, examples, *, stop, **settings):
+    def interrupted(sampler, examples, *, stop, **settings):
         def asked():
             answered.append(stop())
             if len(answered) == 2:
                 os.kill(os.getpid(), number)
             return stop()
 
-        return evaluate(engine, examples, stop=asked, **settings | {"batch_size": 1})
+        return evaluate(sampler, examples, stop=asked, **settings | {"batch_size": 1})
 
     config = whole_config(made, tmp_path, steps=1)
     monkeypatch.setattr(train_module, "evaluate", interrupted)
@@ -304,13 +304,13 @@ def test_a_signal_during_an_evaluation_ends_it_at_a_batch(
 
 
 def test_a_signal_while_models_are_read_ends_the_run_before_it_begins(made, tmp_path, monkeypatch):
-    whole = train_module.load_engine
+    whole = train_module.load_sampler
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGUSR1)
         return whole(*arguments)
 
-    monkeypatch.setattr(train_module, "load_engine", interrupted)
+    monkeypatch.setattr(train_module, "load_sampler", interrupted)
     assert train(config_of(made, tmp_path, "grpo", steps=1)) == 128 + signal.SIGUSR1
     assert not (tmp_path / "checkpoints").exists()
 

@@ -245,5 +245,106 @@ BAD_SETTINGS = {
     ),
 }
 
-TABLE = BAD_HEADS | BAD_SHAPES | BAD_VALUES | BAD_SETTINGS
-assert len(TABLE) == sum(map(len, (BAD_HEADS, BAD_SHAPES, BAD_VALUES, BAD_SETTINGS)))
+NO_TEACHER = dict.fromkeys(("teacher_hidden", "teacher_lm_head", "gate"))
+NO_POLICY = dict.fromkeys(("targets", "advantages"))
+WEIGHTS = torch.ones(BATCH, LENGTH)
+
+# What belongs together, and came alone. A right call of the joint loss has both of its parts.
+BAD_PARTS = (
+    {
+        "states of no teacher's head": (
+            (KEPO,),
+            {"teacher_lm_head": None},
+            ["teacher_hidden came without teacher_lm_head", "together or not at all"],
+        ),
+        "a teacher's head alone": (
+            (KEPO,),
+            {"teacher_hidden": None},
+            ["teacher_lm_head came without teacher_hidden"],
+        ),
+        "advantages alone": ((KEPO,), {"targets": None}, ["advantages came without targets"]),
+        "targets alone": ((KEPO,), {"advantages": None}, ["targets came without advantages"]),
+        "neither part": (
+            (KEPO,),
+            NO_TEACHER | NO_POLICY,
+            ["neither targets and advantages", "nor teacher_hidden and teacher_lm_head"],
+        ),
+        "nothing but a gate": (
+            (KEPO,),
+            NO_TEACHER | NO_POLICY | {"gate": PROBLEM.gate},
+            ["neither targets and advantages"],
+        ),
+    }
+    | {
+        f"{name} without a teacher": (
+            (KEPO,),
+            NO_TEACHER | {name: x},
+            [f"{name} is given without teacher_hidden and teacher_lm_head", f"leave {name} out"],
+        )
+        for name, x in {
+            "gate": PROBLEM.gate,
+            "teacher_bias": PROBLEM.teacher_bias,
+            "distill_weights": WEIGHTS,
+        }.items()
+    }
+    | {
+        f"{name} without a policy": (
+            (KEPO,),
+            NO_POLICY | {name: x},
+            [f"{name} is given without targets and advantages", f"leave {name} out"],
+        )
+        for name, x in {
+            "policy_weights": WEIGHTS,
+            "old_logprobs": PROBLEM.old_logprobs,
+            "ref_logprobs": PROBLEM.ref_logprobs,
+            "sampler_weights": torch.ones(BATCH),
+            "kl_coef": 0.1,
+            "entropy_coef": -0.1,
+        }.items()
+    }
+    | {
+        "settings of no policy": (
+            (KEPO,),
+            NO_POLICY | {"epsilon_low": 1.2},
+            ["epsilon_low=1.2", "[0, 1]"],
+        ),
+        "reduction of no policy": (
+            (KEPO,),
+            NO_POLICY | {"policy_reduction": "mean"},
+            ["policy_reduction='mean'"],
+        ),
+        "reduction of no teacher": (
+            (KEPO,),
+            NO_TEACHER | {"distill_reduction": "mean"},
+            ["distill_reduction='mean'"],
+        ),
+        "beta of no teacher": ((KEPO,), NO_TEACHER | {"beta": 1.01}, ["beta=1.01", "[0, 1]"]),
+        "coefficient of no teacher": (
+            (KEPO,),
+            NO_TEACHER | {"distill_coef": -0.1},
+            ["distill_coef=-0.1"],
+        ),
+        "open ones by weights that only masked tokens have": (
+            (KEPO,),
+            {
+                "gate": None,
+                "distill_weights": (~PROBLEM.completion_mask).float(),
+                "teacher_hidden": PROBLEM.teacher_hidden[::2],
+            },
+            ["teacher_hidden [2, 4, 24]", "the 0 open ones", "a weight inside completion_mask"],
+        ),
+        "all but the open ones by weights": (
+            (KD,),
+            {
+                "gate": None,
+                "weights": PROBLEM.gate[:, None] * WEIGHTS,
+                "teacher_hidden": PROBLEM.teacher_hidden[:1],
+            },
+            ["teacher_hidden [1, 4, 24]", "the 2 open ones"],
+        ),
+    }
+)
+
+TABLES = BAD_HEADS, BAD_SHAPES, BAD_VALUES, BAD_SETTINGS, BAD_PARTS
+TABLE = {name: wrong for table in TABLES for name, wrong in table.items()}
+assert len(TABLE) == sum(map(len, TABLES))

@@ -39,7 +39,7 @@ def partitioned() -> Tensor:
 BAD_HEADS = {
     "no tensor": (STUDENT, {"hidden": [1.0]}, ["hidden is list", "expected a tensor"]),
     "numpy": (STUDENT, {"lm_head": numpy.ones((VOCAB, HIDDEN))}, ["lm_head is ndarray"]),
-    "none": (TEACHER, {"teacher_hidden": None}, ["teacher_hidden is NoneType"]),
+    "none": ((KD,), {"teacher_hidden": None}, ["teacher_hidden is NoneType"]),
     "one dimension": (STUDENT, {"hidden": torch.ones(HIDDEN)}, ["hidden [16] float32", "(N, H)"]),
     "four dimensions": (STUDENT, {"hidden": torch.ones(1, 3, 4, HIDDEN)}, ["hidden [1, 3, 4, 16]"]),
     "head of one dimension": (STUDENT, {"lm_head": torch.ones(HIDDEN)}, ["lm_head [16]", "(V, H)"]),
@@ -194,11 +194,11 @@ BAD_SHAPES = {
         {"distill_weights": torch.ones(LENGTH)},
         ["distill_weights [4]"],
     ),
-    "no targets": ((GRPO, KEPO, LOGPROBS), {"targets": None}, ["targets is NoneType"]),
+    "no targets": ((GRPO, LOGPROBS), {"targets": None}, ["targets is NoneType"]),
     "targets (B,)": (TARGETS, {"targets": PROBLEM.targets[:, 0]}, ["targets [3]", "shape [3, 4]"]),
     "targets shifted": (TARGETS, {"targets": PROBLEM.targets[:, 1:]}, ["targets [3, 3]"]),
     "targets elsewhere": (TARGETS, {"targets": PROBLEM.targets.to("meta")}, ["targets on meta"]),
-    "no advantages": (POLICY, {"advantages": None}, ["advantages NoneType"]),
+    "no advantages": ((GRPO,), {"advantages": None}, ["advantages NoneType"]),
     "advantages (B, 1)": (
         POLICY,
         {"advantages": torch.ones(BATCH, 1)},

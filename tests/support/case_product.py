@@ -9,7 +9,7 @@ import random
 from functools import partial
 
 import torch
-from cases import HUGE, KernelCase, own_policy_loss
+from cases import HUGE, KernelCase, open_sequences, own_policy_loss
 from loss_calls import LOSSES, Arguments, each_tensor, flat
 from torch import Tensor
 
@@ -43,7 +43,7 @@ TEACHER = {
     "teacher_head": HEADS,
     "teacher_temperature": (None, 0.5, 2.0),
     "beta": (0.0, 0.1, 0.5, 1.0),
-    "gate": ("none", "bool", "float", "closed"),
+    "gate": ("none", "bool", "float", "closed", "left out"),
     "compact": (False, True),
 }
 POLICY = {
@@ -57,7 +57,8 @@ POLICY = {
     "advantages": ("sequence", "token", "some 0"),
     "targets": (torch.int64, torch.int32),
 }
-OF_LOSS = {"gated_kd": TEACHER, "grpo": POLICY, "kepo": TEACHER | POLICY}
+PARTS = {"parts": ("both", "both", "teacher", "policy")}
+OF_LOSS = {"gated_kd": TEACHER, "grpo": POLICY, "kepo": TEACHER | POLICY | PARTS}
 
 
 def choices(number: int) -> dict[str, object]:
@@ -120,8 +121,11 @@ def finish(chosen: dict[str, object], number: int, call: Arguments) -> Arguments
         call = call | earlier(chosen, call, normal)
     if chosen["flat"]:
         call = flat(call)
-    if chosen.get("compact") and call.get("gate") is not None:
-        call = call | {"teacher_hidden": call["teacher_hidden"][call["gate"] != 0]}
+    call = one_part(chosen.get("parts"), call)
+    if chosen.get("compact") and "teacher_hidden" in call:
+        opened = open_sequences(call)
+        if opened is not None:
+            call = call | {"teacher_hidden": call["teacher_hidden"][opened]}
     return {name: each_tensor(x, partial(strided, chosen["strides"])) for name, x in call.items()}
 
 
@@ -151,6 +155,8 @@ def masks(kind: str | None, lead: tuple[int, int], normal: partial) -> Arguments
 def gates(kind: str | None, batch: int, normal: partial) -> Arguments:
     if kind is None:
         return {}
+    if kind == "left out":
+        return {"gate": None}
     gate = normal(batch).clamp(min=0.0)
     if kind == "none":
         gate = torch.ones(batch)
@@ -176,6 +182,17 @@ def policies(
         weights = normal(lead[0] if chosen["sampler"] == "sequence" else lead)
         given["sampler_weights"] = weights.clamp(min=0.0)
     return given
+
+
+def one_part(kept: str | None, call: Arguments) -> Arguments:
+    """The joint loss without its policy, or without its teacher."""
+    of_policy = ("targets", "advantages", "old_logprobs", "ref_logprobs", "sampler_weights")
+    gone = {
+        "teacher": (*of_policy, "policy_weights", "policy_reduction", "kl_coef", "entropy_coef"),
+        "policy": ("teacher_hidden", "teacher_lm_head", "teacher_bias", "gate", "distill_weights")
+        + ("distill_reduction",),
+    }
+    return {name: x for name, x in call.items() if name not in gone.get(kept, ())}
 
 
 def earlier(chosen: dict[str, object], call: Arguments, normal: partial) -> Arguments:

@@ -49,8 +49,20 @@ def full_teacher(call: Arguments) -> Arguments:
     if teacher is None or teacher.shape[:-1] == hidden.shape[:-1]:
         return call
     full = teacher.new_zeros(*hidden.shape[:-1], teacher.shape[-1])
-    full[call["gate"] != 0] = teacher
+    full[open_sequences(call)] = teacher
     return call | {"teacher_hidden": full}
+
+
+def open_sequences(call: Arguments) -> Tensor | None:
+    """(B,) bool by the gate or, without one, by the weights of the divergence; None: all."""
+    weights = call.get("distill_weights", call.get("weights"))
+    if call.get("gate") is not None:
+        return call["gate"] != 0
+    if weights is None:
+        return None
+    if call.get("completion_mask") is not None:
+        weights = weights * call["completion_mask"]
+    return weights.ne(0).reshape(len(weights), -1).any(-1)
 
 
 HUGE = 10**9

@@ -1,4 +1,4 @@
-"""A stand-in for vLLM: the calls, keywords and results that the engine uses, answers from a table.
+"""A stand-in for vLLM: the calls, keywords and results that the sampler uses, answers from a table.
 
 Written from vLLM's sources. A keyword or a tag that vLLM does not know is an error here, too.
 Asleep it forgets its weights, as vLLM does at level 2, and its tokens depend on them.

@@ -61,8 +61,8 @@ def rescue(groups, policy=None, teacher=None, config=CONFIG, known=None):
 
 def gate_reads_accuracy():
     """1. Wrong but well-formatted answers are not distilled on."""
-    gate = collate([group_of([WRONG, RIGHT, MALFORMED, BARE])], CONFIG).gate
-    assert gate.tolist() == [0, 1, 0, 1]
+    opened = collate([group_of([WRONG, RIGHT, MALFORMED, BARE])], CONFIG).opened
+    assert opened.tolist() == [False, True, False, True]
 
 
 def gate_on_the_total(patch):
@@ -280,8 +280,8 @@ def _losses(groups, size):
 def nothing_open_is_zero():
     """7. Where every gate is closed, the divergence and all of its weights are 0, and finite."""
     groups = [group_of([WRONG, MALFORMED])]
-    assert _losses(groups, 2) == 0.0
     assert (collate(groups, CONFIG).distill_weights == 0).all()
+    assert _losses(groups, 2) == 0.0
 
 
 def divided_by_the_open_tokens_alone(patch):
@@ -307,7 +307,7 @@ def each_part_by_its_own_tokens(patch):
         return [
             replace(
                 part,
-                distill_weights=loss_weights(part.completion_mask, part.gate) / len(parts),
+                distill_weights=loss_weights(part.completion_mask, part.opened) / len(parts),
             )
             for part in parts
         ]

@@ -74,13 +74,13 @@ class ScriptedVLM:
     def encoder(self):
         return self
 
-    in_step = False
+    collective = False
     end_ids = (EOS,)
 
     def control_tokens_in(self, text):
         return []
 
-    def within(self, work):
+    def run_wrapped(self, work):
         return work()
 
     def sample(self, prompts, *, seeds=None, **settings):

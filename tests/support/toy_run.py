@@ -29,7 +29,7 @@ OF_THE_MACHINE = ("time/", "step_time", "mem/")
 class ToyPolicy(TableVLM):
     """Weights that are trained, saved and loaded; what it says follows from prompt and seed."""
 
-    whole = None
+    wrapper = None
 
     def __init__(self, saved: Path | None = None):
         super().__init__(seed=1)
@@ -69,7 +69,7 @@ def toys():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_module, "load_policy", lambda config, device, saved: ToyPolicy(saved))
         patch.setattr(train_module, "judge_of", lambda config: None)  # it has no encoder to ask
-        patch.setattr(train_module, "load_engine", lambda config, policy: policy)
+        patch.setattr(train_module, "load_sampler", lambda config, policy: policy)
         patch.setattr(train_module, "plot_curves", draw_nothing)
         torch.set_num_threads(1)
         yield

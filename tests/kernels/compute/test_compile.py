@@ -9,7 +9,7 @@ from loss_calls import LOSSES, OPTIONS, arguments, call_of, leaves
 from torch.autograd import forward_ad
 
 import kepo_kernels
-from kepo_kernels import Head, LoRA, fused_grpo_loss
+from kepo_kernels import Head, LoRA, fused_grpo_loss, fused_kepo_loss
 from kepo_kernels.compute.compiled import STUDENT
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -64,6 +64,49 @@ def test_one_graph(loss, return_stats):
     assert actual.keys() == expected.keys() and len(actual) == 7 + 3 * return_stats
     for name, number in expected.items():
         assert torch.allclose(actual[name], number, rtol=1e-6, atol=1e-7), name
+
+
+PARTS = {  # what is taken out of a joint call, by leaving it out or by None
+    "no teacher": ("teacher_hidden", "teacher_lm_head", "teacher_bias", "gate"),
+    "no policy": ("targets", "advantages", "old_logprobs"),
+    "no gate": ("gate",),
+}
+
+
+@pytest.mark.parametrize("none", [False, True])
+@pytest.mark.parametrize("part", PARTS)
+def test_one_graph_of_one_part(part, none):
+    """Also where weights alone say whose states the teacher gave."""
+    model = Model("kepo", return_stats=True)
+    x, call = call_for("kepo")
+    if part == "no gate":
+        weights = torch.rand(3, 5) * torch.tensor([[1.0], [0.0], [2.0]])
+        states = call["teacher_hidden"][[0, 2]]
+        call |= {"distill_weights": weights, "teacher_hidden": states}
+    call = {name: x for name, x in call.items() if name not in PARTS[part]}
+    call |= dict.fromkeys(PARTS[part] * none)
+    expected = run(model, model, x, call)
+    actual = run(model, torch.compile(model, fullgraph=True, backend="aot_eager"), x, call)
+    assert actual.keys() == expected.keys() and len(actual) == 10
+    for name, number in expected.items():
+        assert torch.allclose(actual[name], number, rtol=1e-6, atol=1e-7), name
+    assert expected["stats 1"].any() == (part != "no teacher")
+
+
+@pytest.mark.slow
+def test_parts_that_do_not_belong_together_are_refused_as_in_eager_mode():
+    for missing in (
+        ("teacher_lm_head",),
+        ("targets",),
+        (*PARTS["no policy"], *PARTS["no teacher"]),
+    ):
+        call = {name: x for name, x in call_of("kepo").items() if name not in missing}
+        errors = []
+        for step in (fused_kepo_loss, torch.compile(fused_kepo_loss, backend="eager")):
+            with pytest.raises(kepo_kernels.KepoInputError) as found:
+                step(**call)
+            errors.append(str(found.value))
+        assert errors[0] == errors[1]
 
 
 @pytest.mark.parametrize("settings", [{"grad_tol": 1e-3}, {"logits_dtype": torch.float32}], ids=str)

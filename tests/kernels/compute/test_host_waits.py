@@ -113,6 +113,12 @@ SETTINGS = {
         "kepo",
         {"policy_weights": torch.rand(3, 5), "distill_weights": torch.rand(3, 5)},
     ),
+    "no teacher": (
+        "kepo",
+        dict.fromkeys(("teacher_hidden", "teacher_lm_head", "teacher_bias", "gate")),
+    ),
+    "no policy": ("kepo", dict.fromkeys(("targets", "advantages", "old_logprobs"))),
+    "weights, no gate": ("kepo", {"gate": None, "distill_weights": torch.rand(3, 5)}),
     "statistics": ("kepo", {"beta": 1.0}),
 }
 
@@ -122,6 +128,16 @@ def test_settings_wait_for_nothing(name):
     loss, settings = SETTINGS[name]
     call = arguments(loss, make_problem(length=5), OPTIONS[loss]) | settings
     assert_right(loss, call | {"impl": "torch"})
+
+
+def test_states_of_the_open_sequences_wait_for_nothing(rows):
+    """Weights on the CPU say who is open, and where a row stands in these states."""
+    call = arguments("kepo", make_problem(length=5), OPTIONS["kepo"], impl=rows)
+    call |= {"gate": None, "distill_weights": torch.rand(3, 5) * torch.tensor([[1], [0], [1]])}
+    oracle = plain("kepo", call)
+    found = run("kepo", call | {"teacher_hidden": call["teacher_hidden"][[0, 2]]})
+    for name, x in found.items():
+        assert_close_to_oracle(x, oracle[name], name=name)
 
 
 def test_a_head_of_its_own_waits_for_nothing():

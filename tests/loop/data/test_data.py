@@ -1,11 +1,11 @@
 """The OmniMedVQA loader and the digits writer, which must speak the same layout."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets_on_disk import dataset, record
 from PIL import Image
 
 from kepo.data.load import load_image, load_omnimedvqa
@@ -13,31 +13,6 @@ from kepo.digits.dataset import MODALITIES, TILE, render, write_digits
 from kepo.errors import KepoConfigError, KepoDataError
 
 pytest.importorskip("sklearn")
-
-
-def record(**changes) -> dict:
-    fields = {
-        "dataset": "toy",
-        "question_id": "q0",
-        "question_type": "Diagnosis",
-        "question": "What is {this}?",
-        "gt_answer": "A cyst.",
-        "image_path": "Images/x.png",
-        "option_A": "Nothing",
-        "option_B": "a  CYST",
-        "option_C": "A tumour",
-        "modality_type": "CT",
-    }
-    return {key: value for key, value in {**fields, **changes}.items() if value is not None}
-
-
-def dataset(root: Path, *records: dict, name: str = "a.json") -> Path:
-    (root / "Images").mkdir(parents=True, exist_ok=True)
-    Image.new("L", (6, 4), 77).save(root / "Images" / "x.png")
-    file = root / "QA_information" / "Open-access" / name
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(list(records)))
-    return root
 
 
 def test_load_reads_every_field(tmp_path):

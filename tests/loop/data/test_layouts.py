@@ -1,39 +1,15 @@
 """Med-R1's split files and the folders of datasets, and how a layout is told from another."""
 
-import io
-import json
 import os
 import sys
 
 import pytest
-from PIL import Image
+from datasets_on_disk import ROW, png, split_file
 
 from kepo.data.layouts import medr1
 from kepo.data.load import UNKNOWN, layout_of, load_examples, load_image
 from kepo.data.records import BadRecord
 from kepo.errors import KepoDataError
-
-ROW = {
-    "image": "Images/x.png",
-    "problem": "What is it? A)CT, B)X-ray",
-    "solution": "<answer> B </answer>",
-}
-
-
-def png(grey: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("L", (6, 4), grey).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def split_file(root, name, *rows):
-    (root / "Images").mkdir(parents=True, exist_ok=True)
-    (root / "Images" / "x.png").write_bytes(png(77))
-    file = root / "Splits" / name
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(list(rows)))
-    return file
-
 
 # ---- the text of a problem
 

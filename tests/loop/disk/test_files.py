@@ -8,9 +8,8 @@ import socket
 from pathlib import Path
 
 import pytest
+from datasets_on_disk import ROW, dataset, record, split_file
 from PIL import Image
-from test_data import dataset, record
-from test_layouts import ROW, split_file
 
 from kepo.__main__ import main
 from kepo.config import Config

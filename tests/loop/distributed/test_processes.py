@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
+from same_run import CLOSE, LR, STEPS, assert_same_run, assert_same_weights, weights
 from several import run_all, torchrun
 from small import config_of, run_rigged
 
@@ -19,9 +18,6 @@ from kepo.run.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
-STEPS = 3
-CLOSE = 1e-5
-ADAM_EPS = 1e-8
 # Everything at once: hints, exchanged questions, the dataset's answers, two iterations, a penalty,
 # and gates that are open in one process and closed in the other.
 WHOLE = dict(
@@ -34,7 +30,7 @@ WHOLE = dict(
     hinted_correction="truncate",
     kl_coef=0.1,
     micro_batch=2,
-    lr=2e-4,
+    lr=LR,
     seed=2,
     log_completions_every=1,
     keep_checkpoints=STEPS + 1,
@@ -50,55 +46,6 @@ HELD = {
     ),
     "offloaded teacher": dict(teacher_placement="offload"),
 }
-MEASURED = ("mem/", "time/", "step_time")  # of the machine, not of the run
-
-
-def weights(run_dir: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
-    policy = run_dir / "checkpoints" / f"step-{step:08d}" / "policy"
-    (file,) = policy.glob("*.safetensors")
-    return load_file(file)
-
-
-def assert_same_weights(one: Path, other: Path, step: int = STEPS) -> None:
-    """Equal but for rounding.
-
-    AdamW moves an element by lr g / (|g| + 1e-8), however small its gradient g is. Where |g| is
-    under 1e-8 it is rounding itself: sums of another order give another one, and another step
-    (5e-10 in one element of 36,864 was seen, and steps 7e-6 to 4e-5 apart). By `one`'s own record,
-    the mean of g^2 times 1 - 0.999 a step: such elements may be off by what an element moves at
-    most. Without a record in one file, as of a sharded run, none may.
-    """
-    mine, theirs = weights(one, step), weights(other, step)
-    assert mine.keys() == theirs.keys()
-    record = one / "checkpoints" / f"step-{step:08d}" / "optimizer.safetensors"
-    state = load_file(record) if record.exists() else {}
-    for name in mine:
-        off = (mine[name] - theirs[name]).abs()
-        squares = state.get(f"exp_avg_sq/{name}")
-        if squares is not None:
-            rounding = (squares > 0) & (squares <= step * 0.001 * ADAM_EPS**2)
-            assert (off[rounding] <= WHOLE["lr"] * step).all(), f"{name}: {off[rounding].max():.1e}"
-            off = off[~rounding]
-        assert off.numel() == 0 or off.max() <= CLOSE, f"{name}: {off.max():.1e}"
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """The same weights and numbers, rounding apart, and the very same completions."""
-    assert_same_weights(one, other)
-    records = [read_metrics(run / "metrics.jsonl") for run in (one, other)]
-    assert len(records[0]) == len(records[1]) >= STEPS
-    for a, b in zip(*records, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            if isinstance(a[key], dict):  # an evaluation
-                assert a[key] == b[key]
-            elif not key.startswith(MEASURED):
-                assert a[key] == pytest.approx(b[key], rel=CLOSE, abs=CLOSE), key
-    said = [
-        [(r["step"], r["completion"], r["hint"]) for r in read_metrics(run / "completions.jsonl")]
-        for run in (one, other)
-    ]
-    assert said[0] == said[1]
 
 
 @pytest.fixture(scope="module")

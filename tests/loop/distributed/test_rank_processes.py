@@ -10,7 +10,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from kepo.distributed import processes
-from kepo.distributed.processes import Stopped, any_of, by_first, share_of, shared_out, together
+from kepo.distributed.processes import (
+    Stopped,
+    all_gather,
+    any_rank,
+    on_rank0,
+    rank_slice,
+    split_work,
+)
 from kepo.errors import KepoConfigError, KepoError
 
 ITEMS = list(range(7))
@@ -21,20 +28,20 @@ def in_twos(share):
 
 
 def test_alone_every_function_does_the_obvious():
-    assert (processes.rank(), processes.world_size(), processes.is_first()) == (0, 1, True)
-    assert together("x") == ["x"] and any_of(True) and not any_of(False)
-    assert by_first(lambda: 3) == 3 and share_of(ITEMS) == ITEMS
+    assert (processes.rank(), processes.world_size(), processes.is_rank0()) == (0, 1, True)
+    assert all_gather("x") == ["x"] and any_rank(True) and not any_rank(False)
+    assert on_rank0(lambda: 3) == 3 and rank_slice(ITEMS) == ITEMS
     done = []
 
     def work(some):
         done.append(list(some))
         return [x * x for x in some]
 
-    assert shared_out(ITEMS, work, in_twos) == [x * x for x in ITEMS]
+    assert split_work(ITEMS, work, in_twos) == [x * x for x in ITEMS]
     assert done == [[0, 1], [2, 3], [4, 5], [6]]
-    assert shared_out([], work, in_twos) == []
+    assert split_work([], work, in_twos) == []
     with pytest.raises(KepoConfigError, match="no"):
-        by_first(functools.partial(refuse, "no"))
+        on_rank0(functools.partial(refuse, "no"))
 
 
 def no_disk():
@@ -48,24 +55,24 @@ def refuse(text):
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_shares_are_even_and_make_the_whole(monkeypatch, world):
     monkeypatch.setattr(processes, "world_size", lambda: world)
-    shares = [share_of(ITEMS, place) for place in range(world)]
+    shares = [rank_slice(ITEMS, place) for place in range(world)]
     assert [x for share in shares for x in share] == ITEMS
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def in_each_of_two(rank, file):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    assert together(rank) == [0, 1] and processes.is_first() == (rank == 0)
-    assert any_of(rank == 1) and not any_of(False)
+    assert all_gather(rank) == [0, 1] and processes.is_rank0() == (rank == 0)
+    assert any_rank(rank == 1) and not any_rank(False)
     made = []
-    assert by_first(lambda: made.append(rank) or "made") == "made"
+    assert on_rank0(lambda: made.append(rank) or "made") == "made"
     assert made == [0][: 1 - rank]
     for _ in range(2):  # an error leaves both able to go on together
         with pytest.raises(KepoConfigError, match="first said no"):
-            by_first(lambda: refuse("first said no"))
+            on_rank0(lambda: refuse("first said no"))
 
     with pytest.raises(OSError, match="disk is full"):
-        by_first(no_disk)
+        on_rank0(no_disk)
 
     done = []
 
@@ -74,22 +81,22 @@ def in_each_of_two(rank, file):
         return [x + 0.5 for x in some]
 
     # 7 items: 3 and 4, so 2 portions in both; 5 in portions of 1: 2 and 3, so one repeats one.
-    assert shared_out(ITEMS, work, in_twos) == [x + 0.5 for x in ITEMS]
+    assert split_work(ITEMS, work, in_twos) == [x + 0.5 for x in ITEMS]
     assert done == [[[0, 1], [2]], [[3, 4], [5, 6]]][rank]
     done.clear()
     apart = [[x] for x in range(5)]
-    found = shared_out(range(5), work, lambda share: [[x] for x in share], in_step=True)
+    found = split_work(range(5), work, lambda share: [[x] for x in share], collective=True)
     assert found == [x + 0.5 for x in range(5)]
     assert done == [[*apart[:2], apart[0]], apart[2:]][rank]
     # One is asked to stop: so do both.
-    for in_step in (False, True):
+    for collective in (False, True):
         with pytest.raises(processes.Stopped):
-            shared_out(ITEMS, work, in_twos, in_step=in_step, stop=lambda: rank == 1)
-        assert together("here") == ["here", "here"]
+            split_work(ITEMS, work, in_twos, collective=collective, stop=lambda: rank == 1)
+        assert all_gather("here") == ["here", "here"]
     done.clear()
     # One item: the other process helps with it, and its help is not counted.
     done.clear()
-    assert shared_out([9], work, in_twos, in_step=True) == [9.5] and done == [[9]]
+    assert split_work([9], work, in_twos, collective=True) == [9.5] and done == [[9]]
     dist.destroy_process_group()
 
 
@@ -102,17 +109,17 @@ def ends_with_an_error(rank, ports):
     os.environ.update({name: str(value) for name, value in launch.items()})
     # Of both at once: a group that is left there aborts the end of some processes.
     with pytest.raises(KepoConfigError, match="no"), processes.processes("cpu"):
-        assert together(rank) == [0, 1]
+        assert all_gather(rank) == [0, 1]
         refuse("no")
     assert not dist.is_initialized()
     # Of one, while the other waits for it.
     os.environ["MASTER_PORT"] = str(ports[1])
     ends = (r"rank 0: another process of this run has ended", "no")
     with pytest.raises(KepoError, match=ends[rank]), processes.processes("cpu"):
-        together(rank)
+        all_gather(rank)
         if rank == 1:
             refuse("no")
-        together(rank)
+        all_gather(rank)
     assert not dist.is_initialized()
 
 
@@ -227,7 +234,7 @@ def test_a_rank_that_does_not_come_is_named(environment):
         environment(**{**WHOLE, "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     with (
         pytest.raises(KepoError, match=r"rank 0: the 4 processes .* not all met .*0\.01 minutes"),
-        processes.processes("cpu", patience=0.6),
+        processes.processes("cpu", timeout=0.6),
     ):
         pass
     assert not dist.is_initialized()
@@ -244,6 +251,6 @@ def test_work_that_is_asked_to_stop_ends_at_a_portion():
         return some
 
     with pytest.raises(Stopped):
-        shared_out(ITEMS, work, in_twos, stop=lambda: len(done) >= 4)
+        split_work(ITEMS, work, in_twos, stop=lambda: len(done) >= 4)
     assert done == ITEMS[:4]
-    assert shared_out(ITEMS, work, in_twos, stop=lambda: False) == ITEMS
+    assert split_work(ITEMS, work, in_twos, stop=lambda: False) == ITEMS

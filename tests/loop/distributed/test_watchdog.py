@@ -15,7 +15,7 @@ from kepo.distributed.watchdog import Report, processor_seconds, stalled, standi
 
 WORKS = Report(7, still=1.0, waits=False, place="sample at rollout.py:1")
 SLEEPS = Report(7, still=130.0, waits=False, place="read at images.py:2")
-WAITS = Report(7, still=150.0, waits=True, place="together at parallel.py:3")
+WAITS = Report(7, still=150.0, waits=True, place="all_gather at processes.py:3")
 LEFT = Report(7, still=900.0, waits=False, place="the end", left=True)
 
 
@@ -26,7 +26,7 @@ def test_who_neither_works_nor_waits_is_to_blame():
     assert judged({0: WAITS, 1: LEFT, 2: WORKS}) is None
     assert judged({0: WAITS, 1: SLEEPS, 2: WAITS}) == (
         "rank 1 has not moved for 2 minutes (read at images.py:2) (rank_timeout_minutes: 2); "
-        "rank 0: together at parallel.py:3; rank 2: together at parallel.py:3"
+        "rank 0: all_gather at processes.py:3; rank 2: all_gather at processes.py:3"
     )
     assert judged({0: WORKS, 1: SLEEPS}).startswith("rank 1 has not moved")
     assert judged({0: WAITS, 1: WAITS}).startswith("every rank waits for another, for 2 minutes")
@@ -102,7 +102,7 @@ def two(folder, **environment):
 @pytest.mark.slow
 @pytest.mark.processes
 def test_the_one_that_stands_still_is_named_by_all(tmp_path):
-    for process in two(tmp_path, PATIENCE="3", HOW="sleeps"):
+    for process in two(tmp_path, TIMEOUT="3", HOW="sleeps"):
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 1
         assert "error: rank 1 has not moved for 3 s (<module> at loop/stands_still.py:" in output
@@ -112,7 +112,7 @@ def test_the_one_that_stands_still_is_named_by_all(tmp_path):
 @pytest.mark.slow
 @pytest.mark.processes
 def test_the_others_say_that_one_has_ended(tmp_path):
-    first, second = two(tmp_path, PATIENCE="60", HOW="killed")
+    first, second = two(tmp_path, TIMEOUT="60", HOW="killed")
     output, _ = first.communicate(timeout=120)
     assert second.wait(timeout=120) == -9 and first.returncode == 1
     second.communicate()
@@ -125,7 +125,7 @@ def test_the_others_say_that_one_has_ended(tmp_path):
 @pytest.mark.processes
 def test_a_job_that_the_scheduler_paused_goes_on(tmp_path):
     """Longer than the limit: nobody stood still of its own accord."""
-    both = two(tmp_path, PATIENCE="4", HOW="paused")
+    both = two(tmp_path, TIMEOUT="4", HOW="paused")
     for process in both:
         assert process.stdout.readline() == "here\n"
     for process in both:

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import load_file
+from same_run import CLOSE, LR, STEPS, assert_same_run, weights
 from several import run_all
 from small import config_of, run_rigged
-from test_processes import CLOSE, STEPS, assert_same_run, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
@@ -20,7 +20,7 @@ HELD = {"ddp": {}, "fsdp2": dict(sharding="fsdp2", teacher_placement="fsdp2")}
 SETTINGS = dict(
     steps=STEPS,
     prompts_per_step=3,
-    lr=2e-4,
+    lr=LR,
     seed=2,
     log_completions_every=1,
     keep_checkpoints=STEPS + 1,

@@ -9,8 +9,9 @@ import torch
 from toy import MALFORMED, RIGHT, WRONG, example, group_of, rollout
 
 from kepo.config import Config
-from kepo.objective.batch import collate
+from kepo.objective.batch import collate, gates
 from kepo.tasks.multiple_choice import question_prompt
+from kepo_kernels import loss_weights
 
 CONFIG = Config(teacher="t", num_generations=2, hint_trigger="never")
 GROUPS = [
@@ -53,8 +54,13 @@ def test_ids_mask_and_padding():
     ],
 )
 def test_gate_reads_the_reward_it_is_told_to(settings, expected):
-    gate = collate(GROUPS, replace(CONFIG, **settings)).gate
+    config = replace(CONFIG, **settings)
+    gate = gates([r for group in GROUPS for r in group], config)
     assert gate.dtype == torch.float32 and gate.tolist() == expected
+    batch = collate(GROUPS, config)
+    assert batch.opened.tolist() == [x > 0 for x in expected]
+    weighted = loss_weights(batch.completion_mask, gate, config.distill_reduction)
+    assert torch.equal(batch.distill_weights, weighted)
 
 
 def test_a_soft_gate_multiplies_and_a_hard_one_only_opens():
@@ -69,7 +75,7 @@ def test_a_soft_gate_multiplies_and_a_hard_one_only_opens():
 
 def test_weights_are_normalised_over_the_whole_step():
     batch = collate(GROUPS, CONFIG)
-    opened = batch.completion_mask & (batch.gate > 0)[:, None]
+    opened = batch.completion_mask & batch.opened[:, None]
     # sequence mean: every completion weighs 1/4, shared by its tokens
     torch.testing.assert_close(batch.policy_weights.sum(-1), torch.full((4,), 0.25).double())
     # token mean over the open completions only
@@ -100,7 +106,7 @@ def test_truncated_completions_count_in_the_group_but_carry_no_loss():
 def test_the_teacher_need_not_read_what_carries_no_loss():
     groups = [[rollout(WRONG), rollout(RIGHT, truncated=True)]]
     kept, masked = collate(groups, CONFIG), collate(groups, replace(CONFIG, mask_truncated=True))
-    assert kept.gate.tolist() == [0.0, 1.0] and masked.gate.tolist() == [0.0, 0.0]
+    assert kept.opened.tolist() == [False, True] and not masked.opened.any()
 
 
 def test_dr_grpo_divides_by_what_could_have_been_written():
@@ -131,7 +137,7 @@ def test_data_has_advantage_one_outside_the_groups_and_no_sampler():
     assert torch.equal(batch.advantages[:4], alone.advantages)  # groups do not see it
     assert [p.text for p in batch.prompts[4:]] == [question_prompt(example(n)) for n in "cd"]
     assert batch.sampler_logprobs[4:].isnan().all() and not batch.hinted.any()
-    assert batch.gate[4:].tolist() == [1.0, 1.0]  # a worked solution is right
+    assert batch.opened[4:].all()  # a worked solution is right
     assert collate([], CONFIG, data).advantages.tolist() == [1.0, 1.0]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kepo.objective.credit import engine_weights, group_advantages, hinted_weights, quality_gate
+from kepo.objective.credit import correction_weights, group_advantages, hinted_weights, quality_gate
 
 
 def test_advantages_by_hand():
@@ -82,21 +82,21 @@ def test_hinted_weights_know_their_corrections():
         hinted_weights(Q.log(), B.log(), HINTED, "clip", cap=2.0, gamma=0.1)
 
 
-# ---- tokens of another engine ----
+# ---- tokens of another sampler ----
 
 
 def test_engine_weights_are_the_capped_ratio_of_trainer_to_engine():
     logprobs = Q.log().requires_grad_()
-    weights = engine_weights(logprobs, B.log(), torch.tensor([[True] * 4]), cap=2.0)
+    weights = correction_weights(logprobs, B.log(), torch.tensor([[True] * 4]), cap=2.0)
     assert not weights.requires_grad
     # 0.9 / 0.3 is capped; the last, which nobody drew, weighs 1
     expected = torch.tensor([[2.0, 0.5, 1 / 90, 1.0]]).double()
     torch.testing.assert_close(weights, expected, rtol=1e-6, atol=0.0)
-    low = engine_weights(logprobs, B.log(), torch.tensor([[True] * 4]), cap=0.25)
+    low = correction_weights(logprobs, B.log(), torch.tensor([[True] * 4]), cap=0.25)
     torch.testing.assert_close(low, torch.tensor([[0.25, 0.25, 1 / 90, 1.0]]).double())
 
 
 def test_engine_weights_leave_other_tokens_alone():
     own = torch.tensor([[False, True, False, False]])
-    weights = engine_weights(Q.log(), B.log(), own, cap=2.0)
+    weights = correction_weights(Q.log(), B.log(), own, cap=2.0)
     torch.testing.assert_close(weights, torch.tensor([[1.0, 0.5, 1.0, 1.0]]).double())

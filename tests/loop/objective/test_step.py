@@ -9,7 +9,7 @@ from toy import BARE, MALFORMED, RIGHT, WRONG, TableVLM, drawn_logprob, group_of
 from kepo.config import Config, load
 from kepo.objective import step as step_module
 from kepo.objective.batch import collate
-from kepo.objective.credit import engine_weights, hinted_weights
+from kepo.objective.credit import correction_weights, hinted_weights
 from kepo.objective.sod import drift_weights
 from kepo.objective.step import StepTotals, kepo_step
 from kepo.rollout.rollouts import demonstrations
@@ -74,11 +74,10 @@ def oracle(models, groups, config, *, data=(), **settings):
         batch.advantages,
         states[1].detach(),
         teacher.lm_head,
-        gate=batch.gate,
         completion_mask=mask,
         **{
             "policy_weights": batch.policy_weights,
-            "distill_weights": batch.distill_weights / batch.gate[:, None].clamp(min=1e-9),
+            "distill_weights": batch.distill_weights,
             "distill_coef": config.distill_coef,
             "beta": config.beta,
             **settings,
@@ -309,14 +308,16 @@ def test_sampled_tokens_are_weighted_by_the_ratio(models, hinted_correction, lat
 @pytest.mark.parametrize(
     "fault",
     {
-        "upside down": lambda law, drawn, own, cap: engine_weights(drawn, law, own, cap),
-        "no cap": lambda law, drawn, own, cap: engine_weights(law, drawn, own, 1e9),
-        "hinted ones too": lambda law, drawn, own, cap: engine_weights(law, drawn, own | True, cap),
+        "upside down": lambda law, drawn, own, cap: correction_weights(drawn, law, own, cap),
+        "no cap": lambda law, drawn, own, cap: correction_weights(law, drawn, own, 1e9),
+        "hinted ones too": lambda law, drawn, own, cap: correction_weights(
+            law, drawn, own | True, cap
+        ),
     }.items(),
     ids=lambda fault: fault[0],
 )
 def test_a_wrong_ratio_is_seen(models, fault, monkeypatch):
-    monkeypatch.setattr(step_module, "engine_weights", fault[1])
+    monkeypatch.setattr(step_module, "correction_weights", fault[1])
     with pytest.raises(AssertionError):
         weighted_by_the_ratio_of_trainer_to_sampler(models)
 

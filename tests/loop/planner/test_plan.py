@@ -162,10 +162,12 @@ def test_each_setting_takes_or_saves():
     for item in ("loss", "activations"):
         assert held("update", item, **TEACHER) > held("update", item) > 0, item
     share = int(0.3 * 80 * GIB)
-    assert held("rollout", "cache", engine="vllm") == share
-    assert held("evaluation", "cache", engine="vllm", eval_share=0.1) == share
+    assert held("rollout", "cache", sampler="vllm") == share
+    assert held("evaluation", "cache", sampler="vllm", eval_share=0.1) == share
     hinted = TEACHER | dict(hint_trigger="always")
-    assert held("hints", "cache", engine="vllm", **hinted) > share  # it is awake beside the teacher
+    assert (
+        held("hints", "cache", sampler="vllm", **hinted) > share
+    )  # it is awake beside the teacher
     assert held("rollout", "cache", rollout_batch=16) < held("rollout", "cache")
     assert held("rollout", "cache", rollout_tokens=8000) < held("rollout", "cache")
     plain = held("update", "activations", gradient_checkpointing=False)
@@ -216,7 +218,7 @@ def test_reference_is_held_as_the_policy():
 
 
 def test_weights_reach_vllm_one_at_a_time():
-    config = replace(SMALL, engine="vllm", rollout_gather=False)
+    config = replace(SMALL, sampler="vllm", rollout_gather=False)
     counts = anatomy(config.student, "bfloat16", "cuda").counts
     assert counts.largest == 151936 * 2048  # the embedding, which is most of the root in bf16
     shared = 4 * counts.total // 4
@@ -269,8 +271,8 @@ def test_advice_is_not_refused():
 
     assert {"lora_rank", "rollout_batch"} <= settings()
     assert "rollout_batch" not in settings(rollout_batch=8)  # a question's completions, at least
-    engine = settings(engine="vllm", vllm_memory=0.6)
-    assert "vllm_memory" in engine and "lora_rank" not in engine
+    sampler = settings(sampler="vllm", vllm_memory=0.6)
+    assert "vllm_memory" in sampler and "lora_rank" not in sampler
     assert "eval_batch" in settings(eval_share=0.1, eval_batch=512)
     many = dict(prompts_per_step=256, rollout_batch=1024, rollout_tokens=300000)
     assert "rollout_tokens" in settings(**many)

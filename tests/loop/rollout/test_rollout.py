@@ -75,18 +75,18 @@ def test_tokens_generated_at_once_are_bounded(most, rollout_batch):
     )
     lengths = [1, 200, 3, 4, 90, 5, 6, 7, 8]
     examples = [example(f"q{place}", question="x" * n) for place, n in enumerate(lengths)]
-    engine = Measured()
-    groups = sample(engine, examples, config, num_generations=2)
+    sampler = Measured()
+    groups = sample(sampler, examples, config, num_generations=2)
     prompts = [question_prompt(one) for one in examples]
-    assert [text for call in engine.calls for text in call] == prompts
+    assert [text for call in sampler.calls for text in call] == prompts
     assert [group[0].example for group in groups] == examples
 
     def fits(call):
         padded = max(map(len, call)) + 30
         return 2 * len(call) <= rollout_batch and 2 * len(call) * padded <= most
 
-    assert all(fits(call) or len(call) == 1 for call in engine.calls)
-    pairs = zip(engine.calls, engine.calls[1:], strict=False)
+    assert all(fits(call) or len(call) == 1 for call in sampler.calls)
+    pairs = zip(sampler.calls, sampler.calls[1:], strict=False)
     assert not any(fits([*call, after[0]]) for call, after in pairs)  # none is cut short
 
 

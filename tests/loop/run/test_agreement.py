@@ -23,7 +23,7 @@ def others(monkeypatch):
     """Stand-ins for the other processes: `others(what they say)`; this one is the first."""
 
     def say(*theirs):
-        monkeypatch.setattr(agreement, "together", lambda mine: [mine, *theirs])
+        monkeypatch.setattr(agreement, "all_gather", lambda mine: [mine, *theirs])
         monkeypatch.setattr(agreement, "world_size", lambda: 1 + len(theirs))
 
     return say
@@ -116,7 +116,7 @@ def test_the_time_limit_is_the_setting(monkeypatch):
     monkeypatch.setattr(agreement, "processes", processes)
     with agreement.joined(Config(rank_timeout_minutes=0.5)) as device:
         assert device == "cpu"
-    assert given == {"device": "cpu", "alone": False, "patience": 30.0}
+    assert given == {"device": "cpu", "alone": False, "timeout": 30.0}
     assert Config().rank_timeout_minutes == 15.0
 
 

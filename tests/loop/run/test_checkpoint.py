@@ -175,7 +175,7 @@ def test_a_real_limit_leaves_no_half_checkpoint(tmp_path):
 def test_an_error_of_another_process_is_raised_in_this_one(tmp_path, monkeypatch):
     """Else it would wait for the one that left."""
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "shard 2")
-    monkeypatch.setattr(checkpoint, "together", lambda mine: [mine, full])
+    monkeypatch.setattr(checkpoint, "all_gather", lambda mine: [mine, full])
     with pytest.raises(OSError, match="shard 2"):
         write(tmp_path, 1)
     assert list(tmp_path.iterdir()) == []

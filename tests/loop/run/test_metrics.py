@@ -1,6 +1,7 @@
 """The numbers of a step from rollouts made by hand, and logs that a kill cannot spoil."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_completions_are_recorded_as_they_were_judged():
     data = [rollout(RIGHT, "d")]
     batch = collate(GROUPS, CONFIG, data)
     rollouts = [r for group in GROUPS for r in group] + data
-    records = completion_records(rollouts, batch)
+    records = completion_records(rollouts, batch, CONFIG)
     assert [r["completion"] for r in records] == [
         RIGHT,
         MALFORMED,
@@ -125,6 +126,13 @@ def test_completions_are_recorded_as_they_were_judged():
     assert (first["images"], first["answer"]) == (["/a.png"], "A")
     assert first["rewards"] == {"accuracy": 1.0, "format": 1.0}
     json.dumps(records, allow_nan=False)
+
+
+def test_a_soft_gate_is_recorded_by_its_value_and_closed_without_loss():
+    config = replace(CONFIG, gate_reward="total", gate_threshold=None, mask_truncated=True)
+    rollouts = [rollout(RIGHT), rollout(RIGHT, truncated=True), rollout(WRONG), rollout(MALFORMED)]
+    records = completion_records(rollouts, collate([rollouts], config), config)
+    assert [r["gate"] for r in records] == [2.0, 0.0, 1.0, 0.0]
 
 
 def test_peak_memory_is_at_least_what_is_held():

@@ -26,7 +26,7 @@ def prompt(made) -> Prompt:
 def logits(vlm: VLM, prompt: Prompt) -> torch.Tensor:
     ids, mask = vlm.encode_completions(["3 + 5 = 8"])
     with torch.no_grad():
-        states = vlm.within(lambda: vlm.completion_hidden(vlm.encode([prompt]), ids, mask))
+        states = vlm.run_wrapped(lambda: vlm.completion_hidden(vlm.encode([prompt]), ids, mask))
         return states @ vlm.lm_head.T
 
 
@@ -140,7 +140,7 @@ def test_a_sharded_policy_computes_in_dtype_and_keeps_float32(made, tmp_path, pr
 def test_a_teacher_says_the_same_wherever_it_is(made, tmp_path, prompt, placement):
     with processes("cpu", alone=True) as device:
         teacher = load_teacher(config_of(made, tmp_path, teacher_placement=placement), device)
-        assert not trained(teacher) and teacher.in_step == (placement != "copy")
+        assert not trained(teacher) and teacher.collective == (placement != "copy")
         assert torch.equal(logits(teacher, prompt), logits(VLM.load(made / "teacher"), prompt))
 
 

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from test_data import dataset, record
-from test_layouts import ROW, split_file
+from datasets_on_disk import ROW, dataset, record, split_file
 
 from kepo.data.example import LETTERS
 from kepo.data.layouts import medr1

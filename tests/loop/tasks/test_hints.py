@@ -216,7 +216,7 @@ def test_the_training_batch_never_shows_the_hint():
     groups, _ = rescue([failed_group()], solver(), teacher(), CONFIG, {})
     batch = collate(groups, CONFIG)
     assert {prompt.text for prompt in batch.prompts} == {question_prompt(example("bad"))}
-    assert batch.gate.tolist() == [0, 1, 0, 1]  # successes are distilled on
+    assert batch.opened.tolist() == [False, True, False, True]  # successes are distilled on
     assert (batch.advantages > 0).tolist() == [False, True, False, True]
     assert batch.hinted.tolist() == [False, True, False, True]
 

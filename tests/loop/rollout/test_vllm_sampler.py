@@ -1,4 +1,4 @@
-"""The vLLM engine against a stand-in with vLLM's interface: what it asks, when, what it keeps."""
+"""The vLLM sampler against a stand-in with vLLM's interface: what it asks, when, what it keeps."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ from kepo.errors import KepoConfigError, KepoError
 from kepo.models.encoding import Prompt
 from kepo.models.vlm import VLM
 from kepo.rollout.rollouts import sample
-from kepo.rollout.vllm import VllmEngine
+from kepo.rollout.vllm import VllmSampler
 from kepo.tasks.multiple_choice import question_prompt
 
 SETTINGS = dict(num_return_sequences=1, max_new_tokens=6, temperature=0.9, top_p=0.8)
@@ -42,7 +42,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def made(student, monkeypatch):
-    """An engine over the stand-in, and the weights that it is given; see `answer`."""
+    """A sampler over the stand-in, and the weights that it is given; see `answer`."""
     folder, vlm = student
     end = vlm.tokenizer.eos_token_id
 
@@ -55,7 +55,7 @@ def made(student, monkeypatch):
         return cut, numbers, "stop" if cut[-1] == end else "length"
 
     def expand(prompt, settings):
-        """As the image processor of the folder resizes, with the sizes that the engine gave."""
+        """As the image processor of the folder resizes, with the sizes that the sampler gave."""
         processor = type(vlm.encoder.image_processor).from_pretrained(
             folder, **settings.get("mm_processor_kwargs", {})
         )
@@ -73,8 +73,8 @@ def made(student, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", fake_vllm)
     present = {"shift": torch.tensor(3), "other": torch.ones(2)}
 
-    def engine(**settings):
-        return VllmEngine(
+    def sampler(**settings):
+        return VllmSampler(
             vlm.encoder,
             folder,
             **{
@@ -86,7 +86,7 @@ def made(student, monkeypatch):
             },
         )
 
-    return SimpleNamespace(engine=engine, weights=present, end=end, vlm=vlm, answer=answer)
+    return SimpleNamespace(sampler=sampler, weights=present, end=end, vlm=vlm, answer=answer)
 
 
 def tokens(sampled):
@@ -97,12 +97,12 @@ def tokens(sampled):
 
 
 def test_completions_are_in_order_and_keep_their_ends_and_numbers(made, images):
-    engine = made.engine()
+    sampler = made.sampler()
     prompts = [Prompt("Which?", images[0]), Prompt("What is it?", images[1])]
     seeds = [11, 14, 2**62 + 10, 3]
-    with engine.ready():
-        drawn = engine.sample(prompts, seeds=seeds, **{**SETTINGS, "num_return_sequences": 2})
-    asked = engine._llm.asked
+    with sampler.ready():
+        drawn = sampler.sample(prompts, seeds=seeds, **{**SETTINGS, "num_return_sequences": 2})
+    asked = sampler._llm.asked
     answers = [made.answer(None, params, 3) for _, params in asked]
     assert [params.seed for _, params in asked] == seeds
     sizes = [request["multi_modal_data"]["image"][0].size for request, _ in asked]
@@ -117,12 +117,12 @@ def test_completions_are_in_order_and_keep_their_ends_and_numbers(made, images):
 
 
 def test_a_prompt_has_one_placeholder_and_its_picture(made, images):
-    engine = made.engine()
+    sampler = made.sampler()
     prompts = [Prompt("Which?", path) for path in images]
-    with engine.ready():
-        engine.sample(prompts, seeds=[1, 2, 3], **SETTINGS)
+    with sampler.ready():
+        sampler.sample(prompts, seeds=[1, 2, 3], **SETTINGS)
     image = made.vlm.encoder.image_token_id
-    for (request, _), prompt, path in zip(engine._llm.asked, prompts, images, strict=True):
+    for (request, _), prompt, path in zip(sampler._llm.asked, prompts, images, strict=True):
         assert request["prompt_token_ids"].count(image) == 1
         (picture,) = request["multi_modal_data"]["image"]
         assert picture.mode == "RGB" and picture.size == Image.open(path).size
@@ -133,105 +133,105 @@ def test_a_prompt_has_one_placeholder_and_its_picture(made, images):
 
 
 def test_the_law_is_the_one_asked_for(made, images):
-    engine = made.engine()
-    with engine.ready():
-        engine.sample([Prompt("Which?", images[0])], seeds=[7], **SETTINGS)
-    ((_, params),) = engine._llm.asked
+    sampler = made.sampler()
+    with sampler.ready():
+        sampler.sample([Prompt("Which?", images[0])], seeds=[7], **SETTINGS)
+    ((_, params),) = sampler._llm.asked
     assert (params.temperature, params.top_p, params.top_k) == (0.9, 0.8, 0)
     assert (params.n, params.max_tokens, params.logprobs) == (1, 6, 0)
     assert params.stop_token_ids == [made.end, made.vlm.tokenizer.pad_token_id]
     assert params.logit_bias == dict.fromkeys(made.vlm.never_sampled(), -100.0)
-    assert engine._llm.settings["logprobs_mode"] == "processed_logprobs"
-    assert engine._llm.settings["generation_config"] == "vllm"
-    assert engine._llm.settings["trust_remote_code"] is False
-    assert engine._llm.settings["load_format"] == "safetensors"
-    assert engine.in_step is False
+    assert sampler._llm.settings["logprobs_mode"] == "processed_logprobs"
+    assert sampler._llm.settings["generation_config"] == "vllm"
+    assert sampler._llm.settings["trust_remote_code"] is False
+    assert sampler._llm.settings["load_format"] == "safetensors"
+    assert sampler.collective is False
 
 
 def test_greedy_reads_no_seed_and_says_zero(made, images):
-    engine = made.engine()
-    with engine.ready():
-        drawn = engine.sample([Prompt("Which?", images[0])], **{**SETTINGS, "temperature": 0.0})
-    ((_, params),) = engine._llm.asked
+    sampler = made.sampler()
+    with sampler.ready():
+        drawn = sampler.sample([Prompt("Which?", images[0])], **{**SETTINGS, "temperature": 0.0})
+    ((_, params),) = sampler._llm.asked
     assert params.temperature == 0 and params.seed is None and params.logprobs is None
     assert not drawn.logprobs.any() and tokens(drawn) == [[8, made.end]]
 
 
 def test_without_seeds_they_come_from_the_global_generator(made, images):
-    engine = made.engine()
-    with engine.ready():
+    sampler = made.sampler()
+    with sampler.ready():
         for _ in range(2):
             torch.manual_seed(0)
-            engine.sample([Prompt("Which?", images[0])] * 2, **SETTINGS)
-    seeds = [params.seed for _, params in engine._llm.asked]
+            sampler.sample([Prompt("Which?", images[0])] * 2, **SETTINGS)
+    seeds = [params.seed for _, params in sampler._llm.asked]
     assert seeds[:2] == seeds[2:] and seeds[0] != seeds[1] and min(seeds) >= 0
 
 
 def test_rollouts_keep_the_numbers_of_the_engine(made, images):
     config = Config(max_completion_length=4, sampling_temperature=0.7, rollout_batch=2)
     asked = [example(f"q{place}", images=(path,)) for place, path in enumerate(images)]
-    engine = made.engine()
-    with engine.ready():
-        groups = sample(engine, asked, config, num_generations=2, stream=("a", 1))
-    assert engine._llm.calls.count("generate") == 3
+    sampler = made.sampler()
+    with sampler.ready():
+        groups = sample(sampler, asked, config, num_generations=2, stream=("a", 1))
+    assert sampler._llm.calls.count("generate") == 3
     for place, ((_, params), r) in enumerate(
-        zip(engine._llm.asked, (r for group in groups for r in group), strict=True)
+        zip(sampler._llm.asked, (r for group in groups for r in group), strict=True)
     ):
         ids, numbers, _ = made.answer(None, params, 3)
         assert r.completion_ids.tolist() == ids and r.example is asked[place // 2]
         assert r.sampler_logprobs.tolist() == numbers
         assert r.truncated == (ids[-1] != made.end)
     shown = made.vlm.encode([Prompt(question_prompt(asked[0]), images[0])]).input_ids[0].tolist()
-    assert fake_vllm.LLM.expand(engine._llm.asked[0][0], engine._llm.settings) == shown
+    assert fake_vllm.LLM.expand(sampler._llm.asked[0][0], sampler._llm.settings) == shown
 
 
 # ---- weights, sleeping and waking ----
 
 
 def test_weights_are_fresh_each_time_and_loaded_before_anything_is_sampled(made, images):
-    engine = made.engine()
+    sampler = made.sampler()
     prompts = [Prompt("Which?", images[0])]
     drawn = []
     for shift in (3, 40):
         made.weights["shift"] = torch.tensor(shift)
-        with engine.ready():
+        with sampler.ready():
             made.weights["shift"] = torch.tensor(77)  # what changes later is for the next time
-            drawn += tokens(engine.sample(prompts, seeds=[0], **SETTINGS))
+            drawn += tokens(sampler.sample(prompts, seeds=[0], **SETTINGS))
     assert drawn == [[8, made.end], [45, made.end]]
     around = [*WAKING, "wake_up kv_cache", "generate", "sleep 2"]
-    assert engine._llm.calls == ["sleep 2", *around, *around]
+    assert sampler._llm.calls == ["sleep 2", *around, *around]
 
 
 def test_it_sleeps_again_whatever_happens(made):
-    engine = made.engine()
-    with pytest.raises(ZeroDivisionError), engine.ready():
+    sampler = made.sampler()
+    with pytest.raises(ZeroDivisionError), sampler.ready():
         1 / 0  # noqa: B018
-    assert engine._llm.calls[-1] == "sleep 2" and not engine._llm.awake
+    assert sampler._llm.calls[-1] == "sleep 2" and not sampler._llm.awake
 
     def broken():
         yield "shift", torch.tensor(1)
         raise OSError("gone")
 
-    engine = made.engine(weights=broken)
-    with pytest.raises(OSError, match="gone"), engine.ready():
+    sampler = made.sampler(weights=broken)
+    with pytest.raises(OSError, match="gone"), sampler.ready():
         pass
-    assert engine._llm.calls[-1] == "sleep 2"
+    assert sampler._llm.calls[-1] == "sleep 2"
 
 
 def test_a_parameter_without_weights_is_named(made):
     del made.weights["other"]
-    engine = made.engine()
+    sampler = made.sampler()
     said = "nothing for 1 of vLLM's parameters, first other"
-    with pytest.raises(KepoError, match=said), engine.ready():
+    with pytest.raises(KepoError, match=said), sampler.ready():
         pass
 
 
 def test_asleep_it_does_not_sample(made, images):
-    engine = made.engine()
-    with engine.ready():
+    sampler = made.sampler()
+    with sampler.ready():
         pass
     with pytest.raises(KepoError, match=r"asleep; call it within ready"):
-        engine.sample([Prompt("Which?", images[0])], seeds=[1], **SETTINGS)
+        sampler.sample([Prompt("Which?", images[0])], seeds=[1], **SETTINGS)
 
 
 # ---- how it is started ----
@@ -241,19 +241,19 @@ def test_it_is_started_in_this_process_as_torchrun_would(made, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     before = dict(os.environ)
-    llm = made.engine()._llm
+    llm = made.sampler()._llm
     assert llm.settings["distributed_executor_backend"] == "external_launcher"
     assert llm.settings["gpu_memory_utilization"] == 0.4 and llm.settings["dtype"] == "bfloat16"
     assert llm.settings["enable_sleep_mode"] and llm.settings["tensor_parallel_size"] == 1
     assert (llm.environment["RANK"], llm.environment["WORLD_SIZE"]) == ("0", "1")
     assert int(llm.environment["MASTER_PORT"]) > 0 and dict(os.environ) == before
     monkeypatch.setenv("RANK", "3")
-    assert made.engine()._llm.environment["RANK"] == "3" and os.environ["RANK"] == "3"
+    assert made.sampler()._llm.environment["RANK"] == "3" and os.environ["RANK"] == "3"
 
 
 def test_an_llm_that_is_there_is_used(made):
     llm = fake_vllm.LLM(model="there")
-    assert made.engine(llm=llm)._llm is llm and llm.calls == ["sleep 2"]
+    assert made.sampler(llm=llm)._llm is llm and llm.calls == ["sleep 2"]
 
 
 def test_images_are_resized_as_the_encoder_does(made, student, images, monkeypatch):
@@ -261,8 +261,8 @@ def test_images_are_resized_as_the_encoder_does(made, student, images, monkeypat
     vlm = VLM.load(student[0])
     vlm.encoder.image_processor.size = {"shortest_edge": 1024, "longest_edge": 4096}
     prompts = [Prompt("Which?", images[2])]
-    own = made.engine()
-    engine = VllmEngine(
+    own = made.sampler()
+    sampler = VllmSampler(
         vlm.encoder,
         student[0],
         dtype="float32",
@@ -270,16 +270,16 @@ def test_images_are_resized_as_the_encoder_does(made, student, images, monkeypat
         never_sampled=[],
         weights=lambda: made.weights.items(),
     )
-    with engine.ready(), own.ready():
-        engine.sample(prompts, seeds=[1], **SETTINGS)
+    with sampler.ready(), own.ready():
+        sampler.sample(prompts, seeds=[1], **SETTINGS)
         own.sample(prompts, seeds=[1], **SETTINGS)
     lengths = [
-        len(fake_vllm.LLM.expand(e._llm.asked[0][0], e._llm.settings)) for e in (engine, own)
+        len(fake_vllm.LLM.expand(e._llm.asked[0][0], e._llm.settings)) for e in (sampler, own)
     ]
     assert lengths[0] < lengths[1]
-    engine._llm.settings.pop("mm_processor_kwargs")  # the fault
-    with engine.ready(), pytest.raises(KepoError, match=r"read a prompt as \d+ tokens"):
-        engine.sample(prompts, seeds=[1], **SETTINGS)
+    sampler._llm.settings.pop("mm_processor_kwargs")  # the fault
+    with sampler.ready(), pytest.raises(KepoError, match=r"read a prompt as \d+ tokens"):
+        sampler.sample(prompts, seeds=[1], **SETTINGS)
 
 
 # ---- refusals ----
@@ -299,10 +299,10 @@ def test_images_are_resized_as_the_encoder_does(made, student, images, monkeypat
     ],
 )
 def test_settings_out_of_range_are_refused(made, images, settings, said):
-    engine = made.engine()
-    with engine.ready(), pytest.raises(KepoConfigError, match=said):
-        engine.sample([Prompt("Which?", images[0])], **{**SETTINGS, "seeds": [1], **settings})
-    assert "generate" not in engine._llm.calls
+    sampler = made.sampler()
+    with sampler.ready(), pytest.raises(KepoConfigError, match=said):
+        sampler.sample([Prompt("Which?", images[0])], **{**SETTINGS, "seeds": [1], **settings})
+    assert "generate" not in sampler._llm.calls
 
 
 def test_an_engine_that_cannot_be_is_refused(made, monkeypatch):
@@ -312,10 +312,10 @@ def test_an_engine_that_cannot_be_is_refused(made, monkeypatch):
         ({"memory_share": 1.5}, "memory_share is 1.5"),
     ):
         with pytest.raises(KepoConfigError, match=said):
-            made.engine(**settings)
+            made.sampler(**settings)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(KepoConfigError, match=r"pip install 'kepo\[vllm\]'"):
-        made.engine()
+        made.sampler()
 
 
 @pytest.mark.parametrize(
@@ -327,21 +327,21 @@ def test_an_engine_that_cannot_be_is_refused(made, monkeypatch):
     ],
 )
 def test_an_odd_end_is_an_error(made, images, monkeypatch, answer):
-    engine = made.engine()
+    sampler = made.sampler()
     monkeypatch.setattr(fake_vllm.LLM, "answer", staticmethod(lambda *_: answer))
-    with engine.ready(), pytest.raises(KepoError, match=f"after 2 tokens.*'{answer[2]}'"):
-        engine.sample([Prompt("Which?", images[0])], seeds=[1], **SETTINGS)
+    with sampler.ready(), pytest.raises(KepoError, match=f"after 2 tokens.*'{answer[2]}'"):
+        sampler.sample([Prompt("Which?", images[0])], seeds=[1], **SETTINGS)
 
 
 def test_every_end_token_is_an_end(made, images, monkeypatch):
-    engine = made.engine()
+    sampler = made.sampler()
     for end in made.vlm.encoder.end_ids:
         answer = ([5, 6, end], [-1.0, -1.0, -1.0], "stop")
         monkeypatch.setattr(fake_vllm.LLM, "answer", staticmethod(lambda *_, a=answer: a))
-        with engine.ready():
-            drawn = engine.sample([Prompt("Which?", images[0])], seeds=[1], **SETTINGS)
+        with sampler.ready():
+            drawn = sampler.sample([Prompt("Which?", images[0])], seeds=[1], **SETTINGS)
         assert tokens(drawn) == [[5, 6, end]]
-    assert not set(made.vlm.encoder.end_ids) & set(engine._biases)
+    assert not set(made.vlm.encoder.end_ids) & set(sampler._biases)
 
 
 @pytest.mark.parametrize("fault", ["shuffled", "one lost"])
@@ -349,8 +349,8 @@ def test_answers_to_other_prompts_are_an_error(made, images, monkeypatch, fault)
     whole = fake_vllm.LLM.generate
     change = (lambda out: out[::-1]) if fault == "shuffled" else (lambda out: out[1:])
     monkeypatch.setattr(fake_vllm.LLM, "generate", lambda *a, **k: change(whole(*a, **k)))
-    engine = made.engine()
-    with engine.ready(), pytest.raises(KepoError, match=r"answers"):
-        engine.sample(
+    sampler = made.sampler()
+    with sampler.ready(), pytest.raises(KepoError, match=r"answers"):
+        sampler.sample(
             [Prompt("Which?", images[0]), Prompt("x", images[1])], seeds=[1, 2], **SETTINGS
         )
