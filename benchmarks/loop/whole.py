@@ -3,12 +3,11 @@
 They stand in for `fused_kepo_loss` and `fused_grpo_loss` in `kepo.objective.step`, and are what a
 careful user writes there: logits of the tokens that carry loss only, the teacher's without gradient
 and of the open sequences only, one log_softmax for both terms and no copy of some of its rows, one
-shift for both weights of the mixture, each KL summed before it is weighted, no name that keeps a matrix
-alive for longer than autograd does, entropy (a metric) in slices; softmax in fp32 where the model
-computes in bf16. At beta 0.5 and with every gate
-open, forward and backward then hold 8 matrices at their peak; the usual formula (TRL's, and `jsd`
-in peers.py) holds 9 or more, and `kepo_kernels/reference.py`, whose guards against -inf each copy a
-matrix, more again.
+shift for both weights of the mixture, each KL summed before it is weighted, no name that keeps a
+matrix alive for longer than autograd does, entropy (a metric) in slices; softmax in fp32 where the
+model computes in bf16. At beta 0.5 and with every gate open, forward and backward then hold 8
+matrices at their peak; the usual formula (TRL's, and `jsd` in benchmarks/losses/peers.py) holds 9
+or more, and `kepo_kernels/reference.py`, whose guards against -inf each copy a matrix, more again.
 
 They know the settings of a default run only and read no other: step.py compares loss and gradients
 before it times them.
