@@ -187,7 +187,8 @@ def test_a_default_that_old_tritons_cannot_compile_is_caught(tmp_path):
     for name in ("kepo_kernels", "tools"):
         unneeded = shutil.ignore_patterns("results", "__pycache__")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=unneeded)
-    math, kernels = (tmp_path / "kepo_kernels" / f"triton_{x}.py" for x in ("math", "kernels"))
+    rows = tmp_path / "kepo_kernels" / "rows"
+    math, kernels = (rows / f"triton_{x}.py" for x in ("math", "kernels"))
     plant(math, r"(def read\([^)]*EVICT: tl\.constexpr)", r'\1 = ""')
     for path in (math, kernels):
         plant(path, r'(\bread\([^()]*), ""\)', r"\1)")
