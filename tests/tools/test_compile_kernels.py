@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from places import ROOT
+from places import ROOT, SUPPORT
 
-PATHS = (str(ROOT), str(Path(__file__).parent))
+PATHS = (str(ROOT), str(SUPPORT), str(Path(__file__).parent))
 COMMAND = ROOT / "tools" / "compile_kernels.py"
 
 try:
