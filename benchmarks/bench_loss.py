@@ -44,7 +44,6 @@ from benchmarks.losses.measure import (
     Measurement,
     Quantiles,
     estimated,
-    stamp,
     time_in_turn,
     timed,
     watched,
@@ -52,6 +51,7 @@ from benchmarks.losses.measure import (
 from benchmarks.losses.peers import COMPILING, PEERS, dtypes
 from benchmarks.losses.problems import ALL, SHAPES, Problem, Shape, parse_shape
 from benchmarks.losses.survival import FEW, must_survive
+from benchmarks.stamp import stamp
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEFAULT_SHAPES = ("design", "joint", "peaked", "memory")

@@ -65,7 +65,7 @@ def write(path: Path, results: list[tuple[Variant, Report]]) -> None:
     import torch
     import triton
 
-    from benchmarks.losses.measure import stamp
+    from benchmarks.stamp import stamp
 
     commit = stamp()["commit"]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -262,7 +262,7 @@ def write(path: Path, target: str, found: Iterable[Counts]) -> None:
     """One row per variant, with versions and commit."""
     import triton
 
-    from benchmarks.losses.measure import stamp
+    from benchmarks.stamp import stamp
 
     commit = stamp()["commit"]
     path.parent.mkdir(parents=True, exist_ok=True)

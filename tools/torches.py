@@ -152,7 +152,7 @@ def print_table(lines: list[Line]) -> None:
 
 
 def write(path: Path, lines: list[Line]) -> None:
-    from benchmarks.losses.measure import stamp
+    from benchmarks.stamp import stamp
 
     about = stamp()
     columns = ["torch", *KINDS, "failed", "cpp", "commit", "date"]

@@ -10,7 +10,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -21,10 +20,11 @@ from benchmarks.gpu.commands import nvidia_smi
 from benchmarks.gpu.targets import FIRST_SHAPE, PUBLISHED_SHAPE
 from benchmarks.losses.floor import floor
 from benchmarks.losses.losses_of_ours import NotComparable, ours
-from benchmarks.losses.measure import Measurement, Quantiles, stamp, timed, watched
+from benchmarks.losses.measure import Measurement, Quantiles, timed, watched
 from benchmarks.losses.peers import PEERS, _imported, _open_rows
 from benchmarks.losses.problems import Problem, Shape
 from benchmarks.losses.table import Row, measured_row
+from benchmarks.stamp import installed, stamp
 from kepo_kernels.rows.dispatch import IMPLS, unavailable
 
 SLOWEST = 5.0  # seconds of a peer's first warm call, beyond which it is not timed
@@ -79,13 +79,6 @@ def facts(clock: Clock) -> Iterator[Row]:
             print(name, getattr(flags, name, "unknown"))
     for impl in IMPLS:
         print(f"{impl} rows: {unavailable(impl) or 'live'}")
-
-
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def ceilings(clock: Clock) -> Iterator[Row]:

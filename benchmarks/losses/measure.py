@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import statistics
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 Call = Callable[[], object]
-PEERS = {
-    "liger_kernel": "liger-kernel",
-    "trl": "trl",
-    "cut_cross_entropy": "cut-cross-entropy",
-}
 
 
 class Quantiles(NamedTuple):
@@ -178,23 +170,6 @@ def estimated(
         before, last = last, point(2 * few)
 
 
-def stamp() -> dict[str, str | int]:
-    """Machine, versions and commit, for every row of results."""
-    cuda = torch.cuda.is_available()
-    return {
-        "machine": torch.cuda.get_device_name() if cuda else _cpu_name(),
-        "capability": "sm_{}{}".format(*torch.cuda.get_device_capability())
-        if cuda
-        else torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{column: _version(package) for column, package in PEERS.items()},
-        "commit": _commit(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def _resident_reader() -> Callable[[], int] | None:
     statm = Path("/proc/self/statm")
     if not statm.exists():
@@ -206,32 +181,3 @@ def _resident_reader() -> Callable[[], int] | None:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
-    return f"{platform.machine()}, {os.cpu_count()} cores"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _commit() -> str:
-    """KEPO_COMMIT, for a copy of the files without their history; else what git says."""
-    if commit := os.environ.get("KEPO_COMMIT"):
-        return commit
-    try:
-        here = Path(__file__).parent
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(
-            command, cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
 
-from benchmarks.losses.measure import PEERS, Measurement, Quantiles
+from benchmarks.losses.measure import Measurement, Quantiles
+from benchmarks.stamp import PACKAGES
 
 COLUMNS = (
-    *("machine", "capability", "threads", "python", "torch", *PEERS, "commit", "date"),
+    *("machine", "capability", "threads", "python", "torch", *PACKAGES, "commit", "date"),
     *("shape", "device", "dtype", "N", "H", "Ht", "V", "entropy"),
     *("case", "provider", "seconds", "seconds_p20", "seconds_p80"),
     *("x_floor", "x_floor_p20", "x_floor_p80", "peak_mib", "grad_error", "rounds"),
