@@ -1,18 +1,19 @@
 """The commands of README, each run once in small."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 
-
-def run(*words: object) -> str:
+def run(*words: object, cwd: Path = ROOT) -> str:
     command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -40,9 +41,22 @@ def test_the_command_lists_its_commands():
     assert unknown.returncode == 2 and "no command 'trian'" in unknown.stderr
 
 
-@pytest.mark.parametrize("script", ["bench_loss.py", "loop/step.py", "plot.py", "compare.py"])
-def test_help_of_scripts(script):
-    assert "usage:" in run(f"benchmarks/{script}", "--help")
+@pytest.mark.parametrize(
+    "script",
+    [
+        *("bench_loss.py", "loop/step.py", "losses/plot.py", "losses/compare.py"),
+        *("gpu/suite.py", "gpu/worker.py"),
+    ],
+)
+def test_help_of_benchmarks_from_anywhere(script, tmp_path):
+    assert "usage:" in run(ROOT / "benchmarks" / script, "--help", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["fetch_torch", "gpu_roofline", "installs", "matrix", "sass", "torches"]
+)
+def test_help_of_tools_from_anywhere(name, tmp_path):
+    assert "usage:" in run(ROOT / "tools" / f"{name}.py", "--help", cwd=tmp_path)
 
 
 def test_every_test_that_the_docs_name_exists():
