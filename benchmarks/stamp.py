@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {
     "liger_kernel": "liger-kernel",
     "trl": "trl",
@@ -42,18 +43,26 @@ def installed(package: str) -> str:
         return "not installed"
 
 
-def commit() -> str:
-    """KEPO_COMMIT, for a copy of the files without their history; else what git says."""
+def commit(root: Path = ROOT) -> str:
+    """KEPO_COMMIT, for a copy of the files without their history; else what git says.
+
+    It ends in -dirty where a tracked file was changed, but for those in benchmarks/results: a
+    command that writes its results there measures the code of that commit all the same.
+    """
     if known := os.environ.get("KEPO_COMMIT"):
         return known
     try:
-        here = Path(__file__).parent
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(
-            command, cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        name = _git(root, "describe", "--always", "--abbrev=12")
+        status = ("status", "--porcelain", "--untracked-files=no")
+        changed = _git(root, *status, "--", ".", ":(exclude)benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{name}-dirty" if changed else name
+
+
+def _git(root: Path, *words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def _cpu_name() -> str:

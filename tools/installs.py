@@ -32,7 +32,8 @@ from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
-from tools.environments import ROOT, Environment, Workshop, install, interpreter, output
+from benchmarks.stamp import commit
+from tools.environments import ROOT, Environment, Workshop, install, interpreter
 
 TESTS = ["tests/kernels/test_losses.py"]  # every loss, by every back-end, against the oracle
 STEPS = 3
@@ -213,8 +214,7 @@ def print_result(result: Result) -> None:
 
 def write(path: Path, results: list[Result], logs: dict[str, list[str]]) -> None:
     """The table, and beside it the log; environments that did not run keep what is there."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    about = {"commit": output(command).strip(), "date": time.strftime("%Y-%m-%d")}
+    about = {"commit": commit(), "date": time.strftime("%Y-%m-%d")}
     columns = ["environment", "python", *PACKAGES, "passed", "failed", "skipped", "loop", "faults"]
     known, said = {}, {}
     log = path.with_suffix(".log")

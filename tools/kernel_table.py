@@ -65,9 +65,9 @@ def write(path: Path, results: list[tuple[Variant, Report]]) -> None:
     import torch
     import triton
 
-    from benchmarks.stamp import stamp
+    from benchmarks.stamp import commit
 
-    commit = stamp()["commit"]
+    about = commit()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         columns = ["kernel", "target", "variant", *asdict(Report()), "triton", "torch", "commit"]
@@ -79,6 +79,6 @@ def write(path: Path, results: list[tuple[Variant, Report]]) -> None:
             writer.writerow(
                 facts
                 | {"kernel": variant.kernel, "target": variant.target, "variant": str(variant)}
-                | {"seconds": f"{report.seconds:.2f}", "commit": commit}
+                | {"seconds": f"{report.seconds:.2f}", "commit": about}
                 | {"triton": triton.__version__, "torch": torch.__version__}
             )

@@ -180,16 +180,16 @@ def print_table(lines: list[Line]) -> None:
 
 
 def write(path: Path, lines: list[Line]) -> None:
-    from benchmarks.stamp import stamp
+    from benchmarks.stamp import commit
 
-    about = stamp()
+    about = {"commit": commit(), "date": time.strftime("%Y-%m-%d")}
     columns = ["triton", "torch", "variants", "targets", "faults", "passed", "failed", "skipped"]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*columns, "commit", "date"], lineterminator="\n")
         writer.writeheader()
         for line in lines:
             row = {column: getattr(line, column) for column in columns}
-            writer.writerow(row | {"commit": about["commit"], "date": about["date"]})
+            writer.writerow(row | about)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

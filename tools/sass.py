@@ -262,9 +262,9 @@ def write(path: Path, target: str, found: Iterable[Counts]) -> None:
     """One row per variant, with versions and commit."""
     import triton
 
-    from benchmarks.stamp import stamp
+    from benchmarks.stamp import commit
 
-    commit = stamp()["commit"]
+    about = commit()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         names = [field.name for field in fields(Counts)]
@@ -272,7 +272,7 @@ def write(path: Path, target: str, found: Iterable[Counts]) -> None:
         writer.writeheader()
         for counts in found:
             numbers = {name: f"{getattr(counts, name):.2f}" for name in ("instructions", "mufu")}
-            versions = {"target": target, "triton": triton.__version__, "commit": commit}
+            versions = {"target": target, "triton": triton.__version__, "commit": about}
             writer.writerow(asdict(counts) | numbers | versions)
 
 

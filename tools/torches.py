@@ -152,16 +152,16 @@ def print_table(lines: list[Line]) -> None:
 
 
 def write(path: Path, lines: list[Line]) -> None:
-    from benchmarks.stamp import stamp
+    from benchmarks.stamp import commit
 
-    about = stamp()
+    about = {"commit": commit(), "date": time.strftime("%Y-%m-%d")}
     columns = ["torch", *KINDS, "failed", "cpp", "commit", "date"]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for line in lines:
             row = {"torch": line.torch, "failed": line.failed, "cpp": line.cpp} | line.passed
-            writer.writerow(row | {"commit": about["commit"], "date": about["date"]})
+            writer.writerow(row | about)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
