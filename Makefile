@@ -47,26 +47,26 @@ bench: $(VENV)/bench.stamp  ## time the losses against their peers
 tritons: $(OLDER:%=%/.stamp)  ## fetch the older Tritons that are supported, each into a folder of its own
 
 matrix: $(VENV)/test.stamp tritons  ## compile for all targets and test the kernels with every Triton; then installs
-	$(PY) benchmarks/matrix.py --wide --csv benchmarks/results/triton_versions.csv $(OLDER)
+	$(PY) tools/matrix.py --wide --csv benchmarks/results/triton_versions.csv $(OLDER)
 	$(MAKE) installs
 
 matrix-quick: $(VENV)/test.stamp tritons  ## the same, but the older Tritons compile a sample for sm_90
-	$(PY) benchmarks/matrix.py $(OLDER)
+	$(PY) tools/matrix.py $(OLDER)
 
 torches: $(OLDER_TORCHES:%=%/.stamp)  ## fetch older torches that are supported, each into a folder of its own, 6 GB
 
 torches-test: $(VENV)/test.stamp torches  ## test the losses with each of them, compiled and not, on the CPU
-	$(PY) benchmarks/torches.py $(OLDER_TORCHES)
+	$(PY) tools/torches.py $(OLDER_TORCHES)
 
 # Takes python3.10, 3.11, 3.12 and 3.13 from the PATH or from pyenv, and in WORK 3 GB at a time. Half an hour.
 WORK ?= $(VENV)/installs
 installs: $(VENV)/test.stamp  ## install the oldest and the newest of everything that is promised, test it, train with it
-	$(PY) benchmarks/installs.py $(WORK) --csv benchmarks/results/install_matrix.csv
+	$(PY) tools/installs.py $(WORK) --csv benchmarks/results/install_matrix.csv
 
 # In no environment of ours: images with CUDA come with their own torch and Triton.
 # OUT: folder of the results. WHEELS: a folder of wheels of peers. BASELINE: another checkout to time beside this one.
 # GPU_SECONDS: to end within.
-GPU_SUITE = $(PYTHON) benchmarks/gpu_suite.py --out $(or $(OUT),benchmarks/results) \
+GPU_SUITE = $(PYTHON) benchmarks/gpu/suite.py --out $(or $(OUT),benchmarks/results) \
 	$(if $(WHEELS),--wheels $(WHEELS)) $(if $(BASELINE),--baseline $(BASELINE)) $(if $(GPU_SECONDS),--seconds $(GPU_SECONDS))
 
 gpu:  ## correctness, times and a training step on a CUDA device, in 8 minutes, with the torch that PYTHON has
@@ -95,7 +95,7 @@ $(VENV)/triton-%/.stamp: | $(VENV)/torch.txt
 
 $(VENV)/torch-%/.stamp: | $(VENV)/test.stamp
 	rm -rf $(@D)
-	$(PY) benchmarks/fetch_torch.py $(@D)
+	$(PY) tools/fetch_torch.py $(@D)
 	touch $@
 
 # The package by itself, so that the C++ is compiled once and again only when it changes.

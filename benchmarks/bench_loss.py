@@ -28,16 +28,30 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
-import table
-from floor import fastest, floor
-from losses_of_ours import CASES, GradientCall, NotComparable, gradient_error, ours
-from measure import Call, Measurement, Quantiles, estimated, stamp, time_in_turn, timed, watched
-from peers import COMPILING, PEERS, dtypes
-from probe import FEW, must_survive
-from problems import ALL, SHAPES, Problem, Shape, parse_shape
+from benchmarks.losses import table
+from benchmarks.losses.floor import fastest, floor
+from benchmarks.losses.losses_of_ours import (
+    CASES,
+    GradientCall,
+    NotComparable,
+    gradient_error,
+    ours,
+)
+from benchmarks.losses.measure import (
+    Call,
+    Measurement,
+    Quantiles,
+    estimated,
+    time_in_turn,
+    timed,
+    watched,
+)
+from benchmarks.losses.peers import COMPILING, PEERS, dtypes
+from benchmarks.losses.problems import ALL, SHAPES, Problem, Shape, parse_shape
+from benchmarks.losses.survival import FEW, must_survive
+from benchmarks.stamp import stamp
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEFAULT_SHAPES = ("design", "joint", "peaked", "memory")

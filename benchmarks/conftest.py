@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 import pytest
-from problems import SHAPES, parse_shape
+
+from benchmarks.losses.problems import SHAPES, parse_shape
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bench_loss import DTYPES, provider_of
-from losses_of_ours import CASES, NotComparable
-from peers import PEERS, dtypes
-from problems import ALL, Problem, parse_shape
+
+from benchmarks.bench_loss import DTYPES, provider_of
+from benchmarks.losses.losses_of_ours import CASES, NotComparable
+from benchmarks.losses.peers import PEERS, dtypes
+from benchmarks.losses.problems import ALL, Problem, parse_shape
 
 pytest.importorskip("pytest_benchmark")
 

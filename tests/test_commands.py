@@ -1,14 +1,15 @@
 """The commands of the pages: each has its help, and every flag that a page gives it."""
 
 import functools
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").glob("*.md")]
 COMMAND = re.compile(
     r"(?:\b(kepo (?:train|evaluate|plan|data check|demo))|python (?:-m )?([\w./]*(?:compare|\.py)))"
@@ -17,9 +18,10 @@ COMMAND = re.compile(
 """In a line of a page: a command of ours, or else a script or module, and its arguments."""
 
 
-def run(*words: object) -> str:
+def run(*words: object, cwd: Path = ROOT) -> str:
     command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -77,9 +79,22 @@ def test_an_unknown_flag_would_be_seen():
     assert "--lrr" not in help_of("kepo train").split() and "--lr" in help_of("kepo train").split()
 
 
-@pytest.mark.parametrize("script", ["bench_loss.py", "loop/step.py", "plot.py", "compare.py"])
-def test_help_of_scripts(script):
-    assert "usage:" in run(f"benchmarks/{script}", "--help")
+@pytest.mark.parametrize(
+    "script",
+    [
+        *("bench_loss.py", "loop/step.py", "losses/plot.py", "losses/compare.py"),
+        *("gpu/suite.py", "gpu/worker.py"),
+    ],
+)
+def test_help_of_benchmarks_from_anywhere(script, tmp_path):
+    assert "usage:" in run(ROOT / "benchmarks" / script, "--help", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["fetch_torch", "gpu_roofline", "installs", "matrix", "sass", "torches"]
+)
+def test_help_of_tools_from_anywhere(name, tmp_path):
+    assert "usage:" in run(ROOT / "tools" / f"{name}.py", "--help", cwd=tmp_path)
 
 
 def test_every_test_that_the_docs_name_exists():

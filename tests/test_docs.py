@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
 import kepo
 import kepo_kernels
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 FOLDERS = {"kepo": kepo, "kepo_kernels": kepo_kernels}

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from installing import SMOKE, installs, pip, run, succeed, torch_only_python, wheel
-
-ROOT = Path(__file__).resolve().parents[1]
+from places import ROOT
 
 
 def build_info(built: Path) -> dict:

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 from installing import run, succeed
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from environments import EXTRAS, bounds  # noqa: E402
+from tools.environments import EXTRAS, bounds
 
 
 def text(name: str | Path) -> str:

@@ -34,7 +34,7 @@ def opened_without_encoding(source: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("folder", ["kepo", "kepo_kernels", "benchmarks", "setup.py"])
+@pytest.mark.parametrize("folder", ["kepo", "kepo_kernels", "benchmarks", "tools", "setup.py"])
 def test_text_files_are_utf8_in_every_locale(folder):
     files = [ROOT / folder] if folder.endswith(".py") else sorted((ROOT / folder).rglob("*.py"))
     assert files

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from update import Mismatch
+
+from benchmarks.loop.update import Mismatch
 
 COLUMNS = (
     *("machine", "capability", "threads", "python", "torch", "transformers", "commit", "date"),

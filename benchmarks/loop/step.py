@@ -46,15 +46,13 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-from measure import PEERS, Quantiles, stamp
-from problem import HEAD_SIZE, Problem, Size, build, parameters
-from report import Report, Row, draw
-from update import WAYS, Bench, Taken, Update
-
+from benchmarks.loop.problem import HEAD_SIZE, Problem, Size, build, parameters
+from benchmarks.loop.report import Report, Row, draw
+from benchmarks.loop.update import WAYS, Bench, Taken, Update
+from benchmarks.losses.measure import Quantiles
+from benchmarks.stamp import PACKAGES, stamp
 from kepo.models.reading import own_progress_only
 from kepo.planner.held import Machine
 from kepo.planner.known_models import KNOWN, known_model
@@ -206,7 +204,7 @@ def facts_of(problem: Problem, args: argparse.Namespace) -> Row:
 
     tokens = problem.completions * problem.config.max_completion_length
     return {
-        **{key: value for key, value in stamp().items() if key not in PEERS},
+        **{key: value for key, value in stamp().items() if key not in PACKAGES},
         "transformers": transformers.__version__,
         "device": problem.config.device,
         "dtype": problem.config.dtype,

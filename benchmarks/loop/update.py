@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import measure
 import torch
-import whole
-from problem import Problem
 from torch import Tensor
 
 import kepo.objective.step
 import kepo_kernels
+from benchmarks.loop import whole
+from benchmarks.loop.problem import Problem
+from benchmarks.losses import measure
 from kepo.objective.batch import Batch
 from kepo.objective.step import StepTotals, kepo_step
 from kepo.rollout.rollouts import sample

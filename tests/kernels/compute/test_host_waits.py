@@ -5,9 +5,7 @@ with torch's and with Triton's rows. So the paths of a GPU are also judged by th
 products from 16 to 32 bits, gradients in a buffer of their own, no row left out after the forward.
 """
 
-import sys
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,12 +24,9 @@ from pretend_cuda import HostWaits, numbers, on_device, pretend_cuda
 from torch import Tensor
 
 import kepo_kernels
+from benchmarks.gpu import oracle
 from kepo_kernels import Head, KepoInputError, LoRA
 from kepo_kernels.compute import gemm, sweep
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
-
-import gpu_problems
 
 PLANNING = ("completion_mask", "gate", "weights", "policy_weights", "distill_weights")
 
@@ -72,21 +67,21 @@ def test_losses_wait_for_nothing(loss, rows):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_wait_for_nothing(dtype, rows, monkeypatch):
     """The problems of `make gpu`, in the products and the bounds of a GPU."""
-    monkeypatch.setattr(gpu_problems, "poison", lambda device: None)
-    problem = gpu_problems.make(torch.device("cpu"), (2, 4, 16, 24, 203), dtype, bias=True)
-    for name, loss in gpu_problems.LOSSES.items():
+    monkeypatch.setattr(oracle, "poison", lambda device: None)
+    problem = oracle.make(torch.device("cpu"), (2, 4, 16, 24, 203), dtype, bias=True)
+    for name, loss in oracle.LOSSES.items():
         with monkeypatch.context() as patch:
             patch.setattr(gemm, "dlogits_dtype", lambda dtype, *_: dtype)  # as on CUDA
-            oracle, rounded = gpu_problems.oracle_of(loss, problem)
+            truth, rounded = oracle.oracle_of(loss, problem)
         with pretend_cuda():
             p = there(problem)
-            found = gpu_problems.evaluate(loss, p, True, impl=rows, chunk_rows=3)
+            found = oracle.evaluate(loss, p, True, impl=rows, chunk_rows=3)
             found = [numbers(x) for x in found]
-        for part, *of in zip(("loss", *"xwb"), found, oracle, rounded, strict=True):
-            gpu_problems.judge(f"{name}, {part}", *of)
+        for part, *of in zip(("loss", *"xwb"), found, truth, rounded, strict=True):
+            oracle.judge(f"{name}, {part}", *of)
 
 
-def there(problem: gpu_problems.Problem) -> gpu_problems.Problem:
+def there(problem: oracle.Problem) -> oracle.Problem:
     """On the device, but for gate and mask."""
     tensors = {f.name: getattr(problem, f.name) for f in fields(problem)}
     return replace(

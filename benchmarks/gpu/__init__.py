@@ -1,0 +1,1 @@
+"""The suite for a machine with a CUDA device: is it right, and how fast is it."""

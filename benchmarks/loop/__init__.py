@@ -1,0 +1,1 @@
+"""A whole training step: its phases, and other ways to the same gradient."""

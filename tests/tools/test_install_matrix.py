@@ -1,0 +1,53 @@
+"""What is promised of versions was installed and used: the committed table says with what."""
+
+import csv
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+from tools import installs
+from tools.environments import EXTRAS, Environment, bounds
+
+TABLE = ROOT / "benchmarks" / "results" / "install_matrix.csv"
+
+
+def read(path: Path) -> dict[str, dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return {row["environment"]: row for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("environment", installs.ENVIRONMENTS, ids=lambda e: e.name)
+def test_every_environment_was_installed_without_a_fault(environment):
+    row = read(TABLE)[environment.name]
+    assert row["python"].startswith(f"{environment.python}.")
+    assert int(row["passed"]) > 0 and row["failed"] == "0" and row["faults"] == ""
+    assert row["loop"] == (f"{installs.STEPS} + {installs.STEPS} steps" if environment.loop else
+                           "refused")  # fmt: skip
+
+
+@pytest.mark.parametrize("environment", installs.ENVIRONMENTS[:2], ids=lambda e: e.name)
+def test_the_oldest_are_the_lower_bounds_of_today(environment):
+    assert environment.oldest
+    row = read(TABLE)[environment.name]
+    for pin in bounds(EXTRAS if environment.loop else ()):
+        name, _, version = pin.partition("==")
+        used = row[name].partition("+")[0].split(".")
+        bound = version.split(".")
+        assert used[: len(bound)] == bound and not any(map(int, used[len(bound) :])), pin
+
+
+def test_a_line_that_was_not_run_again_stays(tmp_path):
+    def result(name: str, passed: int) -> installs.Result:
+        return installs.Result(Environment(name, "3.13"), {"torch": "2.9"}, passed)
+
+    path = tmp_path / "table.csv"
+    both = [result("newest", 1), result("between", 2)]
+    installs.write(path, both, {"newest": ["newest: a"], "between": ["between: b"]})
+    installs.write(path, [result("newest", 3)], {"newest": ["newest: c"]})
+    assert {name: row["passed"] for name, row in read(path).items()} == {
+        "between": "2",
+        "newest": "3",
+    }
+    log = path.with_suffix(".log").read_text(encoding="utf-8")
+    assert log == "==== between: b\n\n==== newest: c\n"

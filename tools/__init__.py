@@ -1,0 +1,1 @@
+"""What is made sure of before a release: kernels for every GPU, every Triton, torch and Python."""
