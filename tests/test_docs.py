@@ -74,6 +74,25 @@ def test_python_in_the_pages_runs(page, code):
         assert scope["hidden"].grad.norm() > 0
 
 
+def test_every_file_that_the_pages_name_is_there():
+    named = set()
+    for path in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "README.md"]:
+        words = re.findall(r"`([\w.]+(?:/[\w.]+)+)/?`", path.read_text(encoding="utf-8"))
+        named |= {word for word in words if (ROOT / word.split("/")[0]).is_dir()}
+    assert {"kepo/tasks/rewards.py", "kepo/presets"} <= named and len(named) > 20
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_every_function_that_extending_names_is_there():
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", text))
+    code = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "kepo").rglob("*.py"))
+    code += "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "kepo_kernels").rglob("*.py"))
+    code += (ROOT / "csrc" / "rows.cpp").read_text(encoding="utf-8")
+    assert {"load_teacher", "question_prompt"} <= named and len(named) > 20
+    assert [name for name in sorted(named) if not re.search(rf"\b{name}\b", code)] == []
+
+
 def test_the_tree_has_every_folder():
     [tree] = [block for block in blocks(ARCHITECTURE, "text") if "csrc/" in block]
     for name, package in FOLDERS.items():
