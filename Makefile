@@ -18,7 +18,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment
-.PHONY: help demo test test-slow lint bench tritons matrix matrix-quick torches torches-test installs gpu gpu-quick clean
+.PHONY: help demo test test-slow lint docs bench tritons matrix matrix-quick torches torches-test installs gpu gpu-quick clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -36,6 +36,10 @@ test-slow: $(VENV)/test.stamp  ## the slow tests, those that install the package
 lint: $(VENV)/test.stamp  ## ruff check and ruff format --check
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+# Material announces its successor at every build; it has been read.
+docs: $(VENV)/docs.stamp  ## build the documentation into site/; a broken link or a missing name is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 bench: $(VENV)/bench.stamp  ## time the losses against their peers
 	$(PY) benchmarks/bench_loss.py
@@ -72,7 +76,7 @@ gpu-quick:  ## of that the first 60 seconds: is it right, and how fast are its t
 	$(GPU_SUITE) --seconds 60 --only ceilings correct_bf16 no_sync losses_first
 
 clean:  ## remove the environment and everything that was built (runs/ stays)
-	rm -rf $(VENV) build dist *.egg-info kepo_kernels/_rows.so kepo_kernels/_build_info.json
+	rm -rf $(VENV) build dist site *.egg-info kepo_kernels/_rows.so kepo_kernels/_build_info.json
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -102,6 +106,7 @@ $(VENV)/package.stamp: $(VENV)/torch.txt $(SOURCES)
 # The extras alone: kepo itself is already there, so pip only adds what is missing.
 $(VENV)/demo.stamp: EXTRAS := demo
 $(VENV)/test.stamp: EXTRAS := demo,test
+$(VENV)/docs.stamp: EXTRAS := docs
 $(VENV)/bench.stamp: EXTRAS := bench
 $(VENV)/%.stamp: $(VENV)/package.stamp
 	$(PIP) -c $(VENV)/torch.txt "kepo[$(EXTRAS)]"

@@ -1,5 +1,6 @@
-"""The commands of README, each run once in small."""
+"""The commands of the pages: each has its help, and every flag that a page gives it."""
 
+import functools
 import os
 import re
 import subprocess
@@ -8,6 +9,13 @@ from pathlib import Path
 
 import pytest
 from places import ROOT
+
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").glob("*.md")]
+COMMAND = re.compile(
+    r"(?:\b(kepo (?:train|evaluate|plan|data check|demo))|python (?:-m )?([\w./]*(?:compare|\.py)))"
+    r"((?: (?!#)\S+)*)"
+)
+"""In a line of a page: a command of ours, or else a script or module, and its arguments."""
 
 
 def run(*words: object, cwd: Path = ROOT) -> str:
@@ -39,6 +47,36 @@ def test_the_command_lists_its_commands():
         [sys.executable, "-m", "kepo", "trian"], cwd=ROOT, capture_output=True, text=True
     )
     assert unknown.returncode == 2 and "no command 'trian'" in unknown.stderr
+
+
+@functools.cache
+def help_of(program: str) -> str:
+    module = [] if program.endswith(".py") else ["-m"]
+    return run(*module, *program.split(), "--help")
+
+
+def flags_in(markdown: str) -> set[tuple[str, str]]:
+    """Commands of fenced bash blocks, each with every flag it is given."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", markdown, re.M | re.S)
+    found = [match for block in blocks for match in COMMAND.findall(block)]
+    return {
+        (ours or other, flag)
+        for ours, other, arguments in found
+        for flag in re.findall(r"--[a-z][\w-]*", arguments)
+    }
+
+
+def test_every_flag_in_the_pages_exists():
+    given = set().union(*(flags_in(page.read_text(encoding="utf-8")) for page in PAGES))
+    assert {("kepo train", "--train-data"), ("benchmarks/loop/step.py", "--gate")} <= given
+    unknown = [(one, flag) for one, flag in given if flag not in help_of(one).split()]
+    assert [(one, flag) for one, flag in unknown if f"{flag}=" not in help_of(one)] == []
+
+
+def test_an_unknown_flag_would_be_seen():
+    page = "```bash\ntorchrun --nproc-per-node=8 -m kepo train a.yaml --lrr 2  # --not-this\n```\n"
+    assert flags_in(page) == {("kepo train", "--lrr")}
+    assert "--lrr" not in help_of("kepo train").split() and "--lr" in help_of("kepo train").split()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The repository as a user meets it: imports, what it builds with, the commands in README."""
+"""The repository as a user meets it: imports, what it builds with, the commands in its pages."""
 
 import ctypes
 import functools
@@ -88,7 +88,7 @@ def test_library_exports_its_interface():
     assert [name for name in names if not hasattr(loaded, name)] == []
 
 
-# ---- README's commands
+# ---- the commands in README and the other pages
 
 # Programs that are not ours: only the paths and extras they are given are looked at.
 OUTSIDE = {"git", "cd", "pip", "pip3", "export", "source", "ls", "cat", "mkdir", "tail", "head"}
@@ -107,7 +107,7 @@ def module_exists(name: str) -> bool:
 
 
 def what_is_missing(words: list[str]) -> str | None:
-    """What one command of README names and the repository does not have; None if all is there."""
+    """What a command names and the repository does not have; None if all is there."""
     while words and re.match(r"\w+=", words[0]):  # VARIABLE=value in front
         words = words[1:]
     if not words:
@@ -116,8 +116,9 @@ def what_is_missing(words: list[str]) -> str | None:
 
     for argument in arguments:
         path = ROOT / argument.split("=")[-1].split("::")[0]
-        inside = len(path.relative_to(ROOT).parts) > 1 if path.is_relative_to(ROOT) else False
-        if inside and (ROOT / path.relative_to(ROOT).parts[0]).is_dir() and not path.exists():
+        parts = path.relative_to(ROOT).parts if path.is_relative_to(ROOT) else ()
+        inside = len(parts) > 1 and (ROOT / parts[0]).is_dir()
+        if inside and not any(ROOT.glob("/".join(parts))):  # recipes/*.yaml is one, too
             return f"no file {argument}"
         if extras := re.search(r"(?:^\.|kepo)\[(.+)\]", argument):
             known = pyproject()["project"]["optional-dependencies"]
@@ -128,6 +129,8 @@ def what_is_missing(words: list[str]) -> str | None:
         return next((f"no make target {t}" for t in targets if t not in make_targets()), None)
     if re.fullmatch(r"(.*/)?python[\d.]*|torchrun", program):
         for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+            if option == "-m" and value == "kepo":
+                return missing_command(arguments[arguments.index("kepo") + 1 :])
             if option == "-m":
                 return None if module_exists(value) else f"no module {value}"
             if option == "-c":
@@ -135,9 +138,19 @@ def what_is_missing(words: list[str]) -> str | None:
             if not option.startswith("-"):
                 return None if (ROOT / option).is_file() else f"no script {option}"
         return None
+    if program == "kepo" and program in pyproject()["project"].get("scripts", {}):
+        return missing_command(arguments)
     if program in OUTSIDE or ("/" in program and (ROOT / program).is_file()):
         return None
     return f"no program {program}"
+
+
+def missing_command(arguments: list[str]) -> str | None:
+    """Whether `kepo` has no such command."""
+    from kepo.__main__ import COMMANDS
+
+    name = " ".join(arguments[:1])
+    return None if name in COMMANDS else f"no command kepo {name}"
 
 
 def commands_in(markdown: str) -> list[list[str]]:
@@ -157,10 +170,14 @@ def commands_in(markdown: str) -> list[list[str]]:
     return commands
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+PAGES = ["README.md", "CONTRIBUTING.md", "recipes/README.md"]
+PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("**/*.md"))
+
+
+@pytest.mark.parametrize("document", [page for page in PAGES if "```bash\n" in text(page)])
 def test_documented_commands_exist(document):
     commands = commands_in(text(document))
-    assert commands, f"{document} has no fenced bash block"
+    assert commands, f"{document} has no command in its fenced bash blocks"
     missing = {shlex.join(words): what_is_missing(words) for words in commands}
     assert {command: problem for command, problem in missing.items() if problem} == {}
 
@@ -174,6 +191,9 @@ def test_documented_commands_exist(document):
         ("python nothing.py", "no script nothing.py"),
         ('pip install -e ".[train,nothing]"', "no extra nothing"),
         ("kepo-train \\\n --steps 3", "no program kepo-train"),
+        ("kepo trian recipe.yaml", "no command kepo trian"),
+        ("torchrun --nproc-per-node=8 -m kepo trian recipe.yaml", "no command kepo trian"),
+        ("kepo plan --table recipes/*.yml", "no file recipes/*.yml"),
         ("python -m pytest tests/test_none.py::test_it", "no file tests/test_none.py::test_it"),
     ],
 )

@@ -1,0 +1,118 @@
+"""What the pages say of the code: their lines of Python, the tree and the order of imports."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import kepo
+import kepo_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+FOLDERS = {"kepo": kepo, "kepo_kernels": kepo_kernels}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.M | re.S)
+
+
+def python_blocks() -> list[tuple[str, str]]:
+    found = [(path, blocks(path.read_text(encoding="utf-8"), "python")) for path in PAGES]
+    return [(path.name, block) for path, each in found for block in each]
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def names() -> dict[str, object]:
+    """What the snippets about losses take for granted, of 2 sequences of 5 tokens."""
+    made = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=made)
+
+    return dict(
+        hidden=random(2, 5, 8).requires_grad_(),
+        lm_head=random(37, 8).requires_grad_(),
+        teacher_hidden=random(2, 5, 12),
+        teacher_lm_head=random(37, 12),
+        ids=torch.randint(37, (2, 5), generator=made),
+        advantages=random(2),
+        rewards=torch.tensor([1.0, 0.0]),
+        mask=torch.ones(2, 5),
+        old_logprobs=-random(2, 5).abs(),
+        vllm_logprobs=-random(2, 5).abs(),
+        tokens_of_all=10,
+        world_size=1,
+    )
+
+
+@pytest.mark.parametrize("page, code", python_blocks())
+def test_python_in_the_pages_runs(page, code):
+    """Each block on losses is run; of the others the names that they take from us are looked up."""
+    for name in re.findall(r"\bkepo\.(\w+)", code):
+        assert hasattr(kepo, name), f"{page}: kepo.{name}"
+    if "import kepo\n" in code or "grpo(logits" in code:
+        ast.parse(code)
+        return
+    scope = names()
+    if "model(ids)" in code:
+        model = torch.nn.Module()
+        model.lm_head = torch.nn.Linear(8, 37, bias=False)
+        model.forward = lambda ids: scope["hidden"]
+        scope["model"] = model
+    exec(code, scope)
+    if "loss" in scope:
+        assert scope["loss"].isfinite()
+        if "backward" not in code:
+            scope["loss"].backward()
+        assert scope["hidden"].grad.norm() > 0
+
+
+def test_the_tree_has_every_folder():
+    [tree] = [block for block in blocks(ARCHITECTURE, "text") if "csrc/" in block]
+    for name, package in FOLDERS.items():
+        part = re.search(rf"^{name}/.*\n((?:  .*\n)*)", tree, re.M)[1]
+        listed = re.findall(r"^  (\w+)/", part, re.M)
+        home = Path(package.__file__).parent
+        there = [path.parent.name for path in home.glob("*/__init__.py")]
+        assert sorted(listed) == sorted(there), name
+
+
+def orders() -> dict[str, list[str]]:
+    """The folders and files of each package, those first that may import the others."""
+    [block] = [block for block in blocks(ARCHITECTURE, "text") if "→" in block]
+    lines = dict(re.findall(r"^(\w+):\s+(.*)$", block, re.M))
+    return {name: re.findall(r"\w+", lines[name]) for name in FOLDERS}
+
+
+def against(package: str, order: list[str]) -> list[str]:
+    """Imports of a file from a folder that the order has before its own."""
+    found = []
+    for path in sorted((ROOT / package).rglob("*.py")):
+        own = path.relative_to(ROOT).with_suffix("").parts[1]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            for name in names:
+                parts = name.split(".")
+                if parts[0] != package or own not in order or parts[1:2] == [own]:
+                    continue
+                other = parts[1] if len(parts) > 1 else ""
+                if other in order and order.index(other) < order.index(own):
+                    found.append(f"{path.relative_to(ROOT)} imports {name}")
+    return found
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_imports_run_in_the_order_of_the_page(package):
+    order = orders()[package]
+    assert len(order) >= 8
+    assert against(package, order) == []
+    assert len(against(package, order[::-1])) > 20  # so the order is one that can be broken
