@@ -7,7 +7,6 @@ import random
 from collections.abc import Sequence
 
 import torch
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from kepo.data.load import Example
@@ -15,6 +14,7 @@ from kepo.errors import KepoConfigError, KepoDataError
 from kepo.models.encoding import Prompt
 from kepo.models.vlm import VLM
 from kepo.tasks.multiple_choice import hint_request, hinted_prompt, question_prompt, worked_answer
+from kepo_kernels import fused_linear_loss
 
 WARMUP_SHARE = 0.05
 WEIGHT_DECAY = 0.01
@@ -110,8 +110,14 @@ def _sample(
 def _loss(vlm: VLM, prompts: list[Prompt], completions: list[str]) -> torch.Tensor:
     ids, mask = vlm.encode_completions(completions)
     hidden = vlm.completion_hidden(vlm.encode(prompts), ids, mask)
-    logits = hidden[mask] @ vlm.lm_head.T
-    return cross_entropy(logits.float(), ids[mask])
+    return fused_linear_loss(
+        hidden,
+        vlm.lm_head,
+        ids,
+        lambda stats, rows: -stats.logprobs,
+        completion_mask=mask,
+        reduction="token_mean",
+    )
 
 
 def _endless(examples: Sequence[Example], draw: random.Random):

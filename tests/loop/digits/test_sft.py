@@ -6,11 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
 
 from kepo.data.load import load_omnimedvqa
+from kepo.digits import warm_up
 from kepo.digits.dataset import write_digits
 from kepo.digits.tiny import build_tiny
 from kepo.digits.warm_up import (
@@ -26,6 +28,7 @@ from kepo.evaluation.greedy import evaluate, means, summary
 from kepo.models.encoding import Prompt
 from kepo.models.vlm import VLM
 from kepo.tasks.multiple_choice import hint_request, hinted_prompt, question_prompt
+from kepo_kernels import fused_linear_loss
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +55,56 @@ def test_worked_texts(examples):
     assert worked_hint(replace(example, rationale="look left")) == "look left"
 
 
-def test_loss_is_the_mean_cross_entropy_of_completion_tokens(folder, examples):
+TEXTS = ("<hint>1</hint>", "<think>3 + 15 = 18</think><answer>C</answer>")
+"""Two completions of different length: one of them is padded."""
+
+
+def value_and_gradients(folder, examples, loss_of):
+    """The loss of ``TEXTS`` and its gradient in every weight, by name."""
     vlm = VLM.load(folder)
-    texts = ["<hint>1</hint>", "<think>3 + 15 = 18</think><answer>C</answer>"]
     prompts = [Prompt(question_prompt(e), e.images) for e in examples[:2]]
-    with torch.no_grad():
-        loss = _loss(vlm, prompts, texts)
-        terms = []
-        for prompt, text in zip(prompts, texts, strict=True):  # one by one, without padding
-            ids, mask = vlm.encode_completions([text])
-            hidden = vlm.completion_hidden(vlm.encode([prompt]), ids, mask)[0]
-            logprobs = (hidden @ vlm.lm_head.T).log_softmax(-1)
-            terms += [-logprobs[place, token] for place, token in enumerate(ids[0])]
-    torch.testing.assert_close(loss, torch.stack(terms).mean(), rtol=1e-5, atol=1e-6)
+    loss = loss_of(vlm, prompts, list(TEXTS))
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad for n, p in vlm.model.named_parameters()}
+
+
+def mean_cross_entropy(vlm, prompts, texts):
+    """With whole logits, each completion by itself, so that there is no padding."""
+    terms = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids, mask = vlm.encode_completions([text])
+        hidden = vlm.completion_hidden(vlm.encode([prompt]), ids, mask)[0]
+        terms.append(cross_entropy(hidden @ vlm.lm_head.T, ids[0], reduction="none"))
+    return torch.cat(terms).mean()
+
+
+def differing(found, right):
+    """Names of what is not the same to float32's rounding, of the largest entry of each."""
+    assert found.keys() == right.keys()
+    return [
+        name
+        for name, x in right.items()
+        if (found[name] - x).abs().max() > 2e-5 * x.abs().max() + 1e-8
+    ]
+
+
+def test_loss_is_the_mean_cross_entropy_of_completion_tokens(folder, examples):
+    right = value_and_gradients(folder, examples, mean_cross_entropy)
+    assert differing(value_and_gradients(folder, examples, _loss), right) == []
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [dict(reduction="sequence_mean"), dict(completion_mask=None), dict(temperature=1.0005)],
+    ids=str,
+)
+def test_another_loss_would_be_seen(folder, examples, monkeypatch, fault):
+    right = value_and_gradients(folder, examples, mean_cross_entropy)
+    monkeypatch.setattr(
+        warm_up, "fused_linear_loss", lambda *x, **named: fused_linear_loss(*x, **named | fault)
+    )
+    wrong = differing(value_and_gradients(folder, examples, _loss), right)
+    assert "loss" in wrong and len(wrong) == len(right)
 
 
 def test_training_learns_a_handful_by_heart_and_evaluate_sees_it(folder, examples):
