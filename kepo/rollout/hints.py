@@ -18,9 +18,9 @@ from kepo.data.load import Example
 from kepo.distributed.processes import batches_of, split_work
 from kepo.models.encoding import Encoder, Prompt
 from kepo.models.vlm import VLM
+from kepo.rollout.models import Models
 from kepo.rollout.questions import seed_of
 from kepo.rollout.rollouts import Group, Rollout, reward_of, sample, total_reward
-from kepo.rollout.sampler import Sampler
 from kepo.tasks.leaks import states_answer
 from kepo.tasks.multiple_choice import hint_request, parse_hint
 
@@ -60,8 +60,7 @@ class RescueReport:
 
 def rescue(
     groups: Sequence[Group],
-    sampler: Sampler,
-    teacher: VLM,
+    models: Models,
     config: Config,
     hints: Hints,
     stream: tuple[object, ...] = (),
@@ -79,7 +78,7 @@ def rescue(
     if not helped:
         return groups, RescueReport()
     asked = [groups[place][0].example for place in helped]
-    written, retried = _learn_hints(teacher, asked, config, hints, stream)
+    written, retried = _learn_hints(models.teacher, asked, config, hints, stream)
     hint_of = {place: hints[e.id] for place, e in zip(helped, asked, strict=True) if hints[e.id]}
     found: dict[int, Group] = {place: [] for place in hint_of}
     attempts = sampled = successes = 0
@@ -88,7 +87,7 @@ def rescue(
         if not lacking:
             break
         tries = sample(
-            sampler,
+            models.sampler,
             [groups[place][0].example for place in lacking],
             config,
             num_generations=config.num_hinted,

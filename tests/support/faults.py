@@ -20,6 +20,7 @@ from toy import (
     drawn_logprob,
     example,
     group_of,
+    models_of,
     rollout,
 )
 
@@ -53,7 +54,9 @@ def failed(name="bad"):
 
 def rescue(groups, policy=None, teacher=None, config=CONFIG, known=None):
     known = {} if known is None else known
-    return hints.rescue(groups, policy or says(RIGHT), teacher or helper(), config, known)
+    return hints.rescue(
+        groups, models_of(policy or says(RIGHT), teacher or helper()), config, known
+    )
 
 
 # ---- 1: the gate ----

@@ -12,6 +12,7 @@ import torch
 from kepo.config import Config
 from kepo.data.load import Example
 from kepo.models.sampling import Sampled
+from kepo.rollout.models import Models
 from kepo.rollout.rollouts import Rollout
 from kepo.tasks.rewards import score
 
@@ -107,6 +108,11 @@ class ScriptedVLM:
         width = max(map(len, rows))
         ids = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
         return ids, torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+
+
+def models_of(policy: ScriptedVLM, teacher: ScriptedVLM | None = None) -> Models:
+    """Those of a run in which the policy itself samples."""
+    return Models(policy, teacher, ref=None, sampler=policy)
 
 
 class TableVLM(ScriptedVLM):
