@@ -12,9 +12,8 @@ from tqdm import tqdm
 from kepo.data.load import Example
 from kepo.distributed.processes import batches_of, rank_slice, split_work
 from kepo.errors import KepoConfigError, KepoDataError
-from kepo.models.encoding import Prompt
+from kepo.rollout.prompts import prompt_of
 from kepo.rollout.sampler import Sampler
-from kepo.tasks.multiple_choice import question_prompt
 from kepo.tasks.rewards import accuracy
 
 
@@ -65,7 +64,7 @@ def greedy_answers(
 
     def work(batch: Sequence[Example]) -> list[str]:
         ids, mask, _ = sampler.sample(
-            [Prompt(question_prompt(e), e.images) for e in batch],
+            [prompt_of(example) for example in batch],
             num_return_sequences=1,
             max_new_tokens=max_new_tokens,
             temperature=0.0,

@@ -16,13 +16,14 @@ from dataclasses import dataclass, fields
 from kepo.config import Config
 from kepo.data.load import Example
 from kepo.distributed.processes import batches_of, split_work
-from kepo.models.encoding import Encoder, Prompt
+from kepo.models.encoding import Encoder
 from kepo.models.vlm import VLM
 from kepo.rollout.models import Models
+from kepo.rollout.prompts import hint_prompt
 from kepo.rollout.questions import seed_of
 from kepo.rollout.rollouts import Group, Rollout, reward_of, sample, total_reward
 from kepo.tasks.leaks import states_answer
-from kepo.tasks.multiple_choice import hint_request, parse_hint
+from kepo.tasks.multiple_choice import parse_hint
 
 MAX_HINT_LENGTH = 256
 
@@ -144,10 +145,7 @@ def write_hints(
 
     def work(some: Sequence[Example]) -> list[str]:
         ids, mask, _ = teacher.sample(
-            [
-                Prompt(hint_request(example, with_answer=config.hint_with_answer), example.images)
-                for example in some
-            ],
+            [hint_prompt(example, with_answer=config.hint_with_answer) for example in some],
             num_return_sequences=1,
             max_new_tokens=min(MAX_HINT_LENGTH, config.max_completion_length),
             temperature=0.0 if stream is None else config.hint_temperature,

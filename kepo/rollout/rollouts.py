@@ -14,18 +14,20 @@ from kepo.data.load import Example
 from kepo.distributed.processes import batches_of, split_work
 from kepo.models.encoding import Encoder, Prompt
 from kepo.models.sampling import Sampled
+from kepo.rollout.prompts import prompt_of
 from kepo.rollout.questions import seed_of
 from kepo.rollout.sampler import Sampler
-from kepo.tasks.multiple_choice import hinted_prompt, question_prompt, worked_answer
+from kepo.tasks.multiple_choice import worked_answer
 from kepo.tasks.rewards import score
 
 
 @dataclass
 class Rollout:
-    """One completion with its facts. It is trained on under the plain question, however it came
-    about."""
+    """One completion with its facts."""
 
     example: Example
+    prompt: Prompt
+    """The plain question, under which it is trained on, whatever it was sampled under."""
     completion_ids: Tensor
     """(T,) int64 sampled tokens, the end token included."""
     text: str
@@ -65,13 +67,18 @@ def sample(
     """
     told: Sequence[str | None] = [None] * len(examples) if hints is None else hints
     asked = [
-        _Asked(place, example, hint)
+        _Asked(
+            place,
+            example,
+            hint,
+            prompt_of(example, hint, gives_answer=config.hint_gives_answer),
+        )
         for place, (example, hint) in enumerate(zip(examples, told, strict=True))
     ]
 
     def work(some: Sequence[_Asked]) -> list[Group]:
         sampled = sampler.sample(
-            [_prompt(one, config) for one in some],
+            [one.shown for one in some],
             num_return_sequences=num_generations,
             max_new_tokens=config.max_completion_length,
             temperature=config.sampling_temperature,
@@ -94,14 +101,8 @@ class _Asked(NamedTuple):
     place: int
     example: Example
     hint: str | None
-
-
-def _prompt(asked: _Asked, config: Config) -> Prompt:
-    if asked.hint is None:
-        text = question_prompt(asked.example)
-    else:
-        text = hinted_prompt(asked.example, asked.hint, config.hint_gives_answer)
-    return Prompt(text, asked.example.images)
+    shown: Prompt
+    """The question, with the hint if there is one."""
 
 
 def _portions(
@@ -112,7 +113,7 @@ def _portions(
     most = max(1, config.rollout_batch // num_generations)
     if config.rollout_tokens is None:
         return batches_of(most)(share)
-    lengths = [encoder.encode([_prompt(one, config)]).input_ids.shape[1] for one in share]
+    lengths = [encoder.encode([one.shown]).input_ids.shape[1] for one in share]
     portions: list[list[_Asked]] = []
     longest = 0
     for one, length in zip(share, lengths, strict=True):
@@ -136,12 +137,15 @@ def _scored(
     ids, mask, logprobs = sampled
     texts = encoder.decode(ids, mask)
     ended = (torch.isin(ids, torch.tensor(encoder.end_ids)) & mask).any(-1).tolist()
+    plain = [prompt_of(one.example) for one in asked]
     groups: list[Group] = [[] for _ in asked]
     for row, text in enumerate(texts):
-        one = asked[row // num_generations]
-        groups[row // num_generations].append(
+        place = row // num_generations
+        one = asked[place]
+        groups[place].append(
             Rollout(
                 example=one.example,
+                prompt=plain[place],
                 completion_ids=ids[row][mask[row]],
                 text=text,
                 rewards=_rewards(text, int(mask[row].sum()), one.example, config),
@@ -168,6 +172,7 @@ def demonstrations(encoder: Encoder, examples: Sequence[Example], config: Config
         rollouts.append(
             Rollout(
                 example=example,
+                prompt=prompt_of(example),
                 completion_ids=kept,
                 text=cut[row],
                 rewards=_rewards(cut[row], len(kept), example, config),

@@ -23,7 +23,6 @@ from kepo.objective.batch import Batch
 from kepo.objective.step import StepTotals
 from kepo.rollout.explore import Exploration
 from kepo.rollout.rollouts import Rollout, total_rewards
-from kepo.tasks.multiple_choice import question_prompt
 
 
 def step_metrics(
@@ -101,8 +100,8 @@ def completion_records(rollouts: Sequence[Rollout], batch: Batch) -> list[dict[s
     """One record per completion of a step, in the order of the batch."""
     return [
         {
-            "prompt": question_prompt(rollout.example),
-            "images": [str(path) for path in rollout.example.images],
+            "prompt": rollout.prompt.text,
+            "images": [str(path) for path in rollout.prompt.images],
             "hint": rollout.hint,
             "completion": rollout.text,
             "answer": rollout.example.answer,

@@ -30,7 +30,7 @@ from kepo.models.sampling import SamplingLaw
 from kepo.objective import batch, step
 from kepo.objective.batch import collate
 from kepo.objective.step import StepTotals, kepo_step
-from kepo.rollout import hints
+from kepo.rollout import hints, prompts
 from kepo.rollout import rollouts as rollout_module
 from kepo.rollout.rollouts import total_reward
 from kepo.tasks import multiple_choice
@@ -246,8 +246,8 @@ def the_answer_does_not_reach_the_student():
 
 
 def prompt_gives_the_answer(patch):
-    whole = rollout_module.hinted_prompt
-    patch.setattr(rollout_module, "hinted_prompt", lambda e, hint, gives: whole(e, hint, True))
+    whole = prompts.hinted_prompt
+    patch.setattr(prompts, "hinted_prompt", lambda e, hint, gives: whole(e, hint, True))
 
 
 def no_leak_filter(patch):

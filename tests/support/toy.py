@@ -13,6 +13,7 @@ from kepo.config import Config
 from kepo.data.load import Example
 from kepo.models.sampling import Sampled
 from kepo.rollout.models import Models
+from kepo.rollout.prompts import prompt_of
 from kepo.rollout.rollouts import Rollout
 from kepo.tasks.rewards import score
 
@@ -40,7 +41,9 @@ def example(name: str, **fields: object) -> Example:
 def rollout(text: str, name: str = "q", config: Config | None = None, **facts: object) -> Rollout:
     names = (config or Config()).rewards
     ids = torch.tensor([*text.encode(), EOS])
-    return Rollout(example(name), ids, text, score(names, text, "A", name), **facts)
+    asked = example(name)
+    rewards = score(names, text, "A", name)
+    return Rollout(asked, prompt_of(asked), ids, text, rewards, **facts)
 
 
 def group_of(texts: str | list[str], name: str = "q", **facts: object) -> list[Rollout]:

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from toy import MALFORMED, RIGHT, WRONG, ScriptedVLM, drawn_logprob, example, rollout
 
 from kepo.config import Config
+from kepo.models.encoding import Prompt
 from kepo.rollout.rollouts import (
     demonstrations,
     overlong_penalty,
@@ -105,6 +106,16 @@ def test_the_law_with_the_hint_is_what_is_kept_of_a_hinted_completion():
     (r,) = sample(policy, [example("q")], CONFIG, num_generations=1, hints=["left"])[0]
     told = [drawn_logprob("Hint: left", place) for place in range(4)]
     assert r.hinted and r.sampler_logprobs.tolist() == pytest.approx(told)
+
+
+def test_a_rollout_carries_the_plain_question_whatever_was_shown():
+    asked, policy = example("q"), ScriptedVLM(lambda prompt, nth: "abc")
+    plain = Prompt(question_prompt(asked), asked.images)
+    (told,) = sample(policy, [asked], CONFIG, num_generations=1, hints=["left"])[0]
+    (own,) = sample(policy, [asked], CONFIG, num_generations=1)[0]
+    (given,) = demonstrations(policy, [asked], CONFIG)
+    assert policy.seen == [hinted_prompt(asked, "left"), plain.text]
+    assert told.prompt == own.prompt == given.prompt == plain
 
 
 def test_every_completion_keeps_its_own_numbers():
