@@ -17,6 +17,7 @@ from kepo.config import Config
 from kepo.data.load import Example
 from kepo.distributed.processes import batches_of, split_work
 from kepo.models.encoding import Encoder
+from kepo.models.sampling import SamplingParams
 from kepo.models.vlm import VLM
 from kepo.rollout.models import Models
 from kepo.rollout.prompts import hint_prompt
@@ -143,12 +144,15 @@ def write_hints(
     each (seed, stream, id of the example), so whom else it writes for changes nothing but rounding.
     """
 
+    params = SamplingParams(
+        max_tokens=min(MAX_HINT_LENGTH, config.max_completion_length),
+        temperature=0.0 if stream is None else config.hint_temperature,
+    )
+
     def work(some: Sequence[Example]) -> list[str]:
         ids, mask, _ = teacher.sample(
             [hint_prompt(example, with_answer=config.hint_with_answer) for example in some],
-            num_return_sequences=1,
-            max_new_tokens=min(MAX_HINT_LENGTH, config.max_completion_length),
-            temperature=0.0 if stream is None else config.hint_temperature,
+            params,
             seeds=None
             if stream is None
             else [seed_of(config.seed, *stream, example.id) for example in some],

@@ -13,7 +13,7 @@ from kepo.config import TOTAL, Config
 from kepo.data.load import Example
 from kepo.distributed.processes import batches_of, split_work
 from kepo.models.encoding import Encoder, Prompt
-from kepo.models.sampling import Sampled
+from kepo.models.sampling import Sampled, SamplingParams
 from kepo.rollout.prompts import prompt_of
 from kepo.rollout.questions import seed_of
 from kepo.rollout.sampler import Sampler
@@ -76,13 +76,17 @@ def sample(
         for place, (example, hint) in enumerate(zip(examples, told, strict=True))
     ]
 
+    params = SamplingParams(
+        n=num_generations,
+        max_tokens=config.max_completion_length,
+        temperature=config.sampling_temperature,
+        top_p=config.top_p,
+    )
+
     def work(some: Sequence[_Asked]) -> list[Group]:
         sampled = sampler.sample(
             [one.shown for one in some],
-            num_return_sequences=num_generations,
-            max_new_tokens=config.max_completion_length,
-            temperature=config.sampling_temperature,
-            top_p=config.top_p,
+            params,
             seeds=[
                 seed_of(config.seed, *stream, one.place, number)
                 for one in some

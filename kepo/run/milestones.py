@@ -40,7 +40,7 @@ def measure(run: Run, step: int) -> None:
             scores = evaluate(
                 sampler,
                 run.data.eval,
-                max_new_tokens=config.max_completion_length,
+                max_tokens=config.max_completion_length,
                 batch_size=config.eval_batch,
                 stop=run.stop.noted,
             )

@@ -12,6 +12,7 @@ def made(tmp_path_factory):
     from kepo.data.load import load_omnimedvqa
     from kepo.digits.dataset import write_digits
     from kepo.digits.tiny import build_tiny
+    from kepo.models.sampling import SamplingParams
     from kepo.models.vlm import VLM
     from kepo.rollout.prompts import prompt_of
 
@@ -25,7 +26,7 @@ def made(tmp_path_factory):
     asked = load_omnimedvqa(root / "data" / "train")[:8]
     inputs = student.encode([prompt_of(example) for example in asked])
     torch.manual_seed(0)
-    ids, mask, _ = student.generate(inputs, max_new_tokens=8, temperature=1.0)
+    ids, mask, _ = student.generate(inputs, SamplingParams(max_tokens=8, temperature=1.0))
     with torch.no_grad():
         states = student.completion_hidden(inputs, ids, mask)[mask]
         towards = states.mean(0)

@@ -87,16 +87,16 @@ class ScriptedVLM:
     def run_wrapped(self, work):
         return work()
 
-    def sample(self, prompts, *, seeds=None, **settings):
-        return self.generate(self.encode(prompts), **settings)
+    def sample(self, prompts, params, seeds=None):
+        return self.generate(self.encode(prompts), params)
 
-    def generate(self, inputs, *, max_new_tokens, num_return_sequences=1, **sampling):
-        asked = [prompt for prompt in inputs for _ in range(num_return_sequences)]
+    def generate(self, inputs, params):
+        asked = [prompt for prompt in inputs for _ in range(params.n)]
         rows = []
         for prompt in asked:
             text = self.answer(prompt, self.seen.count(prompt))
             self.seen.append(prompt)
-            rows.append([*text.encode(), EOS][:max_new_tokens])
+            rows.append([*text.encode(), EOS][: params.max_tokens])
         ids, mask = self._padded(rows)
         logprobs = [[drawn_logprob(prompt, t) for t in range(ids.shape[1])] for prompt in asked]
         return Sampled(ids, mask, torch.where(mask, torch.tensor(logprobs), 0.0))

@@ -43,11 +43,11 @@ class ToyPolicy(TableVLM):
     def ready(self):
         return nullcontext()
 
-    def sample(self, prompts, *, num_return_sequences, max_new_tokens, seeds=(), **_):
-        asked = [prompt.text for prompt in prompts for _ in range(num_return_sequences)]
+    def sample(self, prompts, params, seeds=None):
+        asked = [prompt.text for prompt in prompts for _ in range(params.n)]
         told = zip(asked, seeds or [0] * len(asked), strict=True)
         texts = [TEXTS[zlib.crc32(f"{text}{seed}".encode()) % 4] for text, seed in told]
-        ids, mask = self._padded([[*text.encode(), EOS][:max_new_tokens] for text in texts])
+        ids, mask = self._padded([[*text.encode(), EOS][: params.max_tokens] for text in texts])
         logprobs = [[drawn_logprob(text, t) for t in range(ids.shape[1])] for text in asked]
         return Sampled(ids, mask, torch.where(mask, torch.tensor(logprobs), 0.0))
 

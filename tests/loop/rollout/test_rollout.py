@@ -63,9 +63,9 @@ class Measured(ScriptedVLM):
         rows = [torch.ones(len(prompt.text)) for prompt in prompts]
         return SimpleNamespace(input_ids=pad_sequence(rows, batch_first=True).long())
 
-    def sample(self, prompts, **settings):
+    def sample(self, prompts, params, seeds=None):
         self.calls.append([prompt.text for prompt in prompts])
-        return self.generate(self.calls[-1], **{**settings, "max_new_tokens": 64})
+        return self.generate(self.calls[-1], replace(params, max_tokens=64))
 
 
 @pytest.mark.parametrize("most", [1, 400, 1000, 2500, 10**6])
@@ -120,8 +120,8 @@ def test_a_rollout_carries_the_plain_question_whatever_was_shown():
 
 def test_every_completion_keeps_its_own_numbers():
     class Numbered(ScriptedVLM):
-        def generate(self, inputs, **settings):
-            drawn = super().generate(inputs, **settings)
+        def generate(self, inputs, params):
+            drawn = super().generate(inputs, params)
             rows = torch.arange(float(len(drawn.ids)))[:, None]
             return drawn._replace(logprobs=-rows.expand_as(drawn.ids))
 

@@ -102,15 +102,15 @@ def test_the_teacher_writes_greedily_and_no_longer_than_a_completion_may_be():
     asked = []
 
     class Spy(ScriptedVLM):
-        def sample(self, prompts, **settings):
-            asked.append(settings)
-            return super().sample(prompts, **settings)
+        def sample(self, prompts, params, seeds=None):
+            asked.append(params)
+            return super().sample(prompts, params, seeds)
 
     helper = Spy(lambda prompt, nth: "<hint>left</hint>")
     for length in (40, 1000):
         write_hints(helper, [example("a")], replace(CONFIG, max_completion_length=length))
-    assert [s["max_new_tokens"] for s in asked] == [40, MAX_HINT_LENGTH]
-    assert all(s["temperature"] == 0.0 and s["num_return_sequences"] == 1 for s in asked)
+    assert [params.max_tokens for params in asked] == [40, MAX_HINT_LENGTH]
+    assert all(params.greedy and params.n == 1 for params in asked)
 
 
 # ---- the cache ----
@@ -253,9 +253,9 @@ class Scripted(ScriptedVLM):
         super().__init__(lambda prompt, nth: texts[min(nth, len(texts) - 1)])
         self.law = []
 
-    def sample(self, prompts, *, temperature, seeds=None, **settings):
-        self.law.append((temperature, seeds))
-        return super().sample(prompts, temperature=temperature, seeds=seeds, **settings)
+    def sample(self, prompts, params, seeds=None):
+        self.law.append((params.temperature, seeds))
+        return super().sample(prompts, params, seeds)
 
 
 @pytest.mark.parametrize(
