@@ -23,7 +23,7 @@ from kepo.objective.batch import Batch, collate
 from kepo.planner.known_models import known_model
 from kepo.planner.memory import Prompts
 from kepo.rollout.prompts import prompt_of
-from kepo.rollout.rollouts import Rollout
+from kepo.rollout.types import Rollout
 from kepo.run import roles
 
 HEAD_SIZE = 32  # of an attention head

@@ -13,7 +13,7 @@ from kepo.config import Config
 from kepo.distributed.processes import rank_slice, world_size
 from kepo.models.encoding import Prompt
 from kepo.objective.credit import group_advantages, quality_gate
-from kepo.rollout.rollouts import Group, Rollout, reward_of, total_rewards
+from kepo.rollout.types import Group, Rollout, reward_of, total_rewards
 from kepo_kernels import dr_grpo_weights, loss_weights
 
 

@@ -11,7 +11,8 @@ from kepo.data.load import Example
 from kepo.rollout.hints import Hints, RescueReport, rescue
 from kepo.rollout.models import Models
 from kepo.rollout.questions import draw
-from kepo.rollout.rollouts import Group, sample, total_rewards
+from kepo.rollout.rollouts import sample
+from kepo.rollout.types import Group, total_rewards
 
 
 @dataclass

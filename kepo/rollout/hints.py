@@ -22,7 +22,8 @@ from kepo.models.vlm import VLM
 from kepo.rollout.models import Models
 from kepo.rollout.prompts import hint_prompt
 from kepo.rollout.questions import seed_of
-from kepo.rollout.rollouts import Group, Rollout, reward_of, sample, total_reward
+from kepo.rollout.rollouts import sample
+from kepo.rollout.types import Group, Rollout, reward_of, total_reward
 from kepo.tasks.leaks import states_answer
 from kepo.tasks.multiple_choice import parse_hint
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from kepo.config import TOTAL, Config
+from kepo.config import Config
 from kepo.data.load import Example
 from kepo.distributed.processes import batches_of, split_work
 from kepo.models.encoding import Encoder, Prompt
@@ -17,35 +15,9 @@ from kepo.models.sampling import Sampled, SamplingParams
 from kepo.rollout.prompts import prompt_of
 from kepo.rollout.questions import seed_of
 from kepo.rollout.sampler import Sampler
+from kepo.rollout.types import Group, Rollout
 from kepo.tasks.multiple_choice import worked_answer
 from kepo.tasks.rewards import score
-
-
-@dataclass
-class Rollout:
-    """One completion with its facts."""
-
-    example: Example
-    prompt: Prompt
-    """The plain question, under which it is trained on, whatever it was sampled under."""
-    completion_ids: Tensor
-    """(T,) int64 sampled tokens, the end token included."""
-    text: str
-    rewards: dict[str, float]
-    sampler_logprobs: Tensor | None = None
-    """(T,) fp32 log-probabilities under the law they were drawn from, prompt and hint included.
-    None: nobody sampled it."""
-    hint: str | None = None
-    """What stood in the prompt beside the question."""
-    truncated: bool = False
-    """Reached the length limit before its end token."""
-
-    @property
-    def hinted(self) -> bool:
-        return self.hint is not None
-
-
-Group = list[Rollout]
 
 
 def sample(
@@ -184,24 +156,6 @@ def demonstrations(encoder: Encoder, examples: Sequence[Example], config: Config
             )
         )
     return rollouts
-
-
-def total_reward(rollout: Rollout, config: Config) -> float:
-    """The weighted sum of a rollout's rewards, less what an overlong one is fined."""
-    pairs = zip(config.rewards, config.reward_weights, strict=True)
-    total = sum(weight * rollout.rewards[name] for name, weight in pairs)
-    return total + rollout.rewards.get("overlong", 0.0)
-
-
-def reward_of(rollout: Rollout, name: str, config: Config) -> float:
-    """The reward of that name, or the total."""
-    return total_reward(rollout, config) if name == TOTAL else rollout.rewards[name]
-
-
-def total_rewards(groups: Sequence[Group], config: Config) -> Tensor:
-    """(P, G) fp32 total rewards of groups of one size."""
-    rewards = [[total_reward(rollout, config) for rollout in group] for group in groups]
-    return torch.tensor(rewards).reshape(len(groups), -1)
 
 
 def _rewards(text: str, length: int, example: Example, config: Config) -> dict[str, float]:

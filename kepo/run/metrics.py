@@ -22,7 +22,7 @@ from kepo.distributed.processes import is_rank0, on_rank0
 from kepo.objective.batch import Batch
 from kepo.objective.step import StepTotals
 from kepo.rollout.explore import Exploration
-from kepo.rollout.rollouts import Rollout, total_rewards
+from kepo.rollout.types import Rollout, total_rewards
 
 
 def step_metrics(

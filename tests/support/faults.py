@@ -32,7 +32,7 @@ from kepo.objective.batch import collate
 from kepo.objective.step import StepTotals, kepo_step
 from kepo.rollout import hints, prompts
 from kepo.rollout import rollouts as rollout_module
-from kepo.rollout.rollouts import total_reward
+from kepo.rollout.types import total_reward
 from kepo.tasks import multiple_choice
 from kepo.tasks.multiple_choice import hint_request, hinted_prompt, question_prompt
 from kepo_kernels import loss_weights

@@ -14,7 +14,7 @@ from kepo.data.load import Example
 from kepo.models.sampling import Sampled
 from kepo.rollout.models import Models
 from kepo.rollout.prompts import prompt_of
-from kepo.rollout.rollouts import Rollout
+from kepo.rollout.types import Rollout
 from kepo.tasks.rewards import score
 
 RIGHT = "<think>x</think><answer>A</answer>"

@@ -10,14 +10,8 @@ from toy import MALFORMED, RIGHT, WRONG, ScriptedVLM, drawn_logprob, example, ro
 
 from kepo.config import Config
 from kepo.models.encoding import Prompt
-from kepo.rollout.rollouts import (
-    demonstrations,
-    overlong_penalty,
-    reward_of,
-    sample,
-    total_reward,
-    total_rewards,
-)
+from kepo.rollout.rollouts import demonstrations, overlong_penalty, sample
+from kepo.rollout.types import reward_of, total_reward, total_rewards
 from kepo.tasks.multiple_choice import hinted_prompt, question_prompt
 
 CONFIG = Config()
