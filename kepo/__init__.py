@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kepo.data.example import Example as Example
     from kepo.evaluation.greedy import evaluate as evaluate
     from kepo.loop import train as train
-    from kepo.rollout.rollouts import Rollout as Rollout
+    from kepo.rollout.types import Rollout as Rollout
 
 _HOME = {
     "Config": "kepo.config",
@@ -31,7 +31,7 @@ _HOME = {
     "Example": "kepo.data.example",
     "evaluate": "kepo.evaluation.greedy",
     "train": "kepo.loop",
-    "Rollout": "kepo.rollout.rollouts",
+    "Rollout": "kepo.rollout.types",
 }
 
 

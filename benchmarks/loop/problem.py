@@ -22,7 +22,8 @@ from kepo.models.vlm import VLM
 from kepo.objective.batch import Batch, collate
 from kepo.planner.known_models import known_model
 from kepo.planner.memory import Prompts
-from kepo.rollout.rollouts import Rollout
+from kepo.rollout.prompts import prompt_of
+from kepo.rollout.types import Rollout
 from kepo.run import roles
 
 HEAD_SIZE = 32  # of an attention head
@@ -81,9 +82,11 @@ class Problem:
         ids = torch.randint(0, self.plain_ids, shape, generator=generator)
         order = torch.randperm(count, generator=generator).tolist()
         opened = set(order[: round(rate * count)])
+        asked = [example for example in self.examples for _ in range(config.num_generations)]
         rollouts = [
             Rollout(
-                example=self.examples[place // config.num_generations],
+                example=asked[place],
+                prompt=prompt_of(asked[place]),
                 completion_ids=ids[place],
                 text="",
                 rewards={"accuracy": float(place in opened), "format": float(place % 2)},

@@ -201,7 +201,7 @@ def report(root: Path, teacher: Path, data: Path) -> None:
     of_teacher = _known_teacher(table, after)
     if of_teacher is None:
         scores = evaluate(
-            VLM.load(teacher), load_omnimedvqa(data / "test"), max_new_tokens=COMPLETION_TOKENS
+            VLM.load(teacher), load_omnimedvqa(data / "test"), max_tokens=COMPLETION_TOKENS
         )
         of_teacher = means(scores)
     rows = [(name, before[name], after[name], of_teacher[name]) for name in after]

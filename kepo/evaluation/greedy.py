@@ -12,9 +12,9 @@ from tqdm import tqdm
 from kepo.data.load import Example
 from kepo.distributed.processes import batches_of, rank_slice, split_work
 from kepo.errors import KepoConfigError, KepoDataError
-from kepo.models.encoding import Prompt
+from kepo.models.sampling import SamplingParams
+from kepo.rollout.prompts import prompt_of
 from kepo.rollout.sampler import Sampler
-from kepo.tasks.multiple_choice import question_prompt
 from kepo.tasks.rewards import accuracy
 
 
@@ -22,7 +22,7 @@ def evaluate(
     sampler: Sampler,
     examples: Sequence[Example],
     *,
-    max_new_tokens: int,
+    max_tokens: int,
     batch_size: int = 64,
     progress: bool = False,
     stop: Callable[[], bool] | None = None,
@@ -36,7 +36,7 @@ def evaluate(
     texts = greedy_answers(
         sampler,
         examples,
-        max_new_tokens=max_new_tokens,
+        max_tokens=max_tokens,
         batch_size=batch_size,
         progress=progress,
         stop=stop,
@@ -51,7 +51,7 @@ def greedy_answers(
     sampler: Sampler,
     examples: Sequence[Example],
     *,
-    max_new_tokens: int,
+    max_tokens: int,
     batch_size: int = 64,
     progress: bool = False,
     stop: Callable[[], bool] | None = None,
@@ -65,12 +65,8 @@ def greedy_answers(
 
     def work(batch: Sequence[Example]) -> list[str]:
         ids, mask, _ = sampler.sample(
-            [Prompt(question_prompt(e), e.images) for e in batch],
-            num_return_sequences=1,
-            max_new_tokens=max_new_tokens,
-            temperature=0.0,
-            top_p=1.0,
-            seeds=(),
+            [prompt_of(example) for example in batch],
+            SamplingParams(max_tokens=max_tokens, temperature=0.0),
         )
         bar.update(len(batch))
         return sampler.encoder.decode(ids, mask)

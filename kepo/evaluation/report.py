@@ -91,7 +91,7 @@ def evaluation(settings: Evaluation) -> dict[str, Any]:
     texts = greedy_answers(
         vlm,
         examples,
-        max_new_tokens=settings.max_completion_length,
+        max_tokens=settings.max_completion_length,
         batch_size=settings.batch,
         progress=True,
     )

@@ -1,13 +1,58 @@
-"""The law that completions are drawn from, with a stream of random numbers for each of them."""
+"""How completions are drawn: the law, and a stream of random numbers for each of them."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kepo.errors import KepoConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How many completions, how long, and from which law; by vLLM's names."""
+
+    n: int = 1
+    """Completions of each prompt."""
+    max_tokens: int
+    temperature: float
+    """0.0 is greedy."""
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 or self.n < 1:
+            raise KepoConfigError(
+                f"SamplingParams: max_tokens={self.max_tokens} and n={self.n}; expected both >= 1"
+            )
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1:
+            raise KepoConfigError(
+                f"SamplingParams: temperature={self.temperature} and top_p={self.top_p}; expected "
+                "temperature >= 0 (0 is greedy) and 0 < top_p <= 1"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def seeds_for(self, prompts: int, given: Sequence[int] | None) -> Sequence[int] | None:
+        """One seed per completion: the given ones, or from torch's global generator; None where
+        greedy, which reads none. Raises KepoConfigError if there are more or fewer of them."""
+        if self.greedy:
+            return None
+        count = prompts * self.n
+        if given is None:
+            return torch.randint(2**62, (count,)).tolist()
+        if len(given) != count:
+            raise KepoConfigError(
+                f"{len(given)} seeds for {prompts} prompts and n={self.n}; expected {count}, one "
+                "per completion"
+            )
+        return given
 
 
 class Sampled(NamedTuple):

@@ -17,7 +17,7 @@ from kepo.errors import KepoConfigError, KepoDataError
 from kepo.models.conventions import VISION_TOKENS
 from kepo.models.encoding import Encoder, Inputs, Prompt
 from kepo.models.reading import load_encoder, read_model
-from kepo.models.sampling import Sampled, SamplingLaw
+from kepo.models.sampling import Sampled, SamplingLaw, SamplingParams
 from kepo.models.vision import check_length, forward_inputs
 
 T = TypeVar("T")
@@ -137,22 +137,11 @@ class VLM:
     def sample(
         self,
         prompts: Sequence[Prompt],
-        *,
-        num_return_sequences: int,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
+        params: SamplingParams,
         seeds: Sequence[int] | None = None,
     ) -> Sampled:
         """`generate` for prompts, its result on the CPU."""
-        sampled = self.generate(
-            self.encode(prompts),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            num_return_sequences=num_return_sequences,
-            seeds=seeds,
-        )
+        sampled = self.generate(self.encode(prompts), params, seeds)
         return Sampled(*(x.cpu() for x in sampled))
 
     # ---- model ----
@@ -160,50 +149,29 @@ class VLM:
     def generate(
         self,
         inputs: Inputs,
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
-        num_return_sequences: int = 1,
+        params: SamplingParams,
         seeds: Sequence[int] | None = None,
     ) -> Sampled:
-        """Sample ``num_return_sequences`` completions per prompt, those of a prompt in a row.
+        """Sample ``params.n`` completions per prompt, those of a prompt in a row.
 
         A row that is True throughout in the mask and has none of ``encoder.end_ids`` was cut off.
 
-        temperature: 0.0 is greedy. Placeholder, pad and padding-row tokens cannot be sampled. Of
-        the model's generation_config.json only the end tokens are obeyed: its top_k, penalties and
-        banned words would make the law of sampling another than the one that is trained.
+        Placeholder, pad and padding-row tokens cannot be sampled. Of the model's
+        generation_config.json only the end tokens are obeyed: its top_k, penalties and banned words
+        would make the law of sampling another than the one that is trained.
         seeds: one per completion, and then a completion does not depend on which others are
         sampled beside it, rounding apart. None: drawn from torch's global generator. Leaves the
         mode (train or eval) as it was.
         """
-        rows = len(inputs) * num_return_sequences
-        if max_new_tokens < 1 or num_return_sequences < 1:
-            raise KepoConfigError(
-                f"VLM.generate: max_new_tokens={max_new_tokens} and num_return_sequences="
-                f"{num_return_sequences}; expected both >= 1"
-            )
-        if not temperature >= 0 or not 0 < top_p <= 1:
-            raise KepoConfigError(
-                f"VLM.generate: temperature={temperature} and top_p={top_p}; expected "
-                "temperature >= 0 (0 is greedy) and 0 < top_p <= 1"
-            )
-        check_length(self.model, inputs, max_new_tokens)
+        check_length(self.model, inputs, params.max_tokens)
         from transformers import GenerationConfig
 
         law = None
-        if temperature > 0:
-            if seeds is None:
-                seeds = torch.randint(2**62, (rows,)).tolist()
-            if len(seeds) != rows:
-                raise KepoConfigError(
-                    f"VLM.generate: {len(seeds)} seeds for {len(inputs)} prompts and "
-                    f"num_return_sequences={num_return_sequences}; expected {rows}"
-                )
-            law = SamplingLaw(temperature, top_p, seeds, max_new_tokens)
+        if not params.greedy:
+            seeds = params.seeds_for(len(inputs), seeds)
+            law = SamplingLaw(params.temperature, params.top_p, seeds, params.max_tokens)
         settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=params.max_tokens,
             do_sample=False,  # what the law leaves is one token
             temperature=1.0,
             top_p=1.0,
@@ -215,7 +183,7 @@ class VLM:
             num_beams=1,
             use_cache=True,
         )
-        repeated = inputs.repeat(num_return_sequences)
+        repeated = inputs.repeat(params.n)
         with _eval_mode(self.model), _no_defaults(self.model, settings), torch.no_grad():
             sequences = self.run_wrapped(
                 lambda: self.model.generate(

@@ -13,8 +13,7 @@ from kepo.config import Config
 from kepo.distributed.processes import rank_slice, world_size
 from kepo.models.encoding import Prompt
 from kepo.objective.credit import group_advantages, quality_gate
-from kepo.rollout.rollouts import Group, Rollout, reward_of, total_rewards
-from kepo.tasks.multiple_choice import question_prompt
+from kepo.rollout.types import Group, Rollout, reward_of, total_rewards
 from kepo_kernels import dr_grpo_weights, loss_weights
 
 
@@ -112,7 +111,7 @@ def collate(groups: Sequence[Group], config: Config, data: Sequence[Rollout] = (
         for r, nan in zip(rollouts, unknown, strict=True)
     ]
     return Batch(
-        prompts=tuple(Prompt(question_prompt(r.example), r.example.images) for r in rollouts),
+        prompts=tuple(r.prompt for r in rollouts),
         completion_ids=ids,
         completion_mask=mask,
         advantages=advantages,

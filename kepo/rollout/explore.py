@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from kepo.config import Config
 from kepo.data.load import Example
-from kepo.models.vlm import VLM
 from kepo.rollout.hints import Hints, RescueReport, rescue
+from kepo.rollout.models import Models
 from kepo.rollout.questions import draw
-from kepo.rollout.rollouts import Group, sample, total_rewards
-from kepo.rollout.sampler import Sampler
+from kepo.rollout.rollouts import sample
+from kepo.rollout.types import Group, total_rewards
 
 
 @dataclass
@@ -33,8 +33,7 @@ class Exploration:
 
 def explore(
     questions: Sequence[Example],
-    sampler: Sampler,
-    teacher: VLM | None,
+    models: Models,
     config: Config,
     hints: Hints,
     examples: Sequence[Example],
@@ -52,11 +51,11 @@ def explore(
         started = time.perf_counter()
         stream = (step, extra_round)
         groups = sample(
-            sampler, questions, config, num_generations=config.num_generations, stream=stream
+            models.sampler, questions, config, num_generations=config.num_generations, stream=stream
         )
         sampled = time.perf_counter()
         if config.hints:
-            groups, report = rescue(groups, sampler, teacher, config, hints, stream)
+            groups, report = rescue(groups, models, config, hints, stream)
             found.report += report
             found.sampled += report.sampled
         found.asked += len(groups)

@@ -16,13 +16,16 @@ from dataclasses import dataclass, fields
 from kepo.config import Config
 from kepo.data.load import Example
 from kepo.distributed.processes import batches_of, split_work
-from kepo.models.encoding import Encoder, Prompt
+from kepo.models.encoding import Encoder
+from kepo.models.sampling import SamplingParams
 from kepo.models.vlm import VLM
+from kepo.rollout.models import Models
+from kepo.rollout.prompts import hint_prompt
 from kepo.rollout.questions import seed_of
-from kepo.rollout.rollouts import Group, Rollout, reward_of, sample, total_reward
-from kepo.rollout.sampler import Sampler
+from kepo.rollout.rollouts import sample
+from kepo.rollout.types import Group, Rollout, reward_of, total_reward
 from kepo.tasks.leaks import states_answer
-from kepo.tasks.multiple_choice import hint_request, parse_hint
+from kepo.tasks.multiple_choice import parse_hint
 
 MAX_HINT_LENGTH = 256
 
@@ -60,8 +63,7 @@ class RescueReport:
 
 def rescue(
     groups: Sequence[Group],
-    sampler: Sampler,
-    teacher: VLM,
+    models: Models,
     config: Config,
     hints: Hints,
     stream: tuple[object, ...] = (),
@@ -79,7 +81,7 @@ def rescue(
     if not helped:
         return groups, RescueReport()
     asked = [groups[place][0].example for place in helped]
-    written, retried = _learn_hints(teacher, asked, config, hints, stream)
+    written, retried = _learn_hints(models.teacher, asked, config, hints, stream)
     hint_of = {place: hints[e.id] for place, e in zip(helped, asked, strict=True) if hints[e.id]}
     found: dict[int, Group] = {place: [] for place in hint_of}
     attempts = sampled = successes = 0
@@ -88,7 +90,7 @@ def rescue(
         if not lacking:
             break
         tries = sample(
-            sampler,
+            models.sampler,
             [groups[place][0].example for place in lacking],
             config,
             num_generations=config.num_hinted,
@@ -143,15 +145,15 @@ def write_hints(
     each (seed, stream, id of the example), so whom else it writes for changes nothing but rounding.
     """
 
+    params = SamplingParams(
+        max_tokens=min(MAX_HINT_LENGTH, config.max_completion_length),
+        temperature=0.0 if stream is None else config.hint_temperature,
+    )
+
     def work(some: Sequence[Example]) -> list[str]:
         ids, mask, _ = teacher.sample(
-            [
-                Prompt(hint_request(example, with_answer=config.hint_with_answer), example.images)
-                for example in some
-            ],
-            num_return_sequences=1,
-            max_new_tokens=min(MAX_HINT_LENGTH, config.max_completion_length),
-            temperature=0.0 if stream is None else config.hint_temperature,
+            [hint_prompt(example, with_answer=config.hint_with_answer) for example in some],
+            params,
             seeds=None
             if stream is None
             else [seed_of(config.seed, *stream, example.id) for example in some],

@@ -3,47 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from kepo.config import TOTAL, Config
+from kepo.config import Config
 from kepo.data.load import Example
 from kepo.distributed.processes import batches_of, split_work
 from kepo.models.encoding import Encoder, Prompt
-from kepo.models.sampling import Sampled
+from kepo.models.sampling import Sampled, SamplingParams
+from kepo.rollout.prompts import prompt_of
 from kepo.rollout.questions import seed_of
 from kepo.rollout.sampler import Sampler
-from kepo.tasks.multiple_choice import hinted_prompt, question_prompt, worked_answer
+from kepo.rollout.types import Group, Rollout
+from kepo.tasks.multiple_choice import worked_answer
 from kepo.tasks.rewards import score
-
-
-@dataclass
-class Rollout:
-    """One completion with its facts. It is trained on under the plain question, however it came
-    about."""
-
-    example: Example
-    completion_ids: Tensor
-    """(T,) int64 sampled tokens, the end token included."""
-    text: str
-    rewards: dict[str, float]
-    sampler_logprobs: Tensor | None = None
-    """(T,) fp32 log-probabilities under the law they were drawn from, prompt and hint included.
-    None: nobody sampled it."""
-    hint: str | None = None
-    """What stood in the prompt beside the question."""
-    truncated: bool = False
-    """Reached the length limit before its end token."""
-
-    @property
-    def hinted(self) -> bool:
-        return self.hint is not None
-
-
-Group = list[Rollout]
 
 
 def sample(
@@ -65,17 +39,26 @@ def sample(
     """
     told: Sequence[str | None] = [None] * len(examples) if hints is None else hints
     asked = [
-        _Asked(place, example, hint)
+        _Asked(
+            place,
+            example,
+            hint,
+            prompt_of(example, hint, gives_answer=config.hint_gives_answer),
+        )
         for place, (example, hint) in enumerate(zip(examples, told, strict=True))
     ]
 
+    params = SamplingParams(
+        n=num_generations,
+        max_tokens=config.max_completion_length,
+        temperature=config.sampling_temperature,
+        top_p=config.top_p,
+    )
+
     def work(some: Sequence[_Asked]) -> list[Group]:
         sampled = sampler.sample(
-            [_prompt(one, config) for one in some],
-            num_return_sequences=num_generations,
-            max_new_tokens=config.max_completion_length,
-            temperature=config.sampling_temperature,
-            top_p=config.top_p,
+            [one.shown for one in some],
+            params,
             seeds=[
                 seed_of(config.seed, *stream, one.place, number)
                 for one in some
@@ -94,14 +77,8 @@ class _Asked(NamedTuple):
     place: int
     example: Example
     hint: str | None
-
-
-def _prompt(asked: _Asked, config: Config) -> Prompt:
-    if asked.hint is None:
-        text = question_prompt(asked.example)
-    else:
-        text = hinted_prompt(asked.example, asked.hint, config.hint_gives_answer)
-    return Prompt(text, asked.example.images)
+    shown: Prompt
+    """The question, with the hint if there is one."""
 
 
 def _portions(
@@ -112,7 +89,7 @@ def _portions(
     most = max(1, config.rollout_batch // num_generations)
     if config.rollout_tokens is None:
         return batches_of(most)(share)
-    lengths = [encoder.encode([_prompt(one, config)]).input_ids.shape[1] for one in share]
+    lengths = [encoder.encode([one.shown]).input_ids.shape[1] for one in share]
     portions: list[list[_Asked]] = []
     longest = 0
     for one, length in zip(share, lengths, strict=True):
@@ -136,12 +113,15 @@ def _scored(
     ids, mask, logprobs = sampled
     texts = encoder.decode(ids, mask)
     ended = (torch.isin(ids, torch.tensor(encoder.end_ids)) & mask).any(-1).tolist()
+    plain = [prompt_of(one.example) for one in asked]
     groups: list[Group] = [[] for _ in asked]
     for row, text in enumerate(texts):
-        one = asked[row // num_generations]
-        groups[row // num_generations].append(
+        place = row // num_generations
+        one = asked[place]
+        groups[place].append(
             Rollout(
                 example=one.example,
+                prompt=plain[place],
                 completion_ids=ids[row][mask[row]],
                 text=text,
                 rewards=_rewards(text, int(mask[row].sum()), one.example, config),
@@ -168,6 +148,7 @@ def demonstrations(encoder: Encoder, examples: Sequence[Example], config: Config
         rollouts.append(
             Rollout(
                 example=example,
+                prompt=prompt_of(example),
                 completion_ids=kept,
                 text=cut[row],
                 rewards=_rewards(cut[row], len(kept), example, config),
@@ -175,24 +156,6 @@ def demonstrations(encoder: Encoder, examples: Sequence[Example], config: Config
             )
         )
     return rollouts
-
-
-def total_reward(rollout: Rollout, config: Config) -> float:
-    """The weighted sum of a rollout's rewards, less what an overlong one is fined."""
-    pairs = zip(config.rewards, config.reward_weights, strict=True)
-    total = sum(weight * rollout.rewards[name] for name, weight in pairs)
-    return total + rollout.rewards.get("overlong", 0.0)
-
-
-def reward_of(rollout: Rollout, name: str, config: Config) -> float:
-    """The reward of that name, or the total."""
-    return total_reward(rollout, config) if name == TOTAL else rollout.rewards[name]
-
-
-def total_rewards(groups: Sequence[Group], config: Config) -> Tensor:
-    """(P, G) fp32 total rewards of groups of one size."""
-    rewards = [[total_reward(rollout, config) for rollout in group] for group in groups]
-    return torch.tensor(rewards).reshape(len(groups), -1)
 
 
 def _rewards(text: str, length: int, example: Example, config: Config) -> dict[str, float]:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from kepo.models.encoding import Encoder, Prompt
-from kepo.models.sampling import Sampled
+from kepo.models.sampling import Sampled, SamplingParams
 
 
 class Sampler(Protocol):
@@ -25,15 +25,12 @@ class Sampler(Protocol):
     def sample(
         self,
         prompts: Sequence[Prompt],
-        *,
-        num_return_sequences: int,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seeds: Sequence[int],
+        params: SamplingParams,
+        seeds: Sequence[int] | None = None,
     ) -> Sampled:
         """Completions on the CPU, those of a prompt in a row, one seed for each.
 
-        temperature: 0.0 is greedy, and reads no seed. Only where `collective` is False do the same
-        seeds promise the same tokens beside other prompts, rounding apart.
+        seeds: greedily none is read; None draws them from torch's global generator. Only where
+        `collective` is False do the same seeds promise the same tokens beside other prompts,
+        rounding apart.
         """

@@ -23,7 +23,7 @@ from kepo.data.images import open_rgb
 from kepo.distributed.processes import rank, world_size
 from kepo.errors import KepoConfigError, KepoError
 from kepo.models.encoding import Encoder, Prompt
-from kepo.models.sampling import Sampled
+from kepo.models.sampling import Sampled, SamplingParams
 
 DTYPES = ("float32", "bfloat16", "float16")
 COLDEST, HOTTEST = 0.01, 2.0  # vLLM raises a lower temperature to the first, refuses a higher one
@@ -98,32 +98,25 @@ class VllmSampler:
     def sample(
         self,
         prompts: Sequence[Prompt],
-        *,
-        num_return_sequences: int,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
+        params: SamplingParams,
         seeds: Sequence[int] | None = None,
     ) -> Sampled:
         """Completions on the CPU, those of a prompt in a row. Only within `ready`.
 
-        temperature: 0.0 is greedy. seeds: one per completion; None: drawn from torch's global
-        generator. Raises KepoConfigError for settings out of range, KepoError if vLLM read a prompt
-        otherwise than the encoder, or ended a completion otherwise than by its end token or
-        ``max_new_tokens``.
+        seeds: one per completion; None: drawn from torch's global generator. Raises KepoConfigError
+        for settings out of range, KepoError if vLLM read a prompt otherwise than the encoder, or
+        ended a completion otherwise than by its end token or ``params.max_tokens``.
         """
-        rows = len(prompts) * num_return_sequences
-        self._check(rows, num_return_sequences, max_new_tokens, temperature, top_p, seeds)
-        if temperature > 0 and seeds is None:
-            seeds = torch.randint(2**62, (rows,)).tolist()
+        self._check(prompts, params)
+        seeds = params.seeds_for(len(prompts), seeds)
         asked = [self._request(prompt) for prompt in prompts]
-        asked = [one for one in asked for _ in range(num_return_sequences)]
+        asked = [one for one in asked for _ in range(params.n)]
         settings = dict(
             n=1,
-            temperature=temperature,
-            top_p=top_p,
-            max_tokens=max_new_tokens,
-            logprobs=0 if temperature > 0 else None,  # 0: of the token drawn and of no others
+            temperature=params.temperature,
+            top_p=params.top_p,
+            max_tokens=params.max_tokens,
+            logprobs=None if params.greedy else 0,  # 0: of the token drawn and of no others
             stop_token_ids=list(self.encoder.end_ids),
             logit_bias=self._biases,
             detokenize=False,
@@ -132,14 +125,13 @@ class VllmSampler:
         outputs = self._llm.generate(
             [request for request, _ in asked],
             sampling_params=[
-                sampling_params(seed=seeds[row] if temperature > 0 else None, **settings)
-                for row in range(rows)
+                sampling_params(seed=seed, **settings) for seed in (seeds or [None] * len(asked))
             ],
             use_tqdm=False,
         )
-        if len(outputs) != rows:
+        if len(outputs) != len(asked):
             raise KepoError(
-                f"VllmSampler.sample: vLLM gave {len(outputs)} answers to {rows} prompts"
+                f"VllmSampler.sample: vLLM gave {len(outputs)} answers to {len(asked)} prompts"
             )
         for output, (request, expanded) in zip(outputs, asked, strict=True):
             if list(output.prompt_token_ids) not in (expanded, request["prompt_token_ids"]):
@@ -148,8 +140,8 @@ class VllmSampler:
                     f"tokens and the encoder as {len(expanded)}; expected the same ones: are "
                     "images resized alike, and are the answers in order?"
                 )
-        completions = [self._completion(output, max_new_tokens) for output in outputs]
-        return self._padded(completions, greedy=temperature == 0)
+        completions = [self._completion(output, params.max_tokens) for output in outputs]
+        return self._padded(completions, greedy=params.greedy)
 
     # ---- private ----
 
@@ -184,16 +176,16 @@ class VllmSampler:
             request["multi_modal_data"] = {"image": pictures}
         return request, expanded
 
-    def _completion(self, output: Any, max_new_tokens: int) -> Any:
+    def _completion(self, output: Any, max_tokens: int) -> Any:
         (completion,) = output.outputs
         tokens, reason = completion.token_ids, completion.finish_reason
         ends = self.encoder.end_ids
         whole = reason == "stop" and len(tokens) > 0 and tokens[-1] in ends
-        if not whole and not (reason == "length" and len(tokens) == max_new_tokens):
+        if not whole and not (reason == "length" and len(tokens) == max_tokens):
             raise KepoError(
                 f"VllmSampler.sample: vLLM ended a completion after {len(tokens)} tokens, "
                 f"finish_reason {reason!r}, last token {list(tokens[-1:])}; expected one of "
-                f"{list(ends)} at its end, or max_new_tokens={max_new_tokens}. If it ran out of "
+                f"{list(ends)} at its end, or max_tokens={max_tokens}. If it ran out of "
                 "room, give it more memory (vllm_memory)"
             )
         return completion
@@ -213,37 +205,16 @@ class VllmSampler:
             logprobs[mask] = torch.tensor(drawn)
         return Sampled(ids, mask, logprobs)
 
-    def _check(
-        self,
-        rows: int,
-        num_return_sequences: int,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seeds: Sequence[int] | None,
-    ) -> None:
-        def require(holds: bool, message: str) -> None:
-            if not holds:
-                raise KepoConfigError(f"VllmSampler.sample: {message}")
-
+    def _check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
         if not self._awake:
             raise KepoError("VllmSampler.sample: vLLM is asleep; call it within ready()")
-        require(rows > 0 or num_return_sequences < 1, "prompts is empty; expected at least one")
-        require(
-            max_new_tokens >= 1 and num_return_sequences >= 1,
-            f"max_new_tokens={max_new_tokens} and num_return_sequences={num_return_sequences}; "
-            "expected both >= 1",
-        )
-        require(
-            (temperature == 0 or COLDEST <= temperature <= HOTTEST) and 0 < top_p <= 1,
-            f"temperature={temperature} and top_p={top_p}; expected temperature 0 (greedy) or "
-            f"within [{COLDEST}, {HOTTEST}], and 0 < top_p <= 1",
-        )
-        require(
-            temperature == 0 or seeds is None or len(seeds) == rows,
-            f"{len(seeds or ())} seeds for {rows // max(1, num_return_sequences)} prompts and "
-            f"num_return_sequences={num_return_sequences}; expected {rows}",
-        )
+        if not prompts:
+            raise KepoConfigError("VllmSampler.sample: prompts is empty; expected at least one")
+        if not params.greedy and not COLDEST <= params.temperature <= HOTTEST:
+            raise KepoConfigError(
+                f"VllmSampler.sample: temperature={params.temperature}; expected 0 (greedy) or a "
+                f"number within [{COLDEST}, {HOTTEST}]"
+            )
 
 
 def _load(path: str | Path, encoder: Encoder, dtype: str, memory_share: float) -> Any:

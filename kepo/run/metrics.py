@@ -22,8 +22,7 @@ from kepo.distributed.processes import is_rank0, on_rank0
 from kepo.objective.batch import Batch, gates
 from kepo.objective.step import StepTotals
 from kepo.rollout.explore import Exploration
-from kepo.rollout.rollouts import Rollout, total_rewards
-from kepo.tasks.multiple_choice import question_prompt
+from kepo.rollout.types import Rollout, total_rewards
 
 
 def step_metrics(
@@ -104,8 +103,8 @@ def completion_records(
     gate = gates(rollouts, config) * batch.opened
     return [
         {
-            "prompt": question_prompt(rollout.example),
-            "images": [str(path) for path in rollout.example.images],
+            "prompt": rollout.prompt.text,
+            "images": [str(path) for path in rollout.prompt.images],
             "hint": rollout.hint,
             "completion": rollout.text,
             "answer": rollout.example.answer,

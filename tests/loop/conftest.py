@@ -12,9 +12,9 @@ def made(tmp_path_factory):
     from kepo.data.load import load_omnimedvqa
     from kepo.digits.dataset import write_digits
     from kepo.digits.tiny import build_tiny
-    from kepo.models.encoding import Prompt
+    from kepo.models.sampling import SamplingParams
     from kepo.models.vlm import VLM
-    from kepo.tasks.multiple_choice import question_prompt
+    from kepo.rollout.prompts import prompt_of
 
     root = tmp_path_factory.mktemp("made")
     write_digits(root / "data", train=6, test=1, seed=0)
@@ -24,9 +24,9 @@ def made(tmp_path_factory):
     # Untrained, it ends one time in hundreds, and a completion cut off is never a success.
     student = VLM.load(root / "student")
     asked = load_omnimedvqa(root / "data" / "train")[:8]
-    inputs = student.encode([Prompt(question_prompt(e), e.images) for e in asked])
+    inputs = student.encode([prompt_of(example) for example in asked])
     torch.manual_seed(0)
-    ids, mask, _ = student.generate(inputs, max_new_tokens=8, temperature=1.0)
+    ids, mask, _ = student.generate(inputs, SamplingParams(max_tokens=8, temperature=1.0))
     with torch.no_grad():
         states = student.completion_hidden(inputs, ids, mask)[mask]
         towards = states.mean(0)

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from kepo import loop as train_module
 from kepo.check import check
 from kepo.config import Config, from_mapping, load, presets
 from kepo.errors import KepoConfigError
+from kepo.loop import train
+from kepo.run import open as opening
 
 
 @pytest.fixture
@@ -105,9 +106,9 @@ def test_refused_by_name_before_anything_loads(good, monkeypatch, settings, mess
     def no_model(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(train_module, "load_policy", no_model)
+    monkeypatch.setattr(opening, "load_policy", no_model)
     with pytest.raises(KepoConfigError, match=message):
-        train_module.train(replace(good, **settings))
+        train(replace(good, **settings))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from kepo.config import load, presets
 from kepo.models.vlm import VLM
 from kepo.objective import step
 from kepo.rollout import hints
-from kepo.run import roles
+from kepo.run import milestones, roles
 from kepo.run.metrics import read_metrics
 from kepo.tasks import rewards
 from kepo.tasks.multiple_choice import HINT_INSTRUCTION
@@ -59,7 +59,7 @@ def run(made, tmp_path, monkeypatch):
     watch(train_module, "kepo_step", lambda r, *arguments: seen.micros.append(arguments[3]))
     watch(step, "drift_weights", lambda weights, *rest: seen.drift.append(weights))
     watch(VLM, "encode", lambda r, vlm, prompts: seen.asked.extend(p.text for p in prompts))
-    monkeypatch.setattr(train_module, "plot_curves", lambda *_, **__: None)
+    monkeypatch.setattr(milestones, "plot_curves", lambda *_, **__: None)
     monkeypatch.setattr(hints, "parse_hint", lambda text: "look left")
     code = lambda text: zlib.crc32(text.encode())  # noqa: E731
     monkeypatch.setitem(rewards.REWARDS, "accuracy", lambda text, _: float(code(text) % 4 == 1))

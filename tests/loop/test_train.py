@@ -22,9 +22,12 @@ from kepo.config import Config
 from kepo.data.load import load_omnimedvqa
 from kepo.errors import KepoConfigError, KepoError
 from kepo.evaluation.greedy import evaluate
-from kepo.loop import exclusive, lr_share, train
+from kepo.loop import lr_share, train
 from kepo.rollout import hints as hints_module
 from kepo.rollout.questions import draw
+from kepo.run import milestones
+from kepo.run import open as opening
+from kepo.run.lock import exclusive
 from kepo.run.metrics import read_metrics
 
 STEPS = 6
@@ -85,7 +88,7 @@ def hints_at(run_dir, step):
 @pytest.fixture
 def no_picture(monkeypatch):
     """Drawing takes longer than the steps of a test that does not look at it."""
-    monkeypatch.setattr(train_module, "plot_curves", lambda *_, **__: None)
+    monkeypatch.setattr(milestones, "plot_curves", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")
@@ -292,25 +295,25 @@ def test_a_signal_during_an_evaluation_ends_it_at_a_batch(
         return evaluate(sampler, examples, stop=asked, **settings | {"batch_size": 1})
 
     config = whole_config(made, tmp_path, steps=1)
-    monkeypatch.setattr(train_module, "evaluate", interrupted)
+    monkeypatch.setattr(milestones, "evaluate", interrupted)
     assert train(config) == 128 + number
     assert len(answered) == 2
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000000"]
     assert read_metrics(tmp_path / "metrics.jsonl") == []
-    monkeypatch.setattr(train_module, "evaluate", evaluate)
+    monkeypatch.setattr(milestones, "evaluate", evaluate)
     assert train(config) == 0
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in records if "eval" in r] == [0, 1]
 
 
 def test_a_signal_while_models_are_read_ends_the_run_before_it_begins(made, tmp_path, monkeypatch):
-    whole = train_module.load_sampler
+    whole = opening.load_sampler
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGUSR1)
         return whole(*arguments)
 
-    monkeypatch.setattr(train_module, "load_sampler", interrupted)
+    monkeypatch.setattr(opening, "load_sampler", interrupted)
     assert train(config_of(made, tmp_path, "grpo", steps=1)) == 128 + signal.SIGUSR1
     assert not (tmp_path / "checkpoints").exists()
 

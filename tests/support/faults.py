@@ -20,6 +20,7 @@ from toy import (
     drawn_logprob,
     example,
     group_of,
+    models_of,
     rollout,
 )
 
@@ -29,9 +30,9 @@ from kepo.models.sampling import SamplingLaw
 from kepo.objective import batch, step
 from kepo.objective.batch import collate
 from kepo.objective.step import StepTotals, kepo_step
-from kepo.rollout import hints
+from kepo.rollout import hints, prompts
 from kepo.rollout import rollouts as rollout_module
-from kepo.rollout.rollouts import total_reward
+from kepo.rollout.types import total_reward
 from kepo.tasks import multiple_choice
 from kepo.tasks.multiple_choice import hint_request, hinted_prompt, question_prompt
 from kepo_kernels import loss_weights
@@ -53,7 +54,9 @@ def failed(name="bad"):
 
 def rescue(groups, policy=None, teacher=None, config=CONFIG, known=None):
     known = {} if known is None else known
-    return hints.rescue(groups, policy or says(RIGHT), teacher or helper(), config, known)
+    return hints.rescue(
+        groups, models_of(policy or says(RIGHT), teacher or helper()), config, known
+    )
 
 
 # ---- 1: the gate ----
@@ -243,8 +246,8 @@ def the_answer_does_not_reach_the_student():
 
 
 def prompt_gives_the_answer(patch):
-    whole = rollout_module.hinted_prompt
-    patch.setattr(rollout_module, "hinted_prompt", lambda e, hint, gives: whole(e, hint, True))
+    whole = prompts.hinted_prompt
+    patch.setattr(prompts, "hinted_prompt", lambda e, hint, gives: whole(e, hint, True))
 
 
 def no_leak_filter(patch):

@@ -149,13 +149,12 @@ def data_of(made: Path, root: Path) -> Path:
 def prompts_of(config: Config) -> Prompts:
     """As long as the longest of the data."""
     from kepo.data.run_data import load_data
-    from kepo.models.encoding import Prompt
     from kepo.models.vlm import VLM
-    from kepo.tasks.multiple_choice import question_prompt
+    from kepo.rollout.prompts import prompt_of
 
     encoder = VLM.load(config.student).encoder
     examples = load_data(config).train
-    inputs = encoder.encode([Prompt(question_prompt(e), e.images) for e in examples])
+    inputs = encoder.encode([prompt_of(example) for example in examples])
     image = int(inputs.mm_token_type_ids[0].sum())
     return Prompts(inputs.input_ids.shape[1] - image, image)
 

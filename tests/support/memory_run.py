@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from torch.optim import optimizer
 
-from kepo import loop
 from kepo.config import from_mapping
+from kepo.loop import train
 from kepo.models.vlm import VLM
+from kepo.run import milestones
 from kepo_kernels.compute import pages
 
 ENVIRONMENT = {
@@ -57,7 +58,7 @@ def forget_peak():
 @contextmanager
 def watched(peaks):
     """Phases by the calls with which they begin and end; what lies between them has no name."""
-    generate, evaluate = VLM.generate, loop.evaluate
+    generate, evaluate = VLM.generate, milestones.evaluate
 
     def watched_generate(self, *args, **settings):
         if peaks.phase == "evaluation":
@@ -75,7 +76,7 @@ def watched(peaks):
         finally:
             peaks.enter("between")
 
-    VLM.generate, loop.evaluate = watched_generate, watched_evaluate
+    VLM.generate, milestones.evaluate = watched_generate, watched_evaluate
     hooks = [
         optimizer.register_optimizer_step_pre_hook(lambda *_: peaks.enter("optimiser")),
         optimizer.register_optimizer_step_post_hook(lambda *_: peaks.enter("between")),
@@ -83,13 +84,13 @@ def watched(peaks):
     try:
         yield
     finally:
-        VLM.generate, loop.evaluate = generate, evaluate
+        VLM.generate, milestones.evaluate = generate, evaluate
         for hook in hooks:
             hook.remove()
 
 
 def measure(warm_up, config):
-    loop.train(warm_up)
+    train(warm_up)
     peaks = Peaks()
     gc.collect()
     pages.release()
@@ -97,7 +98,7 @@ def measure(warm_up, config):
     forget_peak()
     peaks.base = status("VmRSS")
     with watched(peaks):
-        loop.train(config)
+        train(config)
     peaks.enter("end")
     return peaks.of
 

@@ -12,7 +12,9 @@ import torch
 from kepo.config import Config
 from kepo.data.load import Example
 from kepo.models.sampling import Sampled
-from kepo.rollout.rollouts import Rollout
+from kepo.rollout.models import Models
+from kepo.rollout.prompts import prompt_of
+from kepo.rollout.types import Rollout
 from kepo.tasks.rewards import score
 
 RIGHT = "<think>x</think><answer>A</answer>"
@@ -39,7 +41,9 @@ def example(name: str, **fields: object) -> Example:
 def rollout(text: str, name: str = "q", config: Config | None = None, **facts: object) -> Rollout:
     names = (config or Config()).rewards
     ids = torch.tensor([*text.encode(), EOS])
-    return Rollout(example(name), ids, text, score(names, text, "A", name), **facts)
+    asked = example(name)
+    rewards = score(names, text, "A", name)
+    return Rollout(asked, prompt_of(asked), ids, text, rewards, **facts)
 
 
 def group_of(texts: str | list[str], name: str = "q", **facts: object) -> list[Rollout]:
@@ -83,16 +87,16 @@ class ScriptedVLM:
     def run_wrapped(self, work):
         return work()
 
-    def sample(self, prompts, *, seeds=None, **settings):
-        return self.generate(self.encode(prompts), **settings)
+    def sample(self, prompts, params, seeds=None):
+        return self.generate(self.encode(prompts), params)
 
-    def generate(self, inputs, *, max_new_tokens, num_return_sequences=1, **sampling):
-        asked = [prompt for prompt in inputs for _ in range(num_return_sequences)]
+    def generate(self, inputs, params):
+        asked = [prompt for prompt in inputs for _ in range(params.n)]
         rows = []
         for prompt in asked:
             text = self.answer(prompt, self.seen.count(prompt))
             self.seen.append(prompt)
-            rows.append([*text.encode(), EOS][:max_new_tokens])
+            rows.append([*text.encode(), EOS][: params.max_tokens])
         ids, mask = self._padded(rows)
         logprobs = [[drawn_logprob(prompt, t) for t in range(ids.shape[1])] for prompt in asked]
         return Sampled(ids, mask, torch.where(mask, torch.tensor(logprobs), 0.0))
@@ -107,6 +111,11 @@ class ScriptedVLM:
         width = max(map(len, rows))
         ids = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
         return ids, torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+
+
+def models_of(policy: ScriptedVLM, teacher: ScriptedVLM | None = None) -> Models:
+    """Those of a run in which the policy itself samples."""
+    return Models(policy, teacher, ref=None, sampler=policy)
 
 
 class TableVLM(ScriptedVLM):

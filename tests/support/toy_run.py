@@ -14,11 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from toy import BARE, EOS, MALFORMED, RIGHT, WRONG, TableVLM, drawn_logprob
 
-from kepo import loop as train_module
 from kepo.config import Config
 from kepo.disk.durable import write_durably
 from kepo.errors import command
+from kepo.loop import train
 from kepo.models.sampling import Sampled
+from kepo.run import milestones
+from kepo.run import open as opening
 from kepo.run.metrics import read_metrics
 
 STEPS = 5
@@ -41,11 +43,11 @@ class ToyPolicy(TableVLM):
     def ready(self):
         return nullcontext()
 
-    def sample(self, prompts, *, num_return_sequences, max_new_tokens, seeds=(), **_):
-        asked = [prompt.text for prompt in prompts for _ in range(num_return_sequences)]
+    def sample(self, prompts, params, seeds=None):
+        asked = [prompt.text for prompt in prompts for _ in range(params.n)]
         told = zip(asked, seeds or [0] * len(asked), strict=True)
         texts = [TEXTS[zlib.crc32(f"{text}{seed}".encode()) % 4] for text, seed in told]
-        ids, mask = self._padded([[*text.encode(), EOS][:max_new_tokens] for text in texts])
+        ids, mask = self._padded([[*text.encode(), EOS][: params.max_tokens] for text in texts])
         logprobs = [[drawn_logprob(text, t) for t in range(ids.shape[1])] for text in asked]
         return Sampled(ids, mask, torch.where(mask, torch.tensor(logprobs), 0.0))
 
@@ -67,10 +69,10 @@ def toys():
     """`train` with the toy in place of models, and no time spent on drawing."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "load_policy", lambda config, device, saved: ToyPolicy(saved))
-        patch.setattr(train_module, "judge_of", lambda config: None)  # it has no encoder to ask
-        patch.setattr(train_module, "load_sampler", lambda config, policy: policy)
-        patch.setattr(train_module, "plot_curves", draw_nothing)
+        patch.setattr(opening, "load_policy", lambda config, device, saved: ToyPolicy(saved))
+        patch.setattr(opening, "judge_of", lambda config: None)  # it has no encoder to ask
+        patch.setattr(opening, "load_sampler", lambda config, policy: policy)
+        patch.setattr(milestones, "plot_curves", draw_nothing)
         torch.set_num_threads(1)
         yield
     torch.set_num_threads(threads)
@@ -127,7 +129,7 @@ def run(config: Config) -> Ended:
     out = io.StringIO()
     with redirect_stdout(out), redirect_stderr(out):
         try:
-            code = command(train_module.train)(config)
+            code = command(train)(config)
         except SystemExit as end:
             assert str(end.code).startswith("error: "), end.code
             return Ended(str(end.code), out.getvalue())

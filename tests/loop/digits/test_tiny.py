@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kepo.models.encoding import Prompt
+from kepo.models.sampling import SamplingParams
 from kepo.models.vlm import VLM
 
 
@@ -110,8 +111,8 @@ def test_settings_of_the_language_model_may_stand_at_the_top(tinies, asked, tmp_
 
 def test_generate_heeds_only_the_end_tokens_of_the_models_own_settings(folder, asked, tmp_path):
     def sample(vlm, temperature):
-        settings = dict(max_new_tokens=12, num_return_sequences=3, seeds=range(3))
-        return vlm.generate(vlm.encode(asked), temperature=temperature, **settings)
+        params = SamplingParams(n=3, max_tokens=12, temperature=temperature)
+        return vlm.generate(vlm.encode(asked), params, seeds=range(3))
 
     shutil.copytree(folder, tmp_path / "odd")
     file = tmp_path / "odd" / "generation_config.json"

@@ -111,8 +111,8 @@ def test_a_limit_is_made_up_of_questions_whose_image_can_be_read(root, tmp_path)
 
 def test_the_scores_of_a_run_are_the_same(root):
     examples, _ = questions(Evaluation("", str(root)))
-    scores = evaluate(ScriptedVLM(lambda *_: says("A")), examples, max_new_tokens=99)
-    texts = greedy_answers(ScriptedVLM(lambda *_: says("A")), examples, max_new_tokens=99)
+    scores = evaluate(ScriptedVLM(lambda *_: says("A")), examples, max_tokens=99)
+    texts = greedy_answers(ScriptedVLM(lambda *_: says("A")), examples, max_tokens=99)
     answers = [command.judged(e, text) for e, text in zip(examples, texts, strict=True)]
     table = command.tabulated(answers)
     for name, mine in (

@@ -15,7 +15,7 @@ from small import config_of
 from kepo.errors import KepoCheckpointError, KepoConfigError
 from kepo.loop import train
 from kepo.models.encoding import Prompt
-from kepo.models.sampling import Sampled
+from kepo.models.sampling import Sampled, SamplingParams
 from kepo.models.vlm import VLM
 from kepo.objective.sod import step_numbers
 from kepo.rollout.rollouts import demonstrations, sample
@@ -188,10 +188,12 @@ def test_sampling_stops_at_the_end_that_only_generation_config_names(folder, sta
     assert set(vlm.encoder.end_ids) == {token(vlm, stated), token(vlm, other)}
     inputs = vlm.encode([Prompt("Which?")])
     with torch.no_grad():
-        ids, mask, _ = vlm.generate(inputs, max_new_tokens=1, temperature=1.0, seeds=[0])
+        ids, mask, _ = vlm.generate(
+            inputs, SamplingParams(max_tokens=1, temperature=1.0), seeds=[0]
+        )
         towards = vlm.completion_hidden(inputs, ids, mask)[0, 0]
         vlm.lm_head[token(vlm, stated)] = towards * 100 / towards.square().sum()
-    ids, mask, _ = vlm.generate(inputs, max_new_tokens=5, temperature=0.0)
+    ids, mask, _ = vlm.generate(inputs, SamplingParams(max_tokens=5, temperature=0.0))
     assert ids.tolist() == [[token(vlm, stated)]] and mask.all()
 
 
@@ -215,9 +217,7 @@ def test_a_pad_that_is_the_end_is_both(folder):
     assert end not in vlm.never_sampled()
     ids, mask, _ = vlm.generate(
         vlm.encode([Prompt("a"), Prompt("Which one?")]),
-        max_new_tokens=40,
-        temperature=3.0,
-        num_return_sequences=16,
+        SamplingParams(max_tokens=40, temperature=3.0, n=16),
         seeds=range(32),
     )
     ended = (ids == end).any(-1)

@@ -158,10 +158,11 @@ def test_models_load_beside_a_broken_torchvision(tinies, shown, name, tmp_path):
 import sys
 sys.path.insert(0, {str(broken_torchvision(tmp_path))!r})
 from kepo.models.encoding import Prompt
+from kepo.models.sampling import SamplingParams
 from kepo.models.vlm import VLM
 vlm = VLM.load({str(tinies / name)!r})
 inputs = vlm.encode([Prompt("Which?", {str(shown[0])!r})])
-print(vlm.generate(inputs, max_new_tokens=2, temperature=0.0).ids.shape)
+print(vlm.generate(inputs, SamplingParams(max_tokens=2, temperature=0.0)).ids.shape)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

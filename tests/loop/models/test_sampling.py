@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 from kepo.digits.tiny import build_tiny
 from kepo.models import sampling
 from kepo.models.encoding import Prompt
-from kepo.models.sampling import SamplingLaw
+from kepo.models.sampling import SamplingLaw, SamplingParams
 from kepo.models.vlm import VLM
 
 LAWS = [(1.0, 1.0), (0.7, 0.9), (1.0, 0.5), (3.0, 1.0), (0.9, 0.95)]  # temperature, top_p
@@ -63,10 +63,7 @@ def test_logprobs_are_those_of_a_full_forward_under_the_same_law(vlm, prompts, t
     torch.manual_seed(1)
     ids, mask, logprobs = vlm.generate(
         vlm.encode(prompts),
-        max_new_tokens=30,
-        temperature=temperature,
-        top_p=top_p,
-        num_return_sequences=3,
+        SamplingParams(max_tokens=30, temperature=temperature, top_p=top_p, n=3),
     )
     assert logprobs.shape == ids.shape and logprobs.dtype == torch.float32
     logits = full_forward(vlm, prompts, ids, mask, [0, 0, 0, 1, 1, 1])
@@ -100,10 +97,7 @@ def test_rows_that_ended_keep_their_own_numbers(
     torch.manual_seed(0)
     ids, mask, logprobs = vlm.generate(
         vlm.encode(prompts),
-        max_new_tokens=12,
-        temperature=temperature,
-        top_p=top_p,
-        num_return_sequences=2,
+        SamplingParams(max_tokens=12, temperature=temperature, top_p=top_p, n=2),
     )
     lengths = [ends.get(row, 11) + 1 for row in range(4)]
     assert mask.sum(-1).tolist() == lengths and ids.shape[1] == max(lengths)
@@ -117,7 +111,9 @@ def test_rows_that_ended_keep_their_own_numbers(
 
 
 def test_greedy_draws_nothing_and_says_zero(vlm, prompts):
-    ids, _, logprobs = vlm.generate(vlm.encode(prompts), max_new_tokens=5, temperature=0.0)
+    ids, _, logprobs = vlm.generate(
+        vlm.encode(prompts), SamplingParams(max_tokens=5, temperature=0.0)
+    )
     assert logprobs.shape == ids.shape and not logprobs.any()
 
 

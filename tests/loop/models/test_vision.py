@@ -16,6 +16,7 @@ from kepo.config import Config
 from kepo.errors import KepoCheckpointError, KepoDataError
 from kepo.models import vision
 from kepo.models.encoding import Prompt
+from kepo.models.sampling import SamplingParams
 from kepo.models.vlm import VLM
 from kepo.objective.batch import collate
 from kepo.objective.step import StepTotals, kepo_step
@@ -194,7 +195,7 @@ def test_a_forward_that_takes_no_token_types_is_refused(vlm, prompts, completion
         with pytest.raises(KepoCheckpointError, match=rf"{backbone.__name__} does not take {DROP}"):
             vlm.completion_hidden(inputs, *completion)
         with pytest.raises(KepoCheckpointError, match=DROP):
-            vlm.generate(inputs, max_new_tokens=2, temperature=1.0)
+            vlm.generate(inputs, SamplingParams(max_tokens=2, temperature=1.0))
     finally:
         vision._parameters.cache_clear()
 
@@ -207,7 +208,7 @@ def test_a_prompt_too_long_for_the_model_is_refused(vlm, prompts, completion, mo
     with pytest.raises(KepoDataError, match=rf"{longest} tokens.* up to {ids.shape[1]}; expected"):
         vlm.completion_hidden(inputs, ids, mask)
     with pytest.raises(KepoDataError, match="max_position_embeddings"):
-        vlm.generate(inputs, max_new_tokens=ids.shape[1], temperature=1.0)
+        vlm.generate(inputs, SamplingParams(max_tokens=ids.shape[1], temperature=1.0))
     short = inputs.select([1, 2])  # padded as the longest was, but not as long
     vlm.completion_hidden(short, ids[1:3], mask[1:3])
 
@@ -288,13 +289,13 @@ def test_samples_do_not_change_when_images_are_encoded_once(sharing, prompts, mo
     vlm = sharing
     inputs = vlm.encode(prompts)
     patches = int(inputs.image_grid_thw.prod(-1).sum())
-    settings = dict(max_new_tokens=6, temperature=1.0, num_return_sequences=3, seeds=range(12))
+    params, seeds = SamplingParams(n=3, max_tokens=6, temperature=1.0), range(12)
     with watched(vlm) as (seen, met):
-        once = vlm.generate(inputs, **settings)
+        once = vlm.generate(inputs, params, seeds)
     assert met == [patches] and len(seen) > 1  # of all forwards, the first alone needs images
     monkeypatch.setattr(vision, "takes_features", lambda model: False)
     with watched(vlm) as (_, met):
-        repeated = vlm.generate(inputs, **settings)
+        repeated = vlm.generate(inputs, params, seeds)
     assert sum(met) > 3 * patches
     assert torch.equal(once.ids, repeated.ids) and torch.equal(once.mask, repeated.mask)
     torch.testing.assert_close(once.logprobs, repeated.logprobs, **CLOSE)
@@ -304,7 +305,7 @@ def test_what_was_sampled_is_what_is_scored(vlm, prompts):
     """Generation places images as training does: else its log-probabilities were another law's."""
     inputs = vlm.encode(prompts)
     ids, mask, logprobs = vlm.generate(
-        inputs, max_new_tokens=6, temperature=1.0, num_return_sequences=2, seeds=range(8)
+        inputs, SamplingParams(max_tokens=6, temperature=1.0, n=2), seeds=range(8)
     )
     with torch.no_grad():
         logits = vlm.completion_hidden(inputs.repeat(2), ids, mask) @ vlm.lm_head.T

@@ -14,6 +14,7 @@ from families import FAMILIES, pictures
 from kepo.digits.tiny import FORMAT_TAGS, build_tiny, build_tokenizer
 from kepo.errors import KepoCheckpointError, KepoConfigError, KepoDataError
 from kepo.models.encoding import Inputs, Prompt
+from kepo.models.sampling import SamplingParams
 from kepo.models.vlm import VLM
 
 CLOSE = dict(rtol=1e-4, atol=1e-5)
@@ -218,7 +219,7 @@ def test_select_and_repeat_refuse_nonsense(vlm, prompts):
 
 def test_greedy_generation_is_the_argmax_of_completion_hidden(vlm, prompts):
     inputs = vlm.encode(prompts)
-    ids, mask, _ = vlm.generate(inputs, max_new_tokens=8, temperature=0.0)
+    ids, mask, _ = vlm.generate(inputs, SamplingParams(max_tokens=8, temperature=0.0))
     with torch.no_grad():
         logits = vlm.completion_hidden(inputs, ids, mask) @ vlm.lm_head.T
     logits[..., vlm.never_sampled()] = -torch.inf
@@ -232,7 +233,7 @@ def test_generate_stops_at_the_end_token_and_never_samples_placeholders(student,
     assert len(ends) == 2
     vlm.model.train()
     ids, mask, _ = vlm.generate(
-        vlm.encode(prompts), max_new_tokens=200, temperature=3.0, num_return_sequences=12
+        vlm.encode(prompts), SamplingParams(max_tokens=200, temperature=3.0, n=12)
     )
     assert vlm.model.training
     vlm.model.eval()
@@ -253,13 +254,13 @@ def test_generate_repeats_with_the_seed_and_keeps_samples_of_a_prompt_together(v
     def sample(seed):
         torch.manual_seed(seed)
         return vlm.generate(
-            vlm.encode(prompts), max_new_tokens=6, temperature=1.0, num_return_sequences=2
+            vlm.encode(prompts), SamplingParams(max_tokens=6, temperature=1.0, n=2)
         )[0]
 
     assert torch.equal(sample(1), sample(1)) and not torch.equal(sample(1), sample(2))
-    greedy, _, _ = vlm.generate(vlm.encode(prompts), max_new_tokens=6, temperature=0.0)
+    greedy, _, _ = vlm.generate(vlm.encode(prompts), SamplingParams(max_tokens=6, temperature=0.0))
     cold, _, _ = vlm.generate(
-        vlm.encode(prompts), max_new_tokens=6, temperature=1e-5, num_return_sequences=2
+        vlm.encode(prompts), SamplingParams(max_tokens=6, temperature=1e-5, n=2)
     )
     assert torch.equal(cold, greedy.repeat_interleave(2, 0))
 
@@ -267,16 +268,22 @@ def test_generate_repeats_with_the_seed_and_keeps_samples_of_a_prompt_together(v
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(max_new_tokens=0),
+        dict(max_tokens=0),
         dict(temperature=-1.0),
         dict(temperature=float("nan")),
         dict(top_p=0.0),
-        dict(num_return_sequences=0),
+        dict(n=0),
     ],
 )
-def test_generate_refuses_settings_out_of_range(vlm, prompts, settings):
+def test_params_out_of_range_are_refused(settings):
     with pytest.raises(KepoConfigError, match=next(iter(settings))):
-        vlm.generate(vlm.encode(prompts), **{"max_new_tokens": 4, "temperature": 1.0, **settings})
+        SamplingParams(**{"max_tokens": 4, "temperature": 1.0, **settings})
+
+
+def test_generate_refuses_seeds_that_are_not_one_per_completion(vlm, prompts):
+    params = SamplingParams(n=2, max_tokens=4, temperature=1.0)
+    with pytest.raises(KepoConfigError, match="5 seeds for 3 prompts and n=2; expected 6"):
+        vlm.generate(vlm.encode(prompts), params, range(5))
 
 
 def test_decode_keeps_format_tags_and_drops_control_tokens(vlm):

@@ -9,14 +9,9 @@ from torch.nn.utils.rnn import pad_sequence
 from toy import MALFORMED, RIGHT, WRONG, ScriptedVLM, drawn_logprob, example, rollout
 
 from kepo.config import Config
-from kepo.rollout.rollouts import (
-    demonstrations,
-    overlong_penalty,
-    reward_of,
-    sample,
-    total_reward,
-    total_rewards,
-)
+from kepo.models.encoding import Prompt
+from kepo.rollout.rollouts import demonstrations, overlong_penalty, sample
+from kepo.rollout.types import reward_of, total_reward, total_rewards
 from kepo.tasks.multiple_choice import hinted_prompt, question_prompt
 
 CONFIG = Config()
@@ -62,9 +57,9 @@ class Measured(ScriptedVLM):
         rows = [torch.ones(len(prompt.text)) for prompt in prompts]
         return SimpleNamespace(input_ids=pad_sequence(rows, batch_first=True).long())
 
-    def sample(self, prompts, **settings):
+    def sample(self, prompts, params, seeds=None):
         self.calls.append([prompt.text for prompt in prompts])
-        return self.generate(self.calls[-1], **{**settings, "max_new_tokens": 64})
+        return self.generate(self.calls[-1], replace(params, max_tokens=64))
 
 
 @pytest.mark.parametrize("most", [1, 400, 1000, 2500, 10**6])
@@ -107,10 +102,20 @@ def test_the_law_with_the_hint_is_what_is_kept_of_a_hinted_completion():
     assert r.hinted and r.sampler_logprobs.tolist() == pytest.approx(told)
 
 
+def test_a_rollout_carries_the_plain_question_whatever_was_shown():
+    asked, policy = example("q"), ScriptedVLM(lambda prompt, nth: "abc")
+    plain = Prompt(question_prompt(asked), asked.images)
+    (told,) = sample(policy, [asked], CONFIG, num_generations=1, hints=["left"])[0]
+    (own,) = sample(policy, [asked], CONFIG, num_generations=1)[0]
+    (given,) = demonstrations(policy, [asked], CONFIG)
+    assert policy.seen == [hinted_prompt(asked, "left"), plain.text]
+    assert told.prompt == own.prompt == given.prompt == plain
+
+
 def test_every_completion_keeps_its_own_numbers():
     class Numbered(ScriptedVLM):
-        def generate(self, inputs, **settings):
-            drawn = super().generate(inputs, **settings)
+        def generate(self, inputs, params):
+            drawn = super().generate(inputs, params)
             rows = torch.arange(float(len(drawn.ids)))[:, None]
             return drawn._replace(logprobs=-rows.expand_as(drawn.ids))
 

@@ -14,7 +14,7 @@ from kepo.config import Config
 from kepo.digits.tiny import build_tiny
 from kepo.models import sampling
 from kepo.models.encoding import Prompt
-from kepo.models.sampling import SamplingLaw, draw
+from kepo.models.sampling import SamplingLaw, SamplingParams, draw
 from kepo.models.vlm import VLM
 from kepo.rollout.rollouts import sample
 
@@ -41,10 +41,8 @@ def images(tmp_path_factory):
 
 def drawn(vlm, prompts, seeds, number=1, **settings):
     """The tokens of each completion, as lists."""
-    law = dict(max_new_tokens=12, temperature=0.9, top_p=0.95)
-    ids, mask, _ = vlm.sample(
-        prompts, num_return_sequences=number, seeds=seeds, **{**law, **settings}
-    )
+    law = dict(max_tokens=12, temperature=0.9, top_p=0.95)
+    ids, mask, _ = vlm.sample(prompts, SamplingParams(n=number, **{**law, **settings}), seeds)
     return [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
 
 
@@ -171,7 +169,7 @@ def test_a_completion_is_the_same_alone_in_any_batch_and_in_any_order(vlm, image
     order = [4, 0, 8, 2]
     mixed = drawn(vlm, [prompts[row // 3] for row in order], [seeds[row] for row in order])
     assert mixed == [together[row] for row in order]
-    cut = drawn(vlm, prompts, seeds, number=3, max_new_tokens=5)
+    cut = drawn(vlm, prompts, seeds, number=3, max_tokens=5)
     assert cut == [tokens[:5] for tokens in together]  # the limit takes none of the numbers away
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import fake_vllm
@@ -16,12 +17,13 @@ from kepo.config import Config
 from kepo.digits.tiny import build_tiny
 from kepo.errors import KepoConfigError, KepoError
 from kepo.models.encoding import Prompt
+from kepo.models.sampling import SamplingParams
 from kepo.models.vlm import VLM
 from kepo.rollout.rollouts import sample
 from kepo.rollout.vllm import VllmSampler
 from kepo.tasks.multiple_choice import question_prompt
 
-SETTINGS = dict(num_return_sequences=1, max_new_tokens=6, temperature=0.9, top_p=0.8)
+PARAMS = SamplingParams(max_tokens=6, temperature=0.9, top_p=0.8)
 WAKING = ["wake_up weights", "apply_model", "reset_prefix_cache", "reset_encoder_cache"]
 
 
@@ -101,7 +103,7 @@ def test_completions_are_in_order_and_keep_their_ends_and_numbers(made, images):
     prompts = [Prompt("Which?", images[0]), Prompt("What is it?", images[1])]
     seeds = [11, 14, 2**62 + 10, 3]
     with sampler.ready():
-        drawn = sampler.sample(prompts, seeds=seeds, **{**SETTINGS, "num_return_sequences": 2})
+        drawn = sampler.sample(prompts, replace(PARAMS, n=2), seeds)
     asked = sampler._llm.asked
     answers = [made.answer(None, params, 3) for _, params in asked]
     assert [params.seed for _, params in asked] == seeds
@@ -120,7 +122,7 @@ def test_a_prompt_has_one_placeholder_and_its_picture(made, images):
     sampler = made.sampler()
     prompts = [Prompt("Which?", path) for path in images]
     with sampler.ready():
-        sampler.sample(prompts, seeds=[1, 2, 3], **SETTINGS)
+        sampler.sample(prompts, PARAMS, seeds=[1, 2, 3])
     image = made.vlm.encoder.image_token_id
     for (request, _), prompt, path in zip(sampler._llm.asked, prompts, images, strict=True):
         assert request["prompt_token_ids"].count(image) == 1
@@ -135,7 +137,7 @@ def test_a_prompt_has_one_placeholder_and_its_picture(made, images):
 def test_the_law_is_the_one_asked_for(made, images):
     sampler = made.sampler()
     with sampler.ready():
-        sampler.sample([Prompt("Which?", images[0])], seeds=[7], **SETTINGS)
+        sampler.sample([Prompt("Which?", images[0])], PARAMS, seeds=[7])
     ((_, params),) = sampler._llm.asked
     assert (params.temperature, params.top_p, params.top_k) == (0.9, 0.8, 0)
     assert (params.n, params.max_tokens, params.logprobs) == (1, 6, 0)
@@ -151,7 +153,7 @@ def test_the_law_is_the_one_asked_for(made, images):
 def test_greedy_reads_no_seed_and_says_zero(made, images):
     sampler = made.sampler()
     with sampler.ready():
-        drawn = sampler.sample([Prompt("Which?", images[0])], **{**SETTINGS, "temperature": 0.0})
+        drawn = sampler.sample([Prompt("Which?", images[0])], replace(PARAMS, temperature=0.0))
     ((_, params),) = sampler._llm.asked
     assert params.temperature == 0 and params.seed is None and params.logprobs is None
     assert not drawn.logprobs.any() and tokens(drawn) == [[8, made.end]]
@@ -162,7 +164,7 @@ def test_without_seeds_they_come_from_the_global_generator(made, images):
     with sampler.ready():
         for _ in range(2):
             torch.manual_seed(0)
-            sampler.sample([Prompt("Which?", images[0])] * 2, **SETTINGS)
+            sampler.sample([Prompt("Which?", images[0])] * 2, PARAMS)
     seeds = [params.seed for _, params in sampler._llm.asked]
     assert seeds[:2] == seeds[2:] and seeds[0] != seeds[1] and min(seeds) >= 0
 
@@ -196,7 +198,7 @@ def test_weights_are_fresh_each_time_and_loaded_before_anything_is_sampled(made,
         made.weights["shift"] = torch.tensor(shift)
         with sampler.ready():
             made.weights["shift"] = torch.tensor(77)  # what changes later is for the next time
-            drawn += tokens(sampler.sample(prompts, seeds=[0], **SETTINGS))
+            drawn += tokens(sampler.sample(prompts, PARAMS, seeds=[0]))
     assert drawn == [[8, made.end], [45, made.end]]
     around = [*WAKING, "wake_up kv_cache", "generate", "sleep 2"]
     assert sampler._llm.calls == ["sleep 2", *around, *around]
@@ -231,7 +233,7 @@ def test_asleep_it_does_not_sample(made, images):
     with sampler.ready():
         pass
     with pytest.raises(KepoError, match=r"asleep; call it within ready"):
-        sampler.sample([Prompt("Which?", images[0])], seeds=[1], **SETTINGS)
+        sampler.sample([Prompt("Which?", images[0])], PARAMS, seeds=[1])
 
 
 # ---- how it is started ----
@@ -271,37 +273,33 @@ def test_images_are_resized_as_the_encoder_does(made, student, images, monkeypat
         weights=lambda: made.weights.items(),
     )
     with sampler.ready(), own.ready():
-        sampler.sample(prompts, seeds=[1], **SETTINGS)
-        own.sample(prompts, seeds=[1], **SETTINGS)
+        sampler.sample(prompts, PARAMS, seeds=[1])
+        own.sample(prompts, PARAMS, seeds=[1])
     lengths = [
         len(fake_vllm.LLM.expand(e._llm.asked[0][0], e._llm.settings)) for e in (sampler, own)
     ]
     assert lengths[0] < lengths[1]
     sampler._llm.settings.pop("mm_processor_kwargs")  # the fault
     with sampler.ready(), pytest.raises(KepoError, match=r"read a prompt as \d+ tokens"):
-        sampler.sample(prompts, seeds=[1], **SETTINGS)
+        sampler.sample(prompts, PARAMS, seeds=[1])
 
 
 # ---- refusals ----
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("prompts", "params", "seeds", "said"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"num_return_sequences": 0}, "num_return_sequences=0"),
-        ({"temperature": -1.0}, "temperature=-1.0"),
-        ({"temperature": 0.005}, "temperature=0.005"),  # vLLM would take 0.01
-        ({"temperature": 2.5}, "temperature=2.5"),
-        ({"temperature": float("nan")}, "temperature=nan"),
-        ({"top_p": 0.0}, "top_p=0.0"),
-        ({"seeds": [1, 2]}, "2 seeds for 1 prompts"),
+        (1, {"temperature": 0.005}, [1], "temperature=0.005"),  # vLLM would take 0.01
+        (1, {"temperature": 2.5}, [1], "temperature=2.5"),
+        (1, {}, [1, 2], "2 seeds for 1 prompts"),
+        (0, {}, [], "prompts is empty"),
     ],
 )
-def test_settings_out_of_range_are_refused(made, images, settings, said):
+def test_what_it_cannot_be_asked_is_refused(made, images, prompts, params, seeds, said):
     sampler = made.sampler()
     with sampler.ready(), pytest.raises(KepoConfigError, match=said):
-        sampler.sample([Prompt("Which?", images[0])], **{**SETTINGS, "seeds": [1], **settings})
+        sampler.sample([Prompt("?", images[0])] * prompts, replace(PARAMS, **params), seeds)
     assert "generate" not in sampler._llm.calls
 
 
@@ -330,7 +328,7 @@ def test_an_odd_end_is_an_error(made, images, monkeypatch, answer):
     sampler = made.sampler()
     monkeypatch.setattr(fake_vllm.LLM, "answer", staticmethod(lambda *_: answer))
     with sampler.ready(), pytest.raises(KepoError, match=f"after 2 tokens.*'{answer[2]}'"):
-        sampler.sample([Prompt("Which?", images[0])], seeds=[1], **SETTINGS)
+        sampler.sample([Prompt("Which?", images[0])], PARAMS, seeds=[1])
 
 
 def test_every_end_token_is_an_end(made, images, monkeypatch):
@@ -339,7 +337,7 @@ def test_every_end_token_is_an_end(made, images, monkeypatch):
         answer = ([5, 6, end], [-1.0, -1.0, -1.0], "stop")
         monkeypatch.setattr(fake_vllm.LLM, "answer", staticmethod(lambda *_, a=answer: a))
         with sampler.ready():
-            drawn = sampler.sample([Prompt("Which?", images[0])], seeds=[1], **SETTINGS)
+            drawn = sampler.sample([Prompt("Which?", images[0])], PARAMS, seeds=[1])
         assert tokens(drawn) == [[5, 6, end]]
     assert not set(made.vlm.encoder.end_ids) & set(sampler._biases)
 
@@ -351,6 +349,4 @@ def test_answers_to_other_prompts_are_an_error(made, images, monkeypatch, fault)
     monkeypatch.setattr(fake_vllm.LLM, "generate", lambda *a, **k: change(whole(*a, **k)))
     sampler = made.sampler()
     with sampler.ready(), pytest.raises(KepoError, match=r"answers"):
-        sampler.sample(
-            [Prompt("Which?", images[0]), Prompt("x", images[1])], seeds=[1, 2], **SETTINGS
-        )
+        sampler.sample([Prompt("Which?", images[0]), Prompt("x", images[1])], PARAMS, seeds=[1, 2])

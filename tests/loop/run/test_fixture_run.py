@@ -9,12 +9,12 @@ import pytest
 import quirks
 from small import config_of, rigged
 
-from kepo import loop as train_module
 from kepo.__main__ import main
 from kepo.data.run_data import load_data
 from kepo.evaluation import greedy as evaluate_module
 from kepo.evaluation import report
 from kepo.loop import train
+from kepo.run import milestones
 from kepo.run.metrics import read_metrics
 
 STEPS = 2
@@ -46,7 +46,7 @@ def config(made, root, tmp_path_factory):
 def some_right():
     """Greedy answers of an untrained model are all wrong: some texts count as right here."""
     with pytest.MonkeyPatch.context() as patch, rigged():
-        patch.setattr(train_module, "plot_curves", lambda *_, **__: None)
+        patch.setattr(milestones, "plot_curves", lambda *_, **__: None)
         for module in (evaluate_module, report):
             patch.setattr(module, "accuracy", lambda text, _: float(zlib.crc32(text.encode()) % 2))
         yield

@@ -6,15 +6,15 @@ import shutil
 import pytest
 from small import config_of
 
-from kepo import loop as train_module
 from kepo.errors import KepoCheckpointError, KepoDataError
 from kepo.loop import train
+from kepo.run import milestones
 
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """Drawing takes longer than the steps."""
-    monkeypatch.setattr(train_module, "plot_curves", lambda *_, **__: None)
+    monkeypatch.setattr(milestones, "plot_curves", lambda *_, **__: None)
 
 
 @pytest.fixture

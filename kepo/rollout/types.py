@@ -1,0 +1,58 @@
+"""Rollout: a completion with its facts; the groups they come in; their rewards in total."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kepo.config import TOTAL, Config
+from kepo.data.example import Example
+from kepo.models.encoding import Prompt
+
+
+@dataclass
+class Rollout:
+    """One completion with its facts."""
+
+    example: Example
+    prompt: Prompt
+    """The plain question, under which it is trained on, whatever it was sampled under."""
+    completion_ids: Tensor
+    """(T,) int64 sampled tokens, the end token included."""
+    text: str
+    rewards: dict[str, float]
+    sampler_logprobs: Tensor | None = None
+    """(T,) fp32 log-probabilities under the law they were drawn from, prompt and hint included.
+    None: nobody sampled it."""
+    hint: str | None = None
+    """What stood in the prompt beside the question."""
+    truncated: bool = False
+    """Reached the length limit before its end token."""
+
+    @property
+    def hinted(self) -> bool:
+        return self.hint is not None
+
+
+Group = list[Rollout]
+
+
+def total_reward(rollout: Rollout, config: Config) -> float:
+    """The weighted sum of a rollout's rewards, less what an overlong one is fined."""
+    pairs = zip(config.rewards, config.reward_weights, strict=True)
+    total = sum(weight * rollout.rewards[name] for name, weight in pairs)
+    return total + rollout.rewards.get("overlong", 0.0)
+
+
+def reward_of(rollout: Rollout, name: str, config: Config) -> float:
+    """The reward of that name, or the total."""
+    return total_reward(rollout, config) if name == TOTAL else rollout.rewards[name]
+
+
+def total_rewards(groups: Sequence[Group], config: Config) -> Tensor:
+    """(P, G) fp32 total rewards of groups of one size."""
+    rewards = [[total_reward(rollout, config) for rollout in group] for group in groups]
+    return torch.tensor(rewards).reshape(len(groups), -1)

@@ -1,0 +1,89 @@
+"""What a run does at some of its steps: it is evaluated, it is saved, and at its end drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from kepo.config import Config
+from kepo.distributed.processes import Stopped, is_rank0
+from kepo.evaluation.greedy import by_question_type, evaluate, means
+from kepo.run.card import model_card
+from kepo.run.checkpoint import save_checkpoint
+from kepo.run.curves import plot_curves
+from kepo.run.open import Run
+
+
+def begin(run: Run) -> None:
+    """A new run is evaluated and saved as step 0; one that goes on makes up for the evaluation of
+    its last step, if a signal ended it before that."""
+    if not run.resumed:
+        measure(run, 0)
+        save(run, 0)
+    elif is_measured(run.done, run.config) and not any("eval" in r for r in run.log.at(run.done)):
+        measure(run, run.done)
+    run.stop.agree()
+
+
+def is_measured(step: int, config: Config) -> bool:
+    """Whether the policy is evaluated after a step: at both ends, and every ``eval_every``."""
+    return step in (0, config.steps) or bool(config.eval_every and step % config.eval_every == 0)
+
+
+def measure(run: Run, step: int) -> None:
+    """Log the policy's greedy accuracy, if there is anything to evaluate on and no signal comes."""
+    if not run.data.eval:
+        return
+    config, sampler = run.config, run.models.sampler
+    try:
+        with sampler.ready():
+            scores = evaluate(
+                sampler,
+                run.data.eval,
+                max_tokens=config.max_completion_length,
+                batch_size=config.eval_batch,
+                stop=run.stop.noted,
+            )
+    except Stopped:
+        return  # a resumed run begins with it
+    values = {"eval": means(scores), "eval_items": as_digits(scores)}
+    if len(types := by_question_type(run.data.eval, scores)) > 1:
+        values["eval_types"] = means(types)
+    run.log.write(step, values)
+
+
+def as_digits(scores: dict[str, list[float]]) -> dict[str, str]:
+    """The 0 and 1 of each question, in a string per modality."""
+    return {name: "".join(str(round(x)) for x in values) for name, values in scores.items()}
+
+
+def save(run: Run, step: int) -> None:
+    """Write the checkpoint of a step, from which the run can go on."""
+    state = {"step": step, "config": dataclasses.asdict(run.config), "hints": run.hints}
+    state["logs"] = {log.path.name: log.mark for log in (run.log, run.completions)}
+    state["inputs"] = run.inputs
+    save_checkpoint(
+        run.folder / "checkpoints",
+        step,
+        lambda folder: write_policy(run, step, folder),
+        run.parameters,
+        run.optimizer,
+        state,
+        run.config.keep_checkpoints,
+    )
+
+
+def write_policy(run: Run, step: int, folder: Path) -> None:
+    """The policy with its model card. All processes call."""
+    run.models.policy.save(folder)
+    if is_rank0():
+        card = model_card(run.config, step, run.data.record)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def draw_curves(run: Run) -> None:
+    """Draw curves.png from the metrics; one training modality is shown apart from the others."""
+    if is_rank0():
+        modalities = run.config.train_modalities or ()
+        source = modalities[0] if len(modalities) == 1 else None
+        plot_curves(run.log.path, run.folder / "curves.png", source=source)

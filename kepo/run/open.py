@@ -1,0 +1,185 @@
+"""A run is opened: its data and models are read, and what its last checkpoint holds of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kepo.config import MAY_CHANGE_ON_RESUME, Config, from_mapping
+from kepo.data.identity import changed_questions, inputs_of
+from kepo.data.run_data import RunData, load_data, write_record
+from kepo.distributed.processes import on_rank0
+from kepo.errors import KepoConfigError
+from kepo.models.conventions import check_same_opening
+from kepo.models.vlm import VLM
+from kepo.rollout.encodable import judge_of
+from kepo.rollout.hints import Hints
+from kepo.rollout.models import Models
+from kepo.run import checkpoint
+from kepo.run.agreement import same_images
+from kepo.run.metrics import StepLog
+from kepo.run.optimizer_state import Parameters, load_optimizer
+from kepo.run.progress import say
+from kepo.run.roles import load_policy, load_reference, load_sampler, load_teacher
+from kepo.run.signals import StopRequest
+
+
+@dataclass
+class Run:
+    """What the steps of a run read and change."""
+
+    config: Config
+    device: torch.device
+    stop: StopRequest
+    data: RunData
+    inputs: dict[str, Any]
+    """Digests of the teacher and the questions, for checkpoints to remember."""
+    models: Models
+    parameters: Parameters
+    """Those of the policy that are trained, by name."""
+    optimizer: torch.optim.Optimizer
+    hints: Hints
+    log: StepLog
+    completions: StepLog
+    done: int
+    """Steps that were done before."""
+    resumed: bool
+    """It goes on from a checkpoint, which may be that of step 0."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run_dir)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The checkpoint a run goes on from."""
+
+    folder: Path
+    state: dict[str, Any]
+    changed: set[str]
+    """Ids of questions that were others when it was written."""
+
+    @property
+    def hints(self) -> Hints:
+        """What is known of a question that has changed is no longer true."""
+        known = self.state["hints"].items()
+        return {name: hint for name, hint in known if name not in self.changed}
+
+
+def open_run(config: Config, device: torch.device, stop: StopRequest) -> Run | None:
+    """A new run, or the one in ``config.run_dir`` as its last checkpoint has it.
+
+    None if a signal asked to stop in the meantime: nothing has been trained then. All processes
+    call it together, within the lock on the folder.
+    """
+    folder = Path(config.run_dir)
+    data = on_rank0(lambda: load_data(config, judge_of(config)))
+    same_images(data)
+    say(data.summary)
+    stop.agree()
+    if stop:  # reading the images may have taken long
+        return None
+    inputs = on_rank0(lambda: inputs_of(config, data.identity))
+    saved = last_saved(config, data, inputs)
+    # A checkpoint with digests has been compared with them.
+    by_ids = saved is not None and "inputs" not in saved.state
+    on_rank0(lambda: write_record(data, folder, resuming=by_ids))
+    models = load_models(config, device, saved.folder / "policy" if saved else None)
+    named = models.policy.model.named_parameters()
+    parameters = {name: p for name, p in named if p.requires_grad}
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=config.lr, weight_decay=config.weight_decay
+    )
+    done, marks = 0, {}
+    if saved is not None:
+        done, marks = saved.state["step"], saved.state.get("logs", {})
+        load_optimizer(saved.folder, parameters, optimizer)
+        say(f"resuming after step {done} from {saved.folder}")
+    log, completions = (
+        StepLog(folder / name, done if saved else -1, marks.get(name))
+        for name in ("metrics.jsonl", "completions.jsonl")
+    )
+    stop.agree()
+    if stop:
+        return None
+    return Run(
+        config=config,
+        device=device,
+        stop=stop,
+        data=data,
+        inputs=inputs,
+        models=models,
+        parameters=parameters,
+        optimizer=optimizer,
+        hints=saved.hints if saved else {},
+        log=log,
+        completions=completions,
+        done=done,
+        resumed=saved is not None,
+    )
+
+
+def last_saved(config: Config, data: RunData, inputs: dict[str, Any]) -> Saved | None:
+    """The newest whole checkpoint of the run, if it has one.
+
+    Raises KepoConfigError if it was made with other settings, KepoDataError or KepoCheckpointError
+    if with other questions or another teacher.
+    """
+    root = Path(config.run_dir) / "checkpoints"
+    folder = on_rank0(lambda: checkpoint.latest_checkpoint(root))
+    if folder is None:
+        return None
+    state = checkpoint.load_state(folder)
+    refuse_other_config(config, state["config"], folder)
+    changed = on_rank0(lambda: changed_questions(config, state, inputs, data.by_setting))
+    return Saved(folder, state, changed)
+
+
+def load_models(config: Config, device: torch.device, saved: Path | None) -> Models:
+    """All models of a run; the policy from ``saved``, the folder a checkpoint has for it, if given.
+
+    Raises KepoConfigError if student and teacher do not fit together.
+    """
+    policy = load_policy(config, device, saved)
+    teacher = load_teacher(config, device) if config.distils or config.hints else None
+    ref = load_reference(config, device)
+    check_same_tokens(policy, teacher)
+    if config.distils:
+        check_same_opening(policy.encoder, teacher.encoder)
+    return Models(policy, teacher, ref, load_sampler(config, policy))
+
+
+def check_same_tokens(policy: VLM, teacher: VLM | None) -> None:
+    """A token id must mean the same to both models: completions pass between them as ids."""
+    if teacher is None:
+        return
+    mine, theirs = policy.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    differing = sorted(token for token in mine if theirs.get(token) != mine[token])
+    if differing:
+        raise KepoConfigError(
+            f"student and teacher tokenizers disagree on {len(differing)} tokens, first "
+            f"{differing[0]!r}: {mine[differing[0]]} and {theirs.get(differing[0])}; distillation "
+            "needs models that share a tokenizer"
+        )
+
+
+def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
+    """A run is resumed with the settings it was started with."""
+    before, now = dataclasses.asdict(from_mapping(saved, str(folder))), dataclasses.asdict(config)
+    # A longer run is the same run, unless its length is what the learning rate goes by.
+    may_change = MAY_CHANGE_ON_RESUME | ({"steps"} if config.lr_end == 1.0 else set())
+    changed = [
+        f"{name}: {before[name]!r} -> {now[name]!r}"
+        for name in now
+        if before[name] != now[name] and name not in may_change
+    ]
+    if changed:
+        raise KepoConfigError(
+            f"{folder} was made with other settings ({'; '.join(changed)}); use another run_dir, "
+            "or the old settings"
+        )
