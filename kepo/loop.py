@@ -243,7 +243,8 @@ def train(config: Config) -> int:
             if skipped > config.max_skipped_steps:
                 ids = [example.id for example in questions]
                 raise KepoError(
-                    f"{skipped} steps in a row had no finite gradient; questions: {ids}"
+                    f"max_skipped_steps={config.max_skipped_steps}: {skipped} steps in a row had "
+                    f"no finite gradient; questions: {ids}"
                 )
             stop.agree()
             if not stop and is_measured(step):
