@@ -64,7 +64,7 @@ _ROMAN = ("iii", "iv", "v", "vi", "vii", "viii", "ix", "x")
 """Numbers from 3 on, as the first that can stand after a list of two."""
 _AFTERWORD = re.compile(
     r"[.!?;:,(>]\s*(?:please\s+)?"
-    r"(?:answer|choose|select|pick|reply|respond|note|explain|justify|give\s+(?:your|the))\b",
+    r"(?:answer|choose|select|pick\s+(?:the|one|an?)|reply|respond|note|explain|justify|give\s+(?:your|the))\b",
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"\w{3}[)\"']?[.!?]\s+[A-Z]")

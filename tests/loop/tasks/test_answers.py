@@ -172,7 +172,13 @@ def test_an_option_is_never_part_of_another(problem):
     [
         *("E. coli", "lack of vitamin (or E) alone", "either, e.g. both", "type E", "type E."),
         *("sizes of 3, 5-7 cm", "size (2.5)", "segments (1, 3, 5)", "grade (5)", "IgA (not IgE)"),
-        *("mild, i.e. early", "U.S. style", "right kidney (right)", "low T3, T4 and E2"),
+        *(
+            "dementia, Pick disease",
+            "mild, i.e. early",
+            "U.S. style",
+            "right kidney (right)",
+            "low T3, T4 and E2",
+        ),
     ],
 )
 def test_letters_within_an_option_begin_no_other(last):
