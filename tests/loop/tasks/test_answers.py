@@ -156,7 +156,7 @@ def test_a_fifth_option_in_the_same_style_is_read(problem):
         "Which? A)CT, B)MR, C)X-ray, D)PET, v) ultrasound",
         "Which? A)CT, B)MR, C)X-ray, D)PET, \u0415)ultrasound",  # Cyrillic
         "Which? A)CT, B)MR, C)X-ray, D)PET, \u0395. ultrasound",  # Greek
-        "Which? A)CT, B)MR, C)X-ray, D)PET,\u200b E ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET,\u200b E\u200b ultrasound",
         "Which? A)CT, B)MR, C)X-ray, D)PETscanE)ultrasound",
         "Which? A)CT, B)MR, C)X-ray, D)PET<br>E)ultrasound",
     ],
