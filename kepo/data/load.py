@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -50,6 +50,19 @@ class Layout:
 OMNIMEDVQA = Layout("OmniMedVQA", omnimedvqa.rows, omnimedvqa.parse, omnimedvqa.quirks)
 MEDR1 = Layout("Med-R1 split", medr1.rows, medr1.parse)
 HF = Layout("datasets folder", saved_dataset.rows, medr1.parse)
+
+
+class Found(NamedTuple):
+    """A good record, where it stands, and what became of it."""
+
+    where: str
+    example: Example
+    sources: Sources
+    record: dict[str, Any]
+
+    def equals(self, other: Found) -> bool:
+        """Whether question and images are the same; images that a function fetches never are."""
+        return (self.example, self.sources) == (other.example, other.sources)
 
 
 @dataclass(frozen=True)
@@ -129,8 +142,9 @@ def load_examples(
     progress: show a bar.
 
     ``~`` in a path is the home folder. Files and folders whose names begin with a dot are passed
-    over, as copies that other programs keep. The images must exist; whether they can be decoded,
-    ``images.digests_of`` says.
+    over, as are trash and system folders (``files.SYSTEM``). Of records with one id and the same
+    contents the first is kept; if their contents differ, none is. The images must exist; whether
+    they can be decoded, ``images.digests_of`` says.
     Raises KepoDataError for an unknown layout, an unknown name in a filter, or if nothing is left.
     """
     return _load(
@@ -175,8 +189,7 @@ def _load(
             raise KepoDataError(str(problem))
         problems.append(problem)
 
-    parsed: list[tuple[str, Example, Sources]] = []
-    first_seen: dict[str, str] = {}
+    parsed: dict[str, list[Found]] = {}
     quirks: Counter[str] = Counter()
     records = 0
     rows = tqdm(layout.rows(path), desc=path.name, unit=" records", disable=not progress)
@@ -186,25 +199,18 @@ def _load(
             if isinstance(record, BadRecord):
                 raise record
             example, sources = layout.parse(record, where)
-            if (earlier := first_seen.setdefault(example.id, where)) != where:
-                raise BadRecord(
-                    "duplicate id",
-                    f"the id {example.id!r} was already used at {earlier}; ids must be unique",
-                )
         except BadRecord as error:
             bad(where, error, record.get("question_id") if isinstance(record, dict) else None)
             continue
-        quirks.update(layout.quirks(record, example))
-        if repeated(example.options):
-            quirks["two wrong options are the same"] += 1
-        parsed.append((where, example, sources))
-
-    if parsed:  # otherwise the names are not to blame
-        _check_names("modalities", modalities, {e.modality for _, e, _ in parsed})
-        _check_names("question_types", question_types, {e.question_type for _, e, _ in parsed})
+        parsed.setdefault(example.id, []).append(Found(where, example, sources, record))
+    unique = _unique(layout, parsed.values(), bad, quirks)
+    if unique:  # otherwise the names are not to blame
+        examples = [found.example for found in unique]
+        _check_names("modalities", modalities, {e.modality for e in examples})
+        _check_names("question_types", question_types, {e.question_type for e in examples})
     kept: list[Example] = []
     # Only what is returned is looked up on disk: a subset may be used without all 88,996 images.
-    for where, example, sources in parsed:
+    for where, example, sources, _ in unique:
         if modalities is not None and example.modality not in modalities:
             continue
         if question_types is not None and example.question_type not in question_types:
@@ -219,6 +225,41 @@ def _load(
     if not kept:
         raise KepoDataError(f"{report.summary()}; no question is left")
     return kept, report
+
+
+def _unique(
+    layout: Layout,
+    by_id: Iterable[Sequence[Found]],
+    bad: Callable[[str, BadRecord, object], None],
+    quirks: Counter[str],
+) -> list[Found]:
+    """One record for every id, and its quirks counted; records that share an id and differ are
+    bad."""
+    unique: list[Found] = []
+    for same in by_id:
+        found = same[0]
+        if not all(other.equals(found) for other in same[1:]):
+            for other in same:
+                bad(other.where, _not_unique(other, same), other.example.id)
+            continue
+        quirks.update(layout.quirks(found.record, found.example))
+        if repeated(found.example.options):
+            quirks["two wrong options are the same"] += 1
+        if len(same) > 1:
+            quirks["the same record once more"] += len(same) - 1
+        unique.append(found)
+    return unique
+
+
+def _not_unique(found: Found, same: Sequence[Found]) -> BadRecord:
+    """What is wrong with one of several records that share an id and differ: nobody can tell which
+    of them is meant, the first least of all, as a copy's name often sorts first."""
+    others = [other.where for other in same if other is not found]
+    return BadRecord(
+        "duplicate id",
+        f"the id {found.example.id!r} has other contents at {shown(others)}; all of them are left "
+        "out: remove the copies, or give ids that are unique",
+    )
 
 
 def _image_root(layout: Layout, path: Path, given: str | Path | None) -> Path:

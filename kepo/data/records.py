@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kepo.data.characters import letter_of, shows_something
 from kepo.data.example import LETTERS, Example
 from kepo.disk.files import printable, read_regular
 
@@ -106,7 +108,7 @@ def fields_of(record: Any) -> dict[str, Any]:
 
 
 def text(record: dict[str, Any], key: str, kind: str = "field") -> str:
-    """``record[key]``, which must be text with something in it, fit to be stored and tokenised.
+    """``record[key]``, which must be text that can be seen, fit to be stored and tokenised.
 
     Lone surrogates, which no encoding has, and NUL are not.
     """
@@ -118,7 +120,14 @@ def text(record: dict[str, Any], key: str, kind: str = "field") -> str:
             kind,
             f"{key}={shown(value)} has the character {odd[0]!r}; expected text as UTF-8 has it",
         )
+    require_visible(key, value, kind)
     return value
+
+
+def require_visible(name: str, words: str, kind: str) -> None:
+    """Raises BadRecord for a text of characters that show nothing."""
+    if not shows_something(words):
+        raise BadRecord(kind, f"{name}={words!a} has no character that can be seen; expected text")
 
 
 def one_line(record: dict[str, Any], key: str) -> str:
@@ -137,24 +146,22 @@ def shown(value: object) -> str:
     return words if len(words) <= 300 else f"{words[:200]} ... {words[-50:]}"
 
 
-_LETTER = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z]))[.:)]?")
 _LETTER_AND_TEXT = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])[.:)])[.:]?\s*(\S.*)", re.DOTALL)
 
 
 def right_letter(answer: str, options: tuple[str, ...]) -> str:
     """The one option that the dataset's answer means: by its text, its letter, or both.
 
-    Texts are equal but for case, spaces and a final period. A letter may be small and stand as in
-    ``b``, ``B.``, ``B)``, ``B:`` or ``(B)``, as the answers of a model are read; with a text after
-    it, as in ``B) MR``, the text must be that option's. Only A to Z are letters, not their
-    likenesses in other scripts. Raises BadRecord if no option is meant or, as when option A reads
-    "B", more than one.
+    Texts are equal but for case, spaces and a final period. A letter stands alone as in the answers
+    of a model (``characters.letter_of``); with a text after it, as in ``B) MR``, which a model's
+    answer may not have, the text must be that option's. Raises BadRecord if no option is meant or,
+    as when option A reads "B", more than one.
     """
     wanted = plain(answer)
     pairs = list(zip(LETTERS, options, strict=False))
     found = {letter for letter, option in pairs if plain(option) == wanted}
-    if match := _LETTER.fullmatch(answer.strip()):
-        found |= {(match[1] or match[2]).upper()} & {letter for letter, _ in pairs}
+    if letter := letter_of(answer):
+        found |= {letter} & {letter for letter, _ in pairs}
     elif match := _LETTER_AND_TEXT.fullmatch(answer.strip()):
         said = ((match[1] or match[2]).upper(), plain(match[3]))
         found |= {letter for letter, option in pairs if (letter, plain(option)) == said}
@@ -168,6 +175,47 @@ def right_letter(answer: str, options: tuple[str, ...]) -> str:
             "expected exactly one, by text or letter",
         )
     return found.pop()
+
+
+_TOLD = re.compile(
+    r"""
+    \b(?:answer|ans|right\ option|correct\ (?:answer|option|choice))\s*(?:is\b|[:=])
+    | \b(?:key|solution|option)\s*(?:is\b|[:=])\W*[a-z]\b\W*$
+    | \bcorrect\ (?:answer|option|choice)\b
+    | [(\[{]\s*(?:correct|(?:the\s+)?(?:right\ )?answer)\s*[)\]}]
+    | [\u2705\u2713\u2714\u2611]
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+"""How an option tells which is right: "Answer: B" after the last, or a mark at the right one."""
+_TOLD_IN_QUESTION = re.compile(
+    r"\b[Aa](?:nswer|NSWER|ns|NS)\s*(?:is\b|[:=])\W*(?:[Oo]ption\s+)?[A-Z]\b(?!\w|[ )]*[A-Za-z])"
+)
+
+
+def require_untold(question: str, options: Sequence[str]) -> None:
+    """Raises BadRecord where question or options say which is right: the student would read it."""
+    starred = [
+        option for option in options if option.strip()[:1] == "*" or option.strip()[-1:] == "*"
+    ]
+    if len(starred) == 1:
+        raise BadRecord(
+            "options",
+            f"one option alone has a star, {shown(starred[0])}, which may mark the answer",
+        )
+    for letter, option in zip(LETTERS, options, strict=False):
+        if told := _TOLD.search(unicodedata.normalize("NFKC", option)):
+            raise BadRecord(
+                "options",
+                f"option {letter} {shown(option)} has {told[0]!r}, which states the answer; "
+                "expected an option's own text",
+            )
+    if told := _TOLD_IN_QUESTION.search(unicodedata.normalize("NFKC", question)):
+        raise BadRecord(
+            "field",
+            f"the question {shown(question)} has {told[0]!r}, which states the answer; expected "
+            "none",
+        )
 
 
 def repeated(options: Sequence[str]) -> bool:

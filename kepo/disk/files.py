@@ -9,8 +9,17 @@ from pathlib import Path
 
 from kepo.errors import KepoDataError
 
-SYSTEM = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
-"""Folders that operating systems and network disks leave beside the data."""
+SYSTEM = frozenset(
+    name.casefold()
+    for name in (
+        *("__MACOSX", "Temporary Items", "Network Trash Folder", "TheVolumeSettingsFolder"),
+        *("$RECYCLE.BIN", "RECYCLER", "RECYCLED", "System Volume Information", "FOUND.000"),
+        *("@eaDir", "@tmp", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot"),
+        *("lost+found", "__pycache__", "node_modules"),
+    )
+)
+"""Folders that operating systems, network disks and tools leave beside the data, trash and old
+states of it among them; in small letters."""
 MAX_JSON_BYTES = 2**30
 """A larger JSON file is refused: it would be read into memory several times over."""
 
@@ -29,7 +38,7 @@ def hidden(name: str) -> bool:
     These are ``.ipynb_checkpoints``, ``._x.json``, ``.git``, whatever else begins with a dot, and
     SYSTEM. (An editor's backup, ``x.json~`` or ``#x.json#``, does not end as a data file does.)
     """
-    return name.startswith(".") or name in SYSTEM
+    return name.startswith(".") or name.casefold() in SYSTEM
 
 
 def is_json(name: str) -> bool:

@@ -6,90 +6,66 @@ Whatever is said of the option there is for `kepo.tasks.leaks` to read.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from kepo.data.example import LETTERS
-
-
-def words_of(text: str) -> frozenset[str]:
-    """The words of a list that is written as one string."""
-    return frozenset(text.split())
-
-
-NUMBERS = (
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
-    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
-    *("nineteen", "twenty"),
+from kepo.tasks.hint_words import (
+    CLAUSE,
+    ROMAN,
+    SENTENCE,
+    Words,
+    closes,
+    number,
+    read,
+    words_of,
+    wrapped,
 )
+
 ORDINALS = (
     *("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth"),
     "tenth",
 )
-OPTION_NOUNS = words_of("option choice alternative possibility candidate answer item")
+OPTION_NOUNS = words_of("option opt choice alternative possibility candidate answer item")
+EXCEPT = words_of("except but than save besides from")
+"""What spares an option of all: "all except the second"; also "other than" and "apart from"."""
 LISTS = words_of("options choices answers list")
 
-_WORD = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+|[+%]+")
-_IDEOGRAPH = re.compile("([\u1100-\u11ff\u2e80-\u9fff])")
-_EMPHASIS = re.compile(r"</?(?:b|i|u|s|p|em|strong|code|span)>", re.IGNORECASE | re.ASCII)
-_PERCENT = re.compile(r"\bper ?cent\b", re.IGNORECASE | re.ASCII)
-_CONTRACTED = re.compile(r"n['’]t\b", re.IGNORECASE | re.ASCII)
 _ARTICLES = frozenset(("a", "an", "the"))
-_ROMAN = ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix", "x")
-_WRAPS = {"(": ")", "[": "]", "{": "}", "<": ">", "“": "”", "‘": "’", "«": "»"} | {
-    mark: mark for mark in "\"'*_`$"
-}
 
 # What makes a letter part of a name: "vitamin B", "B cells". Compounds, as "B-mode", are names too.
 _NAMED_BEFORE = words_of(
     "question vitamin vitamins hepatitis influenza hemophilia haemophilia type types group groups "
     "grade stage class category level phase part point points region regions zone area "
-    "segment line lines plane panel panels figure fig image arrow label labelled labeled "
+    "segment line lines side edge plane panel panels figure fig image arrow label labelled labeled "
     "marked slice row column series factor protein antigen kerley stanford weber pugh plan "
     "view lead ring schatzki wave patient case exhibit appendix"
 )
 _NAMED_AFTER = words_of(
     "cell cells line lines lymphoma lymphocyte lymphocytes mode scan scans virus wave waves "
     "ring rings symptom symptoms strep streptococcus streptococci difficile vitamin vitamins "
-    "major minor"
+    "major minor side edge border margin corner marker"
 )
 # An article has a noun after it and never one of these.
 _AFTER_A_LETTER = words_of(
     "is was are it looks seems fits must should would can could cannot has matches remains "
     "wins makes stands appears shows describes corresponds because since as due for and or "
-    "nor vs versus but here instead if with from to"
+    "nor vs versus but here instead if with from to fails lacks beats"
 )
 # Options of one everyday word: it means the option only where it is stated as an answer.
 _EVERYDAY = words_of(
     "yes no true false none other others both all neither unknown normal abnormal present "
     "absent left right one"
 )
+_IS = words_of("is are was were look looks appear appears seem seems remain remains")
+_QUITE = words_of("quite perfectly entirely completely fully very clearly all rather to be both")
+_LOOKS = words_of("appearing looking appearance look of the")
 # "the right ...": the correct one, not the side.
 _THE = ("the", "these", "those")
 _LISTED = ("listed", "possible", "given", "offered", "answer")
 _CORRECT = words_of(
     "answer option choice one letter way thing order track solution diagnosis place question"
 )
-
-
-@dataclass(frozen=True)
-class Words:
-    """A text as its words, case folded, and what stands around them."""
-
-    words: tuple[str, ...]
-    raw: tuple[str, ...]
-    """The words in their own case."""
-    gaps: tuple[str, ...]
-    """Spaces and punctuation: ``gaps[i]`` before word i, and the last one after the last word."""
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def at(self, place: int) -> str:
-        """The word there; "" beyond either end."""
-        return self.words[place] if 0 <= place < len(self) else ""
 
 
 class Mention(NamedTuple):
@@ -103,37 +79,12 @@ class Mention(NamedTuple):
     by_text: bool = False
 
 
-def read(text: str) -> Words:
-    """A text without the accents, invisible characters and typographic forms that hide a word."""
-    plain = unicodedata.normalize("NFKD", text)
-    plain = "".join(c for c in plain if unicodedata.category(c) not in ("Mn", "Cf"))
-    if "</" in plain:
-        plain = _EMPHASIS.sub("", plain)
-    plain = _PERCENT.sub("%", _CONTRACTED.sub(" not", plain))
-    plain = _IDEOGRAPH.sub(r" \1 ", plain)  # each is a word: no space parts it from a letter
-    found = list(_WORD.finditer(plain))
-    starts = [0, *(match.end() for match in found)]
-    ends = [*(match.start() for match in found), len(plain)]
-    raw = tuple(match.group() for match in found)
-    gaps = tuple(plain[start:end] for start, end in zip(starts, ends, strict=True))
-    return Words(tuple(map(str.casefold, raw)), raw, gaps)
-
-
-def number(word: str) -> float | None:
-    """What a word says in digits or as one of `NUMBERS`; None if it is no number."""
-    if word in NUMBERS:
-        return float(NUMBERS.index(word))
-    plain = word.replace(",", "")
-    # float reads any script's digits, as it should, and words such as "nan", as it should not.
-    return float(plain) if plain[:1].isdecimal() and re.fullmatch(r"\d+(\.\d+)?", plain) else None
-
-
 def mentions(text: Words, options: Sequence[str]) -> list[Mention]:
     """Where ``text`` speaks of an option, in order; the longest where several readings overlap.
 
     A number as an option is not looked for here: a number alone says nothing.
     """
-    found = [*_by_text(text, options), *_by_place(text, len(options))]
+    found = [*_by_text(text, options), *_turned(text, options), *_by_place(text, options)]
     found += _by_letter(text, len(options))
     found.sort(key=lambda m: (m.start, m.start - m.end))
     kept: list[Mention] = []
@@ -168,12 +119,6 @@ def is_name(text: Words, place: int) -> bool:
     return after == " " and following in _NAMED_AFTER
 
 
-def wrapped(text: Words, place: int) -> bool:
-    """Whether a word stands in brackets, quotes or emphasis of its own."""
-    opening, closing = text.gaps[place][-1:], text.gaps[place + 1][:1]
-    return opening in _WRAPS and closing == _WRAPS[opening]
-
-
 def _by_text(text: Words, options: Sequence[str]) -> Iterator[Mention]:
     starts: dict[int, int] = {}
     ends: dict[int, int] = {}
@@ -184,9 +129,7 @@ def _by_text(text: Words, options: Sequence[str]) -> Iterator[Mention]:
         ends[length] = place + 1
     joined = "".join(text.words)
     for option, words in enumerate(options):
-        own = list(read(words).words)
-        while len(own) > 1 and own[0] in _ARTICLES:
-            del own[0]
+        own = own_words(words, LETTERS[option])
         if own and all(number(word) is not None for word in own):
             continue
         everyday = len(own) == 1 and own[0] in _EVERYDAY
@@ -200,10 +143,51 @@ def _by_text(text: Words, options: Sequence[str]) -> Iterator[Mention]:
                 place = joined.find(form, place + 1)
 
 
+def own_words(option: str, letter: str) -> list[str]:
+    """The words of an option without an article, or its own letter ("(A) one"), before them."""
+    label = re.match(rf"\s*(?:\({letter}\)|{letter}[.):])\s*(?=\S)", option)
+    own = list(read(option[label.end() :] if label else option).words)
+    while len(own) > 1 and own[0] in _ARTICLES:
+        del own[0]
+    return own
+
+
+def _turned(text: Words, options: Sequence[str]) -> Iterator[Mention]:
+    """Options of several words whose last one comes first: "the lungs are normal" is a normal lung.
+
+    So does "normal-appearing lung", where a word about looks stands between.
+    """
+    for option, words in enumerate(options):
+        own = own_words(words, LETTERS[option])
+        if len(own) < 2:
+            continue
+        rest, heads = tuple(own[:-1]), _forms(own[-1])
+        for place, word in enumerate(text.words):
+            if word not in heads:
+                continue
+            start = place
+            while start > 0 and place - start < 3 and text.words[start - 1] in _LOOKS:
+                start -= 1
+            if start < place and text.words[max(0, start - len(rest)) : start] == rest:
+                yield Mention(start - len(rest), place + 1, option, True, True)
+            after = place + 1
+            if not (text.at(after) in _IS or ":" in text.gaps[after]):
+                continue
+            while after < place + 5 and text.at(after) in _IS | _QUITE:
+                after += 1
+            end = after + len(rest)
+            broken = set("".join(text.gaps[place + 2 : end])) & CLAUSE
+            ends = closes(text, end - 1) or text.at(end) in ("here", "throughout", "in", "on")
+            if text.words[after:end] == rest and ends and not broken:
+                yield Mention(place, end, option, True, True)
+
+
 def _forms(name: str) -> tuple[str, ...]:
     """One and several of them; of a short name only itself."""
-    if len(name) < 3 or not name[-1].isalpha():
+    if len(name) < 2 or not name[-1].isalpha():
         return (name,)
+    if len(name) < 3:
+        return (name, name + "s")
     return (name, name + "s", name + "es", name.removesuffix("s") if len(name) > 4 else name)
 
 
@@ -230,11 +214,6 @@ def _by_letter(text: Words, count: int) -> Iterator[Mention]:
         yield Mention(place, place + 1, option, not (short or counted or slashed))
 
 
-def closes(text: Words, place: int) -> bool:
-    """Whether a clause ends after the word there."""
-    return place + 1 >= len(text) or bool(text.gaps[place + 1].strip(" \t\"'*_`"))
-
-
 def _is_article(text: Words, place: int) -> bool:
     """Whether "a" (or the pronoun "I") is that: a word follows, and not one that follows a letter.
 
@@ -251,7 +230,9 @@ def _is_article(text: Words, place: int) -> bool:
     return following not in _AFTER_A_LETTER
 
 
-def _by_place(text: Words, count: int) -> Iterator[Mention]:
+def _by_place(text: Words, options: Sequence[str]) -> Iterator[Mention]:
+    count = len(options)
+    counted = any(any(map(str.isdigit, option)) for option in options)
     for place, word in enumerate(text.words):
         following = text.at(place + 1)
         ordinal = _ordinal(word, count)
@@ -271,11 +252,13 @@ def _by_place(text: Words, count: int) -> Iterator[Mention]:
             elif following == "one":
                 listed = not LISTS.isdisjoint(text.words[place + 2 : place + 5])
                 yield Mention(place, place + 2, ordinal, listed)
+            elif text.at(place - 1) == "the" and text.at(place - 2) in EXCEPT:
+                yield Mention(place, place + 1, ordinal, True)
             elif closes(text, place) or following in ("is", "fits", "must", "looks", "seems"):
                 yield Mention(place, place + 1, ordinal, False)
         elif word in ("former", "latter") and count == 2 and closes(text, place):
             yield Mention(place, place + 1, int(word == "latter"), False)
-        yield from _numbered(text, place, count)
+        yield from _numbered(text, place, count, counted)
 
 
 def _ordinal(word: str, count: int) -> int | None:
@@ -292,11 +275,15 @@ def _ordinal(word: str, count: int) -> int | None:
     return None
 
 
-def _numbered(text: Words, place: int, count: int) -> Iterator[Mention]:
-    """Option 2, choice no. 2, option (ii); #2 and number two if they are stated as an answer."""
+def _numbered(text: Words, place: int, count: int, counted_options: bool) -> Iterator[Mention]:
+    """Option 2, choice no. 2, option (ii); #2 and number two if they are stated as an answer.
+
+    A bare number is a place if it is all of the hint or follows "answer", and no option has digits
+    (``counted_options``).
+    """
     word, gap = text.words[place], text.gaps[place]
-    if word in _ROMAN and (word != "i" or wrapped(text, place)):
-        option = _ROMAN.index(word)
+    if word in ROMAN and (word != "i" or wrapped(text, place)):
+        option = ROMAN.index(word)
     else:
         value = number(word)
         option = int(value) - 1 if value is not None and value < 100 and value % 1 == 0 else -1
@@ -308,5 +295,17 @@ def _numbered(text: Words, place: int, count: int) -> Iterator[Mention]:
     close = not set(text.gaps[place - counted]) & set(",;!?\n")
     if close and (noun in OPTION_NOUNS - {"answer"} or (noun == "answer" and marked)):
         yield Mention(place - 1 - counted, place + 1, option, True)
-    elif marked or (word in _ROMAN and wrapped(text, place)):
+    elif not counted_options and closes(text, place) and _answers(text, place):
+        yield Mention(place, place + 1, option, True)
+    elif marked or (word in ROMAN and wrapped(text, place)):
         yield Mention(place - counted, place + 1, option, False)
+
+
+def _answers(text: Words, place: int) -> bool:
+    """Whether a bare number there is the whole text, or told as the answer."""
+    before = place - 1
+    while text.at(before) in ("is", "the", "s", "my") and place - before < 4:
+        before -= 1
+    if set("".join(text.gaps[before + 1 : place + 1])) & SENTENCE:
+        return False
+    return len(text) == 1 or text.at(before) in ("answer", "solution", "choice", "choose", "pick")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from kepo.data.characters import shows_something
 from kepo.data.load import LETTERS, Example
 from kepo.tasks.leaks import states_answer as states_answer  # importable from here, too
 
@@ -33,12 +34,12 @@ def hinted_prompt(example: Example, hint: str, gives_answer: bool = False) -> st
 def parse_hint(text: str) -> str | None:
     """The inside of the one ``<hint>...</hint>`` of ``text``, stripped; it may span lines.
 
-    None if there is no such pair, more than one, an unmatched tag, or nothing inside.
+    None if there is no such pair, more than one, an unmatched tag, or nothing to be seen inside.
     """
     if text.count("<hint>") != 1 or text.count("</hint>") != 1:
         return None
     match = _HINT.search(text)
-    return (match.group(1).strip() or None) if match else None
+    return match[1].strip() if match and shows_something(match[1]) else None
 
 
 def worked_answer(example: Example) -> str:

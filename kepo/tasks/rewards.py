@@ -13,6 +13,7 @@ import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kepo.data.characters import letter_of, shows_something
 from kepo.errors import KepoRewardError
 
 Reward = Callable[[str, str], float]
@@ -31,10 +32,10 @@ def format(text: str, answer: str) -> float:
     show nothing, are no reasoning.
     """
     parts = _split(text)
-    if parts is None or _letter(parts[2]) is None:
+    if parts is None or letter_of(parts[2]) is None:
         return 0.0
     before, reasoning, _ = parts
-    return float(before == "" and reasoning is not None and _is_readable(reasoning))
+    return float(before == "" and reasoning is not None and shows_something(reasoning))
 
 
 REWARDS: dict[str, Reward] = {"accuracy": accuracy, "format": format}
@@ -45,10 +46,11 @@ def parse_answer(text: str) -> str | None:
     """The letter of the one well-formed answer block, upper case; None if there is no such block.
 
     None, too, for a second or unclosed tag, for an answer inside the reasoning, for text after the
-    block, and for anything in it but one letter A to Z ("b", " B " and "B." are the letter B).
+    block, and for anything in it but one letter A to Z ("b", " B ", "B.", "B)" and "(B)" are the
+    letter B).
     """
     parts = _split(text)
-    return None if parts is None else _letter(parts[2])
+    return None if parts is None else letter_of(parts[2])
 
 
 def score(names: Sequence[str], text: str, answer: str, example_id: str) -> dict[str, float]:
@@ -114,18 +116,3 @@ def _split(text: str) -> tuple[str, str | None, str] | None:
     if opens != 1 or closes != 1 or not opened or not ended or between.strip():
         return None
     return before.strip(), reasoning, content
-
-
-def _letter(content: str) -> str | None:
-    letter = content.strip().removesuffix(".")
-    # Judged before it is made a capital: "ı" and "ſ" become I and S by that.
-    good = len(letter) == 1 and letter.isascii() and letter.isalpha()
-    return letter.upper() if good else None
-
-
-def _is_readable(text: str) -> bool:
-    """Whether there is a character to be seen in it."""
-    return any(c.isprintable() and not c.isspace() and c not in _BLANKS for c in text)
-
-
-_BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # printable by their category, and empty

@@ -14,8 +14,8 @@ GOOD = 30
 PROBLEMS = {
     "field": 1,
     "options": 1,
-    "answer": 2,
-    "duplicate id": 1,
+    "answer": 1,
+    "duplicate id": 2,
     "image outside": 2,
     "image missing": 1,
     "image unreadable": 2,
@@ -84,8 +84,8 @@ def _change(records: list[dict[str, str]]) -> None:
     records[next(bad)].pop("question_type")
     records[next(bad)].pop("option_B")
     records[next(bad)]["option_C"] = "lung"  # equals the answer, as option_A does
-    records[next(bad)]["gt_answer"] = "Kidney"
-    records[next(bad)]["question_id"] = records[0]["question_id"]
+    records[next(bad)]["question_id"] = "quirks_28"  # and so both are left out
+    records[next(bad)]["question"] = "What is shown?"
     records[next(bad)]["image_path"] = "Images/../../outside.png"
     records[next(bad)]["image_path"] = "/etc/hostname"
     records[next(bad)]["image_path"] = "Images/nowhere.png"

@@ -23,6 +23,8 @@ from kepo.data.records import (
     fields_of,
     one_line,
     read_list,
+    require_untold,
+    require_visible,
     right_letter,
     shown,
     text,
@@ -32,18 +34,41 @@ from kepo.errors import KepoDataError
 
 _SUFFIX = re.compile(r"_(train|test)(_[0-9]+)?$")
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_BULLET = r"(?:^[ \t]*(?:[-*+\u2022\u2013]\s+)?)"
 _MARKERS = (
-    re.compile(r"^[ \t]*([A-Z])[.:)]\s+", re.MULTILINE),  # one option a line
-    re.compile(r"(?:^|(?<=[\s,;?.:]))([A-Z])\)\s*"),  # A)one, B)other
+    re.compile(_BULLET + r"([A-Z])[.:)]\s+", re.MULTILINE),  # one option a line
+    re.compile(_BULLET[:-1] + r"|(?<=[\s,;?.:]))([A-Z])\)\s*", re.MULTILINE),  # A)one, B)other
 )
 _NEXT = (
-    r"[,;/|\t\n]\s*\(?{either}[.:)](?![a-z]\.)",  # after a separator; not "e.g."
-    r"\s{either}[.:](?![a-z]\.)\s*\S",  # "infection by E. coli" is one, too: who could tell?
-    r"(?<!\w)\({either}\)",
+    r"(?:[,;/|\t\n]|\.\s)\W*{letter}(?:[.:)\]}}>]|\s*[-\u2013\u2014])(?![a-z]\.)",  # not "e.g."
+    r"[,;/|\t\n]\W*{letter}[*_\"']*\s+\S",  # ", E five"
+    r"\s{letter}(?:[.:]|\s+[-\u2013\u2014])(?![a-z]\.)\s*\S",  # "by E. coli": who could tell?
+    r"(?<!\w)[(\[{{<]{letter}[)\]}}>]",
+    r"(?:[,;/|]\s+|\n\s*)[(\[](?:{number})[)\]]\s*\S",
 )
-_NEXT_BRACKET = r"(?<![\w(]){either}\)"
-"""How one more option may stand in what was read as the last: in another style than the others, or
-with a small letter."""
+_NEXT_BRACKET = (
+    r"(?<![\w(]){letter}\)",
+    r"(?<=[a-z]){capital}\)",
+    r"(?:[,;/|]\s+|\n\s*)(?:{number})[.:)\]](?!\d)",
+)
+"""How one more option may stand in what was read as the last: in another style than the others,
+with a small letter, or a number in the letter's place. Those of the second list may close a bracket
+instead."""
+_LIKE_LATIN = str.maketrans(
+    "\u0410\u0412\u0415\u041a\u041c\u041d\u041e\u0420\u0421\u0422\u0425\u0406\u0408\u0405"
+    "\u0391\u0392\u0395\u0396\u0397\u0399\u039a\u039c\u039d\u039f\u03a1\u03a4\u03a5\u03a7",
+    "ABEKMHOPCTXIJSABEZHIKMNOPTYX",
+)
+"""Capital letters, Cyrillic and Greek, that are drawn as others of A to Z are."""
+_ROMAN = ("iii", "iv", "v", "vi", "vii", "viii", "ix", "x")
+"""Numbers from 3 on, as the first that can stand after a list of two."""
+_AFTERWORD = re.compile(
+    r"[.!?;:,(>]\s*(?:please\s+)?"
+    r"(?:answer|choose|select|pick\s+(?:the|one|an?)|reply|respond|note|explain|justify|give\s+(?:your|the))\b",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"\w{3}[)\"']?[.!?]\s+[A-Z]")
+"""Where something may follow the options that is none of them: instructions, another sentence."""
 
 
 def rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -67,6 +92,10 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
 def parse(record: Any, where: str) -> Parsed:
     record = fields_of(record)
     question, options = split_problem(text(record, "problem"))
+    require_untold(question, options)
+    require_visible("question", question, "field")
+    for letter, option in zip(LETTERS, options, strict=False):
+        require_visible(f"option {letter}", option, "options")
     example = Example(
         id=one_line(record, "question_id"),
         question=question,
@@ -84,7 +113,7 @@ def split_problem(problem: str) -> tuple[str, tuple[str, ...]]:
 
     The letters must be A, B and so on, each once. If there are others, those whose bracket
     closes one, as in "(vitamin A)", are not of the list. Raises BadRecord where that leaves no
-    list or two, or where its last option may hold one more.
+    list or two, or where its last option may hold one more, or what is no option at all.
     """
     closing = _closing(problem)
     for marker in _MARKERS:
@@ -102,14 +131,16 @@ def split_problem(problem: str) -> tuple[str, tuple[str, ...]]:
                 continue
             whole = None if any(words) else whole
         chain = found if whole else rest
-        if (read := whole or outside) and not _holds_another(
-            read[1][-1], len(read[1]), _after_words(problem, chain)
+        if (
+            (read := whole or outside)
+            and not _holds_another(read[1][-1], len(read[1]), _after_words(problem, chain))
+            and not _goes_on(read[1])
         ):
             return read
     raise BadRecord(
         "options",
         f"problem={shown(problem)} has no list of options that can be told apart; expected a "
-        "question and then A)one, B)other and so on",
+        "question, then A)one, B)other and so on, and nothing after the last",
     )
 
 
@@ -127,7 +158,7 @@ def _split(problem: str, chain: list[re.Match]) -> tuple[str, tuple[str, ...]] |
 
 def _after_a_word(problem: str, marker: re.Match) -> bool:
     """Whether nothing but spaces parts a marker from the words before it."""
-    before = problem[: marker.start(1)]
+    before = problem[: marker.start()]
     return before.rstrip(" ")[-1:] not in ("", *",;/|\t\n")
 
 
@@ -143,15 +174,39 @@ def _holds_another(option: str, number: int, after_words: bool) -> bool:
     """
     if number == len(LETTERS):
         return False
-    option = unicodedata.normalize("NFKC", option)  # so that wide commas and brackets are plain
-    either = f"[{LETTERS[number]}{LETTERS[number].lower()}]"
-    if any(re.search(pattern.format(either=either), option) for pattern in _NEXT):
+    option = _in_plain_letters(option)
+    capital = LETTERS[number]
+    styles = dict(
+        letter=f"[{capital}{capital.lower()}]",
+        capital=capital,
+        number="|".join((str(number + 1), *_ROMAN[number - 2 : number - 1])),
+    )
+    if any(re.search(pattern.format(**styles), option) for pattern in _NEXT):
         return True
     closing = set() if after_words else _closing(option)
-    brackets = re.finditer(_NEXT_BRACKET.format(either=either), option)
     return any(
-        match.end() - 1 not in closing or option[match.end() :][:1].isalnum() for match in brackets
+        match.end() - 1 not in closing or option[match.end() :][:1].isalnum()
+        for pattern in _NEXT_BRACKET
+        for match in re.finditer(pattern.format(**styles), option)
     )
+
+
+def _in_plain_letters(words: str) -> str:
+    """Wide commas, brackets and letters as plain ones, likenesses of A to Z as these, and nothing
+    that is not seen."""
+    seen = (c for c in unicodedata.normalize("NFKC", words) if unicodedata.category(c) != "Cf")
+    return "".join(seen).translate(_LIKE_LATIN)
+
+
+def _goes_on(options: tuple[str, ...]) -> bool:
+    """Whether an option holds a line or sentence that seems to be of the problem, not of it.
+
+    A sentence after a sentence is suspicious if only the last option has one.
+    """
+    if any(len(option.splitlines()) > 1 or _AFTERWORD.search(option) for option in options):
+        return True
+    *others, last = (bool(_SENTENCE_END.search(option)) for option in options)
+    return last and not any(others)
 
 
 def _closing(words: str) -> set[int]:

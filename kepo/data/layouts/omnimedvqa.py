@@ -6,19 +6,40 @@ Published questions have two to four options; up to 26 are read.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kepo.data.example import LETTERS, Example
-from kepo.data.records import BadRecord, Parsed, fields_of, one_line, read_list, right_letter, text
+from kepo.data.records import (
+    BadRecord,
+    Parsed,
+    fields_of,
+    one_line,
+    read_list,
+    require_untold,
+    right_letter,
+    shown,
+    text,
+)
 from kepo.disk.files import json_files
 from kepo.errors import KepoDataError
 
 FOLDER = "QA_information"
 EXPECTED = f"{FOLDER}/**/*.json next to the images, as OmniMedVQA is published"
 PUBLISHED = "ABCD"
-_OPTION = re.compile(r"option[_ -]?(.|[0-9]+)", re.IGNORECASE)
+_OPTION = re.compile(r"\s*option[_ -]?(.|[0-9]+)\s*$(?<!options)", re.IGNORECASE)
+_LIKE_OPTIONS = re.compile(
+    r"""
+    \s* (?!.*(?i:count|number|total))
+    (?: (?i:opt|option|choice|alternative|distractor|candidate) (?i:s?) (?![a-z]{2})
+      | (?i: answer s? [\W_]* (?:.|[0-9]+|list|text)? \s* $ ) )
+    """,
+    re.VERBOSE,
+)
+"""Names of fields that seem to hold options or the answer: options, opt_C, choiceC; not optical,
+option_count, answer_type."""
 
 
 def rows(root: Path) -> Iterator[tuple[str, Any]]:
@@ -38,9 +59,11 @@ def parse(record: Any, where: str) -> Parsed:
     optionally ``option_C`` and so on, ``rationale``, and ``modality_type`` or ``modality``."""
     record = fields_of(record)
     options = _options(record)
+    question = text(record, "question")
+    require_untold(question, options)
     example = Example(
         id=one_line(record, "question_id"),
-        question=text(record, "question"),
+        question=question,
         options=options,
         answer=right_letter(text(record, "gt_answer", "answer"), options),
         images=(),
@@ -67,16 +90,26 @@ def quirks(record: dict[str, Any], example: Example) -> list[str]:
 
 def _options(record: dict[str, Any]) -> tuple[str, ...]:
     """Every option that the record has: one that is named otherwise makes it a bad record."""
-    present = [
-        key
-        for key, value in record.items()
-        if value is not None and _OPTION.fullmatch(key.strip()) and key.lower() != "options"
-    ]
+    present = [key for key, value in record.items() if value is not None and _OPTION.match(key)]
     expected = [f"option_{letter}" for letter in LETTERS[: len(present)]]
     if len(present) < 2 or sorted(present) != expected:
         raise BadRecord(
             "options",
             f"has options {sorted(present)}; expected option_A, option_B and optionally option_C, "
             "option_D and so on to option_Z, without gaps",
+        )
+    unread = sorted(
+        key
+        for key, value in record.items()
+        if value is not None
+        and not _OPTION.match(key)
+        and _LIKE_OPTIONS.match(unicodedata.normalize("NFKC", key))
+    )
+    if unread:
+        raise BadRecord(
+            "options",
+            f"has {shown(unread)}, which may be options or answers and are not read; expected "
+            "options as option_A, option_B and so on, the answer as gt_answer, and nothing else "
+            "of the kind",
         )
     return tuple(text(record, key, "options") for key in expected)

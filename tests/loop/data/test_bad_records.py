@@ -45,7 +45,7 @@ def test_every_problem_is_counted_and_named_and_every_quirk_understood(root):
     for problem in report.problems:
         assert ".json[" in problem.where and problem.message
     text = report.summary()
-    assert "8 bad records left out: field 1, options 1, answer 2" in text
+    assert "8 bad records left out: field 1, options 1, answer 1, duplicate id 2" in text
     assert str(report.problems[0]) in text
     spelt = {e.id: e.answer for e in examples}
     assert [spelt[f"quirks_{n}"] for n in (11, 12, 13)] == ["B", "A", "B"]
@@ -121,7 +121,6 @@ def test_check_of_good_data_exits_with_zero(clean, capsys):
         ({"option_A": "heart "}, "answer"),
         ({"image_path": "Images/../../x.png"}, "image outside"),
         ({"image_path": "Images/half.png"}, "image unreadable"),
-        ({"question_id": "quirks_05"}, "duplicate id"),
         ({"option_B": ""}, "options"),
     ],
 )
@@ -129,6 +128,13 @@ def test_check_finds_one_planted_mistake(clean, capsys, changes, kind):
     quirks.plant(clean, 0, **changes)
     code, out = checked(capsys, clean)
     assert code == 1 and "wrong: 1 records" in out and f"     1  {kind}\n" in out
+
+
+def test_check_names_both_of_two_records_with_one_id(clean, capsys):
+    quirks.plant(clean, 0, question_id="quirks_05")
+    code, out = checked(capsys, clean)
+    assert code == 1 and "wrong: 2 records" in out and "     2  duplicate id\n" in out
+    assert "Scan.json[0]: the id 'quirks_05'" in out and "Scan.json[4]: the id" in out
 
 
 def test_check_names_the_first_few_or_all(clean, capsys):

@@ -88,8 +88,8 @@ def test_load_refuses_a_link_that_leads_out(tmp_path):
 
 def test_load_refuses_an_id_used_twice_across_files(tmp_path):
     dataset(tmp_path, record(), name="a.json")
-    dataset(tmp_path, record(), name="b.json")
-    with pytest.raises(KepoDataError, match=r"b.json\[0\]: .*'q0' was .* at .*a.json\[0\]"):
+    dataset(tmp_path, record(question="Other?"), name="b.json")
+    with pytest.raises(KepoDataError, match=r"a.json\[0\]: .*'q0' has other .* at .*b.json\[0\]"):
         load_omnimedvqa(tmp_path)
 
 

@@ -42,6 +42,12 @@ def folder_of(root: Path) -> Path:
         "@eaDir/a.json",
         ".git/x/a.json",
         "$RECYCLE.BIN/a.json",
+        "$Recycle.Bin/a.json",
+        "#recycle/a.json",
+        "@Recycle/a.json",
+        "Temporary Items/a.json",
+        "Network Trash Folder/a.json",
+        "__pycache__/a.json",
         "a.json~",
         "#a.json#",
     ],
@@ -59,6 +65,42 @@ def test_a_hidden_copy_neither_wins_nor_counts(tmp_path, copy):
         file.write_text(json.dumps([old]))
         (example,), report = load_examples(data)
         assert example.answer == "B" and report.records == 1 and not report.problems
+
+
+COPIES = ["a (1)", "a copy", "Copy of a", "a.bak", "_a", "#a#", "a_old", "a~", "conflict/a"]
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_a_copy_that_says_otherwise_leaves_out_both(root, copy):
+    """Names tell nothing: the first of "a copy.json" and "a.json" is the copy."""
+    file = folder_of(root) / f"{copy}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps([record(gt_answer="Nothing"), record(question_id="q1")]))
+    (example,), report = load_examples(root)
+    assert example.id == "q1" and report.records == 3 and report.counts() == {"duplicate id": 2}
+    for problem, other in zip(report.problems, reversed(report.problems), strict=True):
+        assert "'q0'" in problem.message and repr(other.where) in problem.message
+    with pytest.raises(KepoDataError, match="'q0' has other contents"):
+        load_examples(root, bad_records="fail")
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_of_a_copy_that_says_the_same_one_is_kept(root, copy):
+    file = folder_of(root) / f"{copy}.json"
+    file.parent.mkdir(exist_ok=True)
+    for more in ({}, {"dataset": "unread"}):
+        file.write_text(json.dumps([record(**more)]))
+        (example,), report = load_examples(root, bad_records="fail")
+        assert example.id == "q0" and not report.problems
+        assert report.quirks["the same record once more"] == 1
+
+
+def test_of_three_records_with_one_id_each_names_the_others(root):
+    rows = [record(), record(image_path="Images/y.png"), record(question_id="q1")]
+    (folder_of(root) / "b.json").write_text(json.dumps(rows))
+    examples, report = load_examples(root)
+    assert [e.id for e in examples] == ["q1"] and report.counts() == {"duplicate id": 3}
+    assert all(problem.message.count(".json[") == 2 for problem in report.problems)
 
 
 def test_what_a_mac_leaves_is_not_json_and_no_bad_file(root):

@@ -77,7 +77,7 @@ def test_the_numbers_are_those_of_the_answers(root, scripted, tmp_path, capsys):
     assert found["data"]["bad_records"] == quirks.PROBLEMS
 
     out = capsys.readouterr().out
-    assert "left out: 10 bad records (field 1, options 1, answer 2" in out
+    assert "left out: 10 bad records (field 1, options 1, answer 1" in out
     overall = found["overall"]
     row = rf"^all +all +30 +{overall['accuracy']:.3f} +{overall['low']:.3f}-{overall['high']:.3f}"
     assert re.search(row + r" +0\.300 +6$", out, re.M)

@@ -11,6 +11,7 @@ from kepo.data.load import load_examples, load_omnimedvqa
 from kepo.data.records import BadRecord, right_letter
 from kepo.evaluation.report import judged
 from kepo.tasks.multiple_choice import question_prompt
+from kepo.tasks.rewards import parse_answer
 
 FIVE = ("CT", "MR", "X-ray", "PET", "Ultrasound")
 
@@ -47,6 +48,22 @@ def test_every_option_of_a_record_is_asked_and_judged(tmp_path, count):
         {"option_C": ""},
         {"option_C": float("nan")},  # as pandas writes what is missing
         {"option_C": ["PET"]},
+        {"options": ["CT", "MR", "PET"]},
+        {"options_C": "PET"},
+        {"option_C.": "PET"},
+        {"option_C1": "PET"},
+        {"option_AA": "PET"},
+        {"optionAA": "PET"},
+        {"opt_C": "PET"},
+        {"opt_C": 3},
+        {"OptC": "PET"},
+        {"choice_C": "PET"},
+        {"choices": {"C": "PET"}},
+        {"Choice 3": "PET"},
+        {"distractor_1": "PET"},
+        {"answer": "PET"},
+        {"answer_C": "PET"},
+        {"\uff4f\uff50\uff54ion_AA": "PET"},  # wide letters
     ],
 )
 def test_options_that_would_be_lost_make_a_bad_record(tmp_path, more):
@@ -58,7 +75,8 @@ def test_options_that_would_be_lost_make_a_bad_record(tmp_path, more):
 
 
 def test_other_fields_about_options_are_no_options(tmp_path):
-    extra = {"options": ["x", "y"], "option_count": 3, "option_E": None, "score": float("nan")}
+    extra = {"option_count": 3, "option_E": None, "options": None, "score": float("nan")}
+    extra |= {"optical_density": "low", "answer_type": "closed", "num_choices": 3}
     (example,) = load_omnimedvqa(dataset(tmp_path, record(**extra) | extra))
     assert example.options == ("Nothing", "a  CYST", "A tumour")
 
@@ -124,6 +142,23 @@ def test_a_fifth_option_in_the_same_style_is_read(problem):
         "Which? a)CT, b)MR, c)X-ray",
         "Which? A)CT, B)MR, D)PET",
         "Which? A)CT, B), C)PET",
+        "Which? A)CT, B)MR, C)X-ray, D)PET, [E] ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET, E]ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET <E> ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET, E ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET, **E** ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET\nE ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET\nE - ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET, E-ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET E \u2013 ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET; 5) ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET, (5) ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET, v) ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET, \u0415)ultrasound",  # Cyrillic
+        "Which? A)CT, B)MR, C)X-ray, D)PET, \u0395. ultrasound",  # Greek
+        "Which? A)CT, B)MR, C)X-ray, D)PET,\u200b E\u200b ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PETscanE)ultrasound",
+        "Which? A)CT, B)MR, C)X-ray, D)PET<br>E)ultrasound",
     ],
 )
 def test_an_option_is_never_part_of_another(problem):
@@ -134,7 +169,17 @@ def test_an_option_is_never_part_of_another(problem):
 
 @pytest.mark.parametrize(
     "last",
-    ["E. coli", "lack of vitamin (or E) alone", "either, e.g. both", "type E", "type E."],
+    [
+        *("E. coli", "lack of vitamin (or E) alone", "either, e.g. both", "type E", "type E."),
+        *("sizes of 3, 5-7 cm", "size (2.5)", "segments (1, 3, 5)", "grade (5)", "IgA (not IgE)"),
+        *(
+            "dementia, Pick disease",
+            "mild, i.e. early",
+            "U.S. style",
+            "right kidney (right)",
+            "low T3, T4 and E2",
+        ),
+    ],
 )
 def test_letters_within_an_option_begin_no_other(last):
     problem = f"Which? A)CT, B)MR, C)X-ray, D){last}"
@@ -148,6 +193,95 @@ def test_a_bracket_that_is_never_closed_ends_no_list():
         assert medr1.split_problem(problem)[1] == ("CT", "OCT (Optical Coherence Tomography", "MR")
 
 
+def test_options_in_a_list_of_dashes_are_read():
+    for mark in "-*+\u2022":
+        for letter in "{}) ", "{}. ", "{})":
+            lines = [f"{mark} {letter.format(n)}{o}" for n, o in zip("ABC", FIVE, strict=False)]
+            assert medr1.split_problem("\n".join(["Which?", *lines])) == ("Which?", FIVE[:3])
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        "\nAnswer: B",
+        "\nNote: choose one.",
+        "\n\nThe picture is a CT.",
+        "\u2028Only one is right",
+        ". Answer with the letter.",
+        " (choose one)",
+        ", please select one",
+        ". The picture was taken lying down.",
+    ],
+)
+def test_what_follows_the_last_option_is_no_part_of_it(tmp_path, after):
+    problem = f"Which? A)CT, B)MR scan{after}"
+    with pytest.raises(BadRecord, match="nothing after the last") as caught:
+        medr1.split_problem(problem)
+    assert caught.value.kind == "options"
+    rows = [ROW | {"problem": problem}, ROW]
+    examples, report = load_examples(split_file(tmp_path, "CT_train.json", *rows))
+    assert len(examples) == 1 and "'CT_train[0]'" in report.problems[0].message
+
+
+def test_options_that_are_sentences_alike_are_read():
+    problem = "Which? A)It is bright. It is CT, B)It is dark. It is MR"
+    assert medr1.split_problem(problem)[1] == ("It is bright. It is CT", "It is dark. It is MR")
+
+
+# ---- what states the answer
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        *("MR Answer: B", "MR - answer = B", "MR. Ans: B", "MR (correct)", "MR [correct]"),
+        *("MR (the answer)", "MR. Correct answer is MR", "MR <- the correct option", "MR \u2713"),
+        *("\u2705 MR", "MR Solution: B", "MR Key: B", "MR Answer\uff1a B", "*MR", "MR **"),
+    ],
+)
+def test_an_option_that_states_the_answer_is_bad_in_every_layout(tmp_path, told):
+    solved = ROW | {"problem": f"Which? A)CT, B){told}", "solution": "<answer>B</answer>"}
+    split = split_file(tmp_path / "a", "CT_train.json", ROW, solved)
+    odd = record(**named("CT", told), option_C=None, gt_answer="B")
+    root = dataset(tmp_path / "b", record(question_id="fine"), odd)
+    for path in (split, root):
+        examples, report = load_examples(path)
+        assert len(examples) == 1 and report.counts() == {"options": 1}
+        assert "answer" in report.problems[0].message
+
+
+@pytest.mark.parametrize(
+    "told", ["Which? Answer: B", "Which? (ans = B)", "The answer is B. Which?"]
+)
+def test_a_question_that_states_the_answer_is_bad(tmp_path, told):
+    root = dataset(tmp_path / "b", record(question_id="fine"), record(question=told))
+    examples, report = load_examples(root)
+    assert [e.id for e in examples] == ["fine"] and report.counts() == {"field": 1}
+
+
+def test_words_about_answers_and_signs_state_none(tmp_path):
+    options = named("Solution: 5% glucose", "right (right) kidney", "HLA-B* and *", "* Key finding")
+    fine = record(**options, question="What is the answer? Answer:", gt_answer="B")
+    more = fine | {"question_id": "q1", "question": "The answer is A matter of density. Which?"}
+    assert len(load_omnimedvqa(dataset(tmp_path, fine, more))) == 2
+
+
+@pytest.mark.parametrize("blank", ["\u200b", "\ufe0f", "\u034f", "\u17b4", "\ufffc", "\u0301", " "])
+def test_a_text_that_shows_nothing_is_bad(tmp_path, blank):
+    changes = [{"question": blank}, {"option_A": blank * 3}, {"gt_answer": blank}]
+    odd = [record(question_id=f"q{n}", **change) for n, change in enumerate(changes)]
+    root = dataset(tmp_path / "a", record(question_id="fine"), *odd)
+    examples, report = load_examples(root)
+    assert [e.id for e in examples] == ["fine"] and report.counts() == {
+        kind: 1 for kind in ("field", "options", "answer")
+    }
+    if blank != " ":
+        problems = (f"{blank} A)CT, B)X-ray", f"Which? A)CT, B){blank}")
+        rows = [ROW, *(ROW | {"problem": problem} for problem in problems)]
+        report = load_examples(split_file(tmp_path / "b", "CT_train.json", *rows))[1]
+        assert report.counts() == {"field": 1, "options": 1}
+
+
 # ---- the answer
 
 
@@ -156,7 +290,10 @@ def test_a_bracket_that_is_never_closed_ends_no_list():
     ["B", "b", " b. ", "B.", "(B)", "(b).", "B)", "B:", "B) MR", "b. mr", "(B) MR.", "MR", "mr."],
 )
 def test_an_answer_is_read_as_a_completion_would_be(tmp_path, answer):
+    """But for an option's text, which the parser of completions does not know."""
     assert right_letter(answer, ("CT", "MR", "PET")) == "B"
+    read = parse_answer(f"<answer>{answer}</answer>")
+    assert read == (None if "mr" in answer.casefold() else "B")
     problem = "What is it? A)CT, B)MR, C)PET"
     solved = ROW | {"problem": problem, "solution": f"<answer>{answer}</answer>"}
     assert load_examples(split_file(tmp_path, "CT_train.json", solved))[0][0].answer == "B"

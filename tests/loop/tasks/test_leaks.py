@@ -4,23 +4,24 @@ import sys
 from dataclasses import replace
 
 import hint_texts_held_out
+import hint_texts_newcomer as newcomer
 import pytest
 from hint_texts import LEAKS, QUESTIONS
 from hint_texts_fair import FAIR
 
 from kepo.data.example import LETTERS
 from kepo.digits.warm_up import worked_hint
-from kepo.tasks import leaks
+from kepo.tasks import hint_numbers, leaks, mentions, verdicts
 from kepo.tasks.leaks import states_answer
 from kepo.tasks.multiple_choice import worked_answer
 
 
-def seen(labelled):
-    return [hint for question, hint in labelled if states_answer(hint, QUESTIONS[question])]
+def seen(labelled, questions=QUESTIONS):
+    return [hint for question, hint in labelled if states_answer(hint, questions[question])]
 
 
-def unseen(labelled):
-    return [hint for question, hint in labelled if not states_answer(hint, QUESTIONS[question])]
+def unseen(labelled, questions=QUESTIONS):
+    return [hint for question, hint in labelled if not states_answer(hint, questions[question])]
 
 
 # ---- counted ----
@@ -29,7 +30,7 @@ def unseen(labelled):
 def test_few_of_the_labelled_hints_are_misjudged():
     """The misses and false refusals that are known; another is a change for the worse."""
     assert len(LEAKS) >= 190 and len(FAIR) >= 160
-    assert unseen(LEAKS) == ["the option after the first"]
+    assert unseen(LEAKS) == []
     assert seen(FAIR) == ["X-ray and CT both use radiation"]  # "CT" is part of an option's text
 
 
@@ -39,6 +40,29 @@ def test_few_of_the_hints_held_out_are_misjudged():
     assert len(hint_texts_held_out.LEAKS) >= 60 and len(hint_texts_held_out.FAIR) >= 60
     assert len(unseen(hint_texts_held_out.LEAKS)) <= 3
     assert len(seen(hint_texts_held_out.FAIR)) <= 3
+
+
+def test_the_hints_of_a_newcomer_are_counted():
+    """Measured before the rules were changed for them, 121 of 350 statements were missed and 18 of
+    108 others refused. What is missed now says the answer in other words or languages, or is not
+    clear to be one at all."""
+    assert (len(newcomer.LEAKS), len(newcomer.FAIR)) == (350, 108)
+    assert len(unseen(newcomer.LEAKS, newcomer.QUESTIONS)) <= 48
+    assert seen(newcomer.FAIR, newcomer.QUESTIONS) == [
+        "A normal lung is black on X-ray.",
+        "The normal lung is black; fluid is white.",
+        "Irregular borders suggest a malignant lesion.",
+        "Malignant lesions often have irregular borders.",
+    ]  # each tells something of the right option, and of no other
+
+
+def test_hints_that_no_rule_was_made_for_are_counted():
+    """Before the rules were changed, 85 of 144 statements were missed and 25 of 73 others refused;
+    after, and with no rule made for them, 24 and 1. If a rule is made for one of these, they are no
+    longer unseen: say so here."""
+    assert (len(newcomer.OWN_LEAKS), len(newcomer.OWN_FAIR)) == (144, 73)
+    assert len(unseen(newcomer.OWN_LEAKS, newcomer.QUESTIONS)) <= 24
+    assert len(seen(newcomer.OWN_FAIR, newcomer.QUESTIONS)) <= 1
 
 
 # ---- every letter, place and number alike ----
@@ -156,13 +180,158 @@ def test_the_longer_of_two_options_is_the_one_that_is_named():
     assert states_answer("signs of pneumonia", asked)
 
 
+# ---- kinds of statement ----
+
+CHEST = newcomer.QUESTIONS["chest"]
+
+
+def judged(hints, asked):
+    return {hint: states_answer(hint, asked) for hint in hints}
+
+
+@pytest.mark.parametrize(("right", "wrong"), [("yes", "no"), ("no", "yes")])
+@pytest.mark.parametrize("text", [str.title, str.upper, str.lower])
+def test_yes_and_no_are_stated_and_denied_like_other_options(right, wrong, text):
+    options = (right.title(), wrong.title())
+    asked = replace(CHEST, options=options, answer="A")
+    right, wrong = text(right), text(wrong)
+    stated = """{}. | Definitely {}. | clearly {} | {}: it is seen | {} because of the edge
+    {} - it is seen | {} (it is seen) | {}, since it is sharp | Certainly {}!"""
+    denied = """{} is wrong | {} is incorrect. | It cannot be {}. | The answer isn't {} | Not {}.
+    It's not {}. | {} is not the answer. | "{}" is false"""
+    hints = filled(stated, right) + filled(denied, wrong)
+    assert set(judged(hints, asked).values()) == {True}, judged(hints, asked)
+    fair = """Is it {0} or {1}? | If {0}, look closer. | Say {0} only if it is sharp
+    There is no fluid. | No more than a look is needed. | The border is not sharp."""
+    assert set(judged(filled(fair, right, wrong), asked).values()) == {False}
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_to_rule_out_all_but_one_states_it(place):
+    asked = replace(CHEST, answer=LETTERS[place])
+    others = [letter for letter in "ABCD" if letter != LETTERS[place]]
+    three = "{}, {} and {} do not fit. | Options {}, {} and {} don't match. | {}, {} and {} fail"
+    hints = filled(three, *others)
+    for each in ("{0} fails", "{0}: no", "{0}\u2717", "{0} is out", "{0} is wrong", "~~{0}~~"):
+        hints.append(", ".join(each.format(letter) for letter in others))
+    right = LETTERS[place]
+    hints += filled("All options except {0} are wrong | {0} > {1} | {1} < {0}", right, others[0])
+    hints += filled("prefer {0} to {1} | {0} beats {1}", right, others[0])
+    first = ("first", "second", "third", "fourth")[place]
+    hints += filled("Everything except the {0} is wrong | All but the {0} option fail", first)
+    assert set(judged(hints, asked).values()) == {True}, judged(hints, asked)
+    spared = filled("All options except {0} are wrong | Everything but {0} can be excluded", right)
+    misled = replace(asked, answer=others[0])
+    assert set(judged(spared, misled).values()) == {True}, judged(spared, misled)
+    some = filled("{} does not fit | Options {} and {} don't match | {}: no, {}: no", *others)
+    assert not any(judged([hint for hint in some if hint[0] != "A"], asked).values())
+
+
+@pytest.mark.parametrize(
+    ("hint", "states"),
+    [
+        ("The lungs are normal.", True),
+        ("The lung looks quite normal", True),
+        ("Lung: normal", True),
+        ("a normal-appearing lung", True),
+        ("normal appearance of the lung", True),
+        ("The lung is normal in size?", False),
+        ("The lungs are not normal.", False),
+        ("The lung is here, normal or not.", False),
+        ("normal heart, but the lung is dense", False),
+    ],
+)
+def test_the_words_of_an_option_are_known_in_another_order(hint, states):
+    assert states_answer(hint, CHEST) == states
+
+
+@pytest.mark.parametrize(
+    ("hint", "states"),
+    [
+        # A question or comparison that names an option by its words points at none.
+        ("Compare with a normal lung: are the markings symmetric?", False),
+        ("How does this differ from a normal lung?", False),
+        ("Could it be a normal lung?", False),
+        ("A normal lung is black; is it so here?", False),
+        ("Think about what makes a normal lung dark.", False),
+        # It does if it is the option alone, denies its own doubt, or says more than it asks.
+        ("Normal lung?", True),
+        ("Isn't this a normal lung?", True),
+        ("It is a normal lung, isn't it?", True),
+        ("The answer is normal lung; do you see why?", True),
+        ("What you see is a normal lung.", True),
+        # A condition makes no statement of a wrong option; to name the right one alone still does.
+        ("If there is a meniscus choose C, otherwise look at the apices.", False),
+        ("If you ask me, choose C.", True),
+        ("If there is no meniscus choose B.", True),
+        ("the letter after A", True),
+        ("the option between A and C", True),
+        ("Look at the B side of the film", False),
+    ],
+)
+def test_what_a_question_a_comparison_and_a_condition_state(hint, states):
+    assert states_answer(hint, CHEST) == states
+
+
+@pytest.mark.parametrize(
+    "two", ["2", "2.", "II", "\u2161", "\u2461", "\u2777", "2\ufe0f\u20e3", "\u4e8c"]
+)
+def test_a_number_alone_or_as_the_answer_is_a_place(two):
+    """Where the options have no numbers; in a sum or with a unit it is none."""
+    hints = [two, f"Answer: {two}", f"The answer is {two}", f"option {two}"]
+    assert set(judged(hints, CHEST).values()) == {True}, judged(hints, CHEST)
+    for hint in ("Look at 2 places.", "page 2", "The answer is 2 steps away", "7"):
+        assert not states_answer(hint, CHEST)
+    sizes = replace(CHEST, options=("2 cm", "3 cm", "5 cm"), answer="B")
+    assert not states_answer("2", sizes)
+
+
+@pytest.mark.parametrize(
+    "letter", ["\U0001f171", "\U0001f171\ufe0f", "\U0001f131", "\U0001f151", "\u24b7"]
+)
+def test_a_letter_in_any_sign_is_that_letter(letter):
+    assert states_answer(letter, CHEST) and states_answer(f"It is {letter}", CHEST)
+    assert states_answer(letter, replace(CHEST, answer="C"))  # and misleads where another is right
+
+
+@pytest.mark.parametrize("seven", ["7", "seven", "VII", "\u2166", "\u4e03", "\u2466", "\uff17"])
+def test_a_number_in_any_script_is_a_result(seven):
+    asked = newcomer.QUESTIONS["nodules"]
+    hints = f"""{seven} | {seven} = 3 + 4 | It ends up being {seven}. | The picture has {seven}.
+    {seven} of them are visible | It is {seven} | number {seven} | all {seven} of them"""
+    assert set(judged(filled(hints), asked).values()) == {True}, judged(filled(hints), asked)
+    for hint in (
+        "7%",
+        "7 percent of cases",
+        "the left number 7",
+        "the first has a 7",
+        "IV contrast",
+    ):
+        assert not states_answer(hint, asked)
+
+
 # ---- time ----
 
 
 @pytest.mark.parametrize("question", ["lung", "cyst", "sum", "virus"])
 @pytest.mark.parametrize(
     "piece",
-    ["a, ", "A, B, C ", "normal lung, ", "7 + ", "the B ", "not ", "(", "second ", "nsn", "</b>"],
+    [
+        *(
+            "a, ",
+            "A, B, C ",
+            "normal lung, ",
+            "7 + ",
+            "the B ",
+            "not ",
+            "(",
+            "second ",
+            "nsn",
+            "</b>",
+        ),
+        *("B now ", "normal lung now ", "lungs are very ", "what a lung ", "yes now ", "7 of "),
+        *("~~", "~~B~~ ", "B > ", "all but B now ", "\U0001f171", "\u2717"),
+    ],
 )
 def test_work_is_linear_in_the_hint(question, piece):
     """Lines of Python run for a text and for one four times as long."""
@@ -197,16 +366,40 @@ def test_a_hint_of_100_kilobytes_is_read():
 
 
 @pytest.mark.parametrize(
-    ("name", "planted"),
+    ("module", "name", "planted"),
     [
-        ("_is_stated", lambda *_: False),
-        ("_is_result", lambda *_: False),
-        ("_is_ruled_out", lambda *_: False),
-        ("_is_operand", lambda *_: False),
-        ("is_name", lambda *_: False),
-        ("_is_led_to", lambda *_: True),
+        (leaks, "_is_stated", lambda *_: False),
+        (leaks, "is_ruled_out", lambda *_: False),
+        (leaks, "is_name", lambda *_: False),
+        (leaks, "_is_led_to", lambda *_: True),
+        (hint_numbers, "_is_result", lambda *_: False),
+        (hint_numbers, "_is_operand", lambda *_: False),
     ],
 )
-def test_the_counts_see_a_rule_that_is_broken(monkeypatch, name, planted):
-    monkeypatch.setattr(leaks, name, planted)
-    assert len(unseen(LEAKS)) + len(seen(FAIR)) > 2  # those two are known
+def test_the_counts_see_a_rule_that_is_broken(monkeypatch, module, name, planted):
+    monkeypatch.setattr(module, name, planted)
+    assert len(unseen(LEAKS)) + len(seen(FAIR)) > 1  # that one is known
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "planted"),
+    [
+        (leaks, "prefers", lambda *_: False),
+        (leaks, "is_neighbour", lambda *_: False),
+        (leaks, "is_everyday_ruled_out", lambda *_: False),
+        (leaks, "_is_yes", lambda *_: False),
+        (leaks, "is_marked_right", lambda *_: True),
+        (leaks, "is_conditional", lambda *_: False),
+        (leaks, "is_asked", lambda *_: False),
+        (leaks, "is_compared", lambda *_: False),
+        (leaks, "is_compared", lambda *_: True),
+        (verdicts, "_is_marked_out", lambda *_: False),
+        (mentions, "_turned", lambda *_: iter(())),
+        (mentions, "_answers", lambda *_: False),
+        (hint_numbers, "_value", lambda *_: None),
+    ],
+)
+def test_the_newcomers_counts_see_a_rule_that_is_broken(monkeypatch, module, name, planted):
+    monkeypatch.setattr(module, name, planted)
+    missed = len(unseen(newcomer.LEAKS, newcomer.QUESTIONS))
+    assert missed > 48 or len(seen(newcomer.FAIR, newcomer.QUESTIONS)) > 4

@@ -77,6 +77,7 @@ def test_worked_answer_has_reasoning_where_the_dataset_has():
         ("<hint><hint>a</hint>", None),
         ("<hint>a</hint></hint>", None),
         ("<hint> \n </hint>", None),
+        ("<hint>\u200b\ufe0f</hint>", None),
         ("", None),
     ],
 )

@@ -17,6 +17,7 @@ RIGHT = [
     "<think>3 + 5 = 8</think>\n<answer> c. </answer>\n",
     "<answer>C</answer>",
     "So:<think>a\nb</think><answer>\nC\n</answer>",
+    *(f"<answer>{form}</answer>" for form in ("(C)", "C)", "C:", " (c). ", "c)\n")),
     "so</think>\n\n<answer>C</answer>",  # all that is sampled where the prompt opened <think>
 ]
 WRONG = {
@@ -38,6 +39,10 @@ WRONG = {
     "two letters": "<answer>C D</answer>",
     "all letters": "<answer>ABCD</answer>",
     "letter and text": "<answer>C) CT</answer>",
+    "half a bracket": "<answer>(C</answer>",
+    "two brackets": "<answer>((C))</answer>",
+    "two letters in brackets": "<answer>(C)(D)</answer>",
+    "wide brackets": "<answer>\uff08C\uff09</answer>",
     "full-width letter": "<answer>\uff23</answer>",
     "Cyrillic letter": "<answer>\u0421</answer>",
     "Greek letter": "<answer>\u03f9</answer>",
@@ -84,8 +89,21 @@ def test_a_wrong_letter_is_parsed_as_that_letter():
         (GOOD + " done", 0.0),
         *(
             (f"<think>{thought}</think><answer>C</answer>", 0.0)
-            for thought in ("", " ", "\n \t", "\u00a0", "\u200b\u200b", "\ufeff", "\u2800", "\x00")
+            for thought in (
+                *("", " ", "\n \t", "\u00a0", "\u200b\u200b", "\ufeff", "\u2800", "\x00"),
+                *("\ufe0f", "\u034f", "\u17b4\u17b5", "\ufffc", "\u0301\u0308", "\u20dd", "\ue000"),
+                *(
+                    "\U000e0041",
+                    "\U000e0100",
+                    "\u3164 \u115f",
+                    "\U0001d159",
+                    "\u180b\u180e",
+                    "\u0903",
+                ),
+            )
         ),
+        ("<think>e\u0301</think><answer>C</answer>", 1.0),
+        ("<think>\u2764\ufe0f</think><answer>C</answer>", 1.0),
         ("<think>?</think><answer>C</answer>", 1.0),
     ],
 )
