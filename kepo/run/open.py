@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kepo.config import MAY_CHANGE_ON_RESUME, Config, from_mapping
+from kepo.config import MAY_CHANGE_ON_RESUME, RENAMED, Config, from_mapping
 from kepo.data.identity import changed_questions, inputs_of
 from kepo.data.run_data import RunData, load_data, write_record
 from kepo.distributed.processes import on_rank0
@@ -169,14 +169,16 @@ def check_same_tokens(policy: VLM, teacher: VLM | None) -> None:
 
 
 def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
-    """A run is resumed with the settings it was started with."""
+    """A run is resumed with the settings it was started with: those that the version which started
+    it knew."""
+    known = {RENAMED.get(name, name) for name in saved}
     before, now = dataclasses.asdict(from_mapping(saved, str(folder))), dataclasses.asdict(config)
     # A longer run is the same run, unless its length is what the learning rate goes by.
     may_change = MAY_CHANGE_ON_RESUME | ({"steps"} if config.lr_end == 1.0 else set())
     changed = [
         f"{name}: {before[name]!r} -> {now[name]!r}"
         for name in now
-        if before[name] != now[name] and name not in may_change
+        if name in known - may_change and before[name] != now[name]
     ]
     if changed:
         raise KepoConfigError(

@@ -1,5 +1,6 @@
 """Whatever is done to the files of a run: it goes on to the right bits, or ends in a sentence."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -210,6 +211,15 @@ def test_a_setting_renamed_and_forgotten_would_be_seen(tmp_path, monkeypatch):
     with toy_run.toys():
         ended = toy_run.run(EARLIER)
     assert "step-00000003: unknown keys ['engine']" in ended.sentence
+
+
+def test_a_setting_that_it_did_not_know_may_have_any_value(tmp_path, monkeypatch):
+    earlier(tmp_path, monkeypatch)
+    with toy_run.toys():  # as the preset kepo_official has it today
+        ended = toy_run.run(dataclasses.replace(EARLIER, hint_retries=0))
+        assert ended.sentence is None and "resuming after step 3" in ended.printed
+        ended = toy_run.run(dataclasses.replace(EARLIER, num_hinted=1))
+    assert "other settings (num_hinted: 2 -> 1)" in ended.sentence
 
 
 @pytest.mark.slow
