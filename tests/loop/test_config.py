@@ -205,7 +205,7 @@ def test_a_mistake_is_blamed_on_its_layer(tmp_path):
     ("line", "message"),
     [
         ("lr: 0", "lr=0; expected a number > 0"),
-        ("gate_threshold: .inf", "gate_threshold=inf; expected a finite number"),
+        ("gate_threshold: .inf", "gate_threshold=.inf; expected a finite number"),
         ("eval_limit: 0", "eval_limit=0; expected a number >= 1"),
         ("reward_weights: [1, .nan]", "reward_weights=.*; expected a list, each of it a finite"),
         ("sharding: zero3", "sharding='zero3'; expected one of none, fsdp2"),
