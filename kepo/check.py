@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 
@@ -13,13 +11,16 @@ from kepo.config import TOTAL, Config
 from kepo.data.load import layout_of
 from kepo.distributed.processes import launched
 from kepo.errors import KepoConfigError, KepoDataError
+from kepo.sections import ModelsConfig, RewardConfig
 from kepo.tasks.rewards import REWARDS
 
 
 def check(config: Config) -> None:
-    """Raise KepoConfigError for the first setting that is out of range, unknown or at odds with
-    another, with the data or with this machine."""
+    """Raise KepoConfigError for the first setting that is at odds with another, with the data or
+    with this machine."""
     check_settings(config)
+    if not config.train_data:
+        _refuse("train_data is not set; give a folder in OmniMedVQA's layout, or see --help")
     for name in ("train_data", "eval_data"):
         folder = getattr(config, name)
         if folder is not None:
@@ -31,13 +32,13 @@ def check(config: Config) -> None:
 
 
 def check_settings(config: Config) -> None:
-    """The part of ``check`` that looks at nothing but the settings."""
-    _ranges(config)
-    _names(config)
+    """The part of ``check`` that looks at nothing but the settings: data need not be there yet."""
+    by_name = {} if config.gate_reward is None else {"gate_reward": config.gate_reward}
+    if config.hint_trigger != "never":
+        by_name |= {"hint_reward": config.hint_reward, "accept_reward": config.accept_reward}
+    _reward_names(config, by_name)
     if not config.student:
         _refuse("student is not set; give the folder of a vision-language model")
-    if not config.train_data:
-        _refuse("train_data is not set; give a folder in OmniMedVQA's layout, or see --help")
     if config.eval_share and config.eval_data is not None:
         _refuse(f"eval_share={config.eval_share} and eval_data are two evaluations; give one")
     if config.hints and config.num_hinted > config.num_generations:
@@ -88,7 +89,7 @@ def check_settings(config: Config) -> None:
                 _refuse(f"{name}={value!r} needs a teacher; set teacher, or {name} to {off}")
 
 
-def _machine(config: Config) -> None:
+def _machine(config: ModelsConfig) -> None:
     """What has to be here: a device of that kind, and optional packages."""
     try:
         device = torch.device(config.device)
@@ -117,67 +118,8 @@ def _machine(config: Config) -> None:
             )
 
 
-def _ranges(config: Config) -> None:
-    def bound(names: str, holds: Any, expected: str) -> None:
-        for name in names.split():
-            value = getattr(config, name)
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                _refuse(f"{name}={value!r}; expected {expected}")
-
-    bound(
-        "steps prompts_per_step num_iterations micro_batch rollout_batch max_completion_length "
-        "num_hinted max_attempts save_every keep_checkpoints eval_limit eval_batch workspace_bytes "
-        "rollout_tokens",
-        lambda x: x >= 1,
-        "a number >= 1",
-    )
-    bound("num_generations", lambda x: x >= 2, "at least 2: advantages are relative to a group")
-    bound(
-        "warmup_steps weight_decay kl_coef policy_coef distill_coef eval_every epsilon_high "
-        "max_skipped_steps seed dynamic_sampling overlong_buffer log_completions_every lora_rank",
-        lambda x: x >= 0,
-        "a number >= 0",
-    )
-    bound(
-        "lr max_grad_norm sampling_temperature temperature hinted_cap hinted_gamma "
-        "sampler_cap lora_alpha rank_timeout_minutes",
-        lambda x: x > 0,
-        "a number > 0",
-    )
-    bound("hint_retries", lambda x: x >= 0, "a number >= 0")
-    bound("hint_temperature", lambda x: x > 0, "a number > 0: the first hint is the greedy one")
-    bound("top_p vllm_memory", lambda x: 0 < x <= 1, "a number in (0, 1]")
-    bound("eval_share", lambda x: 0 <= x < 1, "a number in [0, 1)")
-    bound("beta epsilon_low lr_end data_fraction", lambda x: 0 <= x <= 1, "a number in [0, 1]")
-    bound(
-        "entropy_coef gate_threshold hint_threshold accept_threshold",
-        lambda x: True,
-        "a finite number",
-    )
-
-
-def _names(config: Config) -> None:
-    def choose(name: str, choices: Sequence[Any]) -> None:
-        value = getattr(config, name)
-        if value not in choices:
-            _refuse(f"{name}={value!r}; expected one of {', '.join(map(str, choices))}")
-
-    choose("dtype", ("float32", "bfloat16"))  # float16 would need its losses scaled
-    choose("sharding", ("none", "fsdp2"))
-    choose("teacher_placement", ("copy", "fsdp2", "offload"))
-    choose("teacher_bits", (None, 8, 4))
-    choose("sampler", ("transformers", "vllm"))
-    choose("sampler_correction", ("none", "truncate"))
-    choose("bad_records", ("skip", "fail"))
-    choose("changed_inputs", ("refuse", "accept"))
-    choose("impl", ("auto", "triton", "cpu", "torch"))
-    choose("policy_reduction", ("token_mean", "sequence_mean", "sum", "dr_grpo"))
-    choose("distill_reduction", ("token_mean", "sequence_mean", "sum"))
-    choose("policy_loss", ("clip", "cispo", "sapo", "reinforce"))
-    choose("importance_level", ("token", "sequence"))
-    choose("scale_rewards", ("group", "none"))
-    choose("hint_trigger", ("failed", "always", "never"))
-    choose("hinted_correction", ("none", "truncate", "shape"))
+def _reward_names(config: RewardConfig, by_name: Mapping[str, str]) -> None:
+    """``by_name``: the settings that name one of the rewards, or the total."""
     if not config.rewards or len(set(config.rewards)) != len(config.rewards):
         _refuse(f"rewards={config.rewards!r}; expected at least one name, each once")
     for name in config.rewards:
@@ -188,13 +130,10 @@ def _names(config: Config) -> None:
             f"reward_weights has {len(config.reward_weights)} values for "
             f"{len(config.rewards)} rewards"
         )
-    if not all(map(math.isfinite, config.reward_weights)):
-        _refuse(f"reward_weights={config.reward_weights!r}; expected finite numbers")
-    if config.gate_reward is not None:
-        choose("gate_reward", (*config.rewards, TOTAL))
-    if config.hint_trigger != "never":
-        choose("hint_reward", (*config.rewards, TOTAL))
-        choose("accept_reward", (*config.rewards, TOTAL))
+    choices = (*config.rewards, TOTAL)
+    for name, value in by_name.items():
+        if value not in choices:
+            _refuse(f"{name}={value!r}; expected one of {', '.join(choices)}")
 
 
 def _refuse(message: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from kepo.disk.yaml_file import read_mapping
 from kepo.errors import KepoConfigError
@@ -45,6 +46,11 @@ class Config(
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name, value in _typed(values, "Config").items():
             object.__setattr__(self, name, value)
+
+    @property
+    def taught_by(self) -> str | None:
+        """The teacher, if the run asks it for anything."""
+        return self.teacher if self.distils or self.hints else None
 
 
 MAY_CHANGE_ON_RESUME = frozenset(
@@ -105,19 +111,22 @@ def from_mapping(values: dict[str, Any], source: str) -> Config:
 
 def _typed(values: dict[str, Any], source: str) -> dict[str, Any]:
     """``values`` as the fields' annotations want them, paths with their ~ expanded."""
-    known = {field.name: str(field.type) for field in dataclasses.fields(Config)}
+    known = _annotations()
     unknown = sorted(str(name) for name in values if name not in known)
     if unknown:
         new = "".join(f"{a} is now called {RENAMED[a]}; " for a in unknown if a in RENAMED)
         raise KepoConfigError(f"{source}: unknown keys {unknown}; {new}known are {sorted(known)}")
     found: dict[str, Any] = {}
     for name, value in values.items():
-        wanted = known[name]
         try:
-            found[name] = typed(value, wanted)
+            found[name] = typed(value, known[name])
             if name in PATHS and found[name] != getattr(Config, name):  # "" and None: not set
-                wanted = "a path"
                 found[name] = expanded(found[name])
         except ValueError as error:
-            raise KepoConfigError(f"{source}: {name}={sentence(value, wanted, error)}") from error
+            raise KepoConfigError(f"{source}: {name}={sentence(value, error)}") from error
     return found
+
+
+@cache
+def _annotations() -> dict[str, Any]:
+    return get_type_hints(Config, include_extras=True)

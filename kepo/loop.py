@@ -40,6 +40,7 @@ from kepo.run.milestones import begin, draw_curves, is_measured, measure, save
 from kepo.run.open import Run, open_run
 from kepo.run.progress import say, show, step_bar
 from kepo.run.signals import StopRequest, lasting_output
+from kepo.sections import ObjectiveConfig, OptimizerConfig
 from kepo.terminal import any_terminal
 from kepo.words import command_line
 
@@ -121,14 +122,16 @@ def take_steps(run: Run) -> None:
             )
 
         stop.agree()
-        if not stop and is_measured(step, config):
+        if not stop and is_measured(step, config.steps, config.eval_every):
             measure(run, step)
             stop.agree()  # an evaluation may be long
         if stop or step == config.steps or step % config.save_every == 0:
             save(run, step)
 
 
-def add_gradients(models: Models, micros: list[Batch], config: Config, totals: StepTotals) -> None:
+def add_gradients(
+    models: Models, micros: list[Batch], config: ObjectiveConfig, totals: StepTotals
+) -> None:
     """Add the gradients of this process's micro-batches, and their numbers to ``totals``.
 
     After the first of several iterations ``micros`` hold the log-probabilities before any update.
@@ -162,7 +165,7 @@ def update(run: Run, step: int) -> float:
     return norm
 
 
-def lr_share(step: int, config: Config) -> float:
+def lr_share(step: int, config: OptimizerConfig) -> float:
     """Share of ``lr`` at a step: a rise over ``warmup_steps``, then a line from 1 to ``lr_end``."""
     if step <= config.warmup_steps:
         return step / config.warmup_steps

@@ -12,9 +12,11 @@ import math
 import numbers
 import os
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from kepo.errors import KepoConfigError
 
@@ -43,46 +45,87 @@ class Word(str):
         return str(self) if known and self else super().__repr__()
 
 
-def typed(value: Any, wanted: str) -> Any:
-    """``value`` as a field annotated ``wanted`` holds it: str, int, float or bool, a
-    tuple[..., ...] of one of them, or one of all these `| None`.
+class Bound(NamedTuple):
+    """What a number must fulfil beside being finite; part of a field's annotation."""
+
+    holds: Callable[[float], bool]
+    expected: str
+
+
+def typed(value: Any, hint: Any) -> Any:
+    """``value`` as a field annotated ``hint`` holds it: str, int, float, bool or a Literal, a
+    tuple[..., ...] of one of them, or one of all these `| None`. Numbers may have a ``Bound``.
 
     Lists become tuples, whole numbers floats where these are wanted, and the other way round;
-    numpy's scalars and paths are taken too. Raises ValueError, which says what to do.
+    numpy's scalars and paths are taken too. Raises ValueError, which says what was expected.
     """
-    plain = wanted.removesuffix(" | None")
-    optional = plain != wanted
+    kind, bound, optional = _parts(hint)
     if optional and (value is None or (isinstance(value, Word) and value in NONE)):
         return None
-    if plain.startswith("tuple["):
-        element = plain.removeprefix("tuple[").removesuffix(", ...]")
-        if not isinstance(value, (list, tuple)):
-            raise ValueError("a list, in YAML [one, two]")
-        return tuple(_scalar(one, element) for one in value)
-    return _scalar(value, plain)
+    if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        try:
+            return tuple(typed(one, get_args(kind)[0]) for one in value)
+        except ValueError as error:
+            raise ValueError(f"a list, each of it {error}") from error
+    try:
+        found = _scalar(value, kind)
+    except ValueError as error:
+        raise ValueError(", ".join(filter(None, (_spelt(hint), str(error))))) from error
+    if bound is not None and not (math.isfinite(found) and bound.holds(found)):
+        raise ValueError(bound.expected)
+    return found
 
 
-def _scalar(value: Any, plain: str) -> Any:
-    if plain == "str":
+def _parts(hint: Any) -> tuple[Any, Bound | None, bool]:
+    """``(the type itself, its bound, whether None is allowed)`` of an annotation."""
+    bound = None
+    optional = get_origin(hint) in (Union, UnionType)
+    if optional:
+        (hint,) = (kind for kind in get_args(hint) if kind is not NoneType)
+    if get_origin(hint) is Annotated:
+        hint, bound = get_args(hint)
+    return hint, bound, optional
+
+
+def _spelt(hint: Any) -> str:
+    """The annotation in an error."""
+    kind, _, optional = _parts(hint)
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, ((None,) if optional else ()) + get_args(kind)))}"
+    name = f"tuple[{_spelt(get_args(kind)[0])}, ...]" if get_args(kind) else kind.__name__
+    return f"{name} | None" if optional else name
+
+
+def _scalar(value: Any, kind: Any) -> Any:
+    """As ``typed``, but the ValueError says only what to do, if anything."""
+    if get_origin(kind) is tuple:
+        raise ValueError("a list, in YAML [one, two]")
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        found = value if isinstance(choices[0], str) else _scalar(value, type(choices[0]))
+        if found in choices:
+            return choices[choices.index(found)]
+        raise ValueError
+    if kind is str:
         return _text(value)
     if isinstance(value, Word):
-        found = BOOL.get(str(value)) if plain == "bool" else _number(value)
-    elif plain == "bool":
+        found = BOOL.get(str(value)) if kind is bool else _number(value)
+    elif kind is bool:
         found = value if isinstance(value, bool) else None
     else:
         found = value if _is_number(value) else None
     if found is not None:
-        if plain == "bool":
+        if kind is bool:
             return found
-        if plain == "float":
+        if kind is float:
             return float(found)
         if isinstance(found, numbers.Integral):
             return int(found)
         if math.isfinite(found) and found == int(found) and abs(found) <= EXACT:
             return int(found)
-    if isinstance(value, str) and not isinstance(value, Word) and _means(value, plain):
+    if isinstance(value, str) and not isinstance(value, Word) and _means(value, kind):
         raise ValueError("without quotes")
-    raise ValueError("true or false" if plain == "bool" else "")
+    raise ValueError("true or false" if kind is bool else "")
 
 
 def _text(value: Any) -> str:
@@ -103,8 +146,8 @@ def _text(value: Any) -> str:
     raise ValueError("")
 
 
-def _means(text: str, plain: str) -> bool:
-    return text in BOOL if plain == "bool" else _number(text) is not None
+def _means(text: str, kind: type) -> bool:
+    return text in BOOL if kind is bool else _number(text) is not None
 
 
 def _is_number(value: Any) -> bool:
@@ -129,19 +172,19 @@ def expanded(path: str) -> str:
     """``path`` with a leading ~ or ~user replaced by that home folder. Raises ValueError where
     there is none, and for what would make a folder of a strange name."""
     if not path:
-        raise ValueError("not an empty one")
+        raise ValueError("a path, not an empty one")
     if "\0" in path:
-        raise ValueError("without a NUL character")
+        raise ValueError("a path, without a NUL character")
     if found := re.search(r"\$(\w+|\{\w+\})", path):
         raise ValueError(
-            f"written out: {found[0]} is not expanded here; as a flag the shell expands it"
+            f"a path written out: {found[0]} is not expanded here; as a flag the shell expands it"
         )
     if path in ("none", "None"):
-        raise ValueError(f"./{path} if there is one of that name")
+        raise ValueError(f"a path, ./{path} if there is one of that name")
     home = os.path.expanduser(path)
     if path.startswith("~") and home == path:
         name = Path(path).parts[0]
-        raise ValueError(f"but {name} is no user's home folder; ./{path} if it is a name")
+        raise ValueError(f"a path, but {name} is no user's home folder; ./{path} if it is a name")
     return home
 
 
@@ -150,9 +193,9 @@ def at_home(record: Any, *names: str) -> Any:
     found = {name: getattr(record, name) for name in names}
     for name, value in found.items():
         try:
-            found[name] = None if value is None else expanded(_text(value))
+            found[name] = None if value is None else expanded(typed(value, str))
         except ValueError as error:
-            raise KepoConfigError(f"{name}={sentence(value, 'a path', error)}") from error
+            raise KepoConfigError(f"{name}={sentence(value, error)}") from error
     return dataclasses.replace(record, **found)
 
 
@@ -170,65 +213,42 @@ def command_line(kind: Any, **settings: Any) -> Any:
 def _registry() -> Any:
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
-    names = {int: "int", float: "float", int | None: "int | None", float | None: "float | None"}
-    names[str | None] = "str | None"
     registry = ConstructorRegistry()
 
     @registry.primitive_rule
-    def scalar(info: Any) -> Any:
-        wanted = names.get(info.type)
-        if wanted is None:
-            return None
-        plain = wanted.removesuffix(" | None")
-        optional = plain != wanted
+    def by_words(info: Any) -> Any:
+        kind, _, optional = _parts(info.type)
+        several = optional and get_origin(kind) is tuple
+        if not (several or kind in (int, float) or optional):
+            return None  # tyro's own way is right
+        one = get_args(kind)[0] if several else kind
+        name = f"{{{','.join(map(str, get_args(one)))}}}" if get_args(one) else one.__name__.upper()
 
         def read(words: list[str]) -> Any:
-            # A flag's text needs no quotes, and an empty one was meant.
-            if plain == "str":
-                return None if words[0] in NONE - {""} else words[0]
+            if len(words) == 1 and optional and words[0] in NONE - {""}:
+                return None
+            if several or kind is str:  # a flag's text needs no quotes, and an empty one was meant
+                return tuple(words) if several else words[0]
             try:
-                return typed(Word(words[0]), wanted)
+                return typed(Word(words[0]), info.type)
             except ValueError as error:
-                raise ValueError(sentence(words[0], wanted, error)) from error
+                raise ValueError(sentence(words[0], error)) from error
 
         return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar=("{None}|" if optional else "") + plain.upper(),
+            nargs="*" if several else 1,
+            metavar="{None}|" * optional + (f"{name} [{name} ...]" if several else name),
             instance_from_str=read,
-            is_instance=lambda value: _holds(value, wanted),
-            str_from_instance=lambda value: [str(value)],
-        )
-
-    @registry.primitive_rule
-    def names_or_none(info: Any) -> Any:
-        if info.type != tuple[str, ...] | None:
-            return None
-        return PrimitiveConstructorSpec(
-            nargs="*",
-            metavar="{None}|STR [STR ...]",
-            instance_from_str=lambda words: (
-                None if len(words) == 1 and words[0] in NONE - {""} else tuple(words)
-            ),
-            is_instance=lambda value: _holds(value, "tuple[str, ...] | None"),
-            str_from_instance=lambda value: ["None"] if value is None else list(value),
+            is_instance=lambda value: True,  # a default is of the field's type already
+            str_from_instance=lambda value: list(value) if several and value else [str(value)],
         )
 
     return registry
 
 
-def _holds(value: Any, wanted: str) -> bool:
-    try:
-        typed(value, wanted)
-    except ValueError:
-        return False
-    return True
-
-
-def sentence(value: Any, wanted: str, error: ValueError) -> str:
-    """What came, what was wanted, and what to do."""
+def sentence(value: Any, expected: ValueError) -> str:
+    """What came, what was expected, and what to do."""
     import reprlib
 
     short = reprlib.Repr()
     short.maxstring = short.maxother = 200
-    shown = short.repr(value)
-    return f"{shown}; expected {wanted}{f', {error}' if str(error) else ''}"
+    return f"{short.repr(value)}; expected {expected}"

@@ -159,7 +159,6 @@ def settings(folder: Path, args: argparse.Namespace, device: torch.device) -> Co
         max_completion_length=args.tokens,
         hint_trigger="never",
         seed=args.seed,
-        lr=0.0,  # so that every update begins from the same weights
         # What opens the gate earns nothing, so the policy term is the same at every gate rate.
         gate_reward="accuracy",
         rewards=("accuracy", "format"),

@@ -56,7 +56,7 @@ from benchmarks.stamp import PACKAGES, stamp
 from kepo.models.reading import own_progress_only
 from kepo.planner.held import Machine
 from kepo.planner.known_models import KNOWN, known_model
-from kepo.planner.memory import moments
+from kepo.planner.memory import Setup, moments
 
 SCENARIOS = {
     "memory": dict(
@@ -188,7 +188,7 @@ def plan(bench: Bench) -> dict[str, Row]:
     cuda = device.type == "cuda"
     before = 0.0 if cuda else bench.gauge.settle() - bench.standing_mib()
     size = torch.cuda.get_device_properties(device).total_memory if cuda else 0
-    found = moments(problem.config, Machine(1, size, device.type), problem.prompts)
+    found = moments(Setup(problem.config, Machine(1, size, device.type), problem.prompts))
     found["teacher"] = [moment for moment in found["update"] if "teacher" in moment.name]
     rows = {}
     for phase, each in found.items():

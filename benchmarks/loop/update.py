@@ -166,7 +166,8 @@ class Bench:
         self.problem, self.folder = problem, folder
         self.gauge = Gauge(problem.policy.device)
         self.trained = {n: p for n, p in problem.policy.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=problem.config.lr)
+        # A rate of 0, so that every update begins from the same weights.
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=0.0)
         for parameter in self.trained.values():  # AdamW's state, as earlier steps leave it
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()

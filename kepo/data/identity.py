@@ -20,6 +20,7 @@ from tqdm import tqdm
 from kepo.config import Config
 from kepo.data.example import Example
 from kepo.errors import KepoCheckpointError, KepoDataError
+from kepo.sections import DataConfig
 
 READ = (".json", ".jinja", ".txt", ".model", ".safetensors")
 """Endings of a model's files."""
@@ -117,15 +118,15 @@ def records_identity(
 def inputs_of(config: Config, records: Mapping[str, Any]) -> dict[str, Any]:
     """All that a resumed run must find again: ``records`` by setting, and the models."""
     found = dict(records)
-    if config.teacher is not None and (config.distils or config.hints):
-        found["teacher"] = model_identity(config.teacher)
+    if config.taught_by is not None:
+        found["teacher"] = model_identity(config.taught_by)
     if config.lora_rank > 0 or config.kl_coef > 0:  # the base of adapters, or the reference
         found["student"] = model_identity(config.student)
     return found
 
 
 def changed_questions(
-    config: Config,
+    config: DataConfig,
     state: Mapping[str, Any],
     now: Mapping[str, Any],
     examples: Mapping[str, Sequence[Example]],

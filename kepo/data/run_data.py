@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kepo.config import Config
 from kepo.data.example import Example
 from kepo.data.identity import records_identity
 from kepo.data.images import Look, digests_in, looks_of
@@ -20,6 +19,7 @@ from kepo.data.splits import shared_images, split_by_image, without_images_of
 from kepo.disk.durable import as_json, write_durably
 from kepo.disk.files import printable
 from kepo.errors import KepoDataError
+from kepo.sections import DataConfig
 
 Judge = Callable[[Sequence[Example], DataReport, bool], tuple[list[Example], DataReport]]
 """Leaves out what the models cannot be asked; the flag says whether the examples are trained on."""
@@ -47,7 +47,7 @@ class RunData:
         return {"train_data": self.train, "eval_data": self.eval}
 
 
-def load_data(config: Config, judge: Judge | None = None) -> RunData:
+def load_data(config: DataConfig, judge: Judge | None = None) -> RunData:
     """Load ``train_data`` and ``eval_data`` as the config selects them, bad records left out.
 
     With ``verify_images`` every image is decoded once: one that cannot be makes its record bad, and

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from kepo.config import Config
 from kepo.errors import KepoConfigError
 from kepo.models.tensors import with_saved_adapters
 
@@ -16,29 +15,27 @@ TARGETS = r".*language_model\.layers\..*_proj"
 not the vision tower."""
 
 
-def with_adapters(model: Any, config: Config, saved: Path | None = None) -> Any:
+def with_adapters(model: Any, rank: int, alpha: float, seed: int, saved: Path | None = None) -> Any:
     """Put adapters into ``model``, in place, and freeze all else; returns peft's wrapper, which
     saves them.
 
     saved: the folder they were saved in; None = new ones, that change nothing yet, the same for the
-    same ``config.seed``. Adapters are float32 whatever the model is. Raises KepoConfigError without
+    same ``seed``. Adapters are float32 whatever the model is. Raises KepoConfigError without
     peft, KepoCheckpointError if ``saved`` has no safetensors or does not fit.
     """
     try:
         import peft
     except ImportError as error:
-        raise KepoConfigError(
-            f"lora_rank={config.lora_rank} needs peft; pip install 'kepo[lora]'"
-        ) from error
+        raise KepoConfigError(f"lora_rank={rank} needs peft; pip install 'kepo[lora]'") from error
 
     if saved is not None:
         return with_saved_adapters(peft, model, saved, is_trainable=True)
     settings = peft.LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
+        r=rank,
+        lora_alpha=alpha,
         lora_dropout=0.0,  # what trains is what sampled
         target_modules=TARGETS,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(seed)
         return peft.get_peft_model(model, settings)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kepo.config import Config
 from kepo.distributed.processes import rank_slice, world_size
 from kepo.models.encoding import Prompt
 from kepo.objective.credit import group_advantages, quality_gate
 from kepo.rollout.types import Group, Rollout, reward_of, total_rewards
+from kepo.sections import ObjectiveConfig
 from kepo_kernels import dr_grpo_weights, loss_weights
 
 
@@ -82,7 +82,9 @@ class Batch:
         return {name: x for name, x in values.items() if isinstance(x, Tensor)}
 
 
-def collate(groups: Sequence[Group], config: Config, data: Sequence[Rollout] = ()) -> Batch:
+def collate(
+    groups: Sequence[Group], config: ObjectiveConfig, data: Sequence[Rollout] = ()
+) -> Batch:
     """Advantages, masks and weights of all rollouts of one step.
 
     Every group must have the same number of samples; ``data`` are the dataset's own solutions, each
@@ -122,7 +124,7 @@ def collate(groups: Sequence[Group], config: Config, data: Sequence[Rollout] = (
     )
 
 
-def gates(rollouts: Sequence[Rollout], config: Config) -> Tensor:
+def gates(rollouts: Sequence[Rollout], config: ObjectiveConfig) -> Tensor:
     """(B,) fp32: how much each completion is distilled on, by its quality alone."""
     if not config.distils:
         return torch.zeros(len(rollouts))

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kepo.config import Config
 from kepo.distributed.processes import all_gather, any_rank
 from kepo.models.vlm import VLM
 from kepo.objective.batch import Batch
 from kepo.objective.credit import correction_weights, hinted_weights
 from kepo.objective.sod import drift_weights
+from kepo.sections import ObjectiveConfig
 from kepo_kernels import TokenStats, fused_kepo_loss, fused_linear_logprobs
 from kepo_kernels.objectives.policy import ESTIMATORS
 
@@ -55,7 +55,7 @@ def kepo_step(
     teacher: VLM | None,
     ref: VLM | None,
     micro: Batch,
-    config: Config,
+    config: ObjectiveConfig,
     totals: StepTotals,
 ) -> tuple[Tensor, Tensor]:
     """The loss of a micro-batch, ready for backward, and its (B, T) detached log-probabilities.
@@ -102,7 +102,7 @@ def kepo_step(
     return loss, stats.logprobs
 
 
-def _softmax(config: Config) -> dict[str, Any]:
+def _softmax(config: ObjectiveConfig) -> dict[str, Any]:
     """Say how every call of the kernels reads logits, and by which engine."""
     return dict(
         temperature=config.temperature, impl=config.impl, workspace_bytes=config.workspace_bytes
@@ -110,13 +110,15 @@ def _softmax(config: Config) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _logprobs(model: VLM, states: Tensor, ids: Tensor, mask: Tensor, config: Config) -> Tensor:
+def _logprobs(
+    model: VLM, states: Tensor, ids: Tensor, mask: Tensor, config: ObjectiveConfig
+) -> Tensor:
     """Score the ids: (B, T) log-probabilities where the mask is, 0 elsewhere."""
     head = model.lm_head
     return fused_linear_logprobs(states, head, ids, completion_mask=mask, **_softmax(config))
 
 
-def _ref_logprobs(ref: VLM, micro: Batch, config: Config) -> Tensor:
+def _ref_logprobs(ref: VLM, micro: Batch, config: ObjectiveConfig) -> Tensor:
     ids, mask = micro.completion_ids, micro.completion_mask
     shown = ref.encode(micro.prompts)
     with torch.no_grad():
@@ -125,7 +127,7 @@ def _ref_logprobs(ref: VLM, micro: Batch, config: Config) -> Tensor:
 
 
 def _sampler_weights(
-    policy: VLM, hidden: Tensor, micro: Batch, config: Config, totals: StepTotals
+    policy: VLM, hidden: Tensor, micro: Batch, config: ObjectiveConfig, totals: StepTotals
 ) -> Tensor | None:
     """Return (B, T) factors of the policy loss where another law sampled, None where none did.
 
@@ -160,7 +162,7 @@ def _distillation(
     teacher: VLM | None,
     hidden: Tensor,
     micro: Batch,
-    config: Config,
+    config: ObjectiveConfig,
     totals: StepTotals,
 ) -> dict[str, Any]:
     """Ask the teacher, and return its arguments of the loss: none where every gate is closed.
@@ -193,7 +195,7 @@ def _distillation(
     return dict(teacher_hidden=states, teacher_lm_head=teacher.lm_head, distill_weights=weights)
 
 
-def _to_correct(micro: Batch, config: Config) -> tuple[Tensor, Tensor]:
+def _to_correct(micro: Batch, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     """(B, T) bool, twice: tokens that the sampler and the hinted correction weigh."""
     mask, hinted = micro.completion_mask, micro.hinted[:, None]
     own = mask & ~hinted & ~micro.sampler_logprobs.isnan()
@@ -227,7 +229,7 @@ def _add(
     totals: StepTotals,
     stats: TokenStats,
     micro: Batch,
-    config: Config,
+    config: ObjectiveConfig,
     ref_logprobs: Tensor | None,
 ) -> None:
     mask = micro.completion_mask

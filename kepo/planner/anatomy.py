@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kepo.config import Config
 from kepo.errors import KepoConfigError
 from kepo.models.adapters import with_adapters
 from kepo.planner.known_models import KNOWN, known_model
@@ -294,7 +293,7 @@ def anatomy(
         )
     model.tie_weights()
     if lora_rank:
-        with_adapters(model, Config(lora_rank=lora_rank))
+        with_adapters(model, lora_rank, alpha=lora_rank, seed=0)
     elif freeze_vision:
         model.model.visual.requires_grad_(False)
     return Anatomy(model, getattr(torch, dtype), device, masks=not flash)

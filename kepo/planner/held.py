@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from kepo.config import Config
 from kepo.planner.anatomy import Anatomy
+from kepo.sections import ModelsConfig, SamplingConfig, TeacherConfig
 
 GIB = 2**30
 ITEMS = (
@@ -91,9 +91,20 @@ class Standing:
 
 
 def standing(
-    config: Config, machine: Machine, student: Anatomy, teacher: Anatomy | None, pages: int
+    config: ModelsConfig,
+    machine: Machine,
+    student: Anatomy,
+    teacher: Anatomy | None,
+    *,
+    pages: int,
+    several: bool,
+    penalised: bool,
 ) -> Standing:
-    """Of the run that ``config`` describes."""
+    """What stays when the models are held as ``config`` says.
+
+    pages: those that the loss keeps. several: a step has several micro-batches. penalised: there
+    is a reference for the k3 penalty.
+    """
     counts, width = student.counts, student.dtype.itemsize
     sharded = config.sharding == "fsdp2"
     shards = machine.gpus if sharded else 1
@@ -101,11 +112,9 @@ def standing(
     trained_bytes = 4 if sharded or config.lora_rank else width
     trained = counts.trained * trained_bytes // shards
     frozen = (counts.total - counts.trained) * (4 if sharded else width) // shards
-    several = completions_per_process(config, machine) > config.micro_batch
     buckets = machine.gpus > 1 and not sharded
     root = counts.root * width if sharded else 0
     two_layers = 2 * counts.layer * width if sharded else 0
-    penalised = config.kl_coef > 0
     # A reference is the student as it began, in its dtype, and sharded with it.
     reference = (counts.total - counts.adapters) * width // shards + root
     held = Held(
@@ -132,12 +141,12 @@ def standing(
     )
 
 
-def completions_per_process(config: Config, machine: Machine) -> int:
+def completions_per_process(config: SamplingConfig, machine: Machine) -> int:
     """Of a step."""
     return -(-config.prompts_per_step * config.num_generations // machine.gpus)
 
 
-def teacher_bytes(config: Config, machine: Machine, teacher: Anatomy) -> int:
+def teacher_bytes(config: TeacherConfig, machine: Machine, teacher: Anatomy) -> int:
     """Of the teacher's weights, at rest."""
     counts, width = teacher.counts, teacher.dtype.itemsize
     whole = counts.total * width
@@ -151,7 +160,7 @@ def teacher_bytes(config: Config, machine: Machine, teacher: Anatomy) -> int:
     return root if config.teacher_placement == "offload" else whole // machine.gpus + root
 
 
-def teacher_at_work(config: Config, teacher: Anatomy) -> int:
+def teacher_at_work(config: TeacherConfig, teacher: Anatomy) -> int:
     """Above that, while it runs: sharded layers made whole, or a quantised matrix unpacked."""
     width = teacher.dtype.itemsize
     if config.teacher_placement != "copy":

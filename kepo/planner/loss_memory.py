@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kepo.config import Config
 from kepo.errors import KepoConfigError
 from kepo.planner.anatomy import Anatomy
+from kepo.sections import ObjectiveConfig
 from kepo_kernels.compute import gemm
 from kepo_kernels.compute.chunks import Sizes, chunk_length
 from kepo_kernels.compute.pages import KEPT_BYTES, LEAST_BYTES
@@ -32,7 +32,7 @@ class LossMemory:
 
 
 def loss_memory(
-    config: Config,
+    config: ObjectiveConfig,
     device: str,
     tokens: int,
     several: bool,

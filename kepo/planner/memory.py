@@ -23,6 +23,7 @@ from kepo.planner.held import Held, Machine, Standing, completions_per_process, 
 from kepo.planner.loss_memory import LossMemory, loss_memory
 from kepo.planner.towers import Kept, image_bytes, inference, text_training, vision_training
 from kepo.rollout.hints import MAX_HINT_LENGTH
+from kepo.sections import ModelsConfig
 
 PHASES = ("rollout", "hints", "update", "optimiser", "evaluation")
 
@@ -49,6 +50,14 @@ class Prompts:
         return self.image(model) * model.patches_per_token
 
 
+class Setup(NamedTuple):
+    """A run, the machine it is on, and how long its prompts are."""
+
+    config: Config
+    machine: Machine
+    prompts: Prompts = Prompts()
+
+
 class Moment(NamedTuple):
     """One instant of a phase."""
 
@@ -69,15 +78,15 @@ class Phase:
         return sum(self.held.values())
 
 
-def phases(config: Config, machine: Machine, prompts: Prompts) -> list[Phase]:
+def phases(setup: Setup) -> list[Phase]:
     """The phases of a step of this run, each at the moment when it holds most."""
-    found = moments(config, machine, prompts)
+    found = moments(setup)
     return [Phase(name, *max(found[name], key=_total)) for name in PHASES if name in found]
 
 
-def moments(config: Config, machine: Machine, prompts: Prompts) -> dict[str, list[Moment]]:
+def moments(setup: Setup) -> dict[str, list[Moment]]:
     """The moments of each phase, in their order."""
-    run = _Run.of(config, machine, prompts)
+    config, run = setup.config, _Run.of(setup)
     found = {"rollout": run.rollout(), "update": run.update(), "optimiser": run.optimiser()}
     if config.hints:
         found["hints"] = run.hints()
@@ -86,16 +95,16 @@ def moments(config: Config, machine: Machine, prompts: Prompts) -> dict[str, lis
     return {name: list(each) for name, each in found.items()}
 
 
-def peak(config: Config, machine: Machine, prompts: Prompts) -> Phase:
+def peak(setup: Setup) -> Phase:
     """The fullest phase."""
-    return max(phases(config, machine, prompts), key=lambda phase: phase.total)
+    return max(phases(setup), key=lambda phase: phase.total)
 
 
 def _total(moment: Moment) -> int:
     return sum(moment.held.values())
 
 
-def student_of(config: Config, machine: Machine) -> Anatomy:
+def student_of(config: ModelsConfig, machine: Machine) -> Anatomy:
     return anatomy(
         config.student,
         config.dtype,
@@ -106,10 +115,11 @@ def student_of(config: Config, machine: Machine) -> Anatomy:
     )
 
 
-def teacher_of(config: Config, machine: Machine) -> Anatomy | None:
-    if not (config.distils or config.hints):
+def teacher_of(setup: Setup) -> Anatomy | None:
+    config = setup.config
+    if config.taught_by is None:
         return None
-    return anatomy(config.teacher, config.dtype, machine.device, config.attn_implementation)
+    return anatomy(config.taught_by, config.dtype, setup.machine.device, config.attn_implementation)
 
 
 @dataclass(frozen=True)
@@ -119,14 +129,24 @@ class _Run:
     prompts: Prompts
     student: Anatomy
     teacher: Anatomy | None
+    loss: LossMemory
     stays: Standing
 
     @classmethod
-    def of(cls, config: Config, machine: Machine, prompts: Prompts) -> _Run:
-        student, teacher = student_of(config, machine), teacher_of(config, machine)
-        pages = _loss(config, machine, student, teacher).pages
-        stays = standing(config, machine, student, teacher, pages)
-        return cls(config, machine, prompts, student, teacher, stays)
+    def of(cls, setup: Setup) -> _Run:
+        config, machine, prompts = setup
+        student, teacher = student_of(config, machine), teacher_of(setup)
+        loss = _loss(setup, student, teacher)
+        stays = standing(
+            config,
+            machine,
+            student,
+            teacher,
+            pages=loss.pages,
+            several=completions_per_process(config, machine) > config.micro_batch,
+            penalised=config.kl_coef > 0,
+        )
+        return cls(config, machine, prompts, student, teacher, loss, stays)
 
     # ---- phases ----
 
@@ -179,7 +199,6 @@ class _Run:
         rows = min(config.micro_batch, completions_per_process(config, self.machine))
         length = self.prompts.length(student) + config.max_completion_length
         states = rows * length * student.hidden * student.dtype.itemsize
-        loss = _loss(config, self.machine, student, teacher)
         # An image is seen once for all completions of its question, and a micro-batch may begin and
         # end in the middle of a group.
         questions = min(rows, -(-(rows - 1) // config.num_generations) + 1)
@@ -212,16 +231,15 @@ class _Run:
                 "teacher's forward", activations=kept + other + run, teacher=stays.teacher_at_work
             )
             other += rows * long * teacher.hidden * teacher.dtype.itemsize
-        yield moment("loss", idle=False, activations=kept + other, loss=loss.forward)
-        yield moment("loss's backward", idle=False, activations=kept, loss=loss.backward)
-        yield from self._backward(states, vision, text, loss, moment)
+        yield moment("loss", idle=False, activations=kept + other, loss=self.loss.forward)
+        yield moment("loss's backward", idle=False, activations=kept, loss=self.loss.backward)
+        yield from self._backward(states, vision, text, moment)
 
     def _backward(
         self,
         states: int,
         vision: Kept,
         text: Kept,
-        loss: LossMemory,
         moment: Callable[..., Moment],
     ) -> Iterator[Moment]:
         """Through both towers. Gradients of parameters come into being as activations go; sharded
@@ -231,7 +249,7 @@ class _Run:
         # A head's gradient is added to its parameter's at once, unless the embedding's has to come
         # first or the group's other gradients.
         waits = tied or stays.sharded or not stays.earlier_gradients
-        waiting = loss.head_gradient if waits else 0
+        waiting = self.loss.head_gradient if waits else 0
         sent = counts.layer_trained * (width + 4) if stays.sharded else 0
         yield moment(
             "last layer's backward",
@@ -239,7 +257,7 @@ class _Run:
             gradients=waiting + sent,
         )
         formed = max(0, stays.gradients - stays.earlier_gradients)
-        waiting = loss.head_gradient if tied or stays.sharded else 0
+        waiting = self.loss.head_gradient if tied or stays.sharded else 0
         if self.student.trains_vision:
             yield moment(
                 "vision tower's backward",
@@ -336,9 +354,8 @@ class _Run:
         return Moment(name, self.stays.beside(held, idle) + Held(gradients=there))
 
 
-def _loss(
-    config: Config, machine: Machine, student: Anatomy, teacher: Anatomy | None
-) -> LossMemory:
+def _loss(setup: Setup, student: Anatomy, teacher: Anatomy | None) -> LossMemory:
+    config, machine = setup.config, setup.machine
     completions = completions_per_process(config, machine)
     return loss_memory(
         config,

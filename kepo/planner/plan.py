@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kepo.check import check_settings
 from kepo.config import Config, load
 from kepo.errors import KepoConfigError
 from kepo.planner.held import GIB, ITEMS, Machine, completions_per_process
-from kepo.planner.memory import Phase, Prompts, peak, phases, student_of, teacher_of
+from kepo.planner.memory import Phase, Prompts, Setup, peak, phases, student_of, teacher_of
+from kepo.sections import TeacherConfig
 from kepo.words import command_line
 
 MOST_TOKENS, TOKENS_STEP = 2**17, 16
@@ -32,8 +33,7 @@ MOST_TOKENS, TOKENS_STEP = 2**17, 16
 class Plan(NamedTuple):
     """What is found out about a run."""
 
-    config: Config
-    machine: Machine
+    setup: Setup
     phases: list[Phase]
     micro_batch: int
     """The largest that fits, everything else as it is; 0 = none."""
@@ -46,30 +46,29 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        return self.peak.total <= self.machine.offered
+        return self.peak.total <= self.setup.machine.offered
 
 
-def plan(config: Config, machine: Machine, prompts: Prompts | None = None) -> Plan:
+def plan(setup: Setup) -> Plan:
     """The phases of a run, and the largest settings with which it still fits.
 
     Raises KepoConfigError for settings that train refuses.
     """
-    prompts = prompts or Prompts()
+    config, machine = setup.config, setup.machine
     if not config.student:
         raise KepoConfigError("student is not set; give a folder, a Hub name or a known model")
     for name, value in (("gpus", machine.gpus), ("gpu_gb", machine.gpu_bytes / GIB)):
         if value <= 0:
             raise KepoConfigError(f"{name} is {value}; expected a number > 0")
-    _refuse_as_train(config)
+    check_settings(config)
 
     def fits(**change: int) -> bool:
-        after = _peak_after(config, change, machine, prompts)
+        after = _peak_after(setup, change)
         return after is not None and after <= machine.offered
 
     return Plan(
-        config,
-        machine,
-        phases(config, machine, prompts),
+        setup,
+        phases(setup),
         largest(lambda n: fits(micro_batch=n), completions_per_process(config, machine)),
         TOKENS_STEP
         * largest(
@@ -78,17 +77,12 @@ def plan(config: Config, machine: Machine, prompts: Prompts | None = None) -> Pl
     )
 
 
-def _refuse_as_train(config: Config) -> None:
-    """As `check_settings`, but a run may be planned before its data are there."""
-    check_settings(replace(config, train_data=config.train_data or "not needed"))
-
-
-def _peak_after(config: Config, change: dict, machine: Machine, prompts: Prompts) -> int | None:
+def _peak_after(setup: Setup, change: Mapping[str, Any]) -> int | None:
     """With other settings; None if train would refuse them."""
-    changed = replace(config, **change)
     try:
-        _refuse_as_train(changed)
-        return peak(changed, machine, prompts).total
+        changed = replace(setup.config, **change)
+        check_settings(changed)
+        return peak(setup._replace(config=changed)).total
     except KepoConfigError:
         return None
 
@@ -117,9 +111,10 @@ class Change(NamedTuple):
     peak: int
 
 
-def advice(config: Config, machine: Machine, prompts: Prompts) -> list[Change]:
+def advice(setup: Setup) -> list[Change]:
     """Single changes that lower the peak, the most effective first."""
-    now = peak(config, machine, prompts).total
+    config, machine = setup.config, setup.machine
+    now = peak(setup).total
     share = completions_per_process(config, machine)
 
     def half(name: str, most: int | None = None, least: int = 1) -> dict:
@@ -151,7 +146,7 @@ def advice(config: Config, machine: Machine, prompts: Prompts) -> list[Change]:
     found = []
     for change in changes:
         new = {name: value for name, value in change.items() if getattr(config, name) != value}
-        after = _peak_after(config, new, machine, prompts)
+        after = _peak_after(setup, new)
         if after is not None and after < 0.995 * now:
             settings = ", ".join(f"{name}: {_yaml(value)}" for name, value in new.items())
             found.append(Change(settings, after))
@@ -165,10 +160,10 @@ def _yaml(value: object) -> str:
 # ---- in words ----
 
 
-def report(found: Plan, prompts: Prompts) -> str:
+def report(found: Plan) -> str:
     """What the command prints."""
-    config, machine = found.config, found.machine
-    student, teacher = student_of(config, machine), teacher_of(config, machine)
+    config, machine, prompts = found.setup
+    student, teacher = student_of(config, machine), teacher_of(found.setup)
     names = [item for item in ITEMS if any(phase.held[item] for phase in found.phases)]
     width = max(len(phase.name) for phase in found.phases)
     lines = [
@@ -195,7 +190,7 @@ def report(found: Plan, prompts: Prompts) -> str:
     ]
     if not found.fits:
         lines += ["", "what would change it, each alone:"]
-        for change in advice(config, machine, prompts):
+        for change in advice(found.setup):
             saved = (found.peak.total - change.peak) / GIB
             verdict = "fits" if change.peak <= machine.offered else "does not fit yet"
             lines.append(
@@ -218,7 +213,7 @@ COLUMNS = (
 )
 
 
-def table(paths: Sequence[str | Path], prompts: Prompts | None = None) -> str:
+def table(paths: Sequence[str | Path]) -> str:
     """A row for each recipe, in Markdown."""
     rows = [COLUMNS, ["---"] * len(COLUMNS)]
     for path in map(Path, paths):
@@ -228,8 +223,8 @@ def table(paths: Sequence[str | Path], prompts: Prompts | None = None) -> str:
                 f"{path}: its name does not say on what it runs; expected one that begins like "
                 "8x80gb_"
             )
-        found = plan(load(path), machine, prompts)
-        config = found.config
+        config = load(path)
+        found = plan(Setup(config, machine))
         rows.append(
             [
                 path.stem,
@@ -247,7 +242,7 @@ def table(paths: Sequence[str | Path], prompts: Prompts | None = None) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _teacher(config: Config) -> str:
+def _teacher(config: TeacherConfig) -> str:
     if config.teacher is None:
         return "–"
     how = "sharded" if config.teacher_placement == "fsdp2" else config.teacher_placement
@@ -314,8 +309,8 @@ def main(arguments: Sequence[str]) -> int:
         named.gpu_bytes if given.gpu_gb is None else int(given.gpu_gb * GIB),
     )
     prompts = Prompts(given.prompt_tokens, given.image_tokens, given.prompt_images)
-    found = plan(given.config, machine, prompts)
-    print(report(found, prompts))
+    found = plan(Setup(given.config, machine, prompts))
+    print(report(found))
     if given.plot is not None:
         from kepo.planner.plot import plot_plan
 

@@ -67,8 +67,8 @@ def judge_of(config: Config) -> Judge:
 
     student = _encoder_at(config.student)
     training = [Reader("student", student, asked, given)]
-    if config.teacher is not None and (config.distils or config.hints):
-        training.append(Reader("teacher", _encoder_at(config.teacher), asks_teacher))
+    if config.taught_by is not None:
+        training.append(Reader("teacher", _encoder_at(config.taught_by), asks_teacher))
 
     def judge(
         examples: Sequence[Example], report: DataReport, trained: bool

@@ -6,13 +6,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kepo.config import Config
 from kepo.data.load import Example
 from kepo.rollout.hints import Hints, RescueReport, rescue
 from kepo.rollout.models import Models
 from kepo.rollout.questions import draw
 from kepo.rollout.rollouts import sample
 from kepo.rollout.types import Group, total_rewards
+from kepo.sections import HintConfig
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Exploration:
 def explore(
     questions: Sequence[Example],
     models: Models,
-    config: Config,
+    config: HintConfig,
     hints: Hints,
     examples: Sequence[Example],
     step: int,
@@ -77,7 +77,7 @@ def explore(
     return found
 
 
-def is_dull(group: Group, config: Config) -> bool:
+def is_dull(group: Group, config: HintConfig) -> bool:
     """Whether all rewards of a group are equal."""
     rewards = total_rewards([group], config)
     return bool((rewards == rewards[:, :1]).all())

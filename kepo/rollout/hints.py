@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from kepo.config import Config
 from kepo.data.load import Example
 from kepo.distributed.processes import batches_of, split_work
 from kepo.models.encoding import Encoder
@@ -24,6 +23,7 @@ from kepo.rollout.prompts import hint_prompt
 from kepo.rollout.questions import seed_of
 from kepo.rollout.rollouts import sample
 from kepo.rollout.types import Group, Rollout, reward_of, total_reward
+from kepo.sections import HintConfig
 from kepo.tasks.leaks import states_answer
 from kepo.tasks.multiple_choice import parse_hint
 
@@ -64,7 +64,7 @@ class RescueReport:
 def rescue(
     groups: Sequence[Group],
     models: Models,
-    config: Config,
+    config: HintConfig,
     hints: Hints,
     stream: tuple[object, ...] = (),
 ) -> tuple[list[Group], RescueReport]:
@@ -118,12 +118,12 @@ def rescue(
     )
 
 
-def all_failed(group: Group, config: Config) -> bool:
+def all_failed(group: Group, config: HintConfig) -> bool:
     """Whether no sample of the group reaches ``hint_threshold`` on ``hint_reward``."""
     return all(reward_of(r, config.hint_reward, config) < config.hint_threshold for r in group)
 
 
-def succeeds(rollout: Rollout, config: Config) -> bool:
+def succeeds(rollout: Rollout, config: HintConfig) -> bool:
     """Whether a completion may be trained on as a success.
 
     It reaches ``accept_threshold`` on ``accept_reward``, came to its end, and says nothing of a
@@ -136,7 +136,7 @@ def succeeds(rollout: Rollout, config: Config) -> bool:
 def write_hints(
     teacher: VLM,
     examples: Sequence[Example],
-    config: Config,
+    config: HintConfig,
     stream: tuple[object, ...] | None = None,
 ) -> list[str | None]:
     """One hint per example; None where what the teacher wrote is unusable (`usable`).
@@ -170,7 +170,7 @@ def write_hints(
     ]
 
 
-def usable(hint: str | None, example: Example, config: Config, encoder: Encoder) -> bool:
+def usable(hint: str | None, example: Example, config: HintConfig, encoder: Encoder) -> bool:
     """Whether a hint may stand in a prompt.
 
     It was written whole, between one pair of tags; it holds no control tokens, which would end the
@@ -183,7 +183,7 @@ def usable(hint: str | None, example: Example, config: Config, encoder: Encoder)
     return not (filtered and states_answer(hint, example))
 
 
-def replace_worst(group: Group, successes: Group, config: Config) -> Group:
+def replace_worst(group: Group, successes: Group, config: HintConfig) -> Group:
     """The group with its lowest-reward failures (later ones first among equals) replaced, each
     once."""
     failures = [place for place, rollout in enumerate(group) if not succeeds(rollout, config)]
@@ -194,12 +194,12 @@ def replace_worst(group: Group, successes: Group, config: Config) -> Group:
     return group
 
 
-def _calls(group: Group, config: Config) -> bool:
+def _calls(group: Group, config: HintConfig) -> bool:
     """Whether ``hint_trigger`` names this group."""
     return config.hint_trigger == "always" or all_failed(group, config)
 
 
-def _room(group: Group, config: Config) -> int:
+def _room(group: Group, config: HintConfig) -> int:
     """How many of its samples hinted successes may replace."""
     return min(config.num_hinted, sum(not succeeds(rollout, config) for rollout in group))
 
@@ -207,7 +207,7 @@ def _room(group: Group, config: Config) -> int:
 def _learn_hints(
     teacher: VLM,
     examples: Sequence[Example],
-    config: Config,
+    config: HintConfig,
     hints: Hints,
     stream: tuple[object, ...],
 ) -> tuple[int, int]:

@@ -7,12 +7,12 @@ import math
 import random
 from collections.abc import Sequence
 
-from kepo.config import Config
 from kepo.data.load import Example
+from kepo.sections import SamplingConfig
 
 
 def draw(
-    examples: Sequence[Example], config: Config, step: int, extra_round: int = 0
+    examples: Sequence[Example], config: SamplingConfig, step: int, extra_round: int = 0
 ) -> list[Example]:
     """The questions of a step: a pass over all of them in shuffled order, then another in a new
     one.
@@ -35,7 +35,7 @@ def draw(
     return drawn
 
 
-def from_data(config: Config, step: int) -> int:
+def from_data(config: SamplingConfig, step: int) -> int:
     """How many of a step's questions the dataset answers: ``data_fraction`` of all so far."""
 
     def by_then(steps: int) -> int:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from kepo.config import Config
 from kepo.data.load import Example
 from kepo.distributed.processes import batches_of, split_work
 from kepo.models.encoding import Encoder, Prompt
@@ -16,6 +15,7 @@ from kepo.rollout.prompts import prompt_of
 from kepo.rollout.questions import seed_of
 from kepo.rollout.sampler import Sampler
 from kepo.rollout.types import Group, Rollout
+from kepo.sections import HintConfig, RewardConfig, SamplingConfig
 from kepo.tasks.multiple_choice import worked_answer
 from kepo.tasks.rewards import score
 
@@ -23,7 +23,7 @@ from kepo.tasks.rewards import score
 def sample(
     sampler: Sampler,
     examples: Sequence[Example],
-    config: Config,
+    config: HintConfig,
     *,
     num_generations: int,
     stream: tuple[object, ...] = (),
@@ -82,7 +82,7 @@ class _Asked(NamedTuple):
 
 
 def _portions(
-    share: Sequence[_Asked], encoder: Encoder, config: Config, num_generations: int
+    share: Sequence[_Asked], encoder: Encoder, config: SamplingConfig, num_generations: int
 ) -> list[Sequence[_Asked]]:
     """Runs of the share that ``rollout_batch`` and ``rollout_tokens`` let be generated at once;
     a single question always may."""
@@ -107,7 +107,7 @@ def _scored(
     asked: Sequence[_Asked],
     sampled: Sampled,
     encoder: Encoder,
-    config: Config,
+    config: RewardConfig,
     num_generations: int,
 ) -> list[Group]:
     ids, mask, logprobs = sampled
@@ -133,7 +133,9 @@ def _scored(
     return groups
 
 
-def demonstrations(encoder: Encoder, examples: Sequence[Example], config: Config) -> list[Rollout]:
+def demonstrations(
+    encoder: Encoder, examples: Sequence[Example], config: RewardConfig
+) -> list[Rollout]:
     """The dataset's own worked solution of each example, as a scored completion."""
     if not examples:
         return []
@@ -158,14 +160,14 @@ def demonstrations(encoder: Encoder, examples: Sequence[Example], config: Config
     return rollouts
 
 
-def _rewards(text: str, length: int, example: Example, config: Config) -> dict[str, float]:
+def _rewards(text: str, length: int, example: Example, config: RewardConfig) -> dict[str, float]:
     rewards = score(config.rewards, text, example.answer, example.id)
     if config.overlong_buffer:
         rewards["overlong"] = overlong_penalty(length, config)
     return rewards
 
 
-def overlong_penalty(length: int, config: Config) -> float:
+def overlong_penalty(length: int, config: RewardConfig) -> float:
     """DAPO's soft punishment (Yu et al. 2025, eq. 13): 0 up to the buffer, then in a line to -1."""
     start = config.max_completion_length - config.overlong_buffer
     return -min(1.0, max(0, length - start) / config.overlong_buffer)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kepo.config import TOTAL, Config
+from kepo.config import TOTAL
 from kepo.data.example import Example
 from kepo.models.encoding import Prompt
+from kepo.sections import RewardConfig
 
 
 @dataclass
@@ -40,19 +41,19 @@ class Rollout:
 Group = list[Rollout]
 
 
-def total_reward(rollout: Rollout, config: Config) -> float:
+def total_reward(rollout: Rollout, config: RewardConfig) -> float:
     """The weighted sum of a rollout's rewards, less what an overlong one is fined."""
     pairs = zip(config.rewards, config.reward_weights, strict=True)
     total = sum(weight * rollout.rewards[name] for name, weight in pairs)
     return total + rollout.rewards.get("overlong", 0.0)
 
 
-def reward_of(rollout: Rollout, name: str, config: Config) -> float:
+def reward_of(rollout: Rollout, name: str, config: RewardConfig) -> float:
     """The reward of that name, or the total."""
     return total_reward(rollout, config) if name == TOTAL else rollout.rewards[name]
 
 
-def total_rewards(groups: Sequence[Group], config: Config) -> Tensor:
+def total_rewards(groups: Sequence[Group], config: RewardConfig) -> Tensor:
     """(P, G) fp32 total rewards of groups of one size."""
     rewards = [[total_reward(rollout, config) for rollout in group] for group in groups]
     return torch.tensor(rewards).reshape(len(groups), -1)

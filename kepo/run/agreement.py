@@ -43,7 +43,9 @@ def joined(config: Config) -> Iterator[torch.device]:
         if world_size() > 1:
             refuse_different("settings", dataclasses.asdict(config))
             refuse_different("installed code", software())
-            refuse_different("files of models", read_by_each(config))
+            models = {"student": config.student, "teacher": config.taught_by}
+            whole = None if config.teacher_bits is None else "teacher"
+            refuse_different("files of models", read_by_each(models, whole))
         yield device
 
 
@@ -87,24 +89,22 @@ def software() -> dict[str, str]:
     return found
 
 
-def read_by_each(config: Config) -> dict[str, str]:
-    """Short digests of the model files that every process reads by itself.
+def read_by_each(models: Mapping[str, str | None], whole: str | None = None) -> dict[str, str]:
+    """Short digests of the model files that every process reads by itself, of ``models`` by role.
 
-    Of a quantised teacher its weights too, by size, header and samples: to read all of them would
-    take as long as loading it.
+    whole: the role of which that is all, as of a quantised teacher. Its weights go by size, header
+    and samples: to read all of them would take as long as loading it.
     """
     found = {}
-    for role in ("student", "teacher"):
-        name = getattr(config, role)
-        if name is None or (role == "teacher" and not (config.distils or config.hints)):
+    for role, name in models.items():
+        if name is None:
             continue
-        whole = role == "teacher" and config.teacher_bits is not None
         files = model_files(name)
         if isinstance(files, str):
             found[role] = files
             continue
         for file in files:
-            if whole or not is_weights(file):
+            if role == whole or not is_weights(file):
                 digest = sampled if is_weights(file) else sha256
                 try:
                     found[f"{role}/{file.name}"] = digest(file)[:12]

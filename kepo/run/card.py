@@ -10,6 +10,7 @@ from typing import Any
 
 from kepo.config import MAY_CHANGE_ON_RESUME, TOTAL, Config
 from kepo.errors import KepoConfigError, KepoDataError
+from kepo.sections import DataConfig, ModelsConfig, ObjectiveConfig
 from kepo_kernels import __version__
 
 PAPER = "https://arxiv.org/abs/2602.00400"
@@ -37,23 +38,35 @@ def model_card(config: Config, step: int, data: Mapping[str, Any]) -> str:
         raise KepoDataError(
             f"model_card: data has {sorted(data)}; expected a RunData.record, with 'train'"
         )
+    tags = ["kepo", "vision-language"]
+    if config.data_fraction < 1 and config.policy_coef > 0:
+        tags.append("reinforcement-learning")
+    if config.distils:
+        tags.append("distillation")
+    method = _policy_and_rewards(config)
+    if config.distils:
+        method.append(_distillation(config))
+    if config.hints:
+        where = "where every sample fails" if config.hint_trigger == "failed" else "for every group"
+        method.append(f"- hints of the teacher: {where}")
     parts = [
-        front_matter(config),
+        front_matter(config, tags),
         f"# {_name(config.student)}, {step} steps of post-training\n",
-        _what(config, step),
+        _what(config, config.taught_by, step, config.steps),
         "**Research only. Not for clinical use:** nobody has tested this model for diagnosis, for "
         "treatment or for anything else that a patient could depend on.\n",
         "## Data\n",
         *_data(config, data),
         "## Method\n",
-        *_method(config),
+        *method,
+        *_other_settings(changed_settings(config)),
         "## Use\n",
         _use(config),
     ]
     return "\n".join(parts)
 
 
-def front_matter(config: Config) -> str:
+def front_matter(config: ModelsConfig, tags: list[str]) -> str:
     """The YAML between two lines of dashes that the Hub reads."""
     import yaml
 
@@ -64,29 +77,22 @@ def front_matter(config: Config) -> str:
         values["base_model_relation"] = "adapter" if adapters else "finetune"
     values["library_name"] = "peft" if adapters else "transformers"
     values["pipeline_tag"] = "image-text-to-text"
-    tags = ["kepo", "vision-language"]
-    if config.data_fraction < 1 and config.policy_coef > 0:
-        tags.append("reinforcement-learning")
-    if config.distils:
-        tags.append("distillation")
     values["tags"] = tags
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return f"---\n{text}---\n"
 
 
-def _what(config: Config, step: int) -> str:
+def _what(config: ModelsConfig, teacher: str | None, step: int, steps: int) -> str:
     held = f"LoRA adapters of rank {config.lora_rank} for" if config.lora_rank else "The weights of"
-    teacher = ""
-    if config.teacher is not None and (config.distils or config.hints):
-        teacher = f", with {_link(config.teacher)} as teacher"
+    taught = f", with {_link(teacher)} as teacher" if teacher is not None else ""
     return (
-        f"{held} {_link(config.student)}{teacher}, at step {step} of {config.steps} of a run of "
+        f"{held} {_link(config.student)}{taught}, at step {step} of {steps} of a run of "
         f"kepo {__version__} ([KEPO]({PAPER}): group-relative policy optimisation, distillation "
         "gated by the quality of each completion, hints where every sample fails).\n"
     )
 
 
-def _data(config: Config, data: Mapping[str, Any]) -> list[str]:
+def _data(config: DataConfig, data: Mapping[str, Any]) -> list[str]:
     train = data["train"]
     lines = [f"- trained on {_counts(train)}"]
     for name, chosen in (
@@ -118,7 +124,7 @@ def _counts(record: Mapping[str, Any]) -> str:
     return found + ")"
 
 
-def _method(config: Config) -> list[str]:
+def _policy_and_rewards(config: ObjectiveConfig) -> list[str]:
     lines = []
     if config.policy_coef > 0:
         term = "cross-entropy on the dataset's solutions"
@@ -126,27 +132,26 @@ def _method(config: Config) -> list[str]:
             term = f"`{config.policy_loss}` on {config.num_generations} completions per question"
         lines.append(f"- policy term: {term}")
     pairs = zip(config.rewards, config.reward_weights, strict=True)
-    lines.append("- reward: " + " + ".join(f"{weight:g} {name}" for name, weight in pairs))
-    if config.distils:
-        gate = "of every completion"
-        if config.gate_reward is not None:
-            name = "total reward" if config.gate_reward == TOTAL else config.gate_reward
-            least = config.gate_threshold
-            gate = f"weighted by {name}" if least is None else f"where {name} is at least {least:g}"
-        lines.append(
-            f"- distillation: divergence with beta {config.beta:g} times "
-            f"{config.distill_coef:g}, {gate}"
-        )
-    if config.hints:
-        where = "where every sample fails" if config.hint_trigger == "failed" else "for every group"
-        lines.append(f"- hints of the teacher: {where}")
-    changed = changed_settings(config)
+    return [*lines, "- reward: " + " + ".join(f"{weight:g} {name}" for name, weight in pairs)]
+
+
+def _distillation(config: ObjectiveConfig) -> str:
+    gate = "of every completion"
+    if config.gate_reward is not None:
+        name = "total reward" if config.gate_reward == TOTAL else config.gate_reward
+        least = config.gate_threshold
+        gate = f"weighted by {name}" if least is None else f"where {name} is at least {least:g}"
+    term = f"divergence with beta {config.beta:g} times {config.distill_coef:g}"
+    return f"- distillation: {term}, {gate}"
+
+
+def _other_settings(changed: Mapping[str, Any]) -> list[str]:
     if not changed:
-        return [*lines, "- every other setting has its default", ""]
+        return ["- every other setting has its default", ""]
     import yaml
 
-    text = yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
-    return [*lines, "\nSettings that differ from the defaults:\n", f"```yaml\n{text}```\n"]
+    text = yaml.safe_dump(dict(changed), sort_keys=False, allow_unicode=True)
+    return ["\nSettings that differ from the defaults:\n", f"```yaml\n{text}```\n"]
 
 
 def changed_settings(config: Config) -> dict[str, Any]:
@@ -160,7 +165,7 @@ def changed_settings(config: Config) -> dict[str, Any]:
     return found
 
 
-def _use(config: Config) -> str:
+def _use(config: ModelsConfig) -> str:
     if config.lora_rank:
         load = (
             "from peft import PeftModel\nfrom transformers import AutoModelForImageTextToText\n\n"

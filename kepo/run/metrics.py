@@ -16,17 +16,21 @@ from typing import Any
 
 import torch
 
-from kepo.config import Config
 from kepo.disk.durable import append_durably, as_json, make_folder, write_durably
 from kepo.distributed.processes import is_rank0, on_rank0
 from kepo.objective.batch import Batch, gates
 from kepo.objective.step import StepTotals
 from kepo.rollout.explore import Exploration
 from kepo.rollout.types import Rollout, total_rewards
+from kepo.sections import ObjectiveConfig
 
 
 def step_metrics(
-    found: Exploration, data: Sequence[Rollout], batch: Batch, totals: StepTotals, config: Config
+    found: Exploration,
+    data: Sequence[Rollout],
+    batch: Batch,
+    totals: StepTotals,
+    config: ObjectiveConfig,
 ) -> dict[str, float]:
     """The log record of a step, times and optimiser apart. docs/metrics.md says what each is."""
     rollouts = [rollout for group in found.groups for rollout in group]
@@ -97,7 +101,7 @@ def peak_gb(device: torch.device) -> float:
 
 
 def completion_records(
-    rollouts: Sequence[Rollout], batch: Batch, config: Config
+    rollouts: Sequence[Rollout], batch: Batch, config: ObjectiveConfig
 ) -> list[dict[str, Any]]:
     """One record per completion of a step, in the order of the batch."""
     gate = gates(rollouts, config) * batch.opened

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from kepo.config import Config
 from kepo.distributed.processes import Stopped, is_rank0
 from kepo.evaluation.greedy import by_question_type, evaluate, means
 from kepo.run.card import model_card
@@ -17,17 +16,20 @@ from kepo.run.open import Run
 def begin(run: Run) -> None:
     """A new run is evaluated and saved as step 0; one that goes on makes up for the evaluation of
     its last step, if a signal ended it before that."""
+    config, done = run.config, run.done
     if not run.resumed:
         measure(run, 0)
         save(run, 0)
-    elif is_measured(run.done, run.config) and not any("eval" in r for r in run.log.at(run.done)):
-        measure(run, run.done)
+    elif is_measured(done, config.steps, config.eval_every) and not any(
+        "eval" in record for record in run.log.at(done)
+    ):
+        measure(run, done)
     run.stop.agree()
 
 
-def is_measured(step: int, config: Config) -> bool:
+def is_measured(step: int, steps: int, eval_every: int) -> bool:
     """Whether the policy is evaluated after a step: at both ends, and every ``eval_every``."""
-    return step in (0, config.steps) or bool(config.eval_every and step % config.eval_every == 0)
+    return step in (0, steps) or bool(eval_every and step % eval_every == 0)
 
 
 def measure(run: Run, step: int) -> None:

@@ -26,6 +26,7 @@ from kepo.run.optimizer_state import Parameters, load_optimizer
 from kepo.run.progress import say
 from kepo.run.roles import load_policy, load_reference, load_sampler, load_teacher
 from kepo.run.signals import StopRequest
+from kepo.sections import RunConfig
 
 
 @dataclass
@@ -124,7 +125,7 @@ def open_run(config: Config, device: torch.device, stop: StopRequest) -> Run | N
     )
 
 
-def last_saved(config: Config, data: RunData, inputs: dict[str, Any]) -> Saved | None:
+def last_saved(config: RunConfig, data: RunData, inputs: dict[str, Any]) -> Saved | None:
     """The newest whole checkpoint of the run, if it has one.
 
     Raises KepoConfigError if it was made with other settings, KepoDataError or KepoCheckpointError
@@ -146,8 +147,8 @@ def load_models(config: Config, device: torch.device, saved: Path | None) -> Mod
     Raises KepoConfigError if student and teacher do not fit together.
     """
     policy = load_policy(config, device, saved)
-    teacher = load_teacher(config, device) if config.distils or config.hints else None
-    ref = load_reference(config, device)
+    teacher = load_teacher(config, device) if config.taught_by else None
+    ref = load_reference(config, device) if config.kl_coef else None
     check_same_tokens(policy, teacher)
     if config.distils:
         check_same_opening(policy.encoder, teacher.encoder)

@@ -22,6 +22,7 @@ from kepo.models.conventions import without_dropout
 from kepo.models.reading import NO_CODE, base_of, blank_model, load_encoder, read_model
 from kepo.models.vlm import VLM
 from kepo.rollout.sampler import Sampler
+from kepo.sections import ModelsConfig
 
 Prepare = Callable[[Any], Any]
 """Marks what is trained in a model; returns the wrapper that saves its adapters, or None."""
@@ -44,7 +45,7 @@ def load_policy(config: Config, device: torch.device, saved: Path | None = None)
             (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         wrapper = None
         if adapters:
-            wrapper = with_adapters(model, config, saved)
+            wrapper = with_adapters(model, config.lora_rank, config.lora_alpha, config.seed, saved)
         elif config.freeze_vision:
             model.model.visual.requires_grad_(False)
         dropped = without_dropout(model)
@@ -65,7 +66,7 @@ def load_policy(config: Config, device: torch.device, saved: Path | None = None)
     return policy
 
 
-def load_teacher(config: Config, device: torch.device) -> VLM:
+def load_teacher(config: ModelsConfig, device: torch.device) -> VLM:
     """The frozen teacher, where and in how many bits the config says. All processes call."""
     dtype = getattr(torch, config.dtype)
     if config.teacher_bits is not None:
@@ -89,7 +90,7 @@ def load_teacher(config: Config, device: torch.device) -> VLM:
     )
 
 
-def load_sampler(config: Config, policy: VLM) -> Sampler:
+def load_sampler(config: ModelsConfig, policy: VLM) -> Sampler:
     """What samples the policy's completions: the policy itself, or vLLM. All processes call."""
     if config.sampler == "transformers":
         return policy
@@ -105,11 +106,8 @@ def load_sampler(config: Config, policy: VLM) -> Sampler:
     )
 
 
-def load_reference(config: Config, device: torch.device) -> VLM | None:
-    """The frozen start point for the k3 penalty, held as the policy is; None when there is no
-    penalty. All processes call."""
-    if config.kl_coef == 0:
-        return None
+def load_reference(config: ModelsConfig, device: torch.device) -> VLM:
+    """Load the frozen start point for the k3 penalty, held as the policy is. All ranks call."""
     dtype = getattr(torch, config.dtype)
     sharded_in = dtype if config.sharding == "fsdp2" else None
     return _load(config.student, dtype, device, config, _freeze, sharded_in=sharded_in)
@@ -119,7 +117,7 @@ def _load(
     path: str,
     dtype: torch.dtype,
     device: torch.device,
-    config: Config,
+    config: ModelsConfig,
     prepare: Prepare,
     *,
     sharded_in: torch.dtype | None = None,

@@ -111,10 +111,11 @@ def test_the_planner_is_told_what_is_measured(tmp_path, monkeypatch):
         return hidden(vlm, inputs, *completions)
 
     monkeypatch.setattr(VLM, "completion_hidden", spied)
-    monkeypatch.setattr(step, "moments", lambda *given: told.append(given) or moments(*given))
+    monkeypatch.setattr(step, "moments", lambda setup: told.append(setup) or moments(setup))
     status, _ = run(tmp_path, *SMALL, "--gate", "1", "--rival", "whole")
-    ((config, machine, prompts),) = told
-    student, teacher = (memory_of(config, machine) for memory_of in (student_of, teacher_of))
+    (setup,) = told
+    config, machine, prompts = setup
+    student, teacher = student_of(config, machine), teacher_of(setup)
     length = prompts.length(student)
     assert status == 0 and prompts.image(student) == 2  # a picture of 32 x 64
     assert set(shown) == {(student.hidden, length, 2), (teacher.hidden, length, 2)}

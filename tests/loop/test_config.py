@@ -202,6 +202,33 @@ def test_a_mistake_is_blamed_on_its_layer(tmp_path):
         load("krpo")
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("lr: 0", "lr=0; expected a number > 0"),
+        ("gate_threshold: .inf", "gate_threshold=.inf; expected a finite number"),
+        ("eval_limit: 0", "eval_limit=0; expected a number >= 1"),
+        ("reward_weights: [1, .nan]", "reward_weights=.*; expected a list, each of it a finite"),
+        ("sharding: zero3", "sharding='zero3'; expected one of none, fsdp2"),
+        ("teacher_bits: 2", "teacher_bits=2; expected one of None, 8, 4"),
+        ("teacher_bits: '4'", "teacher_bits='4'; expected one of None, 8, 4, without quotes"),
+    ],
+)
+def test_what_one_setting_cannot_be_is_refused_where_it_enters(tmp_path, line, message):
+    (tmp_path / "wrong.yaml").write_text(line)
+    with pytest.raises(KepoConfigError, match=rf"wrong\.yaml: {message}"):
+        load("grpo", tmp_path / "wrong.yaml")
+
+
+def test_a_teacher_that_nothing_asks_is_not_read():
+    config = Config(teacher="t")
+    assert config.taught_by == "t"
+    assert replace(config, distill_coef=0.0).taught_by == "t"  # its hints
+    assert replace(config, hint_trigger="never").taught_by == "t"
+    assert replace(config, distill_coef=0.0, hint_trigger="never").taught_by is None
+    assert Config().taught_by is None
+
+
 def test_the_methods_of_the_comparison_are_presets():
     assert set(presets()) >= {
         *("sft", "grpo", "dr_grpo", "dapo", "gkd", "opd", "kdpo_tau0", "kdpo_tau1"),

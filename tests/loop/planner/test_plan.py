@@ -12,7 +12,7 @@ from kepo.planner import plan as plan_module
 from kepo.planner.anatomy import anatomy, read_config
 from kepo.planner.held import GIB, Held, Machine, standing
 from kepo.planner.known_models import KNOWN, known_model
-from kepo.planner.memory import Phase, Prompts, peak, phases
+from kepo.planner.memory import Phase, Setup, peak, phases
 from kepo.planner.plan import advice, largest, plan
 from kepo.planner.plot import plot_plan
 from kepo.planner.trace import LiveBytes, trace_inference, trace_training
@@ -141,10 +141,10 @@ def test_live_bytes():
 
 def test_each_setting_takes_or_saves():
     """What a setting is for, seen in the item it is about."""
-    machine, prompts = Machine(4, 80 * GIB), Prompts()
+    machine = Machine(4, 80 * GIB)
 
     def held(name, item, **change):
-        found = phases(replace(SMALL, **change), machine, prompts)
+        found = phases(Setup(replace(SMALL, **change), machine))
         return next(phase for phase in found if phase.name == name).held[item]
 
     width = 2 * 2127532032  # bytes of a whole copy in bf16
@@ -176,11 +176,11 @@ def test_each_setting_takes_or_saves():
 
 def test_more_takes_more():
     """In the phase that a setting is about."""
-    machine, prompts = Machine(1, 80 * GIB), Prompts()
+    machine = Machine(1, 80 * GIB)
     config = replace(SMALL, rollout_batch=1024, eval_share=0.1)
 
     def total(phase, **change):
-        found = phases(replace(config, **change), machine, prompts)
+        found = phases(Setup(replace(config, **change), machine))
         return next(p.total for p in found if p.name == phase)
 
     for phase, name in (
@@ -200,9 +200,11 @@ def test_gradients_beside_the_buckets(gpus, micro_batch, sets):
     config = replace(SMALL, sharding="none", dtype="float32", micro_batch=micro_batch)
     machine = Machine(gpus, 80 * GIB)
     student = anatomy(config.student, "float32", "cuda")
-    stays = standing(config, machine, student, None, 0)
+    stays = standing(
+        config, machine, student, None, pages=0, several=micro_batch < 128 // gpus, penalised=False
+    )
     assert stays.earlier_gradients == sets * 4 * student.counts.trained
-    update = next(p for p in phases(config, machine, Prompts()) if p.name == "update")
+    update = next(p for p in phases(Setup(config, machine)) if p.name == "update")
     assert update.held["gradients"] >= sets * 4 * student.counts.trained
 
 
@@ -211,7 +213,7 @@ def test_reference_is_held_as_the_policy():
 
     def held(**change):
         config = replace(SMALL, kl_coef=0.1, **change)
-        return phases(config, Machine(4, 80 * GIB), Prompts())[0].held["reference"]
+        return phases(Setup(config, Machine(4, 80 * GIB)))[0].held["reference"]
 
     assert held() == 2 * counts.total // 4 + 2 * counts.root
     assert held(sharding="none", dtype="float32") == 4 * counts.total
@@ -222,7 +224,7 @@ def test_weights_reach_vllm_one_at_a_time():
     counts = anatomy(config.student, "bfloat16", "cuda").counts
     assert counts.largest == 151936 * 2048  # the embedding, which is most of the root in bf16
     shared = 4 * counts.total // 4
-    found = phases(config, Machine(4, 80 * GIB), Prompts())[0].held["weights"] - shared
+    found = phases(Setup(config, Machine(4, 80 * GIB)))[0].held["weights"] - shared
     assert found == max(4 * counts.largest, 2 * counts.root)
 
 
@@ -242,11 +244,11 @@ def test_largest_tries_all_at_once():
 def test_largest_settings_fit_and_no_larger():
     machine = Machine(1, 60 * GIB)
     config = replace(SMALL, prompts_per_step=64, rollout_batch=64)
-    found = plan(config, machine)
+    found = plan(Setup(config, machine))
     assert 0 < found.micro_batch < 512 and found.max_completion_length > 0
 
     def fits(**change):
-        return peak(replace(config, **change), machine, Prompts()).total <= 0.97 * 60 * GIB
+        return peak(Setup(replace(config, **change), machine)).total <= 0.97 * 60 * GIB
 
     assert fits(micro_batch=found.micro_batch) and not fits(micro_batch=found.micro_batch + 1)
     longest = found.max_completion_length
@@ -254,19 +256,19 @@ def test_largest_settings_fit_and_no_larger():
 
 
 def test_advice_is_what_it_says():
-    machine, prompts = Machine(2, 20 * GIB), Prompts()
-    now = peak(SMALL, machine, prompts).total
-    found = advice(SMALL, machine, prompts)
+    machine = Machine(2, 20 * GIB)
+    now = peak(Setup(SMALL, machine)).total
+    found = advice(Setup(SMALL, machine))
     assert [c.peak for c in found] == sorted(c.peak for c in found)
     lora = next(change for change in found if change.setting == "lora_rank: 16")
-    assert lora.peak == peak(replace(SMALL, lora_rank=16), machine, prompts).total < now
+    assert lora.peak == peak(Setup(replace(SMALL, lora_rank=16), machine)).total < now
 
 
 def test_advice_is_not_refused():
-    machine, prompts = Machine(2, 20 * GIB), Prompts()
+    machine = Machine(2, 20 * GIB)
 
     def settings(**change):
-        found = advice(replace(SMALL, **change), machine, prompts)
+        found = advice(Setup(replace(SMALL, **change), machine))
         return {found.setting.split(":")[0] for found in found}
 
     assert {"lora_rank", "rollout_batch"} <= settings()
@@ -280,9 +282,9 @@ def test_advice_is_not_refused():
 
 def test_what_train_refuses_is_not_planned():
     with pytest.raises(KepoConfigError, match="dtype='bfloat16' would keep"):
-        plan(replace(SMALL, sharding="none"), Machine(1, 80 * GIB))
+        plan(Setup(replace(SMALL, sharding="none"), Machine(1, 80 * GIB)))
     with pytest.raises(KepoConfigError, match="too little for a chunk of one row"):
-        plan(replace(SMALL, workspace_bytes=1000), Machine(1, 80 * GIB))
+        plan(Setup(replace(SMALL, workspace_bytes=1000), Machine(1, 80 * GIB)))
 
 
 def test_command(capsys, tmp_path):

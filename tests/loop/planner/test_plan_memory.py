@@ -9,7 +9,7 @@ keeps buffers of its own, 43 MB of them in a run of 215 MB, which nobody counts.
 import pytest
 from memory_cases import CASES, CPU, config_for, measured, prompts_of
 
-from kepo.planner.memory import phases
+from kepo.planner.memory import Setup, phases
 from kepo_kernels.compute import gemm
 
 BOOKKEEPING = 12e6
@@ -23,7 +23,7 @@ def test_planned_is_measured(name, made, tmp_path, monkeypatch):
     if "lora_rank" in case.settings:
         pytest.importorskip("peft")
     config = config_for(case, made, tmp_path)
-    planned = {p.name: p.total for p in phases(config, CPU, prompts_of(config))}
+    planned = {p.name: p.total for p in phases(Setup(config, CPU, prompts_of(config)))}
     held = measured(case, config, made, tmp_path)
     most = max(held[phase] for phase in planned)
     assert max(planned.values()) == pytest.approx(most, rel=0.15)

@@ -8,7 +8,7 @@ from kepo.check import check_settings
 from kepo.config import load
 from kepo.errors import KepoConfigError
 from kepo.planner.held import GIB
-from kepo.planner.memory import Prompts, peak
+from kepo.planner.memory import Setup, peak
 from kepo.planner.plan import machine_of, table
 
 pytest.importorskip("transformers")
@@ -25,7 +25,7 @@ def test_recipe(path):
     assert f"recipes/{path.name}" in path.read_text().split("student:")[0], "no command"
     if config.lora_rank:
         pytest.importorskip("peft")
-    found = peak(config, machine_of(path), Prompts())
+    found = peak(Setup(config, machine_of(path)))
     assert found.total <= machine_of(path).offered
     row = next(
         line for line in README.read_text().splitlines() if line.startswith(f"| {path.stem}")

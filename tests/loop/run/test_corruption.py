@@ -218,8 +218,8 @@ def test_a_setting_that_it_did_not_know_may_have_any_value(tmp_path, monkeypatch
     with toy_run.toys():  # as the preset kepo_official has it today
         ended = toy_run.run(dataclasses.replace(EARLIER, hint_retries=0))
         assert ended.sentence is None and "resuming after step 3" in ended.printed
-        ended = toy_run.run(dataclasses.replace(EARLIER, num_hinted=1))
-    assert "other settings (num_hinted: 2 -> 1)" in ended.sentence
+        ended = toy_run.run(dataclasses.replace(EARLIER, lr=0.5))
+    assert "other settings (hint_retries: 0 -> 2; lr: 0.01 -> 0.5)" in ended.sentence
 
 
 @pytest.mark.slow
