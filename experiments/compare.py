@@ -262,13 +262,13 @@ def _check(settings: Compare) -> None:
         ("methods", settings.methods, METHODS),
     ):
         if unknown := [x for x in given if x not in known]:
-            raise KepoConfigError(f"compare: {name} has {unknown}; known are {', '.join(known)}")
+            raise KepoConfigError(f"{name} has {unknown}; known are {', '.join(known)}")
     for name in ("steps", "eval_every", "train_questions", "test_questions", "teacher_steps"):
         if getattr(settings, name) < 1:
-            raise KepoConfigError(f"compare: {name}={getattr(settings, name)}; expected >= 1")
+            raise KepoConfigError(f"{name}={getattr(settings, name)}; expected >= 1")
     if settings.jobs < 0 or not settings.seeds:
         raise KepoConfigError(
-            f"compare: jobs={settings.jobs}, seeds={settings.seeds}; expected jobs >= 0 and a seed"
+            f"jobs={settings.jobs}, seeds={settings.seeds}; expected jobs >= 0 and a seed"
         )
 
 

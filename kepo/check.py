@@ -198,4 +198,4 @@ def _names(config: Config) -> None:
 
 
 def _refuse(message: str) -> None:
-    raise KepoConfigError(f"config: {message}")
+    raise KepoConfigError(message)

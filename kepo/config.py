@@ -43,7 +43,7 @@ class Config(
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name, value in _typed(values, "config").items():
+        for name, value in _typed(values, "Config").items():
             object.__setattr__(self, name, value)
 
 

@@ -115,7 +115,10 @@ def take_steps(run: Run) -> None:
         show(bar, values)
         if skipped > config.max_skipped_steps:
             ids = [example.id for example in questions]
-            raise KepoError(f"{skipped} steps in a row had no finite gradient; questions: {ids}")
+            raise KepoError(
+                f"max_skipped_steps={config.max_skipped_steps}: {skipped} steps in a row had no "
+                f"finite gradient; questions: {ids}"
+            )
 
         stop.agree()
         if not stop and is_measured(step, config):

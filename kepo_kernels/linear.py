@@ -95,7 +95,7 @@ def fused_linear_loss(
     check.require(
         callable(token_loss), f"token_loss is {type(token_loss).__name__}; expected a callable"
     )
-    if not check.all_gather(teacher_hidden=teacher_hidden, teacher_lm_head=teacher_lm_head):
+    if not check.given_together(teacher_hidden=teacher_hidden, teacher_lm_head=teacher_lm_head):
         check.unused("teacher_hidden and teacher_lm_head", gate=gate, teacher_bias=teacher_bias)
     check.gate(gate, lead)
     weights, active = call.weights(None, weights=weights, reduction=reduction)

@@ -34,7 +34,7 @@ Shared arguments, wherever they appear:
                       `dr_grpo_weights` and `sod_weights` make the usual ones
     **engine          impl="auto"|"triton"|"cpu"|"torch"; workspace_bytes, the most that may be held
                       above inputs and gradients (None = 32 to 512 MiB on CPU, 3.25 GiB on GPU,
-                      of whose memory an eighth at most; `engine.plan` explains the choice), or
+                      of whose memory an eighth at most; `compute.chunks.plan` explains it), or
                       chunk_rows directly; logits_dtype
                       (None = fp32, but bf16 for bf16 inputs on CPUs with bf16 instructions);
                       grad_tol=0.0, the share of sum |dlogits| of a chunk that may be left out of
@@ -267,8 +267,10 @@ def fused_kepo_loss(
     distill_coef = check.number(
         "distill_coef", distill_coef, lambda x: x >= 0, "a finite number >= 0"
     )
-    has_policy = check.all_gather(targets=targets, advantages=advantages)
-    has_teacher = check.all_gather(teacher_hidden=teacher_hidden, teacher_lm_head=teacher_lm_head)
+    has_policy = check.given_together(targets=targets, advantages=advantages)
+    has_teacher = check.given_together(
+        teacher_hidden=teacher_hidden, teacher_lm_head=teacher_lm_head
+    )
     check.require(
         has_policy or has_teacher,
         "neither targets and advantages (a policy part) nor teacher_hidden and teacher_lm_head (a "

@@ -52,7 +52,7 @@ class Validator:
         if not holds:
             self.refuse(message)
 
-    def all_gather(self, **given: object) -> bool:
+    def given_together(self, **given: object) -> bool:
         """Whether these arguments are given: all of them, or none."""
         missing = [name for name, x in given.items() if x is None]
         there = [name for name in given if name not in missing]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
 import kepo
 import kepo_kernels
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 FOLDERS = {"kepo": kepo, "kepo_kernels": kepo_kernels}
@@ -72,6 +72,25 @@ def test_python_in_the_pages_runs(page, code):
         if "backward" not in code:
             scope["loss"].backward()
         assert scope["hidden"].grad.norm() > 0
+
+
+def test_every_file_that_the_pages_name_is_there():
+    named = set()
+    for path in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "README.md"]:
+        words = re.findall(r"`([\w.]+(?:/[\w.]+)*/\w+\.\w+)`", path.read_text(encoding="utf-8"))
+        named |= {word for word in words if (ROOT / word.split("/")[0]).is_dir()}
+    assert {"kepo/tasks/rewards.py", "csrc/row_kernels.h"} <= named and len(named) > 20
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_every_function_that_extending_names_is_there():
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", text))
+    code = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "kepo").rglob("*.py"))
+    code += "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "kepo_kernels").rglob("*.py"))
+    code += (ROOT / "csrc" / "rows.cpp").read_text(encoding="utf-8")
+    assert {"load_teacher", "question_prompt"} <= named and len(named) > 20
+    assert [name for name in sorted(named) if not re.search(rf"\b{name}\b", code)] == []
 
 
 def test_the_tree_has_every_folder():

@@ -12,7 +12,7 @@ PACKAGES = ("kepo_kernels", "kepo", "experiments")
 LINES = 80
 """Of a function, its docstring and signature left out."""
 FILES = 13
-"""Of a folder, __init__.py among them."""
+"""Of a folder, beside __init__.py."""
 
 
 def module_name(file: Path) -> str:
@@ -90,5 +90,5 @@ def test_functions_and_folders_are_short():
                 if node.end_lineno - first.lineno + 1 > LINES:
                     long.append(f"{module}.{node.name}")
     assert long == []
-    files = Counter(file.parent for file in MODULES.values())
+    files = Counter(f.parent for f in MODULES.values() if f.name != "__init__.py")
     assert {str(folder): count for folder, count in files.items() if count > FILES} == {}

@@ -150,8 +150,8 @@ def changed_questions(
     if found and config.changed_inputs == "refuse":
         kind = KepoDataError if found.keys() & examples.keys() else KepoCheckpointError
         raise kind(
-            f"{text}. Bring them back, use another run_dir, or set changed_inputs: accept to go on "
-            "with what is here now"
+            f"changed_inputs: {text}. Bring them back, use another run_dir, or set changed_inputs: "
+            "accept to go on with what is here now"
         )
     if found:
         print(f"changed_inputs: accept: {text}")

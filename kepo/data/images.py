@@ -94,10 +94,7 @@ def _opened(path: Path) -> Image.Image:
 
 
 def _unreadable(path: Path, error: Exception) -> KepoDataError:
-    return KepoDataError(
-        f"open_rgb: cannot read the image {printable(path)}: {error}; expected a readable PNG or "
-        "JPEG"
-    )
+    return KepoDataError(f"{printable(path)}: {error}; expected a readable PNG or JPEG")
 
 
 def locate(sources: Sources, root: Path) -> tuple[Path, ...]:
@@ -160,7 +157,7 @@ def _cached(content: bytes) -> Path:
             write_durably(file, content)
     except OSError as error:
         raise KepoDataError(
-            f"locate: cannot keep an image of the dataset at {file}: {error}; set KEPO_CACHE to a "
+            f"{file}: an image of the dataset cannot be kept there: {error}; set KEPO_CACHE to a "
             "folder that can be written"
         ) from error
     return file.resolve()

@@ -161,11 +161,9 @@ def _load(
     progress: bool = False,
 ) -> tuple[list[Example], DataReport]:
     if limit is not None and limit < 1:
-        raise KepoConfigError(f"load_examples: limit is {limit}; give None or a number >= 1")
+        raise KepoConfigError(f"limit is {limit}; give None or a number >= 1")
     if bad_records not in ("skip", "fail"):
-        raise KepoConfigError(
-            f"load_examples: bad_records is {bad_records!r}; expected 'skip' or 'fail'"
-        )
+        raise KepoConfigError(f"bad_records is {bad_records!r}; expected 'skip' or 'fail'")
     root = _image_root(layout, path, image_root)
     path = path.resolve()
     problems: list[Problem] = []
@@ -174,7 +172,7 @@ def _load(
         told = f" (question {shown(name)})" if isinstance(name, str) else ""
         problem = Problem(error.kind, where, f"{error}{told}")
         if bad_records == "fail":
-            raise KepoDataError(f"load_examples: {problem}")
+            raise KepoDataError(str(problem))
         problems.append(problem)
 
     parsed: list[tuple[str, Example, Sources]] = []
@@ -219,7 +217,7 @@ def _load(
             bad(where, error, example.id)
     report = DataReport(path, layout.name, records, len(kept), tuple(problems), dict(quirks))
     if not kept:
-        raise KepoDataError(f"load_examples: no question is left of {report.summary()}")
+        raise KepoDataError(f"{report.summary()}; no question is left")
     return kept, report
 
 
@@ -227,7 +225,7 @@ def _image_root(layout: Layout, path: Path, given: str | Path | None) -> Path:
     if given is not None:
         folder = expanded(given)
         if not folder.is_dir():
-            raise KepoDataError(f"load_examples: image_root={str(given)!r} is not a folder")
+            raise KepoDataError(f"image_root={str(given)!r} is not a folder")
         return folder.resolve()
     resolved = path.resolve()
     if layout is not MEDR1:
@@ -238,8 +236,7 @@ def _image_root(layout: Layout, path: Path, given: str | Path | None) -> Path:
         if (folder / "Images").is_dir():
             return folder.resolve()
     raise KepoDataError(
-        f"load_examples: no folder above {printable(path)} has Images; set image_root to the one "
-        "that does"
+        f"{printable(path)}: no folder above it has Images; set image_root to the one that does"
     )
 
 
@@ -247,11 +244,8 @@ def _check_names(argument: str, wanted: Sequence[str] | None, present: set[str])
     if wanted is None:
         return
     if isinstance(wanted, str):
-        raise KepoConfigError(
-            f"load_examples: {argument}={wanted!r} is a string; give a sequence of names"
-        )
+        raise KepoConfigError(f"{argument}={wanted!r} is a string; give a sequence of names")
     if unknown := sorted(set(wanted) - present):
         raise KepoDataError(
-            f"load_examples: {argument} names {unknown}, which the dataset lacks; "
-            f"it has {sorted(present)}"
+            f"{argument} names {unknown}, which the dataset lacks; it has {sorted(present)}"
         )

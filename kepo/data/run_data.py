@@ -92,7 +92,7 @@ def load_data(config: Config, judge: Judge | None = None) -> RunData:
         held_out = capped(held_out, config.eval_limit)
         if not train:
             raise KepoDataError(
-                f"load_data: eval_share={config.eval_share} holds out every image that "
+                f"eval_share={config.eval_share} holds out every image that "
                 "train_modalities and train_question_types leave; give a smaller share"
             )
 
@@ -157,7 +157,7 @@ def readable(
         problems=tuple(problems),
     )
     if not kept:
-        raise KepoDataError(f"load_data: no question is left of {report.summary()}")
+        raise KepoDataError(f"{report.summary()}; no question is left")
     return kept, report
 
 

@@ -84,7 +84,7 @@ def run(demo: Demo) -> int:
     """All stages; returns the exit code of the training."""
     own_progress_only()
     if launched() > 1:
-        raise KepoConfigError("the demonstration runs in one process; start it without torchrun")
+        raise KepoConfigError("kepo demo: it runs in one process; start it without torchrun")
     demo = at_home(demo, "root")
     root = Path(demo.root)
     started = time.perf_counter()

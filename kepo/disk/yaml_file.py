@@ -30,14 +30,14 @@ def read_mapping(path: Path, otherwise: str) -> dict[str, Any]:
         content = yaml.load(text, Loader=_loader())
     except yaml.YAMLError as error:
         kind = "" if isinstance(error, yaml.constructor.ConstructorError) else " is not YAML"
-        raise KepoConfigError(f"config file {path}{kind}: {_words_of(error)}") from error
+        raise KepoConfigError(f"{path}{kind}: {_words_of(error)}") from error
     except RecursionError:
-        raise KepoConfigError(f"config file {path} is not YAML: nested too deeply") from None
+        raise KepoConfigError(f"{path} is not YAML: nested too deeply") from None
     if content is None or content == "":
-        raise KepoConfigError(f"config file {path} is empty; expected `key: value` lines")
+        raise KepoConfigError(f"{path} is empty; expected `key: value` lines")
     if not isinstance(content, dict):
         kind = {list: "a list", str: "one text", Word: "one word"}.get(type(content), "no mapping")
-        raise KepoConfigError(f"config file {path} holds {kind}; expected `key: value` lines")
+        raise KepoConfigError(f"{path} holds {kind}; expected `key: value` lines")
     return content
 
 
@@ -46,26 +46,24 @@ def _text(path: Path, otherwise: str) -> str:
     try:
         about = path.stat()
         if stat.S_ISDIR(about.st_mode):
-            raise KepoConfigError(f"config file {path} is a folder; name the file in it")
+            raise KepoConfigError(f"{path} is a folder; name the file in it")
         if not stat.S_ISREG(about.st_mode):  # to open a pipe would be to wait for its other end
-            raise KepoConfigError(f"config file {path} is no regular file; expected a YAML file")
+            raise KepoConfigError(f"{path} is no regular file; expected a YAML file")
         if about.st_size > LARGEST:
-            raise KepoConfigError(
-                f"config file {path} has {about.st_size} bytes; expected a few lines of YAML"
-            )
+            raise KepoConfigError(f"{path} has {about.st_size} bytes; expected a few lines of YAML")
         content = path.read_bytes()
     except (OSError, ValueError) as error:
         if isinstance(error, KepoConfigError):
             raise
         raise KepoConfigError(
-            f"config file {path} cannot be read: {error}; expected a YAML file or {otherwise}"
+            f"{path} cannot be read: {error}; expected a YAML file or {otherwise}"
         ) from error
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return content.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise KepoConfigError(
-            f"config file {path} is not text in UTF-8: {error.reason} at byte {error.start}"
+            f"{path} is not text in UTF-8: {error.reason} at byte {error.start}"
         ) from error
 
 

@@ -79,17 +79,17 @@ def launched() -> int:
     missing = [name for name, value in given.items() if not value]
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
         if given[name] and not given[name].isdecimal():
-            raise KepoConfigError(f"environment: {name}={given[name]!r}; expected a number >= 0")
+            raise KepoConfigError(f"{name}={given[name]!r}; expected a number >= 0")
     size = int(given["WORLD_SIZE"] or 1)
     if size > 1 and missing:
         raise KepoConfigError(
-            f"environment: WORLD_SIZE={size}, but {', '.join(missing)} is not set, so processes "
+            f"WORLD_SIZE={size}, but {', '.join(missing)} is not set, so processes "
             f"cannot find each other; start them with `torchrun --nproc-per-node={size} -m "
-            "kepo.loop ...`, or unset WORLD_SIZE for one process"
+            "kepo train ...`, or unset WORLD_SIZE for one process"
         )
     if not missing and int(given["RANK"]) >= size:
         raise KepoConfigError(
-            f"environment: RANK={given['RANK']} and WORLD_SIZE={size}; expected a rank below it"
+            f"RANK={given['RANK']} and WORLD_SIZE={size}; expected a rank below it"
         )
     return size
 
@@ -102,7 +102,7 @@ def _own_device(device: str, several: bool) -> torch.device:
     local = os.environ.get("LOCAL_RANK", "") if several else "0"
     if own.index is None and not local and count > 1:
         raise KepoConfigError(
-            f"environment: LOCAL_RANK is not set, so which of the {count} CUDA devices is this "
+            f"LOCAL_RANK is not set, so which of the {count} CUDA devices is this "
             "process's is unknown; start it with torchrun"
         )
     place = int(local or 0) if own.index is None else own.index

@@ -68,7 +68,7 @@ def shard(
     shares rest in host memory. Raises KepoConfigError on CPUs where torch is too old for that.
     """
     if device.type == "cpu" and world_size() > 1 and (reason := refuse_sharding_on_cpu()):
-        raise KepoConfigError(reason)
+        raise KepoConfigError(f"sharding: {reason}")
     mesh = init_device_mesh(device.type, (world_size(),))
     settings: dict[str, Any] = dict(
         mesh=mesh,

@@ -28,7 +28,7 @@ def with_adapters(model: Any, config: Config, saved: Path | None = None) -> Any:
         import peft
     except ImportError as error:
         raise KepoConfigError(
-            f"config: lora_rank={config.lora_rank} needs peft; pip install 'kepo[lora]'"
+            f"lora_rank={config.lora_rank} needs peft; pip install 'kepo[lora]'"
         ) from error
 
     if saved is not None:

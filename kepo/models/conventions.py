@@ -37,7 +37,7 @@ def end_ids(path: str | Path, tokenizer: Any, config: Any) -> tuple[int, ...]:
     known = set(tokenizer.get_vocab().values())
     stated = [*_as_ids(_generation_eos(path, config)), tokenizer.eos_token_id]
     ends = [token for token in stated if token in known]
-    closing = _closing_token(tokenizer)
+    closing = _closing_token(path, tokenizer)
     if closing not in {*ends, *_special(tokenizer)}:
         closing = tokenizer.eos_token_id
     return tuple(dict.fromkeys([closing, *ends]))
@@ -59,10 +59,10 @@ def control_ids(tokenizer: Any, config: Any, ends: Iterable[int]) -> frozenset[i
     return frozenset((_special(tokenizer) | roles | marked) - tags | set(ends) | vision)
 
 
-def opened_by(tokenizer: Any) -> str:
+def opened_by(path: str | Path, tokenizer: Any) -> str:
     """What the template has begun to say for the assistant, where it asks for an answer: all from
     the first tag that it leaves open (``<think>\\n``); "" if it opens none."""
-    asked = _rendered(tokenizer, [_user(_MARK)], add_generation_prompt=True)
+    asked = _rendered(path, tokenizer, [_user(_MARK)], add_generation_prompt=True)
     begun = asked.rpartition(_MARK)[2]
     left_open = _open_tags(begun)
     return begun[left_open[0].start() :] if left_open else ""
@@ -73,27 +73,27 @@ def closed(opened: str) -> str:
     return "".join(f"</{tag[2]}>" for tag in reversed(_open_tags(opened)))
 
 
-def check_template(tokenizer: Any, image_token_id: int) -> None:
+def check_template(path: str | Path, tokenizer: Any, image_token_id: int) -> None:
     """Raises KepoCheckpointError if the chat template fails, leaves the question or its image out,
     or says what the day is."""
-    asked = _rendered(tokenizer, [_user(_MARK, images=1)], add_generation_prompt=True)
+    asked = _rendered(path, tokenizer, [_user(_MARK, images=1)], add_generation_prompt=True)
     images = tokenizer(asked, add_special_tokens=False)["input_ids"].count(image_token_id)
     if _MARK not in asked or images != 1:
         found = f"{images} image placeholders" if _MARK in asked else "no text"
         raise KepoCheckpointError(
-            f"VLM.load: of a message with one image and text the chat template makes {found}; "
+            f"{path}: of a message with one image and text the chat template makes {found}; "
             "expected the text, and one placeholder (image_token_id of the config) per image"
         )
     template = tokenizer.chat_template
     texts = template.values() if isinstance(template, dict) else [template]
     if any("strftime_now" in text for text in texts):
         raise KepoCheckpointError(
-            "VLM.load: the chat template writes the day (strftime_now), so that a prompt is "
+            f"{path}: the chat template writes the day (strftime_now), so that a prompt is "
             "another one tomorrow; write a fixed date into it"
         )
 
 
-def check_head(model: Any, tokenizer: Any) -> None:
+def check_head(path: str | Path, model: Any, tokenizer: Any) -> None:
     """Raises KepoCheckpointError for a tokenizer with ids beyond the head or the embedding, and for
     logits that are not ``hidden @ lm_head.T``, of which the losses know nothing."""
     largest = max(tokenizer.get_vocab().values())
@@ -103,18 +103,18 @@ def check_head(model: Any, tokenizer: Any) -> None:
         if largest >= rows:
             token = tokenizer.convert_ids_to_tokens(largest)
             raise KepoCheckpointError(
-                f"VLM.load: the tokenizer has ids up to {largest} ({token!r}), the model's {name} "
+                f"{path}: the tokenizer has ids up to {largest} ({token!r}), the model's {name} "
                 f"{rows} rows; expected a row for every token: call "
                 "model.resize_token_embeddings(...) and save, or take the tokenizer it came with"
             )
     if largest >= len(tokenizer):
         raise KepoCheckpointError(
-            f"VLM.load: the tokenizer has {len(tokenizer)} tokens and ids up to {largest}; "
+            f"{path}: the tokenizer has {len(tokenizer)} tokens and ids up to {largest}; "
             "expected ids without holes, as rows of the head beyond them are never sampled"
         )
     if getattr(head, "bias", None) is not None:
         raise KepoCheckpointError(
-            "VLM.load: the model's head has a bias, which the losses would leave out; expected a "
+            f"{path}: the model's head has a bias, which the losses would leave out; expected a "
             "head without"
         )
     text = model.config.get_text_config()
@@ -122,7 +122,7 @@ def check_head(model: Any, tokenizer: Any) -> None:
         value = getattr(text, name, None)
         if value not in (None, plain, False):
             raise KepoCheckpointError(
-                f"VLM.load: the config says {name}={value}, which the losses would leave out; "
+                f"{path}: the config says {name}={value}, which the losses would leave out; "
                 "expected a model whose logits are its states times the head"
             )
 
@@ -137,20 +137,20 @@ _SCALES = {
 """What other families do to logits, and the value at which it does nothing."""
 
 
-def check_positions(config: Any) -> None:
+def check_positions(path: str | Path, config: Any) -> None:
     """Raises KepoCheckpointError for positions whose meaning depends on how long the text has
     become: sampling, which reads a token at a time, and training would differ."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
         raise KepoCheckpointError(
-            f"VLM.load: rope_type={kind!r} turns positions by the length that a text has so far, "
+            f"{path}: rope_type={kind!r} turns positions by the length that a text has so far, "
             "so that what is sampled and what is trained on would differ; expected 'default', "
             "'linear', 'yarn' or 'llama3'"
         )
 
 
-def check_pictures(image_processor: Any, config: Any) -> None:
+def check_pictures(path: str | Path, image_processor: Any, config: Any) -> None:
     """Raises KepoCheckpointError if the image processor cuts pictures otherwise than the vision
     tower reads them."""
     vision = config.vision_config
@@ -163,12 +163,12 @@ def check_pictures(image_processor: Any, config: Any) -> None:
         cut, read = getattr(image_processor, mine), getattr(vision, theirs, None)
         if read is not None and cut != read:
             raise KepoCheckpointError(
-                f"VLM.load: preprocessor_config.json says {mine}={cut}, the vision tower "
+                f"{path}: preprocessor_config.json says {mine}={cut}, the vision tower "
                 f"{theirs}={read}; expected the preprocessor that the model came with"
             )
     if not image_processor.do_resize:
         raise KepoCheckpointError(
-            "VLM.load: preprocessor_config.json says do_resize=false; expected true, as pictures "
+            f"{path}: preprocessor_config.json says do_resize=false; expected true, as pictures "
             "whose sides are no multiple of a patch cannot be read"
         )
 
@@ -178,7 +178,7 @@ def check_same_opening(student: Any, teacher: Any) -> None:
     a completion of the one would be nonsense after the other's prompt."""
     if student.opened.strip() != teacher.opened.strip():
         raise KepoConfigError(
-            f"the student's chat template opens an answer with {student.opened!r} and the "
+            f"student: its chat template opens an answer with {student.opened!r} and the "
             f"teacher's with {teacher.opened!r}; distillation compares what they say after the "
             "same words: give both the same chat_template"
         )
@@ -217,20 +217,20 @@ def _user(text: str, images: int = 0) -> dict[str, Any]:
     return {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
 
 
-def _rendered(tokenizer: Any, chat: list[dict[str, Any]], **settings: Any) -> str:
+def _rendered(path: str | Path, tokenizer: Any, chat: list[dict[str, Any]], **settings: Any) -> str:
     try:
         return tokenizer.apply_chat_template(chat, tokenize=False, **settings)
     except Exception as error:  # a template is a program, and may fail in any way
         raise KepoCheckpointError(
-            f"VLM.load: the chat template fails on a message with text and image: {error}"
+            f"{path}: the chat template fails on a message with text and image: {error}"
         ) from error
 
 
-def _closing_token(tokenizer: Any) -> int | None:
+def _closing_token(path: str | Path, tokenizer: Any) -> int | None:
     """What the template writes after an answer; None if it takes no answers."""
     answer = {"role": "assistant", "content": [{"type": "text", "text": _MARK}]}
     try:
-        said = _rendered(tokenizer, [_user("?"), answer])
+        said = _rendered(path, tokenizer, [_user("?"), answer])
     except KepoCheckpointError:
         return None
     after = said.rpartition(_MARK)[2]
@@ -245,7 +245,7 @@ def _generation_eos(path: str | Path, config: Any) -> Any:
         return GenerationConfig.from_pretrained(path).eos_token_id
     except Exception as error:
         if file.exists():
-            raise KepoCheckpointError(f"VLM.load: {file} cannot be read: {error}") from error
+            raise KepoCheckpointError(f"{file} cannot be read: {error}") from error
     found = getattr(config, "eos_token_id", None)
     return getattr(config.get_text_config(), "eos_token_id", None) if found is None else found
 

@@ -85,15 +85,15 @@ def read_config(path: str | Path) -> Any:
         raise _unreadable(path, error) from error
     if getattr(config, "image_token_id", None) is None:
         raise KepoCheckpointError(
-            f"VLM.load: {type(config).__name__} has no image_token_id; expected the config of a "
+            f"{path}: {type(config).__name__} has no image_token_id; expected the config of a "
             "Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
         )
     if (other := getattr(config, "transformers_weights", None)) is not None:
         raise KepoCheckpointError(
-            f"VLM.load: config.json of {path} says transformers_weights={other!r}; expected it "
+            f"{path}: config.json says transformers_weights={other!r}; expected it "
             f"left out: weights are read from {tensors.WHOLE}, or the files of its index"
         )
-    conventions.check_positions(config)
+    conventions.check_positions(path, config)
     return config
 
 
@@ -103,7 +103,7 @@ def load_encoder(path: str | Path, model: Any) -> Encoder:
     Raises KepoCheckpointError if one is missing, lacks what we need of it, or is another model's.
     """
     encoder = encoder_of(path, model.config)
-    conventions.check_head(model, encoder.tokenizer)
+    conventions.check_head(path, model, encoder.tokenizer)
     return encoder
 
 
@@ -120,9 +120,9 @@ def encoder_of(path: str | Path, config: Any) -> Encoder:
         raise _unreadable(path, error) from error
     for name in ("pad_token_id", "eos_token_id", "chat_template"):
         if getattr(tokenizer, name, None) is None:
-            raise KepoCheckpointError(f"VLM.load: the tokenizer has no {name}; set it and save")
-    conventions.check_template(tokenizer, config.image_token_id)
-    conventions.check_pictures(image_processor, config)
+            raise KepoCheckpointError(f"{path}: the tokenizer has no {name}; set it and save")
+    conventions.check_template(path, tokenizer, config.image_token_id)
+    conventions.check_pictures(path, image_processor, config)
     ends = conventions.end_ids(base_of(path) or path, tokenizer, config)
     return Encoder(
         tokenizer,
@@ -130,7 +130,7 @@ def encoder_of(path: str | Path, config: Any) -> Encoder:
         config.image_token_id,
         end_ids=ends,
         control_ids=conventions.control_ids(tokenizer, config, ends),
-        opened=conventions.opened_by(tokenizer),
+        opened=conventions.opened_by(path, tokenizer),
         positions=getattr(config.get_text_config(), "max_position_embeddings", None),
     )
 
@@ -146,10 +146,10 @@ def base_of(path: str | Path) -> str | None:
     try:
         base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise KepoCheckpointError(f"VLM.load: {file} cannot be read: {error!r}") from error
+        raise KepoCheckpointError(f"{file} cannot be read: {error!r}") from error
     if not isinstance(base, str) or not base or (Path(base) / "adapter_config.json").is_file():
         raise KepoCheckpointError(
-            f"VLM.load: {file} says base_model_name_or_path={base!r}; expected the folder or Hub "
+            f"{file} says base_model_name_or_path={base!r}; expected the folder or Hub "
             "name of the whole model whose adapters they are"
         )
     return base
@@ -182,7 +182,7 @@ def _image_processor(path: str | Path) -> Any:
     stated = kind.get_image_processor_dict(path)[0].get("image_processor_type")
     if stated is not None and not re.match(r"Qwen\w*VLImageProcessor", stated):
         raise KepoCheckpointError(
-            f"VLM.load: {path} wants the image processor {stated}; expected "
+            f"{path} wants the image processor {stated}; expected "
             "Qwen2VLImageProcessor, by which Qwen-VL models see"
         )
     return kind.from_pretrained(path)
@@ -191,11 +191,11 @@ def _image_processor(path: str | Path) -> Any:
 def _unreadable(path: str | Path, error: Exception) -> KepoCheckpointError:
     if "trust_remote_code" in str(error):
         return KepoCheckpointError(
-            f"VLM.load: {path} brings code of its own (auto_map), which is never run here; "
+            f"{path} brings code of its own (auto_map), which is never run here; "
             "expected a model that transformers knows by itself"
         )
     said = " ".join(str(error).split()) or type(error).__name__
     return KepoCheckpointError(
-        f"VLM.load: cannot load a vision-language model from {path}: {said}; expected "
+        f"{path}: cannot load a vision-language model from it: {said}; expected "
         "config.json, *.safetensors, tokenizer files and preprocessor_config.json"
     )

@@ -54,7 +54,7 @@ def check_length(model: Any, inputs: Inputs, new_tokens: int) -> None:
     longest = int(inputs.attention_mask.sum(-1).max())  # rows that were selected keep their padding
     if longest + new_tokens > limit:
         raise KepoDataError(
-            f"a prompt has {longest} tokens, of images and text, and its completion up to "
+            f"inputs: a prompt has {longest} tokens, of images and text, and its completion up to "
             f"{new_tokens}; expected at most {limit} together (max_position_embeddings of the "
             "model): prompts are not cut, so give smaller images, less text or a shorter limit"
         )
@@ -72,9 +72,9 @@ def check_reads_types(model: Any) -> None:
     for part in (model, model.model):
         if "mm_token_type_ids" not in _parameters(type(part)):
             raise KepoCheckpointError(
-                f"the forward of {type(part).__name__} does not take mm_token_type_ids, so images "
-                "would be given wrong positions; expected a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model "
-                "of transformers 5.4 or later"
+                f"model: the forward of {type(part).__name__} does not take mm_token_type_ids, so "
+                "images would be given wrong positions; expected a Qwen2-VL, Qwen2.5-VL or "
+                "Qwen3-VL model of transformers 5.4 or later"
             )
 
 

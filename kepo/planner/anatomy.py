@@ -311,12 +311,12 @@ def read_config(name: str) -> Any:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise KepoConfigError(
-            f"the config of {name!r} cannot be read: {error}; expected a model's folder, a Hub "
+            f"{name}: its config cannot be read: {error}; expected a model's folder, a Hub "
             f"name that can be reached, or one of {', '.join(KNOWN)}"
         ) from error
     if config.model_type not in FAMILIES:
         raise KepoConfigError(
-            f"{name!r} is a model of type {config.model_type!r}, whose parts are not known here; "
+            f"{name} is a model of type {config.model_type!r}, whose parts are not known here; "
             f"expected one of {', '.join(FAMILIES)}"
         )
     return config

@@ -64,7 +64,7 @@ def loss_memory(
     try:
         rows = min(chunk_length(sizes, config.workspace_bytes, None), tokens)
     except KepoInputError as error:
-        raise KepoConfigError(f"the loss of {tokens} tokens: {error}") from error
+        raise KepoConfigError(f"workspace_bytes: for a loss of {tokens} tokens, {error}") from error
     rows = -(-tokens // -(-tokens // rows))  # chunks are of equal length
     workspace = sizes.bytes_of(rows, sizes.strip_bytes(config.workspace_bytes))
 

@@ -306,7 +306,8 @@ def main(arguments: Sequence[str]) -> int:
     named = next(filter(None, (machine_of(Path(layer)) for layer in reversed(layers))), None)
     if named is None and None in (given.gpus, given.gpu_gb):
         raise KepoConfigError(
-            "give --gpus and --gpu-gb, or a recipe whose name begins like 8x80gb_"
+            "gpus and gpu_gb are not set; give --gpus and --gpu-gb, or a recipe whose name begins "
+            "like 8x80gb_"
         )
     machine = Machine(
         named.gpus if given.gpus is None else given.gpus,

@@ -120,7 +120,7 @@ def left_out(
     """
     found = [faults[example.id] for example in examples if example.id in faults]
     if found and bad_records == "fail":
-        raise KepoDataError(f"load_data: {found[0]}")
+        raise KepoDataError(f"{report.path}: {found[0]}")
     kept = [example for example in examples if example.id not in faults]
     report = replace(
         report,
@@ -128,7 +128,7 @@ def left_out(
         problems=(*report.problems, *found),
     )
     if not kept:
-        raise KepoDataError(f"load_data: no question is left of {report.summary()}")
+        raise KepoDataError(f"{report.summary()}; no question is left")
     return kept, report
 
 

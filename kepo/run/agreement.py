@@ -63,7 +63,7 @@ def refuse_different(what: str, mine: Mapping[str, object]) -> None:
     if found:
         more = f"; and {len(found) - NAMED} more" if len(found) > NAMED else ""
         raise KepoConfigError(
-            f"the processes of this run differ in {what}: {'; '.join(found[:NAMED])}{more}; start "
+            f"ranks differ in {what}: {'; '.join(found[:NAMED])}{more}; start "
             "all of them with the same"
         )
 
@@ -144,8 +144,8 @@ def same_images(data: RunData) -> None:
         other = [path for path, mine, theirs in pairs if mine != theirs]
         if other:
             raise KepoDataError(
-                f"{len(other)} of {len(paths)} images are missing or other for rank {place} on "
-                f"{host} than for rank 0, first {other[0]}; every node needs the same files"
+                f"rank {place}, on {host}: {len(other)} of {len(paths)} images are missing or "
+                f"other than for rank 0, first {other[0]}; every node needs the same files"
             )
 
 

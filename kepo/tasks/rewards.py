@@ -65,13 +65,14 @@ def score(names: Sequence[str], text: str, answer: str, example_id: str) -> dict
             value = REWARDS[name](text, answer)
         except Exception as error:
             raise KepoRewardError(
-                f"reward {name!r} raised {type(error).__name__} on example {example_id!r}: {error}"
+                f"rewards: {name!r} raised {type(error).__name__} on example {example_id!r}: "
+                f"{error}"
             ) from error
         number = _number(value)
         if number is None:
             shown = " ".join(reprlib.repr(value).split())
             raise KepoRewardError(
-                f"reward {name!r} returned {shown} on example {example_id!r}; expected a finite "
+                f"rewards: {name!r} returned {shown} on example {example_id!r}; expected a finite "
                 "number, one for each completion"
             )
         scores[name] = number

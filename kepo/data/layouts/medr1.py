@@ -52,7 +52,7 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
     groups = {_group(file) for file in files}
     if len(groups) > 1:
         raise KepoDataError(
-            f"medr1: {path} holds the groups {sorted('/'.join(g) for g in groups)}, which repeat "
+            f"{path} holds the groups {sorted('/'.join(g) for g in groups)}, which repeat "
             "each other's questions or separate training from test; give the folder of one"
         )
     for file in files:

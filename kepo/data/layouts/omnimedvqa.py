@@ -25,10 +25,10 @@ def rows(root: Path) -> Iterator[tuple[str, Any]]:
     """Files in sorted order, records in file order; hidden files are passed over."""
     folder = root / FOLDER
     if not folder.is_dir():
-        raise KepoDataError(f"omnimedvqa: {root} has no folder {FOLDER}; expected {EXPECTED}")
+        raise KepoDataError(f"{root} has no folder {FOLDER}; expected {EXPECTED}")
     files = json_files(folder)
     if not files:
-        raise KepoDataError(f"omnimedvqa: no *.json under {folder}; expected {EXPECTED}")
+        raise KepoDataError(f"{folder} has no *.json in it; expected {EXPECTED}")
     for file in files:
         yield from read_list(file)
 

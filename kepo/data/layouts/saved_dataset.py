@@ -26,7 +26,7 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
         import datasets
     except ImportError as error:
         raise KepoDataError(
-            f"hf: {path} was written by the library datasets, which is not installed: "
+            f"{path} was written by the library datasets, which is not installed: "
             "pip install datasets"
         ) from error
 
@@ -43,11 +43,11 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
         missing = ["image", *missing]
     if missing:
         raise KepoDataError(
-            f"hf: {path} has columns {dataset.column_names} and lacks {missing}; expected "
+            f"{path} has columns {dataset.column_names} and lacks {missing}; expected "
             f"{', '.join(COLUMNS)} and image, or images"
         )
     if len(columns) > 1:
-        raise KepoDataError(f"hf: {path} has the columns image and images; expected one of them")
+        raise KepoDataError(f"{path} has the columns image and images; expected one of them")
     (column,) = columns
     dataset = dataset.cast_column(column, _undecoded(dataset.features[column], datasets))
     texts = dataset.remove_columns(column)
@@ -63,7 +63,7 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _unread(path: Path, error: Exception) -> KepoDataError:
     return KepoDataError(
-        f"hf: {printable(path)} cannot be read by datasets: {type(error).__name__}: {error}"
+        f"{printable(path)} cannot be read by datasets: {type(error).__name__}: {error}"
     )
 
 
@@ -74,11 +74,11 @@ def _one_split(path: Path) -> Path:
     try:
         splits = json.loads(read_regular(path / DICT).decode("utf-8"))["splits"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise KepoDataError(f"hf: {path / DICT} cannot be read: {error!r}") from error
+        raise KepoDataError(f"{path / DICT} cannot be read: {error!r}") from error
     if not isinstance(splits, list) or not splits or not all(isinstance(s, str) for s in splits):
-        raise KepoDataError(f"hf: {path / DICT} has splits={splits!r}; expected a list of names")
+        raise KepoDataError(f"{path / DICT} has splits={splits!r}; expected a list of names")
     if len(splits) != 1:
-        raise KepoDataError(f"hf: {path} holds the splits {splits}; give {path / splits[0]}")
+        raise KepoDataError(f"{path} holds the splits {splits}; give {path / splits[0]}")
     return path / splits[0]
 
 

@@ -75,7 +75,7 @@ def test_what_is_trained():
 
 
 def test_unknown_model():
-    with pytest.raises(KepoConfigError, match="'/nowhere/model' cannot be read"):
+    with pytest.raises(KepoConfigError, match=r"^/nowhere/model: its config cannot be read"):
         read_config("/nowhere/model")
 
 

@@ -96,7 +96,7 @@ def test_image_files_of_another_node_are_compared(made, tmp_path, others):
     same_images(data)
     content = paths[0].read_bytes()
     paths[0].write_bytes(content[:-1] + b"x")  # of one size
-    with pytest.raises(KepoDataError, match=rf"1 of {len(paths)} images .*rank 2 on node2"):
+    with pytest.raises(KepoDataError, match=rf"^rank 2, on node2: 1 of {len(paths)} images"):
         same_images(data)
     paths[0].write_bytes(content)
     lost = [*theirs[:-1], "missing: No such file or directory"]
@@ -144,10 +144,7 @@ def test_four_ways_to_differ_are_four_clear_ends(made, tmp_path, capsys):
         ends = json.loads((tmp_path / f"ends.{rank}").read_text())
         for (name, other), (end, seconds) in zip(ways.items(), ends, strict=True):
             theirs = f"{name}: {whole[name]!r} on rank 0, {other[name]!r} on rank 1"
-            assert end == (
-                f"the processes of this run differ in settings: {theirs}; start all of them with "
-                "the same"
-            )
+            assert end == (f"ranks differ in settings: {theirs}; start all of them with the same")
             with capsys.disabled():
                 print(f"\nrank {rank}, another {name}: ended after {seconds:.2f} s")
 

@@ -164,7 +164,7 @@ def test_a_number_of_any_library_is_a_reward(monkeypatch, value, number):
 )
 def test_score_refuses_what_is_not_one_finite_number(monkeypatch, value):
     monkeypatch.setitem(rewards.REWARDS, "odd", lambda text, answer: value)
-    with pytest.raises(KepoRewardError, match=r"^reward 'odd' returned .* example 'q7'") as caught:
+    with pytest.raises(KepoRewardError, match=r"^rewards: 'odd' returned .* 'q7'") as caught:
         score(("odd",), GOOD, "C", "q7")
     assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
 
