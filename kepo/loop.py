@@ -100,7 +100,7 @@ def take_steps(run: Run) -> None:
         totals = totals.of_all()
         values = step_metrics(found, given, batch, totals, config) | {
             "grad_norm": norm,
-            "learning_rate": config.lr * lr_share(step, config),
+            "learning_rate": run.optimizer.param_groups[0]["lr"],
             "skipped": skipped,
             "time/rollout": found.rollout_seconds,
             "time/hint": found.hint_seconds,

@@ -323,3 +323,15 @@ def test_learning_rate_rises_then_falls_in_a_line():
     shares = [lr_share(step, config) for step in (1, 2, 6, 10)]
     assert shares == pytest.approx([0.5, 1.0, 0.6, 0.2])
     assert lr_share(7, Config(steps=10)) == 1.0
+
+
+def test_the_optimiser_steps_at_the_learning_rate_of_the_step(made, tmp_path, no_picture):
+    config = config_of(made, tmp_path, "grpo", steps=3, warmup_steps=2, lr_end=0.0, lr=1e-3)
+    assert train(config) == 0
+    rates = [r["learning_rate"] for r in read_metrics(tmp_path / "metrics.jsonl") if "reward" in r]
+    assert rates == pytest.approx([0.5e-3, 1e-3, 0.0])
+
+
+def test_hints_about_questions_that_have_changed_are_forgotten(tmp_path):
+    saved = opening.Saved(tmp_path, {"hints": {"a": "left", "b": None, "c": "right"}}, {"c", "d"})
+    assert saved.hints == {"a": "left", "b": None}

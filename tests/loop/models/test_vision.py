@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 from families import FAMILIES, pictures
-from toy import RIGHT, WRONG, example, rollout
+from toy import RIGHT, WRONG, rollout
 
 from kepo.config import Config
 from kepo.errors import KepoCheckpointError, KepoDataError
@@ -260,10 +260,7 @@ def test_shared_features_give_the_same_states_and_gradients(
 def test_a_micro_batch_encodes_the_images_of_its_questions_once(sharing, prompts):
     """Three completions of one question and three of another, as `kepo_step` is given them."""
     groups = [
-        [
-            replace(rollout(text), example=replace(example("q"), images=prompts[place].images))
-            for text in (RIGHT, WRONG, WRONG)
-        ]
+        [replace(rollout(text), prompt=prompts[place]) for text in (RIGHT, WRONG, WRONG)]
         for place in (0, 3)
     ]
     config = Config(distill_coef=0.0, hint_trigger="never")
