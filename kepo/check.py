@@ -7,13 +7,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from kepo.config import TOTAL, Config
 from kepo.data.load import layout_of
 from kepo.distributed.processes import launched
 from kepo.errors import KepoConfigError, KepoDataError
+from kepo.models.device import known_device
+from kepo.models.workspace import check_workspace
 from kepo.tasks.rewards import REWARDS
+
+LARGEST = 1e30
+"""A setting, at most: ten of it, as AdamW takes of lr in its first step, are finite in float32."""
 
 
 def check(config: Config) -> None:
@@ -28,6 +31,7 @@ def check(config: Config) -> None:
             except KepoDataError as error:
                 _refuse(f"{name}={folder!r}: {error}")
     _machine(config)
+    check_workspace(config)
 
 
 def check_settings(config: Config) -> None:
@@ -91,11 +95,9 @@ def check_settings(config: Config) -> None:
 def _machine(config: Config) -> None:
     """What has to be here: a device of that kind, and optional packages."""
     try:
-        device = torch.device(config.device)
-    except RuntimeError as error:
-        _refuse(f"device={config.device!r}: {error}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        _refuse(f"device={config.device!r}, but torch {torch.__version__} sees no CUDA device here")
+        device = known_device(config.device)
+    except KepoConfigError as error:
+        _refuse(str(error))
     if device.index is not None and launched() > 1:
         _refuse(
             f"device={config.device!r} would be every process's; set device: {device.type}, of "
@@ -123,6 +125,10 @@ def _ranges(config: Config) -> None:
             value = getattr(config, name)
             if value is not None and not (math.isfinite(value) and holds(value)):
                 _refuse(f"{name}={value!r}; expected {expected}")
+            if isinstance(value, float) and abs(value) > LARGEST:
+                _refuse(
+                    f"{name}={value!r}; expected at most {LARGEST:g}, to stay finite in float32"
+                )
 
     bound(
         "steps prompts_per_step num_iterations micro_batch rollout_batch max_completion_length "
@@ -140,10 +146,11 @@ def _ranges(config: Config) -> None:
     )
     bound(
         "lr max_grad_norm sampling_temperature temperature hinted_cap hinted_gamma "
-        "sampler_cap lora_alpha rank_timeout_minutes",
+        "sampler_cap lora_alpha",
         lambda x: x > 0,
         "a number > 0",
     )
+    bound("rank_timeout_minutes", lambda x: 0 < x <= 10**6, "a number in (0, 1000000]")
     bound("hint_retries", lambda x: x >= 0, "a number >= 0")
     bound("hint_temperature", lambda x: x > 0, "a number > 0: the first hint is the greedy one")
     bound("top_p vllm_memory", lambda x: 0 < x <= 1, "a number in (0, 1]")
@@ -188,8 +195,8 @@ def _names(config: Config) -> None:
             f"reward_weights has {len(config.reward_weights)} values for "
             f"{len(config.rewards)} rewards"
         )
-    if not all(map(math.isfinite, config.reward_weights)):
-        _refuse(f"reward_weights={config.reward_weights!r}; expected finite numbers")
+    if not all(abs(weight) <= LARGEST for weight in config.reward_weights):  # nan is not
+        _refuse(f"reward_weights={config.reward_weights!r}; expected numbers up to {LARGEST:g}")
     if config.gate_reward is not None:
         choose("gate_reward", (*config.rewards, TOTAL))
     if config.hint_trigger != "never":

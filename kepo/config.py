@@ -53,8 +53,8 @@ class Config:
     """In which student and teacher compute: float32 or bfloat16. Weights that are trained
     are kept in float32 under sharding fsdp2, and as LoRA adapters."""
     device: str = "cpu"
-    """Where student and teacher live, as torch spells it; under torchrun, cuda is each process's
-    own."""
+    """Where student and teacher live: cpu, cuda or cuda:<number>; under torchrun, cuda is each
+    process's own."""
     changed_inputs: str = "refuse"
     """At a resume with another teacher, or other questions, answers or images, than the run began
     with. refuse: named, and the end. accept: named, and it goes on."""
@@ -134,7 +134,8 @@ class Config:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     max_skipped_steps: int = 3
-    """So many steps in a row with a non-finite loss or gradient are skipped; then the run stops."""
+    """So many steps in a row whose states, loss or gradient are not finite are skipped; one more
+    ends the run."""
 
     # ---- sampling ----
     sampling_temperature: float = 1.0

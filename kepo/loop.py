@@ -27,7 +27,14 @@ from kepo.check import check
 from kepo.config import MAY_CHANGE_ON_RESUME, Config, from_mapping, load
 from kepo.data.identity import changed_questions, inputs_of
 from kepo.data.run_data import load_data, write_record
-from kepo.distributed.processes import Stopped, all_gather, is_rank0, on_rank0, world_size
+from kepo.distributed.processes import (
+    Stopped,
+    all_gather,
+    is_rank0,
+    on_rank0,
+    refusals_told,
+    world_size,
+)
 from kepo.distributed.sharding import own_gradients, whole_tensor
 from kepo.errors import KepoConfigError, KepoError
 from kepo.evaluation.greedy import by_question_type, evaluate, means
@@ -46,6 +53,7 @@ from kepo.run.agreement import joined, same_images
 from kepo.run.card import model_card
 from kepo.run.curves import plot_curves
 from kepo.run.lock import exclusive
+from kepo.run.manifest import as_saved
 from kepo.run.metrics import StepLog, completion_records, peak_gb, step_metrics
 from kepo.run.optimizer_state import load_optimizer
 from kepo.run.roles import load_policy, load_reference, load_sampler, load_teacher
@@ -64,7 +72,8 @@ def train(config: Config) -> int:
     each has its share (kepo.distributed.processes).
     """
     any_terminal()
-    check(config)
+    with refusals_told():
+        check(config)
     own_progress_only()
     run_dir = Path(config.run_dir)
     checkpoints = run_dir / "checkpoints"
@@ -92,7 +101,8 @@ def train(config: Config) -> int:
         # A checkpoint with digests has been compared with them.
         by_ids = resume is not None and "inputs" not in state
         on_rank0(lambda: write_record(data, run_dir, resuming=by_ids))
-        policy = load_policy(config, device, resume / "policy" if resume else None)
+        saved = on_rank0(lambda: as_saved(resume)) if resume else None
+        policy = load_policy(config, device, saved / "policy" if saved else None)
         teacher = load_teacher(config, device) if config.distils or config.hints else None
         ref = load_reference(config, device)
         check_same_tokens(policy, teacher)
@@ -104,7 +114,7 @@ def train(config: Config) -> int:
             parameters.values(), lr=config.lr, weight_decay=config.weight_decay
         )
         if resume is not None:
-            load_optimizer(resume, parameters, optimizer)
+            load_optimizer(saved, parameters, optimizer)
             say(f"resuming after step {done} from {resume}")
         hints: Hints = {}
         if resume is not None:  # what is known of a question that has changed is no longer true
@@ -315,11 +325,12 @@ def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
 def main(arguments: Sequence[str]) -> int:
     """``kepo train``: recipes and presets, each over the one before it, then flags."""
     layers = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
-    config = command_line(
-        Config,
-        prog="kepo train",
-        args=arguments[len(layers) :],
-        default=load(*layers),
-        description=__doc__,
-    )
+    with refusals_told():
+        config = command_line(
+            Config,
+            prog="kepo train",
+            args=arguments[len(layers) :],
+            default=load(*layers),
+            description=__doc__,
+        )
     return train(config)

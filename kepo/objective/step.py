@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -64,10 +65,15 @@ def kepo_step(
     meet the sequences whose gate is open and no others; with every gate closed it does not run,
     unless it is sharded and another process has open ones. Call it through `VLM.within` where the
     policy is spread over processes. Adds the numbers of the micro-batch to ``totals``.
+
+    Where a model's states are not finite the loss is NaN, on every device: the caller sees it in
+    the gradients, and skips the step.
     """
     micro = micro.to(policy.device)
     ids, mask = micro.completion_ids, micro.completion_mask
+    odd: list[str] = []
     hidden = policy.completion_hidden(policy.encode(micro.prompts), ids, mask)
+    hidden = _without_nan(hidden, mask, odd, "student")
     scoring = dict(
         temperature=config.temperature, impl=config.impl, workspace_bytes=config.workspace_bytes
     )
@@ -95,6 +101,7 @@ def kepo_step(
         shown = ref.encode(micro.prompts)
         with torch.no_grad():
             ref_hidden = ref.run_wrapped(lambda: ref.completion_hidden(shown, ids, mask))
+        ref_hidden = _without_nan(ref_hidden, mask, odd, "reference")
         settings["ref_logprobs"] = logprobs_of(ref_hidden, ref, every, mask)
     own, hinted = _to_correct(micro, config)
     corrected = own | hinted
@@ -125,6 +132,7 @@ def kepo_step(
     if distils:
         started = _now(hidden)
         teacher_hidden = _open_hidden(teacher, micro, opened)
+        teacher_hidden = _without_nan(teacher_hidden, mask[opened], odd, "teacher")
         totals.teacher_seconds += _now(hidden) - started
         totals.teacher_tokens += int(mask[opened].sum())
         distill_weights = micro.distill_weights
@@ -165,6 +173,13 @@ def kepo_step(
             **settings,
         )
         distill_loss = 0.0
+    if odd:
+        if not math.isnan(totals.policy_loss):  # said once in a step
+            print(
+                f"states of the {' and the '.join(odd)} are not finite: look at its weights and at "
+                "preprocessor_config.json"
+            )
+        loss = loss * math.nan
     totals.distill_loss += distill_loss
     totals.policy_loss += float(loss.detach()) - config.distill_coef * distill_loss
     _add(totals, stats, micro, config, settings.get("ref_logprobs"))
@@ -180,6 +195,18 @@ def _to_correct(micro: Batch, config: Config) -> tuple[Tensor, Tensor]:
         own if config.sampler_correction != "none" else nothing,
         mask & hinted if config.hinted_correction != "none" else nothing,
     )
+
+
+def _without_nan(states: Tensor, mask: Tensor, odd: list[str], whose: str) -> Tensor:
+    """States (B, T, H) that the losses take; ``whose`` is added to ``odd`` if they were not finite.
+
+    On a CPU the losses look, and would end the run; on a GPU nobody does, and what comes of them is
+    NaN by itself.
+    """
+    if states.is_cuda or bool(states.detach().sum(-1, dtype=torch.float64).isfinite()[mask].all()):
+        return states
+    odd.append(whose)
+    return states.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _now(states: Tensor) -> float:

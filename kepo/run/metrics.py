@@ -18,6 +18,7 @@ import torch
 
 from kepo.config import Config
 from kepo.disk.durable import append_durably, as_json, make_folder, write_durably
+from kepo.disk.files import read_own
 from kepo.distributed.processes import is_rank0, on_rank0
 from kepo.objective.batch import Batch
 from kepo.objective.step import StepTotals
@@ -131,7 +132,7 @@ class StepLog:
         if not is_rank0():
             return
         make_folder(path.parent)
-        content = b"" if resume_step < 0 or not path.exists() else path.read_bytes()
+        content = b"" if resume_step < 0 or not path.exists() else read_own(path)
         if mark is not None:
             saved = content[: mark["bytes"]]
             if hashlib.sha256(saved).hexdigest() != mark["sha256"]:
@@ -164,7 +165,7 @@ class StepLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole records of a log; lines that are none, cut short by a kill, are left out."""
-    return _records(path.read_bytes()) if path.exists() else []
+    return _records(read_own(path)) if path.exists() else []
 
 
 def _records(content: bytes, named: Path | None = None) -> list[dict[str, Any]]:

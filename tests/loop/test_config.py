@@ -45,7 +45,7 @@ REFUSED = {
     "no student": ({"student": ""}, "student is not set"),
     "no patience": (
         {"rank_timeout_minutes": 0.0},
-        "rank_timeout_minutes=0.0; expected a number > 0",
+        r"rank_timeout_minutes=0.0; expected a number in \(0, 1000000\]",
     ),
     "changed inputs": ({"changed_inputs": "ask"}, "changed_inputs='ask'; expected one of refuse"),
     "one generation": ({"num_generations": 1, "hint_trigger": "never"}, "num_generations=1"),
@@ -66,7 +66,17 @@ REFUSED = {
         {"attn_implementation": "flash_attention_2"},
         "computes in 16 bits",
     ),
-    "no device": ({"device": "banana"}, "device='banana'"),
+    **{
+        f"device {name}": (
+            {"device": name},
+            f"device='{name}'; expected cpu, cuda or cuda:<number>",
+        )
+        for name in ("banana", "mps", "meta", "", "xpu:0")
+    },
+    "lr beyond float32": ({"lr": 1e300}, r"lr=1e\+300; expected at most 1e\+30"),
+    "decay beyond float32": ({"weight_decay": 1e39}, r"weight_decay=1e\+39; expected at most"),
+    "endless patience": ({"rank_timeout_minutes": 1e30}, "rank_timeout_minutes=1e"),
+    "weights of rewards": ({"reward_weights": (1.0, 1e300)}, "reward_weights=.*up to 1e"),
     "no CUDA": ({"device": "cuda"}, "sees no CUDA device"),
     "too hot for vllm": (
         {"sampler": "vllm", "sampling_temperature": 3.0},
