@@ -18,7 +18,8 @@ def any_terminal() -> None:
         stream = getattr(sys, name)
         if stream is None or getattr(stream, "closed", False):
             _occupy(number)
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open to the end
+            setattr(sys, name, nowhere)
         elif hasattr(stream, "reconfigure"):  # not what a test put in its place
             stream.reconfigure(errors="backslashreplace")
 

@@ -114,8 +114,8 @@ def run(demo: Demo) -> int:
 
 
 def refuse(demo: Demo) -> None:
-    """Raise KepoConfigError for a setting of any stage that is out of range, and OSError for what is
-    in the way of the table: before the first stage, which takes minutes."""
+    """Raise KepoConfigError for a setting of any stage that is out of range, and OSError for what
+    is in the way of the run's files: before the first stage, which takes minutes."""
     least = dict(train_questions=1, test_questions=1, teacher_steps=1, warmup_steps=1)
     for name, value in (least | dict(supervised_batch=1, seed=0)).items():
         if getattr(demo, name) < value:

@@ -47,9 +47,9 @@ class VLM:
         """Read a folder or Hub name: config, safetensors, tokenizer, image processor.
 
         Only safetensors are read, and no code of the folder is run. dtype: "float32", "bfloat16" or
-        "float16". Raises KepoConfigError for another dtype or device, KepoCheckpointError if something is
-        missing or broken, if the files do not fit together (kepo.models.conventions), or if the
-        model is not an image-text model.
+        "float16". device: cpu, cuda or cuda:<number>. Raises KepoConfigError for another dtype or
+        device, KepoCheckpointError if something is missing or broken, if the files do not fit
+        together (kepo.models.conventions), or if the model is not an image-text model.
         """
         dtypes = ("float32", "bfloat16", "float16")
         if dtype not in dtypes:

@@ -1,8 +1,8 @@
 """Signals that ask a run to stop: it saves first. A second one ends it at once.
 
 Ctrl-C and SIGTERM; SIGHUP, when a terminal closes; SIGUSR1 and SIGUSR2, which schedulers send some
-minutes before the end; SIGXCPU, when the limit on processor time is near. What was ignored when the process began, as SIGHUP is under nohup, stays
-ignored.
+minutes before the end; SIGXCPU, when the limit on processor time is near. What was ignored when the
+process began, as SIGHUP is under nohup, stays ignored.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ import importlib.util
 from dataclasses import replace
 
 import pytest
+from small import config_of
 
 from kepo import loop as train_module
 from kepo.check import check
@@ -245,3 +246,16 @@ def test_every_field_is_documented():
     source = inspect.getsource(Config)
     for field in dataclasses.fields(Config):
         assert re.search(rf'    {field.name}: .*\n    """', source), field.name
+
+
+def test_a_workspace_is_enough_to_the_byte(made, tmp_path):
+    """As the loss counts it, from two config.json; with the teacher's head where it distils."""
+    for layers in (("grpo",), ("kepo",)):
+        config = config_of(made, tmp_path, *layers, workspace_bytes=1)
+        with pytest.raises(KepoConfigError, match="takes [0-9]+ bytes") as refused:
+            train_module.train(config)
+        least = int(str(refused.value).split("takes ")[1].split()[0])
+        check(replace(config, workspace_bytes=least))
+        with pytest.raises(KepoConfigError, match="too little"):
+            check(replace(config, workspace_bytes=least - 1))
+    assert not list(tmp_path.iterdir())

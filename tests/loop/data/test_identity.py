@@ -79,13 +79,13 @@ def test_questions_that_are_gone_or_moved_are_counted():
         ),
         (
             [replace(e, answer="B") for e in QUESTIONS[:2]] + QUESTIONS[2:],
-            r"eval_data has 2 questions \(of 3\) that are new, or whose text, answer or image is not "
-            r"as it was when the run began: the first is 'q1'\.",
+            r"eval_data has 2 questions \(of 3\) that are new, or whose text, answer or image is "
+            r"not as it was when the run began: the first is 'q1'\.",
         ),
         (
             [replace(e, answer="B") for e in QUESTIONS[:2]],
-            r"eval_data has 2 usable questions where the run began with 3; 2 of them are new, or have "
-            r"another text, answer or image: the first is 'q1'\.",
+            r"eval_data has 2 usable questions where the run began with 3; 2 of them are new, or "
+            r"have another text, answer or image: the first is 'q1'\.",
         ),
     ):
         after = {"eval_data": records_identity(now, PICTURES)}

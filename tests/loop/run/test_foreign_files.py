@@ -1,4 +1,4 @@
-"""What somebody else put among the checkpoints: never removed, never read, and no reason to stop."""
+"""What somebody else put among the checkpoints: never removed, never read, no reason to stop."""
 
 import json
 import os
