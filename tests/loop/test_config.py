@@ -252,7 +252,7 @@ def test_a_workspace_is_enough_to_the_byte(made, tmp_path):
     """As the loss counts it, from two config.json; with the teacher's head where it distils."""
     for layers in (("grpo",), ("kepo",)):
         config = config_of(made, tmp_path, *layers, workspace_bytes=1)
-        with pytest.raises(KepoConfigError, match="takes [0-9]+ bytes") as refused:
+        with pytest.raises(KepoConfigError, match=r"takes [0-9]+ bytes") as refused:
             train_module.train(config)
         least = int(str(refused.value).split("takes ")[1].split()[0])
         check(replace(config, workspace_bytes=least))
