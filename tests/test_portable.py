@@ -134,7 +134,16 @@ file.write("mine"); file.close()
 
 def test_what_is_written_to_a_closed_stream_goes_into_no_file(tmp_path):
     """The next file to be opened would get the stream's number."""
-    words = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-c", CLOSED, tmp_path / "f"]
+    words = [
+        "sh",
+        "-c",
+        'exec "$@" <&- >&- 2>&-',
+        "sh",
+        sys.executable,
+        "-c",
+        CLOSED,
+        tmp_path / "f",
+    ]
     done = subprocess.run(words, cwd=ROOT)
     assert done.returncode == 0 and (tmp_path / "f").read_text() == "mine"
 
