@@ -134,16 +134,8 @@ file.write("mine"); file.close()
 
 def test_what_is_written_to_a_closed_stream_goes_into_no_file(tmp_path):
     """The next file to be opened would get the stream's number."""
-    words = [
-        "sh",
-        "-c",
-        'exec "$@" <&- >&- 2>&-',
-        "sh",
-        sys.executable,
-        "-c",
-        CLOSED,
-        tmp_path / "f",
-    ]
+    shell = 'exec "$@" <&- >&- 2>&-'
+    words = ["sh", "-c", shell, "sh", sys.executable, "-c", CLOSED, tmp_path / "f"]
     done = subprocess.run(words, cwd=ROOT)
     assert done.returncode == 0 and (tmp_path / "f").read_text() == "mine"
 
