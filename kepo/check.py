@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 
-import torch
-
 from kepo.config import TOTAL, Config
 from kepo.data.load import layout_of
 from kepo.distributed.processes import launched
 from kepo.errors import KepoConfigError, KepoDataError
+from kepo.models.device import known_device
+from kepo.models.workspace import check_workspace
 from kepo.sections import ModelsConfig, RewardConfig
 from kepo.tasks.rewards import REWARDS
 
@@ -29,6 +29,7 @@ def check(config: Config) -> None:
             except KepoDataError as error:
                 _refuse(f"{name}={folder!r}: {error}")
     _machine(config)
+    check_workspace(config)
 
 
 def check_settings(config: Config) -> None:
@@ -91,12 +92,7 @@ def check_settings(config: Config) -> None:
 
 def _machine(config: ModelsConfig) -> None:
     """What has to be here: a device of that kind, and optional packages."""
-    try:
-        device = torch.device(config.device)
-    except RuntimeError as error:
-        _refuse(f"device={config.device!r}: {error}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        _refuse(f"device={config.device!r}, but torch {torch.__version__} sees no CUDA device here")
+    device = known_device(config.device)
     if device.index is not None and launched() > 1:
         _refuse(
             f"device={config.device!r} would be every process's; set device: {device.type}, of "

@@ -72,8 +72,8 @@ def _shown(name: object) -> str:
 
 
 def command(main: Callable[P, T]) -> Callable[P, T]:
-    """A command that prints on any terminal, and whose KepoError or OSError ends the process with
-    code 1 and one sentence."""
+    """A command that prints on any terminal or none, and whose KepoError, KepoInputError of the
+    kernels or OSError ends the process with code 1 and one sentence."""
 
     @functools.wraps(main)
     def ended(*arguments: P.args, **named: P.kwargs) -> T:
@@ -85,6 +85,10 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
                 sys.stdout.flush()  # or a full disk would be noticed after the end, by nobody
         except KepoError as error:
             sys.exit(f"error: {error}")
+        except ValueError as error:
+            if not _is_of_kernels(error):
+                raise
+            sys.exit(f"error: {error}")
         except OSError as error:
             _forget_output()
             # Of `| head`, which has read enough, nobody needs to be told.
@@ -92,6 +96,13 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
             sys.exit(1 if unread else f"error: {disk_sentence(error)}")
 
     return ended
+
+
+def _is_of_kernels(error: Exception) -> bool:
+    """Whether it is kepo_kernels' own error; if they have not been imported, for which torch is
+    needed, it is not."""
+    kernels = sys.modules.get("kepo_kernels.errors")
+    return kernels is not None and isinstance(error, kernels.KepoInputError)
 
 
 def _forget_output() -> None:

@@ -23,7 +23,7 @@ import torch
 
 from kepo.check import check
 from kepo.config import Config, load
-from kepo.distributed.processes import all_gather, world_size
+from kepo.distributed.processes import all_gather, refusals_told, world_size
 from kepo.distributed.sharding import own_gradients, whole_tensor
 from kepo.errors import KepoError
 from kepo.models.reading import own_progress_only
@@ -55,7 +55,8 @@ def train(config: Config) -> int:
     each has its share (kepo.distributed.processes).
     """
     any_terminal()
-    check(config)
+    with refusals_told():
+        check(config)
     own_progress_only()
     with (
         lasting_output(),
@@ -176,11 +177,12 @@ def lr_share(step: int, config: OptimizerConfig) -> float:
 def main(arguments: Sequence[str]) -> int:
     """``kepo train``: recipes and presets, each over the one before it, then flags."""
     layers = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
-    config = command_line(
-        Config,
-        prog="kepo train",
-        args=arguments[len(layers) :],
-        default=load(*layers),
-        description=__doc__,
-    )
+    with refusals_told():
+        config = command_line(
+            Config,
+            prog="kepo train",
+            args=arguments[len(layers) :],
+            default=load(*layers),
+            description=__doc__,
+        )
     return train(config)

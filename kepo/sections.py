@@ -20,6 +20,7 @@ ShareBelowOne = Annotated[float, Bound(lambda x: 0 <= x < 1, "a number in [0, 1)
 PositiveShare = Annotated[float, Bound(lambda x: 0 < x <= 1, "a number in (0, 1]")]
 NonNegativeInt = Annotated[int, Bound(lambda x: x >= 0, "a number >= 0")]
 Count = Annotated[int, Bound(lambda x: x >= 1, "a number >= 1")]
+Minutes = Annotated[float, Bound(lambda x: 0 < x <= 10**6, "a number in (0, 1000000]")]
 GroupSize = Annotated[
     int, Bound(lambda x: x >= 2, "at least 2: advantages are relative to a group")
 ]
@@ -76,8 +77,8 @@ class ModelsConfig(TeacherConfig):
     student: str = ""
     """Folder or Hub name of the vision-language model to train."""
     device: str = "cpu"
-    """Where student and teacher live, as torch spells it; under torchrun, cuda is each process's
-    own."""
+    """Where student and teacher live: cpu, cuda or cuda:<number>; under torchrun, cuda is each
+    process's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"  # float16 would need its losses scaled
     """In which student and teacher compute: float32 or bfloat16. Weights that are trained
     are kept in float32 under sharding fsdp2, and as LoRA adapters."""
@@ -271,7 +272,8 @@ class OptimizerConfig:
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
     max_skipped_steps: NonNegativeInt = 3
-    """So many steps in a row with a non-finite loss or gradient are skipped; then the run stops."""
+    """So many steps in a row whose states, loss or gradient are not finite are skipped; one more
+    ends the run."""
 
 
 @dataclass(frozen=True)
@@ -290,6 +292,6 @@ class RunConfig:
     """Questions answered at once in an evaluation."""
     log_completions_every: NonNegativeInt = 10
     """Steps between those whose completions are all written to completions.jsonl. 0 = never."""
-    rank_timeout_minutes: Positive = 15.0
+    rank_timeout_minutes: Minutes = 15.0
     """So long may one of several processes stand still, or be late at the start, before it is named
     and all end. Reading and computing are not standing still."""

@@ -45,6 +45,11 @@ class Word(str):
         return str(self) if known and self else super().__repr__()
 
 
+LARGEST = 1e30
+"""The largest bounded number: ten of it, as AdamW takes of lr in its first step, are finite in
+float32."""
+
+
 class Bound(NamedTuple):
     """What a number must fulfil beside being finite; part of a field's annotation."""
 
@@ -73,6 +78,8 @@ def typed(value: Any, hint: Any) -> Any:
         raise ValueError(", ".join(filter(None, (_spelt(hint), str(error))))) from error
     if bound is not None and not (math.isfinite(found) and bound.holds(found)):
         raise ValueError(bound.expected)
+    if bound is not None and abs(found) > LARGEST:
+        raise ValueError(f"at most {LARGEST:g}, to stay finite in float32")
     return found
 
 

@@ -73,10 +73,71 @@ def test_what_a_terminal_lacks_is_escaped(monkeypatch, encoding, arrives):
     assert stream.buffer.getvalue() == arrives
 
 
-def test_a_stream_that_is_missing_or_replaced_is_left_alone(monkeypatch):
+def test_a_stream_that_is_missing_leads_nowhere_and_a_replaced_one_is_left_alone(monkeypatch):
+    own = io.StringIO()
     monkeypatch.setattr(sys, "stdout", None)  # as under pythonw, or after `>&-`
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", own)
     any_terminal()
+    assert sys.stdout.name == os.devnull and sys.stderr is own
+    sys.stdout.write("超 \udc80"[:1])
+    sys.stdout.close()
+    any_terminal()
+    print("and after it was closed", flush=True)
+
+
+COMMANDS = {
+    "help": ((), 0),
+    "no such command": (("nope",), 2),
+    "help of train": (("train", "--help"), 0),
+    "train": (("train", "--student", "s", "--train-data", "/nowhere"), 1),
+    "unknown flag": (("train", "--nope"), 2),
+    "evaluate": (("evaluate", "/nowhere", "/nowhere"), 1),
+    "plan": (("plan", "grpo"), 1),
+    "demo": (("demo", "--steps", "-1"), 1),
+    "data check": (("data", "check", "/nowhere"), 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "closed"),
+    [
+        *((name, ">&- 2>&-") for name in COMMANDS),
+        *(("data check", closed) for closed in (">&-", "2>&-", "<&- >&- 2>&-")),
+        *(("train", closed) for closed in (">&-", "2>&-")),
+    ],
+)
+def test_commands_end_as_they_should_without_standard_streams(name, closed):
+    words, code = COMMANDS[name]
+    shell = f'exec "$@" {closed}'
+    done = subprocess.run(
+        ["sh", "-c", shell, "sh", sys.executable, "-m", "kepo", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    if code == 1 and "2>&-" not in closed:
+        assert done.stderr.count("error: ") == 1
+
+
+CLOSED = """
+import os, sys
+from kepo.terminal import any_terminal
+any_terminal()
+file = open(sys.argv[1], "w", encoding="utf-8")
+assert file.fileno() > 2
+os.write(1, b"x"); os.write(2, b"a library's warning")
+file.write("mine"); file.close()
+"""
+
+
+def test_what_is_written_to_a_closed_stream_goes_into_no_file(tmp_path):
+    """The next file to be opened would get the stream's number."""
+    shell = 'exec "$@" <&- >&- 2>&-'
+    words = ["sh", "-c", shell, "sh", sys.executable, "-c", CLOSED, tmp_path / "f"]
+    done = subprocess.run(words, cwd=ROOT)
+    assert done.returncode == 0 and (tmp_path / "f").read_text() == "mine"
 
 
 LOCALES = {

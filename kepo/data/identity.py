@@ -196,9 +196,23 @@ def _files(before: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 
 def _questions(before: Mapping[str, Any], now: Mapping[str, Any], other: Sequence[str]) -> str:
-    counts = f"has {now['questions']} good questions, but the run was begun with "
-    counts += f"{before['questions']}"
+    """What is different about the questions, in words."""
+    had, has = before["questions"], now["questions"]
+    if had == has and not other:
+        return f"has the {has} questions that the run began with in another order"
+    counts = f"has {has} usable questions where the run began with {had}"
     if not other:
-        gone = before["questions"] != now["questions"]
-        return counts if gone else f"{counts}, the same in another order"
-    return f"{counts}; {len(other)} are new or not as they were, first {other[0]!r}"
+        return counts
+    first = f"the first is {other[0]!r}"
+    changed = f"{len(other)} of them are new, or have another text, answer or image: {first}"
+    if had != has:
+        return f"{counts}; {changed}"
+    if len(other) == 1:
+        return (
+            f"has a question that is new, or whose text, answer or image is not as it was when the "
+            f"run began: {other[0]!r}"
+        )
+    return (
+        f"has {len(other)} questions (of {has}) that are new, or whose text, answer or image is "
+        f"not as it was when the run began: {first}"
+    )

@@ -17,7 +17,7 @@ from kepo.data.load import DataReport, load_examples
 from kepo.data.records import Problem
 from kepo.data.splits import shared_images, split_by_image, without_images_of
 from kepo.disk.durable import as_json, write_durably
-from kepo.disk.files import printable
+from kepo.disk.files import printable, read_own
 from kepo.errors import KepoDataError
 from kepo.sections import DataConfig
 
@@ -198,7 +198,7 @@ def write_record(data: RunData, run_dir: Path, *, resuming: bool) -> None:
     if resuming and file.exists():
         now = data.record["train"]
         try:
-            before = json.loads(file.read_bytes().decode("utf-8"))["train"]
+            before = json.loads(read_own(file).decode("utf-8"))["train"]
             ids, count = before["ids_sha256"], before["questions"]
         except (ValueError, KeyError, TypeError, RecursionError):
             print(f"{file} is damaged and written anew; what it said of the questions is not known")

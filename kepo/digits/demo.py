@@ -14,21 +14,24 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kepo.check import check_settings
 from kepo.config import Config
 from kepo.data.load import load_omnimedvqa
 from kepo.digits.dataset import MODALITIES, write_digits
 from kepo.digits.tiny import build_tiny
 from kepo.digits.warm_up import train_supervised
 from kepo.disk.durable import as_json, write_durably
+from kepo.disk.files import read_own, refuse_irregular
 from kepo.distributed.processes import launched
 from kepo.errors import KepoConfigError
 from kepo.evaluation.greedy import evaluate, means, summary
 from kepo.loop import train
 from kepo.models.reading import own_progress_only
 from kepo.models.vlm import VLM
+from kepo.run.lock import WRITTEN
 from kepo.run.manifest import new_folder, verify, write_manifest
 from kepo.run.metrics import read_metrics
 from kepo.words import at_home, command_line
@@ -86,6 +89,7 @@ def run(demo: Demo) -> int:
     if launched() > 1:
         raise KepoConfigError("kepo demo: it runs in one process; start it without torchrun")
     demo = at_home(demo, "root")
+    refuse(demo)
     root = Path(demo.root)
     started = time.perf_counter()
 
@@ -107,6 +111,21 @@ def run(demo: Demo) -> int:
         report(root, teacher, data)
         print(f"whole demonstration: {time.perf_counter() - started:.0f} s in this call")
     return code
+
+
+def refuse(demo: Demo) -> None:
+    """Raise KepoConfigError for a setting of any stage that is out of range, and OSError for what
+    is in the way of the run's files: before the first stage, which takes minutes."""
+    least = dict(train_questions=1, test_questions=1, teacher_steps=1, warmup_steps=1)
+    for name, value in (least | dict(supervised_batch=1, seed=0)).items():
+        if getattr(demo, name) < value:
+            raise KepoConfigError(f"{name}={getattr(demo, name)}; expected a number >= {value}")
+    if not 0 <= demo.hint_fraction <= 1:
+        raise KepoConfigError(f"hint_fraction={demo.hint_fraction}; expected a number in [0, 1]")
+    here = Path("not made yet")
+    for lr in (demo.supervised_lr, demo.lr):
+        check_settings(config_of(replace(demo, lr=lr), here, here, here))
+    refuse_irregular(Path(demo.root), ("accuracy.json", *WRITTEN))
 
 
 def config_of(demo: Demo, data: Path, teacher: Path, student: Path) -> Config:
@@ -220,7 +239,7 @@ def report(root: Path, teacher: Path, data: Path) -> None:
 def _known_teacher(table: Path, after: dict[str, float]) -> dict[str, float] | None:
     """The teacher's accuracies from an earlier call's table, if it is whole and of this run."""
     try:
-        known = json.loads(table.read_text(encoding="utf-8"))
+        known = json.loads(read_own(table).decode("utf-8"))
         if known["after"] == after and known["teacher"].keys() == after.keys():
             return known["teacher"]
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):

@@ -92,8 +92,11 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: Path, written: Path | None = None) -> Iterator[None]:
     """An OSError from within names ``path`` if it names no file: those of write and sync do not.
+
+    written: the folder in which ``path`` is made, under a name that nobody knows; an error that
+    names a file there names the one it would have become.
 
     Libraries in Rust (safetensors, tokenizers) raise what the disk said as errors of their own,
     with "(os error 28)" in the text: those become OSErrors.
@@ -103,6 +106,10 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
+        for name in ("filename", "filename2") if written is not None else ():
+            place = getattr(error, name)
+            if isinstance(place, str) and Path(place).is_relative_to(written):
+                setattr(error, name, str(path / Path(place).relative_to(written)))
         raise
     except Exception as error:
         said = re.search(r"\(os error (\d+)\)", str(error))

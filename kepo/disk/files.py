@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from kepo.errors import KepoDataError
@@ -78,7 +78,7 @@ def require_regular(path: Path) -> int:
     Raises OSError for anything else, before it is opened: to open a FIFO waits for its writer, and
     to open a device may do anything.
     """
-    facts = os.stat(path)
+    facts = path.stat()
     if not stat.S_ISREG(facts.st_mode):
         kind = next((name for test, name in _KINDS if test(facts.st_mode)), "something else")
         raise OSError(f"it is {kind}; expected a regular file")
@@ -94,6 +94,38 @@ def read_regular(path: Path) -> bytes:
     if size > MAX_JSON_BYTES:
         raise OSError(f"it has {size} bytes; expected at most {MAX_JSON_BYTES}: split it")
     return path.read_bytes()
+
+
+def read_own(path: Path) -> bytes:
+    """All of a file that a run has written, of any size.
+
+    Raises OSError that names it, for what is no regular file before it is opened.
+    """
+    try:
+        require_regular(path)
+        return path.read_bytes()
+    except OSError as error:
+        raise _named(path, error) from error
+
+
+def refuse_irregular(folder: Path, names: Iterable[str]) -> None:
+    """Raise OSError for the first of these names that is there, and is no regular file.
+
+    Before anything expensive: a folder could not be written to at the end, a pipe would be waited
+    for.
+    """
+    for path in (folder / name for name in names):
+        try:
+            require_regular(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise _named(path, error) from error
+
+
+def _named(path: Path, error: OSError) -> OSError:
+    """The error of the disk, or with the path before it ours, which has no number."""
+    return error if error.errno is not None else OSError(f"{path}: {error}; move it away")
 
 
 def expanded(path: str | Path) -> Path:

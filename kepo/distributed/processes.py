@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -26,6 +26,8 @@ R = TypeVar("R")
 
 TIMEOUT = 15 * 60.0
 """Seconds a process may stand still, or be late at the start, before all end."""
+MEETING = 30.0
+"""Seconds that one which cannot start waits for the others, to tell them."""
 LAST_RESORT = timedelta(days=1)
 """Of a decision taken together: the first process may be reading a dataset. `watched` is what tells
 that from standing still."""
@@ -49,13 +51,14 @@ def processes(
     does not come.
     """
     several = world_size() > 1 if dist.is_initialized() else launched() > 1
-    own = _own_device(device, several)
+    with refusals_told():
+        own = _own_device(device, several)
     started = (several or alone) and not dist.is_initialized()
     with ExitStack() as stack:
         if started and several:
             _join(own, timeout, stack)
         elif started:
-            backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "cpu:gloo"
+            backend = _backend(own)
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         try:
             yield own
@@ -116,27 +119,32 @@ def _own_device(device: str, several: bool) -> torch.device:
     return torch.device("cuda", place)
 
 
+def _backend(device: torch.device) -> str:
+    """gloo for Python objects, and NCCL where there are GPUs. ("cpu:gloo" would be a group without
+    a default, of which torch warns at its end.)"""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
 def _join(device: torch.device, timeout: float, stack: ExitStack) -> None:
     """Form the group that torchrun describes, and watch it until ``stack`` ends."""
     global _control
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     limit = timedelta(seconds=timeout)
     waited = f"within {timeout / 60:g} minutes (rank_timeout_minutes)"
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
-        own = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
+        store, private = _stores(limit)
     except RuntimeError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise KepoError(
-            f"rank {rank}: the {size} processes of this run have not all met at {host}:{port} "
+            f"rank {rank}: the {size} processes of this run have not all met at {place} "
             f"{waited}: {str(error).splitlines()[0]}"
         ) from error
-    # torchrun may start processes anew in the same store.
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    private = dist.PrefixStore(f"kepo/{again}", own)
     if late := _late(private, rank, size, timeout):
         raise KepoError(f"rank {rank}: {ranks(late)} did not come to the start {waited}")
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo"
+    if refused := _refusals(private, rank, size):
+        said = "; ".join(f"rank {other}: {text}" for other, text in refused.items())
+        raise KepoError(f"rank {rank} ends, as another cannot start: {said}")
+    backend = _backend(device)
     # Between those of one step, ranks are apart by seconds. If that fails, `watched` names who.
     apart = max(2 * limit, timedelta(minutes=10))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=apart)
@@ -146,9 +154,64 @@ def _join(device: torch.device, timeout: float, stack: ExitStack) -> None:
     stack.enter_context(watched(private, rank, size, timeout, server))
 
 
-def _late(store: dist.Store, rank: int, size: int, timeout: float) -> list[int]:
-    """The ranks that have not come to this place after ``timeout`` seconds."""
-    store.set(f"here/{rank}", "")
+def _stores(limit: timedelta) -> tuple[dist.Store, dist.Store]:
+    """The store in which torchrun's processes meet, and a client of it for this package alone."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+    own = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
+    # torchrun may start processes anew in the same store.
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return store, dist.PrefixStore(f"kepo/{again}", own)
+
+
+@contextmanager
+def refusals_told() -> Iterator[None]:
+    """An error that ends this process before it has met the others ends them too, in its words:
+    they would wait for it.
+
+    It may be a KepoError, an OSError, or the SystemExit of a command line that cannot be read. Does
+    nothing in a process that is alone, or has met the others.
+    """
+    try:
+        yield
+    except (KepoError, OSError, SystemExit) as error:
+        fails = not isinstance(error, SystemExit) or error.code not in (0, None)
+        with suppress(KepoError):  # of the environment: then there is nobody to be found
+            if fails and not dist.is_initialized() and launched() > 1:
+                says = not isinstance(error, SystemExit)
+                _tell(str(error) if says else "its command line cannot be read, see what it said")
+        raise
+
+
+def _tell(refusal: str) -> None:
+    """Meet the others, in the place of joining them, and wait until they have read it."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with suppress(RuntimeError):  # they have not come, or have left
+        store, private = _stores(timedelta(seconds=MEETING))
+        _late(private, rank, size, MEETING, refusal)
+        _refusals(private, rank, size)
+        del store  # the first process has the server in it
+
+
+def _refusals(store: dist.Store, rank: int, size: int) -> dict[int, str]:
+    """What the ranks said that cannot start. The first waits until all have read it: with it the
+    server may go."""
+    said = {other: store.get(f"here/{other}").decode() for other in range(size)}
+    refused = {other: text for other, text in said.items() if text}
+    if refused:
+        store.set(f"read/{rank}", "")
+        if rank == 0:
+            with suppress(RuntimeError):
+                store.wait([f"read/{other}" for other in range(size)], timedelta(seconds=MEETING))
+    return refused
+
+
+def _late(store: dist.Store, rank: int, size: int, timeout: float, refusal: str = "") -> list[int]:
+    """The ranks that have not come to this place after ``timeout`` seconds.
+
+    refusal: why this one will not go on, for the others to read by `_refusals`.
+    """
+    store.set(f"here/{rank}", refusal)
     end = time.monotonic() + timeout
     late = []
     for other in range(size):

@@ -25,6 +25,7 @@ from kepo.disk.durable import as_json, write_durably
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.evaluation.greedy import greedy_answers
 from kepo.evaluation.statistics import wilson
+from kepo.models.device import known_device
 from kepo.models.reading import encoder_of, read_config
 from kepo.models.vlm import VLM
 from kepo.rollout.encodable import Faults, Reader, faults_of, left_out, plain_reader
@@ -56,7 +57,7 @@ class Evaluation:
     dtype: str = "float32"
     """In which the model computes: float32, bfloat16 or float16."""
     device: str = "cpu"
-    """Where it lives, as torch spells it."""
+    """Where it lives: cpu, cuda or cuda:<number>."""
     json: str | None = None
     """Write settings, counts and all numbers of the table into this file. None = nowhere."""
 
@@ -86,6 +87,10 @@ def evaluation(settings: Evaluation) -> dict[str, Any]:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise KepoConfigError(f"{name}={value}; expected a number >= 1")
+    dtypes = ("float32", "bfloat16", "float16")
+    if settings.dtype not in dtypes:
+        raise KepoConfigError(f"dtype={settings.dtype!r}; expected one of {', '.join(dtypes)}")
+    known_device(settings.device)
     examples, report = questions(settings, reader_of(settings))
     vlm = VLM.load(settings.model, dtype=settings.dtype, device=settings.device)
     texts = greedy_answers(

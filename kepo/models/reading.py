@@ -18,6 +18,8 @@ from kepo.models.encoding import Encoder
 from kepo.models.processors import image_processor_class, without_broken_torchvision
 from kepo.models.vision import check_reads_types
 
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+"""``name`` or ``owner/name``."""
 NO_CODE: dict[str, Any] = dict(trust_remote_code=False)
 """For every function of transformers that could run code of a model's folder, or ask to."""
 
@@ -195,6 +197,15 @@ def _unreadable(path: str | Path, error: Exception) -> KepoCheckpointError:
             "expected a model that transformers knows by itself"
         )
     said = " ".join(str(error).split()) or type(error).__name__
+    place = Path(path)
+    if not place.is_dir():
+        kind = "it is no folder" if place.exists() else "there is no such folder"
+        # transformers takes it for a name on the Hub, and may have tried to reach it.
+        hub = f"; as a name on the Hub: {said}" if HUB_NAME.fullmatch(str(path)) else ""
+        return KepoCheckpointError(
+            f"VLM.load: cannot load a model from {path}: {kind}{hub}; expected the folder of a "
+            "vision-language model, or its name on the Hub"
+        )
     return KepoCheckpointError(
         f"{path}: cannot load a vision-language model from it: {said}; expected "
         "config.json, *.safetensors, tokenizer files and preprocessor_config.json"

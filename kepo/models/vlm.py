@@ -15,6 +15,7 @@ from kepo.distributed.processes import is_rank0, world_size
 from kepo.distributed.sharding import gathered, whole_state, whole_tensor
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.models.conventions import VISION_TOKENS
+from kepo.models.device import known_device
 from kepo.models.encoding import Encoder, Inputs, Prompt
 from kepo.models.reading import load_encoder, read_model
 from kepo.models.sampling import Sampled, SamplingLaw, SamplingParams
@@ -46,16 +47,17 @@ class VLM:
         """Read a folder or Hub name: config, safetensors, tokenizer, image processor.
 
         Only safetensors are read, and no code of the folder is run. dtype: "float32", "bfloat16" or
-        "float16". Raises KepoConfigError for another dtype, KepoCheckpointError if something is
-        missing or broken, if the files do not fit together (kepo.models.conventions), or if the
-        model is not an image-text model.
+        "float16". device: cpu, cuda or cuda:<number>. Raises KepoConfigError for another dtype or
+        device, KepoCheckpointError if something is missing or broken, if the files do not fit
+        together (kepo.models.conventions), or if the model is not an image-text model.
         """
         dtypes = ("float32", "bfloat16", "float16")
         if dtype not in dtypes:
             raise KepoConfigError(f"VLM.load: dtype is {dtype!r}; expected one of {dtypes}")
+        place = known_device(device)
         model = read_model(path, getattr(torch, dtype))
         encoder = load_encoder(path, model)
-        return cls(model.to(device).eval(), encoder, torch.device(device))
+        return cls(model.to(place).eval(), encoder, place)
 
     def save(self, path: str | Path) -> None:
         """Write the layout that ``load`` and ``from_pretrained`` read; of adapters, peft's.

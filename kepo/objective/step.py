@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -62,15 +63,20 @@ def kepo_step(
 
     One student forward feeds the policy term and the divergence. The teacher's backbone and head
     meet the sequences whose gate is open and no others; with every gate closed it does not run,
-    unless it is sharded and another process has open ones. Call it through `VLM.within` where the
-    policy is spread over processes. Adds the numbers of the micro-batch to ``totals``.
+    unless it is sharded and another process has open ones. Call it through `VLM.run_wrapped` where
+    the policy is spread over processes. Adds the numbers of the micro-batch to ``totals``.
+
+    Where a model's states are not finite the loss is NaN, on every device: the caller sees it in
+    the gradients, and skips the step.
     """
     micro = micro.to(policy.device)
     ids, mask = micro.completion_ids, micro.completion_mask
+    odd: list[str] = []  # models whose states are not finite
     hidden = policy.completion_hidden(policy.encode(micro.prompts), ids, mask)
-    ref_logprobs = None if ref is None else _ref_logprobs(ref, micro, config)
+    hidden = _without_nan(hidden, mask, odd, "student")
+    ref_logprobs = None if ref is None else _ref_logprobs(ref, micro, config, odd)
     sampler_weights = _sampler_weights(policy, hidden.detach(), micro, config, totals)
-    distillation = _distillation(policy, teacher, hidden.detach(), micro, config, totals)
+    distillation = _distillation(policy, teacher, hidden.detach(), micro, config, totals, odd)
     loss, stats = fused_kepo_loss(
         hidden,
         policy.lm_head,
@@ -96,6 +102,13 @@ def kepo_step(
     distill_loss = 0.0
     if distillation:
         distill_loss = float((distillation["distill_weights"] * stats.divergence).sum())
+    if odd:
+        if not math.isnan(totals.policy_loss):  # said once in a step
+            print(
+                f"states of the {' and the '.join(odd)} are not finite: look at its weights and at "
+                "preprocessor_config.json"
+            )
+        loss = loss * math.nan
     totals.distill_loss += distill_loss
     totals.policy_loss += float(loss.detach()) - config.distill_coef * distill_loss
     _add(totals, stats, micro, config, ref_logprobs)
@@ -118,11 +131,12 @@ def _logprobs(
     return fused_linear_logprobs(states, head, ids, completion_mask=mask, **_softmax(config))
 
 
-def _ref_logprobs(ref: VLM, micro: Batch, config: ObjectiveConfig) -> Tensor:
+def _ref_logprobs(ref: VLM, micro: Batch, config: ObjectiveConfig, odd: list[str]) -> Tensor:
     ids, mask = micro.completion_ids, micro.completion_mask
     shown = ref.encode(micro.prompts)
     with torch.no_grad():
         hidden = ref.run_wrapped(lambda: ref.completion_hidden(shown, ids, mask))
+    hidden = _without_nan(hidden, mask, odd, "reference")
     return _logprobs(ref, hidden, ids, mask, config)
 
 
@@ -164,6 +178,7 @@ def _distillation(
     micro: Batch,
     config: ObjectiveConfig,
     totals: StepTotals,
+    odd: list[str],
 ) -> dict[str, Any]:
     """Ask the teacher, and return its arguments of the loss: none where every gate is closed.
 
@@ -178,7 +193,7 @@ def _distillation(
     if not distils:
         return {}
     started = _now(hidden)
-    states = _open_hidden(teacher, micro, opened)
+    states = _without_nan(_open_hidden(teacher, micro, opened), mask[opened], odd, "teacher")
     totals.teacher_seconds += _now(hidden) - started
     totals.teacher_tokens += int(mask[opened].sum())
     weights = micro.distill_weights
@@ -204,6 +219,30 @@ def _to_correct(micro: Batch, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
         own if config.sampler_correction != "none" else nothing,
         mask & hinted if config.hinted_correction != "none" else nothing,
     )
+
+
+def _without_nan(states: Tensor, mask: Tensor, odd: list[str], whose: str) -> Tensor:
+    """States (B, T, H) that the losses take; ``whose`` is added to ``odd`` if they were not finite.
+
+    On a CPU the losses look, and would end the run; on a GPU nobody does, and what comes of them is
+    NaN by itself.
+    """
+    if states.is_cuda or bool(states.detach().sum(-1, dtype=torch.float64).isfinite()[mask].all()):
+        return states
+    odd.append(whose)
+    return states.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _without_nan(states: Tensor, mask: Tensor, odd: list[str], whose: str) -> Tensor:
+    """Return states (B, T, H) that the losses take; ``odd`` gets ``whose`` if they were not finite.
+
+    On a CPU the losses look, and would end the run; on a GPU nobody does, and what comes of them is
+    NaN by itself.
+    """
+    if states.is_cuda or bool(states.detach().sum(-1, dtype=torch.float64).isfinite()[mask].all()):
+        return states
+    odd.append(whose)
+    return states.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _now(states: Tensor) -> float:

@@ -26,6 +26,8 @@ from kepo.planner.memory import Phase, Prompts, Setup, peak, phases, student_of,
 from kepo.sections import TeacherConfig
 from kepo.words import command_line
 
+MOST_GB = 10**6
+"""Of a GPU's memory."""
 MOST_TOKENS, TOKENS_STEP = 2**17, 16
 """The longest completion that is tried, and of how many tokens its length is a multiple."""
 
@@ -282,6 +284,12 @@ class Arguments:
     """Draw the phases to this file."""
 
 
+def _bytes(gpu_gb: float) -> int:
+    if not 0 < gpu_gb <= MOST_GB:  # nan is neither
+        raise KepoConfigError(f"gpu_gb is {gpu_gb}; expected a number in (0, {MOST_GB}]")
+    return int(gpu_gb * GIB)
+
+
 def main(arguments: Sequence[str]) -> int:
     """``kepo plan``: recipes and presets, then flags; or --table and recipes."""
     import tyro
@@ -304,9 +312,13 @@ def main(arguments: Sequence[str]) -> int:
             "gpus and gpu_gb are not set; give --gpus and --gpu-gb, or a recipe whose name begins "
             "like 8x80gb_"
         )
+    for name, least in (("prompt_tokens", 1), ("image_tokens", 1), ("prompt_images", 1)):
+        value = getattr(given, name)
+        if value is not None and value < least:
+            raise KepoConfigError(f"{name} is {value}; expected a number >= {least}")
     machine = Machine(
         named.gpus if given.gpus is None else given.gpus,
-        named.gpu_bytes if given.gpu_gb is None else int(given.gpu_gb * GIB),
+        named.gpu_bytes if given.gpu_gb is None else _bytes(given.gpu_gb),
     )
     prompts = Prompts(given.prompt_tokens, given.image_tokens, given.prompt_images)
     found = plan(Setup(given.config, machine, prompts))

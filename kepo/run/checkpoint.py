@@ -7,7 +7,8 @@ Loading takes the newest step whose files all match the manifest's sha256. If st
 does, it stops: a silent fresh start would throw the run away. Weights and optimiser are
 safetensors, the rest JSON; nothing is pickled. Randomness needs no saving: data order and sampling
 of a step are functions of (seed, step). Folders of any other name, links and files are nobody's
-checkpoints: they are neither read nor removed.
+checkpoints: they are neither read nor removed. Nor is a file that somebody put into a checkpoint:
+that is used without it, and set aside where it would be removed or replaced.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ from kepo.run.manifest import (
     begin_folder,
     described,
     finish_folder,
+    foreign,
+    is_described,
+    set_aside,
+    unlisted,
     verify,
     write_manifest,
 )
@@ -60,10 +65,11 @@ def save_checkpoint(
     target = root / f"step-{step:08d}"
     folder = on_rank0(lambda: begin_folder(target))
     try:
-        hashes = _of_all(lambda: _written(folder, write_policy, named_parameters, optimizer))
+        with naming(target, folder):
+            hashes = _of_all(lambda: _written(folder, write_policy, named_parameters, optimizer))
 
         def finish() -> None:
-            with naming(folder):
+            with naming(target, folder):
                 (folder / "state.json").write_text(as_json(state, indent=1), encoding="utf-8")
                 known = {name: facts for each in hashes for name, facts in each.items()}
                 write_manifest(folder, known, step=step)
@@ -85,10 +91,9 @@ def _written(
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, dict[str, Any]]:
     """Write this process's part; what of the optimiser it wrote, for the manifest."""
-    with naming(folder):
-        write_policy(folder / "policy")
-        own = save_optimizer(folder, named_parameters, optimizer)
-        return {path.name: described(path) for path in own}
+    write_policy(folder / "policy")
+    own = save_optimizer(folder, named_parameters, optimizer)
+    return {path.name: described(path) for path in own}
 
 
 def _of_all(make: Callable[[], T]) -> list[T]:
@@ -107,12 +112,19 @@ def _of_all(make: Callable[[], T]) -> list[T]:
 def latest_checkpoint(root: Path) -> Path | None:
     """The newest checkpoint that verifies; None if there is none at all.
 
-    Prints why newer ones are passed over; KepoCheckpointError if every one is damaged.
+    Prints why newer ones are passed over, and which files of it are not the run's;
+    KepoCheckpointError if every one is damaged.
     """
     steps = _steps(root)
     for folder in reversed(steps):
         fault = verify(folder, PARTS)
         if fault is None:
+            if others := unlisted(folder):
+                more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+                print(
+                    f"{folder} has files that were not saved with it: {others[0]}{more}; they are "
+                    "not read, and stay"
+                )
             return folder
         print(f"checkpoint {folder} is damaged and passed over: {fault}")
     if steps:
@@ -124,15 +136,25 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
+    """What ``save_checkpoint`` was given as ``state``, of a folder that verifies."""
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
 def _prune(root: Path, newest: Path, keep: int) -> None:
     """Leave ``newest`` and as many before it as make ``keep``. Later steps were damaged, or the
-    run would have gone on from them."""
-    steps = [path for path in _steps(root) if is_folder(path)]
+    run would have gone on from them. What is not the run's own is set aside: at once if it has no
+    manifest of its step, and is no checkpoint; else when its turn comes."""
+    folders = [path for path in _steps(root) if is_folder(path)]
+    steps = [path for path in folders if is_described(path)]
     place = steps.index(newest)
-    for old in [*steps[: max(0, place + 1 - keep)], *steps[place + 1 :]]:
+    leave = {*steps[max(0, place + 1 - keep) : place + 1]}
+    for old in folders:
+        if old in leave:
+            continue
+        if (why := foreign(old)) is not None:
+            with suppress(OSError):
+                set_aside(old, why)
+            continue
         leaving = unfinished(old)  # killed in the middle of it, no half checkpoint is left
         with suppress(OSError):
             old.rename(leaving)

@@ -11,9 +11,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from kepo.disk.durable import make_folder, naming, remove_leftovers
+from kepo.disk.files import refuse_irregular
 from kepo.distributed.processes import on_rank0
 from kepo.errors import KepoConfigError
 
+WRITTEN = ("lock", "metrics.jsonl", "completions.jsonl", "data.json", "curves.png")
+"""Files of a run folder, beside its checkpoints."""
 HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 """What file systems without locks say: Lustre ENOSYS, NFS without its lock daemon ENOLCK."""
@@ -24,7 +27,8 @@ def exclusive(run_dir: Path) -> Iterator[None]:
     """Refuse a second run in the same folder; the lock goes with the first process, however it
     ends. All processes call.
 
-    Raises KepoConfigError if the folder is in use. On a file system without locks it prints that a
+    Raises KepoConfigError if the folder is in use, OSError if a folder or a pipe is in the place of
+    a file that the run will write. On a file system without locks it prints that a
     second run will not be noticed, and goes on.
     """
     with ExitStack() as stack:
@@ -34,6 +38,7 @@ def exclusive(run_dir: Path) -> Iterator[None]:
 
 def _lock(run_dir: Path, stack: ExitStack) -> None:
     make_folder(run_dir)
+    refuse_irregular(run_dir, WRITTEN)
     path = run_dir / "lock"
     with naming(path):
         file = stack.enter_context(path.open("a+", encoding="utf-8"))  # "w" would empty another's

@@ -1,7 +1,8 @@
 """Folders that are whole or not there, and that say themselves what is in them.
 
 manifest.json lists every file with size and sha256, and has a sha256 of its own text, so any change
-to any file, itself included, is seen.
+to any file, itself included, is seen. It also says what is the run's own: a folder without one, or
+with other files in it, has something of somebody else's, and is set aside, never removed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,9 +26,16 @@ from kepo.disk.durable import (
     sync,
     unfinished,
 )
+from kepo.disk.files import SYSTEM, read_regular
 from kepo.distributed.processes import world_size
 
 MANIFEST = "manifest.json"
+LITTER = re.compile(
+    "|".join([r"\.DS_Store", r"\._.*", r"\.nfs.*", r"\.cache", *map(re.escape, SYSTEM)])
+)
+"""Names of what systems and tools leave in any folder: nobody's, and removed with it."""
+UNREADABLE = (OSError, ValueError, TypeError, RecursionError)
+"""What reading a manifest of any contents may raise."""
 
 
 @contextmanager
@@ -34,9 +43,9 @@ def new_folder(target: Path) -> Iterator[Path]:
     """A folder that appears at ``target`` whole or not at all; an existing one is replaced."""
     folder = begin_folder(target)
     try:
-        with naming(folder):
+        with naming(target, folder):
             yield folder
-        finish_folder(folder, target)
+            finish_folder(folder, target)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -48,27 +57,28 @@ def begin_folder(target: Path) -> Path:
     make_folder(target.parent)
     remove_leftovers(target.parent)
     folder = target.parent / f".tmp-{os.getpid()}"
-    folder.mkdir()
+    with naming(target, folder):
+        folder.mkdir()
     return folder
 
 
 def finish_folder(folder: Path, target: Path) -> None:
     """Make it durable, then rename it to ``target``.
 
-    A folder that is there is replaced; a file or link is nothing of ours, and set aside.
+    A folder of the run that is there is replaced; what has anything of somebody else's in it is set
+    aside.
     """
     for path in [*folder.rglob("*"), folder]:
         if path.is_file():
             path.chmod(0o644)  # safetensors writes 0600
         sync(path)
     old = None
-    if is_folder(target):
-        old = unfinished(target)
-        target.rename(old)
-    elif os.path.lexists(target):
-        aside = _unused(target)
-        target.rename(aside)
-        print(f"{target} was a file or link, not a folder of this run: it is now {aside}")
+    if os.path.lexists(target):
+        if (why := foreign(target)) is not None:
+            set_aside(target, why)
+        else:
+            old = unfinished(target)
+            target.rename(old)
     try:
         folder.rename(target)
     except OSError:
@@ -89,8 +99,8 @@ def write_manifest(
     known: what `described` said of files in it, which are not read again.
     """
     files = dict(known or {})
-    for name in _names(folder):
-        if name not in files:
+    for name in sorted(_names(folder)):
+        if name != MANIFEST and name not in files:
             files[name] = described(folder / name)
     manifest = {**facts, "world_size": world_size(), "files": files}
     manifest["sha256"] = _own_digest(manifest)
@@ -105,45 +115,107 @@ def described(path: Path) -> dict[str, Any]:
 def verify(folder: Path, parts: Sequence[str] = ()) -> str | None:
     """What is wrong with a folder that has a manifest, or None. Raises nothing.
 
-    parts: how names begin of which there must be a file each; with them, what the manifest does
-    not list must not be there either, hidden files apart: it might be read in a listed one's place.
+    parts: how names begin of which there must be a file each. Files that the manifest does not list
+    are no fault: see `as_saved`.
     """
     try:
         return _fault(folder, parts)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except UNREADABLE as error:
         return str(error)
 
 
-def _fault(folder: Path, parts: Sequence[str]) -> str | None:
+def unlisted(folder: Path) -> list[str]:
+    """Files in a folder that its manifest, which must be readable, does not list; LITTER apart."""
+    return sorted(_names(folder) - _manifest(folder)["files"].keys() - {MANIFEST})
+
+
+def is_described(folder: Path) -> bool:
+    """Whether a folder has a manifest of its own, whatever else is in it. Raises nothing."""
+    try:
+        return bool(_manifest(folder))
+    except UNREADABLE:
+        return False
+
+
+def foreign(path: Path) -> str | None:
+    """Why something is not the run's to remove, in words; None if all that is in it was saved with
+    it. Raises nothing."""
+    try:
+        others = unlisted(path)
+    except UNREADABLE as error:
+        return str(error)
+    return f"{others[0]} was not saved with it" if others else None
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Give it another name beside its own, and say so."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.aside-{number}")):
+        number += 1
+    path.rename(aside)
+    print(f"{path} is not the run's own ({why}), and nothing of it is removed: it is now {aside}")
+
+
+def as_saved(folder: Path) -> Path:
+    """What a folder is to be read as: itself, or where it has other files too, a folder beside it
+    with links to the listed ones alone. A library that reads whatever it finds reads no others.
+
+    The links go with the next checkpoint, as what a killed process left does.
+    """
+    if not unlisted(folder):
+        return folder
+    remove_leftovers(folder.parent)
+    links = unfinished(folder)
+    for name in (*_manifest(folder)["files"], MANIFEST):
+        link = links / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.abspath(folder / name))
+    return links
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What the manifest of a folder says. Raises ValueError, in words, where it is not as it was
+    written or another folder's, and others of UNREADABLE."""
     if not is_folder(folder):
-        return "it is a file or a link, not a folder"
-    text = (folder / MANIFEST).read_text(encoding="utf-8")
+        raise ValueError("it is a file or a link, not a folder")
+    try:
+        text = read_regular(folder / MANIFEST).decode("utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"it has no {MANIFEST}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{MANIFEST}: {error}") from error
     try:
         manifest = json.loads(text)
     except ValueError as error:
-        return f"{MANIFEST}: {error}"
+        raise ValueError(f"{MANIFEST}: {error}") from error
     if not isinstance(manifest, dict) or _text(manifest) != text:
-        return f"{MANIFEST} is not as it was written"
+        raise ValueError(f"{MANIFEST} is not as it was written")
     # Manifests of earlier checkpoints have no digest of themselves.
     own = manifest.pop("sha256", None)
     if not manifest.keys() <= {"step", "world_size", "files"}:
-        return f"{MANIFEST} has {sorted(manifest)}"
+        raise ValueError(f"{MANIFEST} has {sorted(manifest)}")
     if own is not None and own != _own_digest(manifest):
-        return f"{MANIFEST} is not as it was written"
-    if parts and "step" not in manifest:
-        return f"{MANIFEST} has no step"
+        raise ValueError(f"{MANIFEST} is not as it was written")
     if "step" in manifest and folder.name != f"step-{manifest['step']:08d}":
-        return f"{MANIFEST} says step {manifest['step']}"
+        raise ValueError(f"{MANIFEST} says step {manifest['step']}")
     files = manifest.get("files")
     if not isinstance(files, dict) or not files:
-        return f"{MANIFEST} lists no files"
-    for part in parts:
-        if not any(name.startswith(part) for name in files):
-            return f"{MANIFEST} lists no {part}"
-    for name, facts in files.items():
+        raise ValueError(f"{MANIFEST} lists no files")
+    for name in files:
         place = PurePosixPath(name)
         if place.is_absolute() or ".." in place.parts:
-            return f"{MANIFEST} lists {name}, outside the folder"
+            raise ValueError(f"{MANIFEST} lists {name}, outside the folder")
+    return manifest
+
+
+def _fault(folder: Path, parts: Sequence[str]) -> str | None:
+    manifest = _manifest(folder)
+    if parts and "step" not in manifest:
+        return f"{MANIFEST} has no step"
+    for part in parts:
+        if not any(name.startswith(part) for name in manifest["files"]):
+            return f"{MANIFEST} lists no {part}"
+    for name, facts in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -151,19 +223,22 @@ def _fault(folder: Path, parts: Sequence[str]) -> str | None:
             return f"{name} is not the file that was saved"
         if described(path) != facts:
             return f"{name} is not the file that was saved"
-    if parts and (others := [name for name in _names(folder) if name not in files]):
-        return f"{others[0]} was not saved with it; move it elsewhere"
     return None
 
 
-def _names(folder: Path) -> list[str]:
-    """Files in a folder and those below it, the manifest and hidden ones apart."""
-    found = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
-    return sorted(
-        path.as_posix()
-        for path in found
-        if path != Path(MANIFEST) and not any(part.startswith(".") for part in path.parts)
-    )
+def _names(folder: Path) -> set[str]:
+    """What is in a folder and those below it, LITTER and the folders themselves apart; links are
+    not followed."""
+    found = set()
+    for here, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(here, name))]
+        folders[:] = [name for name in folders if not LITTER.fullmatch(name)]
+        found.update(
+            Path(here, name).relative_to(folder).as_posix()
+            for name in (*files, *links)
+            if not LITTER.fullmatch(name)
+        )
+    return found
 
 
 def _text(manifest: Mapping[str, Any]) -> str:
@@ -172,14 +247,6 @@ def _text(manifest: Mapping[str, Any]) -> str:
 
 def _own_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(_text(manifest).encode()).hexdigest()
-
-
-def _unused(path: Path) -> Path:
-    """A name beside ``path`` that nothing has."""
-    number = 1
-    while os.path.lexists(found := path.with_name(f"{path.name}.aside-{number}")):
-        number += 1
-    return found
 
 
 def _sha256(path: Path) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from kepo.disk.durable import append_durably, as_json, make_folder, write_durably
+from kepo.disk.files import read_own
 from kepo.distributed.processes import is_rank0, on_rank0
 from kepo.objective.batch import Batch, gates
 from kepo.objective.step import StepTotals
@@ -137,7 +138,7 @@ class StepLog:
         if not is_rank0():
             return
         make_folder(path.parent)
-        content = b"" if resume_step < 0 or not path.exists() else path.read_bytes()
+        content = b"" if resume_step < 0 or not path.exists() else read_own(path)
         if mark is not None:
             saved = content[: mark["bytes"]]
             if hashlib.sha256(saved).hexdigest() != mark["sha256"]:
@@ -170,7 +171,7 @@ class StepLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole records of a log; lines that are none, cut short by a kill, are left out."""
-    return _records(path.read_bytes()) if path.exists() else []
+    return _records(read_own(path)) if path.exists() else []
 
 
 def _records(content: bytes, named: Path | None = None) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from kepo.rollout.hints import Hints
 from kepo.rollout.models import Models
 from kepo.run import checkpoint
 from kepo.run.agreement import same_images
+from kepo.run.manifest import as_saved
 from kepo.run.metrics import StepLog
 from kepo.run.optimizer_state import Parameters, load_optimizer
 from kepo.run.progress import say
@@ -90,7 +91,8 @@ def open_run(config: Config, device: torch.device, stop: StopRequest) -> Run | N
     # A checkpoint with digests has been compared with them.
     by_ids = saved is not None and "inputs" not in saved.state
     on_rank0(lambda: write_record(data, folder, resuming=by_ids))
-    models = load_models(config, device, saved.folder / "policy" if saved else None)
+    files = on_rank0(lambda: as_saved(saved.folder)) if saved else None
+    models = load_models(config, device, files / "policy" if files else None)
     named = models.policy.model.named_parameters()
     parameters = {name: p for name, p in named if p.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -99,7 +101,7 @@ def open_run(config: Config, device: torch.device, stop: StopRequest) -> Run | N
     done, marks = 0, {}
     if saved is not None:
         done, marks = saved.state["step"], saved.state.get("logs", {})
-        load_optimizer(saved.folder, parameters, optimizer)
+        load_optimizer(files, parameters, optimizer)
         say(f"resuming after step {done} from {saved.folder}")
     log, completions = (
         StepLog(folder / name, done if saved else -1, marks.get(name))

@@ -1,8 +1,8 @@
 """Signals that ask a run to stop: it saves first. A second one ends it at once.
 
 Ctrl-C and SIGTERM; SIGHUP, when a terminal closes; SIGUSR1 and SIGUSR2, which schedulers send some
-minutes before the end. What was ignored when the process began, as SIGHUP is under nohup, stays
-ignored.
+minutes before the end; SIGXCPU, when the limit on processor time is near. What was ignored when the
+process began, as SIGHUP is under nohup, stays ignored.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 
 from kepo.distributed.processes import all_gather, is_rank0
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *WARNINGS)
 SAME_SIGNAL = 2.0
 """Seconds within which signals are one: a terminal sends Ctrl-C to torchrun and to its processes,
 and torchrun passes it on to them."""
@@ -71,6 +71,8 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._noted is not None and time.monotonic() - self._at <= SAME_SIGNAL:
             return
+        if number == signal.SIGXCPU and self._noted is not None:
+            return  # the kernel sends it every second from the first one on
         # The scheduler's SIGTERM after its warning is still the first to end the run.
         if self._noted is None or (self._last in WARNINGS and number not in WARNINGS):
             self._noted = number if self._noted is None else self._noted

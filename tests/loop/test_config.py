@@ -5,6 +5,7 @@ import importlib.util
 from dataclasses import replace
 
 import pytest
+from small import config_of
 
 from kepo.check import check
 from kepo.config import Config, from_mapping, load, presets
@@ -46,7 +47,7 @@ REFUSED = {
     "no student": ({"student": ""}, "student is not set"),
     "no patience": (
         {"rank_timeout_minutes": 0.0},
-        "rank_timeout_minutes=0.0; expected a number > 0",
+        r"rank_timeout_minutes=0.0; expected a number in \(0, 1000000\]",
     ),
     "changed inputs": ({"changed_inputs": "ask"}, "changed_inputs='ask'; expected one of refuse"),
     "one generation": ({"num_generations": 1, "hint_trigger": "never"}, "num_generations=1"),
@@ -67,7 +68,17 @@ REFUSED = {
         {"attn_implementation": "flash_attention_2"},
         "computes in 16 bits",
     ),
-    "no device": ({"device": "banana"}, "device='banana'"),
+    **{
+        f"device {name}": (
+            {"device": name},
+            f"device='{name}'; expected cpu, cuda or cuda:<number>",
+        )
+        for name in ("banana", "mps", "meta", "", "xpu:0")
+    },
+    "lr beyond float32": ({"lr": 1e300}, r"lr=1e\+300; expected at most 1e\+30"),
+    "decay beyond float32": ({"weight_decay": 1e39}, r"weight_decay=1e\+39; expected at most"),
+    "endless patience": ({"rank_timeout_minutes": 1e30}, "rank_timeout_minutes=1e"),
+    "weights of rewards": ({"reward_weights": (1.0, 1e300)}, "reward_weights=.*up to 1e"),
     "no CUDA": ({"device": "cuda"}, "sees no CUDA device"),
     "too hot for vllm": (
         {"sampler": "vllm", "sampling_temperature": 3.0},
@@ -263,3 +274,16 @@ def test_every_field_is_documented():
     source = "".join(inspect.getsource(kind) for kind in Config.__mro__[:-1])
     for field in dataclasses.fields(Config):
         assert re.search(rf'    {field.name}: .*\n    """', source), field.name
+
+
+def test_a_workspace_is_enough_to_the_byte(made, tmp_path):
+    """As the loss counts it, from two config.json; with the teacher's head where it distils."""
+    for layers in (("grpo",), ("kepo",)):
+        config = config_of(made, tmp_path, *layers, workspace_bytes=1)
+        with pytest.raises(KepoConfigError, match=r"takes [0-9]+ bytes") as refused:
+            train(config)
+        least = int(str(refused.value).split("takes ")[1].split()[0])
+        check(replace(config, workspace_bytes=least))
+        with pytest.raises(KepoConfigError, match="too little"):
+            check(replace(config, workspace_bytes=least - 1))
+    assert not list(tmp_path.iterdir())

@@ -49,8 +49,8 @@ def test_a_record_that_changed_is_named(change):
     after = {"train_data": records_identity(now, PICTURES)}
     name = now[1].id
     message = (
-        f"train_data has 3 good questions, but the run was begun with 3; 1 are new or not as they "
-        f"were, first {name!r}"
+        r"train_data has a question that is new, or whose text, answer or image is not as it was "
+        rf"when the run began: {name!r}\."
     )
     with pytest.raises(KepoDataError, match=message):
         compare(before, after, {"train_data": now})
@@ -72,8 +72,21 @@ def test_a_picture_that_changed_changes_its_record(tmp_path):
 def test_questions_that_are_gone_or_moved_are_counted():
     before = {"eval_data": records_identity(QUESTIONS, PICTURES)}
     for now, message in (
-        (QUESTIONS[:2], "eval_data has 2 good questions, but the run was begun with 3"),
-        (QUESTIONS[::-1], "begun with 3, the same in another order"),
+        (QUESTIONS[:2], r"eval_data has 2 usable questions where the run began with 3\."),
+        (
+            QUESTIONS[::-1],
+            r"eval_data has the 3 questions that the run began with in another order",
+        ),
+        (
+            [replace(e, answer="B") for e in QUESTIONS[:2]] + QUESTIONS[2:],
+            r"eval_data has 2 questions \(of 3\) that are new, or whose text, answer or image is "
+            r"not as it was when the run began: the first is 'q1'\.",
+        ),
+        (
+            [replace(e, answer="B") for e in QUESTIONS[:2]],
+            r"eval_data has 2 usable questions where the run began with 3; 2 of them are new, or "
+            r"have another text, answer or image: the first is 'q1'\.",
+        ),
     ):
         after = {"eval_data": records_identity(now, PICTURES)}
         with pytest.raises(KepoDataError, match=message):
@@ -93,7 +106,7 @@ def test_accepted_changes_are_said_and_their_hints_forgotten(capsys):
     assert compare(before, after, {"train_data": now}, config=accepts) == {"q1"}
     said = capsys.readouterr().out
     assert "accept: teacher has other files than the run began with: model.safetensors" in said
-    assert "train_data has 3" in said and "first 'q1'" in said
+    assert "train_data has a question that is new" in said and "'q1'" in said
     with pytest.raises(KepoDataError, match=r"teacher .*; train_data .*changed_inputs: accept"):
         compare(before, after, {"train_data": now})
 

@@ -37,6 +37,33 @@ def test_demo_from_nothing_to_table_and_again(tmp_path, capsys):
         run(replace(demo, teacher_steps=2))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"steps": x} for x in (-1, 0)),
+        *({"lr": x} for x in (float("nan"), 0.0, 1e300)),
+        *({"supervised_lr": x} for x in (float("inf"), -1.0)),
+        *({"hint_fraction": x} for x in (float("nan"), 1.5)),
+        *({name: 0} for name in ("train_questions", "test_questions", "teacher_steps")),
+        *({name: 0} for name in ("warmup_steps", "supervised_batch")),
+        {"seed": -1},
+    ],
+    ids=str,
+)
+def test_settings_are_refused_before_the_first_stage(tmp_path, settings):
+    (name,) = settings
+    with pytest.raises(KepoConfigError, match=f"{name.removeprefix('supervised_l')}="):
+        run(replace(SMALL, root=str(tmp_path / "new"), **settings))
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_in_the_way_of_the_table_is_said_before_the_first_stage(tmp_path):
+    (tmp_path / "accuracy.json").mkdir()
+    with pytest.raises(OSError, match=r"accuracy\.json: it is a folder"):
+        run(replace(SMALL, root=str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["accuracy.json"]
+
+
 def test_a_stage_that_fails_leaves_nothing_and_a_damaged_one_is_made_again(tmp_path, capsys):
     def broken(folder):
         (folder / "half").write_text("x")

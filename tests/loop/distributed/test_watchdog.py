@@ -105,7 +105,7 @@ def test_the_one_that_stands_still_is_named_by_all(tmp_path):
     for process in two(tmp_path, TIMEOUT="3", HOW="sleeps"):
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 1
-        assert "error: rank 1 has not moved for 3 s (<module> at loop/stands_still.py:" in output
+        assert "error: rank 1 has not moved for 3 s (<module> at support/stands_still.py:" in output
         assert "; rank 0: " in output and "Traceback" not in output, output
 
 

@@ -151,6 +151,20 @@ def test_a_model_that_is_not_there_is_named(root, tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(SystemExit, match=r"error: .*/no-model: cannot load a vision-lang"):
         main(["evaluate", str(tmp_path / "no-model"), str(root)])
+    with pytest.raises(SystemExit, match=r"no-model: there is no such folder; expected the folder"):
+        main(["evaluate", str(tmp_path / "no-model"), str(root)])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"/file: it is no folder; expected the folder"):
+        main(["evaluate", str(tmp_path / "file"), str(root)])
+
+
+@pytest.mark.parametrize(
+    "words", [("--device", x) for x in ("banana", "mps", "meta")] + [("--dtype", "int8")]
+)
+def test_where_and_in_what_it_computes_is_checked_before_the_data(root, monkeypatch, words):
+    monkeypatch.setattr(command, "questions", None)  # calling it would be a TypeError
+    with pytest.raises(SystemExit, match=rf"error: {words[0][2:]}='{words[1]}'; expected "):
+        main(["evaluate", "a-model", str(root), *words])
 
 
 def test_wilson_intervals():

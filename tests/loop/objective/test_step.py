@@ -1,5 +1,6 @@
 """One micro-step against the whole-matrix oracle: what it adds up, and what the teacher reads."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -349,3 +350,37 @@ def test_step_weights_multiply_the_divergence_of_open_sequences(models):
     truth = oracle(models, groups, config, distill_weights=batch.distill_weights * factors)
     same(mine, truth)
     assert not torch.allclose(mine[0], step(models, groups, replace(config, step_weights=False))[0])
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher", "reference"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_states_that_are_not_finite_make_a_loss_that_is_not(capsys, models, whose, value):
+    """On a CPU the losses refuse them; the loop promises to skip the step, in every gradient."""
+    policy, teacher = models
+    ref = TableVLM(1) if whose == "reference" else None
+    config = replace(CONFIG, kl_coef=0.1 if ref else 0.0, gate_reward=None, impl="auto")
+    wrong = {"student": policy, "teacher": teacher, "reference": ref}[whose]
+    real = wrong.completion_hidden
+
+    def one_wrong(inputs, ids, mask):
+        states = real(inputs, ids, mask)
+        at = torch.zeros_like(states, dtype=torch.bool)
+        at[0, 0, 1] = True
+        return torch.where(at, value, states)
+
+    wrong.completion_hidden = one_wrong
+    loss, grads, totals = step((policy, teacher), GROUPS, config, ref=ref)
+    assert loss.isnan() and math.isnan(totals.policy_loss)
+    assert all(grad.isnan().any() for grad in grads.values())
+    assert capsys.readouterr().out.count(f"states of the {whose} are not finite") == 1
+
+
+def test_states_of_places_that_are_no_tokens_may_be_anything(models):
+    policy = models[0]
+    before, _, _ = step(models, GROUPS, CONFIG)
+    real = policy.completion_hidden
+    policy.completion_hidden = lambda inputs, ids, mask: torch.where(
+        mask[..., None], real(inputs, ids, mask), torch.nan
+    )
+    after, _, _ = step(models, GROUPS, CONFIG)
+    assert after.isfinite() and torch.equal(before, after)

@@ -314,3 +314,18 @@ def test_picture(tmp_path):
     held = Held(weights=GIB, cache=2 * GIB)
     plot_plan([Phase("rollout", "x", held)], Machine(1, 4 * GIB), tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(("gpu_gb", x) for x in ("nan", "inf", "-5", "0", "1e300")),
+        *(("gpus", x) for x in ("0", "-3")),
+        *(("prompt_tokens", "0"), ("image_tokens", "-1"), ("prompt_images", "0")),
+    ],
+)
+def test_numbers_of_a_machine_and_prompts_that_cannot_be_are_refused(flag, value):
+    words = {"gpus": "1", "gpu_gb": "80", flag: value}
+    flags = [x for name, word in words.items() for x in (f"--{name.replace('_', '-')}", word)]
+    with pytest.raises(KepoConfigError, match=f"{flag} is .*; expected a number"):
+        plan_module.main(["grpo", "--student", "Qwen3-VL-2B-Instruct", *flags])

@@ -149,6 +149,30 @@ def test_four_ways_to_differ_are_four_clear_ends(made, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.processes
+@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize("kind", ["setting", "file", "flag"])
+def test_one_that_cannot_start_ends_the_other_in_its_words(made, tmp_path, kind, wrong):
+    """Bare processes: nobody but themselves would end them."""
+    flags = dict(student=made / "student", train_data=made / "data" / "train", run_dir=tmp_path)
+    words = [x for name, value in flags.items() for x in (f"--{name.replace('_', '-')}", value)]
+    first, last, said = {
+        "setting": (("grpo", "grpo"), ("--lr=1e-3", "--lr=-1"), "config: lr=-1.0"),
+        "file": (("grpo", "none.yaml"), ("--lr=1e-3",) * 2, "config file none.yaml cannot be read"),
+        "flag": (("grpo", "grpo"), ("--lr=1e-3", "--nope"), "its command line cannot be read"),
+    }[kind]
+    turn = (lambda pair: pair) if wrong else (lambda pair: pair[::-1])
+    started = bare("-m", "kepo", "train", turn(first), *words, turn(last))
+    ended = [(*process.communicate(timeout=60), process.returncode) for process in started]
+    output, _, code = ended[1 - wrong]
+    assert code == 1 and output.count("error: ") == 1 and "Warning" not in output, output
+    assert f"rank {1 - wrong} ends, as another cannot start: rank {wrong}: {said}" in output
+    output, _, code = ended[wrong]
+    assert code == (2 if kind == "flag" else 1) and "Traceback" not in output
+    assert said in output or kind == "flag"
+
+
+@pytest.mark.slow
+@pytest.mark.processes
 def test_the_command_ends_with_that_sentence_and_code_1(made, tmp_path):
     flags = dict(student=made / "student", train_data=made / "data" / "train", run_dir=tmp_path)
     words = [x for name, value in flags.items() for x in (f"--{name.replace('_', '-')}", value)]
@@ -157,4 +181,5 @@ def test_the_command_ends_with_that_sentence_and_code_1(made, tmp_path):
         output, _ = process.communicate(timeout=200)
         assert process.returncode == 1
         assert output.count("error: ") == 1 and "Traceback" not in output, output
+        assert "Warning" not in output, output  # torch has one for groups that have no default
         assert "lr: 0.0002 on rank 0, 0.005 on rank 1" in output

@@ -64,19 +64,26 @@ def a_folder_for_the_state(folder):
     (folder / "state.json").mkdir()
 
 
-def a_second_shard(folder):
-    """`load_optimizer` and transformers would read it."""
-    shutil.copy(folder / "optimizer.safetensors", folder / "optimizer-00002-of-00002.safetensors")
+def a_pipe_for_the_manifest(folder):
+    (folder / MANIFEST).unlink()
+    os.mkfifo(folder / MANIFEST)
 
 
-def a_second_model(folder):
-    (folder / "policy" / "model.safetensors.index.json").write_text("{}")
+def a_folder_for_the_manifest(folder):
+    (folder / MANIFEST).unlink()
+    (folder / MANIFEST).mkdir()
+
+
+def a_pipe_for_the_state(folder):
+    (folder / "state.json").unlink()
+    os.mkfifo(folder / "state.json")
 
 
 DAMAGE = [
     *(flip, truncate, empty, delete, no_manifest, cut_manifest, swapped),
     *(renamed_from_another_step, a_file_in_its_place, a_link_in_its_place),
-    *(a_file_for_the_policy, a_folder_for_the_state, a_second_shard, a_second_model),
+    *(a_file_for_the_policy, a_folder_for_the_state, a_pipe_for_the_state),
+    *(a_pipe_for_the_manifest, a_folder_for_the_manifest),
 ]
 
 

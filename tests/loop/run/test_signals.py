@@ -74,6 +74,21 @@ def test_sigterm_after_the_schedulers_warning_lets_the_run_save(clock):
             send(signal.SIGTERM)
 
 
+def test_the_limit_on_processor_time_is_no_second_signal_however_often_it_comes(clock):
+    """From the soft limit on the kernel sends it every second, and SIGKILL at the hard one."""
+    with StopRequest() as stop:
+        for _ in range(5):
+            send(signal.SIGXCPU)
+            clock(3.0)
+        stop.agree()
+        assert stop.exit_code == 128 + signal.SIGXCPU
+        send(signal.SIGTERM)
+        clock(3.0)
+        send(signal.SIGXCPU)
+        with pytest.raises(SystemExit):
+            send(signal.SIGTERM)
+
+
 def test_what_was_ignored_stays_ignored():
     """As SIGHUP is under nohup, and Ctrl-C for what a script started in the background."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -1,0 +1,38 @@
+"""Whether a run's `workspace_bytes` are enough for its heads: known from two config.json."""
+
+from __future__ import annotations
+
+import torch
+
+from kepo.config import Config
+from kepo.errors import KepoConfigError
+from kepo.models.reading import read_config
+from kepo_kernels.compute.chunks import plan
+from kepo_kernels.errors import KepoInputError
+
+
+def check_workspace(config: Config) -> None:
+    """Raise KepoConfigError where the losses of a step would refuse ``workspace_bytes``.
+
+    Reads nothing where it is None. A chunk is of one row at least, so how many rows there are does
+    not matter.
+    """
+    if config.workspace_bytes is None:
+        return
+    student = read_config(config.student).get_text_config()
+    sizes = dict(hidden_size=student.hidden_size, vocab=student.vocab_size, teacher_rows=0)
+    if config.distils:
+        teacher = read_config(config.teacher).get_text_config()
+        sizes |= dict(teacher_rows=1, teacher_vocab=teacher.vocab_size)
+        sizes |= dict(teacher_hidden_size=teacher.hidden_size)
+    try:
+        plan(
+            1,
+            **sizes,
+            dtype=getattr(torch, config.dtype),
+            device=torch.device(config.device).type,
+            workspace_bytes=config.workspace_bytes,
+            impl=config.impl,
+        )
+    except KepoInputError as error:
+        raise KepoConfigError(f"config: {error}") from error
