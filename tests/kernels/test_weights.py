@@ -238,7 +238,7 @@ ONES = torch.ones(3, 4)
         (
             "sampler_weights",
             {"high": 1e-320},
-            "high=1e-320; expected a finite number >= 0, or None",
+            "high=1e-320; expected a finite number >= 0",
         ),
         ("sampler_weights", {"old_logprobs": ONES.to_sparse()}, "old_logprobs is a sparse_coo"),
         ("sod_weights", {"epsilon": 1e-320}, "epsilon=1e-320"),
