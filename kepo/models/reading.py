@@ -35,7 +35,7 @@ def read_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
     config = read_config(path)
     if (base := base_of(path)) is not None:
         return _adapted(path, read_model(base, dtype, **settings))
-    quantized = getattr(config, "quantization_config", None) is not None
+    quantized = bool(getattr(config, "quantization_config", None))
     tensors.check_files(path, quantized)
     try:
         model, found = AutoModelForImageTextToText.from_pretrained(
