@@ -36,6 +36,8 @@ def describe(x: object) -> str:
     """[4096, 2048] bfloat16 on cuda:0; the type's name for what is no tensor."""
     if not isinstance(x, Tensor):
         return type(x).__name__
+    if x.is_nested:  # torch does not tell its shape
+        return "nested tensor"
     return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
 
 
@@ -44,6 +46,8 @@ class Validator:
 
     def __init__(self, function: str):
         self.function = function
+        self.dtype = torch.float64
+        """Numbers, and values of one per token, are used in this dtype; `head` finds it out."""
 
     def refuse(self, message: str) -> NoReturn:
         raise KepoInputError(f"{self.function}: {message}")
@@ -91,6 +95,7 @@ class Validator:
         for name, x in given:
             self.require(isinstance(x, Tensor), f"{name} is {describe(x)}; expected a tensor")
         for name, x in given:
+            self.strided(name, x)
             self.whole(name, x)
             self.require(
                 x.dtype in FLOATS,
@@ -118,6 +123,7 @@ class Validator:
         )
         for name, x in given[1:]:
             self.dtypes((hidden_name, hidden), (name, x))
+        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.number(f"{head_name}.logit_scale", head.logit_scale, lambda x: x > 0, "a number > 0")
         if head.softcap is not None:
             self.number(
@@ -149,6 +155,17 @@ class Validator:
             "float64 alone: cast one of them",
         )
 
+    def strided(self, name: str, x: object) -> None:
+        """Not a sparse, nested or mkldnn tensor, most of whose operations torch has not."""
+        if not isinstance(x, Tensor):
+            return
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.").strip("_")
+        self.require(
+            kind == "strided",
+            f"{name} is a {kind} tensor; expected a strided one on the CPU or a CUDA device: call "
+            + ("torch.nested.to_padded_tensor" if kind in ("nested", "jagged") else ".to_dense()"),
+        )
+
     def whole(self, name: str, x: Tensor) -> None:
         """Not one shard of a parameter that lives on many devices."""
         self.require(
@@ -165,6 +182,11 @@ class Validator:
         )
 
     def same_device(self, hidden: Tensor, **tensors: Tensor | None) -> None:
+        self.require(
+            hidden.device.type != "meta",
+            f"hidden {describe(hidden)} has no values; expected tensors on the CPU or a CUDA "
+            "device: move the model there with to_empty() and load its weights",
+        )
         for name, x in tensors.items():
             if x is not None and x.device != hidden.device:
                 self.refuse(f"hidden is on {hidden.device} and {name} on {x.device}; move one")
@@ -181,6 +203,7 @@ class Validator:
     def lead(self, lead: torch.Size, **tensors: Tensor | None) -> None:
         """Tensors with one value per token, or None."""
         for name, x in tensors.items():
+            self.strided(name, x)
             self.require(
                 x is None or (isinstance(x, Tensor) and x.shape == lead and not x.is_complex()),
                 f"{name} {describe(x)}; expected one value per token, shape {list(lead)} (hidden "
@@ -193,6 +216,7 @@ class Validator:
         """`columns`: one per sequence may also come as (B, 1)."""
         shapes = [lead, lead[:1]] + [torch.Size((*lead[:1], 1))] * columns
         for name, x in tensors.items():
+            self.strided(name, x)
             self.require(
                 isinstance(x, Tensor) and x.shape in shapes and not x.is_complex(),
                 f"{name} {describe(x)}; expected shape {list(lead[:1])} (per sequence) or "
@@ -215,13 +239,14 @@ class Validator:
     def gate(self, gate: Tensor | None, lead: torch.Size) -> None:
         if gate is None:
             return
+        self.strided("gate", gate)
         self.require(
             isinstance(gate, Tensor) and gate.shape == lead[:1] and not gate.is_complex(),
             f"gate {describe(gate)}; expected shape {list(lead[:1])}, one real value per sequence",
         )
         if on_cpu(gate) and gate.dtype != torch.bool:
-            bad = ~((gate >= 0) & (gate < math.inf))
-            self.none_bad("gate", gate, bad, "bool or finite values >= 0")
+            bad = ~((gate >= 0) & self._finite_in_use(gate))
+            self.none_bad("gate", gate, bad, f"bool or finite values >= 0{self._in_use(gate)}")
 
     def targets(self, targets: Tensor, hidden: Tensor, active: Tensor, vocab: int) -> None:
         """Token ids, in range wherever they are read."""
@@ -240,17 +265,31 @@ class Validator:
             self.none_bad("targets", targets, bad, expected)
 
     def finite(self, active: Tensor, **tensors: Tensor | None) -> None:
-        """No NaN or Inf at tokens that take part."""
+        """No NaN or Inf at tokens that take part, also where the values are used."""
         for name, x in tensors.items():
             if x is None or not on_cpu(x) or not x.is_floating_point():
                 continue
-            bad = active & ~torch.isfinite(x)
-            self.none_bad(name, x, bad, "finite values at tokens that take part")
+            bad = active & ~self._finite_in_use(x)
+            expected = f"finite values at tokens that take part{self._in_use(x)}"
+            self.none_bad(name, x, bad, expected)
+
+    def _finite_in_use(self, x: Tensor) -> Tensor:
+        return torch.isfinite(x.to(self.dtype) if x.dtype == torch.float64 else x)
+
+    def _in_use(self, x: Tensor) -> str:
+        """What to say of values that another dtype holds than their own."""
+        if x.dtype != torch.float64 or self.dtype == torch.float64:
+            return ""
+        return f", as float32, in which they are used (up to {torch.finfo(self.dtype).max:.2g})"
 
     def number(
         self, name: str, value: object, holds: Callable[[float], bool], expected: str
     ) -> float:
-        """Returns it as Python's float, whatever kind of number it is."""
+        """Returns it as Python's float, whatever kind of number it is.
+
+        Beside what `holds` asks, it is 0 or of a size that it, its inverse and four times the
+        inverse keep in the dtype in which it is used.
+        """
         number = plain(value)
         good = isinstance(number, Real) and not isinstance(number, bool)
         try:
@@ -258,7 +297,15 @@ class Validator:
         except OverflowError:  # an int beyond all floats
             good = False
         self.require(good, f"{name}={value!r}; expected {expected}")
-        return float(number)
+        number = float(number)
+        most = torch.finfo(self.dtype).max
+        least = 8.0 / most
+        self.require(
+            number == 0.0 or least <= abs(number) <= most,
+            f"{name}={value!r}; expected {expected}, of a size that "
+            f"{str(self.dtype).removeprefix('torch.')} holds, {least:.2g} to {most:.2g}",
+        )
+        return number
 
     def integer(self, name: str, value: object, least: int, expected: str) -> int:
         """Returns it as Python's int, whatever kind of integer it is."""

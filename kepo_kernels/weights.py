@@ -96,6 +96,7 @@ def dapo_weights(completion_mask: Tensor, num_items: float | Tensor | None = Non
     if num_items is None:
         return loss_weights(completion_mask, None, "token_mean")
     if isinstance(num_items, Tensor):
+        check.strided("num_items", num_items)
         check.require(
             num_items.dim() == 0 and not num_items.is_complex(),
             f"num_items {describe(num_items)}; expected a number or a 0-d tensor of one",
@@ -126,10 +127,14 @@ def dr_grpo_weights(completion_mask: Tensor, max_completion_length: int) -> Tens
     """
     check = Validator("dr_grpo_weights")
     _check_mask(check, completion_mask)
+    sequences = max(1, len(completion_mask))
     longest = check.number(
-        "max_completion_length", max_completion_length, lambda x: x > 0, "a number > 0"
+        "max_completion_length",
+        max_completion_length,
+        lambda x: 0 < x * sequences < torch.inf,
+        "a number > 0, finite also times the number of sequences",
     )
-    return completion_mask.to(torch.float64) / (max(1, len(completion_mask)) * longest)
+    return completion_mask.to(torch.float64) / (sequences * longest)
 
 
 def sampler_weights(
@@ -262,6 +267,7 @@ def sod_weights(
 
 
 def _check_mask(check: Validator, completion_mask: Tensor) -> None:
+    check.strided("completion_mask", completion_mask)
     check.require(
         isinstance(completion_mask, Tensor) and completion_mask.dim() in (1, 2),
         f"completion_mask {describe(completion_mask)}; expected a tensor (B, T) or (N,)",
@@ -272,6 +278,7 @@ def _check_mask(check: Validator, completion_mask: Tensor) -> None:
 def _check_like(check: Validator, completion_mask: Tensor, **tensors: Tensor) -> None:
     """One value per token, where the mask is."""
     for name, x in tensors.items():
+        check.strided(name, x)
         check.require(
             isinstance(x, Tensor) and x.shape == completion_mask.shape,
             f"{name} {describe(x)}; expected the shape of completion_mask, "

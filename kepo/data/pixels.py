@@ -76,12 +76,15 @@ def as_rgb(image: Image.Image) -> Image.Image:
     Raises ValueError for pixels that have no agreed white.
     """
     _scale_key(image)
+    low = _low_bytes(image)
     image.load()
     method = _UPRIGHT.get(_orientation(image))
     key = image.info.get("transparency")
     inverted = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _from_deep_grey(image, key, inverted)
+    elif low is not None:
+        image.paste((255, 255, 255), mask=_where_deep(image, low, key))
     elif key is not None or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
         image = _on_white(image)
     elif image.mode != "RGB":
@@ -97,8 +100,33 @@ def _scale_key(image: Image.Image) -> None:
     raw = tile[0][3]
     if raw in _GREY_STEPS and isinstance(key, int):
         image.info["transparency"] = key * _GREY_STEPS[raw]
-    elif raw == "RGB;16B":
-        image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
+def _low_bytes(image: Image.Image) -> Image.Image | None:
+    """The lower halves of the 16 bits of a PNG in colour that has a transparent value; of any other
+    image None. Pillow keeps the upper halves, by which values that differ look alike.
+
+    The image must not have been loaded yet.
+    """
+    tile = getattr(image, "tile", ())
+    key = image.info.get("transparency")
+    if key is None or image.format != "PNG" or not tile or tile[0][3] != "RGB;16B":
+        return None
+    image.fp.seek(0)
+    low = Image.open(image.fp, formats=["PNG"])
+    place = low.tile[0][:3]
+    low.tile = [(*place, "RGB;16L")]  # little endian: it takes the second byte for the upper one
+    low.load()
+    return low
+
+
+def _where_deep(image: Image.Image, low: Image.Image, key: tuple[int, ...]) -> Image.Image:
+    """A mask of the pixels whose 16 bits, from their two halves, are those of the key."""
+    mask = np.empty((image.height, image.width), np.uint8)
+    for (top, upper), (_, lower) in zip(bands(image), bands(low), strict=True):
+        same = (upper == [value >> 8 for value in key]) & (lower == [value & 255 for value in key])
+        mask[top : top + len(upper)] = same.all(-1) * np.uint8(255)
+    return Image.fromarray(mask)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -7,6 +7,8 @@ it would show as rewards of 0 or as log-probabilities that are slightly wrong.
 
 from __future__ import annotations
 
+import math
+import random
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,18 +27,18 @@ VISION_TOKENS = (
 """What a model's config calls the tokens that stand for, and around, what is no text."""
 _TAG = re.compile(r"<(/?)([A-Za-z]\w*)>")
 _MARKED = re.compile(r"<\|.+\|>")
-_MARK = "a question"  # stands in for what a turn says
+_MARK = 'A question?\nA.  1 < 2 & "so"\nB. it\'s > é'  # stands in for what a turn says
 
 
 def end_ids(path: str | Path, tokenizer: Any, config: Any) -> tuple[int, ...]:
     """Every token that ends a completion, first the one that the template ends an answer with.
 
     They are those of generation_config.json, or else of config.json, and the tokenizer's own.
-    Raises KepoCheckpointError if generation_config.json is there and cannot be read.
+    Raises KepoCheckpointError if generation_config.json is there and cannot be read, or if what is
+    stated is not the id of a token: were it passed over, completions would run on.
     """
     known = set(tokenizer.get_vocab().values())
-    stated = [*_as_ids(_generation_eos(path, config)), tokenizer.eos_token_id]
-    ends = [token for token in stated if token in known]
+    ends = [*_stated_ends(path, config, known), tokenizer.eos_token_id]
     closing = _closing_token(path, tokenizer)
     if closing not in {*ends, *_special(tokenizer)}:
         closing = tokenizer.eos_token_id
@@ -48,7 +50,7 @@ def control_ids(tokenizer: Any, config: Any, ends: Iterable[int]) -> frozenset[i
     ``<|so|>``, and all special tokens but tags (``<think>``), which are part of an answer whatever
     the tokenizer calls them."""
     added = tokenizer.added_tokens_decoder
-    roles = set(_as_ids([tokenizer.convert_tokens_to_ids(t) for t in _roles(tokenizer)]))
+    roles = {tokenizer.convert_tokens_to_ids(token) for token in _roles(tokenizer)} - {None}
     tags = {
         token
         for token, what in added.items()
@@ -75,14 +77,23 @@ def closed(opened: str) -> str:
 
 def check_template(path: str | Path, tokenizer: Any, image_token_id: int) -> None:
     """Raises KepoCheckpointError if the chat template fails, leaves the question or its image out,
-    or says what the day is."""
-    asked = _rendered(path, tokenizer, [_user(_MARK, images=1)], add_generation_prompt=True)
+    changes its text, or makes something else of it another time: by chance, or by the day."""
+    asked, again = (
+        _rendered(path, tokenizer, [_user(_MARK, images=1)], add_generation_prompt=True)
+        for _ in range(2)
+    )
     images = tokenizer(asked, add_special_tokens=False)["input_ids"].count(image_token_id)
     if _MARK not in asked or images != 1:
-        found = f"{images} image placeholders" if _MARK in asked else "no text"
+        found = f"{images} image placeholders" if _MARK in asked else "no text as it was written"
         raise KepoCheckpointError(
             f"{path}: of a message with one image and text the chat template makes {found}; "
-            "expected the text, and one placeholder (image_token_id of the config) per image"
+            "expected the text, unchanged (as |e and |upper do not leave it), and one placeholder "
+            "(image_token_id of the config) per image"
+        )
+    if asked != again:
+        raise KepoCheckpointError(
+            f"{path}: the chat template makes two prompts of one message; expected the same at "
+            "every call"
         )
     template = tokenizer.chat_template
     texts = template.values() if isinstance(template, dict) else [template]
@@ -150,6 +161,18 @@ def check_positions(path: str | Path, config: Any) -> None:
         )
 
 
+def check_padding(path: str | Path, config: Any) -> None:
+    """Raises KepoCheckpointError for a padding token that is no row of the embedding, or counts
+    from its end: the row that it names is never trained."""
+    text = config.get_text_config()
+    pad, rows = getattr(text, "pad_token_id", None), text.vocab_size
+    if pad is not None and (type(pad) is not int or not 0 <= pad < rows):
+        raise KepoCheckpointError(
+            f"{path}: config.json says pad_token_id={pad!r}; expected null or the id of a token, "
+            f"a whole number from 0 to {rows - 1}"
+        )
+
+
 def check_pictures(path: str | Path, image_processor: Any, config: Any) -> None:
     """Raises KepoCheckpointError if the image processor cuts pictures otherwise than the vision
     tower reads them."""
@@ -171,6 +194,47 @@ def check_pictures(path: str | Path, image_processor: Any, config: Any) -> None:
             f"{path}: preprocessor_config.json says do_resize=false; expected true, as pictures "
             "whose sides are no multiple of a patch cannot be read"
         )
+    _check_sizes(path, image_processor)
+    _check_colours(path, image_processor)
+
+
+def _check_sizes(path: str | Path, image_processor: Any) -> None:
+    """The least and the most pixels of a resized picture must be numbers that one can have."""
+    edges = ("shortest_edge", "longest_edge")
+    least, most = (dict(image_processor.size).get(name) for name in edges)
+    if not (_is_number(least) and _is_number(most) and 0 < least <= most):
+        raise KepoCheckpointError(
+            f"{path}: preprocessor_config.json says size with shortest_edge={least!r} and "
+            f"longest_edge={most!r}; expected 0 < shortest_edge <= longest_edge, the pixels of the "
+            "smallest and the largest picture"
+        )
+
+
+def _check_colours(path: str | Path, image_processor: Any) -> None:
+    """Every one of three colours must come out as a finite number."""
+    wanted = []
+    if image_processor.do_rescale:
+        factor = image_processor.rescale_factor
+        wanted += [("rescale_factor", factor, _is_number(factor) and factor > 0, "a number > 0")]
+    if image_processor.do_normalize:
+        mean, std = image_processor.image_mean, image_processor.image_std
+        good = _are_colours(std) and min([std] if _is_number(std) else std) > 0
+        wanted += [("image_mean", mean, _are_colours(mean), "a number or three")]
+        wanted += [("image_std", std, good, "a number > 0 or three")]
+    for name, value, good, expected in wanted:
+        if not good:
+            raise KepoCheckpointError(
+                f"{path}: preprocessor_config.json says {name}={value!r}; expected {expected}"
+            )
+
+
+def _are_colours(values: Any) -> bool:
+    several = values if isinstance(values, list | tuple) else [values] * 3
+    return len(several) == 3 and all(map(_is_number, several))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_same_opening(student: Any, teacher: Any) -> None:
@@ -218,12 +282,24 @@ def _user(text: str, images: int = 0) -> dict[str, Any]:
 
 
 def _rendered(path: str | Path, tokenizer: Any, chat: list[dict[str, Any]], **settings: Any) -> str:
+    """What the template makes of a chat; KepoCheckpointError if it fails or asks for chance.
+
+    By its numbers alone chance might not show: two draws can be equal.
+    """
+    before = random.getstate()
     try:
-        return tokenizer.apply_chat_template(chat, tokenize=False, **settings)
+        text = tokenizer.apply_chat_template(chat, tokenize=False, **settings)
     except Exception as error:  # a template is a program, and may fail in any way
         raise KepoCheckpointError(
             f"{path}: the chat template fails on a message with text and image: {error}"
         ) from error
+    if random.getstate() != before:
+        random.setstate(before)
+        raise KepoCheckpointError(
+            f"{path}: the chat template draws at random (|random, lipsum), so that a prompt is "
+            "another one at every call; write what it shall say"
+        )
+    return text
 
 
 def _closing_token(path: str | Path, tokenizer: Any) -> int | None:
@@ -237,22 +313,40 @@ def _closing_token(path: str | Path, tokenizer: Any) -> int | None:
     return next(iter(tokenizer(after, add_special_tokens=False)["input_ids"]), None)
 
 
-def _generation_eos(path: str | Path, config: Any) -> Any:
+def _stated_ends(path: str | Path, config: Any, known: set[int]) -> list[int]:
+    """The end tokens that generation_config.json states, or else config.json."""
     from transformers import GenerationConfig
 
     file = Path(path) / "generation_config.json"
     try:
-        return GenerationConfig.from_pretrained(path).eos_token_id
+        return _ids_in(file, GenerationConfig.from_pretrained(path).eos_token_id, known)
+    except KepoCheckpointError:
+        raise
     except Exception as error:
         if file.exists():
             raise KepoCheckpointError(f"{file} cannot be read: {error}") from error
+    file = Path(path) / "config.json"
     found = getattr(config, "eos_token_id", None)
-    return getattr(config.get_text_config(), "eos_token_id", None) if found is None else found
+    if found is not None:
+        return _ids_in(file, found, known)
+    text = config.get_text_config()
+    found = getattr(text, "eos_token_id", None)
+    if found == getattr(type(text)(), "eos_token_id", None) and found not in known:
+        return []  # the default of its class, which nobody has stated
+    return _ids_in(file, found, known)
 
 
-def _as_ids(given: Any) -> list[int]:
-    several = given if isinstance(given, list | tuple) else [given]
-    return [token for token in several if isinstance(token, int)]
+def _ids_in(file: Path, given: Any, known: set[int]) -> list[int]:
+    """One end token or several; KepoCheckpointError if one is not the id of a token."""
+    if given is None:
+        return []
+    several = list(given) if isinstance(given, list | tuple) else [given]
+    if any(type(token) is not int or token not in known for token in several):
+        raise KepoCheckpointError(
+            f"{file} says eos_token_id={given!r}; expected the id of a token, a whole "
+            f"number from 0 to {max(known)}, or a list of such"
+        )
+    return several
 
 
 def _special(tokenizer: Any) -> set[int]:

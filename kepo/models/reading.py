@@ -34,10 +34,11 @@ def read_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
     without_broken_torchvision()
     from transformers import AutoModelForImageTextToText
 
-    read_config(path)
+    config = read_config(path)
     if (base := base_of(path)) is not None:
         return _adapted(path, read_model(base, dtype, **settings))
-    tensors.check_files(path)
+    quantized = bool(getattr(config, "quantization_config", None))
+    tensors.check_files(path, quantized)
     try:
         model, found = AutoModelForImageTextToText.from_pretrained(
             path,
@@ -96,6 +97,7 @@ def read_config(path: str | Path) -> Any:
             f"left out: weights are read from {tensors.WHOLE}, or the files of its index"
         )
     conventions.check_positions(path, config)
+    conventions.check_padding(path, config)
     return config
 
 

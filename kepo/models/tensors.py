@@ -13,28 +13,62 @@ from typing import Any
 import torch
 
 from kepo.errors import KepoCheckpointError
+from kepo.models import weight_files
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTERS = "adapter_model.safetensors"
 
 
-def check_files(path: str | Path) -> None:
-    """Raises KepoCheckpointError if a folder has no safetensors, or lacks one that its index names.
+def check_files(path: str | Path, quantized: bool = False) -> None:
+    """Raises KepoCheckpointError if a folder's safetensors are not exactly those that its index
+    names, hold something else than it says, or hold what no weights look like; see `weight_files`.
 
-    Of a Hub name nothing is known yet.
+    quantized: whether config.json says so; then tensors may be of any dtype. Of a Hub name nothing
+    is known yet.
     """
     folder = Path(path)
-    if not folder.is_dir() or (folder / WHOLE).is_file():
+    if not folder.is_dir():
         return
-    if not (folder / INDEX).is_file():
-        raise _without(folder, WHOLE, f"or {INDEX} and the files it names")
-    index = folder / INDEX
+    places = _indexed(folder)
+    headers = {
+        name: weight_files.header(folder / name)
+        for name in (sorted(set(places.values())) if places is not None else [WHOLE])
+    }
+    if places is not None:
+        _check_index(folder, places, headers)
+    if not quantized:
+        for name, header in headers.items():
+            weight_files.check_weights(folder / name, header)
+
+
+def _indexed(folder: Path) -> dict[str, str] | None:
+    """The file of every tensor as the index says; None where there is one file and no index."""
+    whole, index = (folder / WHOLE).is_file(), folder / INDEX
+    if not index.is_file():
+        if not whole:
+            raise _without(folder, WHOLE, f"or {INDEX} and the files it names")
+        return None
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
+        shards = sorted(set(places.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise KepoCheckpointError(
             f"{index} cannot be read: {error!r}; expected weight_map, a file for every tensor"
         ) from error
+    if whole and shards != [WHOLE]:
+        raise KepoCheckpointError(
+            f"{folder} has two sets of weights, {WHOLE} and {INDEX} with its {len(shards)} files; "
+            "remove the one that is not the model's"
+        )
+    _check_shards(folder, shards)
+    return places
+
+
+def _check_shards(folder: Path, shards: list[str]) -> None:
+    """The files that an index names must be there, and be safetensors of the folder."""
+    index = folder / INDEX
+    if not shards:
+        raise KepoCheckpointError(f"{index} names no file; copy the folder again")
     for name in shards:
         if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
             raise KepoCheckpointError(f"{index} names {name!r}; expected files of its own folder")
@@ -45,6 +79,22 @@ def check_files(path: str | Path) -> None:
         raise KepoCheckpointError(
             f"{folder} lacks {len(lacking)} of the {len(shards)} files that {INDEX} names, first "
             f"{lacking[0]}; copy the folder again"
+        )
+
+
+def _check_index(folder: Path, places: dict[str, str], headers: dict[str, dict]) -> None:
+    """An index must say of every tensor in its files, and of no other, which one file holds it."""
+    held: dict[str, list[str]] = {name: [] for name in places}
+    for file, header in headers.items():
+        for name in header:
+            held.setdefault(name, []).append(file)
+    wrong = sorted(name for name, files in held.items() if files != [places.get(name)])
+    if wrong:
+        name = wrong[0]
+        said, found = places.get(name, "no file"), " and ".join(held[name]) or "no file"
+        raise KepoCheckpointError(
+            f"{folder / INDEX} and its files disagree on {len(wrong)} tensors, first {name}, which "
+            f"it says is in {said} and which is in {found}; copy the folder again"
         )
 
 
@@ -99,12 +149,12 @@ def check_values(path: str | Path, model: Any) -> None:
 def _check_adapters(folder: Path, wrapped: Any) -> None:
     """A folder's tensors must be those of peft's wrapper, by name and shape, and finite."""
     from peft import get_peft_model_state_dict
-    from safetensors import safe_open
 
     # Not the embeddings: peft looks for those on the Hub.
     wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    with safe_open(folder / ADAPTERS, framework="pt") as file:
-        here = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    header = weight_files.header(folder / ADAPTERS)
+    weight_files.check_weights(folder / ADAPTERS, header)
+    here = {name: tuple(tensor["shape"]) for name, tensor in header.items()}
     other = [
         (name, here[name], tuple(wanted[name].shape))
         for name in here

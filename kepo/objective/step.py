@@ -222,18 +222,6 @@ def _to_correct(micro: Batch, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
 
 
 def _without_nan(states: Tensor, mask: Tensor, odd: list[str], whose: str) -> Tensor:
-    """States (B, T, H) that the losses take; ``whose`` is added to ``odd`` if they were not finite.
-
-    On a CPU the losses look, and would end the run; on a GPU nobody does, and what comes of them is
-    NaN by itself.
-    """
-    if states.is_cuda or bool(states.detach().sum(-1, dtype=torch.float64).isfinite()[mask].all()):
-        return states
-    odd.append(whose)
-    return states.nan_to_num(0.0, 0.0, 0.0)
-
-
-def _without_nan(states: Tensor, mask: Tensor, odd: list[str], whose: str) -> Tensor:
     """Return states (B, T, H) that the losses take; ``odd`` gets ``whose`` if they were not finite.
 
     On a CPU the losses look, and would end the run; on a GPU nobody does, and what comes of them is

@@ -168,7 +168,7 @@ def autocast(hidden: Tensor, head: Head, bias: Tensor | None) -> tuple[Tensor, H
     dtype = torch.get_autocast_dtype(device)
 
     def cast(x: object) -> object:
-        floating = isinstance(x, Tensor) and x.is_floating_point()
+        floating = isinstance(x, Tensor) and x.is_floating_point() and x.layout is torch.strided
         return x.to(dtype) if floating and x.dtype != torch.float64 else x
 
     lora = head.lora

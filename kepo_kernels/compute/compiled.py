@@ -84,7 +84,14 @@ def _flattened(arguments: dict[str, object]) -> dict[str, object]:
 
 
 def _fits(value: object) -> bool:
-    """Whether an operator's schema has a place for it."""
+    """Whether an operator's schema has a place for it, and a graph knows how to make it.
+
+    Of meta tensors an operator would compute nothing, and give that out as the loss.
+    """
+    if isinstance(value, Tensor) and (
+        value.device.type == "meta" or value.layout is not torch.strided
+    ):
+        return False
     known = value is None or isinstance(value, (Tensor, torch.dtype, str, int, float))
     return known or getattr(value, "ndim", None) == 0  # a numpy scalar
 

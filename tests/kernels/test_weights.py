@@ -202,6 +202,8 @@ ONES = torch.ones(3, 4)
             ([[1, 1]], "completion_mask list"),
             (torch.ones(2, 2, 2), "completion_mask [2, 2, 2]"),
             (torch.full((3, 4), 0.3), "completion_mask holds 0.3"),
+            (torch.ones(3, 4).to_sparse(), "completion_mask is a sparse_coo tensor"),
+            (torch.nested.nested_tensor([torch.ones(2)] * 3), "completion_mask is a nested tensor"),
         )
     ]
     + [
@@ -211,7 +213,16 @@ ONES = torch.ones(3, 4)
         ("dapo_weights", {"num_items": 0}, "num_items=0, but completion_mask has tokens"),
         ("dapo_weights", {"num_items": torch.tensor(0)}, "num_items=0, but"),
         ("dapo_weights", {"num_items": torch.ones(3)}, "num_items [3]"),
+        ("dapo_weights", {"num_items": 1e-320}, "num_items=1e-320; expected a finite number >= 0"),
+        (
+            "dapo_weights",
+            {"num_items": torch.tensor(1e-320, dtype=torch.float64)},
+            "size that float64 holds, 4.5e-308 to 1.8e+308",
+        ),
+        ("dapo_weights", {"num_items": torch.tensor(3).to_sparse()}, "num_items is a sparse_coo"),
         ("dr_grpo_weights", {"max_completion_length": 0}, "max_completion_length=0"),
+        ("dr_grpo_weights", {"max_completion_length": 1e-320}, "a size that float64 holds"),
+        ("dr_grpo_weights", {"max_completion_length": 1e308}, "finite also times the number of"),
         ("dr_grpo_weights", {"max_completion_length": None}, "max_completion_length=None"),
         ("sampler_weights", {"level": "tokens"}, "level='tokens'"),
         ("sampler_weights", {"mode": "clip"}, "mode='clip'"),
@@ -224,6 +235,13 @@ ONES = torch.ones(3, 4)
         ("sampler_weights", {"sampler_logprobs": ONES[:, :1]}, "sampler_logprobs [3, 1]"),
         ("sampler_weights", {"sampler_logprobs": -ONES / 0}, "sampler_logprobs holds -inf"),
         ("sampler_weights", {"old_logprobs": ONES.to("meta")}, "old_logprobs on meta"),
+        (
+            "sampler_weights",
+            {"high": 1e-320},
+            "high=1e-320; expected a finite number >= 0",
+        ),
+        ("sampler_weights", {"old_logprobs": ONES.to_sparse()}, "old_logprobs is a sparse_coo"),
+        ("sod_weights", {"epsilon": 1e-320}, "epsilon=1e-320"),
         ("sod_weights", {"steps": ONES}, "steps [3, 4] float32"),
         ("sod_weights", {"steps": torch.tensor([0, 1])}, "steps [2]"),
         ("sod_weights", {"steps": -MASK.cumsum(-1)}, "steps holds -2 at [0, 1]"),

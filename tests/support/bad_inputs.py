@@ -2,7 +2,7 @@
 
 import numpy
 import torch
-from bad_shapes import BAD_HEADS, BAD_SHAPES
+from bad_shapes import BAD_HEADS, BAD_LAYOUTS, BAD_SHAPES
 from right_calls import (
     BATCH,
     GRPO,
@@ -20,6 +20,8 @@ from right_calls import (
     VOCAB,
     at,
 )
+
+from kepo_kernels import Head, LoRA
 
 # (1, 1) and (2, 0) take part; (0, 3) is masked; sequence 0 is closed.
 BAD_VALUES = {
@@ -126,6 +128,26 @@ BAD_VALUES = {
         POLICY,
         {"advantages": torch.tensor([-INF, 0.0, 1.0])},
         ["advantages holds -inf at [0, 0]"],
+    ),
+    "advantage that float32 has not": (
+        POLICY,
+        {"advantages": torch.tensor([0.0, 1e300, 1.0], dtype=torch.float64)},
+        ["advantages holds 1e+300 at [1, 0]", "as float32, in which they are used (up to 3.4e+38)"],
+    ),
+    "reference that float32 has not": (
+        POLICY,
+        {"ref_logprobs": at(PROBLEM.ref_logprobs.double(), (2, 2), -1e39)},
+        ["ref_logprobs holds -1e+39 at [2, 2]", "as float32"],
+    ),
+    "gate that float32 has not": (
+        TEACHER,
+        {"gate": torch.tensor([0.0, 1e300, 1.0], dtype=torch.float64)},
+        ["gate holds 1e+300 at [1]", "as float32"],
+    ),
+    "weight that float32 has not": (
+        (KD, GRPO, LINEAR),
+        {"weights": at(torch.ones(BATCH, LENGTH).double(), (1, 0), 1e39)},
+        ["weights holds 1e+39 at [1, 0]", "as float32"],
     ),
     "NaN old_logprobs": (
         POLICY,
@@ -245,6 +267,65 @@ BAD_SETTINGS = {
     ),
 }
 
+# Beyond the numbers of float32, in which all but fp64 states are used: NaN, or no effect at all.
+NUMBERS = {
+    "temperature": STUDENT,
+    "teacher_temperature": (KD, KEPO, LINEAR),
+    "epsilon_high": POLICY,
+    "delta": POLICY,
+    "kl_coef": POLICY,
+    "entropy_coef": POLICY,
+    "sapo_temperature_pos": POLICY,
+    "sapo_temperature_neg": POLICY,
+    "distill_coef": (KEPO,),
+}
+SIZE = "of a size that float32 holds, 2.4e-38 to 3.4e+38"
+BAD_SIZES = (
+    {
+        f"{name} {value}": (functions, {name: value}, [f"{name}={value}; expected", SIZE])
+        for name, functions in NUMBERS.items()
+        for value in (1e-320, 1e-39, 3.5e38, 1e308)
+        if name != "delta" or value > 1
+    }
+    | {
+        f"{name} {value}": (functions, {name: value}, [f"{name}={value}; expected", SIZE])
+        for name, functions in {"beta": (KD, KEPO, LINEAR), "epsilon_low": POLICY}.items()
+        for value in (1e-50, 1e-320)
+    }
+    | {
+        f"head's {name} {value}": (
+            STUDENT,
+            {"lm_head": Head(PROBLEM.lm_head, **{name: value})},
+            [f"lm_head.{name}={value}; expected", SIZE],
+        )
+        for name in ("softcap", "logit_scale")
+        for value in (1e-320, 1e300)
+    }
+    | {
+        f"LoRA's scale {value}": (
+            STUDENT,
+            {
+                "lm_head": Head(
+                    PROBLEM.lm_head, lora=LoRA(torch.ones(2, 16), torch.ones(VOCAB, 2), value)
+                )
+            },
+            [f"lm_head.lora.scale={value}; expected", SIZE],
+        )
+        for value in (1e-320, -1e300)
+    }
+    | {
+        "fp64 temperature": (
+            (KD, GRPO),
+            {"temperature": 1e-320}
+            | {
+                name: getattr(PROBLEM, name).double()
+                for name in ("hidden", "lm_head", "teacher_hidden", "teacher_lm_head")
+            },
+            ["temperature=1e-320", "float64 holds, 4.5e-308 to 1.8e+308"],
+        ),
+    }
+)
+
 NO_TEACHER = dict.fromkeys(("teacher_hidden", "teacher_lm_head", "gate"))
 NO_POLICY = dict.fromkeys(("targets", "advantages"))
 WEIGHTS = torch.ones(BATCH, LENGTH)
@@ -345,6 +426,6 @@ BAD_PARTS = (
     }
 )
 
-TABLES = BAD_HEADS, BAD_SHAPES, BAD_VALUES, BAD_SETTINGS, BAD_PARTS
+TABLES = BAD_HEADS, BAD_SHAPES, BAD_LAYOUTS, BAD_VALUES, BAD_SETTINGS, BAD_SIZES, BAD_PARTS
 TABLE = {name: wrong for table in TABLES for name, wrong in table.items()}
 assert len(TABLE) == sum(map(len, TABLES))

@@ -22,10 +22,18 @@ from right_calls import (
 )
 from torch import Tensor
 
+from kepo_kernels import Head, LoRA
+
 
 def shard(x: Tensor) -> Tensor:
     """What FSDP2 hands out; only the name of the type is looked at, so this one will do."""
     return x.as_subclass(type("DTensor", (Tensor,), {}))
+
+
+def sparse_head() -> Head:
+    """A head whose LoRA is sparse."""
+    low = torch.eye(2, HIDDEN).to_sparse(), torch.ones(VOCAB, 2)
+    return Head(PROBLEM.lm_head, lora=LoRA(*low))
 
 
 def partitioned() -> Tensor:
@@ -100,6 +108,11 @@ BAD_HEADS = {
         TEACHER,
         {"teacher_hidden": PROBLEM.teacher_hidden.to("meta")},
         ["hidden is on cpu and teacher_hidden on meta"],
+    ),
+    "states without values": (
+        STUDENT,
+        {"hidden": PROBLEM.hidden.to("meta")},
+        ["hidden [3, 4, 16] float32 on meta has no values", "on the CPU or a CUDA device"],
     ),
     "sharded states": (
         STUDENT,
@@ -230,5 +243,53 @@ BAD_SHAPES = {
         POLICY,
         {"ref_logprobs": torch.ones(LENGTH)},
         ["ref_logprobs [4]", "[3, 4]"],
+    ),
+}
+
+LAYOUTS = {
+    "sparse_coo": lambda x: x.to_sparse(),
+    "sparse_csr": lambda x: x.reshape(len(x), -1).to_sparse_csr(),
+    "mkldnn": lambda x: x.float().to_mkldnn(),
+    "nested": lambda x: torch.nested.nested_tensor(list(x.unsqueeze(-1).unbind())),
+    "jagged": lambda x: torch.nested.nested_tensor(
+        list(x.unsqueeze(-1).unbind()), layout=torch.jagged
+    ),
+}
+ANYWHERE = {
+    **dict.fromkeys(("hidden", "lm_head", "completion_mask"), STUDENT),
+    "bias": STUDENT,
+    "targets": TARGETS,
+    "advantages": POLICY,
+    "old_logprobs": POLICY,
+    "ref_logprobs": POLICY,
+    "teacher_hidden": TEACHER,
+    "teacher_lm_head": TEACHER,
+    "teacher_bias": TEACHER,
+    "gate": TEACHER,
+}
+# Whatever it is that comes so, torch has no strides of it, and most operations not at all.
+BAD_LAYOUTS = {
+    f"{layout} {name}": (
+        functions,
+        {name: make(getattr(PROBLEM, name))},
+        [f"{name} is a {layout.replace('jagged', 'nested')} tensor; expected a strided one"],
+    )
+    for layout, make in LAYOUTS.items()
+    for name, functions in ANYWHERE.items()
+} | {
+    "sparse LoRA": (
+        STUDENT,
+        {"lm_head": sparse_head()},
+        ["lm_head.lora.a is a sparse_coo tensor", ".to_dense()"],
+    ),
+    "sparse weights": (
+        (KD, GRPO, LINEAR),
+        {"weights": torch.ones(BATCH, LENGTH).to_sparse()},
+        ["weights is a sparse_coo tensor"],
+    ),
+    "nested sampler weights": (
+        POLICY,
+        {"sampler_weights": LAYOUTS["nested"](torch.ones(BATCH, LENGTH))},
+        ["sampler_weights is a nested tensor", "torch.nested.to_padded_tensor"],
     ),
 }

@@ -248,6 +248,21 @@ def test_bad_input_is_refused_when_the_graph_runs():
         torch.compile(model, fullgraph=True, backend="aot_eager")(x, call)
 
 
+@pytest.mark.parametrize("kind", ["meta states", "meta head", "mkldnn head", "sparse head"])
+def test_what_has_no_plain_memory_is_refused_as_in_eager_mode(kind):
+    """A graph would take meta tensors, and hand out what happens to stand in memory."""
+    call = call_of("grpo")
+    name = "hidden" if kind == "meta states" else "lm_head"
+    make = {"meta": lambda x: x.to("meta"), "mkldnn": torch.Tensor.to_mkldnn}
+    call[name] = make.get(kind.split()[0], torch.Tensor.to_sparse)(call[name])
+    said = []
+    for function in (fused_grpo_loss, torch.compile(fused_grpo_loss, backend="eager")):
+        with pytest.raises(kepo_kernels.KepoInputError, match=f"{name}.* (meta|strided)") as caught:
+            function(**call)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
 def test_opcheck_of_the_loss():
     problem = make_problem(length=5)
     constants = "{'lm_head.softcap': None, 'return_stats': True}"

@@ -91,12 +91,31 @@ def test_half_transparent_is_mixed_as_qwens_utilities_do(tmp_path):
         (16, 0, struct.pack(">3H", 0, 1000, 4095), (0,), [255, 62, 255]),
         (8, 2, bytes([1, 1, 1, 2, 2, 2, 3, 3, 3]), (2, 2, 2), [1, 255, 3]),
         (16, 2, struct.pack(">9H", *[0] * 3, *[256] * 3, *[9999] * 3), (256,) * 3, [0, 255, 39]),
+        (
+            *(16, 2, struct.pack(">9H", 0x1234, 0, 0, 0x1235, 0, 0, 0x1235, 0, 1)),
+            *((0x1235, 0, 0), [0x12, 255, 0x12]),
+        ),
     ],
 )
 def test_a_value_that_stands_for_nothing_is_white(tmp_path, bits, kind, row, key, seen):
     named = (b"tRNS", struct.pack(f">{len(key)}H", *key))
     path = write_png(tmp_path / "x.png", (3, 1), bits, kind, b"\0" + row, named)
     assert first_row(path) == seen
+
+
+def test_a_deep_key_is_found_in_every_band_and_turned_with_the_picture(tmp_path):
+    """Every 16 bits count, in a picture of several bands, against the rule written out."""
+    rng = np.random.default_rng(0)
+    deep = rng.integers(0x1230, 0x1238, (1100, 1000, 3)).astype(">u2")
+    key = (0x1233, 0x1234, 0x1235)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    rows = b"".join(b"\0" + row.tobytes() for row in deep)
+    more = (b"tRNS", struct.pack(">3H", *key)), (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+    path = write_png(tmp_path / "x.png", (1000, 1100), 16, 2, rows, *more)
+    wanted = np.where((deep == key).all(-1)[..., None], 255, deep >> 8).astype(np.uint8)[::-1, ::-1]
+    assert (wanted == 255).any(), "the key is nowhere"
+    assert (np.asarray(open_rgb(path)) == wanted).all()
 
 
 # ---- orientation

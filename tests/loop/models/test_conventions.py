@@ -1,5 +1,7 @@
 """Conventions that a model's files state: read and obeyed, or refused when it is loaded."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 from families import FAMILIES
-from folders import change_json, change_template, make_special
+from folders import change_json, change_template, change_text_config, make_special
 from small import config_of
 
 from kepo.errors import KepoCheckpointError, KepoConfigError
@@ -231,6 +233,51 @@ def test_without_generation_config_the_tokenizers_end_counts(folder):
     (folder / "generation_config.json").unlink()
     vlm = VLM.load(folder)
     assert vlm.encoder.end_ids == (token(vlm, "<|im_end|>"),)
+
+
+ODD_IDS = ["2", 2.0, ["<|im_end|>"], "<|im_end|>", 300_000, 383, -1, True, [336, "334"], [[336]]]
+
+
+@pytest.mark.parametrize("stated", ODD_IDS, ids=str)
+def test_an_end_token_that_is_no_id_is_refused(folder, stated):
+    """Passed over, no completion would end there. (383 has a row of the head, and no token.)"""
+    change_json(folder / "generation_config.json", eos_token_id=stated)
+    says = re.escape(f"generation_config.json says eos_token_id={stated!r}; expected the id of a")
+    with pytest.raises(KepoCheckpointError, match=says):
+        VLM.load(folder)
+
+
+@pytest.mark.parametrize("stated", [*ODD_IDS, None, []], ids=str)
+def test_an_end_token_of_config_is_one_too(folder, stated):
+    (folder / "generation_config.json").unlink()
+    change_json(folder / "config.json", eos_token_id=stated)
+    if stated:
+        says = re.escape(f"config.json says eos_token_id={stated!r}; expected the id of a token")
+        with pytest.raises(KepoCheckpointError, match=says):
+            VLM.load(folder)
+    else:
+        vlm = VLM.load(folder)
+        assert vlm.encoder.end_ids == (token(vlm, "<|im_end|>"),)
+
+
+def test_an_end_token_that_nobody_stated_is_not_judged(tinies, tmp_path):
+    """The default of the class of Qwen2.5-VL is an id of the released tokenizer."""
+    folder = Path(shutil.copytree(tinies / "qwen2.5", tmp_path / "model"))
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    del config["text_config"]["eos_token_id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    vlm = VLM.load(folder)
+    assert vlm.model.config.get_text_config().eos_token_id == 151645
+    assert vlm.encoder.end_ids == (token(vlm, "<|im_end|>"),)
+
+
+@pytest.mark.parametrize("pad", [-1, 384, "2", 2.0, True])
+def test_a_padding_token_that_is_no_row_is_refused(folder, pad):
+    """-1 would be the last row, whose gradient is then lost."""
+    change_text_config(folder, pad_token_id=pad)
+    with pytest.raises(KepoCheckpointError, match=r"pad_token_id"):
+        VLM.load(folder)
 
 
 def test_a_generation_config_that_is_no_json_is_refused(folder):

@@ -132,8 +132,9 @@ def test_shards_are_read_as_one_file_is(tinies, folder):
         (lambda index: index.write_text('{"weight_map": {"a": "x.bin"}}'), "only .*safetensors"),
         (
             lambda index: change_weights(index.with_name("model-1.safetensors"), dict.popitem),
-            "lacks 1 of",
+            "disagree on 1 tensors, first .* in model-1.safetensors and which is in no file",
         ),
+        (lambda index: index.write_text('{"weight_map": {}}'), "names no file"),
     ],
 )
 def test_an_index_must_name_what_is_there(folder, spoil, says):
@@ -147,7 +148,106 @@ def test_an_index_must_name_what_is_there(folder, spoil, says):
 def test_a_cut_file_is_refused(folder, keep):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    assert "cannot load a vision-language model" in refused(folder)
+    assert "model.safetensors cannot be read" in refused(folder)
+
+
+def in_other_shard(folder: Path, zeros: bool) -> str:
+    """Puts the first tensor of a shard into the other too, or there alone; returns its name."""
+    index = in_shards(folder)
+    ours, theirs = (load_file(index.with_name(f"model-{number}.safetensors")) for number in (0, 1))
+    name = min(ours)
+    theirs[name] = torch.zeros_like(ours[name]) if zeros else ours.pop(name)
+    for number, tensors in enumerate((ours, theirs)):
+        file = index.with_name(f"model-{number}.safetensors")
+        save_file(tensors, file, metadata={"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_a_tensor_is_in_the_one_shard_that_the_index_names(folder, twice):
+    """Of two under one name it would be chance which is loaded."""
+    name = in_other_shard(folder, zeros=twice)
+    found = "model-0.safetensors and model-1.safetensors" if twice else "model-1.safetensors"
+    text = refused(folder)
+    assert f"disagree on 1 tensors, first {name}, which it says is in model-0.safetensors" in text
+    assert f"and which is in {found}; copy the folder again" in text
+
+
+@pytest.mark.parametrize("ghost", [True, False])
+def test_an_index_names_every_tensor_and_no_other(folder, ghost):
+    index = in_shards(folder)
+    content = json.loads(index.read_text())
+    if ghost:
+        content["weight_map"]["ghost"] = "model-1.safetensors"
+    else:
+        del content["weight_map"][UP]
+    index.write_text(json.dumps(content))
+    text = refused(folder)
+    assert f"disagree on 1 tensors, first {'ghost' if ghost else UP}, which it says is" in text
+    assert ("and which is in no file" in text) == ghost == ("says is in no file" not in text)
+
+
+def test_two_sets_of_weights_are_refused(tinies, folder):
+    in_shards(folder)
+    shutil.copy(tinies / "qwen3" / "model.safetensors", folder)
+    text = refused(folder)
+    assert "two sets of weights, model.safetensors and model.safetensors.index.json" in text
+
+
+def test_an_index_of_one_file_is_no_second_set(folder):
+    names = load_file(folder / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    VLM.load(folder)
+
+
+@pytest.mark.parametrize(
+    "dtype, called", [("int8", "I8"), ("int64", "I64"), ("bool", "BOOL"), ("float8_e4m3fn", "F8_")]
+)
+def test_weights_of_other_dtypes_are_not_cast_in_silence(folder, dtype, called):
+    kind = getattr(torch, dtype)
+    change_weights(folder / "model.safetensors", lambda x: x.update({UP: x[UP].to(kind)}))
+    assert f"1 tensors of other dtypes than float64, float32, bfloat16, float16, first {UP}: " in (
+        text := refused(folder)
+    )
+    assert f"{UP}: {called}" in text
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_every_float_dtype_are_read(folder, kind):
+    change_weights(
+        folder / "model.safetensors",
+        lambda tensors: tensors.update({name: x.to(kind) for name, x in tensors.items()}),
+    )
+    VLM.load(folder)
+
+
+def test_a_download_that_had_its_room_and_stopped_is_refused(folder):
+    file = folder / "model.safetensors"
+    size = file.stat().st_size
+    with file.open("r+b") as opened:
+        opened.seek(size // 2)
+        opened.write(bytes(size - size // 2))
+    assert "nothing but zeros in" in refused(folder) and "copy it again" in refused(folder)
+
+
+def test_a_hole_in_a_file_is_refused(folder):
+    """As of a download in parts, of which one has not come."""
+    gone = [f"model.language_model.layers.1.mlp.{part}_proj.weight" for part in ("down", "gate")]
+    change_weights(folder / "model.safetensors", lambda x: [x[name].zero_() for name in gone])
+    assert f"zeros in 2 neighbouring weights, {gone[0]} to {gone[1]}, as" in refused(folder)
+
+
+def test_zeros_that_may_be_meant_are_read(folder):
+    """Blocks that were put in do nothing at first, by the last matrix of each half; biases too."""
+
+    def edit(tensors):
+        for name, x in tensors.items():
+            if name.endswith(("bias", "o_proj.weight", "down_proj.weight")):
+                x.zero_()
+
+    change_weights(folder / "model.safetensors", edit)
+    VLM.load(folder)
 
 
 def test_without_weights_it_says_so(folder):
@@ -241,6 +341,11 @@ def test_saved_adapters_are_loaded_with_the_model_they_belong_to(tinies, adapter
         (lambda tensors: tensors.update(stray=torch.ones(1)), "has 1 tensors that are not"),
         (lambda tensors: tensors.update({min(tensors): torch.ones(3, 3)}), "cannot be loaded"),
         (lambda tensors: tensors[min(tensors)].fill_(float("nan")), "not finite"),
+        (lambda tensors: [x.zero_() for x in tensors.values()], "nothing but zeros in 21 neighb"),
+        (
+            lambda tensors: tensors.update({min(tensors): tensors[min(tensors)].to(torch.int8)}),
+            "1 tensors of other dtypes",
+        ),
     ],
 )
 def test_adapters_must_be_whole_too(tinies, adapters, tmp_path, edit, says):
@@ -251,6 +356,14 @@ def test_adapters_must_be_whole_too(tinies, adapters, tmp_path, edit, says):
     ):
         with pytest.raises(KepoCheckpointError, match=says):
             load()
+
+
+def test_adapters_that_have_learnt_nothing_yet_are_read(adapters):
+    change_weights(
+        adapters / "adapter_model.safetensors",
+        lambda tensors: [x.zero_() for name, x in tensors.items() if "lora_B" in name],
+    )
+    VLM.load(adapters)
 
 
 def test_adapters_in_a_pickle_are_not_read(tinies, adapters, tmp_path):

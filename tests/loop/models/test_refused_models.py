@@ -1,6 +1,8 @@
 """Models whose files do not fit together, or that do what cannot be obeyed: refused when loaded."""
 
+import itertools
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from kepo.models.vlm import VLM
 from kepo.run.roles import load_policy
 
 CPU = torch.device("cpu")
+NAN = float("nan")
 SAID = "<think>3 + 5 = 8</think><answer>C</answer>"
 
 
@@ -53,6 +56,28 @@ def test_a_tokenizer_longer_than_the_head_is_refused(folder):
             dict(image_processor_type="CLIPImageProcessor"),
             "wants the image processor CLIPImageProcessor",
         ),
+        (
+            "preprocessor_config.json",
+            dict(size={"shortest_edge": 0, "longest_edge": 0}),
+            "shortest_edge=0 and longest_edge=0; expected 0 < shortest_edge <= longest_edge",
+        ),
+        (
+            "preprocessor_config.json",
+            dict(size={"shortest_edge": 2048, "longest_edge": 1024}),
+            "shortest_edge=2048 and longest_edge=1024; expected",
+        ),
+        ("preprocessor_config.json", dict(size={"height": 64, "width": 64}), "shortest_edge=None"),
+        (
+            "preprocessor_config.json",
+            dict(image_mean=[0.1, 0.1]),
+            "image_mean=.0.1, 0.1.; expected",
+        ),
+        ("preprocessor_config.json", dict(image_mean="x"), "image_mean='x'; expected"),
+        ("preprocessor_config.json", dict(image_std=[0, 0, 0]), "image_std=.0, 0, 0.; expected"),
+        ("preprocessor_config.json", dict(image_std=[1, 1, -1]), "image_std=.1, 1, -1.; expected"),
+        ("preprocessor_config.json", dict(image_std=[NAN] * 3), "image_std=.nan, nan, nan.; expec"),
+        ("preprocessor_config.json", dict(image_std=None), "image_std=None; expected"),
+        ("preprocessor_config.json", dict(rescale_factor=0), "rescale_factor=0; expected"),
         ("config.json", dict(image_token_id=65), "makes 0 image placeholders"),
     ],
 )
@@ -93,6 +118,44 @@ def test_positions_that_depend_on_the_length_are_refused(folder):
 def test_a_template_must_show_the_question_and_its_image(folder, template, says):
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(KepoCheckpointError, match=says):
+        VLM.load(folder)
+
+
+@pytest.mark.parametrize("change", ["e", "upper", "forceescape", "replace('\\n', ' ')", "tojson"])
+def test_a_template_that_changes_the_text_is_refused(folder, change):
+    change_template(folder, "part.text", f"part.text | {change}")
+    with pytest.raises(KepoCheckpointError, match="makes no text as it was written; expected the"):
+        VLM.load(folder)
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        "{{ range(100) | random }}",
+        "{{ [7] | random }}",  # the same at every call, but by chance
+        "{{ [[1, 2]] | map('random') | list }}",
+        "{{ lipsum(1) }}",
+    ],
+)
+def test_a_template_that_draws_at_random_is_refused(folder, says):
+    change_template(folder, "{%- for message", says + "{%- for message")
+    state = random.getstate()
+    with pytest.raises(KepoCheckpointError, match=r"draws at random \(\|random, lipsum\)"):
+        VLM.load(folder)
+    assert random.getstate() == state
+
+
+def test_a_template_that_counts_its_calls_is_refused(folder, monkeypatch):
+    """Whatever it is that makes another prompt of the same message."""
+    from transformers import PreTrainedTokenizerBase
+
+    calls, real = itertools.count(), PreTrainedTokenizerBase.apply_chat_template
+    monkeypatch.setattr(
+        PreTrainedTokenizerBase,
+        "apply_chat_template",
+        lambda *args, **settings: f"{real(*args, **settings)}{next(calls)}",
+    )
+    with pytest.raises(KepoCheckpointError, match="makes two prompts of one message"):
         VLM.load(folder)
 
 
