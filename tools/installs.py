@@ -85,7 +85,8 @@ def test_kernels(shop: Workshop, result: Result) -> None:
     shutil.copytree(ROOT / "tests", shop.folder / "tests")
     shutil.copy(ROOT / "pyproject.toml", shop.folder)
     counts = shop.folder / "counts.xml"
-    words = ["-q", "-p", "no:cacheprovider", "-o", "pythonpath=", f"--junitxml={counts}", *TESTS]
+    words = ["-q", "-p", "no:cacheprovider", "-o", "pythonpath=tests/support"]
+    words += [f"--junitxml={counts}", *TESTS]
     try:
         shop.run(shop.python, "-m", "pytest", *words)
     except SystemExit:

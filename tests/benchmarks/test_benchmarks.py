@@ -13,6 +13,7 @@ import torch
 from places import ROOT
 
 from benchmarks import bench_loss
+from benchmarks.another_checkout import import_kernels_of
 from benchmarks.losses import compare, floor, measure, peers, plot, problems, survival, table
 from benchmarks.losses.losses_of_ours import CASES, NotComparable, gradient_error, ours
 
@@ -362,6 +363,14 @@ def test_compare_builds_only_what_differs(tmp_path, monkeypatch):
     (theirs / "csrc" / "rows.cpp").write_text("int y;\n")
     with pytest.raises(SystemExit, match="words of the build"):
         compare.build(theirs)
+
+
+def test_the_package_of_another_checkout_comes_first_or_not_at_all(tmp_path):
+    """Once this one's is imported, a time would be of the wrong package."""
+    before = list(sys.path)
+    with pytest.raises(ImportError, match="kepo_kernels comes from"):
+        import_kernels_of(tmp_path)
+    assert sys.path == before
 
 
 @pytest.mark.slow

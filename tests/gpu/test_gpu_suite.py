@@ -233,6 +233,8 @@ def test_dry_run_visits_every_section(tmp_path, monkeypatch, capsys):
 def test_another_checkout_is_timed_beside_this_one(tmp_path):
     other = tmp_path / "other"
     shutil.copytree(ROOT / "kepo_kernels", other / "kepo_kernels")
+    (other / "benchmarks").mkdir()
+    (other / "benchmarks" / "__init__.py").write_text("raise ImportError('those of the other')\n")
     out = tmp_path / "out"
     only = ["--only", "baseline", "--baseline", str(other)]
     assert suite.main(["--dry-run", "--out", str(out), *only]) == 0

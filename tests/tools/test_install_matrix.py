@@ -1,9 +1,12 @@
 """What is promised of versions was installed and used: the committed table says with what."""
 
 import csv
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from installing import succeed
 from places import ROOT
 
 from tools import installs
@@ -51,3 +54,18 @@ def test_a_line_that_was_not_run_again_stays(tmp_path):
     }
     log = path.with_suffix(".log").read_text(encoding="utf-8")
     assert log == "==== between: b\n\n==== newest: c\n"
+
+
+def test_the_sample_needs_the_installed_package_alone(tmp_path, monkeypatch):
+    """Its tests run from a copy, where no other folder of this checkout can be imported."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "kepo_kernels").symlink_to(ROOT / "kepo_kernels")
+    monkeypatch.setattr(installs, "TESTS", ["tests/kernels/test_weights.py"])
+
+    def run(*words: object) -> str:
+        return succeed(words, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+
+    result = installs.Result(installs.ENVIRONMENTS[-1])
+    shop = SimpleNamespace(folder=tmp_path, python=sys.executable, run=run)
+    installs.test_kernels(shop, result)
+    assert result.passed > 0 and result.failed == 0
