@@ -205,8 +205,8 @@ def _unreadable(path: str | Path, error: Exception) -> KepoCheckpointError:
         # transformers takes it for a name on the Hub, and may have tried to reach it.
         hub = f"; as a name on the Hub: {said}" if HUB_NAME.fullmatch(str(path)) else ""
         return KepoCheckpointError(
-            f"VLM.load: cannot load a model from {path}: {kind}{hub}; expected the folder of a "
-            "vision-language model, or its name on the Hub"
+            f"{path}: cannot load a vision-language model from it: {kind}{hub}; expected the "
+            "folder of one, or its name on the Hub"
         )
     return KepoCheckpointError(
         f"{path}: cannot load a vision-language model from it: {said}; expected "

@@ -49,7 +49,7 @@ class SamplingParams:
             return torch.randint(2**62, (count,)).tolist()
         if len(given) != count:
             raise KepoConfigError(
-                f"{len(given)} seeds for {prompts} prompts and n={self.n}; expected {count}, one "
+                f"seeds: {len(given)} for {prompts} prompts and n={self.n}; expected {count}, one "
                 "per completion"
             )
         return given

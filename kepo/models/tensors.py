@@ -93,8 +93,8 @@ def _check_index(folder: Path, places: dict[str, str], headers: dict[str, dict])
         name = wrong[0]
         said, found = places.get(name, "no file"), " and ".join(held[name]) or "no file"
         raise KepoCheckpointError(
-            f"{folder / INDEX} and its files disagree on {len(wrong)} tensors, first {name}, which "
-            f"it says is in {said} and which is in {found}; copy the folder again"
+            f"{folder}: {INDEX} and its files disagree on {len(wrong)} tensors, first {name}, "
+            f"which it says is in {said} and which is in {found}; copy the folder again"
         )
 
 

@@ -35,4 +35,4 @@ def check_workspace(config: Config) -> None:
             impl=config.impl,
         )
     except KepoInputError as error:
-        raise KepoConfigError(f"config: {error}") from error
+        raise KepoConfigError(f"workspace_bytes={config.workspace_bytes}: {error}") from error

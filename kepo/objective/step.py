@@ -189,11 +189,11 @@ def _distillation(
     distils = teacher is not None and len(opened) > 0
     if config.distils and teacher.collective and any_rank(distils) and not distils:
         # For those who need this process's share of it.
-        _open_hidden(teacher, micro, torch.arange(1, device=ids.device))
+        _open_hidden(teacher, micro, torch.arange(1, device=ids.device), [])
     if not distils:
         return {}
     started = _now(hidden)
-    states = _without_nan(_open_hidden(teacher, micro, opened), mask[opened], odd, "teacher")
+    states = _open_hidden(teacher, micro, opened, odd)
     totals.teacher_seconds += _now(hidden) - started
     totals.teacher_tokens += int(mask[opened].sum())
     weights = micro.distill_weights
@@ -240,8 +240,8 @@ def _now(states: Tensor) -> float:
     return time.perf_counter()
 
 
-def _open_hidden(teacher: VLM, micro: Batch, opened: Tensor) -> Tensor:
-    """The teacher's states of the open sequences, on the policy's device."""
+def _open_hidden(teacher: VLM, micro: Batch, opened: Tensor, odd: list[str]) -> Tensor:
+    """The teacher's finite states of the open sequences, on the policy's device."""
     prompts = [micro.prompts[place] for place in opened.tolist()]
     with torch.no_grad():
         inputs = teacher.encode(prompts)
@@ -249,6 +249,7 @@ def _open_hidden(teacher: VLM, micro: Batch, opened: Tensor) -> Tensor:
             x[opened].to(teacher.device) for x in (micro.completion_ids, micro.completion_mask)
         )
         hidden = teacher.run_wrapped(lambda: teacher.completion_hidden(inputs, ids, mask))
+    hidden = _without_nan(hidden, mask, odd, "teacher")
     return hidden.to(micro.completion_ids.device)
 
 

@@ -31,7 +31,8 @@ from kepo.distributed.processes import world_size
 
 MANIFEST = "manifest.json"
 LITTER = re.compile(
-    "|".join([r"\.DS_Store", r"\._.*", r"\.nfs.*", r"\.cache", *map(re.escape, SYSTEM)])
+    "|".join([r"\.DS_Store", r"\._.*", r"\.nfs.*", r"\.cache", *map(re.escape, SYSTEM)]),
+    re.IGNORECASE,
 )
 """Names of what systems and tools leave in any folder: nobody's, and removed with it."""
 UNREADABLE = (OSError, ValueError, TypeError, RecursionError)

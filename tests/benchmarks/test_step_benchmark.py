@@ -180,7 +180,7 @@ def test_a_teacher_that_scores_other_sequences_is_noticed(asked, words, tmp_path
     monkeypatch.setattr(
         kepo.objective.step,
         "_open_hidden",
-        lambda teacher, micro, at: right(teacher, micro, asked(micro, at)),
+        lambda teacher, micro, at, odd: right(teacher, micro, asked(micro, at), odd),
     )
     status, rows = run(tmp_path, *SMALL, "--gate", "0.5", "--rounds", "0")
     assert status == 1 and words in str(rows)

@@ -292,7 +292,7 @@ def test_images_are_resized_as_the_encoder_does(made, student, images, monkeypat
     [
         (1, {"temperature": 0.005}, [1], "temperature=0.005"),  # vLLM would take 0.01
         (1, {"temperature": 2.5}, [1], "temperature=2.5"),
-        (1, {}, [1, 2], "2 seeds for 1 prompts"),
+        (1, {}, [1, 2], "seeds: 2 for 1 prompts"),
         (0, {}, [], "prompts is empty"),
     ],
 )
