@@ -27,6 +27,7 @@ from kepo.disk.durable import as_json, is_folder, naming, remove, unfinished
 from kepo.distributed.processes import all_gather, is_rank0, on_rank0
 from kepo.errors import KepoCheckpointError, KepoError
 from kepo.run.manifest import (
+    UNREADABLE,
     begin_folder,
     described,
     finish_folder,
@@ -117,9 +118,14 @@ def latest_checkpoint(root: Path) -> Path | None:
     """
     steps = _steps(root)
     for folder in reversed(steps):
-        fault = verify(folder, PARTS)
+        fault, others = verify(folder, PARTS), []
         if fault is None:
-            if others := unlisted(folder):
+            try:
+                others = unlisted(folder)
+            except UNREADABLE as error:  # a moment ago it could be read
+                fault = str(error)
+        if fault is None:
+            if others:
                 more = f" and {len(others) - 1} more" if len(others) > 1 else ""
                 print(
                     f"{folder} has files that were not saved with it: {others[0]}{more}; they are "
@@ -145,7 +151,7 @@ def _prune(root: Path, newest: Path, keep: int) -> None:
     run would have gone on from them. What is not the run's own is set aside: at once if it has no
     manifest of its step, and is no checkpoint; else when its turn comes."""
     folders = [path for path in _steps(root) if is_folder(path)]
-    steps = [path for path in folders if is_described(path)]
+    steps = [path for path in folders if path == newest or is_described(path)]
     place = steps.index(newest)
     leave = {*steps[max(0, place + 1 - keep) : place + 1]}
     for old in folders:

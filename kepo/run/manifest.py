@@ -26,8 +26,9 @@ from kepo.disk.durable import (
     sync,
     unfinished,
 )
-from kepo.disk.files import SYSTEM, read_regular
+from kepo.disk.files import SYSTEM, read_own
 from kepo.distributed.processes import world_size
+from kepo.errors import KepoCheckpointError
 
 MANIFEST = "manifest.json"
 LITTER = re.compile(
@@ -161,13 +162,20 @@ def as_saved(folder: Path) -> Path:
     """What a folder is to be read as: itself, or where it has other files too, a folder beside it
     with links to the listed ones alone. A library that reads whatever it finds reads no others.
 
-    The links go with the next checkpoint, as what a killed process left does.
+    The links go with the next checkpoint, as what a killed process left does. Raises OSError if the
+    folder can no longer be read, KepoCheckpointError if it is no longer what was verified.
     """
-    if not unlisted(folder):
-        return folder
+    try:
+        if not unlisted(folder):
+            return folder
+        names = [*_manifest(folder)["files"], MANIFEST]
+    except OSError:
+        raise
+    except UNREADABLE as error:
+        raise KepoCheckpointError(f"{folder}: {error}; run the same command again") from error
     remove_leftovers(folder.parent)
     links = unfinished(folder)
-    for name in (*_manifest(folder)["files"], MANIFEST):
+    for name in names:
         link = links / name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.abspath(folder / name))
@@ -180,10 +188,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if not is_folder(folder):
         raise ValueError("it is a file or a link, not a folder")
     try:
-        text = read_regular(folder / MANIFEST).decode("utf-8")
+        text = read_own(folder / MANIFEST).decode("utf-8")
     except FileNotFoundError:
         raise ValueError(f"it has no {MANIFEST}") from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{MANIFEST}: {error}") from error
     try:
         manifest = json.loads(text)

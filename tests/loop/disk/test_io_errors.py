@@ -105,7 +105,7 @@ def test_180_write_errors(known, tmp_path, capsys):
 def test_errors_that_name_no_file_would_be_seen(known, tmp_path, monkeypatch):
     """As write and sync raise them."""
     for module in (durable, checkpoint):
-        monkeypatch.setattr(module, "naming", lambda path: nullcontext())
+        monkeypatch.setattr(module, "naming", lambda *_: nullcontext())
     _, faults = refusals(known, tmp_path, 24)
     assert any("is not said" in fault for fault in faults), faults
 

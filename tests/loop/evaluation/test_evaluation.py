@@ -151,14 +151,10 @@ def test_a_model_that_is_not_there_is_named(root, tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(SystemExit, match=r"error: .*/no-model: cannot load a vision-lang"):
         main(["evaluate", str(tmp_path / "no-model"), str(root)])
-    with pytest.raises(
-        SystemExit, match=r"no-model: cannot load .*: there is no such folder; expected the"
-    ):
+    with pytest.raises(SystemExit, match=r"/no-model: .*: there is no such folder"):
         main(["evaluate", str(tmp_path / "no-model"), str(root)])
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        SystemExit, match=r"/file: cannot load .*: it is no folder; expected the folder"
-    ):
+    with pytest.raises(SystemExit, match=r"/file: .*: it is no folder"):
         main(["evaluate", str(tmp_path / "file"), str(root)])
 
 
