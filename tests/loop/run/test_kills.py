@@ -4,9 +4,11 @@ Everything is imported once, and each run that is killed is a fork of this proce
 costs what it did, not what it imported.
 """
 
+import faulthandler
 import os
 import random
 import signal
+import sys
 import time
 
 import pytest
@@ -48,6 +50,7 @@ def killed(config, rng: random.Random, calls: int, seconds: float) -> int:
 
     child = os.fork()
     if child == 0:
+        faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)  # should it hang
         try:
             with watched(toy_run.Path(config.run_dir).parent, die):
                 ended = toy_run.run(config)
