@@ -282,7 +282,7 @@ def test_params_out_of_range_are_refused(settings):
 
 def test_generate_refuses_seeds_that_are_not_one_per_completion(vlm, prompts):
     params = SamplingParams(n=2, max_tokens=4, temperature=1.0)
-    with pytest.raises(KepoConfigError, match="5 seeds for 3 prompts and n=2; expected 6"):
+    with pytest.raises(KepoConfigError, match="seeds: 5 for 3 prompts and n=2; expected 6"):
         vlm.generate(vlm.encode(prompts), params, range(5))
 
 
