@@ -101,7 +101,8 @@ def build_tiny(
 
 
 def _finish(path: Path, tokenizer: Any) -> None:
-    """Tokenizer with its chat template in a file of its own, and preprocessor, as in Qwen3-VL."""
+    """Write the tokenizer, its chat template in a file of its own, and the preprocessor, as in
+    Qwen3-VL."""
     tokenizer.save_pretrained(path)
     pillow_processor_class()(
         patch_size=PATCH,
@@ -114,8 +115,8 @@ def _finish(path: Path, tokenizer: Any) -> None:
 
 
 def _finish_older(path: Path, tokenizer: Any) -> None:
-    """The same with the chat template among the tokenizer's settings, and the names that the
-    preprocessor's had, as in Qwen2.5-VL."""
+    """Write the same files as in Qwen2.5-VL: the chat template is among the tokenizer's settings,
+    and the preprocessor's have their older names."""
     tokenizer.chat_template = OLDER_CHAT_TEMPLATE
     tokenizer.save_pretrained(path, save_jinja_files=False)
     settings = {
@@ -135,7 +136,8 @@ def _finish_older(path: Path, tokenizer: Any) -> None:
 
 
 def build_tokenizer() -> Any:
-    """Byte-level BPE over the project's own prompts: any text round-trips, digits stay single."""
+    """Build a byte-level BPE tokenizer from the project's own prompts: any text round-trips, and
+    digits stay single."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -179,7 +181,7 @@ def model_config(
     vision_depth: int,
     tied: bool,
 ) -> Any:
-    """The ``Qwen3VLConfig`` of a tiny model; rows of the vocabulary padded to 64."""
+    """Return the ``Qwen3VLConfig`` of a tiny model; the vocabulary's rows are padded to 64."""
     from transformers import Qwen3VLConfig
 
     head_dim = hidden // heads
@@ -233,9 +235,9 @@ def older_model_config(
     vision_depth: int,
     tied: bool,
 ) -> Any:
-    """The ``Qwen2_5_VLConfig`` of a tiny model.
+    """Return the ``Qwen2_5_VLConfig`` of a tiny model.
 
-    Its vision tower has one block more, so that some see windows of the image and some all of it.
+    Its vision tower has one more block, so that some see windows of the image and some all of it.
     """
     from transformers import Qwen2_5_VLConfig
 
