@@ -105,7 +105,7 @@ def _run_all(settings: Compare, results: Results, pool: Pool) -> None:
         seed: {"warmup": _sha256(folder), "teacher": _sha256(teacher)}
         for seed, folder in warmups.items()
     }
-    # A seed's methods are comparable only from one and the same start.
+    # The methods of a seed are comparable only if they have the same start.
     for (seed, method), row in list(results.runs.items()):
         if seed in start and any(row[name] != value for name, value in start[seed].items()):
             print(f"seed {seed}, {method}: made from other models than these; dropped")

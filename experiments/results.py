@@ -67,7 +67,7 @@ class Results:
     def __init__(self, folder: Path):
         self.folder = folder
         self.tables: dict[str, list[Row]] = {name: _read(folder / f"{name}.csv") for name in FILES}
-        # Of a run whose line in runs.csv was never written, the power having gone before.
+        # Lines of a run whose line in runs.csv is missing, as after a power loss.
         self.drop({_run(row) for rows in self.tables.values() for row in rows} - self.runs.keys())
 
     @property

@@ -6,8 +6,8 @@ import re
 import unicodedata
 
 _LETTER = re.compile(r"\s*(?:\(([A-Za-z])\)[.:]?|([A-Za-z])[.:)]?)\s*")
-# Letters and signs by their category, which are drawn as nothing: fillers of Hangul, the empty
-# pattern of Braille, a note without a head, and the place of an object that is not there.
+# Characters that are letters or signs by category but are drawn as nothing: Hangul fillers, the
+# empty Braille pattern, a note without a head, and the placeholder of a missing object.
 _BLANKS = "\u115f\u1160\u2800\u3164\uffa0\ufffc\U0001d159"
 
 

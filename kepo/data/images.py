@@ -56,7 +56,7 @@ def open_rgb(path: Path) -> Image.Image:
     """
     try:
         return _in_turn(path, lambda rgb: rgb)
-    except Exception as error:  # of broken bytes a decoder may raise anything
+    except Exception as error:  # broken bytes may make a decoder raise anything
         raise _unreadable(path, error) from error
 
 
@@ -73,7 +73,7 @@ def _in_turn(path: Path, work: Callable[[Image.Image], Any]) -> Any:
 
 
 def _worked(path: Path, work: Callable[[Image.Image], Any]) -> Any:
-    # By itself, so that what it held is free before the turn ends.
+    # A function of its own, so that what it held is free before the turn ends.
     with _opened(path) as image:
         return work(as_rgb(image))
 
@@ -154,7 +154,7 @@ def _cached(content: bytes) -> Path:
     name = hashlib.sha256(content).hexdigest()
     file = (home / "images" / name[:2] / name).absolute()
     try:
-        # Of a power loss a file of this name may be left without its content.
+        # A power loss may have left a file of this name without its content.
         if not file.is_file() or file.read_bytes() != content:
             make_folder(file.parent)
             write_durably(file, content)

@@ -276,7 +276,7 @@ def _image_root(layout: Layout, path: Path, given: str | Path | None) -> Path:
     resolved = path.resolve()
     if layout is not MEDR1:
         return resolved
-    # If the file or folder is a link: beside what it leads to, or else beside the link.
+    # If the file or folder is a link, look beside its target, then beside the link.
     link = Path(os.path.abspath(path))
     for folder in (resolved, *resolved.parents, link, *link.parents):
         if (folder / "Images").is_dir():

@@ -29,7 +29,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}  # in PNG, between levels of so many bits
+_GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}  # in PNG: steps between levels of 1, 2 or 4 bits
 _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 262, 322, 323  # in TIFF
 
 
@@ -60,7 +60,7 @@ class Turns:
 
     @contextmanager
     def of(self, amount: int) -> Iterator[None]:
-        with self._queue, self._changed:  # who waits keeps later ones from overtaking
+        with self._queue, self._changed:  # whoever waits keeps later ones from overtaking
             self._changed.wait_for(lambda: self._taken == 0 or self._taken + amount <= self._limit)
             self._taken += amount
         try:
@@ -153,7 +153,7 @@ def _from_deep_grey(image: Image.Image, key: object, inverted: bool) -> Image.Im
     """Return deep grey as 8 bits. key: the transparent value, or None; inverted: 0 is white."""
     parts = [(part.min(), part.max(), (part != np.trunc(part)).any()) for _, part in bands(image)]
     low, high = min(low for low, _, _ in parts), max(high for _, high, _ in parts)
-    # Written so that NaN, which is in no order, is refused.
+    # This comparison also refuses NaN, which is neither less nor more than a number.
     if not all(low >= 0 and high <= 65535 and not broken for low, high, broken in parts):
         raise ValueError(
             f"mode {image.mode} with values from {low} to {high} has no agreed white; save it with "

@@ -86,7 +86,8 @@ def load_data(config: DataConfig, judge: Judge | None = None) -> RunData:
         if eval_report is not None:
             held_out, eval_report = judge(held_out, eval_report, False)
     if config.eval_share:
-        # Of everything, not of what is trained on alone; and of the same images for every seed.
+        # The share is of all questions, not only of those trained on; every seed gets the same
+        # images.
         _, held_out = split_by_image(held_out, test_share=config.eval_share, digests=digests)
         train = without_images_of(held_out, train, digests)
         train_report = replace(train_report, questions=len(train))

@@ -246,7 +246,7 @@ def _known_teacher(table: Path, after: dict[str, float]) -> dict[str, float] | N
         if known["after"] == after and known["teacher"].keys() == after.keys():
             return known["teacher"]
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # it is made again
+        pass  # the table is made again
     return None
 
 
@@ -256,6 +256,6 @@ def main(arguments: Sequence[str]) -> int:
     print(f"settings: {dataclasses.asdict(demo)}")
     try:
         return run(demo)
-    except KeyboardInterrupt:  # in a stage before training, which is then made again
+    except KeyboardInterrupt:  # in a stage before training; the next call makes that stage again
         print("\ninterrupted; the same command goes on from the last finished stage")
         return 130

@@ -24,8 +24,8 @@ CONTROL_TOKENS = (
     "<|video_pad|>",
 )
 FORMAT_TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<hint>", "</hint>")
-PATCH = 16  # of Qwen3-VL
-OLDER_PATCH = 14  # of Qwen2.5-VL
+PATCH = 16  # the patch size of Qwen3-VL
+OLDER_PATCH = 14  # the patch size of Qwen2.5-VL
 INITIALIZER_RANGE = 0.06  # with the usual 0.02 a model this narrow is slow to see the image
 
 # Qwen's own template without its tool and video branches: one user turn, image before text.
@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# Qwen2.5-VL's says who it is first.
+# Qwen2.5-VL's template first says who the model is.
 OLDER_CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -54,7 +54,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "student": dict(hidden=96, layers=3, heads=4, vision_hidden=64, vision_depth=1),
     "teacher": dict(hidden=128, layers=3, heads=4, vision_hidden=96, vision_depth=1),
 }
-# How the released models ask to be sampled; nothing here heeds it (see VLM.generate).
+# The sampling settings in the released models' files; nothing here uses them (see VLM.generate).
 _GENERATION = dict(
     do_sample=True, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05
 )  # fmt: skip
@@ -199,7 +199,7 @@ def model_config(
             rope_parameters={
                 "rope_type": "default",
                 "rope_theta": 100.0,  # prompts are some fifty tokens long
-                # Frequencies shared out to time, height, width; together half a head.
+                # The frequencies that time, height and width get; together half a head.
                 "mrope_section": [head_dim // 2 - 2 * quarter, quarter, quarter],
                 "mrope_interleaved": True,
             },

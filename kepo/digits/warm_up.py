@@ -34,7 +34,7 @@ def train_supervised(
     progress: bool = True,
     desc: str = "",
 ) -> list[float]:
-    """Minimise the next-token cross-entropy of worked answers; returns the loss of every step.
+    """Minimise the next-token cross-entropy of worked answers; return the loss of every step.
 
     The answer to the plain question is ``<think>3 + 5 = 8</think><answer>C</answer>``, from the
     example's rationale. A share ``hint_fraction`` of the samples is about hints instead, half of it
@@ -103,7 +103,7 @@ def _sample(
             example = draw.choice(hint_examples)
         text = hinted_prompt(example, worked_hint(example))
         completion = worked_answer(example)
-        images = draw.choice(examples).images  # where the picture helps, the hint is never read
+        images = draw.choice(examples).images  # if the picture helped, the hint would never be read
     return Prompt(text, images), completion
 
 

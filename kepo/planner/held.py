@@ -37,7 +37,7 @@ class Held(Counter):
     """Bytes by item; ``+`` adds them item by item."""
 
     def __add__(self, other: Held) -> Held:
-        assert (self.keys() | other.keys()) <= set(ITEMS), (self, other)  # else it would be lost
+        assert (self.keys() | other.keys()) <= set(ITEMS), (self, other)  # others would be lost
         return Held({name: self[name] + other[name] for name in ITEMS})
 
 

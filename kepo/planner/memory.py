@@ -335,7 +335,7 @@ class _Run:
         """Yield the moments of transformers' generate: all prompts at once, then token by token."""
         length, patches = prompts.length(model), prompts.patches(model)
         sequences, images = questions * per_question, questions * prompts.images
-        pictures = image_bytes(model, images, patches)  # stay with the inputs to the end
+        pictures = image_bytes(model, images, patches)  # they stay with the inputs to the end
         cache = sequences * model.cache_bytes_per_token
         first = inference(model, sequences, length, images, patches)
         first += self._placed(model, sequences)

@@ -98,7 +98,7 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
     """
     if fits(most):
         return most
-    low, high = 0, 1  # low fits or is 0
+    low, high = 0, 1  # low fits, or is 0
     while high <= most and fits(high):
         low, high = high, 2 * high
     high = min(high, most + 1)  # high does not fit, or may not be tried
@@ -290,7 +290,7 @@ class Arguments:
 
 
 def _bytes(gpu_gb: float) -> int:
-    if not 0 < gpu_gb <= MOST_GB:  # nan is neither
+    if not 0 < gpu_gb <= MOST_GB:  # this refuses nan, too
         raise KepoConfigError(f"gpu_gb is {gpu_gb}; expected a number in (0, {MOST_GB}]")
     return int(gpu_gb * GIB)
 

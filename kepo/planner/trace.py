@@ -54,7 +54,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in self._tensors((args, kwargs)):
-            self._note(tensor, counted=False)  # what was not made here is an input
+            self._note(tensor, counted=False)  # a tensor that was not made here is an input
         out = func(*args, **(kwargs or {}))
         for tensor in self._tensors(out):
             self._note(tensor, counted=True)

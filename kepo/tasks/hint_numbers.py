@@ -120,7 +120,7 @@ def _is_equated(text: Words, place: int) -> bool:
         if set(text.gaps[step + 1]) & CLAUSE:
             break
         about.append(text.words[step])
-    pairs = set(zip(about[1:], about, strict=False))  # it was read backwards
+    pairs = set(zip(about[1:], about, strict=False))  # the words were read backwards
     if pairs & {("number", "of"), ("right", "number")} or set(about) & _RESULTS:
         return True
     return not set(about) & _OPERANDS

@@ -82,7 +82,7 @@ def score(names: Sequence[str], text: str, answer: str, example_id: str) -> dict
 
 def _number(value: Any) -> float | None:
     """Return ``value`` as a float; None if it is not one finite number."""
-    if hasattr(value, "shape"):  # of NumPy or torch
+    if hasattr(value, "shape"):  # a NumPy or torch value
         if tuple(value.shape) != ():
             return None
         value = value.item()
@@ -90,7 +90,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer too large for a float
         return None
     return number if math.isfinite(number) else None
 

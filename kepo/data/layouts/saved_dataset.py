@@ -16,7 +16,7 @@ from kepo.disk.files import printable, read_regular, require_regular
 from kepo.errors import KepoDataError
 
 COLUMNS = ("problem", "solution")
-IMAGES = ("image", "images")  # one of them
+IMAGES = ("image", "images")  # a dataset has one of these columns
 DICT, SINGLE = "dataset_dict.json", "state.json"
 
 
@@ -38,7 +38,7 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
         for file in (*path.glob("*.json"), *path.glob("*.arrow")):
             require_regular(file)
         dataset = datasets.load_from_disk(str(path))
-    except Exception as error:  # of broken files it may raise anything
+    except Exception as error:  # broken files may make it raise anything
         raise _unread(path, error) from error
     columns = [name for name in IMAGES if name in dataset.column_names]
     missing = [name for name in COLUMNS if name not in dataset.column_names]
