@@ -1,1 +1,1 @@
-"""Methods against each other on the scanned digits; not part of the installed package."""
+"""A comparison of methods on the scanned digits; not part of the installed package."""

@@ -1,14 +1,14 @@
-"""Methods against each other, on the scanned digits, under the single-source protocol.
+"""Compare methods on the scanned digits, under the single-source protocol.
 
     python -m experiments.compare                        # the five of the paper, five seeds: hours
     python -m experiments.compare --methods grpo kepo --seeds 0 1 --steps 20
     python -m experiments.compare --methods gate_only hints_only no_gate --seeds 0 1 2
     python -m experiments.compare --report-only         # tables and pictures from the results
 
-For every seed one student is warmed up, and every method starts from it, with the same questions,
-number of samples, learning rate and length; it is trained on the first rendering of the digits and
-tested on all eight. Results are added to docs/experiments/<setting>/ run by run. The same command
-after an interruption goes on, and skips what those files already have.
+For every seed one student is warmed up. Every method starts from it, with the same questions,
+number of samples, learning rate and length, trains it on the first rendering of the digits, and is
+tested on all eight. Results are added to docs/experiments/<setting>/ run by run. After an
+interruption the same command goes on, and skips what those files already have.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ PATHS = ("student", "teacher", "train_data", "eval_data", "run_dir")
 
 @dataclass(frozen=True)
 class Compare:
-    """What is compared, and how long."""
+    """Settings of the comparison: the methods, and the length of their runs."""
 
     setting: str = "cliff"
     """cliff: a third of the groups fails entirely at the start; mild: the demonstration's start."""
     methods: tuple[str, ...] = tuple(MAIN)
     """Names from experiments.methods.METHODS."""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    """Of warm-up, data order and sampling."""
+    """Seeds of warm-up, data order and sampling."""
     steps: int = 100
     """Optimiser steps of every run."""
     eval_every: int = 25
@@ -67,11 +67,11 @@ class Compare:
     jobs: int = 0
     """Runs at a time, one thread each. 0 = one per core."""
     report_only: bool = False
-    """Run nothing; make the report from the results that are there."""
+    """Run nothing; make the report from the existing results."""
 
 
 def compare(settings: Compare) -> None:
-    """All runs that the results lack, then the report."""
+    """Make all runs that the results lack, then the report."""
     settings = at_home(settings, "root", "out")
     _check(settings)
     out = Path(settings.out) / settings.setting
@@ -105,7 +105,7 @@ def _run_all(settings: Compare, results: Results, pool: Pool) -> None:
         seed: {"warmup": _sha256(folder), "teacher": _sha256(teacher)}
         for seed, folder in warmups.items()
     }
-    # A seed's methods are comparable only from one and the same start.
+    # The methods of a seed are comparable only if they have the same start.
     for (seed, method), row in list(results.runs.items()):
         if seed in start and any(row[name] != value for name, value in start[seed].items()):
             print(f"seed {seed}, {method}: made from other models than these; dropped")
@@ -124,7 +124,8 @@ def _run_all(settings: Compare, results: Results, pool: Pool) -> None:
 
 
 def fingerprint(settings: Compare, seed: int, method: str) -> str:
-    """Of all that decides a run but its machine: equal ones need not be run twice."""
+    """Return a digest of all that decides a run except its machine: runs with the same digest need
+    not be made twice."""
     config = dataclasses.asdict(_as_method(settings, seed, method, teacher="any"))
     # Defaults are left out, so that a setting added to Config later does not void old results.
     default = dataclasses.asdict(Config())

@@ -1,4 +1,4 @@
-"""The comparison's settings and methods: what differs between two runs, and nothing else."""
+"""The settings and methods of the comparison: the differences between two runs, nothing else."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from kepo.digits.demo import DIGITS_RUN
 
 @dataclass(frozen=True)
 class Setting:
-    """From where every method starts, and what it is granted; equal for all of them."""
+    """The start that every method has, and the means it is given; equal for all methods."""
 
     about: str
-    """One sentence for the report."""
+    """One sentence about the setting, for the report."""
     warmup_steps: int
     """Supervised steps of the student, on the first rendering."""
     warmup_question_types: tuple[str, ...] | None
-    """Which questions it sees in them; None = all. Hints it learns to follow are about all."""
+    """Types of the questions in these steps; None = all. The hints in them are about all types."""
     hint_fraction: float
     """Share of supervised answers that are about hints."""
     common: Mapping[str, Any]
@@ -50,7 +50,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Method:
-    """A preset, and how this method differs from it."""
+    """A method, as a preset and the method's changes to it."""
 
     preset: str
     changes: Mapping[str, Any]
@@ -87,7 +87,8 @@ METHODS = MAIN | ABLATIONS
 
 
 def config_of(setting: Setting, method: Method, **run: Any) -> Config:
-    """The run of a method in a setting: preset, its changes, what all share, then ``run``."""
+    """Return the config of a method's run in a setting: the preset, the method's changes, what all
+    share, then ``run``."""
     values = read_layer(method.preset)
     own = {**values, **method.changes}
     common = {name: x for name, x in setting.common.items() if name not in method.changes}

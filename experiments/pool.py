@@ -1,4 +1,4 @@
-"""Runs side by side, one process and one thread each."""
+"""A pool of runs side by side, with one process and one thread each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kepo.run.metrics import read_metrics
 
 
 class Pool:
-    """Processes of one thread each; every task has its own."""
+    """A pool of processes with one thread each; every task has a process of its own."""
 
     def __init__(self, jobs: int):
         jobs = jobs or os.cpu_count() or 1
@@ -34,7 +34,10 @@ class Pool:
     def train_all(
         self, configs: dict[Run, Config], steps: int, keep: Callable[[Run], None]
     ) -> None:
-        """Each run to its end; ``keep(run)`` as soon as it is there. Shows steps over all runs."""
+        """Train each run to its end, and call ``keep(run)`` as soon as it is done.
+
+        Shows the steps of all runs together.
+        """
         pending: dict[Future, Run] = {
             self._executor.submit(train_quietly, config): run for run, config in configs.items()
         }
@@ -57,7 +60,7 @@ class Pool:
 
 
 def train_quietly(config: Config) -> int:
-    """A run in a process of its own; what it prints goes to log.txt in its folder."""
+    """Train a run, in a process of its own; its output goes to log.txt in the run's folder."""
     from kepo.loop import train
 
     with quiet(Path(config.run_dir) / "log.txt"):
@@ -66,7 +69,7 @@ def train_quietly(config: Config) -> int:
 
 @contextlib.contextmanager
 def quiet(log: Path) -> Iterator[None]:
-    """What is printed meanwhile goes to the end of a file."""
+    """Append what is printed meanwhile to the file ``log``."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
         log.open("a", encoding="utf-8") as file,

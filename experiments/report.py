@@ -1,4 +1,4 @@
-"""What a comparison found: tables with intervals, the paper's three claims, pictures."""
+"""The report of a comparison: tables with intervals, the paper's three claims, pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORDS = {1: "holds", 0: "undecided", -1: "does not hold"}
 
 
 def write_report(results: Results, setting: Setting, out: Path) -> str:
-    """Writes ``out/report.md`` and ``out/report.png``; returns the report."""
+    """Write ``out/report.md`` and ``out/report.png``; return the report."""
     if not results.runs:
         return f"no results in {out}"
     methods = [name for name in METHODS if name in results.methods()]
@@ -65,7 +65,7 @@ def write_report(results: Results, setting: Setting, out: Path) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -90,7 +90,7 @@ def _others(results: Results) -> list[str]:
 
 
 def last(results: Results, method: str, modalities: list[str]) -> np.ndarray:
-    """(seeds, modalities, items): what was right after the last step."""
+    """Return 1 for right and 0 for wrong after the last step: (seeds, modalities, items)."""
     step = results.eval_steps()[-1]
     return results.correct(method, results.seeds(method), step, modalities)
 
@@ -98,7 +98,8 @@ def last(results: Results, method: str, modalities: list[str]) -> np.ndarray:
 def final(
     results: Results, method: str, modalities: list[str], minus: str | None = None
 ) -> Interval:
-    """Accuracy after the last step, or its paired difference to another method's."""
+    """Return the accuracy after the last step; with ``minus``, its paired difference to that
+    method's."""
     step = results.eval_steps()[-1]
     seeds = results.seeds(method) if minus is None else results.seeds(method, minus)
     correct = results.correct(method, seeds, step, modalities)
@@ -122,7 +123,8 @@ def _accuracy_table(results: Results, methods: list[str]) -> str:
 
 
 def _differences(results: Results, methods: list[str]) -> str:
-    """OOD: crossed bootstrap, and Student's t over the seeds' means as the stricter second."""
+    """Return the differences in OOD accuracy, by crossed bootstrap and, stricter, by Student's t
+    over the seeds' means."""
     rows = []
     for method in methods:
         row = [f"`{method}`"]
@@ -177,7 +179,7 @@ def _claims(results: Results) -> str:
 
 
 def _fall(results: Results, method: str, seeds: list[int]) -> np.ndarray:
-    """(seeds,) the best OOD accuracy of all evaluations after the start, less the last."""
+    """Return the best OOD accuracy of all evaluations after the start, less the last: (seeds,)."""
     steps = results.eval_steps()[1:]
     curve = np.stack([_ood(results, method, seeds, step) for step in steps])
     return curve.max(0) - curve[-1]
@@ -214,7 +216,8 @@ def _cost_table(results: Results, methods: list[str]) -> str:
 
 
 def _start(results: Results, methods: list[str]) -> str:
-    """How many groups have nothing to teach in the first steps."""
+    """Return a table of the shares of groups that are hinted, are rescued, or have equal rewards,
+    in the first and the last five steps."""
     rows = []
     for method in methods:
         line = [f"`{method}`"]
@@ -284,14 +287,14 @@ def _plot(results: Results, methods: list[str], picture: Path) -> None:
 
 
 def _band(axis: Any, steps: list[int], values: np.ndarray, label: str, colour: str) -> None:
-    """The mean over seeds, between their lowest and highest."""
+    """Draw the mean over seeds, in a band from the lowest to the highest."""
     axis.plot(steps, values.mean(0), label=label, color=colour)
     if len(values) > 1:
         axis.fill_between(steps, values.min(0), values.max(0), alpha=0.1, color=colour)
 
 
 def _smooth(values: np.ndarray, window: int = 9) -> np.ndarray:
-    """Trailing mean along the steps."""
+    """Return the trailing mean along the steps."""
     sums = np.cumsum(np.pad(values, ((0, 0), (1, 0))), axis=1)
     ends = np.arange(1, values.shape[1] + 1)
     starts = np.maximum(0, ends - window)

@@ -67,7 +67,7 @@ class Results:
     def __init__(self, folder: Path):
         self.folder = folder
         self.tables: dict[str, list[Row]] = {name: _read(folder / f"{name}.csv") for name in FILES}
-        # Of a run whose line in runs.csv was never written, the power having gone before.
+        # Lines of a run whose line in runs.csv is missing, as after a power loss.
         self.drop({_run(row) for rows in self.tables.values() for row in rows} - self.runs.keys())
 
     @property
@@ -75,7 +75,7 @@ class Results:
         return {_run(row): row for row in self.tables["runs"]}
 
     def has(self, run: Run, fingerprint: str) -> bool:
-        """Whether the run of these very settings is here."""
+        """Return whether the results hold this run, made with the same settings."""
         known = self.runs.get(run)
         return known is not None and known["fingerprint"] == fingerprint
 
@@ -85,7 +85,7 @@ class Results:
             self.tables[name] = [row for row in rows if _run(row) not in gone]
 
     def add(self, run: Run, run_dir: Path, facts: Row) -> None:
-        """A finished run, in place of an older one; ``facts`` are columns of runs.csv."""
+        """Add a finished run, in place of an older one; ``facts`` are columns of runs.csv."""
         self.drop([run])
         key = {"seed": str(run[0]), "method": run[1]}
         records = read_metrics(run_dir / "metrics.jsonl")
@@ -103,8 +103,10 @@ class Results:
                 self.tables["evals"].append(_text(key | row))
 
     def write(self) -> None:
-        """All three files, each whole or not at all, ordered by seed and method; runs.csv last, so
-        that no run is in it whose other lines are not there."""
+        """Write all three files, each whole or not at all, ordered by seed and method.
+
+        runs.csv comes last, so it holds no run whose other lines are missing.
+        """
         make_folder(self.folder)
         for name, columns in reversed(FILES.items()):
             text = io.StringIO()
@@ -119,7 +121,7 @@ class Results:
         return sorted({method for _, method in self.runs})
 
     def seeds(self, *methods: str) -> list[int]:
-        """Those that every one of these methods was run with."""
+        """Return the seeds that every one of these methods was run with."""
         of = [{seed for seed, name in self.runs if name == method} for method in methods]
         return sorted(set.intersection(*of)) if of else []
 
@@ -132,7 +134,7 @@ class Results:
     def correct(
         self, method: str, seeds: Sequence[int], step: int, modalities: Sequence[str]
     ) -> np.ndarray:
-        """(seeds, modalities, items) of 0 and 1."""
+        """Return 1 for right and 0 for wrong answers: (seeds, modalities, items)."""
         found = {
             (int(row["seed"]), row["modality"]): [int(x) for x in row["items"]]
             for row in self.tables["evals"]
@@ -141,7 +143,7 @@ class Results:
         return np.array([[found[seed, modality] for modality in modalities] for seed in seeds])
 
     def curve(self, method: str, column: str) -> tuple[list[int], np.ndarray]:
-        """Steps, and (seeds, steps) of a column of steps.csv."""
+        """Return the steps, and a column of steps.csv as (seeds, steps)."""
         rows = [row for row in self.tables["steps"] if row["method"] == method]
         steps = sorted({int(row["step"]) for row in rows})
         at = {(int(r["seed"]), int(r["step"])): float(r[column] or "nan") for r in rows}
@@ -149,7 +151,7 @@ class Results:
         return steps, np.array([[at[seed, step] for step in steps] for seed in seeds])
 
     def cost(self, method: str, column: str) -> float:
-        """Mean over the seeds of a column of runs.csv."""
+        """Return the mean over the seeds of a column of runs.csv."""
         values = [float(row[column]) for row in self.tables["runs"] if row["method"] == method]
         return sum(values) / len(values)
 
@@ -159,7 +161,7 @@ def _run(row: Row) -> Run:
 
 
 def _read(path: Path) -> list[Row]:
-    """The rows of a file. Raises KepoDataError if they are not what `Results.write` wrote."""
+    """Return the rows of a file; raise KepoDataError if they are not what `Results.write` wrote."""
     if not path.exists():
         return []
     columns = FILES[path.stem]
@@ -180,8 +182,10 @@ def _read(path: Path) -> list[Row]:
 
 
 def _is_whole(row: Row) -> bool:
-    """Whether a row has every column, and numbers where numbers belong; raises ValueError if
-    not."""
+    """Return whether a row has every column, and only 0 and 1 as items.
+
+    Raises ValueError if there is no number where one belongs.
+    """
     if None in row or None in row.values():
         return False
     for name in row.keys() & {"seed", "step"}:

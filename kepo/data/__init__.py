@@ -1,1 +1,1 @@
-"""From files on disk to checked examples."""
+"""Read datasets from disk and check their examples."""

@@ -1,4 +1,4 @@
-"""``python -m kepo data check PATH``: read all of a dataset once, before a run does."""
+"""The command ``python -m kepo data check PATH``: read all of a dataset before a run does."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from kepo.errors import KepoDataError
 from kepo.words import expanded
 
 NAMED = 5
-"""Problems of each kind that are listed without --all."""
+"""The number of problems of each kind that are listed without --all."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A dataset that was read and decoded."""
+    """A dataset whose records were read and whose images were decoded."""
 
     examples: list[Example]
-    """Those with which nothing is wrong."""
+    """The examples with which nothing is wrong."""
     report: DataReport
     looks: dict[Path, Look | KepoDataError]
-    """What was seen of each image, or why it could not be decoded."""
+    """A look at each image, or the error that says why it could not be decoded."""
 
 
 def check_data(
@@ -44,7 +44,8 @@ def check_data(
 
 
 def table(examples: Sequence[Example]) -> list[str]:
-    """Questions by modality, down, and type of question, across, with sums."""
+    """Return lines of a table that counts the questions: a row for each modality, a column for
+    each question type, and sums."""
     counts = Counter((e.modality, e.question_type) for e in examples)
     modalities = sorted({modality for modality, _ in counts})
     types = sorted({kind for _, kind in counts})
@@ -65,7 +66,10 @@ def table(examples: Sequence[Example]) -> list[str]:
 
 
 def describe(checked: Checked, every: bool) -> list[str]:
-    """What a dataset holds and what is wrong with it; ``every``: all problems, not the first."""
+    """Return lines that say what a dataset holds and what is wrong with it.
+
+    every: list all problems, not only the first NAMED of each kind.
+    """
     report = checked.report
     images = {path for e in checked.examples for path in e.images}
     digests = digests_in(checked.looks)
@@ -110,7 +114,10 @@ def _faint_pictures(checked: Checked, every: bool) -> list[str]:
 
 
 def compare(checked: Checked, other: Checked) -> tuple[int, list[str]]:
-    """``(images shared by content, lines that say so)``; by path those of one folder can be."""
+    """Return ``(number of images that both datasets hold by content, lines that say so)``.
+
+    The lines also count images that both hold by path, as parts of one folder may.
+    """
     by_path, _ = shared_images(checked.examples, other.examples)
     digests = digests_in(checked.looks | other.looks)
     images, questions = shared_images(checked.examples, other.examples, digests)
@@ -126,7 +133,7 @@ def compare(checked: Checked, other: Checked) -> tuple[int, list[str]]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``kepo data``: returns 1 if something is wrong or an image is in both datasets, else 0."""
+    """Run ``kepo data``; return 1 if something is wrong or both datasets share an image, else 0."""
     parser = argparse.ArgumentParser("kepo data", description="Datasets on disk.")
     commands = parser.add_subparsers(required=True, metavar="check")
     words = "read everything once and list what is wrong; exit code 1 if something is"

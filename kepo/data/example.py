@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-"""Names of the options, in order; no question can have more of them."""
+"""The letters of the options, in order; no question can have more options."""
 UNKNOWN = "unknown"
-"""Modality or question type where the dataset does not say."""
+"""The modality or question type if the dataset does not give it."""
 
 
 @dataclass(frozen=True)
@@ -16,16 +16,16 @@ class Example:
     """One question about one image, or about several in an order."""
 
     id: str
-    """question_id of the file, unique in the dataset."""
+    """The question_id in the file, unique in the dataset."""
     question: str
     options: tuple[str, ...]
-    """Texts of options A, B, C and so on; two to 26 of them."""
+    """The texts of options A, B, C and so on; there are two to 26."""
     answer: str
-    """The right letter."""
+    """The letter of the right option."""
     images: tuple[Path, ...]
-    """Absolute paths, links followed; existed under the dataset root, or under a folder linked into
-    it, when they were read."""
+    """Absolute paths with links followed. When they were read, the files existed under the dataset
+    root, or under a folder linked into it."""
     modality: str
     question_type: str
     rationale: str = ""
-    """Worked solution where the file has one ("3 + 5 = 8"); "" for plain OmniMedVQA."""
+    """The worked solution if the file has one ("3 + 5 = 8"); "" for plain OmniMedVQA."""

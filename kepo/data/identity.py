@@ -1,7 +1,7 @@
-"""What a run reads anew whenever it is resumed, in digests: that it goes on with the same.
+"""Digests of a run's inputs, by which a resumed run knows that it goes on with the same ones.
 
-The teacher's files, and the student's where its weights are still needed; the questions, with their
-answers and pictures. A checkpoint's state.json keeps them.
+The inputs are the teacher's files, the student's where its weights are still needed, and the
+questions with their answers and pictures. A checkpoint's state.json keeps the digests.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from kepo.errors import KepoCheckpointError, KepoDataError
 from kepo.sections import DataConfig
 
 READ = (".json", ".jinja", ".txt", ".model", ".safetensors")
-"""Endings of a model's files."""
+"""The endings of the files that belong to a model."""
 SHORT = 8
-"""Hex digits that are kept of one record's digest: to name it, not to prove it."""
+"""The hex digits that are kept of a record's digest: enough to name a record, not to prove it."""
 READERS = 8
 BLOCK = 2**22
 
 
 def model_files(name: str) -> list[Path] | str:
-    """The files of a model's folder, sorted; of a name on the Hub the revision that is read.
+    """Return the sorted files of a model's folder; for a name on the Hub, the revision in use.
 
-    Empty where there is no such model: to say so is its reader's part.
+    Empty if there is no such model: whoever reads the model reports that.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -49,13 +49,16 @@ def model_files(name: str) -> list[Path] | str:
 
 
 def is_weights(file: Path) -> bool:
-    """Whether it is a part of the weights, or the index of the parts."""
+    """Return whether the file is a part of the weights, or the index of the parts."""
     return ".safetensors" in file.name
 
 
 def model_identity(name: str) -> dict[str, str]:
-    """SHA-256 of each of a model's files by name, all bytes of them; of a name on the Hub its
-    revision. Several files are read at once, under a bar where it takes long."""
+    """Return the SHA-256 of all bytes of each of a model's files, by file name; for a name on the
+    Hub, its revision.
+
+    Several files are read at once, with a progress bar if it takes long.
+    """
     files = model_files(name)
     if isinstance(files, str):
         return {files: "on the Hub"}
@@ -81,7 +84,7 @@ def model_identity(name: str) -> dict[str, str]:
 
 
 def sha256(file: Path, read: Callable[[int], object] | None = None) -> str:
-    """Of the file's bytes; ``read`` is told how many there were, block by block."""
+    """Return the SHA-256 of a file's bytes; ``read`` is called with the size of every block."""
     digest = hashlib.sha256()
     with file.open("rb") as content:
         while block := content.read(BLOCK):
@@ -94,9 +97,9 @@ def sha256(file: Path, read: Callable[[int], object] | None = None) -> str:
 def records_identity(
     examples: Sequence[Example], pictures: Mapping[Path, str | KepoDataError] | None
 ) -> dict[str, Any]:
-    """Digests of questions in their order: one of all, and a short one of each.
+    """Return digests of the questions in their order: one of all, and a short one of each.
 
-    pictures: digests of the images' contents; None = by path and size.
+    pictures: digests of the images' contents; None = images are told apart by path and size.
     """
 
     def picture(path: Path) -> str:
@@ -116,7 +119,7 @@ def records_identity(
 
 
 def inputs_of(config: Config, records: Mapping[str, Any]) -> dict[str, Any]:
-    """All that a resumed run must find again: ``records`` by setting, and the models."""
+    """Return what a resumed run must find unchanged: ``records`` by setting, and the models."""
     found = dict(records)
     if config.taught_by is not None:
         found["teacher"] = model_identity(config.taught_by)
@@ -131,11 +134,11 @@ def changed_questions(
     now: Mapping[str, Any],
     examples: Mapping[str, Sequence[Example]],
 ) -> set[str]:
-    """Ids of training questions that are not as they were when the run was last saved.
+    """Return the ids of training questions that changed since the run was last saved.
 
-    state: a checkpoint's. now: as `inputs_of` gives it. examples: the questions of now, by setting.
-    Raises KepoDataError for other questions and KepoCheckpointError for another model, by name,
-    unless ``changed_inputs`` accepts them; then it says what differs.
+    state: the checkpoint's state. now: today's inputs, as `inputs_of` gives them. examples: today's
+    questions, by setting. Raises KepoDataError if questions differ and KepoCheckpointError if a
+    model does, each named, unless ``changed_inputs`` accepts them; then it says what differs.
     """
     before = state.get("inputs")
     if before is None:
@@ -162,9 +165,9 @@ def changed_questions(
 def other_inputs(
     before: Mapping[str, Any], now: Mapping[str, Any], examples: Mapping[str, Sequence[Example]]
 ) -> tuple[dict[str, str], set[str]]:
-    """``(what differs, by setting; ids of training questions that are not as they were)``.
+    """Return ``(what differs, by setting; ids of training questions that changed)``.
 
-    A setting that only one of them has is not compared.
+    A setting that only one of ``before`` and ``now`` has is not compared.
     """
     found: dict[str, str] = {}
     ids: set[str] = set()
@@ -196,7 +199,7 @@ def _files(before: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 
 def _questions(before: Mapping[str, Any], now: Mapping[str, Any], other: Sequence[str]) -> str:
-    """What is different about the questions, in words."""
+    """Return in words how the questions differ."""
     had, has = before["questions"], now["questions"]
     if had == has and not other:
         return f"has the {has} questions that the run began with in another order"

@@ -1,4 +1,4 @@
-"""Image files: finding them inside a root, decoding them, telling their contents apart."""
+"""Image files: find them inside a root, decode them, and tell their contents apart."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from kepo.disk.files import expanded, printable, require_regular
 from kepo.errors import KepoDataError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-"""The only decoders that files of a dataset get to meet."""
+"""The only decoders that are used on a dataset's files."""
 MAX_IMAGE_BYTES = 16 * MAX_PIXELS
-"""A larger image file is refused before it is opened: so much hold MAX_PIXELS of four floats."""
+"""The largest image file that is opened, in bytes: MAX_PIXELS pixels of four floats each."""
 NEARLY_BLACK = 32
 """A picture is nearly black if all but 0.1 % of its pixels are darker, of 255."""
 FLAT = 16
@@ -34,15 +34,15 @@ _turns = Turns(MAX_PIXELS)
 
 
 def load_image(example: Example, number: int = 0) -> Image.Image:
-    """One of the example's images as RGB; KepoDataError if it cannot be decoded."""
+    """Return one of the example's images as RGB; raises KepoDataError if it cannot be decoded."""
     return open_rgb(example.images[number])
 
 
 def open_rgb(path: Path) -> Image.Image:
-    """Decode an image file fully, as RGB; KepoDataError names the file that cannot be decoded.
+    """Decode an image file fully, as RGB; raises KepoDataError, which names the file, if it fails.
 
-    What is transparent lies on white, as Qwen's own utilities have it. A picture that says, in
-    EXIF, how it is to be turned is turned. Of an animation or of several pages it is the first.
+    Transparent parts lie on white, as in Qwen's own utilities. A picture is turned as its EXIF
+    says. Of an animation or a file of several pages, the first picture is read.
 
     Grey of more than 8 bits is shown in as many bits as the brightest pixel needs: values below
     2^n, n from 8 to 16, are shifted right by n - 8. So a 12-bit radiograph keeps 256 levels of
@@ -56,12 +56,12 @@ def open_rgb(path: Path) -> Image.Image:
     """
     try:
         return _in_turn(path, lambda rgb: rgb)
-    except Exception as error:  # of broken bytes a decoder may raise anything
+    except Exception as error:  # broken bytes may make a decoder raise anything
         raise _unreadable(path, error) from error
 
 
 def _in_turn(path: Path, work: Callable[[Image.Image], Any]) -> Any:
-    """``work`` on the image as RGB, when it is this thread's turn."""
+    """Return ``work`` of the image as RGB, done when it is this thread's turn."""
     with _opened(path) as image:
         pixels = pixels_of(image)
     with _turns.of(pixels):
@@ -73,13 +73,16 @@ def _in_turn(path: Path, work: Callable[[Image.Image], Any]) -> Any:
 
 
 def _worked(path: Path, work: Callable[[Image.Image], Any]) -> Any:
-    # By itself, so that what it held is free before the turn ends.
+    # A function of its own, so that what it held is free before the turn ends.
     with _opened(path) as image:
         return work(as_rgb(image))
 
 
 def _opened(path: Path) -> Image.Image:
-    """The image with its header read; ValueError or OSError if it must not be decoded."""
+    """Return the image with only its header read.
+
+    Raises ValueError or OSError if it must not be decoded.
+    """
     size = require_regular(path)
     if size > MAX_IMAGE_BYTES:
         raise ValueError(f"it has {size} bytes; expected at most {MAX_IMAGE_BYTES}")
@@ -98,13 +101,13 @@ def _unreadable(path: Path, error: Exception) -> KepoDataError:
 
 
 def locate(sources: Sources, root: Path) -> tuple[Path, ...]:
-    """Absolute paths of existing files inside root; bytes are first written to the cache.
+    """Return the absolute paths of existing files inside root; bytes first go into the cache.
 
-    Links are followed, and must not lead out of root, so that no record can. One kind may: a folder
-    directly in root that is itself a link, such as ``Images`` on another disk, as long as what it
-    leads to does not hold root; nothing leads out of that folder in turn.
+    Links are followed, and must not lead out of root, so that no record can. There is one
+    exception: a folder directly in root may itself be a link, such as ``Images`` on another disk,
+    if its target does not contain root; nothing may lead out of that target in turn.
 
-    Raises BadRecord if there are none, and for a path that leads out of root or to no file.
+    Raises BadRecord if there are no images, and for a path that leads out of root or to no file.
     """
     found = sources() if callable(sources) else sources
     if not found:
@@ -146,12 +149,12 @@ def _inside(image: Path, source: str, root: Path) -> bool:
 
 
 def _cached(content: bytes) -> Path:
-    """A file of this content, under $KEPO_CACHE or ~/.cache/kepo; its name is the content's."""
+    """Return a file of this content under $KEPO_CACHE or ~/.cache/kepo, named by the content."""
     home = expanded(os.environ.get("KEPO_CACHE") or Path.home() / ".cache" / "kepo")
     name = hashlib.sha256(content).hexdigest()
     file = (home / "images" / name[:2] / name).absolute()
     try:
-        # Of a power loss a file of this name may be left without its content.
+        # A power loss may have left a file of this name without its content.
         if not file.is_file() or file.read_bytes() != content:
             make_folder(file.parent)
             write_durably(file, content)
@@ -165,16 +168,16 @@ def _cached(content: bytes) -> Path:
 
 @dataclass(frozen=True)
 class Look:
-    """What was seen of an image when it was decoded."""
+    """Facts about an image, found when it was decoded."""
 
     digest: str
-    """SHA-256 of size and pixels as ``open_rgb`` gives them, however the picture is stored."""
+    """The SHA-256 of size and pixels as ``open_rgb`` gives them, however the picture is stored."""
     faint: str
-    """"nearly black" or "flat" where little or nothing is to be seen, otherwise ""."""
+    """"nearly black" or "flat" if little or nothing can be seen, otherwise ""."""
 
 
 def looks_of(images: Iterable[Path], *, progress: bool = False) -> dict[Path, Look | KepoDataError]:
-    """Decode every image once; for one that cannot be decoded the error stands in its place.
+    """Decode every image once and return a look at each; an error stands in for one that fails.
 
     progress: show a bar.
     """
@@ -192,16 +195,16 @@ def looks_of(images: Iterable[Path], *, progress: bool = False) -> dict[Path, Lo
 def digests_of(
     images: Iterable[Path], *, progress: bool = False
 ) -> dict[Path, str | KepoDataError]:
-    """SHA-256 of size and pixels of each image, equal however the picture is stored.
+    """Return the SHA-256 of size and pixels of each image, equal however the picture is stored.
 
-    Decodes every image once; for one that cannot be decoded the error stands in its place.
+    Every image is decoded once; an error stands in for one that cannot be decoded.
     progress: show a bar.
     """
     return digests_in(looks_of(images, progress=progress))
 
 
 def digests_in(looks: dict[Path, Look | KepoDataError]) -> dict[Path, str | KepoDataError]:
-    """The digests alone; errors stay."""
+    """Return only the digests of the looks; errors stay in their places."""
     return {path: seen.digest if isinstance(seen, Look) else seen for path, seen in looks.items()}
 
 

@@ -39,7 +39,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Layout:
-    """How one kind of dataset is read; ``records`` says what rows and parse promise."""
+    """The functions that read one kind of dataset; ``records`` says what rows and parse promise."""
 
     name: str
     rows: Callable[[Path], Iterator[tuple[str, Any]]]
@@ -53,7 +53,7 @@ HF = Layout("datasets folder", saved_dataset.rows, medr1.parse)
 
 
 class Found(NamedTuple):
-    """A good record, where it stands, and what became of it."""
+    """A good record, its place in the dataset, and the example made of it."""
 
     where: str
     example: Example
@@ -61,32 +61,33 @@ class Found(NamedTuple):
     record: dict[str, Any]
 
     def equals(self, other: Found) -> bool:
-        """Whether question and images are the same; images that a function fetches never are."""
+        """Return whether question and images are the same; images fetched by a function never
+        are."""
         return (self.example, self.sources) == (other.example, other.sources)
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a loader found: how much it read and kept, and everything it left out."""
+    """The report of a loader: how much it read and kept, and everything it left out."""
 
     path: Path
     layout: str
     records: int
-    """Read in all."""
+    """The number of records that were read."""
     questions: int
-    """Kept after filters, limits and bad records."""
+    """The number of questions kept after filters, limits and bad records."""
     problems: tuple[Problem, ...]
-    """One per record that was left out because something is wrong with it."""
+    """The problems, one per record that was left out because something is wrong with it."""
     quirks: dict[str, int]
     """Departures from the published schema that were understood, and how many records have them."""
 
     def counts(self) -> dict[str, int]:
-        """Records left out, by kind of problem."""
+        """The number of records left out, by kind of problem."""
         found = Counter(problem.kind for problem in self.problems)
         return {kind: found[kind] for kind in KINDS if found[kind]}
 
     def summary(self) -> str:
-        """One line; with problems, a second one that counts them and names the first."""
+        """Return one line; if there are problems, a second one counts them and names the first."""
         line = (
             f"{printable(self.path)}: {self.questions} of {self.records} questions ({self.layout})"
         )
@@ -100,7 +101,8 @@ class DataReport:
 
 
 def layout_of(path: str | Path) -> Layout:
-    """The layout of a folder, or of a JSON file; KepoDataError if it is none of the three."""
+    """Return the layout of a folder or JSON file; raises KepoDataError if it is none of the
+    three."""
     path = expanded(path)
     try:
         if (path / omnimedvqa.FOLDER).is_dir():
@@ -133,18 +135,18 @@ def load_examples(
     """Read a dataset of any layout, in the order of its sorted files.
 
     modalities, question_types: keep only these; None keeps all.
-    limit: the first so many of what is kept; None keeps all.
-    image_root: where image paths begin, and which they must not leave, but by a folder in it that
-        is itself a link (``images.locate``). None = the dataset's folder; for Med-R1's files the
-        nearest folder above that has ``Images``.
-    bad_records: "skip" leaves out records with which something is wrong and reports them, "fail"
-        raises at the first.
+    limit: keep only the first ``limit`` of these; None keeps all.
+    image_root: the folder where image paths begin. They must not leave it, except through a folder
+        in it that is itself a link (``images.locate``). None = the dataset's folder; for Med-R1's
+        files the nearest folder above them that has ``Images``.
+    bad_records: "skip" leaves out and reports records with which something is wrong, "fail" raises
+        at the first.
     progress: show a bar.
 
     ``~`` in a path is the home folder. Files and folders whose names begin with a dot are passed
-    over, as are trash and system folders (``files.SYSTEM``). Of records with one id and the same
-    contents the first is kept; if their contents differ, none is. The images must exist; whether
-    they can be decoded, ``images.digests_of`` says.
+    over, as are trash and system folders (``files.SYSTEM``). If records share an id, the first is
+    kept if their contents are the same, and none if they differ. The images must exist;
+    ``images.digests_of`` tells whether they can be decoded.
     Raises KepoDataError for an unknown layout, an unknown name in a filter, or if nothing is left.
     """
     return _load(
@@ -160,7 +162,7 @@ def load_omnimedvqa(
     question_types: Sequence[str] | None = None,
     limit: int | None = None,
 ) -> list[Example]:
-    """``load_examples`` for data of which every record must be right: the first bad one raises."""
+    """Call ``load_examples`` for data whose records must all be right: the first bad one raises."""
     return _load(OMNIMEDVQA, expanded(root), modalities, question_types, limit, None, "fail")[0]
 
 
@@ -233,8 +235,8 @@ def _unique(
     bad: Callable[[str, BadRecord, object], None],
     quirks: Counter[str],
 ) -> list[Found]:
-    """One record for every id, and its quirks counted; records that share an id and differ are
-    bad."""
+    """Return one record for every id, and count its quirks; records that share an id and differ
+    are bad."""
     unique: list[Found] = []
     for same in by_id:
         found = same[0]
@@ -252,8 +254,11 @@ def _unique(
 
 
 def _not_unique(found: Found, same: Sequence[Found]) -> BadRecord:
-    """What is wrong with one of several records that share an id and differ: nobody can tell which
-    of them is meant, the first least of all, as a copy's name often sorts first."""
+    """Return the BadRecord for one of several records that share an id and differ.
+
+    Nobody can tell which of them is meant; it need not be the first, as a copy's name often sorts
+    first.
+    """
     others = [other.where for other in same if other is not found]
     return BadRecord(
         "duplicate id",
@@ -271,7 +276,7 @@ def _image_root(layout: Layout, path: Path, given: str | Path | None) -> Path:
     resolved = path.resolve()
     if layout is not MEDR1:
         return resolved
-    # If the file or folder is a link: beside what it leads to, or else beside the link.
+    # If the file or folder is a link, look beside its target, then beside the link.
     link = Path(os.path.abspath(path))
     for folder in (resolved, *resolved.parents, link, *link.parents):
         if (folder / "Images").is_dir():

@@ -1,4 +1,5 @@
-"""Pictures of every kind that decoders give, as 8-bit RGB; and how many are decoded at a time."""
+"""Turn every kind of picture that decoders give into 8-bit RGB, and limit how many are decoded at
+a time."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ import numpy as np
 from PIL import Image
 
 MAX_PIXELS = 2**26
-"""Pixels of the largest image that is decoded, 8192 x 8192: more than a radiograph or a photograph
-has, and five times what a model's processor keeps. While it is made RGB, a pixel takes 9 to 13
-bytes as measured, and 20 in a WebP file."""
+"""The pixels of the largest image that is decoded, 8192 x 8192: more than a radiograph or a
+photograph has, and five times what a model's processor keeps. While an image is made RGB, a pixel
+takes 9 to 13 bytes as measured, and 20 in a WebP file."""
 
 LARGE = 2**22
-"""After an image of more pixels, memory that is free goes back to the system."""
+"""The pixels above which an image is large: after it, free memory goes back to the system."""
 
 _ORIENTATION = 0x0112  # in EXIF
 _UPRIGHT = {
@@ -28,12 +29,12 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}  # in PNG, between levels of so many bits
+_GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}  # in PNG: steps between levels of 1, 2 or 4 bits
 _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 262, 322, 323  # in TIFF
 
 
 def pixels_of(image: Image.Image) -> int:
-    """Pixels that have to be held to decode an image whose header was read."""
+    """Return the pixels that must be held to decode an image whose header was read."""
     tags = getattr(image, "tag_v2", {})
     tile = int(tags.get(_TILE_WIDTH, 1)) * int(tags.get(_TILE_LENGTH, 1))
     return max(image.width * image.height, tile)
@@ -46,9 +47,9 @@ def give_back_memory() -> None:
 
 
 class Turns:
-    """Lets threads in as long as what they ask for together is at most ``limit``; in their order.
+    """A gate that lets threads in, in their order, while they ask for at most ``limit`` together.
 
-    One who asks for more waits until nobody is in.
+    A thread that asks for more than ``limit`` waits until nobody is in.
     """
 
     def __init__(self, limit: int):
@@ -59,7 +60,7 @@ class Turns:
 
     @contextmanager
     def of(self, amount: int) -> Iterator[None]:
-        with self._queue, self._changed:  # who waits keeps later ones from overtaking
+        with self._queue, self._changed:  # whoever waits keeps later ones from overtaking
             self._changed.wait_for(lambda: self._taken == 0 or self._taken + amount <= self._limit)
             self._taken += amount
         try:
@@ -71,7 +72,7 @@ class Turns:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """An image, decoded, upright, opaque on white, in mode RGB; see ``images.open_rgb``.
+    """Return the image decoded, upright, opaque on white, in mode RGB; see ``images.open_rgb``.
 
     Raises ValueError for pixels that have no agreed white.
     """
@@ -93,7 +94,10 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_key(image: Image.Image) -> None:
-    """PNG gives the transparent value in the file's bits, and Pillow compares it with 8 of them."""
+    """Scale the transparent value of a PNG to 8 bits.
+
+    PNG gives it in the file's bits, and Pillow compares it with 8 of them.
+    """
     key, tile = image.info.get("transparency"), getattr(image, "tile", ())
     if key is None or image.format != "PNG" or not tile:
         return
@@ -103,8 +107,8 @@ def _scale_key(image: Image.Image) -> None:
 
 
 def _low_bytes(image: Image.Image) -> Image.Image | None:
-    """The lower halves of the 16 bits of a PNG in colour that has a transparent value; of any other
-    image None. Pillow keeps the upper halves, by which values that differ look alike.
+    """Return the lower bytes of a 16-bit colour PNG that has a transparent value; for any other
+    image None. Pillow keeps the upper bytes, in which different values look alike.
 
     The image must not have been loaded yet.
     """
@@ -121,7 +125,7 @@ def _low_bytes(image: Image.Image) -> Image.Image | None:
 
 
 def _where_deep(image: Image.Image, low: Image.Image, key: tuple[int, ...]) -> Image.Image:
-    """A mask of the pixels whose 16 bits, from their two halves, are those of the key."""
+    """Return a mask of the pixels whose 16 bits, put together from two bytes, equal the key."""
     mask = np.empty((image.height, image.width), np.uint8)
     for (top, upper), (_, lower) in zip(bands(image), bands(low), strict=True):
         same = (upper == [value >> 8 for value in key]) & (lower == [value & 255 for value in key])
@@ -146,10 +150,10 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _from_deep_grey(image: Image.Image, key: object, inverted: bool) -> Image.Image:
-    """key: the value that is transparent, if there is one; inverted: 0 is white."""
+    """Return deep grey as 8 bits. key: the transparent value, or None; inverted: 0 is white."""
     parts = [(part.min(), part.max(), (part != np.trunc(part)).any()) for _, part in bands(image)]
     low, high = min(low for low, _, _ in parts), max(high for _, high, _ in parts)
-    # Written so that NaN, which is in no order, is refused.
+    # This comparison also refuses NaN, which is neither less nor more than a number.
     if not all(low >= 0 and high <= 65535 and not broken for low, high, broken in parts):
         raise ValueError(
             f"mode {image.mode} with values from {low} to {high} has no agreed white; save it with "
@@ -168,7 +172,8 @@ def _from_deep_grey(image: Image.Image, key: object, inverted: bool) -> Image.Im
 
 
 def bands(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
-    """``(first row, pixels)`` of some rows of an image at a time, about a million pixels each."""
+    """Yield ``(first row, pixels)`` of an image in parts of whole rows, about a million pixels
+    each."""
     rows = max(1, 2**20 // image.width)
     for top in range(0, image.height, rows):
         below = min(top + rows, image.height)

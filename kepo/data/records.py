@@ -1,10 +1,10 @@
-"""What the readers of every layout share: JSON lists, fields, the right option, naming what is
-wrong.
+"""Helpers that the readers of all layouts share: read JSON lists and fields, find the right option,
+and name what is wrong.
 
-A reader is two functions. ``rows(path)`` yields ``(where, record)``, a BadRecord standing in for a
-record that could not even be read; ``parse(record, where)`` makes of a record an Example without
-its images, and where those are: paths as the dataset writes them, or a function that fetches those
-or the files' bytes.
+A reader is two functions. ``rows(path)`` yields ``(where, record)``, with a BadRecord in place of a
+record that could not even be read. ``parse(record, where)`` turns a record into an Example without
+its images, and the sources of these: paths as the dataset writes them, or a function that fetches
+the paths or the files' bytes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KINDS = (
     "image refused",
     "prompt too long",
 )
-"""What can be wrong with a record, in the order in which it is looked for."""
+"""The kinds of problems that a record can have, in the order in which they are looked for."""
 
 _UNFIT = re.compile("[\0\ud800-\udfff]")
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
@@ -45,7 +45,7 @@ Parsed = tuple[Example, Sources]
 
 
 class BadRecord(Exception):
-    """Between a reader and the loader: what is wrong with one record."""
+    """An error by which a reader tells the loader what is wrong with one record."""
 
     def __init__(self, kind: str, message: str):
         assert kind in KINDS, kind
@@ -55,11 +55,11 @@ class BadRecord(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with one record, and which it is."""
+    """A problem with one record, and which record it is."""
 
     kind: str
     where: str
-    """File and index in it."""
+    """The file, and the record's index in it."""
     message: str
 
     def __str__(self) -> str:
@@ -67,10 +67,10 @@ class Problem:
 
 
 def read_list(file: Path) -> list[tuple[str, Any]]:
-    """``(where, record)`` of a JSON list; one BadRecord if the file is none.
+    """Return ``(where, record)`` for each record of a JSON list; one BadRecord if it is no list.
 
-    An object that has a key twice is a BadRecord in its place: which of the two is meant, nobody
-    can tell.
+    An object that has a key twice is replaced by a BadRecord: nobody can tell which of the two is
+    meant.
     """
     name = printable(file)
     try:
@@ -101,16 +101,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | BadRecord:
 
 
 def fields_of(record: Any) -> dict[str, Any]:
-    """The record if it is an object."""
+    """Return the record if it is an object; raises BadRecord otherwise."""
     if not isinstance(record, dict):
         raise BadRecord("field", f"is a {type(record).__name__}; expected an object")
     return record
 
 
 def text(record: dict[str, Any], key: str, kind: str = "field") -> str:
-    """``record[key]``, which must be text that can be seen, fit to be stored and tokenised.
+    """Return ``record[key]``, which must be visible text that can be stored and tokenised.
 
-    Lone surrogates, which no encoding has, and NUL are not.
+    Lone surrogates, which no encoding has, and NUL cannot.
     """
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
@@ -125,13 +125,13 @@ def text(record: dict[str, Any], key: str, kind: str = "field") -> str:
 
 
 def require_visible(name: str, words: str, kind: str) -> None:
-    """Raises BadRecord for a text of characters that show nothing."""
+    """Raise BadRecord for a text of characters that show nothing."""
     if not shows_something(words):
         raise BadRecord(kind, f"{name}={words!a} has no character that can be seen; expected text")
 
 
 def one_line(record: dict[str, Any], key: str) -> str:
-    """``record[key]`` as text that logs and tables show: without control characters."""
+    """Return ``record[key]`` as text for logs and tables: without control characters."""
     value = text(record, key)
     if odd := _CONTROL.search(value):
         raise BadRecord(
@@ -141,7 +141,7 @@ def one_line(record: dict[str, Any], key: str) -> str:
 
 
 def shown(value: object) -> str:
-    """``repr``, cut in the middle where it is long."""
+    """Return the value's ``repr``, cut in the middle if it is long."""
     words = repr(value)
     return words if len(words) <= 300 else f"{words[:200]} ... {words[-50:]}"
 
@@ -150,12 +150,12 @@ _LETTER_AND_TEXT = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])[.:)])[.:]?\s*(\S.*)
 
 
 def right_letter(answer: str, options: tuple[str, ...]) -> str:
-    """The one option that the dataset's answer means: by its text, its letter, or both.
+    """Return the letter of the option that the dataset's answer means by text, letter, or both.
 
-    Texts are equal but for case, spaces and a final period. A letter stands alone as in the answers
-    of a model (``characters.letter_of``); with a text after it, as in ``B) MR``, which a model's
-    answer may not have, the text must be that option's. Raises BadRecord if no option is meant or,
-    as when option A reads "B", more than one.
+    Texts are compared without case, spaces and a final period. A letter alone is read as in a
+    model's answer (``characters.letter_of``). A text may follow it, as in ``B) MR``, which a
+    model's answer may not have; the text must then be that option's. Raises BadRecord if no option
+    is meant, or more than one, as when option A reads "B".
     """
     wanted = plain(answer)
     pairs = list(zip(LETTERS, options, strict=False))
@@ -187,14 +187,14 @@ _TOLD = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-"""How an option tells which is right: "Answer: B" after the last, or a mark at the right one."""
+"""The ways in which an option tells the right one: "Answer: B" after the last, or a mark at it."""
 _TOLD_IN_QUESTION = re.compile(
     r"\b[Aa](?:nswer|NSWER|ns|NS)\s*(?:is\b|[:=])\W*(?:[Oo]ption\s+)?[A-Z]\b(?!\w|[ )]*[A-Za-z])"
 )
 
 
 def require_untold(question: str, options: Sequence[str]) -> None:
-    """Raises BadRecord where question or options say which is right: the student would read it."""
+    """Raise BadRecord if question or options tell the answer, as the student would read it."""
     starred = [
         option for option in options if option.strip()[:1] == "*" or option.strip()[-1:] == "*"
     ]
@@ -219,7 +219,7 @@ def require_untold(question: str, options: Sequence[str]) -> None:
 
 
 def repeated(options: Sequence[str]) -> bool:
-    """Whether two options are the same, which among wrong ones does no harm."""
+    """Return whether two options are the same, which does no harm among wrong ones."""
     return len({plain(option) for option in options}) < len(options)
 
 

@@ -1,4 +1,4 @@
-"""The questions a run trains on and is evaluated on, and what was left out on the way to them."""
+"""Load the questions of a run's training and evaluation, and record what was left out."""
 
 from __future__ import annotations
 
@@ -22,39 +22,40 @@ from kepo.errors import KepoDataError
 from kepo.sections import DataConfig
 
 Judge = Callable[[Sequence[Example], DataReport, bool], tuple[list[Example], DataReport]]
-"""Leaves out what the models cannot be asked; the flag says whether the examples are trained on."""
+"""A function that leaves out examples that the models cannot be asked; the flag is true for
+training examples."""
 NAMED = 20
-"""Problems that the record of a run names; it counts all."""
+"""The number of problems that a run's record names; it counts all of them."""
 
 
 @dataclass(frozen=True)
 class RunData:
-    """What ``load_data`` found."""
+    """The questions of a run, and the record of what was loaded."""
 
     train: list[Example]
     eval: list[Example]
-    """Empty without eval_data and eval_share."""
+    """The evaluation questions; empty without eval_data and eval_share."""
     record: dict[str, Any]
     """Counts of everything, for the run folder's data.json."""
     summary: str
-    """The same in a few lines."""
+    """The record in a few lines of text."""
     identity: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Digests of the questions, by ``train_data`` and ``eval_data``."""
 
     @property
     def by_setting(self) -> dict[str, list[Example]]:
-        """The questions under the names that ``identity`` has."""
+        """Return the questions by setting, under the same names as in ``identity``."""
         return {"train_data": self.train, "eval_data": self.eval}
 
 
 def load_data(config: DataConfig, judge: Judge | None = None) -> RunData:
-    """Load ``train_data`` and ``eval_data`` as the config selects them, bad records left out.
+    """Load ``train_data`` and ``eval_data`` as the config selects them, without bad records.
 
-    With ``verify_images`` every image is decoded once: one that cannot be makes its record bad, and
-    training and evaluation are compared by contents, otherwise by path. Images that both have are
-    counted, not removed. judge: leaves out what the run's models cannot be asked
-    (kepo.rollout.encodable); None leaves it in. Raises KepoDataError if nothing is left to train on
-    or to evaluate.
+    With ``verify_images`` every image is decoded once: one that cannot be decoded makes its record
+    bad, and the images of training and evaluation are compared by content, otherwise by path.
+    Images in both are counted, not removed. judge: leaves out what the run's models cannot be asked
+    (kepo.rollout.encodable); None = nothing is left out. Raises KepoDataError if nothing is left to
+    train on or to evaluate.
     """
     where = {"image_root": config.image_root, "bad_records": config.bad_records}
     train, train_report = load_examples(
@@ -85,7 +86,8 @@ def load_data(config: DataConfig, judge: Judge | None = None) -> RunData:
         if eval_report is not None:
             held_out, eval_report = judge(held_out, eval_report, False)
     if config.eval_share:
-        # Of everything, not of what is trained on alone; and of the same images for every seed.
+        # The share is of all questions, not only of those trained on; every seed gets the same
+        # images.
         _, held_out = split_by_image(held_out, test_share=config.eval_share, digests=digests)
         train = without_images_of(held_out, train, digests)
         train_report = replace(train_report, questions=len(train))
@@ -120,7 +122,7 @@ def load_data(config: DataConfig, judge: Judge | None = None) -> RunData:
 
 
 def capped(examples: Sequence[Example], limit: int | None) -> list[Example]:
-    """The first ``limit`` of each modality, in order; None = all."""
+    """Return the first ``limit`` examples of each modality, in order; None = all."""
     kept: list[Example] = []
     count: dict[str, int] = {}
     for example in examples:
@@ -136,7 +138,7 @@ def readable(
     digests: dict[Path, str | KepoDataError],
     bad_records: str = "skip",
 ) -> tuple[list[Example], DataReport]:
-    """The examples whose images were decoded, and the report with the others as problems.
+    """Return the examples whose images were decoded, and the report with the others as problems.
 
     Raises KepoDataError for the first such problem if bad_records is "fail", or if none is left.
     """
@@ -164,7 +166,8 @@ def readable(
 def with_faint(
     report: DataReport, examples: Sequence[Example], looks: Mapping[Path, Look | KepoDataError]
 ) -> DataReport:
-    """The report with the questions among its quirks that have a nearly black or a flat picture."""
+    """Return the report with the questions that show a nearly black or flat picture among its
+    quirks."""
     quirks = Counter(report.quirks)
     for example in examples:
         seen = (looks[path] for path in example.images)
@@ -175,7 +178,7 @@ def with_faint(
 
 
 def as_record(report: DataReport) -> dict[str, Any]:
-    """The report as plain values."""
+    """Return the report as plain values."""
     return {
         "path": printable(report.path),
         "layout": report.layout,
@@ -188,11 +191,11 @@ def as_record(report: DataReport) -> dict[str, Any]:
 
 
 def write_record(data: RunData, run_dir: Path, *, resuming: bool) -> None:
-    """``data.json`` in the run folder.
+    """Write ``data.json`` in the run folder.
 
-    A run that goes on must meet the questions it began with: raises KepoDataError if those of
-    training are others than in the file, say because a disk is missing. A file that is damaged, or
-    empty after a power loss, is said and written anew.
+    A resumed run must find the questions it began with: raises KepoDataError if the training
+    questions differ from the file's, say because a disk is missing. A file that is damaged, or
+    empty after a power loss, is reported and written anew.
     """
     file = run_dir / "data.json"
     if resuming and file.exists():

@@ -1,4 +1,4 @@
-"""Training and test by image: which images two sets share, and a split in which they share none.
+"""Split training and test by image, so that they share none, and find images that two sets share.
 
 The published 80/20 split of OmniMedVQA is by question: at least 1,836 of its images are on both
 sides.
@@ -17,9 +17,10 @@ from kepo.errors import KepoConfigError, KepoDataError
 def shared_images(
     left: Sequence[Example], right: Sequence[Example], digests: Mapping[Path, str] | None = None
 ) -> tuple[int, int]:
-    """``(images, questions)`` of ``right`` with an image that also occurs in ``left``.
+    """Count ``(images, questions)``: the images of ``right`` that also occur in ``left``, and the
+    questions of ``right`` that show one.
 
-    digests: contents of the images, from ``images.digests_of``; then files of equal content are one
+    digests: contents of the images, from ``images.digests_of``; files of equal content are then one
     image. None = compare paths.
     """
     seen = {key for example in left for key in _keys(example, digests)}
@@ -34,7 +35,7 @@ def split_by_image(
     seed: int = 0,
     digests: Mapping[Path, str] | None = None,
 ) -> tuple[list[Example], list[Example]]:
-    """``(train, test)``, each in the order given, such that no image is on both sides.
+    """Return ``(train, test)``, each in the order given, such that no image is on both sides.
 
     ``test_share`` in (0, 1) is the share of images that go to the test. Images that are shown
     together, in one question or by way of others, stay on one side. The same examples in the
@@ -67,7 +68,7 @@ def split_by_image(
 def without_images_of(
     left: Sequence[Example], right: Sequence[Example], digests: Mapping[Path, str] | None = None
 ) -> list[Example]:
-    """The examples of ``right`` none of whose images occurs in ``left``."""
+    """Return the examples of ``right`` none of whose images occurs in ``left``."""
     seen = {key for example in left for key in _keys(example, digests)}
     return [example for example in right if seen.isdisjoint(_keys(example, digests))]
 
@@ -77,7 +78,7 @@ def _keys(example: Example, digests: Mapping[Path, str] | None) -> list[Path | s
 
 
 def _families(shown: Sequence[Sequence[Path | str]]) -> list[list[Path | str]]:
-    """Sets of images that are linked by being shown together, in order of first sight."""
+    """Return sets of images that are linked by being shown together, in order of first sight."""
     parent: dict[Path | str, Path | str] = {}
 
     def first(image: Path | str) -> Path | str:

@@ -18,14 +18,14 @@ from kepo.errors import KepoConfigError
 
 QUESTION = "What is the sum of the two digits?"
 SMALL_DIGITS, LARGE_DIGITS = "Small digits", "Large digits"
-"""Question types: both digits below LARGEST_SMALL + 1, or at least one above."""
+"""The question types: both digits are at most LARGEST_SMALL, or at least one is above it."""
 LARGEST_SMALL = 5
 TILE = 32
-"""Pixels on each side of one digit; an image is TILE x 2 TILE."""
+"""The pixels on each side of one digit; an image is TILE x 2 TILE."""
 LETTERS = "ABCD"
-"""Of the options of a question: there are four."""
+"""The letters of a question's options: there are four."""
 TEST_SCANS = 0.2
-"""Share of the scans that only test questions may show."""
+"""The share of the scans that only test questions may show."""
 
 _MARGIN = 4  # white border of a tile, so that turning or thickening a digit does not cut it
 _LARGEST_SUM = 18
@@ -98,12 +98,12 @@ def _write_modality(
 
 
 def _options(total: int, rng: np.random.Generator) -> tuple[list[str], int]:
-    """Four different sums, and the place of the right one.
+    """Return four different sums, and the place of the right one.
 
     The option in place k leaves the remainder k when divided by four, so the right letter follows
-    from the sum. To search a list for its own result is what a model this small learns last, and
-    would take more steps than all the rest; here the letter costs it nothing and a misread digit
-    still costs it the answer. The wrong ones are sums of random digits, spread like the right one.
+    from the sum. A model this small learns last to search a list for its own result, which would
+    take more steps than all the rest. Here the letter costs it nothing, and a misread digit still
+    costs it the answer. The wrong options are sums of random digits, spread like the right one.
     """
     right = total % len(LETTERS)
     options = []
@@ -119,7 +119,8 @@ def _options(total: int, rng: np.random.Generator) -> tuple[list[str], int]:
 
 
 def render(scan: np.ndarray, modality: str, rng: np.random.Generator) -> np.ndarray:
-    """A scan ``(8, 8)`` in [0, 1], ink 1, as ``(TILE, TILE)`` uint8 image of a modality."""
+    """Render a scan ``(8, 8)`` in [0, 1], ink 1, as a ``(TILE, TILE)`` uint8 image of a
+    modality."""
     grey = MODALITIES[modality](_ink(scan), rng)
     return np.round(255 * grey.clip(0, 1)).astype(np.uint8)
 

@@ -3,8 +3,8 @@
     data -> teacher -> student's warm-up -> KEPO -> table and curves
 
 Everything is made on the spot from scikit-learn's scans and kept under `root`, so the same command
-after an interruption goes on where it was. The student is warmed up and then trained on one
-rendering of the digits only; the table shows what that does to the seven it has never seen (the
+goes on where it was after an interruption. The student is warmed up and then trained on only one
+rendering of the digits; the table shows what that does for the seven it has never seen (the
 single-source protocol of the paper, in miniature).
 """
 
@@ -40,8 +40,8 @@ SOURCE = next(iter(MODALITIES))
 COMPLETION_TOKENS = 24
 
 DIGITS_RUN = dict(
-    # More questions and fewer answers to each than usual: what the model has to learn is to see,
-    # and for that it is the number of different images that counts.
+    # More questions and fewer answers to each than usual: the model has to learn to see, and for
+    # that the number of different images counts.
     prompts_per_step=32,
     num_generations=4,
     micro_batch=64,
@@ -52,7 +52,7 @@ DIGITS_RUN = dict(
     # A JSD is about five times smaller than a KL, and on right answers smaller still.
     distill_coef=10.0,
 )
-"""Settings of a run on the digits, of the demonstration as of the comparison."""
+"""The settings of a run on the digits, in the demonstration and in the comparison."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class Demo:
     lr: float = 4e-4
     """Peak learning rate of KEPO."""
     seed: int = 0
-    """Of everything."""
+    """Seed of everything."""
 
 
 def run(demo: Demo) -> int:
-    """All stages; returns the exit code of the training."""
+    """Run all stages; return the exit code of the training."""
     own_progress_only()
     if launched() > 1:
         raise KepoConfigError("kepo demo: it runs in one process; start it without torchrun")
@@ -114,8 +114,8 @@ def run(demo: Demo) -> int:
 
 
 def refuse(demo: Demo) -> None:
-    """Raise KepoConfigError for a setting of any stage that is out of range, and OSError for what
-    is in the way of the run's files: before the first stage, which takes minutes."""
+    """Raise KepoConfigError for any stage's setting that is out of range, and OSError if something
+    is in the way of the run's files. This comes before the first stage, which takes minutes."""
     least = dict(train_questions=1, test_questions=1, teacher_steps=1, warmup_steps=1)
     for name, value in (least | dict(supervised_batch=1, seed=0)).items():
         if getattr(demo, name) < value:
@@ -129,7 +129,7 @@ def refuse(demo: Demo) -> None:
 
 
 def config_of(demo: Demo, data: Path, teacher: Path, student: Path) -> Config:
-    """The training run of the demonstration; the same loop and settings as any other."""
+    """Return the demonstration's training config; it uses the same loop and settings as any run."""
     return Config(
         student=str(student),
         teacher=str(teacher),
@@ -185,8 +185,10 @@ def _supervise(
 
 
 def cached(target: Path, made_with: dict[str, object], make: Callable[[Path], None]) -> Path:
-    """``target``, made now unless it is there whole; made with other settings it is refused, and so
-    is a folder that was not made here."""
+    """Return ``target``, and make it first unless it is there whole.
+
+    A target that was made with other settings is refused, and so is a folder not made here.
+    """
     record = target / "made_with.json"
     if target.exists():
         if not record.is_file():
@@ -212,8 +214,8 @@ def cached(target: Path, made_with: dict[str, object], make: Callable[[Path], No
 
 
 def report(root: Path, teacher: Path, data: Path) -> None:
-    """Print accuracy per rendering before and after KEPO, and the teacher's; keep it as
-    accuracy.json."""
+    """Print the accuracy per rendering of the student before and after KEPO, and of the teacher;
+    write it to accuracy.json."""
     evaluations = [record for record in read_metrics(root / "metrics.jsonl") if "eval" in record]
     before, after = evaluations[0]["eval"], evaluations[-1]["eval"]
     picture, table = root / "curves.png", root / "accuracy.json"
@@ -237,22 +239,23 @@ def report(root: Path, teacher: Path, data: Path) -> None:
 
 
 def _known_teacher(table: Path, after: dict[str, float]) -> dict[str, float] | None:
-    """The teacher's accuracies from an earlier call's table, if it is whole and of this run."""
+    """Return the teacher's accuracies from an earlier call's table; None unless the table is whole
+    and of this run."""
     try:
         known = json.loads(read_own(table).decode("utf-8"))
         if known["after"] == after and known["teacher"].keys() == after.keys():
             return known["teacher"]
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # it is made again
+        pass  # the table is made again
     return None
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``kepo demo``."""
+    """Run ``kepo demo``; return its exit code."""
     demo = command_line(Demo, prog="kepo demo", args=arguments, description=__doc__)
     print(f"settings: {dataclasses.asdict(demo)}")
     try:
         return run(demo)
-    except KeyboardInterrupt:  # in a stage before training, which is then made again
+    except KeyboardInterrupt:  # in a stage before training; the next call makes that stage again
         print("\ninterrupted; the same command goes on from the last finished stage")
         return 130

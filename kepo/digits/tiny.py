@@ -24,8 +24,8 @@ CONTROL_TOKENS = (
     "<|video_pad|>",
 )
 FORMAT_TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<hint>", "</hint>")
-PATCH = 16  # of Qwen3-VL
-OLDER_PATCH = 14  # of Qwen2.5-VL
+PATCH = 16  # the patch size of Qwen3-VL
+OLDER_PATCH = 14  # the patch size of Qwen2.5-VL
 INITIALIZER_RANGE = 0.06  # with the usual 0.02 a model this narrow is slow to see the image
 
 # Qwen's own template without its tool and video branches: one user turn, image before text.
@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# Qwen2.5-VL's says who it is first.
+# Qwen2.5-VL's template first says who the model is.
 OLDER_CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -54,7 +54,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "student": dict(hidden=96, layers=3, heads=4, vision_hidden=64, vision_depth=1),
     "teacher": dict(hidden=128, layers=3, heads=4, vision_hidden=96, vision_depth=1),
 }
-# How the released models ask to be sampled; nothing here heeds it (see VLM.generate).
+# The sampling settings in the released models' files; nothing here uses them (see VLM.generate).
 _GENERATION = dict(
     do_sample=True, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05
 )  # fmt: skip
@@ -101,7 +101,8 @@ def build_tiny(
 
 
 def _finish(path: Path, tokenizer: Any) -> None:
-    """Tokenizer with its chat template in a file of its own, and preprocessor, as in Qwen3-VL."""
+    """Write the tokenizer, its chat template in a file of its own, and the preprocessor, as in
+    Qwen3-VL."""
     tokenizer.save_pretrained(path)
     pillow_processor_class()(
         patch_size=PATCH,
@@ -114,8 +115,8 @@ def _finish(path: Path, tokenizer: Any) -> None:
 
 
 def _finish_older(path: Path, tokenizer: Any) -> None:
-    """The same with the chat template among the tokenizer's settings, and the names that the
-    preprocessor's had, as in Qwen2.5-VL."""
+    """Write the same files as in Qwen2.5-VL: the chat template is among the tokenizer's settings,
+    and the preprocessor's have their older names."""
     tokenizer.chat_template = OLDER_CHAT_TEMPLATE
     tokenizer.save_pretrained(path, save_jinja_files=False)
     settings = {
@@ -135,7 +136,8 @@ def _finish_older(path: Path, tokenizer: Any) -> None:
 
 
 def build_tokenizer() -> Any:
-    """Byte-level BPE over the project's own prompts: any text round-trips, digits stay single."""
+    """Build a byte-level BPE tokenizer from the project's own prompts: any text round-trips, and
+    digits stay single."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -179,7 +181,7 @@ def model_config(
     vision_depth: int,
     tied: bool,
 ) -> Any:
-    """The ``Qwen3VLConfig`` of a tiny model; rows of the vocabulary padded to 64."""
+    """Return the ``Qwen3VLConfig`` of a tiny model; the vocabulary's rows are padded to 64."""
     from transformers import Qwen3VLConfig
 
     head_dim = hidden // heads
@@ -197,7 +199,7 @@ def model_config(
             rope_parameters={
                 "rope_type": "default",
                 "rope_theta": 100.0,  # prompts are some fifty tokens long
-                # Frequencies shared out to time, height, width; together half a head.
+                # The frequencies that time, height and width get; together half a head.
                 "mrope_section": [head_dim // 2 - 2 * quarter, quarter, quarter],
                 "mrope_interleaved": True,
             },
@@ -233,9 +235,9 @@ def older_model_config(
     vision_depth: int,
     tied: bool,
 ) -> Any:
-    """The ``Qwen2_5_VLConfig`` of a tiny model.
+    """Return the ``Qwen2_5_VLConfig`` of a tiny model.
 
-    Its vision tower has one block more, so that some see windows of the image and some all of it.
+    Its vision tower has one more block, so that some see windows of the image and some all of it.
     """
     from transformers import Qwen2_5_VLConfig
 

@@ -34,7 +34,7 @@ def train_supervised(
     progress: bool = True,
     desc: str = "",
 ) -> list[float]:
-    """Minimise the next-token cross-entropy of worked answers; returns the loss of every step.
+    """Minimise the next-token cross-entropy of worked answers; return the loss of every step.
 
     The answer to the plain question is ``<think>3 + 5 = 8</think><answer>C</answer>``, from the
     example's rationale. A share ``hint_fraction`` of the samples is about hints instead, half of it
@@ -42,8 +42,8 @@ def train_supervised(
     giving that hint along with the question, under the image of another example. Loss: mean over
     the completion tokens of the batch.
 
-    hint_examples: whose hints are given; None = those of ``examples``. A model that follows hints
-    about what it was never shown is the one that hints can rescue.
+    hint_examples: the examples whose hints are given; None = ``examples``. Hints can rescue a model
+    that follows hints about what it was never shown.
 
     Trains all parameters with AdamW in place; the learning rate rises over the first twentieth of
     the steps to lr and falls to 0 as a cosine. progress: show a bar, with ``desc`` before it.
@@ -79,7 +79,7 @@ def train_supervised(
 
 
 def worked_hint(example: Example) -> str:
-    """What comes before the last "=" of the rationale ("3 + 5"); all of it if there is none."""
+    """Return the rationale up to its last "=" ("3 + 5"); all of it if there is none."""
     before, sign, _ = example.rationale.rpartition("=")
     return before.strip() if sign else example.rationale
 
@@ -103,7 +103,7 @@ def _sample(
             example = draw.choice(hint_examples)
         text = hinted_prompt(example, worked_hint(example))
         completion = worked_answer(example)
-        images = draw.choice(examples).images  # where the picture helps, the hint is never read
+        images = draw.choice(examples).images  # if the picture helped, the hint would never be read
     return Prompt(text, images), completion
 
 
@@ -121,13 +121,13 @@ def _loss(vlm: VLM, prompts: list[Prompt], completions: list[str]) -> torch.Tens
 
 
 def _endless(examples: Sequence[Example], draw: random.Random):
-    """The examples in a new order each epoch."""
+    """Yield the examples without end, in a new order each epoch."""
     while True:
         yield from draw.sample(examples, len(examples))
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Share of the full learning rate: linear rise, then cosine to 0."""
+    """Return the share of the full learning rate: a linear rise, then a cosine to 0."""
     warmup = max(1, round(WARMUP_SHARE * steps))
     if step < warmup:
         return (step + 1) / warmup

@@ -1,1 +1,1 @@
-"""How much memory a run will hold, said without running it."""
+"""The planner: it tells how much memory a run will hold, without running it."""

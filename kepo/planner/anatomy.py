@@ -1,7 +1,7 @@
-"""A model in parts, each on the meta device: how large, and what running it takes.
+"""A model taken apart on the meta device: the size of each part, and the memory to run it.
 
-The layers of a tower are alike, so one of each is run (`kepo.planner.trace`) and counted as often
-as there are. What the parts exchange is added up in `kepo.planner.memory`.
+The layers of a tower are alike, so one layer is run (`kepo.planner.trace`) and counted once for
+each of them. `kepo.planner.memory` adds up what the parts pass to each other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kepo.planner.known_models import KNOWN, known_model
 from kepo.planner.trace import LiveBytes, Traced, attention_of, trace_inference, trace_training
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
-"""As transformers calls the types of model that are taken apart here."""
+"""The model types, as transformers names them, that this module can take apart."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +31,9 @@ class Anatomy:
     model: Any
     dtype: torch.dtype
     device: str
-    """cpu or cuda: whose attention kernels it is run with."""
+    """The device whose attention kernels are counted: cpu or cuda."""
     masks: bool
-    """Whether attention is given a mask; flash attention is not."""
+    """True if attention is given a mask; flash attention is not."""
 
     # ---- sizes ----
 
@@ -67,14 +67,14 @@ class Anatomy:
 
     @property
     def default_image_tokens(self) -> int:
-        """Of an image of 384 x 384, its sides rounded to whole tokens."""
+        """Tokens of an image of 384 x 384 pixels, its sides rounded to whole tokens."""
         vision = self.model.config.vision_config
         side = vision.patch_size * vision.spatial_merge_size
         return round(384 / side) ** 2
 
     @property
     def features(self) -> int:
-        """How often an image is there as tokens: for the first layer, and for DeepStack's."""
+        """Copies of an image's tokens: one for the first layer, and one for each of DeepStack's."""
         return 1 + len(getattr(self.model.model.visual, "deepstack_merger_list", []))
 
     @property
@@ -84,13 +84,13 @@ class Anatomy:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Of keys and values, all layers."""
+        """Bytes of the keys and values that all layers cache for one token."""
         heads = self.text.num_key_value_heads
         return 2 * len(self.layers) * heads * self.head_dim * self.dtype.itemsize
 
     @cached_property
     def counts(self) -> Counts:
-        """Parameters, and how many of them where."""
+        """The numbers of the model's parameters, in all and by part."""
         layers, blocks = self.layers.parameters(), self.blocks.parameters()
         inside = {id(parameter) for parameter in [*layers, *blocks]}
         named = dict(self.model.named_parameters())
@@ -133,7 +133,7 @@ class Anatomy:
 
     @lru_cache  # noqa: B019  lives as long as the process, as does the model
     def layer(self, sequences: int, length: int, train: bool) -> Traced:
-        """A decoder layer on (sequences, length) tokens."""
+        """Trace one decoder layer on (sequences, length) tokens."""
         x, layer = self._meta(sequences, length, self.hidden, train=train), self.layers[0]
         rotary, mask = self._rotary(sequences, length), self._mask(sequences, length, length)
         return self._run(
@@ -141,9 +141,9 @@ class Anatomy:
         )
 
     def decoding_layer(self, sequences: int, length: int) -> int:
-        """Bytes above a cache of ``length`` tokens while a decoder layer appends another: the
-        longer keys and values are made beside the old ones."""
-        # One query: all of it grows with the length in a straight line.
+        """Return the bytes that a decoder layer needs, above a cache of ``length`` tokens, to
+        append one token: the longer keys and values are made beside the old ones."""
+        # With one query, everything grows linearly with the length.
         short, long = (self._decoding(sequences, n) for n in (512, 1024))
         return max(0, short + (long - short) * (length - 512) // 512)
 
@@ -166,16 +166,16 @@ class Anatomy:
 
     @lru_cache  # noqa: B019
     def norm(self, sequences: int, length: int, train: bool) -> Traced:
-        """The norm after the last layer."""
+        """Trace the norm after the last layer."""
         x = self._meta(sequences, length, self.hidden, train=train)
         norm = self.model.model.language_model.norm
         return self._run(norm, lambda: norm(x), train)
 
     def block(self, images: int, patches: int, train: bool) -> Traced:
-        """A block of the vision tower on images of so many patches."""
+        """Trace one block of the vision tower on ``images`` of ``patches`` patches each."""
         if images <= 4:
             return self._block(images, patches, train)
-        # Each image is attended to by itself: beyond a few, all grows in a straight line.
+        # Attention stays within an image, so beyond a few images everything grows linearly.
         few, some = (self._block(n, patches, train) for n in (2, 4))
         return some.further(few, (images - 4) / 2)
 
@@ -193,7 +193,8 @@ class Anatomy:
 
     @lru_cache  # noqa: B019
     def mergers(self, patches: int, train: bool) -> list[Traced]:
-        """Those that make tokens of patches: after the last block, and where there are more."""
+        """Trace the mergers, which turn patches into tokens: DeepStack's first, if the model has
+        any, then the one after the last block."""
         vision = self.model.model.visual
         modules = [*getattr(vision, "deepstack_merger_list", []), vision.merger]
         x = self._meta(patches, self.model.config.vision_config.hidden_size, train=train)
@@ -207,11 +208,12 @@ class Anatomy:
 
     @lru_cache  # noqa: B019
     def drawing(self, sequences: int, temperature: float, top_p: float) -> int:
-        """Bytes above the head's output while one token is drawn for each sequence."""
+        """Return the bytes, above the head's output, that drawing one token for each sequence
+        takes."""
         from kepo.models.sampling import SamplingLaw
 
         if temperature == 0:
-            return 2 * sequences * self.vocab * 4  # its fp32 copy, and that with tokens suppressed
+            return 2 * sequences * self.vocab * 4  # an fp32 copy, and one with tokens suppressed
         scores = torch.empty(sequences, self.vocab, device="meta")
         law = SamplingLaw(temperature, top_p, [0] * sequences, 1)
         ids = torch.empty(sequences, 1, dtype=torch.int64, device="meta")
@@ -246,19 +248,19 @@ class Counts:
     total: int
     trained: int
     largest: int
-    """Of one tensor."""
+    """Parameters of the largest tensor."""
     largest_trained: int
-    """Of one tensor that is trained."""
+    """Parameters of the largest tensor that is trained."""
     adapters: int
     layer: int
-    """Of one decoder layer."""
+    """Parameters of one decoder layer."""
     layer_trained: int
     root: int
-    """Outside the layers of both towers: embedding, head, norms, what is around the vision
-    tower."""
+    """Parameters outside the layers of both towers: embedding, head, norms, and the parts around
+    the vision tower's blocks."""
     root_trained: int
     linear: int
-    """Matrices that quantisation makes smaller: of every linear layer but the head."""
+    """Parameters in matrices that quantisation makes smaller: every linear layer but the head."""
     largest_linear: int
 
 
@@ -279,7 +281,10 @@ def anatomy(
     lora_rank: int = 0,
     freeze_vision: bool = False,
 ) -> Anatomy:
-    """The model of that name, as a run with these settings would hold it."""
+    """Return the model of that name as a run with these settings would hold it.
+
+    attention: transformers' attn_implementation; None = its default. lora_rank: 0 = no adapters.
+    """
     from transformers import AutoModelForImageTextToText
 
     flash = attention is not None and "flash" in attention
@@ -288,7 +293,7 @@ def anatomy(
         model = AutoModelForImageTextToText.from_config(
             config,
             dtype=getattr(torch, dtype),
-            # Its kernels need not be here: without a mask torch's own keep the same.
+            # Flash attention need not be installed: without a mask, sdpa keeps the same tensors.
             attn_implementation="sdpa" if flash else attention,
         )
     model.tie_weights()
@@ -300,7 +305,10 @@ def anatomy(
 
 
 def read_config(name: str) -> Any:
-    """Of a folder, a bundled record, or a Hub name, in this order."""
+    """Return the config of a model: from a folder, a bundled record, or the Hub, in this order.
+
+    Raises KepoConfigError if the config cannot be read or its model type is not in FAMILIES.
+    """
     from transformers import AutoConfig
 
     known = known_model(name)

@@ -1,4 +1,4 @@
-"""What stays in memory from phase to phase, and how it is written down: bytes by what they are."""
+"""The memory that stays in use from phase to phase, as bytes by item."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ ITEMS = (
     "loss",
     "reserve",
 )
-"""In the order in which they are printed and stacked."""
+"""The items that memory is counted by, in the order in which they are printed and stacked."""
 
 # Estimates, not measured here: the CUDA context with the libraries' kernels and cuBLAS's workspace;
-# NCCL's buffers; and the share of what comes and goes that the caching allocator cannot reuse.
+# NCCL's buffers; and the share of short-lived memory that the caching allocator cannot reuse.
 CONTEXT_BYTES = 3 * GIB // 4
 NCCL_BYTES = GIB
 FRAGMENTATION = 0.05
-# What a card offers of its nominal size: the driver keeps some, and sizes are rounded up. One of
-# 80 GB has about 78 GiB.
+# The share of its nominal size that a card offers: the driver keeps some, and sizes are rounded
+# up. A card of 80 GB has about 78 GiB.
 OFFERED = 0.97
 
 
 class Held(Counter):
-    """Bytes by item; they add up."""
+    """Bytes by item; ``+`` adds them item by item."""
 
     def __add__(self, other: Held) -> Held:
-        assert (self.keys() | other.keys()) <= set(ITEMS), (self, other)  # else it would be lost
+        assert (self.keys() | other.keys()) <= set(ITEMS), (self, other)  # others would be lost
         return Held({name: self[name] + other[name] for name in ITEMS})
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Equal GPUs of one node, one process for each; or a CPU, one process."""
+    """The GPUs of one node, all equal, with a process for each; or a CPU, with one process."""
 
     gpus: int
     gpu_bytes: int
@@ -51,39 +51,45 @@ class Machine:
 
     @property
     def offered(self) -> int:
-        """What a run may take of a GPU."""
+        """The bytes of a GPU that a run may use."""
         return int(OFFERED * self.gpu_bytes)
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What a process holds whatever it does, and what it needs to put its weights to work."""
+    """The memory that a process holds in every phase, and what running its models adds.
+
+    All numbers are bytes.
+    """
 
     held: Held
     gradients: int
-    """From a backward to the optimiser's step, after which they are dropped."""
+    """Gradients that exist from a backward to the optimiser's step, which drops them."""
     idle_gradients: int
-    """The rest of the time: DDP keeps its buckets."""
+    """Gradients that exist the rest of the time: DDP keeps its buckets."""
     earlier_gradients: int
-    """What is there when a micro-batch's backward begins: all of them, where another micro-batch
-    went before; DDP's buckets, and beside them what went before, until the last micro-batch fills
-    the buckets; else nothing."""
+    """Gradients that exist when a micro-batch's backward begins: those of earlier micro-batches,
+    if the step has several, and DDP's buckets, which only the last micro-batch fills; 0 if there
+    are neither."""
     sharded: bool
     root: int
-    """Of the student, sharded: what is whole from a forward to the end of its backward."""
+    """The part of a sharded student that is whole from a forward to the end of its backward; 0 if
+    it is not sharded."""
     two_layers: int
-    """Of the student, sharded: the layer at work and the next."""
+    """Two layers of a sharded student, the one at work and the next; 0 if it is not sharded."""
     whole: int
-    """Of the student, sharded: all of it, as for a rollout."""
+    """All of a sharded student made whole, as for a rollout; 0 if it is not sharded."""
     teacher_at_work: int
     reference_at_work: int
     pages: int
-    """Of the loss, kept between its calls on a CPU."""
+    """Memory that the loss keeps between its calls on a CPU."""
     device: str
 
     def beside(self, held: Held, pages: bool) -> Held:
-        """All of it and ``held``. pages: those of the loss are idle, so they count by
-        themselves."""
+        """Return ``held`` together with all that stays.
+
+        pages: the pages that the loss keeps are idle, so they count by themselves.
+        """
         reserve = self.pages if pages else 0
         if self.device != "cpu":
             reserve += int(FRAGMENTATION * sum(held.values()))
@@ -100,22 +106,22 @@ def standing(
     several: bool,
     penalised: bool,
 ) -> Standing:
-    """What stays when the models are held as ``config`` says.
+    """Return the memory that stays when the models are held as ``config`` says.
 
-    pages: those that the loss keeps. several: a step has several micro-batches. penalised: there
-    is a reference for the k3 penalty.
+    pages: bytes that the loss keeps between its calls. several: a step has several micro-batches.
+    penalised: the run has a reference for the k3 penalty.
     """
     counts, width = student.counts, student.dtype.itemsize
     sharded = config.sharding == "fsdp2"
     shards = machine.gpus if sharded else 1
-    # fsdp2 keeps all weights in fp32, trained or not; adapters are fp32 anyway.
+    # fsdp2 keeps all weights in fp32, trained or not; adapters are always fp32.
     trained_bytes = 4 if sharded or config.lora_rank else width
     trained = counts.trained * trained_bytes // shards
     frozen = (counts.total - counts.trained) * (4 if sharded else width) // shards
     buckets = machine.gpus > 1 and not sharded
     root = counts.root * width if sharded else 0
     two_layers = 2 * counts.layer * width if sharded else 0
-    # A reference is the student as it began, in its dtype, and sharded with it.
+    # The reference is the student as it began, in the student's dtype, and sharded like it.
     reference = (counts.total - counts.adapters) * width // shards + root
     held = Held(
         weights=trained + frozen,
@@ -142,12 +148,12 @@ def standing(
 
 
 def completions_per_process(config: SamplingConfig, machine: Machine) -> int:
-    """Of a step."""
+    """Return the completions that one process has in a step, rounded up."""
     return -(-config.prompts_per_step * config.num_generations // machine.gpus)
 
 
 def teacher_bytes(config: TeacherConfig, machine: Machine, teacher: Anatomy) -> int:
-    """Of the teacher's weights, at rest."""
+    """Return the bytes of the teacher's weights while it does not run."""
     counts, width = teacher.counts, teacher.dtype.itemsize
     whole = counts.total * width
     if config.teacher_bits is not None:
@@ -161,7 +167,8 @@ def teacher_bytes(config: TeacherConfig, machine: Machine, teacher: Anatomy) -> 
 
 
 def teacher_at_work(config: TeacherConfig, teacher: Anatomy) -> int:
-    """Above that, while it runs: sharded layers made whole, or a quantised matrix unpacked."""
+    """Return the bytes above `teacher_bytes` while the teacher runs: two sharded or offloaded
+    layers made whole, or one quantised matrix unpacked."""
     width = teacher.dtype.itemsize
     if config.teacher_placement != "copy":
         return 2 * teacher.counts.layer * width

@@ -1,7 +1,7 @@
-"""The released models a run may name, as small records: enough to build one without its files.
+"""Records of the released models, with enough numbers to build each one without its files.
 
-Numbers are those of the public config.json; a test holds the parameters they come to against the
-published totals.
+The numbers are those of the public config.json; a test compares the parameters they come to with
+the published totals.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class KnownModel:
     text: Tower
     vision: Tower
     tied: bool
-    """Whether the head is the embedding."""
+    """True if the head is the embedding."""
     vocab: int = 151936
-    """Rows of the head; more than the tokenizer has tokens."""
+    """Rows of the head; the tokenizer has fewer tokens."""
 
     def config(self) -> Any:
-        """The transformers config it comes to."""
+        """Return the transformers config of this model."""
         return _CONFIGS[self.family](self)
 
 

@@ -1,4 +1,4 @@
-"""What the fused loss of a micro-batch holds, by `kepo_kernels.compute.chunks`."""
+"""The memory of the fused loss for one micro-batch, by `kepo_kernels.compute.chunks`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from kepo_kernels.rows.dispatch import pick_rows
 
 @dataclass(frozen=True)
 class LossMemory:
-    """Bytes above the states and heads it is given."""
+    """Bytes that the loss holds above the hidden states and heads it is given."""
 
     forward: int
-    """Flattened states, accumulators of gradients, and the workspace of a chunk."""
+    """Bytes in forward: flattened states, gradient accumulators, and the workspace of a chunk."""
     backward: int
-    """Accumulators, and the gradients that are made of them."""
+    """Bytes in backward: gradient accumulators, and the gradients that are made of them."""
     head_gradient: int
-    """What backward returns for the head; 0 if it is frozen."""
+    """Bytes of the head's gradient, which backward returns; 0 if the head is frozen."""
     pages: int
-    """Kept for the next call, on a CPU."""
+    """Bytes that are kept for the next call on a CPU; 0 on a GPU."""
 
 
 def loss_memory(
@@ -39,10 +39,10 @@ def loss_memory(
     student: Anatomy,
     teacher: Anatomy | None,
 ) -> LossMemory:
-    """Of a micro-batch of so many completion tokens, all of which meet the teacher if there is one.
+    """Return the loss's memory for a micro-batch of ``tokens`` completion tokens.
 
-    several: the step has more than one of them. Raises KepoConfigError where workspace_bytes is
-    too little, as the loss would.
+    If there is a teacher, every token is distilled. several: the step has more than one
+    micro-batch. Raises KepoConfigError if workspace_bytes is too small, as the loss would.
     """
     dtype = student.dtype
     place = torch.device(device)
@@ -77,7 +77,7 @@ def loss_memory(
     flat += 0 if teacher is None else tokens * teacher.hidden * teacher.dtype.itemsize
     logits = rows * (student.vocab + sizes.shared_vocab) * logits_dtype.itemsize
     gradients = [of_hidden * wide, of_hidden * dtype.itemsize, of_head * wide]
-    if several:  # else it is the parameter's
+    if several:  # with one micro-batch the parameter takes it over
         gradients.append(of_head * dtype.itemsize)
     return LossMemory(
         forward=flat + accumulators + workspace,
@@ -88,8 +88,8 @@ def loss_memory(
 
 
 def _kept_pages(gradients: list[int], logits: int) -> int:
-    """What `kepo_kernels.compute.pages` keeps: the gradients, to make room for which the logits'
-    were given back; the logits' where the gradients are too small to be kept."""
+    """Return the bytes that `kepo_kernels.compute.pages` keeps: the gradients', to make room for
+    which the logits' are given back, or the logits' if the gradients are too small to be kept."""
     kept = 0
     for size in [size for size in gradients if size >= LEAST_BYTES] or [logits]:
         if size >= LEAST_BYTES and kept + size <= KEPT_BYTES:

@@ -1,13 +1,13 @@
-"""What a process of a run holds at once, phase by phase, in bytes.
+"""The memory that a process of a run holds at once, phase by phase, in bytes.
 
     rollout     the student samples               cache and sampling, beside all that stays
-    hints       the teacher writes, and samples with hints
+    hints       the teacher writes hints, and the student samples with them
     update      forward, teacher, loss, backward  activations, loss
     optimiser   AdamW                             its temporaries
     evaluation  the student answers               cache and sampling
 
-What stays from phase to phase are weights, gradients, AdamW's moments, teacher and reference. Each
-phase goes through a few moments at any of which it may hold the most; `phases` returns that one.
+Weights, gradients, AdamW's moments, teacher and reference stay from phase to phase. Each phase
+goes through a few moments, and any of them may hold the most; `phases` returns the fullest one.
 Sizes of tensors come from the models (`kepo.planner.anatomy`) and `kepo_kernels.compute.chunks`.
 """
 
@@ -30,14 +30,14 @@ PHASES = ("rollout", "hints", "update", "optimiser", "evaluation")
 
 @dataclass(frozen=True)
 class Prompts:
-    """How long they are; all alike, as if padded to the longest."""
+    """The length of the prompts; all have the same, as if padded to the longest."""
 
     text_tokens: int = 160
-    """Chat markup, question and options."""
+    """Tokens of chat markup, question and options."""
     image_tokens: int | None = None
-    """Of an image. None = of 384 x 384 pixels."""
+    """Tokens of an image. None = those of 384 x 384 pixels."""
     images: int = 1
-    """Of a prompt."""
+    """Images of a prompt."""
 
     def image(self, model: Anatomy) -> int:
         tokens = self.image_tokens
@@ -51,7 +51,7 @@ class Prompts:
 
 
 class Setup(NamedTuple):
-    """A run, the machine it is on, and how long its prompts are."""
+    """A run's config, its machine, and the length of its prompts."""
 
     config: Config
     machine: Machine
@@ -59,7 +59,7 @@ class Setup(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """One instant of a phase."""
+    """One moment of a phase, and the bytes held then."""
 
     name: str
     held: Held
@@ -67,7 +67,7 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase at its fullest."""
+    """A phase at the moment when it holds most."""
 
     name: str
     moment: str
@@ -79,13 +79,13 @@ class Phase:
 
 
 def phases(setup: Setup) -> list[Phase]:
-    """The phases of a step of this run, each at the moment when it holds most."""
+    """Return the phases of a step of this run, each at the moment when it holds most."""
     found = moments(setup)
     return [Phase(name, *max(found[name], key=_total)) for name in PHASES if name in found]
 
 
 def moments(setup: Setup) -> dict[str, list[Moment]]:
-    """The moments of each phase, in their order."""
+    """Return the moments of each phase, in the order in which they happen."""
     config, run = setup.config, _Run.of(setup)
     found = {"rollout": run.rollout(), "update": run.update(), "optimiser": run.optimiser()}
     if config.hints:
@@ -96,7 +96,7 @@ def moments(setup: Setup) -> dict[str, list[Moment]]:
 
 
 def peak(setup: Setup) -> Phase:
-    """The fullest phase."""
+    """Return the phase that holds most."""
     return max(phases(setup), key=lambda phase: phase.total)
 
 
@@ -151,7 +151,7 @@ class _Run:
     # ---- phases ----
 
     def rollout(self) -> Iterator[Moment]:
-        """Sampling, or what a sampler beside the models takes for it."""
+        """Yield the moments of sampling; with vLLM one, with the memory that vLLM takes."""
         if self.config.sampler == "vllm":
             yield self._moment("vLLM", self._ready_to_sample())
             return
@@ -170,7 +170,7 @@ class _Run:
             yield from self._sampling(self.config.num_hinted, hinted, "sampling with it")
 
     def evaluation(self) -> Iterator[Moment]:
-        """The greedy answers, by what samples in a rollout."""
+        """Yield the moments of greedy answering, which uses the same sampler as a rollout."""
         if self.config.sampler == "vllm":
             yield self._moment("vLLM", self._ready_to_sample())
             return
@@ -181,10 +181,10 @@ class _Run:
         )
 
     def optimiser(self) -> Iterator[Moment]:
-        """AdamW's temporaries: sqrt(v) and what it is divided by.
+        """Yield the moment of AdamW's step, with its temporaries: sqrt(v) and its quotient.
 
-        On a GPU torch works on all parameters in one go (foreach) and holds one such tensor for
-        each; on a CPU on one after another, and holds two of the largest.
+        On a GPU, torch updates all parameters at once (foreach) and holds one such tensor for each
+        of them; on a CPU it updates one after another, and holds two of the largest.
         """
         counts = self.student.counts
         temporary = self.stays.gradients
@@ -194,7 +194,7 @@ class _Run:
         yield self._moment("AdamW", held, gradients=self.stays.gradients)
 
     def update(self) -> Iterator[Moment]:
-        """One micro-batch, in the order of its forward and backward."""
+        """Yield the moments of one micro-batch, in the order of its forward and backward."""
         config, student, teacher, stays = self.config, self.student, self.teacher, self.stays
         rows = min(config.micro_batch, completions_per_process(config, self.machine))
         length = self.prompts.length(student) + config.max_completion_length
@@ -242,12 +242,15 @@ class _Run:
         text: Kept,
         moment: Callable[..., Moment],
     ) -> Iterator[Moment]:
-        """Through both towers. Gradients of parameters come into being as activations go; sharded
-        ones are whole until the last of their group, and sent in fp32."""
+        """Yield the moments of backward through both towers.
+
+        Gradients of parameters appear as activations go. Sharded ones are whole until the last of
+        their group is there, and are sent in fp32.
+        """
         counts, width, stays = self.student.counts, self.student.dtype.itemsize, self.stays
         tied = self.student.tied
-        # A head's gradient is added to its parameter's at once, unless the embedding's has to come
-        # first or the group's other gradients.
+        # The head's gradient is added to its parameter's at once, unless it has to wait for the
+        # embedding's gradient or for the others of its group.
         waits = tied or stays.sharded or not stays.earlier_gradients
         waiting = self.loss.head_gradient if waits else 0
         sent = counts.layer_trained * (width + 4) if stays.sharded else 0
@@ -267,7 +270,7 @@ class _Run:
         if self.student.trains_head:
             embedding = self.student.vocab * self.student.hidden * width
             if tied and self.machine.device == "cpu":
-                embedding *= 2  # the sum is a third: torch does not add in place to our own pages
+                embedding *= 2  # the sum is a new tensor: torch does not add in place to our pages
             if stays.sharded:
                 embedding, waiting = max(embedding, counts.root_trained * (width + 4)), 0
             yield moment(
@@ -277,9 +280,10 @@ class _Run:
     # ---- their parts ----
 
     def _ready_to_sample(self) -> Held:
-        """While the sampler is awake: it is from the first sample to the last hint."""
+        """Return the memory of the sampler while it is awake: from the first sample to the last
+        hint."""
         if self.config.sampler == "vllm":
-            # Its weights and cache; ours are made whole one fp32 tensor at a time.
+            # vLLM's own weights and cache; the student's are made whole one fp32 tensor at a time.
             share = int(self.config.vllm_memory * self.machine.gpu_bytes)
             tensor = 4 * self.student.counts.largest if self.stays.sharded else 0
             return Held(cache=share, weights=max(self.stays.root, tensor))
@@ -291,12 +295,12 @@ class _Run:
         return self.stays.root + self.stays.two_layers
 
     def _placed(self, model: Anatomy, rows: int) -> int:
-        """The images' features, once more for every row that shows them."""
+        """Return the bytes of the images' features, copied into every row that shows them."""
         tokens = rows * self.prompts.images * self.prompts.image(model)
         return tokens * model.hidden * model.dtype.itemsize * model.features
 
     def _at_once(self, per_question: int) -> int:
-        """Questions that a process has answered in one go, as `rollout._portions`."""
+        """Return how many questions a process samples at once, as `rollout._portions` does."""
         config = self.config
         questions = -(-config.prompts_per_step // self.machine.gpus)
         at_once = max(1, config.rollout_batch // per_question)
@@ -328,10 +332,10 @@ class _Run:
         extra: Held,
         name: str,
     ) -> Iterator[Moment]:
-        """transformers' generate: the prompts at once, then token after token."""
+        """Yield the moments of transformers' generate: all prompts at once, then token by token."""
         length, patches = prompts.length(model), prompts.patches(model)
         sequences, images = questions * per_question, questions * prompts.images
-        pictures = image_bytes(model, images, patches)  # stay with the inputs to the end
+        pictures = image_bytes(model, images, patches)  # they stay with the inputs to the end
         cache = sequences * model.cache_bytes_per_token
         first = inference(model, sequences, length, images, patches)
         first += self._placed(model, sequences)
@@ -349,7 +353,11 @@ class _Run:
     def _moment(
         self, name: str, held: Held, idle: bool = True, gradients: int | None = None
     ) -> Moment:
-        """With all that stays. gradients: None = as while nothing trains."""
+        """Return the moment of ``held`` and all that stays.
+
+        idle: the pages of the loss are idle. gradients: None = those that exist while nothing
+        trains.
+        """
         there = self.stays.idle_gradients if gradients is None else gradients
         return Moment(name, self.stays.beside(held, idle) + Held(gradients=there))
 

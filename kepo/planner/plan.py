@@ -1,12 +1,12 @@
-"""Whether a run fits its GPUs, before it is started: what each phase of a step holds, and how much
-more would fit.
+"""Plan a run before it starts: does it fit its GPUs, what does each phase of a step hold, and how
+much more would fit?
 
     python -m kepo plan recipe.yaml --gpus 8 --gpu-gb 80       # files, presets, flags as of train
     python -m kepo plan recipes/8x80gb_8b.yaml --plot plan.png # the machine is in the name
     python -m kepo plan --table recipes/*.yaml                 # a line for each
 
-GB are 2^30 bytes, as nvidia-smi counts; of a GPU's, 97 % are planned with. The exit code is 1 if it
-does not fit.
+GB are 2^30 bytes, as nvidia-smi counts; a plan may use 97 % of a GPU's. The exit code is 1 if the
+run does not fit.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from kepo.sections import TeacherConfig
 from kepo.words import command_line
 
 MOST_GB = 10**6
-"""Of a GPU's memory."""
+"""The most GB of memory that a GPU may be said to have."""
 MOST_TOKENS, TOKENS_STEP = 2**17, 16
-"""The longest completion that is tried, and of how many tokens its length is a multiple."""
+"""The longest completion that is tried, in tokens, and the step between lengths."""
 
 
 class Plan(NamedTuple):
-    """What is found out about a run."""
+    """The memory of a run's phases, and the largest settings that fit."""
 
     setup: Setup
     phases: list[Phase]
     micro_batch: int
-    """The largest that fits, everything else as it is; 0 = none."""
+    """The largest micro_batch that fits with all other settings unchanged; 0 = none fits."""
     max_completion_length: int
-    """Likewise, in multiples of TOKENS_STEP."""
+    """The longest max_completion_length that fits, likewise, a multiple of TOKENS_STEP; 0 = none
+    fits."""
 
     @property
     def peak(self) -> Phase:
@@ -52,7 +53,7 @@ class Plan(NamedTuple):
 
 
 def plan(setup: Setup) -> Plan:
-    """The phases of a run, and the largest settings with which it still fits.
+    """Return the phases of a run, and the largest settings with which it still fits.
 
     Raises KepoConfigError for settings that train refuses.
     """
@@ -80,7 +81,7 @@ def plan(setup: Setup) -> Plan:
 
 
 def _peak_after(setup: Setup, change: Mapping[str, Any]) -> int | None:
-    """With other settings; None if train would refuse them."""
+    """Return the run's peak in bytes after a change of settings; None if train refuses them."""
     try:
         changed = replace(setup.config, **change)
         check_settings(changed)
@@ -90,13 +91,14 @@ def _peak_after(setup: Setup, change: Mapping[str, Any]) -> int | None:
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to ``most`` that fits, if what fits still fits when smaller; else 0.
+    """Return the largest number up to ``most`` that fits; 0 if none does.
 
-    ``most`` is tried first: a step in one micro-batch has no gradients of earlier ones.
+    A number below one that fits is taken to fit too. ``most`` is tried first: a step in one
+    micro-batch has no gradients of earlier ones.
     """
     if fits(most):
         return most
-    low, high = 0, 1  # low fits or is 0
+    low, high = 0, 1  # low fits, or is 0
     while high <= most and fits(high):
         low, high = high, 2 * high
     high = min(high, most + 1)  # high does not fit, or may not be tried
@@ -107,14 +109,14 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 
 
 class Change(NamedTuple):
-    """A setting that would take less, and what the run's peak would be."""
+    """A change of settings that takes less memory, and the run's peak with it, in bytes."""
 
     setting: str
     peak: int
 
 
 def advice(setup: Setup) -> list[Change]:
-    """Single changes that lower the peak, the most effective first."""
+    """Return single changes of settings that lower the peak, the most effective first."""
     config, machine = setup.config, setup.machine
     now = peak(setup).total
     share = completions_per_process(config, machine)
@@ -163,7 +165,7 @@ def _yaml(value: object) -> str:
 
 
 def report(found: Plan) -> str:
-    """What the command prints."""
+    """Return the plan as the text that the command prints."""
     config, machine, prompts = found.setup
     student, teacher = student_of(config, machine), teacher_of(found.setup)
     names = [item for item in ITEMS if any(phase.held[item] for phase in found.phases)]
@@ -216,7 +218,10 @@ COLUMNS = (
 
 
 def table(paths: Sequence[str | Path]) -> str:
-    """A row for each recipe, in Markdown."""
+    """Return a Markdown table of the plans, with a row for each recipe.
+
+    Raises KepoConfigError for a recipe whose name does not tell its machine.
+    """
     rows = [COLUMNS, ["---"] * len(COLUMNS)]
     for path in map(Path, paths):
         machine = machine_of(path)
@@ -257,7 +262,7 @@ def _model(name: str | None) -> str:
 
 
 def machine_of(path: Path) -> Machine | None:
-    """That of a recipe whose name begins like 8x80gb_; None if it does not."""
+    """Return the machine in a recipe's name, which begins like 8x80gb_; None if it does not."""
     found = re.match(r"(\d+)x(\d+)gb_", path.name)
     return Machine(int(found[1]), int(found[2]) * GIB) if found else None
 
@@ -267,7 +272,7 @@ def machine_of(path: Path) -> Machine | None:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Beside the run's settings."""
+    """The command's own arguments, beside the run's settings."""
 
     config: Config
     gpus: int | None = None
@@ -275,9 +280,9 @@ class Arguments:
     gpu_gb: float | None = None
     """Memory of a GPU. None = as a recipe's name says."""
     prompt_tokens: int = Prompts.text_tokens
-    """Of a prompt, beside its image's."""
+    """Tokens of a prompt, without those of its images."""
     image_tokens: int | None = None
-    """Of an image. None = of 384 x 384 pixels."""
+    """Tokens of an image. None = those of 384 x 384 pixels."""
     prompt_images: int = 1
     """Images of a prompt."""
     plot: str | None = None
@@ -285,13 +290,16 @@ class Arguments:
 
 
 def _bytes(gpu_gb: float) -> int:
-    if not 0 < gpu_gb <= MOST_GB:  # nan is neither
+    if not 0 < gpu_gb <= MOST_GB:  # this refuses nan, too
         raise KepoConfigError(f"gpu_gb is {gpu_gb}; expected a number in (0, {MOST_GB}]")
     return int(gpu_gb * GIB)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``kepo plan``: recipes and presets, then flags; or --table and recipes."""
+    """Run ``kepo plan`` with recipes and presets, then flags; or with --table and recipes.
+
+    Returns the exit code: 0 if the run fits, else 1; 0 after a table.
+    """
     import tyro
 
     if arguments[:1] == ["--table"]:

@@ -1,4 +1,4 @@
-"""The picture of a plan: a bar for each phase, stacked by what it holds."""
+"""The picture of a plan: a bar for each phase, stacked by the items it holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kepo.planner.memory import Phase
 
 
 def plot_plan(phases: Sequence[Phase], machine: Machine, picture: Path) -> None:
-    """Write the picture; the dashed line is what may be planned of a GPU."""
+    """Draw the phases into the file ``picture``; the dashed line is what a GPU offers a run."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
-"""What the two towers of a model hold: of one layer of each, and what passes between them.
+"""The memory of a model's two towers, from one layer of each and what passes between them.
 
-With checkpointing a layer keeps what it was given, and all that it computes is there a second time
-while its own backward runs.
+With checkpointing a layer keeps only its input, and computes everything a second time when its
+own backward runs.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from kepo.planner.trace import Traced
 
 
 class Kept(NamedTuple):
-    """Of a tower that runs with gradients."""
+    """The bytes of a tower that runs with gradients."""
 
     kept: int
-    """From forward to backward."""
+    """Bytes kept from forward to backward."""
     forward: int
-    """Most during forward."""
+    """The most bytes during forward."""
     backward: int
-    """Most during backward, above what was kept."""
+    """The most bytes during backward, above ``kept``."""
 
 
 def text_training(model: Anatomy, rows: int, length: int, checkpointing: bool) -> Kept:
-    """The language model with gradients."""
+    """Return the bytes of the language model when it runs with gradients."""
     layer, norm = model.layer(rows, length, True), model.norm(rows, length, True)
     states = rows * length * model.hidden * model.dtype.itemsize
     shared = states + _shared(model, rows, length)
@@ -38,13 +38,13 @@ def text_training(model: Anatomy, rows: int, length: int, checkpointing: bool) -
 
 
 def _shared(model: Anatomy, rows: int, length: int) -> int:
-    """What all layers read: the mask, sines and cosines."""
+    """Return the bytes that all layers share: the mask, and the sines and cosines."""
     mask = rows * length * length if model.masks else 0
     return mask + 2 * rows * length * model.head_dim * model.dtype.itemsize
 
 
 def vision_training(model: Anatomy, images: int, patches: int, checkpointing: bool) -> Kept:
-    """The vision tower, which only keeps something if it is trained."""
+    """Return the bytes of the vision tower, which keeps only its outputs if it is not trained."""
     train = model.trains_vision
     run = _VisionRun.of(model, images, patches, train)
     if not train:
@@ -61,12 +61,12 @@ def vision_training(model: Anatomy, images: int, patches: int, checkpointing: bo
 
 
 class _VisionRun(NamedTuple):
-    """A forward of the vision tower."""
+    """One forward of the vision tower."""
 
     block: Traced
     mergers: list[Traced]
     outputs: int
-    """Pixels, and tokens made of them."""
+    """Bytes of the pixels, and of the tokens made of them."""
 
     @classmethod
     def of(cls, model: Anatomy, images: int, patches: int, train: bool) -> _VisionRun:
@@ -76,18 +76,19 @@ class _VisionRun(NamedTuple):
 
     @property
     def most(self) -> int:
-        """Beside them, where nothing is kept."""
+        """The most bytes beside ``outputs`` in a forward that keeps nothing."""
         return self.block.kept + max(self.block.forward, *(m.forward for m in self.mergers))
 
 
 def image_bytes(model: Anatomy, images: int, patches: int, train: bool = False) -> int:
-    """Pixels, in fp32, and what the mergers keep: without gradients, tokens made of them."""
+    """Return the bytes of the pixels, in fp32, and of what the mergers keep: without gradients,
+    only the tokens made of the pixels."""
     tokens = sum(merger.kept for merger in model.mergers(images * patches, train))
     return images * patches * model.patch_values * 4 + tokens
 
 
 def inference(model: Anatomy, rows: int, length: int, images: int, patches: int) -> int:
-    """Most at a time in a forward without gradients, from images to states."""
+    """Return the most bytes at a time in a forward without gradients, from images to states."""
     run = _VisionRun.of(model, images, patches, False)
     states = rows * length * model.hidden * model.dtype.itemsize
     text = states + _shared(model, rows, length) + model.layer(rows, length, False).forward

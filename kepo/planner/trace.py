@@ -1,9 +1,9 @@
-"""What a piece of a model holds at once, found by running it where tensors have no memory.
+"""The memory of a piece of a model, found by running it on the meta device.
 
-On the meta device every operation makes its outputs and their lifetimes, and no bytes. Counting
-them as they come and go gives what the real run would hold: whatever a layer keeps for backward, in
-the version of transformers that is installed. Memory that an operation takes and gives back inside
-itself is not seen.
+There every operation makes its outputs, with their lifetimes but without their bytes. Counting them
+as they come and go gives what a real run would hold: whatever a layer keeps for backward, in the
+installed version of transformers. Memory that an operation takes and frees again inside itself is
+not seen.
 """
 
 from __future__ import annotations
@@ -23,23 +23,27 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Traced:
-    """Bytes of a call above its inputs and parameters."""
+    """The bytes that a call holds above its inputs and parameters."""
 
     kept: int
-    """From the end of forward to the beginning of backward, the output among them."""
+    """Bytes from the end of forward to the beginning of backward, the output included."""
     forward: int
-    """Most during forward."""
+    """The most bytes during forward."""
     backward: int = 0
-    """Most during backward, above ``kept``; what happens to gradients of parameters included."""
+    """The most bytes during backward, above ``kept``; work on parameters' gradients included."""
 
     def further(self, before: Traced, steps: float) -> Traced:
-        """On the straight line from ``before`` to here, so many such steps beyond here."""
+        """Extrapolate linearly: return the bytes ``steps`` steps beyond this trace, where one step
+        leads from ``before`` to this trace."""
         pairs = zip(astuple(before), astuple(self), strict=True)
         return Traced(*(round(here + steps * (here - there)) for there, here in pairs))
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that are made while it is on, and that are still there."""
+    """A mode that counts the bytes of storages made while it is on, as long as they live.
+
+    ``now`` is the count, ``peak`` the largest that it has been.
+    """
 
     def __init__(self, device: str = "meta") -> None:
         super().__init__()
@@ -50,7 +54,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in self._tensors((args, kwargs)):
-            self._note(tensor, counted=False)  # what was not made here is an input
+            self._note(tensor, counted=False)  # a tensor that was not made here is an input
         out = func(*args, **(kwargs or {}))
         for tensor in self._tensors(out):
             self._note(tensor, counted=True)
@@ -77,7 +81,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def trace_inference(call: Callable[[], Any], device: str) -> Traced:
-    """Of a call without gradients; ``kept`` is what it returns, and what it left in a cache."""
+    """Trace a call without gradients; ``kept`` is its output and what it left in a cache."""
     with torch.no_grad(), attention_of(device), LiveBytes() as live:
         out = call()
         traced = Traced(live.now, live.peak)
@@ -86,8 +90,8 @@ def trace_inference(call: Callable[[], Any], device: str) -> Traced:
 
 
 def trace_training(call: Callable[[], Tensor], parameters: Iterable[Any], device: str) -> Traced:
-    """Of a call and its backward, in which the parameters that want a gradient already have one,
-    as from the second micro-batch on."""
+    """Trace a call and its backward; the parameters that want a gradient already have one, as from
+    the second micro-batch on."""
     for parameter in parameters:
         if parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)
@@ -103,11 +107,11 @@ def trace_training(call: Callable[[], Tensor], parameters: Iterable[Any], device
 
 @contextmanager
 def attention_of(device: str) -> Iterator[None]:
-    """Within it, scaled_dot_product_attention keeps on the meta device what it would on a device.
+    """Make scaled_dot_product_attention keep on the meta device what it would keep on ``device``.
 
-    The fused kernels keep queries, keys, values, output and one number per query and head, and of a
-    mask a copy in the dtype of the queries; the plain one that torch takes on the meta device would
-    keep the probabilities.
+    The fused kernels keep queries, keys, values, output, one number per query and head, and a copy
+    of the mask in the dtype of the queries. The plain kernel, which torch uses on the meta device,
+    would keep the probabilities.
     """
     plain = F.scaled_dot_product_attention
 

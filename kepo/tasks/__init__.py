@@ -1,1 +1,1 @@
-"""What is asked, what counts as right, and what a hint may say."""
+"""The task: its prompts, its rewards, and the rules for hints."""

@@ -1,4 +1,4 @@
-"""Where a hint gives a number that is an option as what comes out."""
+"""Find hints that give a number among the options as a result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kepo.tasks.hint_words import CLAUSE, SENTENCE, Words, closes, number, words
 from kepo.tasks.mentions import LISTS, own_words
 
 _WINDOW = 6
-"""Words before a number that are read."""
+"""The number of words that are read before a number."""
 _COPULAS = words_of("is s be being was are becomes")
 _SEEN = words_of("visible seen present there shown")
 _OPERATORS = words_of("+ plus minus times and or")
@@ -37,7 +37,7 @@ _ROMAN_FIGURES = (
 
 
 def states_number(text: Words, options: Sequence[str]) -> bool:
-    """Whether a number that is an option is given as a result."""
+    """Return whether the text gives a number that is an option as a result."""
     own = [own_words(option, letter) for letter, option in zip(LETTERS, options, strict=False)]
     values = {number(words[0]) for words in own if len(words) == 1} - {None}
     return bool(values) and any(
@@ -46,13 +46,14 @@ def states_number(text: Words, options: Sequence[str]) -> bool:
 
 
 def _value(text: Words, place: int) -> float | None:
-    """The number there, in capital Roman figures, too; but IV is a way to give a drug."""
+    """Return the number at ``place``, also in capital Roman figures, but for IV, which is a way to
+    give a drug; None if there is none."""
     roman = text.raw[place] in _ROMAN_FIGURES
     return float(_ROMAN_FIGURES.index(text.raw[place])) if roman else number(text.words[place])
 
 
 def _is_result(text: Words, place: int) -> bool:
-    """Whether the number there is told as what comes out, by the words and signs around it."""
+    """Return whether the words and signs around the number at ``place`` make it a result."""
     following, gap = text.words[place + 1 : place + 6], text.gaps[place]
     if following[:1] == ("%",):
         return False
@@ -83,12 +84,12 @@ def _is_result(text: Words, place: int) -> bool:
 
 
 def _counts(words: Sequence[str]) -> bool:
-    """Whether there is a number among the words."""
+    """Return whether there is a number among the words."""
     return any(number(word) is not None for word in words)
 
 
 def _is_equated(text: Words, place: int) -> bool:
-    """Whether the words before a number make it a result: "the sum is", "adds up to"."""
+    """Return whether the words before a number make it a result: "the sum is", "adds up to"."""
     before, shown = place - 1, False
     for _ in range(_WINDOW):
         if text.at(before) not in _NUMBER_FILLERS:
@@ -119,14 +120,14 @@ def _is_equated(text: Words, place: int) -> bool:
         if set(text.gaps[step + 1]) & CLAUSE:
             break
         about.append(text.words[step])
-    pairs = set(zip(about[1:], about, strict=False))  # it was read backwards
+    pairs = set(zip(about[1:], about, strict=False))  # the words were read backwards
     if pairs & {("number", "of"), ("right", "number")} or set(about) & _RESULTS:
         return True
     return not set(about) & _OPERANDS
 
 
 def _is_operand(text: Words, place: int) -> bool:
-    """Whether a number is one of several, in a sum or in a list: "0 + 7", "7 and 0"."""
+    """Return whether a number is one of several in a sum or a list: "0 + 7", "7 and 0"."""
     for neighbour, sign, gap in (
         (place - 1, place - 2, text.gaps[place]),
         (place + 1, place + 2, text.gaps[place + 1]),

@@ -1,4 +1,4 @@
-"""A hint as words, whatever characters they are written in, and which of them are numbers."""
+"""Read a hint as words, in whatever characters they are written, and find numbers among them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 def words_of(text: str) -> frozenset[str]:
-    """The words of a list that is written as one string."""
+    """Return the words of a list that is written as one string."""
     return frozenset(text.split())
 
 
@@ -23,7 +23,7 @@ SENTENCE = frozenset(".!?;\n")
 CLAUSE = SENTENCE | frozenset(":,")
 """Marks that end a clause."""
 REACH = 60
-"""Words of a sentence that are read on either side of what it names."""
+"""The number of a sentence's words that are read on either side of what it names."""
 
 _WORD = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+|[+%]+")
 _IDEOGRAPH = re.compile("([\u1100-\u11ff\u2e80-\u9fff])")
@@ -42,24 +42,24 @@ _WRAPS = {"(": ")", "[": "]", "{": "}", "<": ">", "“": "”", "‘": "’", "�
 
 @dataclass(frozen=True)
 class Words:
-    """A text as its words, case folded, and what stands around them."""
+    """A text as its words, case folded, and the gaps around them."""
 
     words: tuple[str, ...]
     raw: tuple[str, ...]
     """The words in their own case."""
     gaps: tuple[str, ...]
-    """Spaces and punctuation: ``gaps[i]`` before word i, and the last one after the last word."""
+    """The spaces and punctuation: ``gaps[i]`` before word i, and the last after the last word."""
 
     def __len__(self) -> int:
         return len(self.words)
 
     def at(self, place: int) -> str:
-        """The word there; "" beyond either end."""
+        """Return the word at ``place``; "" beyond either end."""
         return self.words[place] if 0 <= place < len(self) else ""
 
 
 def read(text: str) -> Words:
-    """A text without the accents, invisible characters and typographic forms that hide a word.
+    """Read a text without the accents, invisible characters and typographic forms that hide words.
 
     Letters and digits in circles and squares become plain ones, ticks and crosses the words
     "correct" and "wrong", and what is struck out is denied.
@@ -79,8 +79,8 @@ def read(text: str) -> Words:
 
 
 def number(word: str) -> float | None:
-    """What a word says in digits, as one of `NUMBERS` or as a sign such as the Chinese seven; None
-    if it is no number."""
+    """Return the number that a word gives in digits, as one of `NUMBERS`, or as a sign such as the
+    Chinese seven; None if it gives none."""
     if word in NUMBERS:
         return float(NUMBERS.index(word))
     if len(word) == 1 and not word.isdecimal():
@@ -91,7 +91,8 @@ def number(word: str) -> float | None:
 
 
 def _plain(character: str) -> str:
-    """One character, of a text in NFKD, as letters, digits or words; "" if it is not seen alone."""
+    """Return a character of a text in NFKD as letters, digits or words; "" if it is not seen
+    alone."""
     if character.isascii():
         return character
     category = unicodedata.category(character)
@@ -105,8 +106,8 @@ def _plain(character: str) -> str:
 
 
 def clause_around(text: Words, start: int, end: int, marks: frozenset[str]) -> tuple[int, int, str]:
-    """``(first word, word after the last, marks that end it)`` of what stands between such marks
-    around words ``start`` to ``end``; REACH words to either side are read."""
+    """Return ``(first word, word after the last, marks that end it)`` of the clause between
+    ``marks`` around words ``start`` to ``end``; REACH words to either side are read."""
     first, last = max(0, start - REACH), min(len(text), end + REACH)
     while start > first and not set(text.gaps[start]) & marks:
         start -= 1
@@ -116,11 +117,11 @@ def clause_around(text: Words, start: int, end: int, marks: frozenset[str]) -> t
 
 
 def closes(text: Words, place: int) -> bool:
-    """Whether a clause ends after the word there."""
+    """Return whether a clause ends after the word at ``place``."""
     return place + 1 >= len(text) or bool(text.gaps[place + 1].strip(" \t\"'*_`"))
 
 
 def wrapped(text: Words, place: int) -> bool:
-    """Whether a word stands in brackets, quotes or emphasis of its own."""
+    """Return whether the word at ``place`` has brackets, quotes or emphasis of its own."""
     opening, closing = text.gaps[place][-1:], text.gaps[place + 1][:1]
     return opening in _WRAPS and closing == _WRAPS[opening]

@@ -1,6 +1,6 @@
-"""Which hints state an answer: what leaks, and what is only a mention.
+"""Tell hints that state an answer from hints that only mention an option.
 
-A hint states an answer, and is of no use as a hint, where it
+A hint states an answer, and is of no use as a hint, if it
 
 - names the right option: its letter, its place ("the second option", "option 2", "#2", "the letter
   after A") or its own words, whatever the case, accents, hyphens, punctuation or emphasis around
@@ -11,7 +11,7 @@ A hint states an answer, and is of no use as a hint, where it
   other is yes), or the right one ("B is wrong");
 - gives a number that is an option as a result ("= 7", "7 = 3 + 4", "the sum is 7", "makes seven").
 
-It states none where it
+It states no answer if it
 
 - names several options alike ("either pneumonia or effusion", "decide between B and C", "a cyst has
   fluid, a tumour does not");
@@ -24,9 +24,9 @@ It states none where it
 - has a letter or an everyday word in another sense: the article "A", vitamin B, B cells,
   C. difficile, 37 °C; "there is no fluid", "the right answer".
 
-It goes by words, and its phrases are English. An answer told in other words than the option's own
-passes, and so does much that a writer says who knows these rules: it is a sieve, no proof. What is
-said in general of the right option alone ("malignant lesions have ragged borders") is refused.
+The check goes by words, and its phrases are English. It passes an answer told in other words than
+the option's own, and much from a writer who knows these rules: it is a sieve, not a proof. It
+refuses general statements about the right option alone ("malignant lesions have ragged borders").
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ _HANGS = words_of("or only if needs need would means requires and")
 
 
 def states_answer(hint: str, example: Example) -> bool:
-    """Whether a hint states an answer to the question, in the sense of this module's docstring.
+    """Return whether a hint states an answer to the question, as defined in the module's docstring.
 
-    Takes time in proportion to the hint's length.
+    The time taken is proportional to the hint's length.
     """
     text, options = read(hint), example.options
     right = LETTERS.index(example.answer)
@@ -126,14 +126,16 @@ def states_answer(hint: str, example: Example) -> bool:
 
 
 def _only_asks(text: Words, mention: Mention) -> bool:
-    """Whether an option's words stand there in a question or comparison, which points at none."""
+    """Return whether the mention is an option's words in a question or comparison, which points at
+    no option."""
     return mention.by_text and (
         is_asked(text, mention, SENTENCE - {";"}) or is_compared(text, mention)
     )
 
 
 def _grouped(found: Sequence[Mention], text: Words) -> list[list[Mention]]:
-    """Mentions that are named in one breath, as in "A, B or C" and "pneumonia vs. effusion"."""
+    """Return the mentions in groups that are named in one breath, as in "A, B or C" and "pneumonia
+    vs. effusion"."""
     groups: list[list[Mention]] = []
     for mention in found:
         end = groups[-1][-1].end if groups else None
@@ -154,7 +156,7 @@ def _are_linked(text: Words, end: int, start: int) -> bool:
 
 
 def _is_stated(text: Words, mention: Mention) -> bool:
-    """Whether what the mention names is said to be the answer."""
+    """Return whether the mentioned option is said to be the answer."""
     start, end = mention.start, mention.end
     if mention.by_text and (
         is_asked(text, mention, SENTENCE | {":"}) or is_compared(text, mention)
@@ -181,7 +183,8 @@ def _is_stated(text: Words, mention: Mention) -> bool:
 
 
 def _is_yes(text: Words, mention: Mention) -> bool:
-    """Whether an option "yes" is said, which has no other sense, and depends on nothing."""
+    """Return whether the mention is an option "yes", said without a condition; "yes" has no other
+    sense."""
     return (
         text.words[mention.start : mention.end] == ("yes",)
         and text.at(mention.start - 1) not in _OPEN
@@ -190,7 +193,7 @@ def _is_yes(text: Words, mention: Mention) -> bool:
 
 
 def _is_led_to(text: Words, mention: Mention) -> bool:
-    """Whether the words before the mention lead to an answer: "it is B", "go with B"."""
+    """Return whether the words before the mention lead to an answer: "it is B", "go with B"."""
     place = mention.start - 1
     joint = text.gaps[mention.start]
     for _ in range(WINDOW):
@@ -213,7 +216,7 @@ def _is_led_to(text: Words, mention: Mention) -> bool:
 
 
 def _is_confirmed(text: Words, end: int) -> bool:
-    """Whether the words from ``end`` on say that what stood before is the answer: "fits best"."""
+    """Return whether the words from ``end`` on confirm the option before them: "fits best"."""
     word, following = text.at(end), text.at(end + 1)
     if set(text.gaps[end]) & CLAUSE:
         return False
@@ -233,7 +236,7 @@ def _is_confirmed(text: Words, end: int) -> bool:
 
 
 def _before(text: Words, place: int) -> list[str]:
-    """The last words before one, of its sentence."""
+    """Return the last words before ``place`` in the same sentence."""
     found: list[str] = []
     while place > 0 and len(found) < WINDOW and not set(text.gaps[place]) & SENTENCE:
         place -= 1
@@ -242,6 +245,6 @@ def _before(text: Words, place: int) -> list[str]:
 
 
 def _has_signs(hint: str, option: str) -> bool:
-    """Whether an option of signs alone, such as "(.*)", stands in the hint."""
+    """Return whether the hint contains an option of signs alone, such as "(.*)"."""
     signs = option.strip(". \t\n")
     return bool(signs) and not len(read(signs)) and signs in hint

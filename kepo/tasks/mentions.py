@@ -1,6 +1,6 @@
-"""Where a text speaks of an option: by its letter, its place in the list, or its own words.
+"""Find where a text mentions an option: by its letter, its place in the list, or its own words.
 
-Whatever is said of the option there is for `kepo.tasks.leaks` to read.
+`kepo.tasks.leaks` reads what the text says of the option there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ ORDINALS = (
 )
 OPTION_NOUNS = words_of("option opt choice alternative possibility candidate answer item")
 EXCEPT = words_of("except but than save besides from")
-"""What spares an option of all: "all except the second"; also "other than" and "apart from"."""
+"""The words that except an option from all: "all except the second"; "other than" and "apart from"
+do so, too."""
 LISTS = words_of("options choices answers list")
 
 _ARTICLES = frozenset(("a", "an", "the"))
@@ -69,20 +70,21 @@ _CORRECT = words_of(
 
 
 class Mention(NamedTuple):
-    """Words ``start`` to ``end`` (exclusive) speak of an option."""
+    """A mention of an option by words ``start`` to ``end`` (exclusive)."""
 
     start: int
     end: int
     option: int
     sure: bool
-    """False: they do only if they are stated as an answer ("the second", an everyday word)."""
+    """False if the words mean the option only when stated as an answer ("the second", an everyday
+    word)."""
     by_text: bool = False
 
 
 def mentions(text: Words, options: Sequence[str]) -> list[Mention]:
-    """Where ``text`` speaks of an option, in order; the longest where several readings overlap.
+    """Return the mentions of options in ``text``, in order; of overlapping ones, the longest.
 
-    A number as an option is not looked for here: a number alone says nothing.
+    An option that is a number is not looked for here: a number alone says nothing.
     """
     found = [*_by_text(text, options), *_turned(text, options), *_by_place(text, options)]
     found += _by_letter(text, len(options))
@@ -104,7 +106,8 @@ def mentions(text: Words, options: Sequence[str]) -> list[Mention]:
 
 
 def is_name(text: Words, place: int) -> bool:
-    """Whether the letter there is part of a name: vitamin B, B-mode, C. difficile, 37 °C."""
+    """Return whether the letter at ``place`` is part of a name: vitamin B, B-mode, C. difficile,
+    37 °C."""
     before, after = text.gaps[place], text.gaps[place + 1]
     previous, following = text.at(place - 1), text.at(place + 1)
     asked = {text.at(place - back) for back in (1, 2, 3)} & OPTION_NOUNS
@@ -144,7 +147,8 @@ def _by_text(text: Words, options: Sequence[str]) -> Iterator[Mention]:
 
 
 def own_words(option: str, letter: str) -> list[str]:
-    """The words of an option without an article, or its own letter ("(A) one"), before them."""
+    """Return the words of an option, without an article or its own letter ("(A) one") before
+    them."""
     label = re.match(rf"\s*(?:\({letter}\)|{letter}[.):])\s*(?=\S)", option)
     own = list(read(option[label.end() :] if label else option).words)
     while len(own) > 1 and own[0] in _ARTICLES:
@@ -153,9 +157,10 @@ def own_words(option: str, letter: str) -> list[str]:
 
 
 def _turned(text: Words, options: Sequence[str]) -> Iterator[Mention]:
-    """Options of several words whose last one comes first: "the lungs are normal" is a normal lung.
+    """Yield mentions of options in other word order: "the lungs are normal" is a normal lung.
 
-    So does "normal-appearing lung", where a word about looks stands between.
+    The option has several words, and its last one comes first. "Normal-appearing lung" counts, too,
+    where a word about looks stands between.
     """
     for option, words in enumerate(options):
         own = own_words(words, LETTERS[option])
@@ -183,7 +188,8 @@ def _turned(text: Words, options: Sequence[str]) -> Iterator[Mention]:
 
 
 def _forms(name: str) -> tuple[str, ...]:
-    """One and several of them; of a short name only itself."""
+    """Return a name in singular and plural; a name of one character, or not ending in a letter,
+    only as it is."""
     if len(name) < 2 or not name[-1].isalpha():
         return (name,)
     if len(name) < 3:
@@ -192,7 +198,7 @@ def _forms(name: str) -> tuple[str, ...]:
 
 
 def _is_side(text: Words, place: int) -> bool:
-    """Whether "left" or "right" there is a side that is pointed at."""
+    """Return whether "left" or "right" at ``place`` is a side that is pointed at."""
     if text.words[place] not in ("left", "right") or text.at(place - 1) != "the":
         return False
     return text.at(place + 1) not in _CORRECT
@@ -215,7 +221,8 @@ def _by_letter(text: Words, count: int) -> Iterator[Mention]:
 
 
 def _is_article(text: Words, place: int) -> bool:
-    """Whether "a" (or the pronoun "I") is that: a word follows, and not one that follows a letter.
+    """Return whether "a" at ``place`` is an article, or "I" a pronoun: a word follows, and not one
+    that follows a letter.
 
     Quotes, emphasis and brackets that open before that word change nothing.
     """
@@ -262,7 +269,7 @@ def _by_place(text: Words, options: Sequence[str]) -> Iterator[Mention]:
 
 
 def _ordinal(word: str, count: int) -> int | None:
-    """Place in the list, from 0, that an ordinal names."""
+    """Return the place in the list, from 0, that an ordinal names; None if the word names none."""
     if word in ORDINALS:
         return ORDINALS.index(word)
     if word in ("last", "final", "bottom"):
@@ -276,7 +283,8 @@ def _ordinal(word: str, count: int) -> int | None:
 
 
 def _numbered(text: Words, place: int, count: int, counted_options: bool) -> Iterator[Mention]:
-    """Option 2, choice no. 2, option (ii); #2 and number two if they are stated as an answer.
+    """Yield mentions by number: option 2, choice no. 2, option (ii); #2 and number two count only
+    if they are stated as an answer.
 
     A bare number is a place if it is all of the hint or follows "answer", and no option has digits
     (``counted_options``).
@@ -302,7 +310,7 @@ def _numbered(text: Words, place: int, count: int, counted_options: bool) -> Ite
 
 
 def _answers(text: Words, place: int) -> bool:
-    """Whether a bare number there is the whole text, or told as the answer."""
+    """Return whether a bare number at ``place`` is the whole text, or told as the answer."""
     before = place - 1
     while text.at(before) in ("is", "the", "s", "my") and place - before < 4:
         before -= 1

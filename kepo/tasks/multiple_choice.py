@@ -1,4 +1,4 @@
-"""Every text the models are asked with; no templates, so braces in a question are safe."""
+"""All texts that are put to the models, built without templates, so braces in them are safe."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ _HINT = re.compile(r"<hint>(.*?)</hint>", re.DOTALL)
 
 
 def question_prompt(example: Example) -> str:
-    """The question, its options one per line, and the answer format."""
+    """Return the prompt: the question, its options one per line, and the answer format."""
     return f"{_question(example)}\n{ANSWER_INSTRUCTION}"
 
 
 def hint_request(example: Example, with_answer: bool) -> str:
-    """Ask the teacher for a hint; ``with_answer`` tells it the right letter first."""
+    """Return the request to the teacher for a hint; ``with_answer`` tells it the right letter."""
     told = f"The answer is {example.answer}. " if with_answer else ""
     return f"{_question(example)}\n{told}{HINT_INSTRUCTION}"
 
 
 def hinted_prompt(example: Example, hint: str, gives_answer: bool = False) -> str:
-    """``question_prompt`` with a hint as its last line; ``gives_answer``: and the right letter."""
+    """Return ``question_prompt`` with a hint as its last line; ``gives_answer`` adds the right
+    letter."""
     told = f"\nThe answer is {example.answer}." if gives_answer else ""
     return f"{question_prompt(example)}\nHint: {hint}{told}"
 
 
 def parse_hint(text: str) -> str | None:
-    """The inside of the one ``<hint>...</hint>`` of ``text``, stripped; it may span lines.
+    """Return the inside of the one ``<hint>...</hint>`` in ``text``, stripped; it may span lines.
 
     None if there is no such pair, more than one, an unmatched tag, or nothing to be seen inside.
     """
@@ -43,7 +44,8 @@ def parse_hint(text: str) -> str | None:
 
 
 def worked_answer(example: Example) -> str:
-    """``<think>3 + 5 = 8</think><answer>C</answer>``; without a rationale only the answer."""
+    """Return ``<think>3 + 5 = 8</think><answer>C</answer>``; only the answer if there is no
+    rationale."""
     thought = f"<think>{example.rationale}</think>" if example.rationale else ""
     return f"{thought}<answer>{example.answer}</answer>"
 

@@ -1,4 +1,4 @@
-"""What a completion earns: functions of its text and the right letter, and nothing else.
+"""The rewards of a completion: functions of its text and the right letter, and of nothing else.
 
 The parser reads generated text, so it assumes bad faith: an answer counts only if there is exactly
 one answer block, it is the last thing said, it stands outside the reasoning, and it holds one
@@ -20,16 +20,16 @@ Reward = Callable[[str, str], float]
 
 
 def accuracy(text: str, answer: str) -> float:
-    """1.0 if the one answer block of ``text`` holds the letter ``answer``, else 0.0."""
+    """Return 1.0 if the one answer block of ``text`` holds the letter ``answer``, else 0.0."""
     return float(parse_answer(text) == answer)
 
 
 def format(text: str, answer: str) -> float:
-    """1.0 if ``text`` is ``<think>...</think><answer>X</answer>`` and nothing around it, else
-    0.0.
+    """Return 1.0 if ``text`` is ``<think>...</think><answer>X</answer>`` with nothing around it,
+    else 0.0.
 
-    There must be something to read between the tags of the first block: spaces, or characters that
-    show nothing, are no reasoning.
+    The first block must hold something to read: spaces, or characters that show nothing, are no
+    reasoning.
     """
     parts = _split(text)
     if parts is None or letter_of(parts[2]) is None:
@@ -39,27 +39,26 @@ def format(text: str, answer: str) -> float:
 
 
 REWARDS: dict[str, Reward] = {"accuracy": accuracy, "format": format}
-"""Rewards by the name that configs, gates and logs use. Add your own function here."""
+"""The rewards, by the names that configs, gates and logs use. Add your own function here."""
 
 
 def parse_answer(text: str) -> str | None:
-    """The letter of the one well-formed answer block, upper case; None if there is no such block.
+    """Return the upper-case letter of the one well-formed answer block; None if there is none.
 
-    None, too, for a second or unclosed tag, for an answer inside the reasoning, for text after the
-    block, and for anything in it but one letter A to Z ("b", " B ", "B.", "B)" and "(B)" are the
-    letter B).
+    A second or unclosed tag, an answer inside the reasoning, text after the block, and anything in
+    it but one letter A to Z also give None ("b", " B ", "B.", "B)" and "(B)" are the letter B).
     """
     parts = _split(text)
     return None if parts is None else letter_of(parts[2])
 
 
 def score(names: Sequence[str], text: str, answer: str, example_id: str) -> dict[str, float]:
-    """Every reward of ``names`` for one completion.
+    """Return the rewards in ``names`` of one completion, by name.
 
-    A number is a Python, NumPy or torch one, a bool among them, or an array or tensor without
-    dimensions. Raises KepoRewardError, which names reward and example, if a reward fails or returns
-    anything else, None, NaN and infinities included: a made-up reward would train the model on
-    nonsense in silence.
+    A reward must be a Python, NumPy or torch number, which may be a bool, or an array or tensor
+    without dimensions. Raises KepoRewardError, which names reward and example, if a reward function
+    fails or returns anything else, None, NaN and infinities included: a made-up reward would
+    silently train the model on nonsense.
     """
     scores = {}
     for name in names:
@@ -82,8 +81,8 @@ def score(names: Sequence[str], text: str, answer: str, example_id: str) -> dict
 
 
 def _number(value: Any) -> float | None:
-    """``value`` as a float; None if it is not one finite number."""
-    if hasattr(value, "shape"):  # of NumPy or torch
+    """Return ``value`` as a float; None if it is not one finite number."""
+    if hasattr(value, "shape"):  # a NumPy or torch value
         if tuple(value.shape) != ():
             return None
         value = value.item()
@@ -91,14 +90,14 @@ def _number(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer too large for a float
         return None
     return number if math.isfinite(number) else None
 
 
 def _split(text: str) -> tuple[str, str | None, str] | None:
-    """(text before everything, reasoning or None, content of the answer block), or None if
-    malformed."""
+    """Return (text before everything, reasoning or None, content of the answer block); None if the
+    text is malformed."""
     if text.count("<answer>") != 1 or text.count("</answer>") != 1:
         return None
     head, _, rest = text.partition("<answer>")

@@ -1,4 +1,4 @@
-"""What a hint says of an option that it names: that it is out, better than another, or spared."""
+"""Read what a hint says of an option: that it is out, better than another, or excepted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kepo.tasks.hint_words import CLAUSE, SENTENCE, Words, clause_around, closes
 from kepo.tasks.mentions import EXCEPT, Mention
 
 WINDOW = 6
-"""Words on either side that are read."""
+"""The number of words that are read on either side."""
 RIGHT = words_of("right correct best better answer true it one solution likeliest")
 AUXILIARIES = words_of("is are was looks seems must should would can could has appears")
 _NEGATIONS = words_of(
@@ -36,8 +36,8 @@ _BE = words_of("is s was be can ca could say")
 
 
 def is_ruled_out(text: Words, start: int, end: int, floor: int, ceiling: int) -> bool:
-    """Whether words ``start`` to ``end`` are said not to be the answer, by those between ``floor``
-    and ``ceiling`` around them: "it is not A", "A is wrong"."""
+    """Return whether the words between ``floor`` and ``ceiling`` say that words ``start`` to
+    ``end``, which they surround, are not the answer: "it is not A", "A is wrong"."""
     if text.at(start - 1) == "over" or (text.at(start - 1), text.at(start - 2)) == (
         "of",
         "instead",
@@ -66,7 +66,7 @@ def is_ruled_out(text: Words, start: int, end: int, floor: int, ceiling: int) ->
 
 
 def _is_marked_out(text: Words, end: int) -> bool:
-    """Whether a verdict stands behind the name: "A: no, B: yes"."""
+    """Return whether a no stands behind the name: "A: no, B: yes"."""
     mark = text.gaps[end].strip(" )]}*_")
     if text.at(end) not in _NO or mark not in (":", "-", "=", "") or not closes(text, end):
         return False
@@ -74,12 +74,13 @@ def _is_marked_out(text: Words, end: int) -> bool:
 
 
 def is_marked_right(text: Words, end: int) -> bool:
-    """Whether the verdict behind the name is a yes."""
+    """Return whether the verdict behind the name is a yes."""
     return text.at(end) in _YES and ":" in text.gaps[end] and closes(text, end)
 
 
 def is_everyday_ruled_out(text: Words, mention: Mention) -> bool:
-    """Whether an option of one everyday word is denied as an answer: "not no", "no is wrong".
+    """Return whether an option of one everyday word is denied as an answer: "not no", "no is
+    wrong".
 
     Elsewhere the word may have its own sense: "there is not normal perfusion".
     """
@@ -101,7 +102,7 @@ def is_everyday_ruled_out(text: Words, mention: Mention) -> bool:
 
 
 def prefers(text: Words, first: Mention, second: Mention) -> bool:
-    """Whether one of two options named in a row is said to be the better one: "B > A", "B beats A",
+    """Return whether one of two options named in a row is said to be better: "B > A", "B beats A",
     "prefer B to A"."""
     between = text.words[first.end : second.start]
     signs = set("".join(text.gaps[first.end : second.start + 1]))
@@ -114,7 +115,7 @@ def prefers(text: Words, first: Mention, second: Mention) -> bool:
 
 
 def is_spared(text: Words, mention: Mention) -> bool:
-    """Whether the option is the one left of all: "all options except B are wrong"."""
+    """Return whether the option is the one left of all: "all options except B are wrong"."""
     place = mention.start - 1
     while text.at(place) in ("the", "option", "choice", "letter"):
         place -= 1
@@ -123,7 +124,7 @@ def is_spared(text: Words, mention: Mention) -> bool:
 
 
 def is_neighbour(text: Words, group: list[Mention]) -> bool:
-    """Whether an option is named by those it stands beside: "the letter after A", "the option
+    """Return whether an option is named by its neighbours: "the letter after A", "the option
     between A and C"."""
     place = group[0].start - 1
     while text.at(place) in ("the", "option"):
@@ -137,8 +138,8 @@ def is_neighbour(text: Words, group: list[Mention]) -> bool:
 
 
 def is_compared(text: Words, mention: Mention) -> bool:
-    """Whether the clause asks about or compares what the option's words name: "how does it differ
-    from a normal lung", "think about what makes a lesion malignant"."""
+    """Return whether the clause asks about or compares what the option's words name: "how does it
+    differ from a normal lung", "think about what makes a lesion malignant"."""
     first, _, _ = clause_around(text, mention.start, mention.end, CLAUSE)
     before = text.words[first : mention.start][-2 * WINDOW :]
     if set(before) & _COMPARED:
@@ -147,7 +148,7 @@ def is_compared(text: Words, mention: Mention) -> bool:
 
 
 def is_asked(text: Words, mention: Mention, marks: frozenset[str]) -> bool:
-    """Whether what stands between such marks around the mention is a question, and an open one: not
+    """Return whether the words between ``marks`` around the mention are an open question: not
     "normal lung?" alone, nor "isn't it a normal lung?"."""
     first, last, end = clause_around(text, mention.start, mention.end, marks)
     alone = last - first <= mention.end - mention.start + 1
@@ -155,6 +156,7 @@ def is_asked(text: Words, mention: Mention, marks: frozenset[str]) -> bool:
 
 
 def is_conditional(text: Words, mention: Mention) -> bool:
-    """Whether the sentence says it under a condition: "if there is fluid, choose C"."""
+    """Return whether the sentence puts the mention under a condition: "if there is fluid, choose
+    C"."""
     first, _, _ = clause_around(text, mention.start, mention.end, SENTENCE)
     return text.at(first) == "if" and text.at(first + 1) not in ("i", "you")

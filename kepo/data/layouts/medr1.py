@@ -51,28 +51,32 @@ _NEXT_BRACKET = (
     r"(?<=[a-z]){capital}\)",
     r"(?:[,;/|]\s+|\n\s*)(?:{number})[.:)\]](?!\d)",
 )
-"""How one more option may stand in what was read as the last: in another style than the others,
-with a small letter, or a number in the letter's place. Those of the second list may close a bracket
-instead."""
+"""Patterns of one more option inside the text that was read as the last one: in another style than
+the others, with a small letter, or with a number for its letter. The patterns of the second list
+may close a bracket instead."""
 _LIKE_LATIN = str.maketrans(
     "\u0410\u0412\u0415\u041a\u041c\u041d\u041e\u0420\u0421\u0422\u0425\u0406\u0408\u0405"
     "\u0391\u0392\u0395\u0396\u0397\u0399\u039a\u039c\u039d\u039f\u03a1\u03a4\u03a5\u03a7",
     "ABEKMHOPCTXIJSABEZHIKMNOPTYX",
 )
-"""Capital letters, Cyrillic and Greek, that are drawn as others of A to Z are."""
+"""Cyrillic and Greek capital letters that look like letters of A to Z."""
 _ROMAN = ("iii", "iv", "v", "vi", "vii", "viii", "ix", "x")
-"""Numbers from 3 on, as the first that can stand after a list of two."""
+"""Roman numbers from 3 on: after a list of two options, 3 is the first that can follow."""
 _AFTERWORD = re.compile(
     r"[.!?;:,(>]\s*(?:please\s+)?"
     r"(?:answer|choose|select|pick\s+(?:the|one|an?)|reply|respond|note|explain|justify|give\s+(?:your|the))\b",
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"\w{3}[)\"']?[.!?]\s+[A-Z]")
-"""Where something may follow the options that is none of them: instructions, another sentence."""
+"""The end of a sentence, after which text may follow the options that is none of them, such as
+instructions or another sentence."""
 
 
 def rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """One file, or every file below a folder in sorted order; hidden ones are passed over."""
+    """Yield ``(where, record)`` from one file, or from every file below a folder in sorted order.
+
+    Hidden files are passed over.
+    """
     files = json_files(path) if path.is_dir() else [path]
     groups = {_group(file) for file in files}
     if len(groups) > 1:
@@ -109,11 +113,11 @@ def parse(record: Any, where: str) -> Parsed:
 
 
 def split_problem(problem: str) -> tuple[str, tuple[str, ...]]:
-    """``(question, options)`` of "question A)one, B)other"; also with "A: one", "A. one" on lines.
+    """Split "question A)one, B)other" into ``(question, options)``; also lines "A: one", "A. one".
 
-    The letters must be A, B and so on, each once. If there are others, those whose bracket
-    closes one, as in "(vitamin A)", are not of the list. Raises BadRecord where that leaves no
-    list or two, or where its last option may hold one more, or what is no option at all.
+    The letters must be A, B and so on, each once. If there are more, those whose bracket closes an
+    open one, as in "(vitamin A)", do not belong to the list. Raises BadRecord if that leaves no
+    list or two, or if its last option may hold another option, or text that is no option at all.
     """
     closing = _closing(problem)
     for marker in _MARKERS:
@@ -145,7 +149,7 @@ def split_problem(problem: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _split(problem: str, chain: list[re.Match]) -> tuple[str, tuple[str, ...]] | None:
-    """Question and options if these markers are those of a list."""
+    """Return question and options if these markers are those of a list, else None."""
     if len(chain) < 2 or "".join(m[1] for m in chain) != LETTERS[: len(chain)]:
         return None
     ends = [m.start() for m in chain[1:]] + [len(problem)]
@@ -157,20 +161,20 @@ def _split(problem: str, chain: list[re.Match]) -> tuple[str, tuple[str, ...]] |
 
 
 def _after_a_word(problem: str, marker: re.Match) -> bool:
-    """Whether nothing but spaces parts a marker from the words before it."""
+    """Return whether only spaces stand between a marker and the words before it."""
     before = problem[: marker.start()]
     return before.rstrip(" ")[-1:] not in ("", *",;/|\t\n")
 
 
 def _after_words(problem: str, chain: list[re.Match]) -> bool:
-    """Whether a list has such markers after its first."""
+    """Return whether a list has markers that directly follow words, after its first marker."""
     return any(_after_a_word(problem, marker) for marker in chain[1:])
 
 
 def _holds_another(option: str, number: int, after_words: bool) -> bool:
-    """Whether the last of so many options seems to go on with the next letter.
+    """Return whether the last of ``number`` options seems to hold another, with the next letter.
 
-    after_words: the markers of the list stand after words, so that one in brackets may be another.
+    after_words: the list's markers directly follow words, so a marker in brackets may be another.
     """
     if number == len(LETTERS):
         return False
@@ -192,14 +196,14 @@ def _holds_another(option: str, number: int, after_words: bool) -> bool:
 
 
 def _in_plain_letters(words: str) -> str:
-    """Wide commas, brackets and letters as plain ones, likenesses of A to Z as these, and nothing
-    that is not seen."""
+    """Return the words in plain letters: wide commas, brackets and letters become plain ones,
+    likenesses of A to Z become these, and what cannot be seen is dropped."""
     seen = (c for c in unicodedata.normalize("NFKC", words) if unicodedata.category(c) != "Cf")
     return "".join(seen).translate(_LIKE_LATIN)
 
 
 def _goes_on(options: tuple[str, ...]) -> bool:
-    """Whether an option holds a line or sentence that seems to be of the problem, not of it.
+    """Return whether an option holds a line or sentence that seems to belong to the problem.
 
     A sentence after a sentence is suspicious if only the last option has one.
     """
@@ -210,7 +214,7 @@ def _goes_on(options: tuple[str, ...]) -> bool:
 
 
 def _closing(words: str) -> set[int]:
-    """Places of the brackets that close one."""
+    """Return the places of brackets that close an open one."""
     depth, places = 0, set()
     for place, character in enumerate(words):
         if character == "(":
@@ -231,7 +235,7 @@ def _letter(solution: str, options: tuple[str, ...]) -> str:
 
 
 def _sources(record: dict[str, Any]) -> Sources:
-    """What ``image`` or the list ``images`` say; in the latter's place there may be a function."""
+    """Return the sources in ``image`` or the list ``images``; ``images`` may be a function."""
     images = record.get("images")
     if callable(images):
         return images

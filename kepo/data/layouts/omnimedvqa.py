@@ -1,4 +1,4 @@
-"""OmniMedVQA as it is published: ``QA_information/**/*.json`` beside ``Images/``.
+"""The layout of OmniMedVQA as it is published: ``QA_information/**/*.json`` beside ``Images/``.
 
 Published questions have two to four options; up to 26 are read.
 """
@@ -43,7 +43,7 @@ option_count, answer_type."""
 
 
 def rows(root: Path) -> Iterator[tuple[str, Any]]:
-    """Files in sorted order, records in file order; hidden files are passed over."""
+    """Yield ``(where, record)``: files in sorted order, records in file order, no hidden files."""
     folder = root / FOLDER
     if not folder.is_dir():
         raise KepoDataError(f"{root} has no folder {FOLDER}; expected {EXPECTED}")
@@ -55,8 +55,9 @@ def rows(root: Path) -> Iterator[tuple[str, Any]]:
 
 
 def parse(record: Any, where: str) -> Parsed:
-    """``question_id, question_type, question, gt_answer, image_path, option_A, option_B``,
-    optionally ``option_C`` and so on, ``rationale``, and ``modality_type`` or ``modality``."""
+    """Parse a record with the fields ``question_id, question_type, question, gt_answer,
+    image_path, option_A, option_B``, optionally ``option_C`` and so on, ``rationale``, and
+    ``modality_type`` or ``modality``."""
     record = fields_of(record)
     options = _options(record)
     question = text(record, "question")
@@ -75,7 +76,7 @@ def parse(record: Any, where: str) -> Parsed:
 
 
 def quirks(record: dict[str, Any], example: Example) -> list[str]:
-    """In what a good record departs from the published schema."""
+    """Return the ways in which a good record departs from the published schema."""
     found = []
     if "modality_type" not in record:
         found.append("modality in place of modality_type")
@@ -89,7 +90,8 @@ def quirks(record: dict[str, Any], example: Example) -> list[str]:
 
 
 def _options(record: dict[str, Any]) -> tuple[str, ...]:
-    """Every option that the record has: one that is named otherwise makes it a bad record."""
+    """Return all options of the record; a field that seems an option by another name is an error
+    (BadRecord)."""
     present = [key for key, value in record.items() if value is not None and _OPTION.match(key)]
     expected = [f"option_{letter}" for letter in LETTERS[: len(present)]]
     if len(present) < 2 or sorted(present) != expected:

@@ -16,12 +16,15 @@ from kepo.disk.files import printable, read_regular, require_regular
 from kepo.errors import KepoDataError
 
 COLUMNS = ("problem", "solution")
-IMAGES = ("image", "images")  # one of them
+IMAGES = ("image", "images")  # a dataset has one of these columns
 DICT, SINGLE = "dataset_dict.json", "state.json"
 
 
 def rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Records of medr1's shape; ``images`` is a function, as all images would not fit in memory."""
+    """Yield ``(where, record)`` in medr1's shape.
+
+    ``images`` is a function, as all images would not fit in memory.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -35,7 +38,7 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
         for file in (*path.glob("*.json"), *path.glob("*.arrow")):
             require_regular(file)
         dataset = datasets.load_from_disk(str(path))
-    except Exception as error:  # of broken files it may raise anything
+    except Exception as error:  # broken files may make it raise anything
         raise _unread(path, error) from error
     columns = [name for name in IMAGES if name in dataset.column_names]
     missing = [name for name in COLUMNS if name not in dataset.column_names]
@@ -68,7 +71,7 @@ def _unread(path: Path, error: Exception) -> KepoDataError:
 
 
 def _one_split(path: Path) -> Path:
-    """The folder itself, or that of its only split."""
+    """Return the folder itself, or the folder of its only split."""
     if not (path / DICT).is_file():
         return path
     try:
@@ -83,7 +86,7 @@ def _one_split(path: Path) -> Path:
 
 
 def _undecoded(feature: Any, datasets: Any) -> Any:
-    """The same column, its images as they were stored."""
+    """Return the column's feature with images left as they were stored, not decoded."""
     if isinstance(feature, datasets.Image):
         return datasets.Image(decode=False)
     inner = getattr(feature, "feature", None)
