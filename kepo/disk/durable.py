@@ -164,8 +164,7 @@ def is_folder(path: Path) -> bool:
 
 
 def as_json(value: Any, **settings: Any) -> str:
-    """Return JSON as the standard has it: NaN and the infinities, which it has no word for, are
-    null.
+    """Return standard JSON: NaN and the infinities, which it has no word for, are null.
 
     settings: json.dumps's.
     """

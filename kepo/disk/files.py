@@ -21,8 +21,7 @@ SYSTEM = frozenset(
 """Folders that operating systems, network disks and tools leave beside the data, trash and old
 states of it among them; in lower case."""
 MAX_JSON_BYTES = 2**30
-"""The size in bytes above which a JSON file is refused: it would be read into memory several times
-over."""
+"""The most bytes a JSON file may have: it is read into memory several times over."""
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -34,7 +33,7 @@ _KINDS = (
 
 
 def hidden(name: str) -> bool:
-    """Return whether a file or folder of this name is a copy or note that some program keeps for
+    """Return whether a file or folder of this name is a copy or note that a program keeps for
     itself.
 
     These are ``.ipynb_checkpoints``, ``._x.json``, ``.git``, whatever else begins with a dot, and
@@ -87,7 +86,7 @@ def require_regular(path: Path) -> int:
 
 
 def read_regular(path: Path) -> bytes:
-    """Read all of a regular file; OSError if it is none, is larger than MAX_JSON_BYTES or cannot be
+    """Read all of a regular file; OSError if it is none, exceeds MAX_JSON_BYTES or cannot be
     read."""
     if path.is_dir():
         os.listdir(path)  # one that may not be listed says so
@@ -125,14 +124,12 @@ def refuse_irregular(folder: Path, names: Iterable[str]) -> None:
 
 
 def _named(path: Path, error: OSError) -> OSError:
-    """Return the disk's own error, or an error of ours, which has no number, with the path before
-    it."""
+    """Return the disk's own error, or ours, which has no number, with the path before it."""
     return error if error.errno is not None else OSError(f"{path}: {error}; move it away")
 
 
 def expanded(path: str | Path) -> Path:
-    """Return the path with ``~`` and ``~user`` as home folders; KepoDataError if there is no such
-    user."""
+    """Expand ``~`` and ``~user`` to home folders; KepoDataError if there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

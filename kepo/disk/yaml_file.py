@@ -1,5 +1,4 @@
-"""A YAML file of settings: words are kept as written, and every mistake is reported in a
-sentence."""
+"""A YAML file of settings: words are kept as written, every mistake is reported in a sentence."""
 
 from __future__ import annotations
 

@@ -156,8 +156,7 @@ def _join(device: torch.device, timeout: float, stack: ExitStack) -> None:
 
 
 def _stores(limit: timedelta) -> tuple[dist.Store, dist.Store]:
-    """Return the store in which torchrun's processes meet, and a client of it for this package
-    alone."""
+    """Return the store in which torchrun's processes meet, and a client of it for this package."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store, _, _ = next(dist.rendezvous("env://", timeout=limit))
     own = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
@@ -186,8 +185,7 @@ def refusals_told() -> Iterator[None]:
 
 
 def _tell(refusal: str) -> None:
-    """Meet the other ranks, in the place of joining them, and wait until they have read
-    ``refusal``."""
+    """Meet the other ranks instead of joining them, and wait until they have read ``refusal``."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with suppress(RuntimeError):  # they have not come, or have left
         store, private = _stores(timedelta(seconds=MEETING))
@@ -332,8 +330,7 @@ def rank_slice(items: Sequence[T], place: int | None = None) -> Sequence[T]:
 
 
 class Stopped(Exception):
-    """Raised on every rank when work that was shared out ends early because one was asked to
-    stop."""
+    """Raised on every rank when shared work ends early because one was asked to stop."""
 
 
 def split_work(

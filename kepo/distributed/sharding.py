@@ -63,7 +63,7 @@ def shard(
 
     Each decoder layer and each block of the vision tower is gathered by itself, in ``compute``,
     when it runs. Embedding, head and everything else are one group, gathered from a forward to the
-    end of its backward, or for good if there is no backward: a tied head is one parameter there,
+    end of its backward, or from then on if there is none: a tied head is one parameter there,
     and an untied one can be read as a plain tensor. Gradients are averaged in float32. offload:
     shares stay in host memory. Raises KepoConfigError on CPUs where torch is too old for that.
     """
@@ -156,7 +156,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def rows_of(tensor: Tensor) -> slice:
-    """Return the rows of a tensor's first dimension that lie on this rank; all rows of one not
+    """Return the rows of a tensor's first dimension that lie on this rank; all if it is not
     sharded."""
     if not isinstance(tensor, DTensor):
         return slice(None)
@@ -168,8 +168,7 @@ def rows_of(tensor: Tensor) -> slice:
 
 
 def share_like(tensor: Tensor, share: Tensor) -> Tensor:
-    """Return this rank's rows as a tensor sharded like ``tensor``; as they are if that is not
-    sharded."""
+    """Return this rank's rows as a tensor sharded like ``tensor``; as they are if that is not."""
     if not isinstance(tensor, DTensor):
         return share
     return DTensor.from_local(

@@ -27,8 +27,7 @@ FAREWELL = 2.0  # seconds
 PAUSED = 4  # pauses without a look: this process itself was stopped
 WORK = 0.001  # of the limit: who uses the processor for less only sleeps in a loop
 WAITING = ("/torch/distributed/", "/torch/autograd/")
-"""Parts of the paths of code in which a process waits for others; in autograd, for their
-gradients."""
+"""Paths of code in which a process waits for others; in autograd, for their gradients."""
 PACKAGE = Path(__file__).parents[1]
 OURS = (f"{PACKAGE}/", f"{PACKAGE}_kernels/")
 

@@ -27,8 +27,7 @@ def evaluate(
     progress: bool = False,
     stop: Callable[[], bool] | None = None,
 ) -> dict[str, list[float]]:
-    """Return ``accuracy`` of the greedy answer to each example, by modality in order of first
-    sight.
+    """Return ``accuracy`` of each example's greedy answer, by modality in order of first sight.
 
     Draws no random numbers. All ranks call, each answers its share, and all get the whole.
     progress: show a bar. stop: called after every batch on each rank; once it is true on one,
@@ -96,8 +95,7 @@ def means(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def summary(table: Mapping[str, float], source: str) -> tuple[float, float]:
-    """Return ``(in_domain, ood_mean)``: the accuracy on ``source`` and the plain mean over the
-    others.
+    """Return ``(in_domain, ood_mean)``: accuracy on ``source`` and the plain mean over the others.
 
     Every other modality counts the same, whatever its number of questions. Raises KepoDataError if
     source is not in the table or there is no other modality.

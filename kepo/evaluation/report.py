@@ -1,4 +1,4 @@
-"""``python -m kepo evaluate MODEL DATA``: how many questions a saved model answers rightly.
+"""``python -m kepo evaluate MODEL DATA``: how many questions a saved model answers correctly.
 
 Greedy answers to a dataset of any layout, by modality and type of question. `chance` is what blind
 guessing would score on the same questions: with four options each it would be 0.25, but many have
@@ -35,8 +35,7 @@ from kepo.words import at_home, command_line
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Count the questions of a dataset that a saved model answers correctly, with greedy
-    decoding."""
+    """Count the questions of a dataset that a saved model answers correctly by greedy decoding."""
 
     model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
     """Folder or Hub name of a vision-language model; of a run, its checkpoint's policy/."""
@@ -118,8 +117,7 @@ def reader_of(settings: Evaluation) -> Reader:
 def questions(
     settings: Evaluation, reader: Reader | None = None
 ) -> tuple[list[Example], DataReport]:
-    """Return the questions to ask, every image decoded once; what is wrong with the others is in
-    the report.
+    """Return the questions to ask, every image decoded once, and a report with the others' faults.
 
     reader: the model they are asked of; questions that it cannot be asked are left out. None = any
     model.
@@ -193,8 +191,7 @@ def tabulated(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def summed(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Return counts of some questions, their accuracy with its 95 % interval, and that of
-    guessing."""
+    """Return counts of questions, their accuracy with its 95 % interval, and that of guessing."""
     right, count = sum(answer.right for answer in answers), len(answers)
     share, low, high = wilson(right, count)
     return {

@@ -32,8 +32,7 @@ class Interval(NamedTuple):
 
 
 def bootstrap(correct: np.ndarray, minus: np.ndarray | None = None, seed: int = 0) -> Interval:
-    """Return the mean over seeds, modalities and items, and its percentile interval from 10,000
-    draws.
+    """Return the mean over seeds, modalities, items, and its percentile interval from 10,000 draws.
 
         mean_s mean_m mean_i correct[s, m, i]          every modality counts the same
 
@@ -71,8 +70,8 @@ def _shares(draw: np.random.Generator, n: int) -> np.ndarray:
 
 
 def over_seeds(values: np.ndarray) -> Interval:
-    """Return the mean of one number per seed with Student's t interval; infinite for fewer than two
-    seeds."""
+    """Return the mean of one number per seed with Student's t interval, which is infinite for fewer
+    than two seeds."""
     values = np.asarray(values, dtype=np.float64)
     n, mean = len(values), float(np.mean(values))
     if n < 2:

@@ -16,7 +16,7 @@ one matrix, and not the vision tower."""
 
 
 def with_adapters(model: Any, rank: int, alpha: float, seed: int, saved: Path | None = None) -> Any:
-    """Put adapters into ``model``, in place, and freeze all else; return peft's wrapper, which
+    """Put adapters into ``model``, in place, and freeze the rest; return peft's wrapper, which
     saves them.
 
     saved: the folder they were saved in; None = new ones, that change nothing yet, the same for the

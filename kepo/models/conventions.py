@@ -31,8 +31,7 @@ _MARK = 'A question?\nA.  1 < 2 & "so"\nB. it\'s > é'  # stands in for what a t
 
 
 def end_ids(path: str | Path, tokenizer: Any, config: Any) -> tuple[int, ...]:
-    """Return every token that ends a completion, first the one that the template ends an answer
-    with.
+    """Return every token that ends a completion, first the one that the template ends answers with.
 
     They are those of generation_config.json, or else of config.json, and the tokenizer's own.
     Raises KepoCheckpointError if generation_config.json is there and cannot be read, or if what is
@@ -200,8 +199,7 @@ def check_pictures(path: str | Path, image_processor: Any, config: Any) -> None:
 
 
 def _check_sizes(path: str | Path, image_processor: Any) -> None:
-    """Check that the least and the most pixels of a resized picture are numbers > 0, in this
-    order."""
+    """Check that a resized picture's least and most pixels are numbers, 0 < least <= most."""
     edges = ("shortest_edge", "longest_edge")
     least, most = (dict(image_processor.size).get(name) for name in edges)
     if not (_is_number(least) and _is_number(most) and 0 < least <= most):
@@ -284,8 +282,7 @@ def _user(text: str, images: int = 0) -> dict[str, Any]:
 
 
 def _rendered(path: str | Path, tokenizer: Any, chat: list[dict[str, Any]], **settings: Any) -> str:
-    """Return the text that the template makes of a chat; KepoCheckpointError if it fails or asks
-    for chance.
+    """Render a chat with the template; KepoCheckpointError if it fails or asks for chance.
 
     Comparing two results might not reveal chance: two draws can be equal.
     """
@@ -340,8 +337,7 @@ def _stated_ends(path: str | Path, config: Any, known: set[int]) -> list[int]:
 
 
 def _ids_in(file: Path, given: Any, known: set[int]) -> list[int]:
-    """Return one end token or several as a list; KepoCheckpointError if one is not the id of a
-    token."""
+    """Return the end tokens as a list; KepoCheckpointError if one is not the id of a token."""
     if given is None:
         return []
     several = list(given) if isinstance(given, list | tuple) else [given]
@@ -358,8 +354,8 @@ def _special(tokenizer: Any) -> set[int]:
 
 
 def _roles(tokenizer: Any) -> list[str]:
-    """Return the tokens that the tokenizer names for a purpose: beginning, end, padding and so
-    on."""
+    """Return the tokens that the tokenizer names for a purpose: beginning, end, padding and
+    others."""
     names = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
     found = (getattr(tokenizer, f"{name}_token", None) for name in names)
     return [token for token in found if token]

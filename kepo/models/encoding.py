@@ -25,8 +25,7 @@ IMAGE_CACHE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Prompt:
-    """Text without chat markup, and the images it is about, which are shown before it in this
-    order."""
+    """Text without chat markup, and the images it is about, shown before it in this order."""
 
     text: str
     images: tuple[Path, ...] = ()
@@ -78,8 +77,7 @@ class Inputs:
         return self.select(torch.arange(len(self)).repeat_interleave(n))
 
     def select(self, indices: Sequence[int] | Tensor) -> Inputs:
-        """Return the prompts at these places, in this order; repeats are allowed. The padding
-        stays."""
+        """Return the prompts at these places, in order; repeats are allowed. The padding stays."""
         rows = torch.as_tensor(indices, device=self.input_ids.device)
         if rows.dtype == torch.bool or rows.dim() != 1:
             raise KepoConfigError(
@@ -184,8 +182,8 @@ class Encoder:
         )
 
     def encode_completions(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Encode texts as ``(completion_ids, completion_mask)`` of ``generate``, end token
-        included.
+        """Encode texts as ``(completion_ids, completion_mask)`` of ``generate``, with the end
+        token.
 
         The text that the chat template starts an answer with (`opened`) is not repeated; a text
         that does not begin with it first closes it. Raises KepoDataError for a text with control
@@ -201,8 +199,7 @@ class Encoder:
         return ids, mask
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
-        """Return the text of each row where mask is True; control tokens are left out, format tags
-        stay.
+        """Return each row's text where mask is True; control tokens are left out, format tags stay.
 
         It begins with the text that the chat template starts an answer with (`opened`), if any.
         """
@@ -212,8 +209,7 @@ class Encoder:
         return [self.opened + text if row else text for row, text in zip(rows, texts, strict=True)]
 
     def control_tokens_in(self, text: str) -> list[str]:
-        """Return the control tokens that a text would be read as having, in order; [] for plain
-        text."""
+        """Return the control tokens that a text would be read as having, in order; [] if none."""
         found = [token for token in self._ids([text])[0] if token in self.control_ids]
         return self.tokenizer.convert_ids_to_tokens(found)
 
@@ -227,8 +223,7 @@ class Encoder:
         return count // self.image_processor.merge_size**2
 
     def text_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Return the number of tokens of each prompt without those of its images; no image is
-        read."""
+        """Return each prompt's number of tokens without those of its images; no image is read."""
         return [len(ids) - ids.count(self.image_token_id) for ids in self._chat_ids(prompts)]
 
     # ---- private ----
@@ -301,8 +296,7 @@ class Encoder:
         ]
 
     def _image(self, path: Path, key: tuple) -> tuple[Tensor, Tensor]:
-        """Return patches ``(n, values)`` and grid ``(3,)`` of an image file, cached while
-        unchanged."""
+        """Return patches ``(n, values)`` and grid ``(3,)`` of an image, cached while unchanged."""
         if key not in self._patches:
             image = open_rgb(path)
             try:

@@ -13,7 +13,7 @@ import torch
 
 
 def image_processor_class() -> Any:
-    """Return the faster of the processors that work here, under the name this transformers gives
+    """Return the faster of the processors that work here, by the name this transformers gives
     it."""
     if not without_broken_torchvision():
         return pillow_processor_class()
@@ -41,8 +41,7 @@ def pillow_processor_class() -> Any:
 
 @functools.cache
 def without_broken_torchvision() -> bool:
-    """Return whether torchvision works; if it is installed but broken, hide it, as if it were
-    missing.
+    """Return whether torchvision works; if it is installed but broken, hide it, as if missing.
 
     Beside a torch it was not built for, its own operators do not exist, and transformers, which
     only sees that it is installed, then cannot import a single vision model. Call it before the

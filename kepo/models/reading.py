@@ -21,8 +21,7 @@ from kepo.models.vision import check_reads_types
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 """A pattern for ``name`` or ``owner/name``."""
 NO_CODE: dict[str, Any] = dict(trust_remote_code=False)
-"""Arguments for every function of transformers that could run code of a model's folder, or ask
-to."""
+"""Arguments for every function of transformers that could run a model folder's code, or ask to."""
 
 
 def read_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
@@ -63,8 +62,7 @@ def read_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
 
 
 def blank_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
-    """Return the same model on the CPU with nothing in it yet: memory that is not touched is not
-    taken."""
+    """Return the same model on the CPU, still empty: memory that is not touched is not taken."""
     without_broken_torchvision()
     from transformers import AutoModelForImageTextToText
 
@@ -79,8 +77,7 @@ def blank_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
 
 
 def read_config(path: str | Path) -> Any:
-    """Read the config of a Qwen-VL model at a folder or Hub name; KepoCheckpointError if it is
-    none."""
+    """Read a Qwen-VL model's config at a folder or Hub name; KepoCheckpointError if it is none."""
     without_broken_torchvision()
     from transformers import AutoConfig
 

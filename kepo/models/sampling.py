@@ -83,8 +83,7 @@ class SamplingLaw:
         self._logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Map (n, L) tokens so far and (n, V) logits to 0 at the token drawn next, -inf
-        elsewhere."""
+        """Map (n, L) tokens, (n, V) logits to (n, V): 0 at the token drawn next, -inf elsewhere."""
         scores = scores.float()
         for warper in self._warpers:
             scores = warper(input_ids, scores)

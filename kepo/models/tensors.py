@@ -40,8 +40,7 @@ def check_files(path: str | Path, quantized: bool = False) -> None:
 
 
 def _indexed(folder: Path) -> dict[str, str] | None:
-    """Return the file of every tensor as the index says; None where there is one file and no
-    index."""
+    """Return every tensor's file as the index says; None where there is one file and no index."""
     whole, index = (folder / WHOLE).is_file(), folder / INDEX
     if not index.is_file():
         if not whole:
@@ -82,8 +81,7 @@ def _check_shards(folder: Path, shards: list[str]) -> None:
 
 
 def _check_index(folder: Path, places: dict[str, str], headers: dict[str, dict]) -> None:
-    """Check that an index says of every tensor in its files, and of no other, which one file holds
-    it."""
+    """Check that an index says of exactly the tensors in its files which one file holds each."""
     held: dict[str, list[str]] = {name: [] for name in places}
     for file, header in headers.items():
         for name in header:

@@ -18,8 +18,7 @@ from kepo.models.encoding import Inputs
 
 
 def forward_inputs(model: Any, inputs: Inputs) -> dict[str, Any]:
-    """Return the keyword arguments of the model's, or its backbone's, forward, and of its
-    ``generate``.
+    """Return the keyword arguments of the model's, or its backbone's, forward and ``generate``.
 
     Runs the vision tower, on every image once, where this transformers takes its features; before
     5.18 or so the rows get the images themselves. Raises KepoCheckpointError for a model that does
@@ -85,8 +84,7 @@ def _parameters(kind: type) -> frozenset[str]:
 
 
 def _placed(features: Any, places: Sequence[int]) -> Any:
-    """Return the features of the images at these places: pooled ones, and those for DeepStack's
-    layers."""
+    """Return the features of the images at these places: pooled, and for DeepStack's layers."""
     pooled = features.pooler_output
     features.pooler_output = tuple(pooled[place] for place in places)
     if getattr(features, "deepstack_features", None) is not None:

@@ -40,8 +40,7 @@ class VLM:
     gathers: bool = False
     """True if sharded weights are gathered while the model is `ready` to sample."""
     adapters: Any = None
-    """The wrapper of peft, where adapters are trained and saved in place of the model; None
-    otherwise."""
+    """The peft wrapper, where adapters are trained and saved in place of the model; else None."""
     _gathered: bool = False
 
     @classmethod
@@ -80,8 +79,7 @@ class VLM:
             part.save_pretrained(path)
 
     def run_wrapped(self, work: Callable[[], T]) -> T:
-        """Return ``work()``, with the model's weights there for it and its gradients shared
-        afterwards.
+        """Return ``work()``, with the weights there for it and the gradients shared afterwards.
 
         `generate` does this itself; a loss on `completion_hidden` and `lm_head` is computed within
         one such call, if the model may be spread over ranks. All ranks call.
@@ -251,8 +249,8 @@ def _eval_mode(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _no_defaults(model: Any, settings: Any) -> Iterator[None]:
-    """Hide the model's generation_config.json, from which `generate` fills what settings leave
-    open."""
+    """Hide the model's generation_config.json: `generate` fills what settings leave open from
+    it."""
     own = model.generation_config
     model.generation_config = settings
     try:

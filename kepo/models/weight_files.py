@@ -21,8 +21,7 @@ bytes from and to, counted after the header."""
 
 
 def header(file: Path) -> Header:
-    """Read the header of a safetensors file; KepoCheckpointError if it is no such file, or cut
-    short."""
+    """Read the header of a safetensors file; KepoCheckpointError if it is no such file, or cut."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -60,7 +59,7 @@ def check_weights(file: Path, tensors: Header) -> None:
 
 
 def _blank_neighbours(file: Path, tensors: Header) -> list[str]:
-    """Return the first two or more weights of all zeros with no other between them in the file, or
+    """Return the first two or more all-zero weights with no other between them in the file, or
     []."""
     filled = {name: x["data_offsets"] for name, x in tensors.items() if 0 not in x["shape"]}
     blank: list[str] = []

@@ -46,13 +46,12 @@ class Batch:
 
     @property
     def opened(self) -> Tensor:
-        """(B,) bool, the completions that are distilled on: at least one token has a weight other
-        than 0."""
+        """(B,) bool, True for completions that are distilled on: a token has a weight above 0."""
         return self.distill_weights.any(-1)
 
     def split(self, size: int) -> list[Batch]:
-        """Cut the batch into micro-batches of up to ``size`` completions, each cut to its own
-        longest one."""
+        """Cut the batch into micro-batches of up to ``size`` completions, each to its longest
+        one."""
         return [self._rows(start, start + size) for start in range(0, len(self), size)]
 
     def own_micros(self, size: int) -> list[Batch]:

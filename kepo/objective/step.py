@@ -42,8 +42,7 @@ class StepTotals:
     ratio_tokens: int = 0
 
     def of_all(self) -> StepTotals:
-        """Return the totals of all ranks as one: sums, and the larger of what is a maximum or a
-        time."""
+        """Return the totals of all ranks as one: sums, and the larger of a maximum or a time."""
         everyones = [vars(totals) for totals in all_gather(self)]
         of = {name: max if name in _LARGEST else sum for name in vars(self)}
         return StepTotals(**{name: of[name](t[name] for t in everyones) for name in of})

@@ -1,5 +1,4 @@
-"""Records that only a model's encoder can judge: they are found before the first step, and left out
-by id.
+"""Records that only a model's encoder can judge: found before the first step, left out by id.
 
 These are a text with control tokens in it, which would be read as the end of a turn or as an image;
 a picture of a shape that the image processor refuses; a prompt for which, with what is to follow,
@@ -41,7 +40,7 @@ class Reader:
     name: str
     encoder: Encoder
     prompts: Callable[[Example], Sequence[tuple[str, int]]]
-    """A function that returns the texts that the model reads, and the most tokens that may follow
+    """A function: example -> the texts that the model reads, and the most tokens that may follow
     each."""
     completions: Callable[[Example], Sequence[str]] = lambda example: ()
     """A function that returns texts that are trained on as if the model had said them."""

@@ -69,8 +69,8 @@ def rescue(
     hints: Hints,
     stream: tuple[object, ...] = (),
 ) -> tuple[list[Group], RescueReport]:
-    """Return the groups, with up to ``num_hinted`` hinted successes in each that ``hint_trigger``
-    names.
+    """Return the groups, those that ``hint_trigger`` names with up to ``num_hinted`` hinted
+    successes.
 
     Each of at most ``max_attempts`` rounds draws ``num_hinted`` completions for the groups that
     still lack successes, and for those only. Other groups are returned unchanged; no input list is
@@ -214,8 +214,7 @@ def _learn_hints(
     hints: Hints,
     stream: tuple[object, ...],
 ) -> tuple[int, int]:
-    """Write hints for the examples that have none yet: the teacher is frozen, so a hint stays
-    valid.
+    """Write hints for the examples that have none yet: the teacher is frozen, so they stay valid.
 
     The first hint is greedy; an unusable one is asked for again at most ``hint_retries`` times, at
     ``hint_temperature``. One that stays unusable is recorded as None, and not asked for again.

@@ -10,8 +10,7 @@ from kepo.rollout.sampler import Sampler
 
 @dataclass(frozen=True)
 class Models:
-    """The policy that is trained, its teacher, the reference it is kept close to, and the
-    sampler."""
+    """The policy that is trained, its teacher, the reference it is kept close to, the sampler."""
 
     policy: VLM
     """The student; only it is trained."""

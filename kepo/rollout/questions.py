@@ -36,8 +36,7 @@ def draw(
 
 
 def from_data(config: SamplingConfig, step: int) -> int:
-    """Return how many of a step's questions the dataset answers: ``data_fraction`` of all so
-    far."""
+    """Return how many questions of a step the dataset answers: ``data_fraction`` of all so far."""
 
     def by_then(steps: int) -> int:
         return math.floor(steps * config.prompts_per_step * config.data_fraction + 1e-9)

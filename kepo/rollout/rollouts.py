@@ -168,7 +168,7 @@ def _rewards(text: str, length: int, example: Example, config: RewardConfig) -> 
 
 
 def overlong_penalty(length: int, config: RewardConfig) -> float:
-    """Return DAPO's soft punishment (Yu et al. 2025, eq. 13): 0 up to the buffer, then linear down
-    to -1."""
+    """Return DAPO's overlong penalty (Yu et al. 2025, eq. 13): 0 up to the buffer, then linear to
+    -1."""
     start = config.max_completion_length - config.overlong_buffer
     return -min(1.0, max(0, length - start) / config.overlong_buffer)

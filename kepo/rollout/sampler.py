@@ -20,8 +20,7 @@ class Sampler(Protocol):
         """True if `sample` needs all ranks to call it at once, because the weights are sharded."""
 
     def ready(self) -> AbstractContextManager[None]:
-        """Enter a block in which `sample` uses the weights the policy has on entering. All ranks
-        enter."""
+        """Let `sample` use the weights the policy has on entering. All ranks enter."""
 
     def sample(
         self,

@@ -1,5 +1,4 @@
-"""vLLM in the processes that train: it samples with the policy's weights, and sleeps between
-rollouts.
+"""vLLM in the processes that train: it samples with the policy's weights, and sleeps otherwise.
 
 Written for the interface of vLLM 0.22 to 0.33 and tested against a stand-in with that interface,
 not against vLLM itself. It computes differently from the trainer, and resizes images differently:
@@ -153,14 +152,12 @@ class VllmSampler:
         self._llm.sleep(level=2)
 
     def _take_weights(self, model: Any) -> set[str]:
-        """Return the names of the parameters that got no weights: asleep, they lost what they
-        had."""
+        """Return the parameters that got no weights, by name: asleep, they lost what they had."""
         loaded = model.load_weights(self._weights())
         return {name for name, _ in model.named_parameters()} - set(loaded)
 
     def _request(self, prompt: Prompt) -> tuple[dict[str, Any], list[int]]:
-        """Return the request to vLLM, with one placeholder per image, and the ids it must expand it
-        to."""
+        """Return the request to vLLM, one placeholder per image, and the ids it must expand to."""
         expanded = self.encoder.encode([prompt]).input_ids[0].tolist()
         image = self.encoder.image_token_id
         ids = [

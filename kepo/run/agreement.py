@@ -88,8 +88,7 @@ def software() -> dict[str, str]:
 
 
 def read_by_each(models: Mapping[str, str | None], whole: str | None = None) -> dict[str, str]:
-    """Return short digests of the model files that every rank reads by itself, of ``models`` by
-    role.
+    """Return short digests of the files of ``models``, by role, that every rank reads by itself.
 
     whole: the role whose weights every rank reads too, as those of a quantised teacher. They are
     compared by size, header and samples: to read all of them would take as long as loading them.

@@ -98,7 +98,7 @@ def _written(
 
 
 def _of_all(make: Callable[[], T]) -> list[T]:
-    """Return what ``make`` returns on each rank; an error on one rank is raised on all, as by
+    """Return what ``make`` returns on each rank; an error on one is raised on all, as by
     `on_rank0`."""
     try:
         mine: T | Exception = make()

@@ -10,8 +10,7 @@ from kepo.run.metrics import read_metrics
 
 
 def plot_curves(metrics: Path, picture: Path, source: str | None = None) -> None:
-    """Plot reward, gate and hint rates, divergence and entropy, losses, seconds per phase,
-    accuracy.
+    """Plot reward, gate and hint rates, divergence, entropy, losses, seconds per phase, accuracy.
 
     Numbers that were not finite, null in the log, are gaps.
 

@@ -19,8 +19,7 @@ WRITTEN = ("lock", "metrics.jsonl", "completions.jsonl", "data.json", "curves.pn
 """Files of a run folder, not counting its checkpoints."""
 HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""Error numbers of file systems without locks: Lustre ENOSYS, NFS without its lock daemon
-ENOLCK."""
+"""Error numbers of file systems without locks: Lustre ENOSYS, NFS without lock daemon ENOLCK."""
 
 
 @contextmanager

@@ -36,16 +36,15 @@ LITTER = re.compile(
     "|".join([r"\.DS_Store", r"\._.*", r"\.nfs.*", r"\.cache", *map(re.escape, SYSTEM)]),
     re.IGNORECASE,
 )
-"""Names of what systems and tools leave in any folder: they belong to nobody and are removed with
-the folder."""
+"""Names of what systems and tools leave in any folder: nobody's, and removed with the folder."""
 UNREADABLE = (OSError, ValueError, TypeError, RecursionError)
 """Exceptions that reading a manifest of any contents may raise."""
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder that appears at ``target`` complete or not at all; an existing one is
-    replaced."""
+    """Yield a folder that appears at ``target`` complete or not at all, in place of an existing
+    one."""
     folder = begin_folder(target)
     try:
         with naming(target, folder):
@@ -57,8 +56,8 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def begin_folder(target: Path) -> Path:
-    """Make a new folder beside ``target``; what killed processes of this machine left there is
-    removed."""
+    """Make a new folder beside ``target``; remove what killed processes of this machine left
+    there."""
     make_folder(target.parent)
     remove_leftovers(target.parent)
     folder = target.parent / f".tmp-{os.getpid()}"
@@ -130,8 +129,7 @@ def verify(folder: Path, parts: Sequence[str] = ()) -> str | None:
 
 
 def unlisted(folder: Path) -> list[str]:
-    """Return the files in a folder that its manifest, which must be readable, does not list; LITTER
-    apart."""
+    """Return the files in a folder that its readable manifest does not list; LITTER apart."""
     return sorted(_names(folder) - _manifest(folder)["files"].keys() - {MANIFEST})
 
 

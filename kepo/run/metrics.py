@@ -33,8 +33,7 @@ def step_metrics(
     totals: StepTotals,
     config: ObjectiveConfig,
 ) -> dict[str, float]:
-    """Return the log record of a step, without times and optimiser. docs/metrics.md says what each
-    value is."""
+    """Return the log record of a step, without times and optimiser; docs/metrics.md explains it."""
     rollouts = [rollout for group in found.groups for rollout in group]
     values: dict[str, float] = {}
     if rollouts:  # not where the dataset answered every question
@@ -95,7 +94,7 @@ def step_metrics(
 
 
 def peak_gb(device: torch.device) -> float:
-    """Return the most memory held so far, in GB: allocated on a GPU, resident in the process on a
+    """Return the peak memory so far, in GB: allocated on a GPU, resident in the process on a
     CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
@@ -170,14 +169,12 @@ class StepLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return all complete records of a log; lines that are not records, cut short by a kill, are
-    left out."""
+    """Return all complete records of a log; other lines, cut short by a kill, are left out."""
     return _records(read_own(path)) if path.exists() else []
 
 
 def _records(content: bytes, named: Path | None = None) -> list[dict[str, Any]]:
-    """Return the records of a log's lines; the numbers of lines that are not records are printed,
-    if ``named``.
+    """Return the records of a log's lines; the numbers of other lines are printed, if ``named``.
 
     NaN and Infinity, in logs from before they were written as null, become None.
     """

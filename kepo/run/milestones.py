@@ -1,5 +1,4 @@
-"""The work a run does at some of its steps: evaluating, saving, and at the end drawing its
-curves."""
+"""The work a run does at some of its steps: evaluating, saving, and at the end drawing curves."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ from kepo.rollout.sampler import Sampler
 from kepo.sections import ModelsConfig
 
 Prepare = Callable[[Any], Any]
-"""A function that marks what is trained in a model; it returns the wrapper that saves its adapters,
-or None."""
+"""A function that marks what is trained in a model; returns the wrapper to save adapters, or
+None."""
 
 
 def load_policy(config: Config, device: torch.device, saved: Path | None = None) -> VLM:
@@ -68,8 +68,7 @@ def load_policy(config: Config, device: torch.device, saved: Path | None = None)
 
 
 def load_teacher(config: ModelsConfig, device: torch.device) -> VLM:
-    """Load the frozen teacher onto the device, and in the number of bits, that the config says. All
-    ranks call."""
+    """Load the frozen teacher where, and in how many bits, the config says. All ranks call."""
     dtype = getattr(torch, config.dtype)
     if config.teacher_bits is not None:
         model = read_model(
@@ -93,8 +92,7 @@ def load_teacher(config: ModelsConfig, device: torch.device) -> VLM:
 
 
 def load_sampler(config: ModelsConfig, policy: VLM) -> Sampler:
-    """Return the sampler of the policy's completions: the policy itself, or vLLM. All ranks
-    call."""
+    """Return the policy's sampler: the policy itself, or vLLM. All ranks call."""
     if config.sampler == "transformers":
         return policy
     from kepo.rollout.vllm import VllmSampler

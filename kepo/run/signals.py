@@ -85,8 +85,7 @@ class StopRequest:
 
 
 def _tell(text: str) -> None:
-    """Write ``text`` past sys.stderr: the signal may have come in the middle of a line written to
-    it."""
+    """Write ``text`` past sys.stderr: a signal may come in the middle of a line written to it."""
     with suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
 
@@ -96,8 +95,7 @@ def _tell(text: str) -> None:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Keep the run going within the block if its terminal or pipe closes: only the output is
-    lost."""
+    """Keep the run going within the block if its terminal or pipe closes: only output is lost."""
     before = sys.stdout, sys.stderr
     lasting = [_Lasting(stream) for stream in before]
     sys.stdout, sys.stderr = lasting  # type: ignore[assignment]
