@@ -84,7 +84,7 @@ def _parameters(kind: type) -> frozenset[str]:
 
 
 def _placed(features: Any, places: Sequence[int]) -> Any:
-    """Return the features of the images at these places: pooled, and for DeepStack's layers."""
+    """Return the features of the images at these places: the pooled, and DeepStack's."""
     pooled = features.pooler_output
     features.pooler_output = tuple(pooled[place] for place in places)
     if getattr(features, "deepstack_features", None) is not None:

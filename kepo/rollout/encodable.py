@@ -47,8 +47,8 @@ class Reader:
 
 
 def judge_of(config: Config) -> Judge:
-    """Return the judge of a run's records: the student's encoder, and for records that are trained
-    on the teacher's too. Raises KepoCheckpointError if one cannot be read."""
+    """Return the judge of a run's records: the student's encoder, plus the teacher's for records
+    that are trained on. Raises KepoCheckpointError if one cannot be read."""
     limit = config.max_completion_length
     hint = min(MAX_HINT_LENGTH, limit)
 

@@ -254,7 +254,7 @@ def _vllm() -> Any:
 
 @contextmanager
 def _launched() -> Iterator[None]:
-    """Set what torchrun tells its processes, if it did not start this one: vLLM starts by it."""
+    """Set the environment that torchrun sets, if it did not start this process: vLLM reads it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -146,7 +146,7 @@ def last_saved(config: RunConfig, data: RunData, inputs: dict[str, Any]) -> Save
 def load_models(config: Config, device: torch.device, saved: Path | None) -> Models:
     """Load all models of a run; the policy from ``saved``, a checkpoint's policy folder, if given.
 
-    Raises KepoConfigError if student and teacher do not fit together.
+    Raises KepoConfigError if student and teacher do not fit each other.
     """
     policy = load_policy(config, device, saved)
     teacher = load_teacher(config, device) if config.taught_by else None
