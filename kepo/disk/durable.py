@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES}
-"""What file systems say that cannot sync a folder, or do not let it be opened for that."""
+"""Error numbers of file systems that cannot sync a folder, or do not let it be opened for that."""
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
-    """The file has ``content`` afterwards, or what it had before; text becomes UTF-8.
+    """Write ``content``: afterwards the file has it, or what it had before; text becomes UTF-8.
 
     What UTF-8 has no bytes for (half a surrogate pair, from a file name) is written as its escape,
     which JSON reads back.
@@ -36,8 +36,8 @@ def write_durably(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, with the same ending as ``path``; it takes that one's place when the block
-    ends, and is removed if the block fails. A device or pipe is written to directly."""
+    """Yield a file to write, with the same ending as ``path``; it takes that one's place when the
+    block ends, and is removed if the block fails. A device or pipe is written to directly."""
     path = Path(os.path.realpath(path)) if Path(path).is_file() else Path(path)
     with naming(path):
         if path.is_dir():
@@ -60,8 +60,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def append_durably(path: Path, text: str) -> None:
-    """Append lines and wait until they are on disk. The file is there already: its name is not
-    synced."""
+    """Append lines and wait until they are on disk. The file must exist: its name is not synced."""
     with naming(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text + "\n")
         file.flush()
@@ -69,7 +68,7 @@ def append_durably(path: Path, text: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """The folder and those above it, all there after a power loss."""
+    """Make the folder and those above it, all of which are there after a power loss."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in reversed(missing):
@@ -93,10 +92,10 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path, written: Path | None = None) -> Iterator[None]:
-    """An OSError from within names ``path`` if it names no file: those of write and sync do not.
+    """Name ``path`` in an OSError from within that names no file: those of write and sync do not.
 
-    written: the folder in which ``path`` is made, under a name that nobody knows; an error that
-    names a file there names the one it would have become.
+    written: the folder in which ``path`` is made, under a temporary name; an error that names a
+    file there is made to name the file it would have become.
 
     Libraries in Rust (safetensors, tokenizers) raise what the disk said as errors of their own,
     with "(os error 28)" in the text: those become OSErrors.
@@ -120,7 +119,7 @@ def naming(path: Path, written: Path | None = None) -> Iterator[None]:
 
 
 def unfinished(path: Path) -> Path:
-    """What ``path`` is called while this process writes or removes it."""
+    """Return the name that ``path`` has while this process writes or removes it."""
     return path.with_name(f".tmp-{os.getpid()}-{path.name}")
 
 
@@ -133,7 +132,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove what is not needed any more; where that fails it is said, and nothing lost by it."""
+    """Remove what is not needed any more; a failure is printed, and nothing is lost by it."""
     try:
         if is_folder(path):
             shutil.rmtree(path)
@@ -144,7 +143,7 @@ def remove(path: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether another process of that number is running here."""
+    """Return whether another process of that number is running here."""
     if process == os.getpid():
         return False
     try:
@@ -157,7 +156,7 @@ def _runs(process: int) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder is there itself, not a link to one."""
+    """Return whether a path is a folder itself, not a link to one."""
     try:
         return stat.S_ISDIR(path.lstat().st_mode)
     except FileNotFoundError:
@@ -165,7 +164,7 @@ def is_folder(path: Path) -> bool:
 
 
 def as_json(value: Any, **settings: Any) -> str:
-    """JSON as the standard has it: NaN and the infinities, which it has no word for, are null.
+    """Return standard JSON: NaN and the infinities, which it has no word for, are null.
 
     settings: json.dumps's.
     """

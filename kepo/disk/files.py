@@ -1,4 +1,4 @@
-"""Files of a dataset: which of them are meant, and that they are files at all."""
+"""The files of a dataset: which of them are meant, and checks that they are regular files."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SYSTEM = frozenset(
     )
 )
 """Folders that operating systems, network disks and tools leave beside the data, trash and old
-states of it among them; in small letters."""
+states of it among them; in lower case."""
 MAX_JSON_BYTES = 2**30
-"""A larger JSON file is refused: it would be read into memory several times over."""
+"""The most bytes a JSON file may have: it is read into memory several times over."""
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -33,7 +33,8 @@ _KINDS = (
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder of this name is a copy or note that some program keeps for itself.
+    """Return whether a file or folder of this name is a copy or note that a program keeps for
+    itself.
 
     These are ``.ipynb_checkpoints``, ``._x.json``, ``.git``, whatever else begins with a dot, and
     SYSTEM. (An editor's backup, ``x.json~`` or ``#x.json#``, does not end as a data file does.)
@@ -42,22 +43,21 @@ def hidden(name: str) -> bool:
 
 
 def is_json(name: str) -> bool:
-    """Whether a name ends in .json, in capitals or not."""
+    """Return whether a name ends in .json, in capitals or not."""
     return name.lower().endswith(".json")
 
 
 def json_files(folder: Path) -> list[Path]:
-    """Every JSON file below a folder, sorted; links are followed, hidden names passed over.
+    """Return every JSON file below a folder, sorted; links are followed, hidden names passed over.
 
-    What has such a name and is no file is in the list, too, and so is a folder that cannot be
-    listed: whoever reads it, by ``read_regular``, is told what is wrong, and nothing is left out in
-    silence.
+    A path with such a name that is no file is in the list too, and so is a folder that cannot be
+    listed: reading it with `read_regular` says what is wrong, and nothing is left out in silence.
     """
     return sorted(each_json_file(folder))
 
 
 def each_json_file(folder: Path) -> Iterator[Path]:
-    """Those of ``json_files``, as they are met."""
+    """Yield the files of `json_files` in the order in which they are found."""
     unlisted: list[OSError] = []
     seen: set[tuple[int, int]] = set()
     for here, folders, files in os.walk(folder, followlinks=True, onerror=unlisted.append):
@@ -73,7 +73,7 @@ def each_json_file(folder: Path) -> Iterator[Path]:
 
 
 def require_regular(path: Path) -> int:
-    """Bytes of a regular file; links are followed.
+    """Return the size in bytes of a regular file; links are followed.
 
     Raises OSError for anything else, before it is opened: to open a FIFO waits for its writer, and
     to open a device may do anything.
@@ -86,7 +86,7 @@ def require_regular(path: Path) -> int:
 
 
 def read_regular(path: Path) -> bytes:
-    """All of a regular file; OSError if it is none, is larger than MAX_JSON_BYTES or cannot be
+    """Read all of a regular file; OSError if it is none, exceeds MAX_JSON_BYTES or cannot be
     read."""
     if path.is_dir():
         os.listdir(path)  # one that may not be listed says so
@@ -97,9 +97,9 @@ def read_regular(path: Path) -> bytes:
 
 
 def read_own(path: Path) -> bytes:
-    """All of a file that a run has written, of any size.
+    """Read all of a file that a run has written, of any size.
 
-    Raises OSError that names it, for what is no regular file before it is opened.
+    Raises an OSError that names the file; if it is not a regular file, before opening it.
     """
     try:
         require_regular(path)
@@ -111,8 +111,8 @@ def read_own(path: Path) -> bytes:
 def refuse_irregular(folder: Path, names: Iterable[str]) -> None:
     """Raise OSError for the first of these names that is there, and is no regular file.
 
-    Before anything expensive: a folder could not be written to at the end, a pipe would be waited
-    for.
+    Call it before anything expensive: a folder could not be written to at the end, and a pipe would
+    be waited for.
     """
     for path in (folder / name for name in names):
         try:
@@ -124,12 +124,12 @@ def refuse_irregular(folder: Path, names: Iterable[str]) -> None:
 
 
 def _named(path: Path, error: OSError) -> OSError:
-    """The error of the disk, or with the path before it ours, which has no number."""
+    """Return the disk's own error, or ours, which has no number, with the path before it."""
     return error if error.errno is not None else OSError(f"{path}: {error}; move it away")
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with ``~`` and ``~user`` as home folders; KepoDataError if there is no such user."""
+    """Expand ``~`` and ``~user`` to home folders; KepoDataError if there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -137,6 +137,6 @@ def expanded(path: str | Path) -> Path:
 
 
 def printable(words: object) -> str:
-    r"""Text that any file or terminal in UTF-8 takes: a lone surrogate, which stands for a byte of
-    a name that is not UTF-8, becomes ``\udc80``."""
+    r"""Return text that any file or terminal in UTF-8 takes: a lone surrogate, which stands for a
+    byte of a name that is not UTF-8, becomes ``\udc80``."""
     return str(words).encode("utf-8", "backslashreplace").decode("utf-8")

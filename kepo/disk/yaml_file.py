@@ -1,4 +1,4 @@
-"""A YAML file of settings: its words as they were written, every mistake a sentence."""
+"""A YAML file of settings: words are kept as written, every mistake is reported in a sentence."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from kepo.errors import KepoConfigError
 from kepo.words import Word
 
 LARGEST = 2**20
-"""Bytes of a config file, at most: a thousand times what all settings take."""
+"""The most bytes a config file may have: a thousand times what all settings take."""
 
 
 def read_mapping(path: Path, otherwise: str) -> dict[str, Any]:
-    """What the file holds, with its plain scalars as ``Word``, for the types of the settings to
-    read.
+    """Read the mapping in the file, with its plain scalars as ``Word``, which the types of the
+    settings turn into values.
 
-    otherwise: what else could have been named, for the error about a file that is not there.
-    Raises KepoConfigError for a file that cannot be read, is not YAML, has a key twice or is no
-    mapping.
+    otherwise: what else could have been named, for the error about a missing file. Raises
+    KepoConfigError for a file that cannot be read, is not YAML, has a key twice or is no mapping.
     """
     import yaml
 
@@ -42,7 +41,7 @@ def read_mapping(path: Path, otherwise: str) -> dict[str, Any]:
 
 
 def _text(path: Path, otherwise: str) -> str:
-    """UTF-8, or UTF-16 that says so in its first bytes."""
+    """Return the text of the file, in UTF-8, or in UTF-16 that says so in its first bytes."""
     try:
         about = path.stat()
         if stat.S_ISDIR(about.st_mode):
@@ -68,7 +67,7 @@ def _text(path: Path, otherwise: str) -> str:
 
 
 def _words_of(error: Exception) -> str:
-    """A YAML error on one line: where, and what."""
+    """Return a YAML error on one line: where, and what."""
     mark = getattr(error, "problem_mark", None)
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
     problem = getattr(error, "problem", None) or str(error)
@@ -82,7 +81,7 @@ def _loader() -> type:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """SafeLoader that leaves words as they are, and takes no key twice."""
+        """A SafeLoader that leaves words as they are, and takes no key twice."""
 
         # Of YAML 1.1's guesses at types only the merge key: `1:30` is no 90, `010` no 8.
         yaml_implicit_resolvers = {  # noqa: RUF012

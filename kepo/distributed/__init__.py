@@ -1,1 +1,1 @@
-"""Several processes as one run: decisions, shared work, sharded models, watching."""
+"""Several processes as one run: decisions, shared work, sharded models, a watchdog."""

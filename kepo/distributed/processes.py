@@ -1,8 +1,8 @@
-"""The processes of a run: who is who, one decision for all, work shared out among them.
+"""The ranks of a run: which rank this is, one decision for all, work shared out among them.
 
-All processes hold the same view of a step: the same questions, and after sampling the same
-completions. They part only where a function here gives each a share, so there is nothing they could
-disagree about. Alone, without torchrun, every function does the obvious.
+All ranks hold the same view of a step: the same questions, and after sampling the same completions.
+They differ only where a function here gives each a share, so there is nothing they could disagree
+about. In a single process, without torchrun, every function does the obvious.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 TIMEOUT = 15 * 60.0
-"""Seconds a process may stand still, or be late at the start, before all end."""
+"""Seconds a process may stand still, or be late at the start, before all processes end."""
 MEETING = 30.0
-"""Seconds that one which cannot start waits for the others, to tell them."""
+"""Seconds that a process which cannot start waits for the others, to tell them."""
 LAST_RESORT = timedelta(days=1)
-"""Of a decision taken together: the first process may be reading a dataset. `watched` is what tells
-that from standing still."""
+"""The timeout of a decision that all ranks take at once: rank 0 may be reading a dataset. `watched`
+is what tells that from standing still."""
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun tells a process; nothing less makes it one of several."""
+"""Environment variables that torchrun sets; only all of them make a process one of several."""
 
 _control: dist.ProcessGroup | None = None
 """The group for decisions and Python objects, on the CPU; None = the default one."""
@@ -42,7 +42,7 @@ _control: dist.ProcessGroup | None = None
 def processes(
     device: str, *, alone: bool = False, timeout: float = TIMEOUT
 ) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, if it did; yields this one's own device.
+    """Join the processes that torchrun started, if it did; yield this process's own device.
 
     ``cuda`` becomes ``cuda:<local rank>``. alone: without torchrun, form a group of one, which
     sharding needs. timeout: seconds after which a process that does not come to the start, or
@@ -73,10 +73,11 @@ def processes(
 
 
 def launched() -> int:
-    """The number of processes that torchrun, or who sets all that it does, started; 1 if nobody.
+    """Return the number of processes that torchrun, or a launcher that sets the same variables,
+    started; 1 if none did.
 
-    A scheduler may set WORLD_SIZE for its own ends. Raises KepoConfigError if that says there are
-    several, and how they find each other is missing.
+    A scheduler may set WORLD_SIZE for its own ends. Raises KepoConfigError if it says that there
+    are several, and a variable by which they find each other is missing.
     """
     given = {name: os.environ.get(name, "") for name in LAUNCH}
     missing = [name for name, value in given.items() if not value]
@@ -120,8 +121,8 @@ def _own_device(device: str, several: bool) -> torch.device:
 
 
 def _backend(device: torch.device) -> str:
-    """gloo for Python objects, and NCCL where there are GPUs. ("cpu:gloo" would be a group without
-    a default, of which torch warns at its end.)"""
+    """Return gloo for Python objects, and NCCL where there are GPUs. ("cpu:gloo" would be a group
+    without a default, of which torch warns at its end.)"""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
@@ -155,7 +156,7 @@ def _join(device: torch.device, timeout: float, stack: ExitStack) -> None:
 
 
 def _stores(limit: timedelta) -> tuple[dist.Store, dist.Store]:
-    """The store in which torchrun's processes meet, and a client of it for this package alone."""
+    """Return the store in which torchrun's processes meet, and a client of it for this package."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store, _, _ = next(dist.rendezvous("env://", timeout=limit))
     own = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
@@ -166,11 +167,11 @@ def _stores(limit: timedelta) -> tuple[dist.Store, dist.Store]:
 
 @contextmanager
 def refusals_told() -> Iterator[None]:
-    """An error that ends this process before it has met the others ends them too, in its words:
+    """End the other ranks, with the same words, if an error ends this one before it has met them:
     they would wait for it.
 
     It may be a KepoError, an OSError, or the SystemExit of a command line that cannot be read. Does
-    nothing in a process that is alone, or has met the others.
+    nothing in a single process, or after this rank has met the others.
     """
     try:
         yield
@@ -184,18 +185,18 @@ def refusals_told() -> Iterator[None]:
 
 
 def _tell(refusal: str) -> None:
-    """Meet the others, in the place of joining them, and wait until they have read it."""
+    """Meet the other ranks instead of joining them, and wait until they have read ``refusal``."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with suppress(RuntimeError):  # they have not come, or have left
         store, private = _stores(timedelta(seconds=MEETING))
         _late(private, rank, size, MEETING, refusal)
         _refusals(private, rank, size)
-        del store  # the first process has the server in it
+        del store  # rank 0 has the server in it
 
 
 def _refusals(store: dist.Store, rank: int, size: int) -> dict[int, str]:
-    """What the ranks said that cannot start. The first waits until all have read it: with it the
-    server may go."""
+    """Return what the ranks that cannot start said, by rank. Rank 0 waits until all have read it:
+    with it the server may go."""
     said = {other: store.get(f"here/{other}").decode() for other in range(size)}
     refused = {other: text for other, text in said.items() if text}
     if refused:
@@ -207,9 +208,9 @@ def _refusals(store: dist.Store, rank: int, size: int) -> dict[int, str]:
 
 
 def _late(store: dist.Store, rank: int, size: int, timeout: float, refusal: str = "") -> list[int]:
-    """The ranks that have not come to this place after ``timeout`` seconds.
+    """Return the ranks that have not come to this place after ``timeout`` seconds.
 
-    refusal: why this one will not go on, for the others to read by `_refusals`.
+    refusal: why this rank will not go on, for the others to read by `_refusals`.
     """
     store.set(f"here/{rank}", refusal)
     end = time.monotonic() + timeout
@@ -242,7 +243,7 @@ def _give_up() -> None:
 
 
 def ranks(places: Sequence[int]) -> str:
-    """\"rank 3\", or \"ranks 0-2, 5\"."""
+    """Return \"rank 3\", or \"ranks 0-2, 5\"."""
     runs: list[list[int]] = []
     for place in sorted(places):
         if runs and place == runs[-1][1] + 1:
@@ -262,12 +263,12 @@ def world_size() -> int:
 
 
 def is_rank0() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Return whether this process is the one that writes and prints."""
     return rank() == 0
 
 
 def all_gather(mine: T) -> list[T]:
-    """What each process passed, by rank; any object that pickles. All must call."""
+    """Return what each rank passed, by rank; any object that pickles. All ranks call."""
     if world_size() == 1:
         return [mine]
     everyones: list[T] = [None] * world_size()  # type: ignore[list-item]
@@ -297,14 +298,14 @@ def _lost_peer(error: RuntimeError) -> KepoError:
 
 
 def any_rank(mine: bool) -> bool:
-    """Whether it holds in any process. All must call."""
+    """Return whether ``mine`` is true on any rank. All ranks call."""
     return any(all_gather(bool(mine)))
 
 
 def on_rank0(make: Callable[[], T]) -> T:
-    """What ``make`` returns in the first process, in every process. All must call.
+    """Return, on every rank, what ``make`` returns on rank 0. All ranks call.
 
-    A KepoError or OSError it raises there is raised everywhere, so that no process waits for one
+    A KepoError or OSError that it raises there is raised on every rank, so that none waits for one
     that left.
     """
     outcome: list[object] = [None, None]
@@ -321,15 +322,15 @@ def on_rank0(make: Callable[[], T]) -> T:
 
 
 def rank_slice(items: Sequence[T], place: int | None = None) -> Sequence[T]:
-    """The part of ``items`` that belongs to one process (None = this one): runs of equal length,
-    up to one, in order of rank."""
+    """Return the part of ``items`` that belongs to one rank (None = this one): runs of equal
+    length, up to one, in order of rank."""
     place = rank() if place is None else place
     start, end = (len(items) * i // world_size() for i in (place, place + 1))
     return items[start:end]
 
 
 class Stopped(Exception):
-    """Work that was shared out has ended early, in every process, because one was asked to stop."""
+    """Raised on every rank when shared work ends early because one was asked to stop."""
 
 
 def split_work(
@@ -340,12 +341,12 @@ def split_work(
     collective: bool = False,
     stop: Callable[[], bool] | None = None,
 ) -> list[R]:
-    """``work`` of all items, each process having done its share; the same list in every process.
+    """Return ``work`` of all items, each rank having done its share; the same list on every rank.
 
-    portions: cuts a share into what is worked on at once; ``work`` returns one result per item of
-    it. collective: ``work`` needs the other processes too (a sharded model), so those with fewer
-    portions repeat one for them and drop its results. stop: asked before every portion; once it is
-    true in one process, `Stopped` is raised in all. All must call, with the same items.
+    portions: cuts a share into what is worked on at once; ``work`` returns one result per item of a
+    portion. collective: ``work`` needs the other ranks too (a sharded model), so those with fewer
+    portions repeat one for them and drop its results. stop: called before every portion; once it is
+    true on one rank, `Stopped` is raised on all. All ranks call, with the same items.
     """
     if not items:
         return []
@@ -369,5 +370,5 @@ def split_work(
 
 
 def batches_of(most: int) -> Callable[[Sequence[T]], list[Sequence[T]]]:
-    """Portions for `split_work` of at most so many items, in order."""
+    """Return portions for `split_work` of at most so many items, in order."""
     return lambda share: [share[start : start + most] for start in range(0, len(share), most)]

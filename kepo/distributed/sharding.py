@@ -1,4 +1,4 @@
-"""A model over several processes: a whole copy in each (DDP), or a share in each (FSDP2).
+"""A model over several ranks: a whole copy on each (DDP), or a share on each (FSDP2).
 
 Both do their part around a module's forward, and what we compute with a model is not one call of
 it: it is generation, or backbone, teacher and loss at once. So the module they wrap is
@@ -45,7 +45,7 @@ class ForwardWrapper(nn.Module):
 
 
 def replicate(model: nn.Module) -> nn.Module:
-    """The module through which a trained model averages its gradients over the processes."""
+    """Return the module through which a trained model averages its gradients over the ranks."""
     if world_size() == 1:
         return ForwardWrapper(model)
     # No buffer of these models changes, and a rollout must not wait for the others.
@@ -59,13 +59,13 @@ def replicate(model: nn.Module) -> nn.Module:
 def shard(
     model: nn.Module, device: torch.device, compute: torch.dtype, *, offload: bool = False
 ) -> nn.Module:
-    """Leave this process its share of every parameter, in rows; returns the root of the groups.
+    """Leave this rank its share of every parameter, in rows; return the root of the groups.
 
-    Each decoder layer and each block of the vision tower is gathered for itself, in ``compute``,
-    when it runs. Embedding, head and what else is left are one group, whole from a forward to the
-    end of its backward, and where there is none from then on: a tied head is one parameter there,
+    Each decoder layer and each block of the vision tower is gathered by itself, in ``compute``,
+    when it runs. Embedding, head and everything else are one group, gathered from a forward to the
+    end of its backward, or from then on if there is none: a tied head is one parameter there,
     and an untied one can be read as a plain tensor. Gradients are averaged in float32. offload:
-    shares rest in host memory. Raises KepoConfigError on CPUs where torch is too old for that.
+    shares stay in host memory. Raises KepoConfigError on CPUs where torch is too old for that.
     """
     if device.type == "cpu" and world_size() > 1 and (reason := refuse_sharding_on_cpu()):
         raise KepoConfigError(f"sharding: {reason}")
@@ -89,7 +89,7 @@ def shard(
 
 @contextmanager
 def gathered(root: nn.Module) -> Iterator[None]:
-    """Hold a sharded model whole within; nothing in it waits for another process then."""
+    """Gather a sharded model within the block; nothing in it waits for another rank then."""
     groups = [module for module in root.modules() if isinstance(module, FSDPModule)]
     for group in groups:
         group.set_reshard_after_forward(False, recurse=False)
@@ -103,8 +103,8 @@ def gathered(root: nn.Module) -> Iterator[None]:
 
 
 def own_gradients(root: nn.Module, last: bool) -> Any:
-    """A context for the forward and backward of a micro-batch: copies average their gradients
-    after the last one only. Shares always do, or each process would hold whole gradients."""
+    """Return a context for the forward and backward of a micro-batch: copies average their
+    gradients after the last one only. Shares always do, or each rank would hold whole gradients."""
     if isinstance(root, DistributedDataParallel) and not last:
         return root.no_sync()
     return nullcontext()
@@ -114,10 +114,10 @@ def own_gradients(root: nn.Module, last: bool) -> Any:
 
 
 def fill(model: nn.Module, source: Mapping[str, Tensor] | None, device: torch.device) -> None:
-    """Give every process its part of the first one's parameters and buffers, in place.
+    """Give every rank its part of rank 0's parameters and buffers, in place.
 
-    source: by name, all that ``model.named_parameters()`` and ``named_buffers()`` list; None in the
-    other processes. One tensor at a time is whole on ``device``.
+    source: on rank 0 all that ``model.named_parameters()`` and ``named_buffers()`` list, by name;
+    None on the other ranks. One tensor at a time is unsharded on ``device``.
     """
     with torch.no_grad():
         for name, mine in [*model.named_parameters(), *model.named_buffers()]:
@@ -132,9 +132,9 @@ def fill(model: nn.Module, source: Mapping[str, Tensor] | None, device: torch.de
 
 
 def whole_state(model: nn.Module, only: str = "") -> dict[str, Tensor]:
-    """The model's state dict, whole, on the CPU; in the first process. All must call.
+    """Return the model's unsharded state dict, on the CPU, on rank 0. All ranks call.
 
-    only: leave out what does not have this in its name.
+    only: leave out every tensor that does not have this in its name.
 
     Names of one parameter share one tensor, as in an unsharded model.
     """
@@ -151,12 +151,13 @@ def whole_state(model: nn.Module, only: str = "") -> dict[str, Tensor]:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor as a plain one. All processes must call."""
+    """Return a sharded tensor as a plain one. All ranks call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def rows_of(tensor: Tensor) -> slice:
-    """The rows of a tensor's first dimension that lie in this process; all of one not sharded."""
+    """Return the rows of a tensor's first dimension that lie on this rank; all if it is not
+    sharded."""
     if not isinstance(tensor, DTensor):
         return slice(None)
     rows = tensor.shape[0]
@@ -167,7 +168,7 @@ def rows_of(tensor: Tensor) -> slice:
 
 
 def share_like(tensor: Tensor, share: Tensor) -> Tensor:
-    """This process's rows as a tensor sharded like ``tensor``; as they are if that is not."""
+    """Return this rank's rows as a tensor sharded like ``tensor``; as they are if that is not."""
     if not isinstance(tensor, DTensor):
         return share
     return DTensor.from_local(

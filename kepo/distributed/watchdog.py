@@ -27,23 +27,23 @@ FAREWELL = 2.0  # seconds
 PAUSED = 4  # pauses without a look: this process itself was stopped
 WORK = 0.001  # of the limit: who uses the processor for less only sleeps in a loop
 WAITING = ("/torch/distributed/", "/torch/autograd/")
-"""Where a process waits for others; in autograd, for their gradients."""
+"""Paths of code in which a process waits for others; in autograd, for their gradients."""
 PACKAGE = Path(__file__).parents[1]
 OURS = (f"{PACKAGE}/", f"{PACKAGE}_kernels/")
 
 
 class Report(NamedTuple):
-    """What a process says of itself."""
+    """The state that a process reports to the others."""
 
     beat: int
-    """Another number each time."""
+    """A number that differs from one report to the next."""
     still: float
-    """Seconds for which it has done nothing."""
+    """Seconds for which the process has done nothing."""
     waits: bool
-    """For another process, as far as can be seen."""
+    """True if the process waits for another, as far as can be seen."""
     place: str
     left: bool = False
-    """It has ended, and means to."""
+    """True if the process has ended on purpose."""
 
 
 @contextmanager
@@ -53,8 +53,8 @@ def watched(
     """End this process, with a sentence and exit code 1, once a rank stands still for ``limit``
     seconds.
 
-    All ranks call, with clients of the same store, which nothing else may use. server: what the
-    clients ask, in the one process that has it, which leaves last if it can; None elsewhere.
+    All ranks call, with clients of the same store, which nothing else may use. server: the server
+    of the store, in the one process that has it, which leaves last if it can; None elsewhere.
     """
     over = threading.Event()
     pause = min(LONGEST_PAUSE, limit / 10)
@@ -64,7 +64,7 @@ def watched(
     thread = threading.get_ident()
 
     def talk() -> None:
-        """Apart from `judge`: a store whose host stands still may never answer."""
+        """Exchange reports apart from `judge`: a store whose host stands still may never answer."""
         while True:
             last = over.wait(pause)
             with suppress(RuntimeError, ValueError):  # no answer is no news
@@ -141,7 +141,7 @@ def _see_off(store: dist.Store, rank: int, world_size: int) -> None:
 
 
 def stalled(reports: dict[int, Report], limit: float) -> str | None:
-    """The sentence that ends a run, by rank; None while no process is to blame."""
+    """Return the sentence that ends a run, by rank; None while no process is to blame."""
     here = {rank: report for rank, report in reports.items() if not report.left}
     still = [rank for rank, report in here.items() if report.still >= limit]
     named = [rank for rank in still if not here[rank].waits]
@@ -160,7 +160,8 @@ def stalled(reports: dict[int, Report], limit: float) -> str | None:
 
 
 def standing(frame: FrameType | None) -> tuple[bool, str]:
-    """``(whether it waits for another process, where it stands)`` of a thread's innermost frame."""
+    """Return ``(whether it waits for another process, where it stands)`` of a thread's innermost
+    frame."""
     frames = []
     while frame is not None:
         frames.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
@@ -177,9 +178,9 @@ def standing(frame: FrameType | None) -> tuple[bool, str]:
 
 
 def processor_seconds() -> float:
-    """Time on the processor of this process's Python threads, those in the background left out.
+    """Return the processor time of this process's Python threads, those in the background left out.
 
-    Not of the whole process: NCCL's threads turn while they wait.
+    The time of the whole process would not do: NCCL's threads spin while they wait.
     """
     threads = [thread.native_id for thread in threading.enumerate() if not thread.daemon]
     try:

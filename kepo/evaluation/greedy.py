@@ -27,11 +27,11 @@ def evaluate(
     progress: bool = False,
     stop: Callable[[], bool] | None = None,
 ) -> dict[str, list[float]]:
-    """``accuracy`` of the greedy answer to each example, by modality in order of first sight.
+    """Return ``accuracy`` of each example's greedy answer, by modality in order of first sight.
 
-    Draws no random numbers. All processes call, each answers its share, and all get the whole.
-    progress: show a bar. stop: asked after every batch in each process; once it is true in one,
-    Stopped is raised in all. Raises KepoDataError if there are no examples.
+    Draws no random numbers. All ranks call, each answers its share, and all get the whole.
+    progress: show a bar. stop: called after every batch on each rank; once it is true on one,
+    Stopped is raised on all. Raises KepoDataError if there are no examples.
     """
     texts = greedy_answers(
         sampler,
@@ -56,7 +56,7 @@ def greedy_answers(
     progress: bool = False,
     stop: Callable[[], bool] | None = None,
 ) -> list[str]:
-    """What the model says to each example, in their order; otherwise as ``evaluate``."""
+    """Return the model's answer to each example, in their order; otherwise as `evaluate`."""
     if not examples:
         raise KepoDataError("evaluate: examples is empty; expected at least one")
     if batch_size < 1:
@@ -80,7 +80,7 @@ def greedy_answers(
 def by_question_type(
     examples: Sequence[Example], scores: Mapping[str, Sequence[float]]
 ) -> dict[str, list[float]]:
-    """The scores that ``evaluate`` gave these same examples, by type of question instead."""
+    """Return the scores that `evaluate` gave these same examples, by type of question instead."""
     left = {modality: iter(values) for modality, values in scores.items()}
     types: dict[str, list[float]] = {}
     for example in examples:
@@ -90,12 +90,12 @@ def by_question_type(
 
 
 def means(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Accuracy of each modality, or type of question."""
+    """Return the accuracy of each modality, or type of question."""
     return {name: sum(values) / len(values) for name, values in scores.items()}
 
 
 def summary(table: Mapping[str, float], source: str) -> tuple[float, float]:
-    """``(in_domain, ood_mean)``: the accuracy on ``source`` and the plain mean over the others.
+    """Return ``(in_domain, ood_mean)``: accuracy on ``source`` and the plain mean over the others.
 
     Every other modality counts the same, whatever its number of questions. Raises KepoDataError if
     source is not in the table or there is no other modality.

@@ -1,4 +1,4 @@
-"""``python -m kepo evaluate MODEL DATA``: how many questions a saved model answers rightly.
+"""``python -m kepo evaluate MODEL DATA``: how many questions a saved model answers correctly.
 
 Greedy answers to a dataset of any layout, by modality and type of question. `chance` is what blind
 guessing would score on the same questions: with four options each it would be 0.25, but many have
@@ -35,7 +35,7 @@ from kepo.words import at_home, command_line
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How many questions of a dataset a saved model answers rightly, with greedy decoding."""
+    """Count the questions of a dataset that a saved model answers correctly by greedy decoding."""
 
     model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
     """Folder or Hub name of a vision-language model; of a run, its checkpoint's policy/."""
@@ -55,9 +55,9 @@ class Evaluation:
     max_completion_length: int = 128
     """Tokens per answer, at most."""
     dtype: str = "float32"
-    """In which the model computes: float32, bfloat16 or float16."""
+    """The dtype in which the model computes: float32, bfloat16 or float16."""
     device: str = "cpu"
-    """Where it lives: cpu, cuda or cuda:<number>."""
+    """The device that the model is on: cpu, cuda or cuda:<number>."""
     json: str | None = None
     """Write settings, counts and all numbers of the table into this file. None = nowhere."""
 
@@ -66,18 +66,18 @@ PATHS = ("model", "data", "image_root", "json")
 
 
 class Answer(NamedTuple):
-    """What came of one question."""
+    """The answer to one question, and whether it is right."""
 
     modality: str
     question_type: str
     right: bool
     parsed: bool
     chance: float
-    """Of guessing it: one over the number of its options."""
+    """The chance of guessing it: one over the number of its options."""
 
 
 def evaluation(settings: Evaluation) -> dict[str, Any]:
-    """Ask the model; returns plain values: settings, data, overall, macro_mean, cells, sums.
+    """Ask the model; return plain values: settings, data, overall, macro_mean, cells, sums.
 
     A cell is the questions of one modality and type. Raises KepoConfigError, KepoDataError or
     KepoCheckpointError where settings, data or model are not usable.
@@ -109,7 +109,7 @@ def evaluation(settings: Evaluation) -> dict[str, Any]:
 
 
 def reader_of(settings: Evaluation) -> Reader:
-    """The model as one that is asked; only its config and encoder are read."""
+    """Return the model as a reader that is asked; only its config and encoder are read."""
     encoder = encoder_of(settings.model, read_config(settings.model))
     return plain_reader(encoder, settings.max_completion_length)
 
@@ -117,9 +117,10 @@ def reader_of(settings: Evaluation) -> Reader:
 def questions(
     settings: Evaluation, reader: Reader | None = None
 ) -> tuple[list[Example], DataReport]:
-    """Those to ask, every image decoded once; what is wrong with the others is in the report.
+    """Return the questions to ask, every image decoded once, and a report with the others' faults.
 
-    reader: whom they are asked of; what it cannot be asked is left out. None = anybody.
+    reader: the model they are asked of; questions that it cannot be asked are left out. None = any
+    model.
     """
     examples, report = load_examples(
         settings.data,
@@ -166,7 +167,8 @@ def judged(example: Example, text: str) -> Answer:
 
 
 def tabulated(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Accuracy of every cell, of its sums either way, of all, and the mean over modalities."""
+    """Return the accuracy of every cell, of its sums either way, of all, and the mean over
+    modalities."""
 
     def by(key: Callable[[Answer], Any]) -> dict[Any, dict[str, Any]]:
         parts: dict[Any, list[Answer]] = {}
@@ -189,7 +191,7 @@ def tabulated(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def summed(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Counts of some questions, their accuracy with its 95 % interval, and that of guessing."""
+    """Return counts of questions, their accuracy with its 95 % interval, and that of guessing."""
     right, count = sum(answer.right for answer in answers), len(answers)
     share, low, high = wilson(right, count)
     return {
@@ -204,7 +206,7 @@ def summed(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """The table: under each modality its types of question, then all modalities by type."""
+    """Return the table: under each modality its types of question, then all modalities by type."""
     blocks = []
     for modality, whole in result["modalities"].items():
         cells = [cell for cell in result["cells"] if cell["modality"] == modality]
@@ -241,7 +243,7 @@ def lines(result: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """``kepo evaluate``."""
+    """Run ``kepo evaluate``."""
     from kepo.models.reading import own_progress_only
 
     settings = command_line(

@@ -27,12 +27,12 @@ class Interval(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 above zero, -1 below, 0 undecided."""
+        """Return 1 if the interval is above zero, -1 if below, 0 if undecided."""
         return int(self.low > 0) - int(self.high < 0)
 
 
 def bootstrap(correct: np.ndarray, minus: np.ndarray | None = None, seed: int = 0) -> Interval:
-    """Mean over seeds, modalities and items, and its percentile interval from 10,000 draws.
+    """Return the mean over seeds, modalities, items, and its percentile interval from 10,000 draws.
 
         mean_s mean_m mean_i correct[s, m, i]          every modality counts the same
 
@@ -64,13 +64,14 @@ def bootstrap(correct: np.ndarray, minus: np.ndarray | None = None, seed: int = 
 
 
 def _shares(draw: np.random.Generator, n: int) -> np.ndarray:
-    """(DRAWS, n): how often each of n was drawn, in n draws with replacement, over n."""
+    """Return (DRAWS, n): how often each of n was drawn, in n draws with replacement, over n."""
     drawn = draw.integers(n, size=(DRAWS, n)) + n * np.arange(DRAWS)[:, None]
     return np.bincount(drawn.ravel(), minlength=DRAWS * n).reshape(DRAWS, n) / n
 
 
 def over_seeds(values: np.ndarray) -> Interval:
-    """Mean of one number per seed with Student's t interval; infinite for fewer than two seeds."""
+    """Return the mean of one number per seed with Student's t interval, which is infinite for fewer
+    than two seeds."""
     values = np.asarray(values, dtype=np.float64)
     n, mean = len(values), float(np.mean(values))
     if n < 2:
@@ -80,7 +81,7 @@ def over_seeds(values: np.ndarray) -> Interval:
 
 
 def wilson(right: int, count: int) -> Interval:
-    """The share ``right / count`` with Wilson's interval, which stays within 0 and 1.
+    """Return the share ``right / count`` with Wilson's interval, which stays within 0 and 1.
 
         (p + z^2 / 2n ± z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
 
@@ -103,7 +104,8 @@ _T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def _t975(freedom: int) -> float:
-    """Above 10 degrees of freedom to 0.1 % (Cornish and Fisher's series)."""
+    """Return the 0.975 quantile of Student's t; above 10 degrees of freedom to 0.1 % (Cornish and
+    Fisher's series)."""
     if freedom <= len(_T975):
         return _T975[freedom - 1]
     z = _Z975

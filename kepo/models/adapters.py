@@ -11,12 +11,12 @@ from kepo.errors import KepoConfigError
 from kepo.models.tensors import with_saved_adapters
 
 TARGETS = r".*language_model\.layers\..*_proj"
-"""Every linear layer of the language model: not the head, which the losses read as one matrix, and
-not the vision tower."""
+"""A pattern for every linear layer of the language model: not the head, which the losses read as
+one matrix, and not the vision tower."""
 
 
 def with_adapters(model: Any, rank: int, alpha: float, seed: int, saved: Path | None = None) -> Any:
-    """Put adapters into ``model``, in place, and freeze all else; returns peft's wrapper, which
+    """Put adapters into ``model``, in place, and freeze the rest; return peft's wrapper, which
     saves them.
 
     saved: the folder they were saved in; None = new ones, that change nothing yet, the same for the

@@ -1,5 +1,5 @@
-"""The conventions of a model that its files state: how a turn ends, what the template has begun to
-say, which tokens are no text.
+"""The conventions of a model that its files state: how a turn ends, what text the template starts
+an answer with, which tokens are no text.
 
 They are read and obeyed. What cannot be obeyed is refused when the model is loaded, because later
 it would show as rewards of 0 or as log-probabilities that are slightly wrong.
@@ -24,18 +24,18 @@ VISION_TOKENS = (
     "vision_start_token_id",
     "vision_end_token_id",
 )
-"""What a model's config calls the tokens that stand for, and around, what is no text."""
+"""Names in a model's config of the tokens that stand for images and videos, or enclose them."""
 _TAG = re.compile(r"<(/?)([A-Za-z]\w*)>")
 _MARKED = re.compile(r"<\|.+\|>")
 _MARK = 'A question?\nA.  1 < 2 & "so"\nB. it\'s > é'  # stands in for what a turn says
 
 
 def end_ids(path: str | Path, tokenizer: Any, config: Any) -> tuple[int, ...]:
-    """Every token that ends a completion, first the one that the template ends an answer with.
+    """Return every token that ends a completion, first the one that the template ends answers with.
 
     They are those of generation_config.json, or else of config.json, and the tokenizer's own.
     Raises KepoCheckpointError if generation_config.json is there and cannot be read, or if what is
-    stated is not the id of a token: were it passed over, completions would run on.
+    stated is not the id of a token: if it were ignored, completions would run on.
     """
     known = set(tokenizer.get_vocab().values())
     ends = [*_stated_ends(path, config, known), tokenizer.eos_token_id]
@@ -46,9 +46,9 @@ def end_ids(path: str | Path, tokenizer: Any, config: Any) -> tuple[int, ...]:
 
 
 def control_ids(tokenizer: Any, config: Any, ends: Iterable[int]) -> frozenset[int]:
-    """Tokens that are no text: ends, padding, what stands for images, all that are written
-    ``<|so|>``, and all special tokens but tags (``<think>``), which are part of an answer whatever
-    the tokenizer calls them."""
+    """Return the tokens that are no text: ends, padding, what stands for images, all that are
+    written ``<|so|>``, and all special tokens but tags (``<think>``), which are part of an answer
+    whatever the tokenizer calls them."""
     added = tokenizer.added_tokens_decoder
     roles = {tokenizer.convert_tokens_to_ids(token) for token in _roles(tokenizer)} - {None}
     tags = {
@@ -62,8 +62,8 @@ def control_ids(tokenizer: Any, config: Any, ends: Iterable[int]) -> frozenset[i
 
 
 def opened_by(path: str | Path, tokenizer: Any) -> str:
-    """What the template has begun to say for the assistant, where it asks for an answer: all from
-    the first tag that it leaves open (``<think>\\n``); "" if it opens none."""
+    """Return the text that the template starts an answer with: all from the first tag that it
+    leaves open (``<think>\\n``); "" if it opens none."""
     asked = _rendered(path, tokenizer, [_user(_MARK)], add_generation_prompt=True)
     begun = asked.rpartition(_MARK)[2]
     left_open = _open_tags(begun)
@@ -71,13 +71,13 @@ def opened_by(path: str | Path, tokenizer: Any) -> str:
 
 
 def closed(opened: str) -> str:
-    """What closes the tags that are left open: ``</think>`` after ``<think>\n``."""
+    """Return the tags that close those left open: ``</think>`` after ``<think>\n``."""
     return "".join(f"</{tag[2]}>" for tag in reversed(_open_tags(opened)))
 
 
 def check_template(path: str | Path, tokenizer: Any, image_token_id: int) -> None:
-    """Raises KepoCheckpointError if the chat template fails, leaves the question or its image out,
-    changes its text, or makes something else of it another time: by chance, or by the day."""
+    """Raise KepoCheckpointError if the chat template fails, leaves the question or its image out,
+    changes its text, or renders it differently another time: by chance, or by the day."""
     asked, again = (
         _rendered(path, tokenizer, [_user(_MARK, images=1)], add_generation_prompt=True)
         for _ in range(2)
@@ -105,8 +105,8 @@ def check_template(path: str | Path, tokenizer: Any, image_token_id: int) -> Non
 
 
 def check_head(path: str | Path, model: Any, tokenizer: Any) -> None:
-    """Raises KepoCheckpointError for a tokenizer with ids beyond the head or the embedding, and for
-    logits that are not ``hidden @ lm_head.T``, of which the losses know nothing."""
+    """Raise KepoCheckpointError for a tokenizer with ids beyond the head or the embedding, and for
+    logits that are not ``hidden @ lm_head.T``, which the losses assume."""
     largest = max(tokenizer.get_vocab().values())
     head = model.get_output_embeddings()
     for name, module in (("head", head), ("embedding", model.get_input_embeddings())):
@@ -145,11 +145,11 @@ _SCALES = {
     "logits_scaling": 1,
     "lm_head_multiplier": 1,
 }
-"""What other families do to logits, and the value at which it does nothing."""
+"""Settings by which other families change logits, each with the value at which it does nothing."""
 
 
 def check_positions(path: str | Path, config: Any) -> None:
-    """Raises KepoCheckpointError for positions whose meaning depends on how long the text has
+    """Raise KepoCheckpointError for positions whose meaning depends on how long the text has
     become: sampling, which reads a token at a time, and training would differ."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
@@ -162,8 +162,8 @@ def check_positions(path: str | Path, config: Any) -> None:
 
 
 def check_padding(path: str | Path, config: Any) -> None:
-    """Raises KepoCheckpointError for a padding token that is no row of the embedding, or counts
-    from its end: the row that it names is never trained."""
+    """Raise KepoCheckpointError for a padding token that is no row of the embedding, or counts from
+    its end: the row that it names is never trained."""
     text = config.get_text_config()
     pad, rows = getattr(text, "pad_token_id", None), text.vocab_size
     if pad is not None and (type(pad) is not int or not 0 <= pad < rows):
@@ -174,8 +174,8 @@ def check_padding(path: str | Path, config: Any) -> None:
 
 
 def check_pictures(path: str | Path, image_processor: Any, config: Any) -> None:
-    """Raises KepoCheckpointError if the image processor cuts pictures otherwise than the vision
-    tower reads them."""
+    """Raise KepoCheckpointError if the image processor cuts pictures differently from how the
+    vision tower reads them."""
     vision = config.vision_config
     pairs = (
         ("patch_size", "patch_size"),
@@ -199,7 +199,7 @@ def check_pictures(path: str | Path, image_processor: Any, config: Any) -> None:
 
 
 def _check_sizes(path: str | Path, image_processor: Any) -> None:
-    """The least and the most pixels of a resized picture must be numbers that one can have."""
+    """Check that a resized picture's least and most pixels are numbers, 0 < least <= most."""
     edges = ("shortest_edge", "longest_edge")
     least, most = (dict(image_processor.size).get(name) for name in edges)
     if not (_is_number(least) and _is_number(most) and 0 < least <= most):
@@ -211,7 +211,7 @@ def _check_sizes(path: str | Path, image_processor: Any) -> None:
 
 
 def _check_colours(path: str | Path, image_processor: Any) -> None:
-    """Every one of three colours must come out as a finite number."""
+    """Check that each of the three colours comes out as a finite number."""
     wanted = []
     if image_processor.do_rescale:
         factor = image_processor.rescale_factor
@@ -238,8 +238,8 @@ def _is_number(value: Any) -> bool:
 
 
 def check_same_opening(student: Any, teacher: Any) -> None:
-    """Raises KepoConfigError if the templates of two encoders have begun to say different things:
-    a completion of the one would be nonsense after the other's prompt."""
+    """Raise KepoConfigError if the templates of two encoders start answers with different texts: a
+    completion of the one would be nonsense after the other's prompt."""
     if student.opened.strip() != teacher.opened.strip():
         raise KepoConfigError(
             f"student: its chat template opens an answer with {student.opened!r} and the "
@@ -249,7 +249,7 @@ def check_same_opening(student: Any, teacher: Any) -> None:
 
 
 def without_dropout(model: Any) -> list[str]:
-    """Set every dropout of a model to 0, in place; returns what it was, by name.
+    """Set every dropout of a model to 0, in place; return what it was, by name.
 
     A forward that drops other units than the one that sampled gives other log-probabilities. The
     config keeps its values, and so does what is saved.
@@ -282,9 +282,9 @@ def _user(text: str, images: int = 0) -> dict[str, Any]:
 
 
 def _rendered(path: str | Path, tokenizer: Any, chat: list[dict[str, Any]], **settings: Any) -> str:
-    """What the template makes of a chat; KepoCheckpointError if it fails or asks for chance.
+    """Render a chat with the template; KepoCheckpointError if it fails or asks for chance.
 
-    By its numbers alone chance might not show: two draws can be equal.
+    Comparing two results might not reveal chance: two draws can be equal.
     """
     before = random.getstate()
     try:
@@ -303,7 +303,7 @@ def _rendered(path: str | Path, tokenizer: Any, chat: list[dict[str, Any]], **se
 
 
 def _closing_token(path: str | Path, tokenizer: Any) -> int | None:
-    """What the template writes after an answer; None if it takes no answers."""
+    """Return the token that the template writes after an answer; None if it takes no answers."""
     answer = {"role": "assistant", "content": [{"type": "text", "text": _MARK}]}
     try:
         said = _rendered(path, tokenizer, [_user("?"), answer])
@@ -314,7 +314,7 @@ def _closing_token(path: str | Path, tokenizer: Any) -> int | None:
 
 
 def _stated_ends(path: str | Path, config: Any, known: set[int]) -> list[int]:
-    """The end tokens that generation_config.json states, or else config.json."""
+    """Return the end tokens that generation_config.json states, or else config.json."""
     from transformers import GenerationConfig
 
     file = Path(path) / "generation_config.json"
@@ -337,7 +337,7 @@ def _stated_ends(path: str | Path, config: Any, known: set[int]) -> list[int]:
 
 
 def _ids_in(file: Path, given: Any, known: set[int]) -> list[int]:
-    """One end token or several; KepoCheckpointError if one is not the id of a token."""
+    """Return the end tokens as a list; KepoCheckpointError if one is not the id of a token."""
     if given is None:
         return []
     several = list(given) if isinstance(given, list | tuple) else [given]
@@ -354,7 +354,8 @@ def _special(tokenizer: Any) -> set[int]:
 
 
 def _roles(tokenizer: Any) -> list[str]:
-    """Tokens that the tokenizer names for a purpose: beginning, end, padding and so on."""
+    """Return the tokens that the tokenizer names for a purpose: beginning, end, padding and
+    others."""
     names = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
     found = (getattr(tokenizer, f"{name}_token", None) for name in names)
     return [token for token in found if token]

@@ -8,7 +8,7 @@ from kepo.errors import KepoConfigError
 
 
 def known_device(name: str | torch.device) -> torch.device:
-    """The device of a setting ``device``: cpu, cuda, or cuda:<number>.
+    """Return the device of a setting ``device``: cpu, cuda, or cuda:<number>.
 
     Raises KepoConfigError for another, and for a CUDA device that is not here. (torch knows many
     kinds more, mps and meta among them; the losses have no rows for those.)

@@ -20,17 +20,16 @@ from kepo.errors import KepoConfigError, KepoDataError
 from kepo.models.conventions import closed
 
 IMAGE_CACHE_BYTES = 256 * 2**20
-"""Patches kept per encoder, so that an image met every epoch is decoded once."""
+"""Bytes of patches kept per encoder, so that an image met every epoch is decoded once."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Text without chat markup, and the images it is about, which are shown before it in this
-    order."""
+    """Text without chat markup, and the images it is about, shown before it in this order."""
 
     text: str
     images: tuple[Path, ...] = ()
-    """One path may be given as it is."""
+    """Paths of the images; a single path may be given without a tuple."""
 
     def __post_init__(self) -> None:
         given = self.images
@@ -58,7 +57,7 @@ class Inputs:
 
     @property
     def image_counts(self) -> tuple[int, ...]:
-        """Number of images that each prompt shows."""
+        """The number of images that each prompt shows."""
         return tuple(map(len, self.image_places))
 
     def to(self, device: torch.device) -> Inputs:
@@ -72,13 +71,13 @@ class Inputs:
         )
 
     def repeat(self, n: int) -> Inputs:
-        """Each prompt n times in a row: p0 p0 .. p1 p1 .."""
+        """Return each prompt n times in a row: p0 p0 .. p1 p1 .."""
         if n < 1:
             raise KepoConfigError(f"Inputs.repeat: n is {n}; expected a number >= 1")
         return self.select(torch.arange(len(self)).repeat_interleave(n))
 
     def select(self, indices: Sequence[int] | Tensor) -> Inputs:
-        """The prompts at these places, in this order; repeats are allowed. The padding stays."""
+        """Return the prompts at these places, in order; repeats are allowed. The padding stays."""
         rows = torch.as_tensor(indices, device=self.input_ids.device)
         if rows.dtype == torch.bool or rows.dim() != 1:
             raise KepoConfigError(
@@ -99,15 +98,15 @@ class Inputs:
         )
 
     def patches(self, places: Sequence[int]) -> Tensor:
-        """``pixel_values`` of the images at these places, one after another."""
+        """Return ``pixel_values`` of the images at these places, one after another."""
         if list(places) == list(range(len(self.image_grid_thw))):
             return self.pixel_values
         images = self.pixel_values.split(self.image_grid_thw.prod(-1).tolist())
         return torch.cat([self.pixel_values[:0], *(images[place] for place in places)])
 
     def followed_by(self, completion_ids: Tensor, completion_mask: Tensor) -> Inputs:
-        """The prompts with a completion ``(B, T)`` each, which has no image in it; T places of mask
-        0 are padding."""
+        """Return the prompts with a completion ``(B, T)`` each, which has no image in it; T places
+        of mask 0 are padding."""
         text = torch.zeros_like(completion_ids)
         return replace(
             self,
@@ -119,8 +118,8 @@ class Inputs:
 
 @dataclass
 class Encoder:
-    """What turns prompts into a model's inputs and its tokens into text. Its tensors are on the
-    CPU."""
+    """A tokenizer and image processor that turn prompts into a model's inputs and its tokens into
+    text. All tensors are on the CPU."""
 
     tokenizer: Any
     image_processor: Any
@@ -131,10 +130,10 @@ class Encoder:
     control_ids: frozenset[int] = frozenset()
     """Tokens that are no text: they are never decoded, and no text may hold them."""
     opened: str = ""
-    """What the chat template has begun to say for the assistant (``<think>\\n``); a completion's
-    text begins with it, though its tokens do not."""
+    """The text that the chat template starts an answer with (``<think>\\n``); a completion's text
+    begins with it, though its tokens do not."""
     positions: int | None = None
-    """Tokens that the model has positions for, prompt and completion together. None = any."""
+    """The number of tokens that the model has positions for, prompt plus completion. None = any."""
     _patches: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -145,9 +144,9 @@ class Encoder:
     def encode(self, prompts: Sequence[Prompt]) -> Inputs:
         """Apply the chat template, expand image placeholders, pad on the left.
 
-        Prompts that occur again are tokenised once, images that do are read once. Raises
-        KepoDataError if there are no prompts, if an image is unreadable or of a shape that the
-        image processor refuses, or if a text has control tokens in it, which would end its turn.
+        Repeated prompts are tokenised once, and repeated images are read once. Raises KepoDataError
+        if there are no prompts, if an image is unreadable or of a shape that the image processor
+        refuses, or if a text has control tokens in it, which would end its turn.
         """
         if not prompts:
             raise KepoDataError("Encoder.encode: prompts is empty; expected at least one")
@@ -183,10 +182,12 @@ class Encoder:
         )
 
     def encode_completions(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Texts as ``(completion_ids, completion_mask)`` of ``generate``, end token included.
+        """Encode texts as ``(completion_ids, completion_mask)`` of ``generate``, with the end
+        token.
 
-        What the chat template has said already (`opened`) is not said again; a text that begins
-        otherwise first closes it. Raises KepoDataError for a text with control tokens in it.
+        The text that the chat template starts an answer with (`opened`) is not repeated; a text
+        that does not begin with it first closes it. Raises KepoDataError for a text with control
+        tokens in it.
         """
         self._refuse_control_tokens("encode_completions", "completion", texts)
         rows = [row + [self.end_ids[0]] for row in self._ids([self._unsaid(t) for t in texts])]
@@ -198,9 +199,9 @@ class Encoder:
         return ids, mask
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
-        """Text of each row where mask is True; control tokens are left out, format tags stay.
+        """Return each row's text where mask is True; control tokens are left out, format tags stay.
 
-        It begins with what the chat template has begun to say (`opened`), if there is any.
+        It begins with the text that the chat template starts an answer with (`opened`), if any.
         """
         rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu().bool(), strict=True)]
         said = [[token for token in row if token not in self.control_ids] for row in rows]
@@ -208,12 +209,12 @@ class Encoder:
         return [self.opened + text if row else text for row, text in zip(rows, texts, strict=True)]
 
     def control_tokens_in(self, text: str) -> list[str]:
-        """The control tokens that a text would be read as having, in order; [] for plain text."""
+        """Return the control tokens that a text would be read as having, in order; [] if none."""
         found = [token for token in self._ids([text])[0] if token in self.control_ids]
         return self.tokenizer.convert_ids_to_tokens(found)
 
     def image_tokens(self, width: int, height: int) -> int:
-        """How many tokens a picture of this size becomes.
+        """Return how many tokens a picture of this size becomes.
 
         Raises ValueError, the image processor's, for a shape that it refuses.
         """
@@ -222,7 +223,7 @@ class Encoder:
         return count // self.image_processor.merge_size**2
 
     def text_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Tokens of each prompt without those of its images; no image is read."""
+        """Return each prompt's number of tokens without those of its images; no image is read."""
         return [len(ids) - ids.count(self.image_token_id) for ids in self._chat_ids(prompts)]
 
     # ---- private ----
@@ -236,7 +237,7 @@ class Encoder:
                 )
 
     def _unsaid(self, text: str) -> str:
-        """A completion's text without what the template has said already."""
+        """Return a completion's text without what the template has said already."""
         if not self.opened:
             return text
         for said in (self.opened, self.opened.strip()):
@@ -264,7 +265,7 @@ class Encoder:
         return self._ids(texts)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Whole texts, whatever truncation and padding the tokenizer's files ask for."""
+        """Tokenise whole texts, whatever truncation and padding the tokenizer's files ask for."""
         if not texts:
             return []
         for text in texts:
@@ -279,7 +280,7 @@ class Encoder:
         return self.tokenizer(list(texts), **plain)["input_ids"]
 
     def _expanded(self, prompt: Prompt, ids: list[int], grids: Sequence[Tensor]) -> list[int]:
-        """Each image's placeholder as often as the image has tokens."""
+        """Return the ids with each image's placeholder as often as the image has tokens."""
         found = ids.count(self.image_token_id)
         if found != len(grids):
             raise KepoDataError(
@@ -295,7 +296,7 @@ class Encoder:
         ]
 
     def _image(self, path: Path, key: tuple) -> tuple[Tensor, Tensor]:
-        """Patches ``(n, values)`` and grid ``(3,)`` of an image file, cached while unchanged."""
+        """Return patches ``(n, values)`` and grid ``(3,)`` of an image, cached while unchanged."""
         if key not in self._patches:
             image = open_rgb(path)
             try:
@@ -315,7 +316,7 @@ class Encoder:
 
 
 def _key(path: Path) -> tuple:
-    """What stays the same while an image file does."""
+    """Return a key that stays the same as long as an image file does."""
     try:
         stat = path.stat()
     except OSError as error:

@@ -1,6 +1,6 @@
-"""The image processor: transformers' torchvision one where torchvision works, else that of Pillow.
+"""The image processor: transformers' torchvision one if torchvision works, otherwise Pillow's.
 
-Both give the same grids and, but where an image is resized, the same values up to rounding.
+Both give the same grids and, except where an image is resized, the same values up to rounding.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 
 
 def image_processor_class() -> Any:
-    """The faster of the processors that work here, under the name this transformers gives it."""
+    """Return the faster of the processors that work here, by the name this transformers gives
+    it."""
     if not without_broken_torchvision():
         return pillow_processor_class()
     try:
@@ -26,7 +27,7 @@ def image_processor_class() -> Any:
 
 
 def pillow_processor_class() -> Any:
-    """The processor that needs no torchvision."""
+    """Return the processor that needs no torchvision."""
     without_broken_torchvision()
     try:
         from transformers import Qwen2VLImageProcessorPil  # 5.4 and later
@@ -40,7 +41,7 @@ def pillow_processor_class() -> Any:
 
 @functools.cache
 def without_broken_torchvision() -> bool:
-    """Whether torchvision works; if it is installed and does not, it is as if it were missing.
+    """Return whether torchvision works; if it is installed but broken, hide it, as if missing.
 
     Beside a torch it was not built for, its own operators do not exist, and transformers, which
     only sees that it is installed, then cannot import a single vision model. Call it before the

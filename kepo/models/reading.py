@@ -19,14 +19,14 @@ from kepo.models.processors import image_processor_class, without_broken_torchvi
 from kepo.models.vision import check_reads_types
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-"""``name`` or ``owner/name``."""
+"""A pattern for ``name`` or ``owner/name``."""
 NO_CODE: dict[str, Any] = dict(trust_remote_code=False)
-"""For every function of transformers that could run code of a model's folder, or ask to."""
+"""Arguments for every function of transformers that could run a model folder's code, or ask to."""
 
 
 def read_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
-    """The model at a folder or Hub name, on the CPU unless ``settings`` say otherwise; they are
-    from_pretrained's.
+    """Read the model at a folder or Hub name, on the CPU unless ``settings``, which are
+    from_pretrained's, say otherwise.
 
     Raises KepoCheckpointError if it is not there or not a Qwen-VL model, brings code of its own,
     or if its weights are not all there, of the right shapes and finite, in safetensors.
@@ -62,7 +62,7 @@ def read_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
 
 
 def blank_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
-    """The same model on the CPU with nothing in it yet: memory that is not touched is not taken."""
+    """Return the same model on the CPU, still empty: memory that is not touched is not taken."""
     without_broken_torchvision()
     from transformers import AutoModelForImageTextToText
 
@@ -77,7 +77,7 @@ def blank_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
 
 
 def read_config(path: str | Path) -> Any:
-    """The config of a Qwen-VL model at a folder or Hub name; KepoCheckpointError if it is none."""
+    """Read a Qwen-VL model's config at a folder or Hub name; KepoCheckpointError if it is none."""
     without_broken_torchvision()
     from transformers import AutoConfig
 
@@ -102,7 +102,7 @@ def read_config(path: str | Path) -> Any:
 
 
 def load_encoder(path: str | Path, model: Any) -> Encoder:
-    """Tokenizer and image processor at a folder or Hub name, for that model.
+    """Load tokenizer and image processor at a folder or Hub name, for that model.
 
     Raises KepoCheckpointError if one is missing, lacks what we need of it, or is another model's.
     """
@@ -112,7 +112,7 @@ def load_encoder(path: str | Path, model: Any) -> Encoder:
 
 
 def encoder_of(path: str | Path, config: Any) -> Encoder:
-    """``load_encoder`` for a model of which only the config is there."""
+    """Do what `load_encoder` does for a model of which only the config is there."""
     from transformers import AutoTokenizer
 
     try:
@@ -140,7 +140,7 @@ def encoder_of(path: str | Path, config: Any) -> Encoder:
 
 
 def base_of(path: str | Path) -> str | None:
-    """The model that a folder of adapters belongs to; None for a whole model.
+    """Return the model that a folder of adapters belongs to; None for a whole model.
 
     Raises KepoCheckpointError if the folder does not name one, or names adapters again.
     """
@@ -167,7 +167,7 @@ def own_progress_only() -> None:
 
 
 def _adapted(path: str | Path, model: Any) -> Any:
-    """The model with the adapters of a folder in it."""
+    """Return the model with the adapters of a folder in it."""
     return tensors.with_saved_adapters(_peft(path), model, Path(path)).get_base_model()
 
 

@@ -1,4 +1,4 @@
-"""How completions are drawn: the law, and a stream of random numbers for each of them."""
+"""Drawing of completions: the sampling law, and a stream of random numbers for each completion."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from kepo.errors import KepoConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How many completions, how long, and from which law; by vLLM's names."""
+    """The number of completions, their length, and the law they are drawn from; by vLLM's names."""
 
     n: int = 1
-    """Completions of each prompt."""
+    """The number of completions of each prompt."""
     max_tokens: int
     temperature: float
-    """0.0 is greedy."""
+    """The sampling temperature; 0.0 is greedy."""
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
@@ -40,8 +40,9 @@ class SamplingParams:
         return self.temperature == 0
 
     def seeds_for(self, prompts: int, given: Sequence[int] | None) -> Sequence[int] | None:
-        """One seed per completion: the given ones, or from torch's global generator; None where
-        greedy, which reads none. Raises KepoConfigError if there are more or fewer of them."""
+        """Return one seed per completion: the given ones, or new ones from torch's global
+        generator; None where greedy, which reads none. Raises KepoConfigError if there are more or
+        fewer of them."""
         if self.greedy:
             return None
         count = prompts * self.n
@@ -68,12 +69,12 @@ class SamplingLaw:
     token itself, leaves no other, and keeps its log-probability.
 
     Each completion has its own seed, so what it draws does not depend on its neighbours in the
-    batch, nor on how a step's completions are shared out over batches and processes. Of the laws
-    themselves nothing is kept; `generate(output_scores=True)` would hold T of them.
+    batch, nor on how a step's completions are shared out over batches and processes. The laws
+    themselves are not kept; `generate(output_scores=True)` would hold T of them.
     """
 
     def __init__(self, temperature: float, top_p: float, seeds: Sequence[int], length: int):
-        """seeds: one per completion, of at most ``length`` tokens."""
+        """Make the law; seeds: one per completion, of at most ``length`` tokens."""
         from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
         self._warpers = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
@@ -82,7 +83,7 @@ class SamplingLaw:
         self._logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(n, L) tokens so far, (n, V) logits -> 0 at the token drawn next, -inf elsewhere."""
+        """Map (n, L) tokens, (n, V) logits to (n, V): 0 at the token drawn next, -inf elsewhere."""
         scores = scores.float()
         for warper in self._warpers:
             scores = warper(input_ids, scores)
@@ -93,12 +94,12 @@ class SamplingLaw:
         return torch.full_like(law, -torch.inf).scatter_(1, token, 0.0)
 
     def logprobs(self, length: int) -> Tensor:
-        """(n, length) fp32, for the tokens that were drawn."""
+        """Return (n, length) fp32 log-probabilities of the tokens that were drawn."""
         return torch.cat(self._logprobs[:length], dim=1)
 
 
 def draw(law: Tensor, uniforms: Tensor) -> Tensor:
-    """(n, 1) tokens: the first whose cumulative probability passes a number in [0, 1).
+    """Return (n, 1) tokens: the first whose cumulative probability passes a number in [0, 1).
 
     law ``(n, V)`` log-probabilities, uniforms ``(n,)`` fp64. A token of probability 0 is never
     drawn. The sums are fp64: in fp32 the rare tokens of a large vocabulary would round away.
@@ -112,6 +113,7 @@ def draw(law: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _stream(seed: int, length: int) -> Tensor:
-    """(length,) fp64 in [0, 1). Python's generator: torch's on the CPU reads 32 bits of a seed."""
+    """Return (length,) fp64 numbers in [0, 1) of Python's generator: torch's on the CPU reads 32
+    bits of a seed."""
     numbers = random.Random(seed)
     return torch.tensor([numbers.random() for _ in range(length)], dtype=torch.float64)

@@ -1,7 +1,5 @@
-"""Whether the weights of a model folder are all there, of the right shapes, finite, and its own.
-
-What is missing would be random numbers otherwise, other ones at every load.
-"""
+"""Checks that the weights of a model folder are all there, of the right shapes, finite, and its
+own. Missing weights would otherwise be random numbers, different at every load."""
 
 from __future__ import annotations
 
@@ -20,11 +18,11 @@ ADAPTERS = "adapter_model.safetensors"
 
 
 def check_files(path: str | Path, quantized: bool = False) -> None:
-    """Raises KepoCheckpointError if a folder's safetensors are not exactly those that its index
+    """Raise KepoCheckpointError if a folder's safetensors are not exactly those that its index
     names, hold something else than it says, or hold what no weights look like; see `weight_files`.
 
-    quantized: whether config.json says so; then tensors may be of any dtype. Of a Hub name nothing
-    is known yet.
+    quantized: whether config.json says so; then tensors may be of any dtype. A Hub name is not
+    checked: its files are not here yet.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -42,7 +40,7 @@ def check_files(path: str | Path, quantized: bool = False) -> None:
 
 
 def _indexed(folder: Path) -> dict[str, str] | None:
-    """The file of every tensor as the index says; None where there is one file and no index."""
+    """Return every tensor's file as the index says; None where there is one file and no index."""
     whole, index = (folder / WHOLE).is_file(), folder / INDEX
     if not index.is_file():
         if not whole:
@@ -65,7 +63,7 @@ def _indexed(folder: Path) -> dict[str, str] | None:
 
 
 def _check_shards(folder: Path, shards: list[str]) -> None:
-    """The files that an index names must be there, and be safetensors of the folder."""
+    """Check that the files an index names are there, and are safetensors of the folder."""
     index = folder / INDEX
     if not shards:
         raise KepoCheckpointError(f"{index} names no file; copy the folder again")
@@ -83,7 +81,7 @@ def _check_shards(folder: Path, shards: list[str]) -> None:
 
 
 def _check_index(folder: Path, places: dict[str, str], headers: dict[str, dict]) -> None:
-    """An index must say of every tensor in its files, and of no other, which one file holds it."""
+    """Check that an index says of exactly the tensors in its files which one file holds each."""
     held: dict[str, list[str]] = {name: [] for name in places}
     for file, header in headers.items():
         for name in header:
@@ -99,8 +97,9 @@ def _check_index(folder: Path, places: dict[str, str], headers: dict[str, dict])
 
 
 def with_saved_adapters(peft: Any, model: Any, folder: Path, **settings: Any) -> Any:
-    """peft's wrapper around a model with the adapters that a folder holds, which are put into the
-    model in place. Raises KepoCheckpointError if they are not in safetensors or do not fit."""
+    """Return peft's wrapper around a model with the adapters that a folder holds, which are put
+    into the model in place. Raises KepoCheckpointError if they are not in safetensors or do not
+    fit."""
     if not (folder / ADAPTERS).is_file():
         raise _without(folder, ADAPTERS, "as peft writes it")
     try:
@@ -113,8 +112,8 @@ def with_saved_adapters(peft: Any, model: Any, folder: Path, **settings: Any) ->
 
 
 def check_loaded(path: str | Path, found: Mapping[str, Any]) -> None:
-    """Raises KepoCheckpointError for what from_pretrained found amiss, its ``loading_info``:
-    tensors that are missing, of another shape, or not the model's."""
+    """Raise KepoCheckpointError for what from_pretrained found amiss, its ``loading_info``: tensors
+    that are missing, of another shape, or not the model's."""
     _refuse(path, "lacks", sorted(found["missing_keys"]), "of the model's tensors")
     mismatched = sorted(found["mismatched_keys"])
     if mismatched:
@@ -129,7 +128,7 @@ def check_loaded(path: str | Path, found: Mapping[str, Any]) -> None:
 
 
 def check_values(path: str | Path, model: Any) -> None:
-    """Raises KepoCheckpointError if a weight is not finite, or if the head is not the embedding
+    """Raise KepoCheckpointError if a weight is not finite, or if the head is not the embedding
     though the config says it is. Reads every weight once."""
     named = [(n, x) for n, x in model.named_parameters() if x.is_floating_point() and x.numel()]
     broken = [name for name, x in named if not _is_finite(x)]
@@ -147,7 +146,7 @@ def check_values(path: str | Path, model: Any) -> None:
 
 
 def _check_adapters(folder: Path, wrapped: Any) -> None:
-    """A folder's tensors must be those of peft's wrapper, by name and shape, and finite."""
+    """Check that a folder's tensors are those of peft's wrapper, by name and shape, and finite."""
     from peft import get_peft_model_state_dict
 
     # Not the embeddings: peft looks for those on the Hub.

@@ -1,4 +1,4 @@
-"""What a forward of a Qwen-VL model is given, so that the vision tower sees an image once.
+"""The inputs of a Qwen-VL model's forward, made so that the vision tower sees an image once.
 
 Rows that show the same image, as the completions of one question do, share its features; gradients
 of a trained tower flow through them from every row and add up.
@@ -18,7 +18,7 @@ from kepo.models.encoding import Inputs
 
 
 def forward_inputs(model: Any, inputs: Inputs) -> dict[str, Any]:
-    """The keyword arguments of the model's, or its backbone's, forward, and of its ``generate``.
+    """Return the keyword arguments of the model's, or its backbone's, forward and ``generate``.
 
     Runs the vision tower, on every image once, where this transformers takes its features; before
     5.18 or so the rows get the images themselves. Raises KepoCheckpointError for a model that does
@@ -46,7 +46,7 @@ def forward_inputs(model: Any, inputs: Inputs) -> dict[str, Any]:
 
 
 def check_length(model: Any, inputs: Inputs, new_tokens: int) -> None:
-    """Raises KepoDataError if a prompt and ``new_tokens`` more exceed the model's positions."""
+    """Raise KepoDataError if a prompt and ``new_tokens`` more exceed the model's positions."""
     text = model.config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     if limit is None or inputs.input_ids.shape[1] + new_tokens <= limit:
@@ -61,13 +61,13 @@ def check_length(model: Any, inputs: Inputs, new_tokens: int) -> None:
 
 
 def takes_features(model: Any) -> bool:
-    """Whether forwards accept image features in place of pixels."""
+    """Return whether forwards accept image features in place of pixels."""
     names = _parameters(type(model)) & _parameters(type(model.model))
     return "mm_encoder_outputs" in names
 
 
 def check_reads_types(model: Any) -> None:
-    """Raises KepoCheckpointError for a model that does not read ``mm_token_type_ids``: without them
+    """Raise KepoCheckpointError for a model that does not read ``mm_token_type_ids``: without them
     a Qwen2.5-VL takes image tokens for text, and says nothing."""
     for part in (model, model.model):
         if "mm_token_type_ids" not in _parameters(type(part)):
@@ -84,7 +84,7 @@ def _parameters(kind: type) -> frozenset[str]:
 
 
 def _placed(features: Any, places: Sequence[int]) -> Any:
-    """The features of the images at these places: pooled ones, and those for DeepStack's layers."""
+    """Return the features of the images at these places: the pooled, and DeepStack's."""
     pooled = features.pooler_output
     features.pooler_output = tuple(pooled[place] for place in places)
     if getattr(features, "deepstack_features", None) is not None:

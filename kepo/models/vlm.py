@@ -27,19 +27,20 @@ CPU = torch.device("cpu")
 
 @dataclass
 class VLM:
-    """The model, what turns prompts into its tensors, and how it is held."""
+    """A model, the encoder that turns prompts into its tensors, and how its weights are held."""
 
     model: Any
     encoder: Encoder
     device: torch.device = CPU
     wrapper: nn.Module | None = None
-    """The module through which the processes work together, see kepo.distributed.sharding."""
+    """The module through which the ranks compute with the model, see kepo.distributed.sharding;
+    None = `run_wrapped` calls its work directly."""
     sharded: bool = False
-    """Each process has a share of the weights: every forward needs all processes."""
+    """True if each rank has a share of the weights: then every forward needs all ranks."""
     gathers: bool = False
-    """Sharded weights are held whole while it is `ready` to sample."""
+    """True if sharded weights are gathered while the model is `ready` to sample."""
     adapters: Any = None
-    """peft's wrapper, where adapters are trained and saved in place of the model."""
+    """The peft wrapper, where adapters are trained and saved in place of the model; else None."""
     _gathered: bool = False
 
     @classmethod
@@ -48,8 +49,8 @@ class VLM:
 
         Only safetensors are read, and no code of the folder is run. dtype: "float32", "bfloat16" or
         "float16". device: cpu, cuda or cuda:<number>. Raises KepoConfigError for another dtype or
-        device, KepoCheckpointError if something is missing or broken, if the files do not fit
-        together (kepo.models.conventions), or if the model is not an image-text model.
+        device, KepoCheckpointError if something is missing or broken, if the files contradict each
+        other (kepo.models.conventions), or if the model is not an image-text model.
         """
         dtypes = ("float32", "bfloat16", "float16")
         if dtype not in dtypes:
@@ -60,9 +61,9 @@ class VLM:
         return cls(model.to(place).eval(), encoder, place)
 
     def save(self, path: str | Path) -> None:
-        """Write the layout that ``load`` and ``from_pretrained`` read; of adapters, peft's.
+        """Write the layout that ``load`` and ``from_pretrained`` read; for adapters, peft's.
 
-        All processes of a sharded model call; the first one writes.
+        All ranks of a sharded model call; rank 0 writes.
         """
         saved = self.adapters or self.model
         settings: dict[str, Any] = {}
@@ -78,26 +79,26 @@ class VLM:
             part.save_pretrained(path)
 
     def run_wrapped(self, work: Callable[[], T]) -> T:
-        """``work``, with the model's weights there for it and its gradients shared afterwards.
+        """Return ``work()``, with the weights there for it and the gradients shared afterwards.
 
-        `generate` sees to it itself; a loss on `completion_hidden` and `lm_head` is computed within
-        one such call, if the model may be spread over processes. All processes call.
+        `generate` does this itself; a loss on `completion_hidden` and `lm_head` is computed within
+        one such call, if the model may be spread over ranks. All ranks call.
         """
         return work() if self.wrapper is None else self.wrapper(work)
 
     @property
     def lm_head(self) -> Tensor:
-        """Output embedding ``(V, H)``; V may exceed the tokenizer's length (padding rows)."""
+        """The output embedding ``(V, H)``; V may exceed the tokenizer's length (padding rows)."""
         return self.model.get_output_embeddings().weight
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter whole, one at a time, by its name. All processes iterate."""
+        """Yield every parameter unsharded, one at a time, with its name. All ranks iterate."""
         for name, parameter in self.model.named_parameters():
             yield name, whole_tensor(parameter.detach())
 
     def never_sampled(self) -> list[int]:
-        """Ids that are no text and no end: placeholders, padding, rows of the head that the
-        tokenizer has no token for."""
+        """Return the ids that are no text and no end: placeholders, padding, rows of the head that
+        the tokenizer has no token for."""
         ids = {getattr(self.model.config, name, None) for name in VISION_TOKENS} - {None}
         ids |= {self.tokenizer.pad_token_id} - set(self.encoder.end_ids)
         return sorted(ids | set(range(len(self.tokenizer), self.lm_head.shape[0])))
@@ -142,7 +143,7 @@ class VLM:
         params: SamplingParams,
         seeds: Sequence[int] | None = None,
     ) -> Sampled:
-        """`generate` for prompts, its result on the CPU."""
+        """Return the result of `generate` for prompts, on the CPU."""
         sampled = self.generate(self.encode(prompts), params, seeds)
         return Sampled(*(x.cpu() for x in sampled))
 
@@ -158,12 +159,11 @@ class VLM:
 
         A row that is True throughout in the mask and has none of ``encoder.end_ids`` was cut off.
 
-        Placeholder, pad and padding-row tokens cannot be sampled. Of the model's
-        generation_config.json only the end tokens are obeyed: its top_k, penalties and banned words
-        would make the law of sampling another than the one that is trained.
-        seeds: one per completion, and then a completion does not depend on which others are
-        sampled beside it, rounding apart. None: drawn from torch's global generator. Leaves the
-        mode (train or eval) as it was.
+        Placeholder, pad and padding-row tokens cannot be sampled. Only the end tokens of the
+        model's generation_config.json are obeyed: its top_k, penalties and banned words would make
+        the sampling law differ from the one that is trained. seeds: one per completion, and then a
+        completion does not depend on which others are sampled beside it, rounding apart. None draws
+        them from torch's global generator. Leaves the mode (train or eval) as it was.
         """
         check_length(self.model, inputs, params.max_tokens)
         from transformers import GenerationConfig
@@ -213,7 +213,7 @@ class VLM:
     def completion_hidden(
         self, inputs: Inputs, completion_ids: Tensor, completion_mask: Tensor
     ) -> Tensor:
-        """Last hidden states ``(B, T, H)``; the one at t predicts ``completion_ids[:, t]``.
+        """Return last hidden states ``(B, T, H)``; the one at t predicts ``completion_ids[:, t]``.
 
         ``completion_hidden @ lm_head.T`` are the model's logits. completion_ids ``(B, T)``,
         completion_mask ``(B, T)`` bool; what stands at masked places does not matter, and the
@@ -249,7 +249,8 @@ def _eval_mode(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _no_defaults(model: Any, settings: Any) -> Iterator[None]:
-    """`generate` fills what settings leave open from the model's own generation_config.json."""
+    """Hide the model's generation_config.json: `generate` fills what settings leave open from
+    it."""
     own = model.generation_config
     model.generation_config = settings
     try:

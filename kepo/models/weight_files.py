@@ -1,4 +1,4 @@
-"""What a safetensors file says of its tensors, and whether they can be the weights of a model.
+"""The header of a safetensors file, and checks that its tensors can be the weights of a model.
 
 Nothing here knows the model: a file is judged by its header and its bytes, before it is loaded.
 """
@@ -16,12 +16,12 @@ FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float1
 _PIECE = 2**16  # bytes; in nearly every tensor the first piece has something in it
 
 Header = dict[str, dict[str, Any]]
-"""By tensor: its ``dtype``, ``shape``, and ``data_offsets``, the bytes from and to, after the
-header."""
+"""The ``dtype``, ``shape`` and ``data_offsets`` of each tensor, by its name; the offsets are the
+bytes from and to, counted after the header."""
 
 
 def header(file: Path) -> Header:
-    """The header of a safetensors file; KepoCheckpointError if it is none, or cut."""
+    """Read the header of a safetensors file; KepoCheckpointError if it is no such file, or cut."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -37,8 +37,8 @@ def header(file: Path) -> Header:
 
 
 def check_weights(file: Path, tensors: Header) -> None:
-    """Raises KepoCheckpointError for tensors of no float dtype, which would be cast in silence,
-    and for what a copy leaves that had its room and stopped: neighbours that are all zeros.
+    """Raise KepoCheckpointError for tensors of no float dtype, which would be cast in silence, and
+    for what an interrupted copy leaves: neighbouring tensors that are all zeros.
 
     One weight that is all zeros may be meant so, as may biases and the second matrices of adapters
     that have not learnt yet. Two that lie next to each other in the file are not.
@@ -59,7 +59,8 @@ def check_weights(file: Path, tensors: Header) -> None:
 
 
 def _blank_neighbours(file: Path, tensors: Header) -> list[str]:
-    """The first two or more weights of all zeros with no other between them in the file, or []."""
+    """Return the first two or more all-zero weights with no other between them in the file, or
+    []."""
     filled = {name: x["data_offsets"] for name, x in tensors.items() if 0 not in x["shape"]}
     blank: list[str] = []
     with file.open("rb") as opened:

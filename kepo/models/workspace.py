@@ -1,4 +1,4 @@
-"""Whether a run's `workspace_bytes` are enough for its heads: known from two config.json."""
+"""A check that a run's `workspace_bytes` are enough for its heads: known from two config.json."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from kepo_kernels.errors import KepoInputError
 def check_workspace(config: Config) -> None:
     """Raise KepoConfigError where the losses of a step would refuse ``workspace_bytes``.
 
-    Reads nothing where it is None. A chunk is of one row at least, so how many rows there are does
-    not matter.
+    Reads nothing if it is None. A chunk has at least one row, so the number of rows does not
+    matter.
     """
     if config.workspace_bytes is None:
         return

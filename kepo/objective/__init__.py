@@ -1,1 +1,1 @@
-"""From completions to gradients: advantages, gates, the batch, one step."""
+"""The path from completions to gradients: advantages, gates, the batch, one step."""

@@ -28,14 +28,14 @@ class Batch:
     completion_mask: Tensor
     """(B, T) bool, True on tokens that carry loss, the end token included."""
     advantages: Tensor
-    """(B,) fp32"""
+    """(B,) fp32 advantage of each completion."""
     policy_weights: Tensor
     """(B, T) weights of the policy term, normalised over the whole step."""
     distill_weights: Tensor
     """(B, T) weights of the divergence, the gate among their factors, normalised over the whole
     step."""
     sampler_logprobs: Tensor
-    """(B, T) fp32 log-probabilities under the law that sampled; NaN where nobody did."""
+    """(B, T) fp32 log-probabilities under the law that sampled; NaN where none did."""
     hinted: Tensor
     """(B,) bool, sampled with a hint."""
     old_logprobs: Tensor | None = None
@@ -46,16 +46,18 @@ class Batch:
 
     @property
     def opened(self) -> Tensor:
-        """(B,) bool, the completions that are distilled on: a token of theirs weighs something."""
+        """(B,) bool, True for completions that are distilled on: a token has a weight above 0."""
         return self.distill_weights.any(-1)
 
     def split(self, size: int) -> list[Batch]:
-        """Micro-batches of up to ``size`` completions, each cut to its own longest one."""
+        """Cut the batch into micro-batches of up to ``size`` completions, each to its longest
+        one."""
         return [self._rows(start, start + size) for start in range(0, len(self), size)]
 
     def own_micros(self, size: int) -> list[Batch]:
-        """Micro-batches of this process's share; in every process as many, so that all can work
-        together on each. Where a share has run out they are one completion without any loss."""
+        """Return the micro-batches of this rank's share; every rank gets equally many, so that all
+        ranks can work on each at once. Where a share has run out they are one completion without
+        any loss."""
         rows = rank_slice(range(len(self)))
         most = max(len(rank_slice(range(len(self)), place)) for place in range(world_size()))
         micros = self._rows(rows.start, rows.stop).split(size) if len(rows) else []
@@ -85,7 +87,7 @@ class Batch:
 def collate(
     groups: Sequence[Group], config: ObjectiveConfig, data: Sequence[Rollout] = ()
 ) -> Batch:
-    """Advantages, masks and weights of all rollouts of one step.
+    """Return advantages, masks and weights of all rollouts of one step.
 
     Every group must have the same number of samples; ``data`` are the dataset's own solutions, each
     by itself with advantage 1. With ``mask_truncated`` a completion that hit the length limit keeps
@@ -125,7 +127,7 @@ def collate(
 
 
 def gates(rollouts: Sequence[Rollout], config: ObjectiveConfig) -> Tensor:
-    """(B,) fp32: how much each completion is distilled on, by its quality alone."""
+    """Return (B,) fp32: how much each completion is distilled on, by its quality alone."""
     if not config.distils:
         return torch.zeros(len(rollouts))
     if config.gate_reward is None:

@@ -1,5 +1,5 @@
 """Credit for a completion: its advantage within its group, whether it is good enough to be
-distilled on, and how much it counts if another law sampled it than is trained.
+distilled on, and how much it counts if the law that sampled it is not the one that is trained.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def correction_weights(
     Args:
         logprobs: (B, T), of the policy that sampled, as the trainer computes them.
         sampler_logprobs: (B, T), as the sampler did; NaN, where nobody sampled, weighs 1.
-        own: (B, T) bool, the tokens of such completions.
+        own: (B, T) bool, the tokens of completions sampled without a hint.
     """
     sampled = own & ~sampler_logprobs.isnan()
     weights = sampler_weights(logprobs, sampler_logprobs, sampled, high=cap)
@@ -80,7 +80,7 @@ def hinted_weights(
     Args:
         logprobs: (B, T), of the policy that sampled, without the hint.
         sampler_logprobs: (B, T), with it; read by "truncate" alone.
-        hinted: (B, T) bool, the tokens of such completions.
+        hinted: (B, T) bool, the tokens of completions sampled with a hint.
     """
     if correction == "truncate":
         weights = sampler_weights(logprobs, sampler_logprobs, hinted, high=cap)

@@ -34,7 +34,7 @@ def step_numbers(tokenizer: Any, completion_ids: Tensor) -> Tensor:
 
 
 def _last_tokens(texts: Sequence[str]) -> list[int]:
-    """Places of the tokens, given by their texts, that end a step."""
+    """Return the places of the tokens, given by their texts, that end a step."""
     ends = list(accumulate(map(len, texts)))  # of each token, in the text
     broken = [place for place, text in enumerate(texts) if "\n" in text]
     tags = _CLOSING_TAG.finditer("".join(texts))

@@ -42,7 +42,7 @@ class StepTotals:
     ratio_tokens: int = 0
 
     def of_all(self) -> StepTotals:
-        """Those of all processes as one: sums, and the larger of what is a maximum or a time."""
+        """Return the totals of all ranks as one: sums, and the larger of a maximum or a time."""
         everyones = [vars(totals) for totals in all_gather(self)]
         of = {name: max if name in _LARGEST else sum for name in vars(self)}
         return StepTotals(**{name: of[name](t[name] for t in everyones) for name in of})
@@ -59,12 +59,13 @@ def kepo_step(
     config: ObjectiveConfig,
     totals: StepTotals,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a micro-batch, ready for backward, and its (B, T) detached log-probabilities.
+    """Return the loss of a micro-batch, ready for backward, and its (B, T) detached
+    log-probabilities.
 
     One student forward feeds the policy term and the divergence. The teacher's backbone and head
-    meet the sequences whose gate is open and no others; with every gate closed it does not run,
-    unless it is sharded and another process has open ones. Call it through `VLM.run_wrapped` where
-    the policy is spread over processes. Adds the numbers of the micro-batch to ``totals``.
+    run only on the sequences whose gate is open; with every gate closed it does not run, unless it
+    is sharded and another rank has open ones. Call it through `VLM.run_wrapped` if the policy is
+    spread over ranks. Adds the numbers of the micro-batch to ``totals``.
 
     Where a model's states are not finite the loss is NaN, on every device: the caller sees it in
     the gradients, and skips the step.
@@ -116,7 +117,8 @@ def kepo_step(
 
 
 def _softmax(config: ObjectiveConfig) -> dict[str, Any]:
-    """Say how every call of the kernels reads logits, and by which engine."""
+    """Return the settings by which every call of the kernels reads logits, and the
+    implementation."""
     return dict(
         temperature=config.temperature, impl=config.impl, workspace_bytes=config.workspace_bytes
     )
@@ -143,9 +145,9 @@ def _ref_logprobs(ref: VLM, micro: Batch, config: ObjectiveConfig, odd: list[str
 def _sampler_weights(
     policy: VLM, hidden: Tensor, micro: Batch, config: ObjectiveConfig, totals: StepTotals
 ) -> Tensor | None:
-    """Return (B, T) factors of the policy loss where another law sampled, None where none did.
+    """Return (B, T) factors of the policy loss where another law sampled; None if none did.
 
-    Adds the engine's ratios to ``totals``.
+    Adds the sampler's ratios to ``totals``.
     """
     own, hinted = _to_correct(micro, config)
     corrected = own | hinted
@@ -180,9 +182,10 @@ def _distillation(
     totals: StepTotals,
     odd: list[str],
 ) -> dict[str, Any]:
-    """Ask the teacher, and return its arguments of the loss: none where every gate is closed.
+    """Ask the teacher, and return its arguments for the loss; none if every gate is closed.
 
-    Its states are those of the open sequences alone. Adds its time and tokens to ``totals``.
+    The teacher's states are only those of the open sequences. Adds its time and tokens to
+    ``totals``.
     """
     ids, mask = micro.completion_ids, micro.completion_mask
     opened = micro.opened.nonzero().squeeze(-1)
@@ -211,7 +214,7 @@ def _distillation(
 
 
 def _to_correct(micro: Batch, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
-    """(B, T) bool, twice: tokens that the sampler and the hinted correction weigh."""
+    """Return (B, T) bool, twice: tokens that the sampler and the hinted correction weigh."""
     mask, hinted = micro.completion_mask, micro.hinted[:, None]
     own = mask & ~hinted & ~micro.sampler_logprobs.isnan()
     nothing = torch.zeros_like(mask)
@@ -224,7 +227,7 @@ def _to_correct(micro: Batch, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
 def _without_nan(states: Tensor, mask: Tensor, odd: list[str], whose: str) -> Tensor:
     """Return states (B, T, H) that the losses take; ``odd`` gets ``whose`` if they were not finite.
 
-    On a CPU the losses look, and would end the run; on a GPU nobody does, and what comes of them is
+    On a CPU the losses check this, and would end the run; on a GPU they do not, and their result is
     NaN by itself.
     """
     if states.is_cuda or bool(states.detach().sum(-1, dtype=torch.float64).isfinite()[mask].all()):
@@ -234,14 +237,14 @@ def _without_nan(states: Tensor, mask: Tensor, odd: list[str], whose: str) -> Te
 
 
 def _now(states: Tensor) -> float:
-    """Seconds, after all that the device of ``states`` was given to do."""
+    """Return the time in seconds, after all that the device of ``states`` was given to do."""
     if states.is_cuda:
         torch.cuda.synchronize(states.device)
     return time.perf_counter()
 
 
 def _open_hidden(teacher: VLM, micro: Batch, opened: Tensor, odd: list[str]) -> Tensor:
-    """The teacher's finite states of the open sequences, on the policy's device."""
+    """Return the teacher's finite states of the open sequences, on the policy's device."""
     prompts = [micro.prompts[place] for place in opened.tolist()]
     with torch.no_grad():
         inputs = teacher.encode(prompts)

@@ -1,1 +1,1 @@
-"""From questions to scored completions: sampling, exchange of questions, hints."""
+"""The path from questions to scored completions: sampling, exchange of questions, hints."""

@@ -1,8 +1,8 @@
-"""Records that only a model's encoder can judge: found before the first step, and left out by id.
+"""Records that only a model's encoder can judge: found before the first step, left out by id.
 
-A text with control tokens in it, which would be read as the end of a turn or as an image; a picture
-of a shape that the image processor refuses; a prompt for which, with what is to follow, the model
-has too few positions. No picture is decoded: its size is in its header.
+These are a text with control tokens in it, which would be read as the end of a turn or as an image;
+a picture of a shape that the image processor refuses; a prompt for which, with what is to follow,
+the model has too few positions. No picture is decoded: its size is in its header.
 """
 
 from __future__ import annotations
@@ -28,26 +28,27 @@ from kepo.rollout.hints import MAX_HINT_LENGTH
 from kepo.tasks.multiple_choice import hint_request, hinted_prompt, question_prompt, worked_answer
 
 Faults = dict[str, Problem]
-"""By example id."""
+"""The problem of each faulty example, by example id."""
 _AT_ONCE = 256
 _READERS = 8  # threads; opening a file leaves Python's lock
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A model that is asked about examples, and how."""
+    """A model that is asked about examples, and the texts it is asked."""
 
     name: str
     encoder: Encoder
     prompts: Callable[[Example], Sequence[tuple[str, int]]]
-    """The texts that it reads, and the most tokens that may follow each."""
+    """A function: example -> the texts that the model reads, and the most tokens that may follow
+    each."""
     completions: Callable[[Example], Sequence[str]] = lambda example: ()
-    """Texts that are trained on as if the model had said them."""
+    """A function that returns texts that are trained on as if the model had said them."""
 
 
 def judge_of(config: Config) -> Judge:
-    """The judge of a run's records: the student's encoder, and of what is trained on the teacher's
-    too. Raises KepoCheckpointError if one cannot be read."""
+    """Return the judge of a run's records: the student's encoder, plus the teacher's for records
+    that are trained on. Raises KepoCheckpointError if one cannot be read."""
     limit = config.max_completion_length
     hint = min(MAX_HINT_LENGTH, limit)
 
@@ -81,14 +82,14 @@ def judge_of(config: Config) -> Judge:
 
 
 def plain_reader(encoder: Encoder, limit: int) -> Reader:
-    """One that is asked the plain question and answers in at most ``limit`` tokens."""
+    """Return a reader that is asked the plain question and answers in at most ``limit`` tokens."""
     return Reader("model", encoder, lambda example: [(question_prompt(example), limit)])
 
 
 def faults_of(
     examples: Sequence[Example], readers: Sequence[Reader], *, progress: bool = False
 ) -> Faults:
-    """What is wrong with each example that a reader cannot be asked about; the first fault of each.
+    """Find the examples that a reader cannot be asked about; return the first fault of each.
 
     progress: show a bar.
     """
@@ -114,7 +115,7 @@ def faults_of(
 def left_out(
     examples: Sequence[Example], report: DataReport, faults: Faults, bad_records: str = "skip"
 ) -> tuple[list[Example], DataReport]:
-    """The examples without a fault, and the report with the others as problems.
+    """Return the examples without a fault, and the report with the others as problems.
 
     Raises KepoDataError for the first fault if bad_records is "fail", or if none is left.
     """
@@ -207,7 +208,7 @@ def _encoder_at(path: str) -> Encoder:
 
 
 def _sizes(paths: Iterable[Path]) -> dict[Path, tuple[int, int] | str]:
-    """Width and height of each picture by its header, or why that cannot be read."""
+    """Return width and height of each picture by its header, or why the header cannot be read."""
     distinct = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
         return dict(zip(distinct, pool.map(_size, distinct), strict=True))

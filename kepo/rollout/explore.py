@@ -1,4 +1,4 @@
-"""The completions of a step: sampled, rescued, and once more where groups have nothing to teach."""
+"""The completions of a step: sampled, rescued, and sampled again for groups with equal rewards."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from kepo.sections import HintConfig
 
 @dataclass
 class Exploration:
-    """Groups of one size, and what it took to get them."""
+    """Groups of one size, and counts of what it took to get them."""
 
     groups: list[Group] = field(default_factory=list)
     report: RescueReport = field(default_factory=RescueReport)
     asked: int = 0
-    """Groups that were sampled, those of exchanged questions included."""
+    """The number of groups sampled, those of exchanged questions included."""
     resampled: int = 0
-    """Groups whose question was exchanged for another."""
+    """The number of groups whose question was exchanged for another."""
     sampled: int = 0
-    """Completions sampled in all, those with a hint included."""
+    """The number of completions sampled in all, those with a hint included."""
     rollout_seconds: float = 0.0
     hint_seconds: float = 0.0
 
@@ -39,11 +39,11 @@ def explore(
     examples: Sequence[Example],
     step: int,
 ) -> Exploration:
-    """``num_generations`` completions for each question, rescued by hints as `rescue` says.
+    """Sample ``num_generations`` completions for each question, rescued by hints as `rescue` says.
 
     With ``dynamic_sampling`` a group of equal rewards, which has no advantage, is replaced by the
-    group of another of the ``examples``, if that has one; so many times at most. (DAPO, Yu et al.
-    2025.)
+    group of another of the ``examples``, if that has one; at most ``dynamic_sampling`` times.
+    (DAPO, Yu et al. 2025.)
     """
     found = Exploration()
 
@@ -78,6 +78,6 @@ def explore(
 
 
 def is_dull(group: Group, config: HintConfig) -> bool:
-    """Whether all rewards of a group are equal."""
+    """Return whether all rewards of a group are equal."""
     rewards = total_rewards([group], config)
     return bool((rewards == rewards[:, :1]).all())

@@ -30,31 +30,32 @@ from kepo.tasks.multiple_choice import parse_hint
 MAX_HINT_LENGTH = 256
 
 Hints = dict[str, str | None]
-"""By example id: what the teacher wrote; None where nothing it wrote was usable."""
+"""The hint that the teacher wrote, by example id; None where nothing it wrote was usable."""
 
 
 @dataclass(frozen=True)
 class RescueReport:
-    """What calls to `rescue` did, in counts."""
+    """Counts of what calls to `rescue` did."""
 
     groups: int = 0
-    """Groups that hints were asked for."""
+    """The number of groups that hints were asked for."""
     written: int = 0
-    """Questions the teacher wrote a hint for; of the others it was known from an earlier step."""
+    """The number of questions the teacher wrote a hint for; the hints of the others were known from
+    an earlier step."""
     retried: int = 0
-    """Hints it wrote again because the one before was unusable."""
+    """The number of hints the teacher wrote again because the one before was unusable."""
     unhinted: int = 0
-    """Groups for which there was no usable hint."""
+    """The number of groups for which there was no usable hint."""
     rescued: int = 0
-    """Groups that received at least one success."""
+    """The number of groups that received at least one success."""
     attempts: int = 0
-    """Rounds of sampling with hints, over all groups."""
+    """The number of rounds of sampling with hints, over all groups."""
     sampled: int = 0
-    """Completions sampled with a hint."""
+    """The number of completions sampled with a hint."""
     successes: int = 0
-    """Of those, the ones that succeeded."""
+    """The number of completions sampled with a hint that succeeded."""
     accepted: int = 0
-    """Of those, the ones that replaced a failure."""
+    """The number of successes that replaced a failure."""
 
     def __add__(self, other: RescueReport) -> RescueReport:
         sums = (getattr(self, f.name) + getattr(other, f.name) for f in fields(self))
@@ -68,11 +69,12 @@ def rescue(
     hints: Hints,
     stream: tuple[object, ...] = (),
 ) -> tuple[list[Group], RescueReport]:
-    """The groups, with up to ``num_hinted`` hinted successes in each that ``hint_trigger`` names.
+    """Return the groups, those that ``hint_trigger`` names with up to ``num_hinted`` hinted
+    successes.
 
     Each of at most ``max_attempts`` rounds draws ``num_hinted`` completions for the groups that
-    still lack successes, and for those only. Other groups are returned as they came; no input list
-    is changed. ``hints`` is what the teacher wrote so far, and is added to. ``stream`` names the
+    still lack successes, and for those only. Other groups are returned unchanged; no input list is
+    changed. ``hints`` holds what the teacher wrote so far, and is added to. ``stream`` names the
     random numbers of `sample` and of hints that are written again.
     """
     groups = [list(group) for group in groups]
@@ -119,15 +121,15 @@ def rescue(
 
 
 def all_failed(group: Group, config: HintConfig) -> bool:
-    """Whether no sample of the group reaches ``hint_threshold`` on ``hint_reward``."""
+    """Return whether no sample of the group reaches ``hint_threshold`` on ``hint_reward``."""
     return all(reward_of(r, config.hint_reward, config) < config.hint_threshold for r in group)
 
 
 def succeeds(rollout: Rollout, config: HintConfig) -> bool:
-    """Whether a completion may be trained on as a success.
+    """Return whether a completion may be trained on as a success.
 
-    It reaches ``accept_threshold`` on ``accept_reward``, came to its end, and says nothing of a
-    hint: under the plain question there is none.
+    It reaches ``accept_threshold`` on ``accept_reward``, was not cut off, and does not mention a
+    hint: the plain question has none.
     """
     good = reward_of(rollout, config.accept_reward, config) >= config.accept_threshold
     return good and not rollout.truncated and "hint" not in rollout.text.lower()
@@ -139,10 +141,11 @@ def write_hints(
     config: HintConfig,
     stream: tuple[object, ...] | None = None,
 ) -> list[str | None]:
-    """One hint per example; None where what the teacher wrote is unusable (`usable`).
+    """Write one hint per example; None where what the teacher wrote is unusable (`usable`).
 
-    stream: None writes greedily; else at ``hint_temperature``, with random numbers of its own for
-    each (seed, stream, id of the example), so whom else it writes for changes nothing but rounding.
+    stream: None writes greedily; otherwise the teacher writes at ``hint_temperature``, with
+    separate random numbers for each (seed, stream, id of the example), so the other examples change
+    nothing but rounding.
     """
 
     params = SamplingParams(
@@ -171,7 +174,7 @@ def write_hints(
 
 
 def usable(hint: str | None, example: Example, config: HintConfig, encoder: Encoder) -> bool:
-    """Whether a hint may stand in a prompt.
+    """Return whether a hint may stand in a prompt.
 
     It was written whole, between one pair of tags; it holds no control tokens, which would end the
     turn it stands in; and it states no answer (`states_answer`), unless ``leak_filter`` is off or
@@ -184,8 +187,8 @@ def usable(hint: str | None, example: Example, config: HintConfig, encoder: Enco
 
 
 def replace_worst(group: Group, successes: Group, config: HintConfig) -> Group:
-    """The group with its lowest-reward failures (later ones first among equals) replaced, each
-    once."""
+    """Return the group with its lowest-reward failures (later ones first among equals) replaced,
+    each once."""
     failures = [place for place, rollout in enumerate(group) if not succeeds(rollout, config)]
     failures.sort(key=lambda place: (total_reward(group[place], config), -place))
     group = list(group)
@@ -195,12 +198,12 @@ def replace_worst(group: Group, successes: Group, config: HintConfig) -> Group:
 
 
 def _calls(group: Group, config: HintConfig) -> bool:
-    """Whether ``hint_trigger`` names this group."""
+    """Return whether ``hint_trigger`` names this group."""
     return config.hint_trigger == "always" or all_failed(group, config)
 
 
 def _room(group: Group, config: HintConfig) -> int:
-    """How many of its samples hinted successes may replace."""
+    """Return how many samples of the group hinted successes may replace."""
     return min(config.num_hinted, sum(not succeeds(rollout, config) for rollout in group))
 
 
@@ -211,10 +214,10 @@ def _learn_hints(
     hints: Hints,
     stream: tuple[object, ...],
 ) -> tuple[int, int]:
-    """Hints for the examples that have none yet: the teacher is frozen, so a hint holds.
+    """Write hints for the examples that have none yet: the teacher is frozen, so they stay valid.
 
-    The first is greedy; an unusable one is asked for again ``hint_retries`` times at most, at
-    ``hint_temperature``. What is unusable to the end is known as None, and not asked for again.
+    The first hint is greedy; an unusable one is asked for again at most ``hint_retries`` times, at
+    ``hint_temperature``. One that stays unusable is recorded as None, and not asked for again.
     Returns for how many examples hints were written, and how often one was asked for again.
     """
     unknown = {e.id: e for e in examples if e.id not in hints}

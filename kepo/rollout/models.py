@@ -10,13 +10,13 @@ from kepo.rollout.sampler import Sampler
 
 @dataclass(frozen=True)
 class Models:
-    """Who is trained, who teaches, who is kept close to, and who samples."""
+    """The policy that is trained, its teacher, the reference it is kept close to, the sampler."""
 
     policy: VLM
-    """The student; it alone is trained."""
+    """The student; only it is trained."""
     teacher: VLM | None
-    """Writes hints and is distilled from; None where neither is asked for."""
+    """The model that writes hints and is distilled from; None where neither is asked for."""
     ref: VLM | None
     """The start point that the k3 penalty keeps the policy close to; None without a penalty."""
     sampler: Sampler
-    """Samples completions with the policy's weights."""
+    """The sampler that draws completions with the policy's weights."""

@@ -8,15 +8,13 @@ from kepo.tasks.multiple_choice import hint_request, hinted_prompt, question_pro
 
 
 def prompt_of(example: Example, hint: str | None = None, *, gives_answer: bool = False) -> Prompt:
-    """The question as the policy is asked it.
-
-    hint: is shown with it. gives_answer: so is the right answer, beside the hint.
-    """
+    """Return the question as the policy is asked it. hint: is shown with the question.
+    gives_answer: the right answer is shown too, beside the hint."""
     plain = hint is None
     text = question_prompt(example) if plain else hinted_prompt(example, hint, gives_answer)
     return Prompt(text, example.images)
 
 
 def hint_prompt(example: Example, *, with_answer: bool) -> Prompt:
-    """The request to the teacher for a hint; with_answer: it is told the right answer."""
+    """Return the request to the teacher for a hint; with_answer: it is told the right answer."""
     return Prompt(hint_request(example, with_answer), example.images)

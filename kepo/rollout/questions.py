@@ -1,4 +1,4 @@
-"""Which questions a step asks, and of which it learns from the dataset's own answer."""
+"""The questions that a step asks, and the share of them that the dataset itself answers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from kepo.sections import SamplingConfig
 def draw(
     examples: Sequence[Example], config: SamplingConfig, step: int, extra_round: int = 0
 ) -> list[Example]:
-    """The questions of a step: a pass over all of them in shuffled order, then another in a new
-    one.
+    """Draw the questions of a step: a pass over all of them in shuffled order, then another in a
+    new one.
 
     A function of (seed, step, extra_round) alone, so a resumed run meets the questions it would
     have met. Extra rounds, of dynamic sampling, go through the examples in orders of their own.
@@ -36,7 +36,7 @@ def draw(
 
 
 def from_data(config: SamplingConfig, step: int) -> int:
-    """How many of a step's questions the dataset answers: ``data_fraction`` of all so far."""
+    """Return how many questions of a step the dataset answers: ``data_fraction`` of all so far."""
 
     def by_then(steps: int) -> int:
         return math.floor(steps * config.prompts_per_step * config.data_fraction + 1e-9)
@@ -45,5 +45,5 @@ def from_data(config: SamplingConfig, step: int) -> int:
 
 
 def seed_of(*facts: object) -> int:
-    """A 63-bit seed from any facts, the same on every machine."""
+    """Return a 63-bit seed from any facts, the same on every machine."""
     return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8], "big") >> 1

@@ -29,13 +29,13 @@ def sample(
     stream: tuple[object, ...] = (),
     hints: Sequence[str] | None = None,
 ) -> list[Group]:
-    """``num_generations`` scored completions for each example, in its order.
+    """Sample ``num_generations`` scored completions for each example, in the order of the examples.
 
-    All processes call it with the same examples; each samples its share, and all get the whole.
-    stream: names the random numbers, which with it, ``config.seed``, an example's place and a
-    completion's give the same completion however they are shared out. hints: one per example, shown
-    with the question. ``config`` gives length limit, temperature, top_p, the rewards, and how much
-    is generated at once.
+    All ranks call it with the same examples; each samples its share, and all get the whole. stream:
+    names the random numbers; with ``config.seed`` and the places of example and completion, it
+    gives the same completion however the work is shared out. hints: one per example, shown with the
+    question. ``config`` gives length limit, temperature, top_p, the rewards, and how much is
+    generated at once.
     """
     told: Sequence[str | None] = [None] * len(examples) if hints is None else hints
     asked = [
@@ -84,8 +84,8 @@ class _Asked(NamedTuple):
 def _portions(
     share: Sequence[_Asked], encoder: Encoder, config: SamplingConfig, num_generations: int
 ) -> list[Sequence[_Asked]]:
-    """Runs of the share that ``rollout_batch`` and ``rollout_tokens`` let be generated at once;
-    a single question always may."""
+    """Cut the share into runs that ``rollout_batch`` and ``rollout_tokens`` let be generated at
+    once; a single question always may."""
     most = max(1, config.rollout_batch // num_generations)
     if config.rollout_tokens is None:
         return batches_of(most)(share)
@@ -136,7 +136,7 @@ def _scored(
 def demonstrations(
     encoder: Encoder, examples: Sequence[Example], config: RewardConfig
 ) -> list[Rollout]:
-    """The dataset's own worked solution of each example, as a scored completion."""
+    """Return the dataset's own worked solution of each example, as a scored completion."""
     if not examples:
         return []
     texts = [worked_answer(example) for example in examples]
@@ -168,6 +168,7 @@ def _rewards(text: str, length: int, example: Example, config: RewardConfig) -> 
 
 
 def overlong_penalty(length: int, config: RewardConfig) -> float:
-    """DAPO's soft punishment (Yu et al. 2025, eq. 13): 0 up to the buffer, then in a line to -1."""
+    """Return DAPO's overlong penalty (Yu et al. 2025, eq. 13): 0 up to the buffer, then linear to
+    -1."""
     start = config.max_completion_length - config.overlong_buffer
     return -min(1.0, max(0, length - start) / config.overlong_buffer)

@@ -1,4 +1,4 @@
-"""What the loop needs of whatever samples its completions."""
+"""The interface that the loop needs of whatever samples its completions."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from kepo.models.sampling import Sampled, SamplingParams
 
 
 class Sampler(Protocol):
-    """Samples completions with the policy's weights; `VLM` is one, `VllmSampler` another."""
+    """An object that samples completions with the policy's weights: `VLM` or `VllmSampler`."""
 
     encoder: Encoder
 
     @property
     def collective(self) -> bool:
-        """Whether `sample` needs all processes to call it together: the weights are sharded."""
+        """True if `sample` needs all ranks to call it at once, because the weights are sharded."""
 
     def ready(self) -> AbstractContextManager[None]:
-        """Within it, `sample` uses the weights the policy has on entering. All processes enter."""
+        """Let `sample` use the weights the policy has on entering. All ranks enter."""
 
     def sample(
         self,
@@ -28,9 +28,9 @@ class Sampler(Protocol):
         params: SamplingParams,
         seeds: Sequence[int] | None = None,
     ) -> Sampled:
-        """Completions on the CPU, those of a prompt in a row, one seed for each.
+        """Return completions on the CPU, those of a prompt in a row, one seed for each.
 
-        seeds: greedily none is read; None draws them from torch's global generator. Only where
-        `collective` is False do the same seeds promise the same tokens beside other prompts,
+        seeds: not read when sampling is greedy; None draws them from torch's global generator. Only
+        where `collective` is False do the same seeds promise the same tokens beside other prompts,
         rounding apart.
         """

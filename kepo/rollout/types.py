@@ -27,11 +27,11 @@ class Rollout:
     rewards: dict[str, float]
     sampler_logprobs: Tensor | None = None
     """(T,) fp32 log-probabilities under the law they were drawn from, prompt and hint included.
-    None: nobody sampled it."""
+    None if it was not sampled."""
     hint: str | None = None
-    """What stood in the prompt beside the question."""
+    """The hint that stood in the prompt beside the question; None if there was none."""
     truncated: bool = False
-    """Reached the length limit before its end token."""
+    """True if the completion reached the length limit before its end token."""
 
     @property
     def hinted(self) -> bool:
@@ -42,18 +42,18 @@ Group = list[Rollout]
 
 
 def total_reward(rollout: Rollout, config: RewardConfig) -> float:
-    """The weighted sum of a rollout's rewards, less what an overlong one is fined."""
+    """Return the weighted sum of a rollout's rewards, less the penalty for an overlong one."""
     pairs = zip(config.rewards, config.reward_weights, strict=True)
     total = sum(weight * rollout.rewards[name] for name, weight in pairs)
     return total + rollout.rewards.get("overlong", 0.0)
 
 
 def reward_of(rollout: Rollout, name: str, config: RewardConfig) -> float:
-    """The reward of that name, or the total."""
+    """Return the reward of that name, or the total."""
     return total_reward(rollout, config) if name == TOTAL else rollout.rewards[name]
 
 
 def total_rewards(groups: Sequence[Group], config: RewardConfig) -> Tensor:
-    """(P, G) fp32 total rewards of groups of one size."""
+    """Return (P, G) fp32 total rewards of groups of one size."""
     rewards = [[total_reward(rollout, config) for rollout in group] for group in groups]
     return torch.tensor(rewards).reshape(len(groups), -1)

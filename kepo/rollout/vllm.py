@@ -1,8 +1,8 @@
-"""vLLM in the processes that train: it samples with the policy's weights, and sleeps in between.
+"""vLLM in the processes that train: it samples with the policy's weights, and sleeps otherwise.
 
 Written for the interface of vLLM 0.22 to 0.33 and tested against a stand-in with that interface,
-not against vLLM itself. It computes in another way than the trainer, and resizes images in another
-way: watch `sampling/sampling_logp_difference`, and set `sampler_correction: truncate`.
+not against vLLM itself. It computes differently from the trainer, and resizes images differently:
+watch `sampling/sampling_logp_difference`, and set `sampler_correction: truncate`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BANNED = -100.0  # of the biases that vLLM is sure to take, the lowest; e^-50 at
 
 
 class VllmSampler:
-    """A `Sampler`: one `vllm.LLM` per process, on the process's own GPU, with whole weights.
+    """A `Sampler`: one `vllm.LLM` per rank, on the rank's own GPU, with unsharded weights.
 
     The same seed gives the same tokens beside other prompts as far as vLLM's rounding does not
     depend on them.
@@ -50,16 +50,16 @@ class VllmSampler:
         weights: Callable[[], Iterable[tuple[str, Tensor]]],
         llm: Any = None,
     ):
-        """All processes call it together.
+        """Make the sampler. All ranks call.
 
         Args:
             path: folder or Hub name of the policy; vLLM takes its configuration from there.
-            dtype: in which vLLM computes: float32, bfloat16 or float16.
-            memory_share: of the GPU, for vLLM's weights and its cache of keys and values.
+            dtype: the dtype vLLM computes in: float32, bfloat16 or float16.
+            memory_share: the share of the GPU for vLLM's weights and its cache of keys and values.
             never_sampled: token ids that cannot be drawn.
-            weights: the policy's present weights, every tensor whole, under the names of its
+            weights: the policy's present weights, every tensor unsharded, under the names of its
                 checkpoint. Read once in each `ready`, one tensor at a time.
-            llm: a `vllm.LLM` that is there already, awake. None = made here.
+            llm: an existing `vllm.LLM`, awake. None = a new one.
         """
         if dtype not in DTYPES:
             raise KepoConfigError(f"VllmSampler: dtype is {dtype!r}; expected one of {DTYPES}")
@@ -76,7 +76,7 @@ class VllmSampler:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Wake vLLM and give it the policy's present weights; asleep again on leaving."""
+        """Wake vLLM and give it the policy's present weights; it sleeps again on leaving."""
         try:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # what the trainer's allocator only keeps for later
@@ -101,11 +101,11 @@ class VllmSampler:
         params: SamplingParams,
         seeds: Sequence[int] | None = None,
     ) -> Sampled:
-        """Completions on the CPU, those of a prompt in a row. Only within `ready`.
+        """Return completions on the CPU, those of a prompt in a row. Call it only within `ready`.
 
-        seeds: one per completion; None: drawn from torch's global generator. Raises KepoConfigError
-        for settings out of range, KepoError if vLLM read a prompt otherwise than the encoder, or
-        ended a completion otherwise than by its end token or ``params.max_tokens``.
+        seeds: one per completion; None draws them from torch's global generator. Raises
+        KepoConfigError for settings out of range, KepoError if vLLM read a prompt differently from
+        the encoder, or ended a completion other than at its end token or ``params.max_tokens``.
         """
         self._check(prompts, params)
         seeds = params.seeds_for(len(prompts), seeds)
@@ -152,12 +152,12 @@ class VllmSampler:
         self._llm.sleep(level=2)
 
     def _take_weights(self, model: Any) -> set[str]:
-        """Names of the parameters that got no weights: asleep, they lost what they had."""
+        """Return the parameters that got no weights, by name: asleep, they lost what they had."""
         loaded = model.load_weights(self._weights())
         return {name for name, _ in model.named_parameters()} - set(loaded)
 
     def _request(self, prompt: Prompt) -> tuple[dict[str, Any], list[int]]:
-        """What vLLM is asked, with one placeholder per image, and the ids it must expand it to."""
+        """Return the request to vLLM, one placeholder per image, and the ids it must expand to."""
         expanded = self.encoder.encode([prompt]).input_ids[0].tolist()
         image = self.encoder.image_token_id
         ids = [
@@ -254,7 +254,7 @@ def _vllm() -> Any:
 
 @contextmanager
 def _launched() -> Iterator[None]:
-    """What torchrun tells its processes, where it did not start this one: vLLM starts by it."""
+    """Set the environment that torchrun sets, if it did not start this process: vLLM reads it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

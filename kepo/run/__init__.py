@@ -1,1 +1,1 @@
-"""What a run keeps and writes: checkpoints, metrics, curves; and how it begins and ends."""
+"""The files a run keeps and writes: checkpoints, metrics, curves; and how a run begins and ends."""

@@ -1,8 +1,6 @@
-"""The processes of a run compare what each of them has by itself, before they train apart.
-
-Settings, the code, the files of models that every process reads, and on other nodes the images.
-What the first process reads for all is not compared: records, and weights that the others receive.
-"""
+"""The ranks of a run compare, before they train, what each has by itself: settings, the code, the
+files of models that every rank reads, and on other nodes the images. What rank 0 reads for all is
+not compared: records, and weights that the other ranks receive."""
 
 from __future__ import annotations
 
@@ -27,16 +25,16 @@ from kepo.errors import KepoConfigError, KepoDataError
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "peft")
 NAMED = 8
-"""Differences that the error names; it counts the others."""
+"""The most differences that the error names; it counts the others."""
 SAMPLED = 64
-"""Images of which another node's bytes are compared too, not the sizes alone."""
+"""The number of images of which another node's bytes are compared too, not the sizes alone."""
 BLOCK = 2**16
 
 
 @contextmanager
 def joined(config: Config) -> Iterator[torch.device]:
-    """The processes of this run, which have the same settings, code and models; yields this one's
-    own device. Raises KepoConfigError in all of them otherwise."""
+    """Join the ranks of this run and check that settings, code and models are the same on all of
+    them; yields this rank's device. Raises KepoConfigError on all ranks otherwise."""
     shards = config.sharding == "fsdp2" or config.teacher_placement != "copy"
     timeout = config.rank_timeout_minutes * 60
     with processes(config.device, alone=shards, timeout=timeout) as device:
@@ -50,8 +48,8 @@ def joined(config: Config) -> Iterator[torch.device]:
 
 
 def refuse_different(what: str, mine: Mapping[str, object]) -> None:
-    """Raise KepoConfigError in every process if one has another value than the first under any
-    name; it says which names, and whose values. All must call."""
+    """Raise KepoConfigError on every rank if one has another value than rank 0 under any name; the
+    error says which names, and whose values. All ranks call."""
     everyones = all_gather({name: repr(value) for name, value in mine.items()})
     names = dict.fromkeys(name for each in everyones for name in each)
     found = []
@@ -71,8 +69,8 @@ def refuse_different(what: str, mine: Mapping[str, object]) -> None:
 
 
 def software() -> dict[str, str]:
-    """Versions of what computes, what the environment says of it, and a digest of this package's
-    own source."""
+    """Return the versions of the packages that compute, the environment settings that affect them,
+    and a digest of this package's own source."""
     found = {"python": platform.python_version()}
     found["KEPO_CPU_ISA"] = os.environ.get("KEPO_CPU_ISA", "not set")
     for name in PACKAGES:
@@ -90,10 +88,10 @@ def software() -> dict[str, str]:
 
 
 def read_by_each(models: Mapping[str, str | None], whole: str | None = None) -> dict[str, str]:
-    """Short digests of the model files that every process reads by itself, of ``models`` by role.
+    """Return short digests of the files of ``models``, by role, that every rank reads by itself.
 
-    whole: the role of which that is all, as of a quantised teacher. Its weights go by size, header
-    and samples: to read all of them would take as long as loading it.
+    whole: the role whose weights every rank reads too, as those of a quantised teacher. They are
+    compared by size, header and samples: to read all of them would take as long as loading them.
     """
     found = {}
     for role, name in models.items():
@@ -114,8 +112,8 @@ def read_by_each(models: Mapping[str, str | None], whole: str | None = None) -> 
 
 
 def sampled(file: Path) -> str:
-    """SHA-256 of a file's size, its first blocks, where safetensors has its table, and fifteen
-    others."""
+    """Return the SHA-256 of a file's size, its first blocks (where safetensors has its table), and
+    fifteen others."""
     size = file.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as content:
@@ -127,10 +125,10 @@ def sampled(file: Path) -> str:
 
 
 def same_images(data: RunData) -> None:
-    """Raise KepoDataError in every process if on another node an image file is missing or other.
+    """Raise KepoDataError on every rank if an image file is missing or different on another node.
 
-    The first process of each node looks: at all sizes, and at the bytes of ``SAMPLED`` images. All
-    must call, with the same data.
+    The first rank of each node compares all sizes, and the bytes of ``SAMPLED`` images. All ranks
+    call, with the same data.
     """
     if world_size() == 1:
         return
@@ -150,7 +148,7 @@ def same_images(data: RunData) -> None:
 
 
 def _seen(paths: Sequence[Path]) -> list[str]:
-    """Of each image its size, and of some their contents."""
+    """Return the size of each image, and for some of them a digest of the contents."""
     every = max(1, len(paths) // SAMPLED)
 
     def look(place: int) -> str:

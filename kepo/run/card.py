@@ -18,17 +18,17 @@ ELSEWHERE = frozenset(
     {"student", "teacher", "train_data", "eval_data", "image_root", "train_modalities"}
     | {"train_question_types", "rewards", "reward_weights"}
 )
-"""Settings that the card has in words, or that are nobody's business but the machine's."""
+"""Settings that the card states in words, or that concern only the machine of the run."""
 
 
 def model_card(config: Config, step: int, data: Mapping[str, Any]) -> str:
-    """The card of a policy after ``step`` optimiser steps on ``data``, a `RunData.record`.
+    """Return the card of a policy after ``step`` optimiser steps on ``data``, a `RunData.record`.
 
-    A card may be published with the model, so of a local folder it has the last name only, and
-    `base_model` in its front matter where that is a name on the Hub. It names no `datasets`: what
-    lies in a folder need not be what the Hub has under some name. Reads no file but to see whether
-    a model is one. Raises KepoConfigError for a negative step or no student, KepoDataError for data
-    without "train".
+    A card may be published with the model, so it gives only the last name of a local folder, and
+    `base_model` in its front matter only for a name on the Hub. It names no `datasets`: the
+    contents of a folder need not be what the Hub has under some name. Reads no file, and looks at
+    the disk only to see whether a model is there. Raises KepoConfigError for a negative step or no
+    student, KepoDataError for data without "train".
     """
     if step < 0:
         raise KepoConfigError(f"model_card: step is {step}; expected a number >= 0")
@@ -67,7 +67,7 @@ def model_card(config: Config, step: int, data: Mapping[str, Any]) -> str:
 
 
 def front_matter(config: ModelsConfig, tags: list[str]) -> str:
-    """The YAML between two lines of dashes that the Hub reads."""
+    """Return the YAML between two lines of dashes that the Hub reads."""
     import yaml
 
     adapters = config.lora_rank > 0
@@ -155,7 +155,7 @@ def _other_settings(changed: Mapping[str, Any]) -> list[str]:
 
 
 def changed_settings(config: Config) -> dict[str, Any]:
-    """Settings of the method that differ from their defaults, as YAML knows them."""
+    """Return the settings of the method that differ from their defaults, as YAML knows them."""
     found = {}
     for field in dataclasses.fields(Config):
         value = getattr(config, field.name)
@@ -185,7 +185,7 @@ def _use(config: ModelsConfig) -> str:
 
 
 def _on_hub(model: str) -> bool:
-    """``owner/name`` as the Hub allows it, and no folder here."""
+    """Return whether a name is ``owner/name`` as the Hub allows it, and no folder here."""
     allowed = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model, re.ASCII)
     return allowed is not None and not Path(model).exists()
 
@@ -201,5 +201,5 @@ def _shown(model: str) -> str:
 
 
 def _name(path: str) -> str:
-    """The last name of a path."""
+    """Return the last name of a path."""
     return Path(path).name or path

@@ -6,9 +6,9 @@
 Loading takes the newest step whose files all match the manifest's sha256. If steps exist and none
 does, it stops: a silent fresh start would throw the run away. Weights and optimiser are
 safetensors, the rest JSON; nothing is pickled. Randomness needs no saving: data order and sampling
-of a step are functions of (seed, step). Folders of any other name, links and files are nobody's
+of a step are functions of (seed, step). Folders of any other name, links and files are not
 checkpoints: they are neither read nor removed. Nor is a file that somebody put into a checkpoint:
-that is used without it, and set aside where it would be removed or replaced.
+the checkpoint is used without it, and set aside where it would be removed or replaced.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from kepo.run.optimizer_state import save_optimizer
 T = TypeVar("T")
 
 PARTS = ("state.json", "policy/", "optimizer")
-"""How names of files begin that every checkpoint has."""
+"""Prefixes of the file names that every checkpoint has."""
 
 
 def save_checkpoint(
@@ -58,10 +58,10 @@ def save_checkpoint(
     """Write ``root/step-<step>``: ``policy/`` (by ``write_policy``), the optimiser, ``state``;
     prune to ``keep``.
 
-    All processes call, and all call ``write_policy``. The first writes all else but the others'
-    shares of a sharded optimiser, which each process writes and hashes for itself; the folder must
-    be on a disk that all can reach. Raises OSError if that disk does not take it; older checkpoints
-    are then as they were.
+    All ranks call, and all call ``write_policy``. Rank 0 writes everything else except the other
+    ranks' shares of a sharded optimiser, which each rank writes and hashes itself; the folder must
+    be on a disk that all ranks can reach. Raises OSError if that disk cannot take it; older
+    checkpoints are then unchanged.
     """
     target = root / f"step-{step:08d}"
     folder = on_rank0(lambda: begin_folder(target))
@@ -91,14 +91,15 @@ def _written(
     named_parameters: dict[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, dict[str, Any]]:
-    """Write this process's part; what of the optimiser it wrote, for the manifest."""
+    """Write this rank's part; return what it wrote of the optimiser, for the manifest."""
     write_policy(folder / "policy")
     own = save_optimizer(folder, named_parameters, optimizer)
     return {path.name: described(path) for path in own}
 
 
 def _of_all(make: Callable[[], T]) -> list[T]:
-    """What ``make`` returns in each process; an error of one is raised in all, as by `on_rank0`."""
+    """Return what ``make`` returns on each rank; an error on one is raised on all, as by
+    `on_rank0`."""
     try:
         mine: T | Exception = make()
     except (KepoError, OSError) as error:
@@ -111,9 +112,9 @@ def _of_all(make: Callable[[], T]) -> list[T]:
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint that verifies; None if there is none at all.
+    """Return the newest checkpoint that verifies; None if there is no checkpoint at all.
 
-    Prints why newer ones are passed over, and which files of it are not the run's;
+    Prints why newer ones are passed over, and which files in it are not the run's. Raises
     KepoCheckpointError if every one is damaged.
     """
     steps = _steps(root)
@@ -142,14 +143,15 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """What ``save_checkpoint`` was given as ``state``, of a folder that verifies."""
+    """Return the ``state`` that `save_checkpoint` was given, from a folder that verifies."""
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
 def _prune(root: Path, newest: Path, keep: int) -> None:
-    """Leave ``newest`` and as many before it as make ``keep``. Later steps were damaged, or the
-    run would have gone on from them. What is not the run's own is set aside: at once if it has no
-    manifest of its step, and is no checkpoint; else when its turn comes."""
+    """Keep ``newest`` and as many checkpoints before it as make ``keep``; remove the others. Later
+    steps were damaged, or the run would have gone on from them. What is not the run's own is set
+    aside: at once if it has no manifest of its step, and is no checkpoint; else when its turn
+    comes."""
     folders = [path for path in _steps(root) if is_folder(path)]
     steps = [path for path in folders if path == newest or is_described(path)]
     place = steps.index(newest)
@@ -169,7 +171,7 @@ def _prune(root: Path, newest: Path, keep: int) -> None:
 
 
 def _steps(root: Path) -> list[Path]:
-    """What has exactly the name of a checkpoint, by step."""
+    """Return every path that has exactly the name of a checkpoint, by step."""
     if not root.exists():
         return []
     found = {}

@@ -10,7 +10,7 @@ from kepo.run.metrics import read_metrics
 
 
 def plot_curves(metrics: Path, picture: Path, source: str | None = None) -> None:
-    """Reward, gate and hint rates, divergence and entropy, losses, seconds per phase, accuracy.
+    """Plot reward, gate and hint rates, divergence, entropy, losses, seconds per phase, accuracy.
 
     Numbers that were not finite, null in the log, are gaps.
 
@@ -59,7 +59,7 @@ def _plot_accuracy(axis: Any, records: list[dict[str, Any]], source: str | None)
 
 
 def _smooth(points: list[tuple[int, float]], window: int = 7) -> list[tuple[int, float]]:
-    """Trailing mean, so that a trend shows through the noise of single steps."""
+    """Return the trailing mean, so that a trend shows through the noise of single steps."""
     values = [value for _, value in points]
     return [
         (step, sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window))

@@ -1,4 +1,4 @@
-"""One run per folder."""
+"""A lock that allows one run per folder."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from kepo.distributed.processes import on_rank0
 from kepo.errors import KepoConfigError
 
 WRITTEN = ("lock", "metrics.jsonl", "completions.jsonl", "data.json", "curves.png")
-"""Files of a run folder, beside its checkpoints."""
+"""Files of a run folder, not counting its checkpoints."""
 HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""What file systems without locks say: Lustre ENOSYS, NFS without its lock daemon ENOLCK."""
+"""Error numbers of file systems without locks: Lustre ENOSYS, NFS without lock daemon ENOLCK."""
 
 
 @contextmanager
 def exclusive(run_dir: Path) -> Iterator[None]:
-    """Refuse a second run in the same folder; the lock goes with the first process, however it
-    ends. All processes call.
+    """Refuse a second run in the same folder; the lock is released when rank 0 ends, however it
+    ends. All ranks call.
 
     Raises KepoConfigError if the folder is in use, OSError if a folder or a pipe is in the place of
     a file that the run will write. On a file system without locks it prints that a

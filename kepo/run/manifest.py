@@ -1,8 +1,9 @@
-"""Folders that are whole or not there, and that say themselves what is in them.
+"""Folders that are either complete or absent, and that list their own contents.
 
 manifest.json lists every file with size and sha256, and has a sha256 of its own text, so any change
-to any file, itself included, is seen. It also says what is the run's own: a folder without one, or
-with other files in it, has something of somebody else's, and is set aside, never removed.
+to any file, itself included, is seen. It also tells the run's own files from others: a folder
+without a manifest, or with files that it does not list, holds something of somebody else's, and is
+set aside, never removed.
 """
 
 from __future__ import annotations
@@ -35,14 +36,15 @@ LITTER = re.compile(
     "|".join([r"\.DS_Store", r"\._.*", r"\.nfs.*", r"\.cache", *map(re.escape, SYSTEM)]),
     re.IGNORECASE,
 )
-"""Names of what systems and tools leave in any folder: nobody's, and removed with it."""
+"""Names of what systems and tools leave in any folder: nobody's, and removed with the folder."""
 UNREADABLE = (OSError, ValueError, TypeError, RecursionError)
-"""What reading a manifest of any contents may raise."""
+"""Exceptions that reading a manifest of any contents may raise."""
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder that appears at ``target`` whole or not at all; an existing one is replaced."""
+    """Yield a folder that appears at ``target`` complete or not at all, in place of an existing
+    one."""
     folder = begin_folder(target)
     try:
         with naming(target, folder):
@@ -54,8 +56,8 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def begin_folder(target: Path) -> Path:
-    """A new folder beside ``target``; what killed processes of this machine left there is
-    removed."""
+    """Make a new folder beside ``target``; remove what killed processes of this machine left
+    there."""
     make_folder(target.parent)
     remove_leftovers(target.parent)
     folder = target.parent / f".tmp-{os.getpid()}"
@@ -65,10 +67,10 @@ def begin_folder(target: Path) -> Path:
 
 
 def finish_folder(folder: Path, target: Path) -> None:
-    """Make it durable, then rename it to ``target``.
+    """Make ``folder`` durable, then rename it to ``target``.
 
-    A folder of the run that is there is replaced; what has anything of somebody else's in it is set
-    aside.
+    A folder of the run that is already there is replaced; one that holds something of somebody
+    else's is set aside.
     """
     for path in [*folder.rglob("*"), folder]:
         if path.is_file():
@@ -96,9 +98,9 @@ def finish_folder(folder: Path, target: Path) -> None:
 def write_manifest(
     folder: Path, known: Mapping[str, dict[str, Any]] | None = None, **facts: Any
 ) -> None:
-    """List every file with size and sha256; must come after all of them are written.
+    """List every file with size and sha256; call it after all of them are written.
 
-    known: what `described` said of files in it, which are not read again.
+    known: entries that `described` returned for files in it, which are not read again.
     """
     files = dict(known or {})
     for name in sorted(_names(folder)):
@@ -110,15 +112,15 @@ def write_manifest(
 
 
 def described(path: Path) -> dict[str, Any]:
-    """A file's entry in the manifest."""
+    """Return a file's entry in the manifest."""
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def verify(folder: Path, parts: Sequence[str] = ()) -> str | None:
-    """What is wrong with a folder that has a manifest, or None. Raises nothing.
+    """Say what is wrong with a folder that has a manifest; None if nothing is. Raises nothing.
 
-    parts: how names begin of which there must be a file each. Files that the manifest does not list
-    are no fault: see `as_saved`.
+    parts: prefixes, for each of which there must be a file whose name begins with it. Files that
+    the manifest does not list are no fault: see `as_saved`.
     """
     try:
         return _fault(folder, parts)
@@ -127,12 +129,12 @@ def verify(folder: Path, parts: Sequence[str] = ()) -> str | None:
 
 
 def unlisted(folder: Path) -> list[str]:
-    """Files in a folder that its manifest, which must be readable, does not list; LITTER apart."""
+    """Return the files in a folder that its readable manifest does not list; LITTER apart."""
     return sorted(_names(folder) - _manifest(folder)["files"].keys() - {MANIFEST})
 
 
 def is_described(folder: Path) -> bool:
-    """Whether a folder has a manifest of its own, whatever else is in it. Raises nothing."""
+    """Return whether a folder has a manifest of its own, whatever else is in it. Raises nothing."""
     try:
         return bool(_manifest(folder))
     except UNREADABLE:
@@ -140,8 +142,8 @@ def is_described(folder: Path) -> bool:
 
 
 def foreign(path: Path) -> str | None:
-    """Why something is not the run's to remove, in words; None if all that is in it was saved with
-    it. Raises nothing."""
+    """Say why a folder is not the run's to remove; None if everything in it was saved with it.
+    Raises nothing."""
     try:
         others = unlisted(path)
     except UNREADABLE as error:
@@ -150,7 +152,7 @@ def foreign(path: Path) -> str | None:
 
 
 def set_aside(path: Path, why: str) -> None:
-    """Give it another name beside its own, and say so."""
+    """Give ``path`` another name beside its own, and print that."""
     number = 1
     while os.path.lexists(aside := path.with_name(f"{path.name}.aside-{number}")):
         number += 1
@@ -159,11 +161,12 @@ def set_aside(path: Path, why: str) -> None:
 
 
 def as_saved(folder: Path) -> Path:
-    """What a folder is to be read as: itself, or where it has other files too, a folder beside it
-    with links to the listed ones alone. A library that reads whatever it finds reads no others.
+    """Return the folder to read ``folder`` from: itself, or if it has other files too, a folder
+    beside it with links to the listed files alone. A library that reads every file it finds then
+    reads no others.
 
-    The links go with the next checkpoint, as what a killed process left does. Raises OSError if the
-    folder can no longer be read, KepoCheckpointError if it is no longer what was verified.
+    The links are removed with the next checkpoint, like what a killed process left. Raises OSError
+    if the folder can no longer be read, KepoCheckpointError if it is no longer what was verified.
     """
     try:
         if not unlisted(folder):
@@ -183,8 +186,8 @@ def as_saved(folder: Path) -> Path:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """What the manifest of a folder says. Raises ValueError, in words, where it is not as it was
-    written or another folder's, and others of UNREADABLE."""
+    """Return the manifest of a folder. Raises ValueError, in words, if it is not as it was written
+    or belongs to another folder, and others of UNREADABLE."""
     if not is_folder(folder):
         raise ValueError("it is a file or a link, not a folder")
     try:
@@ -236,8 +239,8 @@ def _fault(folder: Path, parts: Sequence[str]) -> str | None:
 
 
 def _names(folder: Path) -> set[str]:
-    """What is in a folder and those below it, LITTER and the folders themselves apart; links are
-    not followed."""
+    """Return the names of all files in a folder and those below it, without LITTER and the folders
+    themselves; links are not followed."""
     found = set()
     for here, folders, files in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(here, name))]

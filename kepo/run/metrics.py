@@ -1,4 +1,4 @@
-"""What a step was like, in numbers: TRL's names where they mean the same, ours under kepo/.
+"""The metrics of a step: TRL's names where they mean the same, ours under kepo/.
 
 metrics.jsonl has one line per step or evaluation, completions.jsonl one per completion; both are
 strict JSON, with null for a number that is not finite.
@@ -33,7 +33,7 @@ def step_metrics(
     totals: StepTotals,
     config: ObjectiveConfig,
 ) -> dict[str, float]:
-    """The log record of a step, times and optimiser apart. docs/metrics.md says what each is."""
+    """Return the log record of a step, without times and optimiser; docs/metrics.md explains it."""
     rollouts = [rollout for group in found.groups for rollout in group]
     values: dict[str, float] = {}
     if rollouts:  # not where the dataset answered every question
@@ -94,7 +94,8 @@ def step_metrics(
 
 
 def peak_gb(device: torch.device) -> float:
-    """Most memory held so far, in GB: allocated on a GPU, resident in the process on a CPU."""
+    """Return the peak memory so far, in GB: allocated on a GPU, resident in the process on a
+    CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -104,7 +105,7 @@ def peak_gb(device: torch.device) -> float:
 def completion_records(
     rollouts: Sequence[Rollout], batch: Batch, config: ObjectiveConfig
 ) -> list[dict[str, Any]]:
-    """One record per completion of a step, in the order of the batch."""
+    """Return one record per completion of a step, in the order of the batch."""
     gate = gates(rollouts, config) * batch.opened
     return [
         {
@@ -124,12 +125,10 @@ def completion_records(
 
 
 class StepLog:
-    """Appends records; on resume, those of steps that will be run again are dropped first.
-
-    Lines that are no records, as a power loss or a bad disk leaves them, are dropped and said; so
-    it is if what the log had at the checkpoint, by ``mark``, is no longer in it. Of several
-    processes only the first reads and writes.
-    """
+    """A log that appends records; on resume, records of steps that will be run again are dropped
+    first. Lines that are not records, as a power loss or a bad disk leaves them, are dropped and
+    reported; it is also reported if what the log had at the checkpoint, by ``mark``, is no longer
+    in it. Only rank 0 reads and writes."""
 
     def __init__(self, path: Path, resume_step: int, mark: Mapping[str, Any] | None = None):
         self.path = path
@@ -150,11 +149,11 @@ class StepLog:
 
     @property
     def mark(self) -> dict[str, Any]:
-        """What the log holds, for a checkpoint to remember: its length and sha256."""
+        """The length and sha256 of the log, for a checkpoint to remember."""
         return {"bytes": self._bytes, "sha256": self._content.hexdigest()}
 
     def at(self, step: int) -> list[dict[str, Any]]:
-        """The records of a step. All processes must call."""
+        """Return the records of a step. All ranks call."""
         return on_rank0(lambda: [r for r in read_metrics(self.path) if r["step"] == step])
 
     def write(self, step: int, *records: dict[str, Any]) -> None:
@@ -170,14 +169,14 @@ class StepLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a log; lines that are none, cut short by a kill, are left out."""
+    """Return all complete records of a log; other lines, cut short by a kill, are left out."""
     return _records(read_own(path)) if path.exists() else []
 
 
 def _records(content: bytes, named: Path | None = None) -> list[dict[str, Any]]:
-    """The records of a log's lines; of lines that are none the numbers are printed, if ``named``.
+    """Return the records of a log's lines; the numbers of other lines are printed, if ``named``.
 
-    NaN and Infinity, of logs from before they were null, become None.
+    NaN and Infinity, in logs from before they were written as null, become None.
     """
     found, bad = [], []
     for number, line in enumerate(content.split(b"\n"), 1):

@@ -1,4 +1,4 @@
-"""What a run does at some of its steps: it is evaluated, it is saved, and at its end drawn."""
+"""The work a run does at some of its steps: evaluating, saving, and at the end drawing curves."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from kepo.run.open import Run
 
 
 def begin(run: Run) -> None:
-    """A new run is evaluated and saved as step 0; one that goes on makes up for the evaluation of
-    its last step, if a signal ended it before that."""
+    """Evaluate a new run and save it as step 0; a resumed run makes up for the evaluation of its
+    last step, if a signal ended it before that."""
     config, done = run.config, run.done
     if not run.resumed:
         measure(run, 0)
@@ -28,7 +28,8 @@ def begin(run: Run) -> None:
 
 
 def is_measured(step: int, steps: int, eval_every: int) -> bool:
-    """Whether the policy is evaluated after a step: at both ends, and every ``eval_every``."""
+    """Return whether the policy is evaluated after a step: at both ends, and every
+    ``eval_every``."""
     return step in (0, steps) or bool(eval_every and step % eval_every == 0)
 
 
@@ -55,12 +56,12 @@ def measure(run: Run, step: int) -> None:
 
 
 def as_digits(scores: dict[str, list[float]]) -> dict[str, str]:
-    """The 0 and 1 of each question, in a string per modality."""
+    """Return the 0 and 1 of each question as one string per modality."""
     return {name: "".join(str(round(x)) for x in values) for name, values in scores.items()}
 
 
 def save(run: Run, step: int) -> None:
-    """Write the checkpoint of a step, from which the run can go on."""
+    """Write the checkpoint of a step, from which the run can resume."""
     state = {"step": step, "config": dataclasses.asdict(run.config), "hints": run.hints}
     state["logs"] = {log.path.name: log.mark for log in (run.log, run.completions)}
     state["inputs"] = run.inputs
@@ -76,7 +77,7 @@ def save(run: Run, step: int) -> None:
 
 
 def write_policy(run: Run, step: int, folder: Path) -> None:
-    """The policy with its model card. All processes call."""
+    """Write the policy with its model card. All ranks call."""
     run.models.policy.save(folder)
     if is_rank0():
         card = model_card(run.config, step, run.data.record)

@@ -1,4 +1,4 @@
-"""A run is opened: its data and models are read, and what its last checkpoint holds of it."""
+"""Opening a run: its data and models are read, and its state from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from kepo.sections import RunConfig
 
 @dataclass
 class Run:
-    """What the steps of a run read and change."""
+    """The objects and values that the steps of a run read and change."""
 
     config: Config
     device: torch.device
@@ -42,15 +42,15 @@ class Run:
     """Digests of the teacher and the questions, for checkpoints to remember."""
     models: Models
     parameters: Parameters
-    """Those of the policy that are trained, by name."""
+    """The parameters of the policy that are trained, by name."""
     optimizer: torch.optim.Optimizer
     hints: Hints
     log: StepLog
     completions: StepLog
     done: int
-    """Steps that were done before."""
+    """The number of steps that were done before."""
     resumed: bool
-    """It goes on from a checkpoint, which may be that of step 0."""
+    """True if the run resumes from a checkpoint, which may be that of step 0."""
 
     @property
     def folder(self) -> Path:
@@ -59,25 +59,25 @@ class Run:
 
 @dataclass(frozen=True)
 class Saved:
-    """The checkpoint a run goes on from."""
+    """The checkpoint that a run resumes from."""
 
     folder: Path
     state: dict[str, Any]
     changed: set[str]
-    """Ids of questions that were others when it was written."""
+    """Ids of questions that were different when the checkpoint was written."""
 
     @property
     def hints(self) -> Hints:
-        """What is known of a question that has changed is no longer true."""
+        """The saved hints, without those of questions that have changed."""
         known = self.state["hints"].items()
         return {name: hint for name, hint in known if name not in self.changed}
 
 
 def open_run(config: Config, device: torch.device, stop: StopRequest) -> Run | None:
-    """A new run, or the one in ``config.run_dir`` as its last checkpoint has it.
+    """Open a new run, or the one in ``config.run_dir`` as its last checkpoint has it.
 
-    None if a signal asked to stop in the meantime: nothing has been trained then. All processes
-    call it together, within the lock on the folder.
+    Returns None if a signal asked to stop in the meantime: nothing has been trained then. All ranks
+    call it, within the lock on the folder.
     """
     folder = Path(config.run_dir)
     data = on_rank0(lambda: load_data(config, judge_of(config)))
@@ -128,7 +128,7 @@ def open_run(config: Config, device: torch.device, stop: StopRequest) -> Run | N
 
 
 def last_saved(config: RunConfig, data: RunData, inputs: dict[str, Any]) -> Saved | None:
-    """The newest whole checkpoint of the run, if it has one.
+    """Return the newest complete checkpoint of the run; None if it has none.
 
     Raises KepoConfigError if it was made with other settings, KepoDataError or KepoCheckpointError
     if with other questions or another teacher.
@@ -144,9 +144,9 @@ def last_saved(config: RunConfig, data: RunData, inputs: dict[str, Any]) -> Save
 
 
 def load_models(config: Config, device: torch.device, saved: Path | None) -> Models:
-    """All models of a run; the policy from ``saved``, the folder a checkpoint has for it, if given.
+    """Load all models of a run; the policy from ``saved``, a checkpoint's policy folder, if given.
 
-    Raises KepoConfigError if student and teacher do not fit together.
+    Raises KepoConfigError if student and teacher do not fit each other.
     """
     policy = load_policy(config, device, saved)
     teacher = load_teacher(config, device) if config.taught_by else None
@@ -158,7 +158,7 @@ def load_models(config: Config, device: torch.device, saved: Path | None) -> Mod
 
 
 def check_same_tokens(policy: VLM, teacher: VLM | None) -> None:
-    """A token id must mean the same to both models: completions pass between them as ids."""
+    """Check that a token id means the same to both models: completions pass between them as ids."""
     if teacher is None:
         return
     mine, theirs = policy.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
@@ -172,8 +172,8 @@ def check_same_tokens(policy: VLM, teacher: VLM | None) -> None:
 
 
 def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
-    """A run is resumed with the settings it was started with: those that the version which started
-    it knew."""
+    """Raise KepoConfigError if a run is resumed with other settings than it was started with, among
+    those that the version which started it knew."""
     known = {RENAMED.get(name, name) for name in saved}
     before, now = dataclasses.asdict(from_mapping(saved, str(folder))), dataclasses.asdict(config)
     # A longer run is the same run, unless its length is what the learning rate goes by.

@@ -1,7 +1,7 @@
-"""AdamW's moments on disk: one file, or one per process where the optimiser is sharded.
+"""AdamW's moments on disk: one file, or one per rank where the optimiser is sharded.
 
-A file holds the rows of every parameter that its process has, so files in order of rank are the
-whole, and any other number of processes can take its own rows from them.
+A file holds the rows of every parameter that its rank has, so the files in order of rank make up
+the whole, and a run with another number of ranks can take its own rows from them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Parameters = dict[str, torch.nn.Parameter]
 def save_optimizer(
     folder: Path, named_parameters: Parameters, optimizer: torch.optim.Optimizer
 ) -> list[Path]:
-    """Write this process's part of the optimiser; returns the files written, none where another
-    process has the same."""
+    """Write this rank's part of the optimiser; return the files written, none if another rank
+    writes the same."""
     sharded = any(isinstance(p, DTensor) for p in named_parameters.values())
     if not sharded and not is_rank0():
         return []
@@ -46,9 +46,9 @@ def save_optimizer(
 def load_optimizer(
     folder: Path, named_parameters: Parameters, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Put the saved moments back by parameter name, however many processes saved them.
+    """Put the saved moments back by parameter name, however many ranks saved them.
 
-    Raises KepoCheckpointError if they are of another model.
+    Raises KepoCheckpointError if they belong to another model.
     """
     with ExitStack() as stack:
         files = [
@@ -81,7 +81,7 @@ def load_optimizer(
 
 
 def _rows(pieces: list[Any], wanted: range) -> Tensor:
-    """The wanted rows of a tensor whose rows are spread over files; no others are read."""
+    """Return the wanted rows of a tensor whose rows are spread over files; no others are read."""
     parts, before = [], 0
     for piece in pieces:
         rows = piece.get_shape()[0]

@@ -1,4 +1,4 @@
-"""What a run shows on the terminal: one bar of its steps, and lines beside it."""
+"""The terminal output of a run: one bar of its steps, and lines beside it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from kepo.distributed.processes import is_rank0
 
 
 def say(text: str) -> None:
-    """Print a line, from one process, beside the bar."""
+    """Print a line on rank 0, beside the bar."""
     if is_rank0():
         tqdm.write(text)
 
 
 def step_bar(done: int, steps: int) -> tqdm:
-    """The numbers of the steps that are still to be done, under a bar in one process."""
+    """Return the numbers of the steps that are still to be done, under a bar on rank 0."""
     left = range(done + 1, steps + 1)
     return tqdm(left, initial=done, total=steps, desc="kepo", disable=not is_rank0())
 

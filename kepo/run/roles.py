@@ -1,7 +1,7 @@
 """Models from disk, held as the config says: whole, with adapters, sharded, quantised, offloaded.
 
-The first process reads a model and the others receive it, so a node holds it once in host memory
-however many GPUs it has. A quantised teacher is read by every process.
+Rank 0 reads a model and the other ranks receive it, so a node holds it once in host memory however
+many GPUs it has. A quantised teacher is read by every rank.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from kepo.rollout.sampler import Sampler
 from kepo.sections import ModelsConfig
 
 Prepare = Callable[[Any], Any]
-"""Marks what is trained in a model; returns the wrapper that saves its adapters, or None."""
+"""A function that marks what is trained in a model; returns the wrapper to save adapters, or
+None."""
 
 
 def load_policy(config: Config, device: torch.device, saved: Path | None = None) -> VLM:
-    """The student to train: ``config.student``, or what it has become in ``saved``, the policy
-    folder of a checkpoint. All processes call."""
+    """Load the student to train: ``config.student``, or what it has become in ``saved``, the policy
+    folder of a checkpoint. All ranks call."""
     if base_of(config.student) is not None:
         raise KepoConfigError(
             f"student={config.student!r} holds adapters and not a whole model; merge them into "
@@ -67,7 +68,7 @@ def load_policy(config: Config, device: torch.device, saved: Path | None = None)
 
 
 def load_teacher(config: ModelsConfig, device: torch.device) -> VLM:
-    """The frozen teacher, where and in how many bits the config says. All processes call."""
+    """Load the frozen teacher where, and in how many bits, the config says. All ranks call."""
     dtype = getattr(torch, config.dtype)
     if config.teacher_bits is not None:
         model = read_model(
@@ -91,7 +92,7 @@ def load_teacher(config: ModelsConfig, device: torch.device) -> VLM:
 
 
 def load_sampler(config: ModelsConfig, policy: VLM) -> Sampler:
-    """What samples the policy's completions: the policy itself, or vLLM. All processes call."""
+    """Return the policy's sampler: the policy itself, or vLLM. All ranks call."""
     if config.sampler == "transformers":
         return policy
     from kepo.rollout.vllm import VllmSampler
@@ -165,8 +166,8 @@ def _quantization(bits: int, dtype: torch.dtype) -> Any:
 
 
 def use_liger_layers(path: str) -> None:
-    """Have models of that family built from Liger's norms and rotary embedding, and where it has
-    one its MLP, from now on; their losses stay ours.
+    """Build models of the family of the model at ``path`` from Liger's norms, rotary embedding and,
+    if it has one, MLP from now on; their losses stay ours.
 
     Raises KepoConfigError where Liger lacks the family, or does not fit this transformers.
     """

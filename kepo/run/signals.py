@@ -1,8 +1,8 @@
 """Signals that ask a run to stop: it saves first. A second one ends it at once.
 
 Ctrl-C and SIGTERM; SIGHUP, when a terminal closes; SIGUSR1 and SIGUSR2, which schedulers send some
-minutes before the end; SIGXCPU, when the limit on processor time is near. What was ignored when the
-process began, as SIGHUP is under nohup, stays ignored.
+minutes before the end; SIGXCPU, when the limit on processor time is near. A signal that was ignored
+when the process began, as SIGHUP is under nohup, stays ignored.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from kepo.distributed.processes import all_gather, is_rank0
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *WARNINGS)
 SAME_SIGNAL = 2.0
-"""Seconds within which signals are one: a terminal sends Ctrl-C to torchrun and to its processes,
-and torchrun passes it on to them."""
+"""Seconds within which two signals count as one: a terminal sends Ctrl-C to torchrun and to its
+processes, and torchrun passes it on to them."""
 
 
 class StopRequest:
-    """Holds the signal that asked the run to stop. Handlers only note it: the loop asks at step
-    boundaries, an evaluation after each batch. In a thread other than the main one it is never
-    asked."""
+    """The signal that asked the run to stop, if any. Handlers only note it: the loop checks at step
+    boundaries, an evaluation after each batch. In a thread other than the main one no signal is
+    noted."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -52,12 +52,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def agree(self) -> None:
-        """Stop if any process has been asked to. All must call, at the same place of the run."""
+        """Stop if any rank has been asked to. All ranks call, at the same place of the run."""
         asked = [number for number in all_gather(self._noted) if number is not None]
         self.signal = asked[0] if asked else None
 
     def noted(self) -> bool:
-        """Whether this process has been asked to, whatever the others know."""
+        """Return whether this process has been asked to stop, whatever the other ranks know."""
         return self._noted is not None
 
     def __bool__(self) -> bool:
@@ -65,7 +65,8 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """128 + signal, as a shell reports it: 130 after Ctrl-C, 143 after SIGTERM."""
+        """Return 128 + signal, as a shell reports it: 130 after Ctrl-C, 143 after SIGTERM; 0 if
+        there was none."""
         return 0 if self.signal is None else 128 + self.signal
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -84,7 +85,7 @@ class StopRequest:
 
 
 def _tell(text: str) -> None:
-    """Past sys.stderr: the signal may have come in the middle of a line written to it."""
+    """Write ``text`` past sys.stderr: a signal may come in the middle of a line written to it."""
     with suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
 
@@ -94,7 +95,7 @@ def _tell(text: str) -> None:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Within, a closed terminal or pipe costs what would have been written to it, not the run."""
+    """Keep the run going within the block if its terminal or pipe closes: only output is lost."""
     before = sys.stdout, sys.stderr
     lasting = [_Lasting(stream) for stream in before]
     sys.stdout, sys.stderr = lasting  # type: ignore[assignment]
@@ -126,7 +127,7 @@ class _Lasting:
             self._lost(error)
 
     def _lost(self, error: OSError) -> None:
-        """What has no reader any more leads nowhere from now on: Python flushes it at exit too,
+        """Send a stream that has no reader any more to os.devnull: Python flushes it at exit too,
         which would change the exit code."""
         if error.errno in (errno.EPIPE, errno.EIO, errno.EBADF):
             with suppress(OSError, ValueError):
