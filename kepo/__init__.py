@@ -36,7 +36,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
-    """Import what is asked for when it is asked for: `kepo --help` needs no torch."""
+    """Import a public name on first access, so that `kepo --help` does not need torch."""
     if name not in _HOME:
         raise AttributeError(f"module 'kepo' has no attribute {name!r}")
     from importlib import import_module

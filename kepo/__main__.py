@@ -1,4 +1,4 @@
-"""The command: ``kepo train``, and the others.
+"""The `kepo` command: ``kepo train`` and its other subcommands.
 
 kepo train recipe.yaml --lr 2e-6                        # or python -m kepo train ...
 torchrun --nproc-per-node=8 -m kepo train recipe.yaml
@@ -24,7 +24,8 @@ USAGE = f"usage: kepo {{{','.join(COMMANDS)}}} ... (each has --help)"
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int | None:
-    """Run the command that the first argument names, with the others; None = the process's own.
+    """Run the command named by the first argument with the remaining ones. None means the process's
+    own arguments.
 
     Returns the exit code. A KepoError or OSError ends the process with one sentence and code 1.
     """

@@ -1,4 +1,4 @@
-"""Refusing, by name, settings that cannot work: before any model is loaded."""
+"""Checks that refuse settings that cannot work, by name, before any model is loaded."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from kepo.tasks.rewards import REWARDS
 
 
 def check(config: Config) -> None:
-    """Raise KepoConfigError for the first setting that is at odds with another, with the data or
-    with this machine."""
+    """Raise KepoConfigError for the first setting that conflicts with another setting, with the
+    data or with this machine."""
     check_settings(config)
     if not config.train_data:
         _refuse("train_data is not set; give a folder in OmniMedVQA's layout, or see --help")
@@ -33,7 +33,7 @@ def check(config: Config) -> None:
 
 
 def check_settings(config: Config) -> None:
-    """The part of ``check`` that looks at nothing but the settings: data need not be there yet."""
+    """Run the part of ``check`` that reads only the settings; the data need not exist yet."""
     by_name = {} if config.gate_reward is None else {"gate_reward": config.gate_reward}
     if config.hint_trigger != "never":
         by_name |= {"hint_reward": config.hint_reward, "accept_reward": config.accept_reward}
@@ -91,7 +91,8 @@ def check_settings(config: Config) -> None:
 
 
 def _machine(config: ModelsConfig) -> None:
-    """What has to be here: a device of that kind, and optional packages."""
+    """Check that this machine has the configured device and the optional packages that are
+    needed."""
     device = known_device(config.device)
     if device.index is not None and launched() > 1:
         _refuse(
@@ -115,7 +116,8 @@ def _machine(config: ModelsConfig) -> None:
 
 
 def _reward_names(config: RewardConfig, by_name: Mapping[str, str]) -> None:
-    """``by_name``: the settings that name one of the rewards, or the total."""
+    """Check reward names; ``by_name`` maps each setting that names a reward, or the total, to its
+    value."""
     if not config.rewards or len(set(config.rewards)) != len(config.rewards):
         _refuse(f"rewards={config.rewards!r}; expected at least one name, each once")
     for name in config.rewards:

@@ -1,4 +1,5 @@
-"""Every setting of a run, in one dataclass: documentation, YAML schema and command line at once."""
+"""All settings of a run in one dataclass, which serves as documentation, YAML schema and command
+line."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from kepo.words import expanded, sentence, typed
 PRESETS = Path(__file__).parent / "presets"
 TOTAL = "total"  # in place of a reward's name: the weighted sum of them all
 PATHS = ("student", "teacher", "train_data", "eval_data", "image_root", "run_dir")
-"""Settings in which a leading ~ stands for the home folder."""
+"""Settings that are paths: a leading ~ is expanded to the home folder."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Config(
     ModelsConfig,
     DataConfig,
 ):
-    """KEPO: GRPO, distillation gated by the quality of a completion, hints where every sample
-    fails."""
+    """Settings of KEPO: GRPO, distillation gated by a completion's quality, and hints where every
+    sample fails."""
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -49,7 +50,7 @@ class Config(
 
     @property
     def taught_by(self) -> str | None:
-        """The teacher, if the run asks it for anything."""
+        """The teacher, or None if the run does not use it."""
         return self.teacher if self.distils or self.hints else None
 
 
@@ -73,11 +74,11 @@ MAY_CHANGE_ON_RESUME = frozenset(
 
 
 RENAMED = {"engine": "sampler"}
-"""Old names of settings, which runs on disk may have."""
+"""Old names of settings, which runs on disk may still use, and their new names."""
 
 
 def load(*layers: str | Path) -> Config:
-    """A Config from YAML files and presets (`presets()`), where later ones override earlier ones.
+    """Build a Config from YAML files and presets (`presets()`); later layers override earlier ones.
 
     Each layer is a path to a YAML mapping, or a preset's name. KepoConfigError names unreadable
     files, unknown keys and wrong types.
@@ -89,19 +90,20 @@ def load(*layers: str | Path) -> Config:
 
 
 def read_layer(layer: str | Path) -> dict[str, Any]:
-    """The settings that one layer of ``load`` has, by name, each of its field's type."""
+    """Return the settings in one layer of ``load`` by name, each converted to its field's type."""
     path = presets().get(str(layer), Path(layer))
     words = read_mapping(path, otherwise=f"a preset, one of {', '.join(presets())}")
     return _typed(words, str(path))
 
 
 def presets() -> dict[str, Path]:
-    """The methods that come with the package, by name: each a few lines over the defaults."""
+    """Return the presets that come with the package, by name; each is a few lines that override
+    defaults."""
     return {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
 
 
 def from_mapping(values: dict[str, Any], source: str) -> Config:
-    """A Config from plain values, each checked against its field's type; lists become tuples.
+    """Build a Config from plain values, each checked against its field's type; lists become tuples.
 
     Settings of a run on disk may have old names (``RENAMED``), which are read as the new ones.
     """
@@ -110,7 +112,7 @@ def from_mapping(values: dict[str, Any], source: str) -> Config:
 
 
 def _typed(values: dict[str, Any], source: str) -> dict[str, Any]:
-    """``values`` as the fields' annotations want them, paths with their ~ expanded."""
+    """Convert ``values`` to the types of the fields' annotations, and expand ~ in paths."""
     known = _annotations()
     unknown = sorted(str(name) for name in values if name not in known)
     if unknown:

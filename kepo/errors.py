@@ -1,6 +1,6 @@
-"""Errors of the training loop, and how a command ends in one sentence.
+"""The errors of the training loop, and the wrapper that ends a command with one sentence.
 
-Each is also a built-in error, so callers may catch either.
+Each error is also a built-in one, so callers may catch either.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class KepoError(Exception):
-    """Base of every error that ``kepo`` raises on purpose."""
+    """Base class of every error that ``kepo`` raises on purpose."""
 
 
 class KepoConfigError(KepoError, ValueError):
@@ -53,11 +53,11 @@ REMEDIES = {
     errno.ENOENT: "check the path; folders above a file that is written must be there",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
-"""What to do about what a disk says."""
+"""What the user can do about each error number that the operating system reports for a file."""
 
 
 def disk_sentence(error: OSError) -> str:
-    """What failed, where, and what to do, in one sentence."""
+    """Return one sentence that says what failed, where, and what to do about it."""
     if error.errno is None:  # a library's own text
         return str(error)
     names = [_shown(name) for name in (error.filename, error.filename2) if name is not None]
@@ -72,8 +72,8 @@ def _shown(name: object) -> str:
 
 
 def command(main: Callable[P, T]) -> Callable[P, T]:
-    """A command that prints on any terminal or none, and whose KepoError, KepoInputError of the
-    kernels or OSError ends the process with code 1 and one sentence."""
+    """Wrap a command so that it prints on any terminal or none, and so that a KepoError, a
+    KepoInputError of the kernels or an OSError ends the process with code 1 and one sentence."""
 
     @functools.wraps(main)
     def ended(*arguments: P.args, **named: P.kwargs) -> T:
@@ -82,7 +82,7 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
             try:
                 return main(*arguments, **named)
             finally:
-                sys.stdout.flush()  # or a full disk would be noticed after the end, by nobody
+                sys.stdout.flush()  # else nobody would notice a full disk
         except KepoError as error:
             sys.exit(f"error: {error}")
         except ValueError as error:
@@ -91,7 +91,7 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
             sys.exit(f"error: {error}")
         except OSError as error:
             _forget_output()
-            # Of `| head`, which has read enough, nobody needs to be told.
+            # A reader such as `| head` has stopped reading: not worth a message.
             unread = isinstance(error, BrokenPipeError) and error.filename is None
             sys.exit(1 if unread else f"error: {disk_sentence(error)}")
 
@@ -99,14 +99,14 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
 
 
 def _is_of_kernels(error: Exception) -> bool:
-    """Whether it is kepo_kernels' own error; if they have not been imported, for which torch is
-    needed, it is not."""
+    """Return whether the error is kepo_kernels' KepoInputError. False if kepo_kernels has not been
+    imported (importing it needs torch)."""
     kernels = sys.modules.get("kepo_kernels.errors")
     return kernels is not None and isinstance(error, kernels.KepoInputError)
 
 
 def _forget_output() -> None:
-    """If what was printed cannot be written, do not try once more at the end of the process."""
+    """Discard printed output that cannot be written, so that Python does not try again at exit."""
     try:
         sys.stdout.flush()
     except OSError:

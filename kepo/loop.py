@@ -5,8 +5,8 @@ step.
     python -m kepo train recipe.yaml dr_grpo          # and so does a preset, or another file
     torchrun --nproc-per-node=8 -m kepo train recipe.yaml
 
-The same command after a crash, a kill or Ctrl-C goes on from the last checkpoint; on a CPU to the
-same bits.
+Re-running the same command after a crash, a kill or Ctrl-C resumes from the last checkpoint; on a
+CPU, bit for bit.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from kepo.words import command_line
 def train(config: Config) -> int:
     """Run (or resume) the training that ``config`` describes; returns the exit code.
 
-    0 when all steps are done, 128 and its number when a signal ended it after saving: 130 for
-    Ctrl-C, 143 for SIGTERM.
+    The code is 0 when all steps are done, and 128 plus the signal's number when a signal ended the
+    run after saving: 130 for Ctrl-C, 143 for SIGTERM.
     Writes checkpoints, metrics.jsonl, data.json and curves.png under ``config.run_dir``. Every
-    process of torchrun calls it; all see the whole of a step but for the micro-batches, of which
-    each has its share (kepo.distributed.processes).
+    process of torchrun calls it; all see the whole of a step except for the micro-batches, which
+    are divided among them (kepo.distributed.processes).
     """
     any_terminal()
     with refusals_told():
@@ -72,7 +72,7 @@ def train(config: Config) -> int:
 
 
 def take_steps(run: Run) -> None:
-    """The algorithm: all steps that are left, or those until a signal asks to stop."""
+    """Run the algorithm: all remaining steps, or those until a signal asks to stop."""
     config, models, stop = run.config, run.models, run.stop
     examples, every = run.data.train, config.log_completions_every
     begin(run)
@@ -133,9 +133,10 @@ def take_steps(run: Run) -> None:
 def add_gradients(
     models: Models, micros: list[Batch], config: ObjectiveConfig, totals: StepTotals
 ) -> None:
-    """Add the gradients of this process's micro-batches, and their numbers to ``totals``.
+    """Add the gradients of this process's micro-batches, and add their statistics to ``totals``.
 
-    After the first of several iterations ``micros`` hold the log-probabilities before any update.
+    After the first of several iterations, ``micros`` hold the log-probabilities from before any
+    update.
     """
     policy = models.policy
     policy.model.train()
@@ -151,7 +152,8 @@ def add_gradients(
 
 
 def update(run: Run, step: int) -> float:
-    """Clip the gradients and step the optimiser, unless they are not finite; returns their norm."""
+    """Clip the gradients and step the optimiser, unless the gradients are not finite; return their
+    norm."""
     for group in run.optimizer.param_groups:
         group["lr"] = run.config.lr * lr_share(step, run.config)
     parameters = run.parameters.values()
@@ -167,7 +169,8 @@ def update(run: Run, step: int) -> float:
 
 
 def lr_share(step: int, config: OptimizerConfig) -> float:
-    """Share of ``lr`` at a step: a rise over ``warmup_steps``, then a line from 1 to ``lr_end``."""
+    """Return the share of ``lr`` at a step: it rises over ``warmup_steps``, then goes linearly from
+    1 to ``lr_end``."""
     if step <= config.warmup_steps:
         return step / config.warmup_steps
     passed = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
@@ -175,7 +178,8 @@ def lr_share(step: int, config: OptimizerConfig) -> float:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``kepo train``: recipes and presets, each over the one before it, then flags."""
+    """Run ``kepo train``. Recipes and presets each override those before them; flags override them
+    all."""
     layers = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
     with refusals_told():
         config = command_line(

@@ -1,8 +1,8 @@
-"""The settings of a run in sections, one for each part of the program that reads them.
+"""The settings of a run, in sections: one for each part of the program that reads them.
 
-A section inherits those whose settings it cannot be read without: rewards are of what was sampled,
-objective and hints are made of rewards and know whether there is a teacher. `kepo.config.Config`
-inherits them all, so it is each of them.
+A section inherits the sections whose settings it needs: rewards depend on sampling; the objective
+and hints depend on rewards and on whether there is a teacher. `kepo.config.Config` inherits all of
+them, so it can be passed wherever one of them is expected.
 """
 
 from __future__ import annotations
@@ -28,189 +28,210 @@ GroupSize = Annotated[
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained and evaluated on."""
+    """The data that the student is trained and evaluated on."""
 
     train_data: str = ""
-    """Folder in OmniMedVQA's layout, Med-R1's split files, or what datasets.save_to_disk wrote."""
+    """Training data: a folder in OmniMedVQA's layout, Med-R1's split files, or a folder written by
+    datasets.save_to_disk."""
     train_modalities: tuple[str, ...] | None = None
-    """Train on these modalities only. None = all."""
+    """Train only on these modalities. None means all."""
     train_question_types: tuple[str, ...] | None = None
-    """Train on these types of question only. None = all."""
+    """Train only on these question types. None means all."""
     eval_data: str | None = None
-    """Data for greedy evaluation, all of it, in any of those layouts. None = no evaluation."""
+    """Data for greedy evaluation, in any of the layouts of train_data; all of it is used. None
+    disables evaluation."""
     eval_share: ShareBelowOne = 0.0
-    """In place of eval_data: evaluate on this share of the images of train_data, all modalities,
-    and train on none of them. The same images for every seed. 0 = no such split."""
+    """Instead of eval_data: hold out this share of the images of train_data, from all modalities,
+    for evaluation; none of them is trained on. Every seed holds out the same images. 0 disables
+    it."""
     eval_limit: Count | None = None
-    """Questions per modality in an evaluation. None = all."""
+    """Maximum number of questions per modality in an evaluation. None means all."""
     image_root: str | None = None
-    """Where image paths begin. None = the dataset's folder; for Med-R1's files the nearest folder
-    above with Images in it."""
+    """Folder that image paths are relative to. None means the dataset's folder; for Med-R1's files,
+    the nearest parent folder that contains Images."""
     bad_records: Literal["skip", "fail"] = "skip"
-    """skip: records that are wrong, or whose image is missing or outside image_root, are left out
-    and counted in data.json. fail: the first one ends the run."""
+    """skip: leave out records that are wrong, or whose image is missing or outside image_root, and
+    count them in data.json. fail: end the run at the first such record."""
     verify_images: bool = True
-    """Decode every image before the first step: an unreadable one is a bad record then, not an
-    error in the middle, and images are compared by content. False = see only that they exist."""
+    """Decode every image before the first step, so that an unreadable one counts as a bad record
+    instead of an error in mid-run, and images are compared by content. False only checks that the
+    image files exist."""
     changed_inputs: Literal["refuse", "accept"] = "refuse"
-    """At a resume with another teacher, or other questions, answers or images, than the run began
-    with. refuse: named, and the end. accept: named, and it goes on."""
+    """What to do if a run is resumed with a different teacher, or with different questions, answers
+    or images, than it began with. refuse: name the changes and end the run. accept: name them and
+    continue."""
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The frozen teacher: distillation and hints both read whether there is one."""
+    """The frozen teacher; distillation and hints both depend on whether there is one."""
 
     teacher: str | None = None
-    """Folder or Hub name of the frozen teacher with the same tokenizer. None = plain GRPO."""
+    """Folder or Hub name of the frozen teacher, which must have the student's tokenizer. None means
+    plain GRPO."""
     teacher_bits: Literal[8, 4] | None = None
-    """8 or 4: quantise the teacher's layers, not its head, with bitsandbytes. None = not."""
+    """Quantise the teacher's layers, but not its head, to 8 or 4 bits with bitsandbytes. None
+    disables it."""
     teacher_placement: Literal["copy", "fsdp2", "offload"] = "copy"
-    """copy: a whole teacher in every process. fsdp2: shared out over the processes. offload: the
-    same, kept in host memory and moved layer by layer."""
+    """copy: every process holds the whole teacher. fsdp2: the teacher is sharded over the
+    processes. offload: like fsdp2, but kept in host memory and moved to the device layer by
+    layer."""
 
 
 @dataclass(frozen=True)
 class ModelsConfig(TeacherConfig):
-    """Which models take part, where they live and how they are held."""
+    """The models that take part, where they live and how they are held."""
 
     student: str = ""
     """Folder or Hub name of the vision-language model to train."""
     device: str = "cpu"
-    """Where student and teacher live: cpu, cuda or cuda:<number>; under torchrun, cuda is each
-    process's own."""
+    """Device of student and teacher: cpu, cuda or cuda:<number>. Under torchrun, cuda is each
+    process's own GPU."""
     dtype: Literal["float32", "bfloat16"] = "float32"  # float16 would need its losses scaled
-    """In which student and teacher compute: float32 or bfloat16. Weights that are trained
-    are kept in float32 under sharding fsdp2, and as LoRA adapters."""
+    """Dtype in which student and teacher compute: float32 or bfloat16. Trained weights are kept in
+    float32 if sharding is fsdp2 or if they are LoRA adapters."""
     sharding: Literal["none", "fsdp2"] = "none"
-    """Of the student over the processes of torchrun. none: each has a whole copy (DDP). fsdp2: each
-    has a share of weights, gradients and optimiser."""
+    """How the student is distributed over the processes of torchrun. none: each holds a whole copy
+    (DDP). fsdp2: each holds a share of the weights, gradients and optimiser state."""
     rollout_gather: bool = True
-    """Under fsdp2, gather the student's weights once for a rollout. False = layer by layer for
-    every token: slower by far, with no more than one layer in memory."""
+    """Under fsdp2, gather all of the student's weights once per rollout. False gathers them layer
+    by layer for every token, which is far slower but holds at most one layer in memory."""
     lora_rank: NonNegativeInt = 0
-    """Train adapters of this rank on the language model's linear layers; the rest is frozen, in
-    dtype, or under fsdp2 in float32. 0 = all weights."""
+    """Rank of the LoRA adapters to train on the language model's linear layers; all other weights
+    are frozen, in dtype, or under fsdp2 in float32. 0 disables adapters: all weights are
+    trained."""
     lora_alpha: Positive = 32.0
-    """Adapters count lora_alpha / lora_rank times."""
+    """LoRA scaling: the adapters' output is multiplied by lora_alpha / lora_rank."""
     freeze_vision: bool = False
-    """Do not train the vision tower. (With adapters it is never trained.)"""
+    """Do not train the vision tower. With LoRA adapters it is never trained."""
     gradient_checkpointing: bool = False
-    """Recompute each layer in backward rather than keep what it computed."""
+    """Recompute each layer's activations in backward instead of keeping them."""
     attn_implementation: str | None = None
-    """As transformers names it, flash_attention_2 for one. None = transformers' choice."""
+    """Attention implementation, by its name in transformers, e.g. flash_attention_2. None means
+    transformers' default."""
     liger_layers: bool = False
-    """Liger's kernels for norms and rotary embedding, and MLP where it has one. On CUDA, with a
-    liger-kernel that fits the transformers installed."""
+    """Use Liger's kernels for norms, rotary embedding and, where it has one, the MLP. Needs CUDA
+    and a liger-kernel that fits the installed transformers."""
     sampler: Literal["transformers", "vllm"] = "transformers"
-    """What generates: transformers, or vllm in the same processes."""
+    """Engine that generates completions: transformers, or vllm in the same processes."""
     vllm_memory: PositiveShare = 0.3
-    """Share of a GPU's memory that vLLM takes for itself."""
+    """Share of each GPU's memory that vLLM reserves."""
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Which questions a step asks and how the student answers them."""
+    """The questions of a step, and how the student answers them."""
 
     seed: NonNegativeInt = 0
-    """Of data order and sampling. The same seed on the same machine gives the same bits,
-    on a CPU."""
+    """Seed of data order and sampling. On a CPU, the same seed on the same machine gives
+    bit-identical runs."""
     prompts_per_step: Count = 16
-    """Questions per step; each is answered num_generations times."""
+    """Questions per step. Each is answered num_generations times."""
     num_generations: GroupSize = 8
-    """Completions per question, the group in which advantages are relative."""
+    """Completions per question. They form the group that advantages are relative to."""
     data_fraction: Share = 0.0
-    """Share of a step's questions that the dataset's own worked solution answers, once, with
-    advantage 1, instead of the student. 1 = supervised training, between = GKD's mixture."""
+    """Share of a step's questions that are answered once by the dataset's own worked solution, with
+    advantage 1, instead of by the student. 1 means supervised training; values between 0 and 1 give
+    GKD's mixture."""
     dynamic_sampling: NonNegativeInt = 0
-    """Rounds in which groups of equal rewards are replaced by other questions. 0 = they stay."""
+    """Maximum number of rounds in which groups whose rewards are all equal are replaced by other
+    questions. 0 disables it: they stay."""
     max_completion_length: Count = 128
-    """Tokens per completion, at most."""
+    """Maximum number of tokens per completion."""
     sampling_temperature: Positive = 1.0
-    """Of generation. Other than temperature, it makes the sampled law differ from the scored
-    one."""
+    """Temperature at which completions are generated. If it differs from `temperature`, samples
+    come from a different distribution than the one scored."""
     top_p: PositiveShare = 1.0
-    """Nucleus of generation. 1 = off."""
+    """Nucleus sampling threshold for generation. 1 disables it."""
     rollout_batch: Count = 256
-    """Completions generated at once in a process, at most."""
+    """Maximum number of completions that one process generates at once."""
     rollout_tokens: Count | None = None
-    """Tokens of those, prompts and max_completion_length together, at most. None = no such
-    bound."""
+    """Maximum number of tokens in such a batch, counting prompts and max_completion_length for each
+    completion. None means no such limit."""
 
 
 @dataclass(frozen=True)
 class RewardConfig(SamplingConfig):
-    """What the sampled completions are worth; a completion's length counts too."""
+    """How sampled completions are rewarded; a completion's length counts too."""
 
     rewards: tuple[str, ...] = ("accuracy", "format")
-    """Names from kepo.tasks.rewards.REWARDS."""
+    """Names of the reward functions, from kepo.tasks.rewards.REWARDS."""
     reward_weights: tuple[Finite, ...] = (1.0, 1.0)
-    """Their weights in the total reward, from which advantages are made."""
+    """Weight of each reward in the total reward, from which advantages are computed."""
     overlong_buffer: NonNegativeInt = 0
-    """Over the last so many tokens that fit, the total reward falls by up to 1 (DAPO). 0 = not."""
+    """Over the last overlong_buffer tokens before the length limit, the total reward falls by up to
+    1 (DAPO). 0 disables it."""
     scale_rewards: Literal["group", "none"] = "group"
-    """group: advantages are divided by the group's standard deviation. none: they are not."""
+    """group: divide advantages by the group's standard deviation. none: leave them unscaled."""
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig(RewardConfig, TeacherConfig):
-    """What is minimised: the policy term, made of rewards, and distillation from the teacher."""
+    """The loss that is minimised: a policy term, made of rewards, plus distillation from the
+    teacher."""
 
     num_iterations: Count = 1
-    """Optimiser steps on the same completions; from the second on the ratio is not 1."""
+    """Optimiser steps on the same completions. From the second on, the policy ratio differs from
+    1."""
     mask_truncated: bool = False
-    """Leave completions that hit the length limit out of the loss."""
+    """Exclude completions that hit the length limit from the loss."""
     temperature: Positive = 1.0
-    """Softmax temperature of log-probabilities and divergence."""
+    """Softmax temperature of the log-probabilities and of the divergence."""
     policy_coef: NonNegative = 1.0
-    """Weight of the whole policy term, penalty and bonus included. 0 = none."""
+    """Weight of the whole policy term, including the KL penalty and the entropy bonus. 0 disables
+    it."""
     policy_loss: Literal["clip", "cispo", "sapo", "reinforce"] = "clip"
-    """clip, cispo, sapo or reinforce."""
+    """Form of the policy loss: clip, cispo, sapo or reinforce."""
     importance_level: Literal["token", "sequence"] = "token"
-    """token, or sequence for GSPO's ratios."""
+    """Level of the policy ratio: token, or sequence for GSPO's ratios."""
     epsilon_low: Share = 0.2
-    """The ratio is clipped below 1 - epsilon_low."""
+    """The policy ratio is clipped below at 1 - epsilon_low."""
     epsilon_high: NonNegative = 0.2
-    """The ratio is clipped above 1 + epsilon_high."""
+    """The policy ratio is clipped above at 1 + epsilon_high."""
     kl_coef: NonNegative = 0.0
-    """Weight of the k3 penalty towards the start point; 0 = absent, and no reference model is
-    kept."""
+    """Weight of the k3 KL penalty towards the initial student. 0 disables it, and no reference
+    model is kept."""
     entropy_coef: Finite = 0.0
     """Weight of the entropy bonus."""
     policy_reduction: Literal["token_mean", "sequence_mean", "sum", "dr_grpo"] = "sequence_mean"
-    """token_mean, sequence_mean, sum, or dr_grpo: sum / (completions * max_completion_length)."""
+    """How the policy term is averaged: token_mean, sequence_mean, sum, or dr_grpo, which is sum /
+    (completions * max_completion_length)."""
     distill_coef: NonNegative = 1.0
-    """Weight of the divergence from the teacher. 0 = none."""
+    """Weight of the divergence from the teacher. 0 disables distillation."""
     beta: Share = 0.5
-    """0 = KL(teacher|student), 1 = KL(student|teacher), between = JSD."""
+    """Divergence from the teacher: 0 is KL(teacher|student), 1 is KL(student|teacher), values
+    between are the JSD."""
     gate_reward: str | None = "accuracy"
-    """The reward the quality gate reads: one of rewards, or total. None = distil on everything."""
+    """Reward that the quality gate reads: one of rewards, or total. None distils on every
+    completion."""
     gate_threshold: Finite | None = 1.0
-    """The gate is open where that reward is at least this. None = a soft gate: the reward, where it
-    is positive, multiplies the divergence."""
+    """The gate opens for completions whose gate_reward is at least this. None means a soft gate:
+    the divergence is multiplied by that reward where it is positive."""
     step_weights: bool = False
-    """Distil less where student and teacher have drifted apart since the first step of a
-    completion, a line or a tagged part of it (SOD)."""
+    """Distil less on steps where student and teacher have drifted apart since the completion's
+    first step; a step is a line, or a tagged part of the completion (SOD)."""
     distill_reduction: Literal["token_mean", "sequence_mean", "sum"] = "token_mean"
-    """token_mean, sequence_mean or sum, over the open sequences."""
+    """How the divergence is averaged over the sequences whose gate is open: token_mean,
+    sequence_mean or sum."""
     sampler_correction: Literal["none", "truncate"] = "none"
-    """truncate: tokens sampled without a hint are weighted by the ratio of the policy's probability
-    to the one they were drawn with, at most sampler_cap; for a sampler that computes in another
-    way."""
+    """truncate: weight each token sampled without a hint by the ratio of the policy's probability
+    to the probability it was drawn with, at most sampler_cap. Use it if the sampler computes
+    differently from the trainer. none disables it."""
     sampler_cap: Positive = 2.0
-    """See sampler_correction."""
+    """Upper bound of the weights of sampler_correction."""
     hinted_correction: Literal["none", "truncate", "shape"] = "none"
-    """none: hinted successes are trained on as if sampled without the hint. truncate: their tokens
-    are weighted by the ratio of the two probabilities, at most hinted_cap. shape: by
-    g q / (q + g)^2, q the probability without the hint and g = hinted_gamma (LUFFY)."""
+    """How hinted successes are weighted. none: they are trained on as if sampled without the hint.
+    truncate: each token is weighted by its probability without the hint over that with it, at most
+    hinted_cap. shape: each token is weighted by g q / (q + g)^2, where q is its probability without
+    the hint and g = hinted_gamma (LUFFY)."""
     hinted_cap: Positive = 2.0
-    """See hinted_correction."""
+    """Upper bound of the weights of hinted_correction truncate."""
     hinted_gamma: Positive = 0.1
-    """See hinted_correction."""
+    """The constant g of hinted_correction shape."""
     impl: Literal["auto", "triton", "cpu", "torch"] = "auto"
     """Back-end of the fused losses: auto, triton, cpu or torch."""
     workspace_bytes: Count | None = None
-    """Memory for the logits of one chunk. None = the library's default."""
+    """Memory in bytes for the logits of one chunk. None means the library's default."""
 
     @property
     def distils(self) -> bool:
@@ -219,34 +240,37 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
 
 @dataclass(frozen=True)
 class HintConfig(RewardConfig, TeacherConfig):
-    """When the teacher gives hints, by rewards, and how the student samples with them."""
+    """When the teacher gives hints, which depends on rewards, and how the student samples with
+    them."""
 
     hint_trigger: Literal["failed", "always", "never"] = "failed"
-    """failed: hints for groups of which no sample reaches hint_threshold; always: for every group;
-    never."""
+    """Groups that get a hint. failed: groups in which no sample's hint_reward reaches
+    hint_threshold. always: every group. never: none."""
     hint_reward: str = "accuracy"
-    """The reward by which a group has failed: one of rewards, or total."""
+    """Reward that decides whether a group has failed: one of rewards, or total."""
     hint_threshold: Finite = 1.0
-    """See hint_trigger."""
+    """A group has failed if no sample's hint_reward is at least this; see hint_trigger."""
     accept_reward: str = "accuracy"
-    """A completion with a hint is a success where this reward, one of rewards or total ..."""
+    """Reward that decides whether a hinted completion is a success: one of rewards, or total."""
     accept_threshold: Finite = 1.0
-    """... is at least this; unless it was cut off, or speaks of the hint."""
+    """A hinted completion is a success if its accept_reward is at least this, unless it was cut off
+    or mentions the hint."""
     num_hinted: Count = 2
-    """Worse samples of its group that hinted successes may replace."""
+    """Maximum number of worse samples in a group that hinted successes may replace."""
     max_attempts: Count = 5
-    """Rounds of sampling with a hint."""
+    """Maximum number of rounds of sampling with a hint."""
     hint_with_answer: bool = False
     """Tell the teacher the right letter when it writes the hint."""
     hint_gives_answer: bool = False
     """Tell the student the right letter along with the hint."""
     leak_filter: bool = True
-    """Pass over hints that state an answer (kepo.tasks.leaks says which do)."""
+    """Discard hints that state an answer, as decided by kepo.tasks.leaks."""
     hint_retries: NonNegativeInt = 2
-    """Times an unusable hint is asked for again: one that states an answer, is malformed or cut
-    off, or has control tokens in it. A question without a usable one then stays without."""
+    """How often to ask again for a hint that is unusable: one that states an answer, is malformed
+    or cut off, or contains control tokens. A question that gets no usable hint stays without
+    one."""
     hint_temperature: Positive = 0.7
-    """At which it is written again; the first is greedy."""
+    """Temperature at which a hint is written again; the first attempt is greedy."""
 
     @property
     def hints(self) -> bool:
@@ -255,43 +279,44 @@ class HintConfig(RewardConfig, TeacherConfig):
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How the weights follow the gradient."""
+    """How the optimiser updates the weights."""
 
     steps: Count = 200
-    """Optimiser steps."""
+    """Number of optimiser steps."""
     micro_batch: Count = 32
-    """Completions per forward and backward; gradients accumulate over the step."""
+    """Completions per forward and backward pass; gradients accumulate over the step."""
     lr: Positive = 1e-6
     """Peak learning rate of AdamW."""
     warmup_steps: NonNegativeInt = 0
-    """Steps of linear rise to lr."""
+    """Number of steps over which the learning rate rises linearly to lr. 0 disables warm-up."""
     lr_end: Share = 1.0
-    """Share of lr left at the last step, reached in a straight line. 1 = constant."""
+    """Share of lr that is left at the last step, reached linearly. 1 keeps it constant."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay of AdamW."""
     max_grad_norm: Positive = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients whose norm is larger are scaled down to this norm."""
     max_skipped_steps: NonNegativeInt = 3
-    """So many steps in a row whose states, loss or gradient are not finite are skipped; one more
-    ends the run."""
+    """Number of consecutive steps that may be skipped because states, loss or gradient are not
+    finite; one more ends the run."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run writes, and when."""
+    """Where a run writes its files, and when."""
 
     run_dir: str = "runs/kepo"
-    """Where checkpoints, metrics.jsonl and curves.png go. An existing run there is resumed."""
+    """Folder for checkpoints, metrics.jsonl and curves.png. A run that already exists there is
+    resumed."""
     save_every: Count = 50
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints. The last step is always saved."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints that stay on disk."""
+    """Number of newest checkpoints kept on disk."""
     eval_every: NonNegativeInt = 0
-    """Steps between evaluations. 0 = before the first and after the last step only."""
+    """Steps between evaluations. 0 evaluates only before the first and after the last step."""
     eval_batch: Count = 64
-    """Questions answered at once in an evaluation."""
+    """Number of questions answered at once in an evaluation."""
     log_completions_every: NonNegativeInt = 10
-    """Steps between those whose completions are all written to completions.jsonl. 0 = never."""
+    """Write all completions of every so many steps to completions.jsonl. 0 disables it."""
     rank_timeout_minutes: Minutes = 15.0
-    """So long may one of several processes stand still, or be late at the start, before it is named
-    and all end. Reading and computing are not standing still."""
+    """Minutes that one of several processes may stand still, or be late at the start, before it is
+    named and all processes end. Reading and computing do not count as standing still."""

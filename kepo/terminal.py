@@ -1,4 +1,4 @@
-"""Words reach terminals of every encoding, and go nowhere where there is no terminal."""
+"""Output that works on terminals of any encoding, and is discarded where there is no terminal."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import sys
 
 
 def any_terminal() -> None:
-    """Have everything printed from now on arrive on standard output and error, whatever their
-    encoding: a character that it lacks appears as ``\\u8d85``, where Python would raise.
+    """Make everything printed from now on reach standard output and error, whatever their encoding:
+    a character that the encoding lacks appears as ``\\u8d85``, where Python would raise.
 
-    A stream that is closed (``>&-``, a service without a terminal) leads to the null device, and so
-    does its number, which the next file to be opened would get: a library's warning would be
-    written into a checkpoint.
+    A closed stream (``>&-``, a service without a terminal) is replaced by the null device, and so
+    is its file descriptor. Otherwise the next opened file would get that descriptor, and a
+    library's warning could be written into a checkpoint.
     """
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
@@ -25,7 +25,7 @@ def any_terminal() -> None:
 
 
 def _occupy(number: int) -> None:
-    """Have a descriptor lead to the null device, if nothing has it."""
+    """Point a file descriptor at the null device if it is not open."""
     try:
         os.fstat(number)
     except OSError:

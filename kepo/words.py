@@ -1,8 +1,8 @@
-"""What the words of a setting mean: the same in a YAML file, in a flag and, as values, in Python.
+"""How the text of a setting is read: the same in a YAML file, in a flag and, as values, in Python.
 
-The setting's type decides. `1e-6` is a number where a number is wanted, `1e3` also where a whole
-one is; `None`, `null` and `~` are None where None is allowed; yes, no, on and off are booleans
-where one is wanted, and text elsewhere.
+The setting's type decides. `1e-6` is a number where a number is expected; `1e3` also where a whole
+number is; `None`, `null` and `~` are None where None is allowed; yes, no, on and off are booleans
+where a boolean is expected, and text elsewhere.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ BASED = re.compile(r"0x[0-9a-fA-F]+|0o[0-7]+")
 FLOAT = re.compile(r"[-+]?(\.[0-9][0-9_]*|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[-+]?\.?(inf|Inf|INF)|\.?(nan|NaN|NAN)")
 EXACT = 2**53
-"""Up to here every whole number is a float of its own."""
+"""Every whole number up to this one is represented exactly by a float."""
 
 
 class Word(str):
-    """Text without quotes, whose meaning the setting's type decides. A quoted text is a str."""
+    """Unquoted text, whose meaning the setting's type decides. A quoted text is a plain str."""
 
     def __repr__(self) -> str:
         known = self in NONE or self in BOOL or _number(self) is not None
@@ -46,23 +46,24 @@ class Word(str):
 
 
 LARGEST = 1e30
-"""The largest bounded number: ten of it, as AdamW takes of lr in its first step, are finite in
-float32."""
+"""The largest bounded number. Ten times it, as AdamW computes with lr in its first step, is still
+finite in float32."""
 
 
 class Bound(NamedTuple):
-    """What a number must fulfil beside being finite; part of a field's annotation."""
+    """A condition that a number must fulfil besides being finite; part of a field's annotation."""
 
     holds: Callable[[float], bool]
     expected: str
 
 
 def typed(value: Any, hint: Any) -> Any:
-    """``value`` as a field annotated ``hint`` holds it: str, int, float, bool or a Literal, a
-    tuple[..., ...] of one of them, or one of all these `| None`. Numbers may have a ``Bound``.
+    """Return ``value`` as a field annotated ``hint`` holds it: str, int, float, bool or a Literal,
+    a tuple[..., ...] of one of them, or one of all these `| None`. Numbers may have a ``Bound``.
 
-    Lists become tuples, whole numbers floats where these are wanted, and the other way round;
-    numpy's scalars and paths are taken too. Raises ValueError, which says what was expected.
+    Lists become tuples; whole numbers become floats where floats are expected, and the other way
+    round; numpy scalars and paths are accepted too. Raises a ValueError that says what was
+    expected.
     """
     kind, bound, optional = _parts(hint)
     if optional and (value is None or (isinstance(value, Word) and value in NONE)):
@@ -84,7 +85,7 @@ def typed(value: Any, hint: Any) -> Any:
 
 
 def _parts(hint: Any) -> tuple[Any, Bound | None, bool]:
-    """``(the type itself, its bound, whether None is allowed)`` of an annotation."""
+    """Split an annotation into ``(the type itself, its bound, whether None is allowed)``."""
     bound = None
     optional = get_origin(hint) in (Union, UnionType)
     if optional:
@@ -95,7 +96,7 @@ def _parts(hint: Any) -> tuple[Any, Bound | None, bool]:
 
 
 def _spelt(hint: Any) -> str:
-    """The annotation in an error."""
+    """Return the annotation as error messages spell it."""
     kind, _, optional = _parts(hint)
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, ((None,) if optional else ()) + get_args(kind)))}"
@@ -104,7 +105,7 @@ def _spelt(hint: Any) -> str:
 
 
 def _scalar(value: Any, kind: Any) -> Any:
-    """As ``typed``, but the ValueError says only what to do, if anything."""
+    """Convert like ``typed``, but the ValueError says only what to do, if anything."""
     if get_origin(kind) is tuple:
         raise ValueError("a list, in YAML [one, two]")
     if get_origin(kind) is Literal:
@@ -162,7 +163,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _number(word: str) -> int | float | None:
-    """The number that a word is, None if it is none."""
+    """Return the number that a word spells, or None if it is not a number."""
     text = str(word)
     if BASED.fullmatch(text):
         return int(text, 0)
@@ -176,8 +177,8 @@ def _number(word: str) -> int | float | None:
 
 
 def expanded(path: str) -> str:
-    """``path`` with a leading ~ or ~user replaced by that home folder. Raises ValueError where
-    there is none, and for what would make a folder of a strange name."""
+    """Return ``path`` with a leading ~ or ~user replaced by that home folder. Raises ValueError if
+    there is no such folder, and for paths that would create a folder with a strange name."""
     if not path:
         raise ValueError("a path, not an empty one")
     if "\0" in path:
@@ -196,7 +197,8 @@ def expanded(path: str) -> str:
 
 
 def at_home(record: Any, *names: str) -> Any:
-    """The dataclass with those fields ``expanded``; None stays. Raises KepoConfigError."""
+    """Return the dataclass with the named fields ``expanded``; None stays None. Raises
+    KepoConfigError."""
     found = {name: getattr(record, name) for name in names}
     for name, value in found.items():
         try:
@@ -210,7 +212,7 @@ def at_home(record: Any, *names: str) -> Any:
 
 
 def command_line(kind: Any, **settings: Any) -> Any:
-    """``tyro.cli``, with the words of flags read as those of a YAML file are."""
+    """Call ``tyro.cli`` so that flags are read as a YAML file's values are."""
     import tyro
 
     return tyro.cli(kind, registry=_registry(), **settings)
@@ -253,7 +255,7 @@ def _registry() -> Any:
 
 
 def sentence(value: Any, expected: ValueError) -> str:
-    """What came, what was expected, and what to do."""
+    """Return a sentence that says what was given, what was expected and what to do."""
     import reprlib
 
     short = reprlib.Repr()

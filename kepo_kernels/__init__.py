@@ -1,6 +1,6 @@
 """Fused LM-head losses for post-training.
 
-They never hold an [N, V] matrix and pay only for rows with gradient.
+They never hold an [N, V] matrix, and compute only rows that have a gradient.
 """
 
 from kepo_kernels.compute.autograd import TokenStats as TokenStats

@@ -1,4 +1,4 @@
-"""`python -m kepo_kernels`: which back-ends are live here, and why the others are not."""
+"""`python -m kepo_kernels`: list the back-ends that work here, and say why the others do not."""
 
 import argparse
 import sys

@@ -1,8 +1,9 @@
-"""The one exception of this package."""
+"""The only exception class of this package."""
 
 
 class KepoInputError(ValueError):
-    """A caller's mistake.
+    """An argument that a public function cannot accept.
 
-    The text names the function, the arguments, what came, what was expected and the remedy.
+    The message names the function and the arguments, and says what was given, what was expected
+    and what to do instead.
     """

@@ -1,4 +1,4 @@
-"""LM heads: how logits are read from one, and how a model's own is found and held whole.
+"""LM heads: how logits are computed from one, and how a model's own head is found and gathered.
 
     y = logit_scale (x @ weight^T + scale (x @ a^T) @ b^T + bias)
     logits = softcap tanh(y / softcap)
@@ -20,25 +20,32 @@ from kepo_kernels.versions import refuse_sharding_on_cpu
 
 
 class LoRA(NamedTuple):
-    """A low-rank update of a head's weight: weight + scale * b @ a, never formed."""
+    """A low-rank update of a head's weight: weight + scale * b @ a, which is never formed."""
 
-    a: Tensor  # (r, H)
-    b: Tensor  # (V, r)
+    a: Tensor
+    """(r, H) factor, applied to the hidden states first."""
+    b: Tensor
+    """(V, r) factor, applied second."""
     scale: float = 1.0
+    """Factor of the product b @ a."""
 
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """A weight and how its logits are read.
+    """A head's weight and how its logits are computed.
 
-    Gradients go to `weight`, `lora.a` and `lora.b`, to each only if it requires one: with a frozen
-    weight its gradient costs neither a buffer nor a product.
+    `weight`, `lora.a` and `lora.b` each receive a gradient only if they require one: a frozen
+    weight costs neither a gradient buffer nor a gradient product.
     """
 
-    weight: Tensor  # (V, H)
-    softcap: float | None = None  # logits are read as softcap tanh(y / softcap); None = as they are
-    logit_scale: float = 1.0  # multiplies the logits before the softcap (Cohere; 1/x for Granite)
+    weight: Tensor
+    """(V, H) weight of the head."""
+    softcap: float | None = None
+    """Logits become softcap tanh(y / softcap). None disables it."""
+    logit_scale: float = 1.0
+    """Factor of the logits before the softcap (Cohere's logit_scale; 1/x for Granite's)."""
     lora: LoRA | None = None
+    """Low-rank update of the weight. None means there is none."""
 
     @classmethod
     def of(cls, lm_head: "Tensor | Head") -> "Head":
@@ -47,7 +54,8 @@ class Head:
 
 @contextmanager
 def lm_head_weight(model: nn.Module) -> Iterator[Tensor]:
-    """The weight (V, H) of a model's LM head, whole, for a loss computed outside of its forward.
+    """Yield the whole weight (V, H) of a model's LM head, for a loss computed outside of its
+    forward.
 
         hidden = model(ids)
         with lm_head_weight(model) as weight:
@@ -55,23 +63,24 @@ def lm_head_weight(model: nn.Module) -> Iterator[Tensor]:
         loss.backward()
 
     `model` may be plain, wrapped by DDP or PEFT, or sharded by `fully_shard` with the head in any
-    group, tied or not. The forward must be that of the wrapper or of the sharded root, as ever;
-    then the gradients of head and body are those of a single process. DDP and FSDP2 average over
-    processes: to divide by a count of tokens, divide by the count over all of them and multiply by
-    their number. With DDP's `find_unused_parameters` the loss belongs inside of its forward, else
+    group, tied or not. Call forward on the wrapper or the sharded root, as usual; then the
+    gradients of head and body are those of a single process. DDP and FSDP2 average over processes:
+    to divide by a count of tokens, divide by the count over all of them and multiply by their
+    number. With DDP's `find_unused_parameters` the loss belongs inside of its forward, else
     backward raises.
 
-    What was sharded on entry is gathered, in the `param_dtype` of its mixed precision, and sharded
-    again on exit, also after an error: the tensor then has no memory and must not be read. Backward
-    may run inside of the block, or after it with every fused loss, which has formed its gradients
-    by then. `fused_linear_logprobs` reads the weight in backward: run it inside, or torch raises
-    for a storage of size 0. A head that is whole on entry is left as it is.
+    A head that is sharded on entry is gathered, in the `param_dtype` of its mixed precision, and
+    sharded again on exit, also after an error: the tensor then has no memory and must not be read.
+    Backward may run inside of the block, or after it with every fused loss, which has formed its
+    gradients by then. `fused_linear_logprobs` reads the weight in backward: run it inside, or torch
+    raises for a storage of size 0. A head that is whole on entry is left as it is.
 
-    Softcap, logit scale and bias are not the weight's and remain the caller's: wrap the weight in a
+    Softcap, logit scale and bias are not part of the weight: to apply them, wrap the weight in a
     `Head`, and read the layer's bias inside of the block.
 
     Raises KepoInputError for a model without a head, a head that PEFT has adapted (not one in its
-    `modules_to_save`), and FSDP1, ZeRO-3 and tensor-parallel heads, each with the remedy.
+    `modules_to_save`), and FSDP1, ZeRO-3 and tensor-parallel heads; each error says what to do
+    instead.
     """
     head = _output_layer(model)
     holder = _fsdp2_holder(model, head)
@@ -89,7 +98,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _output_layer(model: nn.Module) -> nn.Module:
-    """`get_output_embeddings()`, else `lm_head`, of what the wrappers hold."""
+    """Return the LM head of the unwrapped model: `get_output_embeddings()`, else `lm_head`."""
     if not isinstance(model, nn.Module):
         _refuse(f"model is {type(model).__name__}; expected a torch.nn.Module with an LM head")
     inner = model
@@ -112,7 +121,7 @@ def _output_layer(model: nn.Module) -> nn.Module:
 
 
 def _without_peft(head: nn.Module) -> nn.Module:
-    """The layer whose weight alone makes the logits."""
+    """Return the layer whose weight alone produces the logits."""
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
         if head.disable_adapters or not head.active_adapters:
             return head.original_module
@@ -129,7 +138,7 @@ def _without_peft(head: nn.Module) -> nn.Module:
 
 
 def _holders(model: nn.Module, head: nn.Module) -> list[nn.Module]:
-    """The modules of the model that contain the head, from the outermost in."""
+    """List the modules of the model that contain the head, outermost first."""
     return [module for module in model.modules() if any(m is head for m in module.modules())]
 
 
@@ -144,7 +153,8 @@ def _refuse_fsdp1(model: nn.Module, head: nn.Module) -> None:
 
 
 def _fsdp2_holder(model: nn.Module, head: nn.Module) -> nn.Module | None:
-    """The module whose group holds the head's shards; None if the weight is no shard now."""
+    """Return the module whose FSDP2 group holds the head's shards; None if the weight is not
+    sharded now."""
     if not _is_dtensor(getattr(head, "weight", None)):
         return None
     sharded = [module for module in _holders(model, head) if hasattr(module, "unshard")]
@@ -184,5 +194,6 @@ def _whole_weight(head: nn.Module) -> Tensor:
 
 
 def _is_dtensor(x: object) -> bool:
-    """By name: torch may have been built without torch.distributed."""
+    """Return whether `x` is a DTensor, judged by its type's name: torch may lack
+    torch.distributed."""
     return type(x).__name__ == "DTensor"

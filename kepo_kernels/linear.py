@@ -1,4 +1,4 @@
-"""The open calls: log-probabilities per token, and any per-token loss of the caller's own.
+"""The general calls: log-probabilities per token, and any per-token loss of the caller's own.
 
 Arguments that are not explained here mean what they mean in `kepo_kernels.losses`.
 """
@@ -26,13 +26,14 @@ def fused_linear_logprobs(
     return_entropy: bool = False,
     **engine: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log q(target) of every token, and the entropy of q if asked for; both differentiable.
+    """Compute log q(target) of every token and, if asked for, the entropy of q; both are
+    differentiable.
 
         q = softmax((hidden @ lm_head^T + bias) / temperature),   entropy = -sum q log q  in nats
 
-    Returns (B, T) or (N,) fp32 (fp64 for fp64 inputs), 0 outside the mask. Backward computes the
-    logits again, so nothing of size N x V is ever kept. With `return_stats=True` the detached
-    `TokenStats` come last.
+    Returns (B, T) or (N,) fp32 (fp64 for fp64 inputs), 0 outside the mask. Backward recomputes the
+    logits, so nothing of size N x V is ever kept. With `return_stats=True` the detached
+    `TokenStats` are returned last.
 
     Equals `log_softmax(logits / temperature).gather(-1, targets)`, in any upstream gradient.
     """
@@ -70,7 +71,7 @@ def fused_linear_loss(
     reduction: str = "sum",
     **engine: object,
 ) -> Result:
-    """Any per-token loss of your own, at the cost of the built-in ones: the open door.
+    """Compute any per-token loss of your own, at the cost of the built-in ones.
 
         loss = sum_t w_t token_loss(stats, rows)_t
 
@@ -80,9 +81,10 @@ def fused_linear_loss(
             `rows` (n,), the indices of these tokens in the flattened (B * T,) or (N,) order, to
             pick your own per-token tensors with.
             Returns n losses, in any differentiable PyTorch; chunks must not depend on each other.
-        gate: (B,): sequences with 0 have no teacher, `stats.divergence` is 0 there. They stay in
-            the loss.
-        weights: per token; 0 = the token does not exist. None = `reduction` of the mask.
+        gate: (B,); sequences with gate 0 have no teacher: their `stats.divergence` is 0, but they
+            stay in the loss.
+        weights: one per token; tokens of weight 0 are not computed. None means the weights of
+            `reduction` over the mask.
 
     Example, cross-entropy:
     `fused_linear_loss(hidden, lm_head, targets, lambda stats, rows: -stats.logprobs,

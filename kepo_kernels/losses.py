@@ -1,9 +1,9 @@
-"""The public losses: three names for one body, a few lines of PyTorch on three numbers of a token.
+"""The public losses: three names for one body, a few lines of PyTorch on three numbers per token.
 
     loss = sum_t [ policy weight_t * policy term_t + distillation weight_t * divergence_t ]
 
-`fused_grpo_loss` has the first part, `fused_gated_kd_loss` the second, `fused_kepo_loss` either or
-both.
+`fused_grpo_loss` computes the first part, `fused_gated_kd_loss` the second, and `fused_kepo_loss`
+either or both.
 
 Shared arguments, wherever they appear:
 
@@ -21,11 +21,11 @@ Shared arguments, wherever they appear:
                       ever receives a gradient, whatever its requires_grad says.
     targets           (B, T) or (N,) int64 or int32 token ids, aligned: hidden[t] predicts
                       targets[t]
-    completion_mask   (B, T) or (N,), 1 on the tokens of the loss; None = all. What stands elsewhere
-                      is never read. Beside CUDA states mask, gate and weights may be on the CPU:
-                      with all of them there, or None, the host never waits for the GPU, and reads
-                      no advantages, so that those of 0 spare no work; with one of them on the GPU
-                      they do.
+    completion_mask   (B, T) or (N,), 1 on the tokens of the loss; None = all. Values elsewhere are
+                      never read. With CUDA states, mask, gate and weights may be on the CPU. If
+                      each of them is there or None, the host never waits for the GPU and does not
+                      read advantages, so advantages of 0 save no work; if one of them is on the
+                      GPU, they do.
     temperature       > 0, divides the student's logits, and the teacher's unless
                       teacher_temperature says otherwise (None = the same)
     reduction         "token_mean", "sequence_mean" or "sum", see `loss_weights`; or pass `weights`
@@ -44,11 +44,11 @@ Shared arguments, wherever they appear:
 
 Every loss is a 0-d fp32 tensor (fp64 for fp64 inputs), exactly 0 with zero gradients when no token
 takes part, and differentiable once with respect to hidden, lm_head, its LoRA and bias. Tokens of
-weight 0 (mask, gate, weights) cost nothing at all. Nor do those of advantage 0 without penalty or
-bonus, unless return_stats asks for their numbers or a CUDA call finds mask, gate and weights on the
-CPU (above). A token that turns out to send nothing back, a clipped one, costs no gradient product
-on a CPU; on CUDA it does, because to look would make the host wait. Under autocast hidden states,
-weights and biases are cast as a linear layer would cast them, and nothing else. All raise
+weight 0 (mask, gate, weights) cost nothing at all. Neither do tokens of advantage 0 without penalty
+or bonus, unless return_stats asks for their numbers or a CUDA call has mask, gate and weights on
+the CPU (above). A token that turns out to have no gradient, e.g. a clipped one, costs no gradient
+product on a CPU; on CUDA it does, because checking would make the host wait. Under autocast hidden
+states, weights and biases are cast as a linear layer would cast them, and nothing else. All raise
 `KepoInputError` (a ValueError) on bad input.
 """
 
@@ -86,7 +86,8 @@ def fused_gated_kd_loss(
     reduction: str = "token_mean",
     **engine: object,
 ) -> Result:
-    """Divergence of the student from a frozen teacher, over the sequences whose gate is open.
+    """Compute the divergence of the student from a frozen teacher, over sequences whose gate is
+    open.
 
         loss = sum_t w_t D_beta(p_t, q_t),  p, q = softmax(teacher, student logits / temperature)
         D_0 = KL(p|q),  D_1 = KL(q|p),  between
@@ -96,8 +97,8 @@ def fused_gated_kd_loss(
 
     Args:
         gate: (B,) bool or float >= 0 that multiplies the divergence; 0 closes a sequence, which is
-            then not computed at all: neither its student nor its teacher logits exist. None = all
-            open, but those that `weights` close.
+            then not computed at all: neither its student nor its teacher logits are formed. None
+            means that all are open, except those that `weights` close.
         beta: 0 = KL(teacher|student), 1 = KL(student|teacher), between = JSD (about five times
             smaller than a KL).
 
@@ -151,7 +152,7 @@ def fused_grpo_loss(
     reduction: str = "sequence_mean",
     **engine: object,
 ) -> Result:
-    """The GRPO objective, and its relatives, on sampled tokens.
+    """Compute the GRPO objective, or one of its relatives, on sampled tokens.
 
         loss = sum_t w_t [ s_t L(r_t, A_t) + kl_coef K(d_t) - entropy_coef H(q_t) ]
         r_t = exp(min(log q(target_t) - old_logprobs_t, 20)), d_t = ref_logprobs_t - log q(target_t)
@@ -162,27 +163,28 @@ def fused_grpo_loss(
         "reinforce"  L = -A log q(target)
         K            k1 = -d,  k2 = d^2 / 2,  k3 = e^m - m - 1,  m = min(d, 20)
 
-    Beyond 20 nats a ratio, or k3, is constant and has no gradient: every loss is finite.
+    Beyond 20 nats the ratio and k3 are constant and have no gradient, so every loss is finite.
     (GRPO, Shao et al. 2024, eq. 3; unequal bounds are DAPO's clip-higher, Yu et al. 2025; cispo,
     MiniMax-M1 2025; sapo, Gao et al. 2025; sequence level is GSPO, Zheng et al. 2025; k1 to k3,
     Schulman 2020.)
 
     Args:
         advantages: (B,) or one per token.
-        old_logprobs: per token, of the policy that sampled, at this temperature. None = that policy
-            is this one: the ratio is 1 in value and its gradient is kept (REINFORCE).
-        ref_logprobs: per token, of the frozen reference; needed when kl_coef is not 0.
-        sampler_weights: (B,), (B, 1) or one per token; multiply L where the rollouts came from an
-            engine whose probabilities differ, see `kepo_kernels.sampler_weights`. None = 1.
+        old_logprobs: one per token, of the policy that sampled, at this temperature. None means
+            that it is the current policy: the ratio is 1 and its gradient is kept (REINFORCE).
+        ref_logprobs: one per token, of the frozen reference; needed when kl_coef is not 0.
+        sampler_weights: (B,), (B, 1) or one per token; they multiply L, to correct for rollouts
+            from an engine whose probabilities differ, see `kepo_kernels.sampler_weights`. None = 1.
         delta: upper bound of the ratio, also for negative advantages (dual clip), > 1 +
-            epsilon_high; None = none.
-        kl_coef, entropy_coef: 0 = term absent. The entropy bonus lowers the loss.
-        policy_loss: by name, or your own: (logprobs, log_ratio, advantages) of n tokens, the first
-            two with gradient, the log-ratio unbounded -> n losses, in any differentiable PyTorch.
+            epsilon_high. None disables it.
+        kl_coef, entropy_coef: 0 disables the term. The entropy bonus lowers the loss.
+        policy_loss: a name, or a callable of your own: (logprobs, log_ratio, advantages) of n
+            tokens, the first two with gradient, the log-ratio unbounded -> n losses, in any
+            differentiable PyTorch.
         importance_level: "token", or "sequence": log r is the mean over the sequence's tokens, the
-            same for all of them. Chunks then hold whole sequences; where one does not fit, a pass
-            for the log-probabilities comes first.
-        sapo_temperature_pos, sapo_temperature_neg: t of tokens with A > 0, and of the others.
+            same for all of them. Chunks then hold whole sequences; if one does not fit, the
+            log-probabilities are computed in a separate pass first.
+        sapo_temperature_pos, sapo_temperature_neg: t of tokens with A > 0, and of all others.
 
     Equals, holding whole matrices: `reference.grpo_loss`.
     """
@@ -236,28 +238,29 @@ def fused_kepo_loss(
     distill_reduction: str = "token_mean",
     **engine: object,
 ) -> Result:
-    """GRPO on every completion and gated distillation on the good ones in one pass over the logits.
+    """Compute GRPO on all completions and gated distillation on good ones in one pass over the
+    logits.
 
         loss = fused_grpo_loss(...) + distill_coef * fused_gated_kd_loss(...)
 
-    (KEPO, arXiv 2602.00400, Eq. 7.) A token pays for the policy term and the divergence once: one
-    student GEMM, one row kernel, one gradient. Tokens of closed sequences never meet the teacher's
-    head.
+    (KEPO, arXiv 2602.00400, Eq. 7.) The policy term and the divergence of a token share one student
+    GEMM, one row kernel and one gradient. Tokens of closed sequences are never multiplied with the
+    teacher's head.
 
     Without a teacher it is `fused_grpo_loss`; without targets and advantages it is the divergence
     alone, `distill_coef * fused_gated_kd_loss(...)`, and `stats.logprobs` is 0. Tensors, penalty
-    and bonus of a part that is not there are refused; its other settings may stand, without effect.
+    and bonus of a part that is not given are refused; its other settings have no effect. Arguments
+    not listed below mean what they mean in those two losses.
 
     Args:
-        targets, advantages: as in `fused_grpo_loss`, or both None: no policy part.
-        teacher_hidden, teacher_lm_head: as in `fused_gated_kd_loss`, or both None: no teacher.
-        gate: (B,) as in `fused_gated_kd_loss`; typically accuracy >= threshold. Not needed beside
-            distill_weights that are 0 on closed sequences.
-        policy_weights, distill_weights: per token, in place of policy_reduction / distill_reduction
-            (a micro-batch passes its slice of the whole batch's `loss_weights`); mask, and for the
-            latter the gate, still multiply.
-        distill_coef: 0 = no distillation, and no teacher GEMM.
-        The rest as in the two losses.
+        targets, advantages: as in `fused_grpo_loss`. Both None disables the policy part.
+        teacher_hidden, teacher_lm_head: as in `fused_gated_kd_loss`. Both None means no teacher.
+        gate: (B,) as in `fused_gated_kd_loss`; typically accuracy >= threshold. Not needed if
+            distill_weights are 0 on closed sequences.
+        policy_weights, distill_weights: one per token, instead of policy_reduction /
+            distill_reduction (a micro-batch passes its slice of the whole batch's `loss_weights`);
+            they are still multiplied by the mask, and distill_weights by the gate.
+        distill_coef: factor of the divergence; 0 disables distillation, and the teacher's GEMM.
 
     Equals, holding whole matrices: `reference.kepo_loss`.
     """
@@ -313,7 +316,7 @@ def fused_kepo_loss(
 
 @dataclass(frozen=True, eq=False)
 class DistillationPart:
-    """This is what a loss was given of the teacher, none of it checked but the coefficient."""
+    """The teacher's arguments of a loss; none is checked except the coefficient."""
 
     teacher_hidden: Tensor
     teacher_lm_head: Tensor | Head
@@ -322,11 +325,12 @@ class DistillationPart:
     weights: Tensor | None
     reduction: str
     prefix: str = ""
-    """The last two are arguments of this prefix, as in distill_weights."""
+    """Prefix of the arguments `weights` and `reduction` in the caller's signature, as in
+    distill_weights."""
     coefficient: float = 1.0
 
     def refuse_the_rest(self, check: Validator) -> None:
-        """Refuse tensors of a teacher that is not there."""
+        """Refuse tensors of a teacher that was not given."""
         check.reduction(f"{self.prefix}reduction", self.reduction)
         check.unused(
             "teacher_hidden and teacher_lm_head",
@@ -336,7 +340,8 @@ class DistillationPart:
         )
 
     def checked(self, call: Call, temperature: float) -> tuple[Teacher, Tensor, Tensor]:
-        """Return the teacher, each token's weight of the divergence, and where that is not 0."""
+        """Return the teacher, each token's weight of the divergence, and a mask of where it is not
+        0."""
         call.check.gate(self.gate, call.lead)
         weights, present = call.weights(self.gate, self.weights, self.reduction, self.prefix)
         teacher = call.teacher(
@@ -351,8 +356,8 @@ class DistillationPart:
         return teacher, self.coefficient * weights, present
 
     def opened(self, present: Tensor) -> Tensor | None:
-        """Return (B,), 0 or False on closed sequences: the gate or, where weights stand in for it,
-        whether a sequence has a token of weight; None if all are open.
+        """Return (B,) values that are 0 or False on closed sequences: the gate or, if weights stand
+        in for it, whether the sequence has a token of non-zero weight. None if all are open.
 
         `present` says where mask times weights is not 0.
         """
@@ -370,7 +375,7 @@ def _loss(
     beta: float = 0.5,
     teacher_temperature: float | None = None,
 ) -> Result:
-    """Compute any of the losses: at least one of the two parts is there."""
+    """Compute any of the losses from the parts that were given: at least one of the two."""
     check = call.check
     teacher_temperature = check.softmax(temperature, beta, teacher_temperature)
     targets = teacher = rewarded = rows = distilled = None
@@ -383,7 +388,7 @@ def _loss(
         term = policy_term(check, policy, rewarded, call.hidden)
         targets = policy.targets
         check.targets(targets, call.hidden, _either(rewarded, distilled), len(call.head.weight))
-        # All of its tokens are computed where their numbers were asked for.
+        # With return_stats all tokens are computed, since their numbers are returned.
         rows = rewarded if call.engine.get("return_stats") else term.alive
     student, problem = call.problem(
         targets,
@@ -414,7 +419,7 @@ def _loss(
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor:
-    """Join the tokens of two parts; None stands for a part that is not there."""
+    """Return the union of two parts' tokens; None stands for a part that was not given."""
     if a is None or b is None:
         return b if a is None else a
     return a | b

@@ -1,9 +1,8 @@
 """The oracle: every loss of this package as whole-matrix, differentiable PyTorch.
 
-Plain on purpose: no chunks, no kernels, no tricks, no import of ours, any float dtype (use fp64 to
-judge others). It holds several [N, V] matrices, which is what the rest of the package exists to
-avoid. Masked and gated rows are selected away before any arithmetic, so what stands in them cannot
-matter.
+Plain on purpose: no chunks, no kernels, no tricks, no import from this package, any float dtype
+(use fp64 to judge others). It holds several [N, V] matrices, which the rest of the package exists
+to avoid. Masked and gated rows are removed before any arithmetic, so their values cannot matter.
 """
 
 from collections.abc import Callable
@@ -16,14 +15,15 @@ LARGEST_LOG_RATIO = 20.0  # before exp: beyond it ratios and k3 are constant, th
 
 
 def project(hidden: Tensor, lm_head: object, bias: Tensor | None = None) -> Tensor:
-    """(n, H) hidden states and a head of V tokens -> (n, V) logits.
+    """Compute (n, V) logits from (n, H) hidden states and a head of V tokens.
 
         logits = softcap tanh(y / softcap)
         y = logit_scale (hidden @ weight^T + scale (hidden @ a^T) @ b^T + bias)
 
     lm_head: the weight (V, H), or anything with `.weight`, `.softcap` (None = no cap),
     `.logit_scale` and `.lora` (None, or with `.a` (r, H), `.b` (V, r) and `.scale`). A logit of
-    -inf, a token ruled out, stays -inf under a softcap. Of two dtypes the product is in the wider.
+    -inf, a token ruled out, stays -inf under a softcap. If dtypes differ, the product is in the
+    wider.
     """
     plain = isinstance(lm_head, Tensor)
     given = [hidden, lm_head] if plain else [hidden, lm_head.weight]
@@ -46,13 +46,13 @@ def project(hidden: Tensor, lm_head: object, bias: Tensor | None = None) -> Tens
 
 
 def token_logprob(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """log q(target), q = softmax(logits / temperature): (n, V), (n,) -> (n,)."""
+    """Compute log q(target), q = softmax(logits / temperature): (n, V), (n,) -> (n,)."""
     log_q = (logits / temperature).log_softmax(-1)
     return log_q.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """-sum q log q in nats: (n, V) -> (n,)."""
+    """Compute the entropy -sum q log q in nats: (n, V) -> (n,)."""
     return -_expectation((logits / temperature).log_softmax(-1)).sum(-1)
 
 
@@ -63,7 +63,7 @@ def token_divergence(
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
 ) -> Tensor:
-    """GKD's divergence over the columns both vocabularies share: (n, V), (n, V_t) -> (n,).
+    """Compute GKD's divergence over the columns both vocabularies share: (n, V), (n, V_t) -> (n,).
 
     beta = 0: KL(p|q), teacher first; beta = 1: KL(q|p); between: beta KL(p|m) + (1 - beta) KL(q|m)
     with m = (1 - beta) q + beta p (Agarwal et al. 2024, eq. 1). q = softmax(logits / temperature),
@@ -90,7 +90,7 @@ def token_divergence(
 
 
 def _expectation(log_a: Tensor, log_b: Tensor | None = None) -> Tensor:
-    """a (log a - log b), elementwise, with 0 where a is 0.
+    """Compute a (log a - log b), elementwise, with 0 where a is 0.
 
     Masked twice so that autograd meets no inf - inf.
     """
@@ -103,7 +103,8 @@ def _expectation(log_a: Tensor, log_b: Tensor | None = None) -> Tensor:
 def reduction_weights(
     completion_mask: Tensor, gate: Tensor | None = None, reduction: str = "token_mean"
 ) -> Tensor:
-    """(B, T) or (N,) weights whose inner product with a per-token term is that term's `reduction`.
+    """Compute (B, T) or (N,) weights whose inner product with a per-token term is the term's
+    `reduction`.
 
     token_mean: divided by the number of active tokens; sequence_mean: each sequence's token mean,
     averaged over all B sequences (in a flat (N,) call every token is its own sequence); sum: not
@@ -135,7 +136,7 @@ def policy_term(
     sapo_temperature_pos: float = 1.0,
     sapo_temperature_neg: float = 1.05,
 ) -> Tensor:
-    """The policy's loss per token: (n,) each -> (n,). r = exp(min(log_ratio, 20)), A = advantages.
+    """The policy loss per token: (n,) each -> (n,). r = exp(min(log_ratio, 20)), A = advantages.
 
         "clip"       -min(min(r, delta) A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A)
         "cispo"      -stopgrad(min(r, 1 + epsilon_high)) A logprob
@@ -145,8 +146,9 @@ def policy_term(
         a callable   policy_loss(logprobs, log_ratio, advantages)
 
     "clip" is PPO's (Schulman et al. 2017, eq. 7), with unequal bounds DAPO's (Yu et al. 2025), with
-    delta also bounded where A < 0 (dual clip, Ye et al. 2020; None = not). "cispo" is MiniMax-M1's
-    (2025); code that bounds r by epsilon_high itself means 1 + ours. "sapo": arXiv 2511.20347.
+    delta also bounded where A < 0 (dual clip, Ye et al. 2020; None disables it). "cispo" is
+    MiniMax-M1's (2025); code that bounds r by epsilon_high itself means 1 + ours. "sapo": arXiv
+    2511.20347.
     """
     if callable(policy_loss):
         return policy_loss(logprobs, log_ratio, advantages)
@@ -167,7 +169,7 @@ def policy_term(
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
-    """Schulman's estimates of KL(policy|ref) from a sampled token, with d = ref - logprob.
+    """Compute Schulman's estimate of KL(policy|ref) from a sampled token, with d = ref - logprob.
 
     k1 = -d, k2 = d^2 / 2, k3 = e^m - m - 1, m = min(d, 20) (Schulman, "Approximating KL
     divergence", 2020; his k3 has no bound).
@@ -184,14 +186,15 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
 
 
 def sequence_mean(values: Tensor, sequences: Tensor) -> Tensor:
-    """Each value replaced by the mean of its sequence's: (n,), (n,) sequence numbers -> (n,)."""
+    """Replace each value by the mean of its sequence: (n,), (n,) sequence numbers -> (n,)."""
     _, sequences, lengths = sequences.unique(return_inverse=True, return_counts=True)
     sums = values.new_zeros(len(lengths)).index_add(0, sequences, values)
     return (sums / lengths)[sequences]
 
 
 def _total(weights: Tensor, term: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """sum(weights * term) over the rows of non-zero weight; exactly 0 when there is none."""
+    """Compute sum(weights * term) over the rows of non-zero weight; exactly 0 when there is
+    none."""
     rows = weights.reshape(-1).nonzero().squeeze(-1)
     if rows.numel() == 0:
         return like.reshape(-1)[:0].sum()
@@ -214,7 +217,8 @@ def gated_kd_loss(
     teacher_bias: Tensor | None = None,
     reduction: str = "token_mean",
 ) -> Tensor:
-    """Oracle of `kepo_kernels.fused_gated_kd_loss` (`teacher_hidden` for every sequence).
+    """Compute the oracle of `kepo_kernels.fused_gated_kd_loss` (`teacher_hidden` for every
+    sequence).
 
     sum(w * token_divergence), heads as `project` reads them; gated as in KEPO, arXiv 2602.00400.
     """
@@ -259,7 +263,7 @@ def grpo_loss(
     reduction: str = "sequence_mean",
     **policy: float | None,
 ) -> Tensor:
-    """Oracle of `kepo_kernels.fused_grpo_loss`.
+    """Compute the oracle of `kepo_kernels.fused_grpo_loss`.
 
         sum_t w_t [ s_t policy_term_t + kl_coef kl_estimate_t - entropy_coef entropy_t ]
 
@@ -319,10 +323,10 @@ def kepo_loss(
     distill_reduction: str = "token_mean",
     **policy: object,
 ) -> Tensor:
-    """Oracle of `kepo_kernels.fused_kepo_loss`: grpo_loss + distill_coef gated_kd_loss.
+    """Compute the oracle of `kepo_kernels.fused_kepo_loss`: grpo_loss + distill_coef gated_kd_loss.
 
-    Without targets the second alone, without teacher_hidden the first. Each has its own weights or
-    reduction; `policy` is what else `grpo_loss` takes.
+    Without targets it is the second alone, without teacher_hidden the first. Each has its own
+    weights or reduction; `policy` holds the other arguments of `grpo_loss`.
     """
     common = {"completion_mask": completion_mask, "temperature": temperature, "bias": bias}
     terms = []

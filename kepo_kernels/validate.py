@@ -1,4 +1,4 @@
-"""What every public function checks before any arithmetic.
+"""Checks of arguments that every public function runs before any arithmetic.
 
 Nothing here changes, broadcasts or clamps an input. Shapes, dtypes and devices are checked always.
 Values (token ids, finiteness) are checked where looking at them costs no device synchronisation,
@@ -33,7 +33,8 @@ ENGINE_SETTINGS = (
 
 
 def describe(x: object) -> str:
-    """[4096, 2048] bfloat16 on cuda:0; the type's name for what is no tensor."""
+    """Describe a tensor as in "[4096, 2048] bfloat16 on cuda:0", and anything else by its type's
+    name."""
     if not isinstance(x, Tensor):
         return type(x).__name__
     if x.is_nested:  # torch does not tell its shape
@@ -42,12 +43,12 @@ def describe(x: object) -> str:
 
 
 class Validator:
-    """Refusals in the name of one public function."""
+    """Checks of one public function's arguments; its errors name that function."""
 
     def __init__(self, function: str):
         self.function = function
         self.dtype = torch.float64
-        """Numbers, and values of one per token, are used in this dtype; `head` finds it out."""
+        """The dtype in which numbers and per-token values are used; `head` sets it."""
 
     def refuse(self, message: str) -> NoReturn:
         raise KepoInputError(f"{self.function}: {message}")
@@ -57,7 +58,7 @@ class Validator:
             self.refuse(message)
 
     def given_together(self, **given: object) -> bool:
-        """Whether these arguments are given: all of them, or none."""
+        """Return whether these arguments are given; refuse them if only some are."""
         missing = [name for name, x in given.items() if x is None]
         there = [name for name in given if name not in missing]
         self.require(
@@ -77,7 +78,7 @@ class Validator:
             )
 
     def none_bad(self, name: str, x: Tensor, bad: Tensor, expected: str) -> None:
-        """Refuse `x` for the first of its elements that is bad."""
+        """Refuse `x`, naming the first of its elements that is bad, if any is."""
         if bad.any():
             where = bad.nonzero()[0].tolist()
             self.refuse(f"{name} holds {x[tuple(where)].item()} at {where}; expected {expected}")
@@ -85,7 +86,8 @@ class Validator:
     def head(
         self, names: tuple[str, str, str], hidden: Tensor, head: Head, bias: Tensor | None
     ) -> None:
-        """hidden (..., H), the head's weight (V, H) and LoRA, and bias (V,) fit each other."""
+        """Check that hidden (..., H), the head's weight (V, H) and LoRA, and bias (V,) fit each
+        other."""
         hidden_name, head_name, bias_name = names
         lm_head = head.weight
         given = [(hidden_name, hidden), (head_name, lm_head)]
@@ -147,7 +149,8 @@ class Validator:
             )
 
     def dtypes(self, a: tuple[str, Tensor], b: tuple[str, Tensor]) -> None:
-        """Both fp64, or neither: among the others a product is formed in fp32."""
+        """Check that both tensors are fp64 or neither is; products of the other dtypes are formed
+        in fp32."""
         (a_name, a), (b_name, b) = a, b
         self.require(
             a.dtype == b.dtype or torch.float64 not in (a.dtype, b.dtype),
@@ -156,7 +159,7 @@ class Validator:
         )
 
     def strided(self, name: str, x: object) -> None:
-        """Not a sparse, nested or mkldnn tensor, most of whose operations torch has not."""
+        """Refuse sparse, nested and mkldnn tensors, for which torch lacks most operations."""
         if not isinstance(x, Tensor):
             return
         kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.").strip("_")
@@ -167,7 +170,7 @@ class Validator:
         )
 
     def whole(self, name: str, x: Tensor) -> None:
-        """Not one shard of a parameter that lives on many devices."""
+        """Refuse a shard of a parameter that is distributed over several devices."""
         self.require(
             type(x).__name__ != "DTensor",
             f"{name} is a sharded DTensor; expected a plain tensor: a head that fully_shard holds "
@@ -192,7 +195,8 @@ class Validator:
                 self.refuse(f"hidden is on {hidden.device} and {name} on {x.device}; move one")
 
     def same_device_or_cpu(self, hidden: Tensor, **tensors: Tensor | None) -> None:
-        """Tensors that decide which rows take part: beside CUDA states also those on the CPU."""
+        """Check the device of tensors that decide which rows take part: with CUDA states they may
+        also be on the CPU."""
         others = {
             name: x
             for name, x in tensors.items()
@@ -201,7 +205,7 @@ class Validator:
         self.same_device(hidden, **others)
 
     def lead(self, lead: torch.Size, **tensors: Tensor | None) -> None:
-        """Tensors with one value per token, or None."""
+        """Check that each tensor has one value per token, or is None."""
         for name, x in tensors.items():
             self.strided(name, x)
             self.require(
@@ -213,7 +217,8 @@ class Validator:
     def per_sequence_or_token(
         self, lead: torch.Size, columns: bool = False, **tensors: Tensor
     ) -> None:
-        """`columns`: one per sequence may also come as (B, 1)."""
+        """Check that each tensor has one value per sequence or per token. With `columns`, one per
+        sequence may also have shape (B, 1)."""
         shapes = [lead, lead[:1]] + [torch.Size((*lead[:1], 1))] * columns
         for name, x in tensors.items():
             self.strided(name, x)
@@ -249,7 +254,7 @@ class Validator:
             self.none_bad("gate", gate, bad, f"bool or finite values >= 0{self._in_use(gate)}")
 
     def targets(self, targets: Tensor, hidden: Tensor, active: Tensor, vocab: int) -> None:
-        """Token ids, in range wherever they are read."""
+        """Check that targets are token ids, in range wherever they are read."""
         self.require(
             isinstance(targets, Tensor), f"targets is {describe(targets)}; expected token ids"
         )
@@ -265,7 +270,8 @@ class Validator:
             self.none_bad("targets", targets, bad, expected)
 
     def finite(self, active: Tensor, **tensors: Tensor | None) -> None:
-        """No NaN or Inf at tokens that take part, also where the values are used."""
+        """Refuse NaN and Inf at tokens that take part, also after conversion to the dtype of
+        use."""
         for name, x in tensors.items():
             if x is None or not on_cpu(x) or not x.is_floating_point():
                 continue
@@ -277,7 +283,8 @@ class Validator:
         return torch.isfinite(x.to(self.dtype) if x.dtype == torch.float64 else x)
 
     def _in_use(self, x: Tensor) -> str:
-        """What to say of values that another dtype holds than their own."""
+        """Return an addition to the error message if values are used in another dtype than their
+        own."""
         if x.dtype != torch.float64 or self.dtype == torch.float64:
             return ""
         return f", as float32, in which they are used (up to {torch.finfo(self.dtype).max:.2g})"
@@ -285,10 +292,10 @@ class Validator:
     def number(
         self, name: str, value: object, holds: Callable[[float], bool], expected: str
     ) -> float:
-        """Returns it as Python's float, whatever kind of number it is.
+        """Return `value` as a Python float, whatever kind of number it is.
 
-        Beside what `holds` asks, it is 0 or of a size that it, its inverse and four times the
-        inverse keep in the dtype in which it is used.
+        Besides fulfilling `holds`, it must be 0, or such that it, its inverse and four times the
+        inverse are representable in the dtype in which it is used.
         """
         number = plain(value)
         good = isinstance(number, Real) and not isinstance(number, bool)
@@ -308,7 +315,7 @@ class Validator:
         return number
 
     def integer(self, name: str, value: object, least: int, expected: str) -> int:
-        """Returns it as Python's int, whatever kind of integer it is."""
+        """Return `value` as a Python int, whatever kind of integer it is."""
         number = plain(value)
         good = isinstance(number, int) and not isinstance(number, bool) and number >= least
         self.require(good, f"{name}={value!r}; expected {expected}")
@@ -317,7 +324,8 @@ class Validator:
     def softmax(
         self, temperature: float, beta: float = 0.5, teacher_temperature: float | None = None
     ) -> float:
-        """Returns the teacher's temperature: its own, or the student's."""
+        """Check the settings of the softmax; return the teacher's temperature: its own, or the
+        student's."""
         temperature = self.number(
             "temperature", temperature, lambda x: x > 0, "a finite number > 0"
         )
@@ -337,7 +345,7 @@ class Validator:
         self.choice(name, value, REDUCTIONS)
 
     def engine(self, settings: dict[str, object]) -> None:
-        """Numbers become Python's in `settings`, which are the call's own."""
+        """Check the call's own dict of engine settings; its numbers are replaced by Python's."""
         for name in settings:
             self.require(
                 name in ENGINE_SETTINGS,
@@ -366,9 +374,9 @@ class Validator:
 
 
 def plain(value: object) -> object:
-    """A numpy scalar, or a 0-d tensor that can be read and is owed no gradient, as Python's number.
+    """Convert a numpy scalar, or a 0-d CPU tensor that requires no gradient, to a Python number.
 
-    Anything else as it is.
+    Anything else is returned as it is.
     """
     if isinstance(value, Tensor):
         readable = value.dim() == 0 and on_cpu(value) and not value.requires_grad
@@ -379,8 +387,8 @@ def plain(value: object) -> object:
 
 
 def on_cpu(x: Tensor) -> bool:
-    """Whether its values can be read without waiting for a device.
+    """Return whether the values of `x` can be read without waiting for a device.
 
-    Not those of meta and fake tensors: they have none.
+    Meta and fake tensors have no values: False.
     """
     return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)

@@ -1,22 +1,23 @@
-"""Which Triton and which torch are too old, and what to do about it."""
+"""Checks for versions of Triton and torch that are too old, and what to do about them."""
 
 import re
 
 import torch
 
-OLDEST_TRITON = (3, 4)  # that of torch 2.8; older ones lack what the kernels are written with
+OLDEST_TRITON = (3, 4)  # that of torch 2.8; older ones lack features that the kernels use
 OLDEST_TORCH_ON_ROCM = (2, 10)  # the first whose mm(out_dtype=) works there: pytorch#162600
 OLDEST_TORCH_SHARDED_ON_CPU = (2, 9)  # in 2.8 gloo's reduce_scatter takes AVG and returns the sum
 
 
 def release(words: str) -> tuple[int, ...]:
-    """(3, 10, 0) of "3.10.0", "3.10.0+git1a2b" or "3.10.0rc1"; () where no number comes first."""
+    """Parse a version: (3, 10, 0) of "3.10.0", "3.10.0+git1a2b" or "3.10.0rc1"; () if it does not
+    start with a number."""
     found = re.match(r"v?(\d+(?:\.\d+)*)", words)
     return tuple(map(int, found[1].split("."))) if found else ()
 
 
 def triton_version() -> str | None:
-    """Of the Triton that is imported here, or None where there is none."""
+    """Return the version of the Triton that can be imported here, or None if there is none."""
     try:
         import triton
     except ImportError:
@@ -25,7 +26,7 @@ def triton_version() -> str | None:
 
 
 def refuse_triton() -> str | None:
-    """Why the Triton that is here cannot be used, or None when it can; an unknown version can."""
+    """Return why the installed Triton cannot be used, or None if it can; an unknown version can."""
     found = triton_version()
     if found is None or not release(found) or release(found) >= OLDEST_TRITON:
         return None
@@ -37,7 +38,8 @@ def refuse_triton() -> str | None:
 
 
 def refuse_torch_on_rocm() -> str | None:
-    """Why this torch cannot multiply for us on AMD's GPUs, or None when it can or has none."""
+    """Return why this torch cannot do our matrix products on AMD GPUs; None if it can or is not for
+    ROCm."""
     if not torch.version.hip or release(torch.__version__) >= OLDEST_TORCH_ON_ROCM:
         return None
     oldest = ".".join(map(str, OLDEST_TORCH_ON_ROCM))
@@ -48,7 +50,8 @@ def refuse_torch_on_rocm() -> str | None:
 
 
 def refuse_sharding_on_cpu() -> str | None:
-    """Why this torch cannot train what `fully_shard` holds on CPUs, or None when it can."""
+    """Return why this torch cannot train a model sharded by `fully_shard` on CPUs, or None if it
+    can."""
     if release(torch.__version__) >= OLDEST_TORCH_SHARDED_ON_CPU:
         return None
     oldest = ".".join(map(str, OLDEST_TORCH_SHARDED_ON_CPU))

@@ -1,8 +1,8 @@
-"""Masks, gates and normalisers as one vector: the weight of every token in its loss term.
+"""Per-token weights: masks, gates and normalisers as each token's weight in its loss term.
 
-`loss_weights` is what the losses use themselves. The others are the normalisations and corrections
-of the literature by their names; each is passed on as `weights` (`policy_weights`,
-`distill_weights`) or `sampler_weights`.
+The losses themselves use `loss_weights`. The other functions are normalisations and corrections
+from the literature, by name; pass their results as `weights` (`policy_weights`, `distill_weights`)
+or `sampler_weights`.
 """
 
 import torch
@@ -18,7 +18,8 @@ LARGEST_LOG_RATIO = 20.0
 def loss_weights(
     completion_mask: Tensor, gate: Tensor | None = None, reduction: str = "token_mean"
 ) -> Tensor:
-    """Weights w such that sum(w * term) is the gated, masked `reduction` of a per-token term.
+    """Compute weights w such that sum(w * term) is the gated, masked `reduction` of a per-token
+    term.
 
         token_mean      w = gate * mask / (number of tokens with gate * mask != 0)
         sequence_mean   w = gate * mask / (tokens of the sequence) / B
@@ -27,7 +28,8 @@ def loss_weights(
     Args:
         completion_mask: (B, T) or (N,), 1 or True on the tokens of the loss. Flat tokens count as
             N sequences.
-        gate: (B,) >= 0, or None for all open. It multiplies; 0 takes the sequence out.
+        gate: (B,) >= 0, or None if all are open. It multiplies the weights; 0 takes the sequence
+            out.
         reduction: one of the three above.
 
     Returns:
@@ -50,7 +52,7 @@ def loss_weights(
 
 
 def grpo_weights(completion_mask: Tensor) -> Tensor:
-    """GRPO's normalisation: the mean over sequences of each one's mean over its tokens.
+    """Compute GRPO's weights: the mean over sequences of each sequence's mean over its tokens.
 
         w = mask / (tokens of the sequence) / B
 
@@ -63,7 +65,8 @@ def grpo_weights(completion_mask: Tensor) -> Tensor:
 
 
 def bnpo_weights(completion_mask: Tensor) -> Tensor:
-    """The mean over the tokens of this batch, of whatever sequence ("bnpo" in TRL).
+    """Compute weights of the mean over all tokens of this batch, whatever their sequence (TRL's
+    "bnpo").
 
         w = mask / (tokens of this batch)
 
@@ -76,7 +79,7 @@ def bnpo_weights(completion_mask: Tensor) -> Tensor:
 
 
 def dapo_weights(completion_mask: Tensor, num_items: float | Tensor | None = None) -> Tensor:
-    """DAPO's normalisation: the mean over the tokens of the global batch.
+    """Compute DAPO's weights: the mean over the tokens of the global batch.
 
         w = mask / num_items
 
@@ -118,7 +121,7 @@ def dapo_weights(completion_mask: Tensor, num_items: float | Tensor | None = Non
 
 
 def dr_grpo_weights(completion_mask: Tensor, max_completion_length: int) -> Tensor:
-    """Dr. GRPO's normalisation: a constant, so that a token counts alike in any sequence.
+    """Compute Dr. GRPO's weights: a constant, so that a token counts the same in any sequence.
 
         w = mask / (B max_completion_length)
 
@@ -147,7 +150,8 @@ def sampler_weights(
     low: float | None = None,
     high: float | None = 2.0,
 ) -> Tensor:
-    """Correction for completions that another engine sampled than the one that trains.
+    """Compute weights that correct for completions sampled by another engine than the one that
+    trains.
 
         level "token"    r_t = exp(min(old_t - sampler_t, 20))
         "sequence"       r = exp(min(sum of old_t - sampler_t over the sequence's tokens, 20))
@@ -159,15 +163,16 @@ def sampler_weights(
     `(old_logprobs - sampler_logprobs).exp().clamp(max=2.0) * mask`.
 
     Args:
-        old_logprobs: (B, T) or (N,), the trainer's, of the weights that sampled.
-        sampler_logprobs: the same shape, the sampling engine's for the same tokens. NaN, where it
-            has none, counts as equal to the trainer's.
-        completion_mask: what stands outside is not read.
-        low, high: bounds of the ratio; None = none.
+        old_logprobs: (B, T) or (N,), computed by the trainer with the weights that sampled.
+        sampler_logprobs: the same shape, the sampling engine's for the same tokens. NaN (it has
+            none there) counts as equal to the trainer's.
+        completion_mask: values outside of it are not read.
+        low, high: bounds of the ratio; None disables the bound.
 
     Returns:
-        Detached fp64 `sampler_weights` for the losses: level "token" of the mask's shape, 0 outside
-        the mask; "sequence" (B,), 1 for a sequence of no tokens before the bounds.
+        Detached fp64 `sampler_weights` for the losses: for level "token" of the mask's
+        shape, 0 outside the mask; for "sequence" (B,), where a sequence of no tokens has 1 before
+        the bounds are applied.
     """
     check = Validator("sampler_weights")
     _check_mask(check, completion_mask)
@@ -211,12 +216,13 @@ def sod_weights(
     epsilon: float = 1e-6,
     delta: float = 0.2,
 ) -> Tensor:
-    """Weights of SOD: steps on which student and teacher have drifted apart are distilled less.
+    """Compute SOD's weights: steps on which student and teacher have drifted apart are distilled
+    less.
 
         d_k = mean over the tokens of step k of |logprob - teacher_logprob|
         w_k = min((d_first + epsilon) / (d_k + epsilon), 1 + delta),   so w_first = 1
 
-    (arXiv 2605.07725, where w_k is written as a telescoping product over steps.) They multiply, as
+    (arXiv 2605.07725, where w_k is written as a telescoping product over steps.) Multiply them, as
     in `distill_weights=sod_weights(...) * loss_weights(mask, gate)`.
 
     Args:
@@ -224,7 +230,8 @@ def sod_weights(
             decreasing along a sequence.
         logprobs, teacher_logprobs: (B, T), both models' of the sampled tokens.
         completion_mask: (B, T); the first step is the first that has a token in it.
-        epsilon: > 0, steadies the quotient. delta: >= 0, the most a step may gain.
+        epsilon: > 0, stabilises the quotient.
+        delta: >= 0; a step's weight is at most 1 + delta.
 
     Returns:
         Detached fp64 (B, T), one value per step, 0 outside the mask.
@@ -276,7 +283,7 @@ def _check_mask(check: Validator, completion_mask: Tensor) -> None:
 
 
 def _check_like(check: Validator, completion_mask: Tensor, **tensors: Tensor) -> None:
-    """One value per token, where the mask is."""
+    """Check that each tensor has one value per token, on the mask's device."""
     for name, x in tensors.items():
         check.strided(name, x)
         check.require(
@@ -291,5 +298,5 @@ def _check_like(check: Validator, completion_mask: Tensor, **tensors: Tensor) ->
 
 
 def per_token(x: Tensor, lead: torch.Size) -> Tensor:
-    """A (B,) or `lead`-shaped tensor as one value per token: a view of shape `lead`."""
+    """Expand a (B,) or `lead`-shaped tensor to one value per token: a view of shape `lead`."""
     return x if x.shape == lead else x.reshape(-1, *[1] * (len(lead) - 1)).expand(lead)

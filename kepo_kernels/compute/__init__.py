@@ -1,1 +1,1 @@
-"""The chunk loop: products, row kernels and gradients, in pieces that fit the memory."""
+"""The chunk loop: products, row kernels and gradients, in chunks that fit in memory."""

@@ -1,8 +1,8 @@
 """The autograd functions around the chunk loop (`kepo_kernels.compute.sweep`).
 
-A loss forms its gradients during forward, so the logits of a chunk never have to be seen again, and
-backward only scales them (`FusedLoss`). Per-row numbers with an unknown upstream gradient recompute
-the logits in backward (`RowNumbers`).
+A loss forms its gradients during forward, so the logits of a chunk are never needed again, and
+backward only scales the gradients (`FusedLoss`). Per-row numbers with an unknown upstream gradient
+recompute the logits in backward (`RowNumbers`).
 """
 
 from collections.abc import Callable
@@ -22,14 +22,15 @@ from kepo_kernels.rows.dispatch import pick_rows
 
 
 class TokenStats(NamedTuple):
-    """The three numbers of each token, fp32 (fp64 for fp64 inputs); 0 where it takes no part."""
+    """The three numbers of each token, fp32 (fp64 for fp64 inputs); 0 for tokens that take no
+    part."""
 
     logprobs: Tensor
     divergence: Tensor
     entropy: Tensor
     dropped_gradient: Tensor | None = None
-    """0-d, in the stats of a loss with grad_tol > 0: the share of sum |dlogits| that was left out
-    of the gradients of hidden and lm_head, at most grad_tol."""
+    """A 0-d tensor, in the stats of a loss with grad_tol > 0: the share of sum |dlogits| that was
+    left out of the gradients of hidden and lm_head, at most grad_tol."""
 
 
 TokenLoss = Callable[[TokenStats, Tensor], Tensor]
@@ -38,22 +39,23 @@ TokenLoss = Callable[[TokenStats, Tensor], Tensor]
 def fused_loss(
     student: Student, problem: LinearProblem, loss: TokenLoss
 ) -> tuple[Tensor, TokenStats]:
-    """Sum of `loss` over the plan's rows, differentiable; and the detached numbers of all N."""
+    """Return the differentiable sum of `loss` over the plan's rows, and the detached numbers of all
+    N."""
     wanted = torch.is_grad_enabled()
     total, numbers, dropped = FusedLoss.apply(*student, problem, loss, wanted)
     return total, TokenStats(*numbers.unbind(0), dropped if problem.grad_tol > 0.0 else None)
 
 
 def row_numbers(student: Student, problem: LinearProblem) -> TokenStats:
-    """The numbers of all N rows, differentiable one by one."""
+    """Return the numbers of all N rows, each differentiable."""
     return TokenStats(*RowNumbers.apply(*student, problem).unbind(0))
 
 
 def differentiable_once(backward: Callable) -> Callable:
-    """Makes a backward with create_graph=True, or of a batch of upstream gradients, an error.
+    """Make a backward raise for create_graph=True and for a batch of upstream gradients.
 
-    torch's `once_differentiable` lets the former pass where the upstream gradient is a constant and
-    hands out constants in turn: a gradient penalty would silently have no effect.
+    torch's `once_differentiable` accepts the former if the upstream gradient is a constant, and
+    returns constants: a gradient penalty would silently have no effect.
     """
 
     @wraps(backward)
@@ -82,15 +84,15 @@ class Formed(NamedTuple):
 
     total: Tensor  # 0-d
     numbers: Tensor  # (3, N)
-    dropped: Tensor  # 0-d: share of gradient left out
+    dropped: Tensor  # 0-d, the share of gradient left out
     gradients: Gradients  # wide, not yet multiplied by the upstream gradient
-    head_rows: Tensor | None  # those of the head's gradient that are not 0; None: any may be
+    head_rows: Tensor | None  # rows of the head's gradient that may be non-zero; None = any
 
 
 def loss_and_gradients(
     student: Student, problem: LinearProblem, loss: TokenLoss, needs: tuple[bool, ...]
 ) -> Formed:
-    """Sum of `loss` over the plan's rows, and the gradients that are needed."""
+    """Compute the sum of `loss` over the plan's rows, and the gradients that are needed."""
     total = torch.zeros((), dtype=torch.float64, device=student.hidden.device)
 
     def coefficients(rows: Tensor, numbers: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ def loss_and_gradients(
     numbers, dropped, head_rows = sweep(student, problem, coefficients, gradients)
     gradients = gradients or Gradients(*[None] * len(student))
     total = total.to(numbers.dtype)
-    # new_tensor would copy the number from the host, and wait for the device.
+    # new_tensor would copy the number from the host and wait for the device.
     dropped = total.new_full((), dropped)
     return Formed(total, numbers, dropped, gradients, head_rows)
 
@@ -116,15 +118,16 @@ def loss_and_gradients(
 def scaled(
     gradient: Tensor | None, factor: Tensor, dtype: torch.dtype, rows: Tensor | None = None
 ) -> Tensor | None:
-    """gradient * factor in a new tensor of `dtype`, rounded once, with no other copy on the way.
+    """Return gradient * factor in a new tensor of `dtype`, rounded once, without an intermediate
+    copy.
 
-    `rows`: all others are 0.
+    `rows` are the rows that may be non-zero; all others are 0.
     """
     if gradient is None:
         return None
     if gradient.is_cuda:  # one launch, which multiplies in the wide dtype and casts
         return _scaled_on_gpu(gradient, factor.to(gradient.dtype), dtype)
-    # Reading the factor waits for nothing on a CPU, and spares a pass over the head when it is 1.
+    # On a CPU reading the factor does not wait, and a factor of 1 saves a pass over the head.
     plain = type(factor) is Tensor and factor.device.type == "cpu" and factor.item() == 1.0
     step = max(1, BLOCK_ELEMENTS // max(1, gradient[:1].numel()))
     if rows is not None and factor.isfinite():
@@ -148,7 +151,8 @@ def _scaled_on_gpu(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tens
 
 
 class FusedLoss(torch.autograd.Function):
-    """The student's tensors -> (sum of per-row losses, (3, N) numbers, share of gradient dropped).
+    """Autograd function: the student's tensors -> (sum of per-row losses, (3, N) numbers, share of
+    gradient dropped).
 
     Gradients are formed in forward.
     """
@@ -167,7 +171,7 @@ class FusedLoss(torch.autograd.Function):
     @breaks_graph("the backward of a loss")  # compiled code that calls backward() looks in here
     @differentiable_once
     def backward(ctx, grad_total, _grad_numbers, _grad_dropped):
-        # New tensors: what was saved stays as it was, so a retained graph may be walked again.
+        # New tensors: saved ones stay unchanged, so backward may run again on a retained graph.
         *gradients, head_rows = ctx.saved_tensors
         results = [
             scaled(x, grad_total, dtype, head_rows if name in ("lm_head", "lora_b") else None)
@@ -177,7 +181,7 @@ class FusedLoss(torch.autograd.Function):
 
 
 class RowNumbers(torch.autograd.Function):
-    """The student's tensors -> (3, N) numbers.
+    """Autograd function: the student's tensors -> (3, N) numbers.
 
     Backward recomputes the logits: nothing of size N x V is kept.
     """

@@ -1,4 +1,5 @@
-"""What every public function does with its arguments before and after its own few lines."""
+"""Steps common to all public functions: what they do with their arguments before and after their
+own few lines."""
 
 from dataclasses import dataclass
 
@@ -21,7 +22,8 @@ AUTOCASTING = ("cpu", "cuda")
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """The student's side of a call, checked; under autocast in the dtype that it asks for."""
+    """The student's side of a call, checked; under autocast, cast to the dtype that autocast asks
+    for."""
 
     check: Validator
     hidden: Tensor
@@ -29,12 +31,12 @@ class Call:
     bias: Tensor | None
     completion_mask: Tensor | None
     planned_on: torch.device
-    """Where it is worked out which rows take part: the CPU, where that waits for no device, if all
-    that decides it is there or None; else where the states are."""
+    """Device on which the rows that take part are determined. It is the CPU, where that waits for
+    no GPU, if everything that decides it is on the CPU or None; else the states' device."""
     engine: dict[str, object]
     needs: tuple[bool, ...] | None
-    """None, or what `kepo_kernels.compute.compiled` wants in place of a differentiable loss: which
-    of the student's gradients are to be returned with it."""
+    """Which of the student's gradients to return with the loss, for
+    `kepo_kernels.compute.compiled`. None means that the loss is differentiable instead."""
 
     @property
     def lead(self) -> torch.Size:
@@ -57,9 +59,10 @@ class Call:
         self, gate: Tensor | None, weights: Tensor | None, reduction: str, prefix: str = ""
     ) -> tuple[Tensor, Tensor]:
         """Return one fp64 weight per token, on the states' device: the reduction of mask and gate,
-        or `weights` times both; and where it is not 0, where rows are planned.
+        or `weights` times both. Also return where it is not 0, on the device where rows are
+        planned.
 
-        `prefix` is that of weights and reduction among the caller's arguments.
+        `prefix` is the prefix of weights and reduction in the caller's signature.
         """
         name = f"{prefix}weights"
         self.check.reduction(f"{prefix}reduction", reduction)
@@ -93,7 +96,7 @@ class Call:
         return build_problem(Request(*side, targets, active, teacher, distilled, beta, temperature))
 
     def run(self, student: Student, problem: LinearProblem, token_loss: TokenLoss) -> Result:
-        """The loss, and the numbers of every token if `return_stats` asks for them."""
+        """Return the loss, and the numbers of every token if `return_stats` asks for them."""
         if self.needs is not None:
             return loss_and_gradients(student, problem, token_loss, self.needs)
         loss, stats = fused_loss(student, problem, token_loss)
@@ -112,7 +115,8 @@ def begin(
     engine: dict[str, object],
     *deciding: Tensor | None,
 ) -> Call:
-    """Check what every call has; `deciding` are gate and weights, by which rows take part."""
+    """Run the checks common to all calls; `deciding` are gate and weights, which decide the rows
+    that take part."""
     check = Validator(function)
     needs = engine.pop("_needs", None)
     check.engine(engine)
@@ -129,7 +133,7 @@ def begin(
 
 
 def refuse_transforms(check: Validator, hidden: Tensor, head: Head, bias: Tensor | None) -> None:
-    """Refuse what asks for more than one backward pass: the gradients are formed in forward."""
+    """Refuse transforms that need more than one backward pass: gradients are formed in forward."""
     instead = "kepo_kernels.reference has the same losses in plain PyTorch, where it works"
     check.require(
         not torch._C._are_functorch_transforms_active(),
@@ -151,14 +155,14 @@ def refuse_transforms(check: Validator, hidden: Tensor, head: Head, bias: Tensor
 
 
 def at(weights: Tensor, rows: Tensor) -> Tensor:
-    """The weights of these rows of the flattened lead dimensions."""
+    """Return the weights of these rows of the flattened lead dimensions."""
     return weights.reshape(-1)[rows]
 
 
 def autocast(hidden: Tensor, head: Head, bias: Tensor | None) -> tuple[Tensor, Head, Tensor | None]:
-    """States and weights as autocast would hand them to a linear layer; nothing else is cast.
+    """Cast states and weights as autocast would for a linear layer; nothing else is cast.
 
-    Like there, fp64 stays as it is.
+    As with a linear layer, fp64 stays fp64.
     """
     device = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
     # A device without autocast, as meta, would raise. torch.amp knows which have it, but not under

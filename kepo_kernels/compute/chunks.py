@@ -1,8 +1,8 @@
-"""How many rows make a chunk, and how many bytes that takes: `workspace_bytes` as a promise.
+"""The length of chunks in rows, and the bytes they take: `workspace_bytes` is a guarantee.
 
-What a call allocates above its inputs and its gradients grows with the rows of a chunk. This file
-adds it up, term by term in the order of `sweep`, and picks the longest chunk that fits. The tests
-measure that the allocator never hands out more.
+The memory that a call allocates above its inputs and gradients grows with the rows of a chunk. This
+module adds it up, term by term in the order of `sweep`, and picks the longest chunk that fits. The
+tests measure that the allocator never hands out more.
 """
 
 from dataclasses import dataclass, field
@@ -18,11 +18,11 @@ from kepo_kernels.rows.contract import accumulate_dtype
 from kepo_kernels.rows.dispatch import pick_rows
 from kepo_kernels.validate import Validator
 
-# On a GPU the fp32 gradient of a large head costs a pass over the head per chunk, so chunks want to
-# be about 2048 rows, which of two heads of 151,936 rows is 3.1 GiB. On a CPU they want to be small
-# enough not to page in gigabytes, and long enough that the same pass does not show: 256 rows, up to
-# half a gigabyte. A small call there is granted two fifths of what its inputs and gradients take,
-# but 128 rows and 32 MiB at least: so it never holds much more than it must.
+# On a GPU the fp32 gradient of a large head costs a pass over the head per chunk, so chunks should
+# be about 2048 rows, which for two heads of 151,936 rows is 3.1 GiB. On a CPU they should be small
+# enough not to page in gigabytes, and long enough that the same pass is negligible: 256 rows, up to
+# half a gigabyte. There a small call gets two fifths of the memory of its inputs and gradients, but
+# at least 128 rows and 32 MiB, so that it never holds much more than it must.
 DEFAULT_WORKSPACE = {"cpu": 192 << 20, "cuda": 3328 << 20}
 LARGEST_SHARE = 8  # an eighth of a GPU's memory at most
 CPU_CHUNK_ROWS, LEAST_CPU_CHUNK_ROWS = 256, 128
@@ -41,13 +41,13 @@ SELECTION_BYTES = 64  # per column, to find the columns that `grad_tol` keeps
 
 @dataclass(frozen=True)
 class Sizes:
-    """What decides the memory of a call."""
+    """The sizes and settings that determine the memory of a call."""
 
     rows: int
     hidden_size: int
     vocab: int
-    dtype: torch.dtype = torch.float32  # the narrowest, if states and heads differ
-    mixed: bool = False  # they do: states are held in fp32, too
+    dtype: torch.dtype = torch.float32  # the narrowest dtype, if states and heads differ
+    mixed: bool = False  # whether they differ: states are then also held in fp32
     logits_dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     teacher_rows: int = 0
@@ -57,15 +57,16 @@ class Sizes:
     lora_rank: int = 0
     torch_impl: bool = False
     compacts: bool = False  # grad_tol > 0
-    multiprocessors: int = 0  # of the GPU, as is the next; 0 on a CPU, or with no GPU to be asked
-    gpu_memory: int = 0  # bytes
+    multiprocessors: int = 0  # of the GPU; 0 on a CPU, or if there is no GPU to ask
+    gpu_memory: int = 0  # bytes of the GPU's memory; 0 likewise
 
     @cached_property
     def one_product(self) -> bool:
         return gemm.one_product(self.dtype, self.logits_dtype, self.device)
 
     def strip_bytes(self, workspace_bytes: int | None) -> int | None:
-        """Of a head: an eighth of a small workspace, or the least where that leaves no row."""
+        """Return the bytes of a strip of a head: an eighth of a small workspace, or the least that
+        works if that leaves no row."""
         if workspace_bytes is None:
             return None
         eighth = workspace_bytes // 8
@@ -75,7 +76,8 @@ class Sizes:
         return gemm.default_strip_rows(width, self.dtype, strip_bytes)
 
     def bytes_of(self, rows: int, strip_bytes: int | None = None) -> int:
-        """Most that is allocated at a time above inputs and gradients, in chunks of `rows`."""
+        """Return the most bytes allocated at a time above inputs and gradients, in chunks of
+        `rows`."""
         wide = gemm.gradient_dtype(self.dtype).itemsize
         narrow, logits = self.dtype.itemsize, self.logits_dtype.itemsize
         h, teacher_h = self.hidden_size, self.teacher_hidden_size
@@ -120,17 +122,18 @@ class Sizes:
         return max(min(most, small), self.bytes_of(1))
 
     def inputs_and_gradients(self) -> int:
-        """Bytes of states, heads and the student's gradients, in the dtype of gradients."""
+        """Return the bytes of states, heads and the student's gradients, in the dtype of
+        gradients."""
         student = (self.rows + self.vocab) * self.hidden_size
         teacher = (self.teacher_rows + self.shared_vocab) * self.teacher_hidden_size
         return (2 * student + teacher) * gemm.gradient_dtype(self.dtype).itemsize
 
     def least_workspace(self) -> int:
-        """Chunks of one row, with the smallest strips."""
+        """Return the bytes of chunks of one row, with the smallest strips."""
         return self.bytes_of(1, 0)
 
     def longest_chunk(self, workspace_bytes: int) -> int:
-        """The most rows whose bytes fit; 0 if not even one does."""
+        """Return the largest number of rows whose bytes fit; 0 if not even one row does."""
         strip_bytes = self.strip_bytes(workspace_bytes)
         low, high = 0, max(1, self.rows)
         while low < high:
@@ -143,7 +146,8 @@ class Sizes:
         return low
 
     def fewest_waves(self, longest: int) -> int:
-        """The chunk length up to `longest` at which the dX product wastes least of the GPU.
+        """Return the chunk length up to `longest` at which the dX product wastes the least of the
+        GPU.
 
         A product of c rows has ceil(c / 128) ceil(H / 256) tiles, which are worked on in waves of
         one tile per multiprocessor; a last wave of few tiles takes as long as a full one. At equal
@@ -170,16 +174,16 @@ class Sizes:
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """The chunk choice, explained."""
+    """The chosen chunks and the memory they take."""
 
     chunk_rows: int
-    """At most so many rows in a chunk; chunks of one kind are of equal length."""
+    """Maximum number of rows in a chunk; chunks of one kind have equal length."""
     chunks: int
-    """Chunks of rows with a teacher, plus chunks of rows without."""
+    """Number of chunks: those of rows with a teacher plus those of rows without."""
     workspace_bytes: int
-    """Most that is held at a time above inputs and gradients: at most what was granted."""
+    """The most bytes held at a time above inputs and gradients; never more than was granted."""
     gradient_bytes: int
-    """The accumulators of the gradients (fp32, fp64 for fp64) and what backward returns."""
+    """Bytes of the gradients' accumulators (fp32, fp64 for fp64) and of what backward returns."""
     least_workspace_bytes: int
     """The smallest `workspace_bytes` that works here: chunks of one row."""
 
@@ -203,20 +207,21 @@ def plan(
     lora_rank: int = 0,
     trains: tuple[str, ...] = ("hidden", "lm_head"),
 ) -> ChunkPlan:
-    """The chunks a call of these sizes will run in, and its memory, without running it.
+    """Compute the chunks that a call of these sizes will run in, and its memory, without running
+    it.
 
     Args:
-        rows: tokens of non-zero weight; teacher_rows of them (<= rows) meet the teacher.
-        vocab, teacher_vocab: rows of the two heads; None = the student's.
-        teacher_hidden_size: None = the student's.
-        dtype: of the states; head_dtype: of the heads and the LoRA, None = the same.
+        rows: number of tokens of non-zero weight; teacher_rows of them (<= rows) have a teacher.
+        vocab, teacher_vocab: rows of the two heads; teacher_vocab None = the student's.
+        teacher_hidden_size: hidden size of the teacher; None = the student's.
+        dtype, head_dtype: dtype of the states, and of the heads and the LoRA (None = the same).
         workspace_bytes, chunk_rows, logits_dtype, impl, grad_tol: as in the losses.
-        lora_rank: of a LoRA on the student's head; 0 = none.
+        lora_rank: rank of a LoRA on the student's head; 0 means there is none.
         trains: which of hidden, lm_head, lora require a gradient.
 
     Raises:
-        KepoInputError: a size is no integer, or workspace_bytes is too small; the message has the
-            smallest that works.
+        KepoInputError: a size is not an integer, or workspace_bytes is too small; the message names
+            the smallest that works.
 
     Example: `plan(8192, 2048, 151936, dtype=torch.bfloat16).chunk_rows`.
     """
@@ -281,7 +286,7 @@ def plan(
 
 
 def gpu_at_hand(device: torch.device) -> dict[str, int]:
-    """What `Sizes` wants to know of the GPU; nothing on a CPU, or without a GPU."""
+    """Return the GPU's numbers that `Sizes` needs; empty on a CPU or without a GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return {}
     gpu = torch.cuda.get_device_properties(device)
@@ -289,7 +294,7 @@ def gpu_at_hand(device: torch.device) -> dict[str, int]:
 
 
 def chunk_length(sizes: Sizes, workspace_bytes: int | None, chunk_rows: int | None) -> int:
-    """Rows per chunk: as asked, or as many as the workspace holds."""
+    """Return the rows per chunk: as requested, or as many as fit in the workspace."""
     if chunk_rows is None:
         granted = sizes.default_workspace() if workspace_bytes is None else workspace_bytes
         chunk_rows = sizes.fewest_waves(sizes.longest_chunk(granted))

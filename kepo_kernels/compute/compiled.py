@@ -1,4 +1,5 @@
-"""`torch.compile`: inside a compiled region each loss is one opaque operator, and breaks no graph.
+"""Support for `torch.compile`: in compiled code each loss is one opaque operator and breaks no
+graph.
 
 The chunk loop depends on data (masks, gates, what carries gradient), which a graph cannot hold.
 The operator runs it eagerly when the graph runs, and returns the gradients beside the loss; its
@@ -28,10 +29,10 @@ STUDENT = ("hidden", "lm_head", "bias", "lm_head.lora_a", "lm_head.lora_b")
 
 
 def one_operator(function: Callable) -> Callable:
-    """Makes a loss an operator under torch.compile.
+    """Make a loss a single operator under torch.compile.
 
     A loss of the caller's own in Python (`policy_loss` as a callable) cannot be one: the graph then
-    breaks around the call. So it does for what the loss is going to refuse in eager mode.
+    breaks around the call. It also breaks for arguments that the loss refuses in eager mode.
     """
     parameters = inspect.signature(function).parameters.values()
     positional = [x.name for x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD]
@@ -63,7 +64,7 @@ def one_operator(function: Callable) -> Callable:
 
 
 def _flattened(arguments: dict[str, object]) -> dict[str, object]:
-    """The arguments by name, with those of the heads beside them, cast as autocast asks."""
+    """Return the arguments by name, including those of the heads, cast as autocast asks."""
     flat = dict(arguments)
     for head_name, bias_name in HEADS.items():
         states_name = "hidden" if head_name == "lm_head" else "teacher_hidden"
@@ -84,9 +85,9 @@ def _flattened(arguments: dict[str, object]) -> dict[str, object]:
 
 
 def _fits(value: object) -> bool:
-    """Whether an operator's schema has a place for it, and a graph knows how to make it.
+    """Return whether an operator's schema can hold the value and a graph knows how to create it.
 
-    Of meta tensors an operator would compute nothing, and give that out as the loss.
+    Meta tensors do not fit: the operator would compute nothing and return it as the loss.
     """
     if isinstance(value, Tensor) and (
         value.device.type == "meta" or value.layout is not torch.strided
@@ -97,7 +98,7 @@ def _fits(value: object) -> bool:
 
 
 def _call_operator(name: str, arguments: dict[str, object]):
-    """Sorts the arguments by what an operator's schema can hold.
+    """Call the operator with its arguments sorted by what an operator's schema can hold.
 
     Numbers go in as numbers, so that another value is not another graph. A graph would still be
     compiled anew for every float that an operator takes as such (torch's tensorify_python_scalars
@@ -119,7 +120,7 @@ def _call_operator(name: str, arguments: dict[str, object]):
         elif isinstance(value, float):
             floats[key] = one * value
         else:
-            floats[key] = torch.as_tensor(value)  # of numpy; its integers stay integers
+            floats[key] = torch.as_tensor(value)  # a numpy scalar; integers stay integers
     student = [tensors.pop(key, None) for key in STUDENT]
     constants.append(f"'return_stats': {return_stats!r}")
     names = "; ".join([" ".join(x) for x in (tensors, floats, ints)])
@@ -164,12 +165,14 @@ def _operator(
     ints: Sequence[int],
     needs: Sequence[bool],
 ) -> Parts:
-    """`names` says whose the others, the floats (0-d, on the CPU) and the ints are.
+    """Run the loss; `names` says which argument each of the other tensors, floats (0-d, on the CPU)
+    and ints is.
 
-    (loss, numbers (3, N), share of gradient dropped, the five gradients, empty if not needed)
+    Returns (loss, numbers (3, N), share of gradient dropped, the five gradients); a gradient that
+    is not needed is empty.
     """
     with ExitStack() as inside:
-        # Operators run below autograd; a loss differentiates vectors of its own.
+        # Operators run below autograd; the loss differentiates its own vectors.
         for key in ("AutogradFunctionality", "ADInplaceOrView"):
             key = getattr(torch._C.DispatchKey, key)
             inside.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
@@ -187,7 +190,7 @@ def _operator(
 
 
 def _nested(flat: dict[str, object]) -> dict[str, object]:
-    """The keyword arguments that `_flattened` took apart."""
+    """Rebuild the keyword arguments that `_flattened` took apart."""
     arguments = {key: value for key, value in flat.items() if "." not in key}
     for name in HEADS:
         if f"{name}.logit_scale" not in flat:
@@ -234,7 +237,7 @@ def _(
 
 def _save(ctx, inputs, output) -> None:
     _, _, _, *student, others, floats, ints, needs = inputs
-    # In torch's eyes a list without elements is one of tensors.
+    # torch takes an empty list for a list of tensors.
     ctx.lists = [None] * len(others), [None] * len(floats), None if ints else []
     ctx.needs = list(needs)
     ctx.like = [None if x is None else (x.shape, x.dtype) for x in student]
@@ -256,7 +259,7 @@ def _backward(ctx, grad_total, *_):
         *gradients,
         *ctx.lists,
         None,
-    )  # to torch an empty list is one of tensors
+    )  # torch takes an empty list for a list of tensors
 
 
 _operator.register_autograd(_backward, setup_context=_save)

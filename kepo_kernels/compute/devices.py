@@ -1,4 +1,4 @@
-"""From the host to the device without waiting for it."""
+"""Copies from the host to the device that do not make the host wait."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,8 @@ _captured: list[Tensor] = []
 
 
 def moved(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on `device`: itself if it is there; from the CPU to CUDA the host does not wait."""
+    """Return `x` on `device`, without a copy if it is there already; from the CPU to CUDA the host
+    does not wait."""
     if x.device == device:
         return x
     if x.device.type != "cpu" or device.type != "cuda":

@@ -1,4 +1,4 @@
-"""A process that computed with these losses and then forks: its children compute with one thread.
+"""Fork safety: children of a process that has computed these losses compute with one thread.
 
 The threads of torch's matrix products do not survive a fork, and the first parallel operation of
 the child, torch's own as well, would wait for them for ever. One thread waits for nobody. Processes
@@ -13,7 +13,7 @@ _threads_used = False
 
 
 def in_use() -> None:
-    """Torch computes here and now, with as many threads as it has."""
+    """Record that torch computes in this process, with as many threads as it has."""
     global _threads_used
     _threads_used = _threads_used or torch.get_num_threads() > 1
 

@@ -17,16 +17,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Of one upcast strip of a head: it stays in cache and costs little beside the logits.
+# Bytes of one upcast strip of a head: it stays in cache and costs little beside the logits.
 STRIP_BYTES = 2 << 20
 LEAST_STRIP_ROWS, MOST_STRIP_ROWS = 64, 4096
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether this device multiplies bf16 matrices at least as fast as fp32 ones.
+    """Return whether this device multiplies bf16 matrices at least as fast as fp32 ones.
 
     A CPU does if it has instructions for that, and if oneDNN, which multiplies for torch, was not
-    told to leave them alone (ONEDNN_MAX_CPU_ISA).
+    told not to use them (ONEDNN_MAX_CPU_ISA).
     """
     if device.type != "cpu":
         return True
@@ -36,14 +36,15 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 def operand_dtype(dtypes: set[torch.dtype]) -> torch.dtype:
-    """In which states enter the products with heads and LoRAs of these dtypes: theirs, if it is one
-    dtype throughout, else fp32."""
+    """Return the dtype of states in products with heads and LoRAs of these dtypes: the common dtype
+    if there is only one, else fp32."""
     (one,) = dtypes if len(dtypes) == 1 else (torch.float32,)
     return one
 
 
 def default_logits_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """fp64 for fp64; bf16 on CPUs that only multiply bf16 fast when it stays bf16; else fp32."""
+    """Return the default dtype of logits: fp64 for fp64; bf16 on CPUs that multiply bf16 fast only
+    if the result stays bf16; else fp32."""
     if dtype == torch.float64:
         return dtype
     if dtype == torch.bfloat16 and device.type == "cpu" and fast_bf16(device):
@@ -54,7 +55,8 @@ def default_logits_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtyp
 def dlogits_dtype(
     dtype: torch.dtype, logits_dtype: torch.dtype, device: torch.device
 ) -> torch.dtype:
-    """In which the gradient on the logits meets operands of `dtype` in the gradient products.
+    """Return the dtype in which the gradient on the logits enters products with operands of
+    `dtype`.
 
     On CUDA that is the dtype of the operands: written so by the row kernel, it is never converted.
     """
@@ -62,12 +64,13 @@ def dlogits_dtype(
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which the head's gradient is summed over chunks."""
+    """Return the dtype in which the head's gradient is summed over chunks."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def one_product(dtype: torch.dtype, logits_dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether each product is one `mm` of tensors of one dtype: neither strips nor upcasts."""
+    """Return whether each product is one `mm` of tensors of one dtype, without strips or
+    upcasts."""
     if dtype != logits_dtype:
         return False
     return dtype != torch.bfloat16 or fast_bf16(device)
@@ -82,7 +85,8 @@ def project_(
     add: bool = False,
     strip_rows: int | None = None,
 ) -> None:
-    """out <- x @ w^T + bias (`add`: + out); product and sums are rounded to the dtype of `out`."""
+    """Compute out <- x @ w^T + bias (`add`: + out); product and sums are rounded to the dtype of
+    `out`."""
     if _same(w, out):
         x = x.to(w.dtype)
         out.addmm_(x, w.T) if add else torch.mm(x, w.T, out=out)
@@ -113,10 +117,10 @@ def add_gradients_(
     strip_rows: int | None = None,
     first: bool = False,
 ) -> Tensor | None:
-    """dw <- dw + dlogits^T @ x, where there is a dw; returns dlogits @ w, or None if not wanted.
+    """Compute dw <- dw + dlogits^T @ x if dw is given; return dlogits @ w, or None if not wanted.
 
-    Over all columns of dlogits, or over the chosen ones as if it were 0 in the others. `first`: dw
-    holds nothing yet (see `accumulate_head_`).
+    The products run over all columns of dlogits, or over the chosen ones, as if it were 0 in the
+    others. `first`: dw holds nothing yet (see `accumulate_head_`).
     """
     if columns is None:
         dx = hidden_gradient(dlogits, w, strip_rows) if wants_dx else None
@@ -138,7 +142,8 @@ def add_gradients_(
 
 
 def hidden_gradient(dlogits: Tensor, w: Tensor, strip_rows: int | None = None) -> Tensor:
-    """dlogits @ w, in fp32 where the product is formed in fp32, else in the dtype of `w`."""
+    """Compute dlogits @ w, in fp32 where the product is formed in fp32, else in the dtype of
+    `w`."""
     if w.is_cuda and w.dtype.itemsize == 2 and dlogits.dtype == w.dtype:
         return torch.mm(dlogits, w, out_dtype=torch.float32)
     if _same(w, dlogits):
@@ -151,9 +156,9 @@ def hidden_gradient(dlogits: Tensor, w: Tensor, strip_rows: int | None = None) -
 
 
 def writes_first(device: torch.device) -> bool:
-    """Whether the first chunk's product is written over dw, which then need not be zero.
+    """Return whether the first chunk's product is written over dw, which then need not be zero.
 
-    On a CPU pages have to be touched once before a product fills them, and zeros do that.
+    On a CPU it is not: pages must be touched once before a product fills them, which zeroing does.
     """
     return device.type == "cuda"
 
@@ -161,7 +166,8 @@ def writes_first(device: torch.device) -> bool:
 def accumulate_head_(
     dw: Tensor, dlogits: Tensor, x: Tensor, strip_rows: int | None = None, first: bool = False
 ) -> None:
-    """dw <- dw + dlogits^T @ x; `first`: dw <- dlogits^T @ x, where `writes_first` says so."""
+    """Compute dw <- dw + dlogits^T @ x; with `first`, dw <- dlogits^T @ x if `writes_first` says
+    so."""
     first &= writes_first(dw.device)
     if dw.dtype == dlogits.dtype == x.dtype:
         torch.mm(dlogits.T, x, out=dw) if first else dw.addmm_(dlogits.T, x)
@@ -187,7 +193,7 @@ def _same(operand: Tensor, logits: Tensor) -> bool:
 
 
 def _strips(w: Tensor, height: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """The head in the dtype of its gradient, some rows at a time, in one reused buffer."""
+    """Yield the head in the dtype of its gradient, some rows at a time, in one reused buffer."""
     ranges = _ranges(w, height)
     longest = ranges[0].stop if ranges else 0
     buffer = w.new_empty(longest, w.shape[1], dtype=gradient_dtype(w.dtype))
@@ -196,7 +202,8 @@ def _strips(w: Tensor, height: int | None = None) -> Iterator[tuple[slice, Tenso
 
 
 def default_strip_rows(width: int, dtype: torch.dtype, strip_bytes: int | None = None) -> int:
-    """How many rows of a head (V, width) make a strip of so many bytes (None = STRIP_BYTES)."""
+    """Return the number of rows of a head (V, width) in a strip of so many bytes (None =
+    STRIP_BYTES)."""
     strip_bytes = STRIP_BYTES if strip_bytes is None else min(STRIP_BYTES, strip_bytes)
     fitting = strip_bytes // (gradient_dtype(dtype).itemsize * max(1, width))
     return min(max(LEAST_STRIP_ROWS, fitting), MOST_STRIP_ROWS)

@@ -1,4 +1,4 @@
-"""What `torch.compile` is to leave out of its graphs."""
+"""A decorator that keeps functions out of the graphs of `torch.compile`."""
 
 from collections.abc import Callable
 from functools import cache, wraps
@@ -7,10 +7,10 @@ import torch
 
 
 def breaks_graph(what: str) -> Callable[[Callable], Callable]:
-    """Makes a function run outside of the graph, once and with a reason, under torch.compile.
+    """Make a function run outside of torch.compile's graph, with one graph break that says why.
 
     `torch.compiler.disable` does that, but as a decorator it would import the whole compiler, and
-    Triton, with this package. So it is applied when a compiler first asks.
+    Triton, with this package. So it is applied when a compiler first traces the call.
     """
 
     def decorate(function: Callable) -> Callable:

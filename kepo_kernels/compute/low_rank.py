@@ -1,4 +1,4 @@
-"""The products of a LoRA on the head: low-rank extra GEMMs, weight + scale b @ a is never formed.
+"""Products of a LoRA on the head: low-rank extra GEMMs; weight + scale b @ a is never formed.
 
 low     (n, r) = scale x @ a^T
 logits  (n, V) += low @ b^T
@@ -16,7 +16,7 @@ from kepo_kernels.compute import gemm
 def project_(
     logits: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, strip_rows: int
 ) -> Tensor:
-    """logits <- logits + low @ b^T; returns low, in fp32 on a CPU (fp64 for fp64)."""
+    """Compute logits <- logits + low @ b^T; return low, in fp32 on a CPU (fp64 for fp64)."""
     wide = gemm.gradient_dtype(b.dtype)
     low = (x.to(wide) @ a.to(wide).T).mul_(scale)
     if logits.is_cuda and x.dtype == b.dtype:
@@ -38,7 +38,8 @@ def add_gradients_(
     columns: Tensor | None,
     strip_rows: int,
 ) -> None:
-    """Adds what flows through the LoRA; None for what nobody asked for."""
+    """Add the gradients that flow through the LoRA; None stands for gradients that are not
+    needed."""
     wants_up = da is not None or dx is not None
     up = gemm.add_gradients_(db, dlogits, b, low, wants_up, columns, strip_rows)
     if up is None:

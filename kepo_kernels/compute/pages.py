@@ -26,7 +26,7 @@ _kept: list[mmap.mmap] = []
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """All of it will be written before it is read."""
+    """Allocate a tensor that will be written completely before it is read."""
     if not _is_mapped(shape, dtype, device):
         return torch.empty(shape, dtype=dtype, device=device)
     pages = _pages(_bytes(shape, dtype))
@@ -36,14 +36,14 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """All of it will be written."""
+    """Allocate a zero tensor that will be written completely."""
     if not _is_mapped(shape, dtype, device):
         return torch.zeros(shape, dtype=dtype, device=device)
     return empty(shape, dtype, device).zero_()
 
 
 def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Few of its rows will be written."""
+    """Allocate a zero tensor of which only a few rows will be written."""
     if _bytes(shape, dtype) <= KEPT_BYTES or not _is_mapped(shape, dtype, device):
         return zeros(shape, dtype, device)
     pages = _fresh(_bytes(shape, dtype))
@@ -53,7 +53,7 @@ def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
 
 
 def release() -> None:
-    """Give what is kept for the next call back to the system."""
+    """Return the memory that is kept for the next call to the system."""
     _kept.clear()
 
 
@@ -67,9 +67,9 @@ def _is_mapped(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 
 def _pages(size: int) -> mmap.mmap | None:
-    """Kept ones of this size, or new ones; then what is kept was of another call, and goes.
+    """Return kept pages of this size, or new ones; kept pages of another size are released first.
 
-    None: there are none to be had.
+    None if the system has none.
     """
     for place, pages in enumerate(_kept):
         if len(pages) == size:

@@ -1,6 +1,6 @@
-"""From a caller's arguments to the chunk loop's `LinearProblem`.
+"""Conversion of a caller's arguments to the chunk loop's `LinearProblem`.
 
-Which rows take part, and in which chunks.
+It decides which rows take part, and in which chunks.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from kepo_kernels.validate import Validator, describe
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """The frozen side of a call.
+    """The frozen teacher's side of a call.
 
     `hidden` has the student's sequences, or only the open ones.
     """
@@ -30,7 +30,7 @@ class Teacher:
     hidden: Tensor
     head: Head
     bias: Tensor | None
-    opened: Tensor | None  # (B,), 0 or False on closed sequences; None = all are open
+    opened: Tensor | None  # (B,), 0 or False on closed sequences; None means all are open
     temperature: float
 
     def check(self, check: Validator, student: Tensor) -> None:
@@ -64,21 +64,21 @@ class Teacher:
         return int(self.opened.count_nonzero())
 
     def rows(self, rows: Tensor, lead: torch.Size) -> Tensor:
-        """Where rows of the flattened student stand in the flattened teacher."""
+        """Return the positions, in the flattened teacher, of rows of the flattened student."""
         if self.hidden.shape[:-1] == lead:
             return rows
         tokens = lead[1] if len(lead) == 2 else 1
-        # Of a sequence among the open ones.
+        # The sequence's index among the open ones.
         position = self.opened.ne(0).cumsum(0).to(rows.device) - 1
         return position[rows // tokens] * tokens + rows % tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """This is what a call asks of the chunk loop.
+    """The request of a call to the chunk loop.
 
-    `active` and `distilled` are bool of shape lead: tokens that take part, and those among them
-    that meet the teacher (None: none do). With both on the CPU the host does not wait for a GPU.
+    `active` and `distilled` are bool of shape lead: the tokens that take part, and those among them
+    that have a teacher (None: none do). With both on the CPU the host does not wait for a GPU.
     """
 
     check: Validator
@@ -98,11 +98,11 @@ def build_problem(asked: Request) -> tuple[Student, LinearProblem]:
     """Plan the rows and fix every setting of the chunk loop."""
     check, hidden, head, teacher = asked.check, asked.hidden, asked.head, asked.teacher
     rows, teacher_rows = _rows(asked)
-    # Where every gate is closed the chunks are those of a call without a teacher, to the row.
+    # If every gate is closed, the chunks are exactly those of a call without a teacher.
     shared = min(len(head.weight), len(teacher.head.weight)) if len(teacher_rows) else 0
     targets = asked.targets
     if targets is not None:
-        # What stands on inactive tokens is never read; int64 is what the kernels take.
+        # Targets of inactive tokens are never read; the kernels take int64.
         targets = targets.reshape(-1).to(torch.int64)
     dtypes = _operand_dtypes(asked)
     operand_dtype = gemm.operand_dtype(dtypes)
@@ -165,7 +165,7 @@ def _rows(asked: Request) -> tuple[Tensor, Tensor]:
 
 
 def _operand_dtypes(asked: Request) -> set[torch.dtype]:
-    """Collect the dtypes of all that a product is formed of."""
+    """Collect the dtypes of all operands of the products."""
     operands = [asked.hidden, *_tensors(asked.head, asked.bias)]
     if asked.teacher is not None:
         operands += [asked.teacher.hidden, *_tensors(asked.teacher.head, asked.teacher.bias)]
@@ -203,7 +203,7 @@ def _row_settings(asked: Request) -> RowSettings:
 
     A scale s is a temperature 1/s: softmax(s z / T), and s z capped at c is s (z capped at c / s).
     """
-    # Numbers may be numpy's or 0-d tensors; the kernels want Python's.
+    # Numbers may be numpy scalars or 0-d tensors; the kernels need Python numbers.
     head, teacher = asked.head, asked.teacher
     own_scale = float(head.logit_scale)
     scale = 1.0 if teacher is None else float(teacher.head.logit_scale)
@@ -227,7 +227,8 @@ def student_of(hidden: Tensor, head: Head, bias: Tensor | None) -> Student:
 
 
 def _flat(states: Tensor) -> Tensor:
-    """(..., H) as (N, H), or as it is where that would be a copy (a slice of longer sequences)."""
+    """Return (..., H) as (N, H), or unchanged where that would be a copy (a slice of longer
+    sequences)."""
     if states.dim() == 3 and states.stride(0) != states.shape[1] * states.stride(1):
         return states
     return states.flatten(0, -2)
@@ -240,8 +241,8 @@ def _shared(lora: LoRA | None, shared: int) -> LoRA | None:
 
 
 def even_chunks(split: int, rows: int, longest: int) -> tuple[tuple[int, int], ...]:
-    """Chunks [start, end) of equal length, on either side of the split. They depend on the active
-    rows alone, so closing a sequence gives bit for bit what leaving it out gives."""
+    """Split into chunks [start, end) of equal length, on either side of the split. They depend on
+    the active rows alone, so closing a sequence gives the same bits as leaving it out."""
     chunks = []
     for begin, stop in ((0, split), (split, rows)):
         count = -(-(stop - begin) // longest)
@@ -253,9 +254,10 @@ def even_chunks(split: int, rows: int, longest: int) -> tuple[tuple[int, int], .
 def whole_sequence_chunks(
     plan: RowPlan, tokens: int, longest: int
 ) -> tuple[tuple[int, int], ...] | None:
-    """Chunks that never cut a sequence of `tokens` tokens; None if one does not fit in any.
+    """Split into chunks that never cut a sequence of `tokens` tokens; None if one does not fit in
+    any.
 
-    Nor may one have rows on both sides of the teacher's split: they meet in no chunk.
+    None also if a sequence has rows on both sides of the teacher's split: no chunk holds both.
     """
     if len(plan.rows) == 0:
         return ()

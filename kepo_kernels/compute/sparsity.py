@@ -1,6 +1,6 @@
-"""What of a chunk's dlogits carries gradient: rows that do, and columns that matter.
+"""Selection of the rows and columns of a chunk's dlogits that carry gradient.
 
-The gradient GEMMs then run over those alone.
+The gradient GEMMs run over these alone.
 """
 
 from typing import NamedTuple
@@ -17,16 +17,16 @@ BLOCK_ELEMENTS = 1 << 19  # of |dlogits| at a time
 
 
 class Mass(NamedTuple):
-    """Sum of |dlogits| over the columns left out, and over all."""
+    """Sums of |dlogits|: over the columns left out, and over all columns."""
 
     dropped: float
     total: float
 
 
 def live_rows(coefficients: Tensor) -> Tensor:
-    """Indices (k,) of the rows to which the loss sends anything back; coefficients (3, n).
+    """Return indices (k,) of the rows that receive a gradient from the loss; coefficients (3, n).
 
-    On a GPU all of them: to look would make the host wait for every chunk.
+    On a GPU it returns all rows: checking would make the host wait for every chunk.
     """
     if coefficients.device.type != "cpu":
         return torch.arange(coefficients.shape[1], device=coefficients.device)
@@ -34,9 +34,10 @@ def live_rows(coefficients: Tensor) -> Tensor:
 
 
 def keep_rows_(dlogits: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-    """(the live rows, which rows they were): the last ones fill the places of the dead ones.
+    """Return (the live rows, which rows they were); the last live rows are moved to the places of
+    dead ones.
 
-    So no more rows are moved than there are dead ones; `live` is ascending.
+    So at most as many rows are moved as are dead; `live` must be ascending.
     """
     count = len(live)
     dead = torch.ones(len(dlogits), dtype=torch.bool, device=live.device)
@@ -50,7 +51,7 @@ def keep_rows_(dlogits: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def heavy_columns(dlogits: Tensor, grad_tol: float) -> tuple[Tensor | None, Mass]:
-    """The columns that the gradient GEMMs need; None = all of them.
+    """Return the columns that the gradient GEMMs need; None = all of them.
 
     With m_v = sum_i |dlogits_iv|, the lightest columns are left out as long as
 
@@ -78,7 +79,7 @@ def heavy_columns(dlogits: Tensor, grad_tol: float) -> tuple[Tensor | None, Mass
 
 
 class LightColumns:
-    """Chooses columns, and keeps account of what they leave out."""
+    """A chooser of columns that keeps account of the gradient they leave out."""
 
     def __init__(self, grad_tol: float, vocab: int, device: torch.device):
         self.grad_tol = grad_tol
@@ -86,12 +87,13 @@ class LightColumns:
         self.needed = torch.zeros(vocab, dtype=torch.bool, device=device) if grad_tol > 0 else None
 
     def parts(self, rows: int) -> list[slice]:
-        """Rows that choose their columns together: the fewer, the fewer columns they need."""
+        """Return groups of rows that choose their columns together: fewer rows need fewer
+        columns."""
         step = max(1, rows) if self.grad_tol == 0.0 else PART_ROWS
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def leave_out(self, dlogits: Tensor) -> Tensor | None:
-        """The columns that the gradient products of these rows need; None = all of them."""
+        """Return the columns that the gradient products of these rows need; None = all of them."""
         if self.grad_tol == 0.0:
             return None
         columns, mass = heavy_columns(dlogits, self.grad_tol)
@@ -105,7 +107,7 @@ class LightColumns:
 
     @property
     def kept(self) -> Tensor | None:
-        """Columns that some chunk needed; None if that is most of them."""
+        """Return the columns that some chunk needed; None if that is most of them."""
         if self.needed is None or self.needed.sum() > WORTHWHILE * len(self.needed):
             return None
         return self.needed.nonzero().squeeze(-1)

@@ -1,4 +1,4 @@
-"""The only chunk loop.
+"""The chunk loop that every loss runs in.
 
     for rows in chunks:                                   rows of weight zero are in none of them
         logits, teacher logits <- two GEMMs               the second for rows that have a teacher
@@ -7,7 +7,7 @@
         dlogits                <- row_backward_           in place of the logits if of their dtype
         dhidden[rows], dlm_head, dbias <- GEMMs, fp32     over rows and columns that carry gradient
 
-Nothing here knows of masks, gates, advantages or clipping.
+This module knows nothing of masks, gates, advantages or clipping.
 """
 
 from collections.abc import Callable
@@ -28,9 +28,9 @@ Coefficients = Callable[[Tensor, Tensor], Tensor]  # (rows (n,), numbers (3, n))
 
 
 class Student(NamedTuple):
-    """The tensors that may receive a gradient."""
+    """The student's tensors, which may receive a gradient."""
 
-    hidden: Tensor  # (N, H), or (B, T, H) where that is no view of it
+    hidden: Tensor  # (N, H), or (B, T, H) where (N, H) would be a copy
     lm_head: Tensor  # (V, H)
     bias: Tensor | None
     lora_a: Tensor | None
@@ -38,7 +38,8 @@ class Student(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Their accumulators: None for those nobody asked for, whose GEMMs are then never run."""
+    """Accumulators of the student's gradients: None for gradients not asked for, whose GEMMs are
+    never run."""
 
     hidden: Tensor | None
     lm_head: Tensor | None
@@ -65,16 +66,17 @@ class Gradients(NamedTuple):
 
 
 class HalfScale:
-    """Keeps fp16 dlogits in fp16's range: they are raised by a power of two before they are formed.
+    """A scale that keeps fp16 dlogits in fp16's range: raised by a power of two before they are
+    formed.
 
     A mean over N tokens sends back 1/N, and a flat row of V columns makes 1/(N V) of it: 8e-10 at
     8192 x 151,936, where fp16 ends at 6e-8. Coefficients are raised until the largest of a chunk is
-    2^8 or so: that leaves 2^8 above it for a log-ratio of 100 at a temperature of 0.5, and 2^22
+    about 2^8: that leaves 2^8 above it for a log-ratio of 100 at a temperature of 0.5, and 2^22
     below it for flat rows. The sums over chunks (of the head, its bias and its LoRA's second
-    factor) follow the factor from chunk to chunk and lose it at the end; what belongs to a chunk's
-    rows loses it at once. A chunk is raised at most 2^40 times as far as any before it: what is
-    lighter than that is no part of the sums, and these stay in fp32's range. NaN and Inf are not
-    looked at, and stay in their rows. All of it is fp32 and stays on the device.
+    factor) follow the factor from chunk to chunk and are divided by it at the end; gradients of a
+    chunk's rows are divided by it at once. A chunk is raised at most 2^40 times as far as any
+    before it: a smaller one adds nothing to the sums, which stay in fp32's range. NaN and Inf are
+    ignored and stay in their rows. All of it is fp32 and stays on the device.
     """
 
     SUMS = ("lm_head", "bias", "lora_b")
@@ -88,7 +90,7 @@ class HalfScale:
         return 1.0 / self.factor
 
     def raised(self, coefficients: Tensor, gradients: Gradients) -> Tensor:
-        """The chunk's coefficients, times the factor that its dlogits then have."""
+        """Return the chunk's coefficients, times the factor that its dlogits then have."""
         finite = torch.where(coefficients.isfinite(), coefficients, 0.0)
         largest = finite.abs().amax().clamp(2.0**-60, 2.0**100)
         factor = torch.exp2(8.0 - torch.log2(largest).ceil())
@@ -113,19 +115,19 @@ class HalfScale:
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Which rows take part, those with a teacher first: indices into the flattened (B * T)."""
+    """The rows that take part, those with a teacher first: indices into the flattened (B * T)."""
 
     rows: Tensor  # (n,) int64
     teacher_rows: Tensor  # (n_teacher,) int64: where rows[:n_teacher] stand in `teacher_hidden`
     chunks: tuple[tuple[int, int], ...]  # [start, end) in `rows`; none holds both kinds of row
-    planned_rows: Tensor  # `rows`, perhaps on the CPU: where looking at them waits for nothing
+    planned_rows: Tensor  # `rows` on the device of planning, perhaps the CPU, where reading is free
 
 
 @dataclass(frozen=True)
 class LinearProblem:
-    """One call, flattened: all that the chunk loop needs but the tensors with gradient."""
+    """One call, flattened: everything the chunk loop needs except the tensors with gradient."""
 
-    function: str  # the public one, for error messages
+    function: str  # name of the public function, for error messages
     plan: RowPlan
     targets: Tensor | None  # (N,)
     teacher_hidden: Tensor | None  # (M, H_t), or (B, T, H_t) as for the student
@@ -134,21 +136,21 @@ class LinearProblem:
     teacher_lora: LoRA | None
     settings: RowSettings
     lora_scale: float
-    operand_dtype: torch.dtype  # of the student's states in the products: wider than they may be
+    operand_dtype: torch.dtype  # of the student's states in products; may be wider than theirs
     logits_dtype: torch.dtype
     row_kernels: ModuleType
     chunk_rows: int
-    strip_rows: int  # of the student's head that are upcast at a time, where they have to be
+    strip_rows: int  # rows of the student's head upcast at a time, where upcasting is needed
     teacher_strip_rows: int
     grad_tol: float
 
 
 class Swept(NamedTuple):
-    """What a sweep found, beside the gradients it added to."""
+    """The results of a sweep, besides the gradients it added to."""
 
     numbers: Tensor  # (3, N)
     dropped: float  # share of sum |dlogits| in columns left out of the gradient products
-    head_rows: Tensor | None  # rows of the head whose gradient is not 0; None: any may be
+    head_rows: Tensor | None  # rows of the head whose gradient may be non-zero; None = any
 
 
 def sweep(
@@ -157,7 +159,7 @@ def sweep(
     coefficients: Coefficients | None,
     gradients: Gradients | None,
 ) -> Swept:
-    """The chunk loop; what the coefficients send back is added to `gradients`."""
+    """Run the chunk loop; gradients that the coefficients send back are added to `gradients`."""
     kernels, settings = problem.row_kernels, problem.settings
     hidden = student.hidden
     forks.in_use()
@@ -238,9 +240,10 @@ def _accumulate_(
     first: bool,
     scale: HalfScale | None,
 ) -> None:
-    """Adds a chunk's part to every gradient that was asked for; `columns` None = all of them.
+    """Add a chunk's part to every gradient that was asked for; `columns` None = all columns.
 
-    `first`: it is the first chunk. `scale`: by which its dlogits are too large.
+    `first` is whether this is the first chunk; `scale` is the factor by which its dlogits are too
+    large.
     """
     how = columns, problem.strip_rows
     dx = gemm.add_gradients_(
@@ -262,7 +265,7 @@ def _accumulate_(
 
 
 class _Buffers:
-    """The logits of one chunk, allocated at the first use, reused by every chunk."""
+    """The logits of one chunk, allocated at the first use and reused by every chunk."""
 
     def __init__(self, problem: LinearProblem, hidden: Tensor):
         self.rows = max((end - start for start, end in problem.plan.chunks), default=0)
@@ -276,17 +279,18 @@ class _Buffers:
         return self.kept[name][:rows]
 
     def dlogits(self, logits: Tensor) -> Tensor:
-        """Where their gradient goes: over them, or beside them if it is of another dtype."""
+        """Return where the logits' gradient goes: over them, or to another buffer if its dtype
+        differs."""
         if self.gradient_dtype == self.dtype:
             return logits
         return self.get("dlogits", *logits.shape, self.gradient_dtype)
 
 
 def _gather(problem: LinearProblem, states: Tensor, rows: Tensor, name: str) -> Tensor:
-    """The states of these rows.
+    """Return the states of these rows.
 
-    NaN and Inf are refused on a CPU, where looking costs no synchronisation: their sum is finite
-    only if each of them is.
+    NaN and Inf are refused on a CPU, where checking costs no synchronisation: the states' sum is
+    finite only if each of them is.
     """
     x = (
         states[rows]

@@ -1,1 +1,1 @@
-"""The policy objectives: plain PyTorch on the numbers of a token."""
+"""The policy objectives: plain PyTorch on the per-token numbers."""

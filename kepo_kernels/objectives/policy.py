@@ -39,11 +39,11 @@ class PolicySettings:
 
     @classmethod
     def among(cls, arguments: Mapping[str, object]) -> "PolicySettings":
-        """Pick the settings of the policy, by their names, from the arguments of a loss."""
+        """Pick the policy's settings, by name, from the arguments of a loss."""
         return cls(**{field.name: arguments[field.name] for field in fields(cls)})
 
     def checked(self, check: Validator) -> "PolicySettings":
-        """The same with Python's floats for all numbers."""
+        """Check the settings; return them with all numbers as Python floats."""
         wanted = {
             "epsilon_low": (lambda x: 0 <= x <= 1, "a number in [0, 1]"),
             "epsilon_high": (lambda x: x >= 0, "a finite number >= 0"),
@@ -71,7 +71,7 @@ class PolicySettings:
         return replace(self, **numbers)
 
     def of_tokens(self, check: Validator) -> PolicyLoss:
-        """The policy loss by name, or the caller's own with its result checked."""
+        """Return the named policy loss, or the caller's own with its result checked."""
         if not callable(self.policy_loss):
             named = {"clip": _clip, "cispo": _cispo, "sapo": _sapo, "reinforce": _reinforce}
             function = named[self.policy_loss]
@@ -90,9 +90,10 @@ class PolicySettings:
 
 
 def _ratio(log_ratio: Tensor) -> Tensor:
-    """exp(min(log_ratio, LARGEST_LOG_RATIO)): beyond that it is constant, and sends nothing back.
+    """Compute exp(min(log_ratio, LARGEST_LOG_RATIO)): beyond the bound it is constant, with
+    gradient 0.
 
-    exp of 89 has no fp32, and 0 times its inf would be a NaN gradient also where the loss is flat.
+    exp(89) overflows fp32, and 0 times inf would be a NaN gradient even where the loss is flat.
     """
     return log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
 
@@ -141,7 +142,7 @@ ESTIMATORS = {"k1": _k1, "k2": _k2, "k3": _k3}
 
 @dataclass(frozen=True, eq=False)
 class PolicyPart:
-    """This is what a loss was given of the policy, none of it checked."""
+    """The policy's arguments of a loss; none is checked."""
 
     targets: Tensor
     advantages: Tensor
@@ -152,7 +153,8 @@ class PolicyPart:
     weights: Tensor | None
     reduction: str
     prefix: str = ""
-    """The last two are arguments of this prefix, as in policy_weights."""
+    """Prefix of the arguments `weights` and `reduction` in the caller's signature, as in
+    policy_weights."""
 
     def refuse_the_rest(self, check: Validator) -> None:
         """Refuse tensors, penalty and bonus of a policy part without targets and advantages."""
@@ -171,20 +173,23 @@ class PolicyPart:
 
 @dataclass(frozen=True)
 class PolicyTerm:
-    """The term, and what it needs of the chunk loop."""
+    """The policy term of a loss, and what it needs from the chunk loop."""
 
     token_loss: TokenLoss
-    """Of the rows of one chunk; finite on rows that are not active, whatever stands there."""
+    """Loss of the rows of one chunk; finite on rows that are not active, whatever their values."""
     alive: Tensor
-    """Bool of shape lead: active tokens whose term is not 0 whatever the logits are."""
+    """Bool mask of shape lead: active tokens whose term may be non-zero, depending on the
+    logits."""
     whole_sequences: bool
-    """Whether a token's term depends on the rest of its sequence, which the chunk must hold."""
+    """True if a token's term depends on the rest of its sequence, which its chunk must then
+    hold."""
 
 
 def policy_term(check: Validator, given: PolicyPart, active: Tensor, hidden: Tensor) -> PolicyTerm:
-    """sampler_weight * policy loss + kl_coef * k(ref) - entropy_coef * entropy, inputs checked.
+    """Build sampler_weight * policy loss + kl_coef * k(ref) - entropy_coef * entropy from checked
+    inputs.
 
-    `active` (lead) may be on the CPU beside all others on a GPU.
+    `active` (lead) may be on the CPU while all other tensors are on a GPU.
     """
     settings, lead = given.settings.checked(check), hidden.shape[:-1]
     advantages, sampler_weights = given.advantages, given.sampler_weights
@@ -251,10 +256,11 @@ def _alive(
     advantages: Tensor,
     sampler_weights: Tensor | None,
 ) -> Tensor:
-    """Every built-in policy loss is proportional to advantage and sampler weight: where one of them
-    is 0, and neither penalty nor bonus is asked for, a token has nothing to say. It may still be
-    part of a sequence-level ratio: there a sequence lives or dies as a whole. Advantages on a GPU
-    are not looked at where rows are planned on the CPU: the host would wait for them."""
+    """Return the active tokens whose policy term may be non-zero. Every built-in policy loss is
+    proportional to advantage and sampler weight: if one of them is 0, and neither penalty nor bonus
+    is asked for, the token's term is 0. The token may still be part of a sequence-level ratio; at
+    that level a sequence is kept or dropped as a whole. Advantages on a GPU are not read if rows
+    are planned on the CPU: the host would wait for them."""
     if active.device != advantages.device:
         return active
     if settings.kl_coef != 0.0 or settings.entropy_coef != 0.0 or callable(settings.policy_loss):
@@ -266,10 +272,10 @@ def _alive(
 
 
 def _sequence_mean(x: Tensor, live: Tensor, rows: Tensor, lead: torch.Size) -> Tensor:
-    """For each row the mean of x over the live rows of its sequence (GSPO).
+    """Compute, for each row, the mean of x over the live rows of its sequence (GSPO).
 
-    Through a padded (B, T) matrix: every element is written once, so that no sum has an order of
-    its own on a GPU.
+    It uses a padded (B, T) matrix, in which every element is written once, so that the order of
+    summation on a GPU is deterministic.
     """
     at = rows // lead[1], rows % lead[1]
     padded = x.new_zeros(lead, dtype=torch.float64).index_put(at, torch.where(live, x, 0).double())

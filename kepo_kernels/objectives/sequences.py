@@ -1,8 +1,9 @@
-"""Losses whose tokens depend on their whole sequence (GSPO): chunks that hold it, or a pass before.
+"""Losses whose tokens depend on their whole sequence (GSPO): a chunk holds it, or a pass comes
+first.
 
 A sequence-level ratio needs the log-probabilities of the sequence's other tokens. If no chunk cuts
-a sequence, they are at hand when the chunk's loss is formed, and the GEMMs stay those of any other
-loss. Where a sequence is longer than a chunk its log-probabilities come from a pass of their own.
+a sequence, they are available when the chunk's loss is formed, and the GEMMs stay those of any
+other loss. If a sequence is longer than a chunk, its log-probabilities come from a separate pass.
 """
 
 from dataclasses import replace
@@ -23,7 +24,8 @@ def with_whole_sequences(
     active: Tensor,
     token_loss: TokenLoss,
 ) -> tuple[LinearProblem, TokenLoss]:
-    """The problem and a loss that is right in its chunks; `active` (B, T) are the loss's tokens."""
+    """Return the problem and a loss that is correct in its chunks; `active` (B, T) are the loss's
+    tokens."""
     chunks = whole_sequence_chunks(problem.plan, lead[1], problem.chunk_rows)
     if chunks is not None:
         return replace(problem, plan=replace(problem.plan, chunks=chunks)), token_loss
@@ -41,7 +43,8 @@ def with_whole_sequences(
 
 
 def linearised(token_loss: TokenLoss, numbers: Tensor, rows: Tensor) -> TokenLoss:
-    """The same loss and gradient at these numbers (3, N), but without a link between tokens."""
+    """Return a loss with the same value and gradient at these numbers (3, N), but no link between
+    tokens."""
     with torch.enable_grad():
         leaves = numbers[:, rows].requires_grad_()
         values = token_loss(TokenStats(*leaves.unbind(0)), rows)

@@ -1,4 +1,4 @@
-"""The row contract: what every back-end does with one chunk of logits.
+"""The row contract: the task of every back-end on one chunk of logits.
 
 A *row* is one completion token. From its student logits, its target id and (perhaps) its teacher
 logits a back-end computes three numbers - `logprob`, `divergence`, `entropy` - and, given what the
@@ -23,7 +23,7 @@ functions:
 The divergence reads only the `min(V, V_t)` leading columns that both vocabularies share, each side
 normalised over those; `logprob` and `entropy` read the student's whole row. A back-end never sees a
 mask, a gate, an advantage or a normaliser: rows without weight are gone before it is called. The
-formulas stand in docs/math.md.
+formulas are in docs/math.md.
 """
 
 from typing import NamedTuple
@@ -33,10 +33,10 @@ from torch import Tensor
 
 
 class RowSettings(NamedTuple):
-    """How a row's logits are read, and which divergence is taken.
+    """Settings of the row kernels: how logits are read, and which divergence is computed.
 
-    A softcap of s > 0 reads the logit z as s tanh(z / s); 0 reads it as it is. A logit of -inf, a
-    token ruled out, stays -inf under a softcap (its tanh would make it -s, a token like any other).
+    A softcap of s > 0 reads the logit z as s tanh(z / s); 0 disables it. A logit of -inf, a token
+    that is ruled out, stays -inf under a softcap (tanh would make it -s, a token like any other).
     """
 
     beta: float = 0.5  # in [0, 1]
@@ -47,9 +47,9 @@ class RowSettings(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """What `row_forward` found out about each row.
+    """The results of `row_forward` for each row.
 
-    All but the first two are what `row_backward_` needs again.
+    `row_backward_` needs all of them but the first two.
 
     A softmax is kept as the row's largest logit and the log of the sum that remains, so that
     log q = (logit - peak) / temperature - log_sum loses nothing where q is near 1, and is exactly 0
@@ -64,9 +64,9 @@ class RowStats(NamedTuple):
     shared_log_sum: Tensor  # (n,) the same over the shared columns; log_sum without a teacher
     teacher_peak: Tensor  # (n,) largest of the teacher's shared logits; 0 without a teacher
     teacher_log_sum: Tensor  # (n,) of the teacher's shared columns; 0 without a teacher
-    # log q/m (log q/p for beta = 1), from its value at q's peak among the shared columns: then the
-    # peak's own entry of the gradient is no difference of near-equal numbers. KL(q|m) is the sum
-    # of the last two. All are 0 for beta = 0, which needs no ratio, and without a teacher.
+    # log q/m (log q/p for beta = 1), relative to its value at q's peak among the shared columns, so
+    # that the peak's own gradient entry is not a difference of near-equal numbers. KL(q|m) is the
+    # sum of the last two. All are 0 for beta = 0, which needs no ratio, and without a teacher.
     peak_token: Tensor  # (n,) the peak's column, exact up to 2^24
     peak_ratio: Tensor  # (n,) log q/m there
     mean_ratio: Tensor  # (n,) mean under q of log q/m - peak_ratio
@@ -77,10 +77,10 @@ NUM_COEFFICIENTS = 3
 
 
 def accumulate_dtype(logits_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a row's numbers: fp64 for fp64 logits, fp32 for everything else."""
+    """Return the dtype of a row's numbers: fp64 for fp64 logits, fp32 for everything else."""
     return torch.float64 if logits_dtype == torch.float64 else torch.float32
 
 
 def shared_columns(logits: Tensor, teacher: Tensor | None) -> int:
-    """How many leading columns the divergence reads."""
+    """Return the number of leading columns that the divergence reads."""
     return logits.shape[1] if teacher is None else min(logits.shape[1], teacher.shape[1])

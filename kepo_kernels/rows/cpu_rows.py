@@ -26,7 +26,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class _RowBatch(ctypes.Structure):
-    """Mirrors `RowBatch` in csrc/rows.h."""
+    """The ctypes mirror of `RowBatch` in csrc/rows.h."""
 
     _fields_ = [
         ("logits", ctypes.c_void_p),
@@ -61,7 +61,7 @@ def _library() -> ctypes.CDLL:
 
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
-    """Why the C++ rows cannot be used here, or None when they can."""
+    """Return why the C++ rows cannot be used here, or None if they can."""
     if not LIBRARY.exists():
         reason = "the C++ library was not built"
         if BUILD_INFO.exists():
@@ -78,7 +78,8 @@ def unavailable() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: `KEPO_CPU_ISA` if set, else the best this processor has."""
+    """Return the instruction set in use: `KEPO_CPU_ISA` if set, else the best this processor
+    has."""
     best = _library().kepo_best_isa()
     wanted = os.environ.get("KEPO_CPU_ISA")
     if wanted is None:
@@ -93,7 +94,7 @@ def isa() -> str:
 def row_forward(
     logits: Tensor, targets: Tensor | None, teacher: Tensor | None, settings: RowSettings
 ) -> Tensor:
-    """See `kepo_kernels.rows.contract`."""
+    """Implement `row_forward` of `kepo_kernels.rows.contract`."""
     return torch.ops.kepo_kernels.row_forward(logits, targets, teacher, *settings)
 
 
@@ -106,7 +107,7 @@ def row_backward_(
     settings: RowSettings,
     out: Tensor | None = None,
 ) -> None:
-    """See `kepo_kernels.rows.contract`."""
+    """Implement `row_backward_` of `kepo_kernels.rows.contract`."""
     torch.ops.kepo_kernels.row_backward_(logits, targets, teacher, table, coefficients, *settings)
     if out is not None:
         out.copy_(logits)
@@ -179,9 +180,9 @@ def _batch(
     coefficients: Tensor | None,
     settings: RowSettings,
 ) -> _RowBatch:
-    """The call as the C struct.
+    """Build the C struct of the call.
 
-    What could make the kernel read out of bounds is checked here, once more.
+    Everything that could make the kernel read out of bounds is checked here again.
     """
     named = ("targets", targets), ("teacher", teacher), ("table", table)
     for name, x in (("logits", logits), *named, ("coefficients", coefficients)):
@@ -233,7 +234,7 @@ def _require(name: str, x: Tensor, holds: bool) -> None:
 
 
 def _require_ids(name: str, ids: Tensor, columns: int) -> None:
-    """Ids (n,), each of a column that exists. NaN is none."""
+    """Check that ids (n,) are columns that exist; NaN is not one."""
     bad = (ids >= 0).logical_and_(ids < columns).logical_not_()
     if bad.any():
         row = int(bad.nonzero()[0])

@@ -1,4 +1,4 @@
-"""Which back-end works on the rows: the only place that chooses, and that imports one."""
+"""The choice of back-end for the rows: the only place that makes it, and that imports one."""
 
 from importlib import import_module
 from types import ModuleType
@@ -12,16 +12,16 @@ IMPLS = ("triton", "cpu", "torch")
 
 
 def unavailable(impl: str) -> str | None:
-    """Why this back-end cannot run here at all, or None when it can."""
+    """Return why this back-end cannot run here at all, or None if it can."""
     return None if impl == "torch" else _module(impl).unavailable()
 
 
 def pick_rows(impl: str, device: torch.device, logits_dtype: torch.dtype) -> ModuleType:
-    """The `*_rows` module for these logits.
+    """Return the `*_rows` module for these logits.
 
     "auto" takes the fused back-end of the device (Triton on CUDA, C++ on CPU) when it is available
-    and reads this dtype, and PyTorch otherwise. A back-end asked for by name is used or refused,
-    never replaced. No back-end multiplies 16-bit matrices on ROCm with a torch that cannot.
+    and reads this dtype, and PyTorch otherwise. A back-end requested by name is used or refused,
+    never replaced. 16-bit matrices are refused on ROCm if torch cannot multiply them.
     """
     if device.type == "cuda" and logits_dtype != torch.float64:
         reason = refuse_torch_on_rocm()
@@ -44,7 +44,8 @@ def pick_rows(impl: str, device: torch.device, logits_dtype: torch.dtype) -> Mod
 
 
 def _takes(impl: str, device: torch.device) -> bool:
-    """Whether the back-end works on tensors there; Triton's interpreter works on CPU tensors."""
+    """Return whether the back-end works on tensors of this device; Triton's interpreter works on
+    CPU tensors."""
     if impl == "triton":
         return device.type == "cuda" or _module(impl).INTERPRETED
     return impl == "torch" or device.type == "cpu"

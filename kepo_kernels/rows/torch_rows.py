@@ -1,6 +1,6 @@
 """The row contract in plain PyTorch.
 
-It runs on any device and in fp64, and is what every install can fall back to.
+It runs on any device and in fp64, and every installation can fall back to it.
 """
 
 import torch
@@ -23,7 +23,7 @@ TEMPORARIES = 14  # blocks in the dtype of the table that are alive at once, at 
 def row_forward(
     logits: Tensor, targets: Tensor | None, teacher: Tensor | None, settings: RowSettings
 ) -> Tensor:
-    """See `kepo_kernels.rows.contract`."""
+    """Implement `row_forward` of `kepo_kernels.rows.contract`."""
     rows = logits.shape[0]
     table = torch.zeros(NUM_STATS, rows, dtype=accumulate_dtype(logits.dtype), device=logits.device)
     for block in _blocks(logits):
@@ -46,7 +46,7 @@ def row_backward_(
     settings: RowSettings,
     out: Tensor | None = None,
 ) -> None:
-    """See `kepo_kernels.rows.contract`."""
+    """Implement `row_backward_` of `kepo_kernels.rows.contract`."""
     for block in _blocks(logits):
         _backward_block(
             logits[block],
@@ -71,7 +71,8 @@ def _blocks(logits: Tensor) -> list[slice]:
 
 
 def _capped(logits: Tensor, dtype: torch.dtype, softcap: float) -> Tensor:
-    """The logits as the formulas see them, in `dtype`; -inf stays -inf."""
+    """Return the logits as the formulas use them, after the softcap, in `dtype`; -inf stays
+    -inf."""
     logits = logits.to(dtype)
     if softcap == 0.0:
         return logits
@@ -79,7 +80,8 @@ def _capped(logits: Tensor, dtype: torch.dtype, softcap: float) -> Tensor:
 
 
 def _cap_slope(logits: Tensor, dtype: torch.dtype, softcap: float) -> Tensor:
-    """d capped / d raw = 1 - tanh^2, without its cancellation at the cap: 4 e / (1 + e)^2."""
+    """Compute d capped / d raw = 1 - tanh^2, without its cancellation at the cap: 4 e / (1 +
+    e)^2."""
     e = (logits.to(dtype).abs() * (-2.0 / softcap)).exp()
     return 4.0 * e / (1.0 + e).square()
 
@@ -93,12 +95,13 @@ def _log_sum(logits: Tensor, peak: Tensor, temperature: float) -> Tensor:
 
 
 def _weighted(probability: Tensor, value: Tensor) -> Tensor:
-    """probability * value; 0 where the probability is 0, the limit of p log p; NaN where it is."""
+    """Compute probability * value; 0 where the probability is 0, the limit of p log p; NaN where it
+    is."""
     return torch.where(probability > 0, probability * value, probability)
 
 
 def _log_ratios(log_q: Tensor, log_p: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """log q/m and log p/m, m = (1 - beta) q + beta p; m is p for beta = 1.
+    """Compute log q/m and log p/m, m = (1 - beta) q + beta p; m is p for beta = 1.
 
     log m is taken from the larger of the two, m = high (1 + (1 - w)(low/high - 1)): it does not
     underflow while one of them lives, and where they are close nothing cancels.
@@ -170,7 +173,8 @@ def _forward_block(
 
 
 def _from_peak(ratio: Tensor, stats: RowStats) -> Tensor:
-    """log q/m measured from the student's peak, where it is 0, and not a difference."""
+    """Compute log q/m relative to its value at the student's peak, where it is exactly 0, not a
+    difference."""
     token = stats.peak_token.long().reshape(-1, 1)
     return (ratio - stats.peak_ratio.reshape(-1, 1)).scatter_(-1, token, 0.0)
 

@@ -8,8 +8,8 @@
     backward_kernel     the table, and a section       -> its dlogits
     scaled_kernel       a gradient, and one factor     -> their product, in another dtype
 
-A program works on one section of one row, or on one row. Rows are cut where the vocabulary says and
-nothing else, so few rows fill a GPU as well as many do, and a row's bits depend neither on its
+A program works on one section of one row, or on one row. The vocabulary alone decides where rows
+are cut, so few rows fill a GPU as well as many do, and a row's bits depend neither on its
 neighbours nor on their number. There are no atomics. Offsets of rows are 64-bit (row 14,134 of a
 151,936-token vocabulary reaches past 2^31 elements).
 
@@ -301,7 +301,7 @@ def backward_kernel(
             middle += to_mixture(log_theirs - log_mine)
     for start in tl.range(begin, end, BLOCK, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK)
-        # Nobody reads these logits again.
+        # These logits are never read again.
         raw = read(logits, column, end, softcap, False, "evict_first")
         z = below(capped(raw, softcap) if CAPPED else raw, peak)
         log_q = z * scale - log_sum

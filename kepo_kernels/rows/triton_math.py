@@ -1,6 +1,6 @@
-"""What the Triton kernels compute on one block of columns: reading, softmax sums, the mixture.
+"""Math of the Triton kernels on one block of columns: reading logits, softmax sums, the mixture.
 
-The formulas stand in docs/math.md. Everything is fp32, and logarithms are to base 2: a GPU has an
+The formulas are in docs/math.md. Everything is fp32, and logarithms are to base 2: a GPU has an
 instruction for 2^x, and e^x is that one and four more. Numbers of a row change to nats on their way
 to the table.
 """
@@ -22,13 +22,14 @@ except ImportError as error:  # then nobody calls what follows
 
 @jit
 def weighted(probability, value):
-    """probability * value; 0 where the probability is 0, the limit of p log p; NaN where it is."""
+    """Compute probability * value; 0 where the probability is 0, the limit of p log p; NaN where it
+    is."""
     return tl.where(probability > 0, probability * value, probability)
 
 
 @jit
 def capped(logit, softcap):
-    """softcap tanh(logit / softcap); -inf stays -inf, and a softcap of 0 caps nothing.
+    """Compute softcap tanh(logit / softcap); -inf stays -inf, and a softcap of 0 caps nothing.
 
     With x = |logit| / softcap and e = exp(-2x) it is softcap - softcap 2e / (1 + e). From x = 5/8
     up the fraction is under 0.45, so that an exponential right to 2 ulp adds under 0.9 ulp of the
@@ -54,14 +55,15 @@ def capped(logit, softcap):
 
 @jit
 def cap_slope(logit, softcap):
-    """d capped / d logit = 1 - tanh^2, without its cancellation at the cap: 4 e / (1 + e)^2."""
+    """Compute d capped / d logit = 1 - tanh^2, without its cancellation at the cap: 4 e / (1 +
+    e)^2."""
     e = tl.exp2(tl.abs(logit) * (-2.885390081777927 / tl.where(softcap > 0, softcap, 1.0)))
     return tl.where(softcap > 0, 4.0 * e / ((1.0 + e) * (1.0 + e)), 1.0)
 
 
 @jit
 def read(row, column, end, softcap, CAPPED: tl.constexpr, EVICT: tl.constexpr):
-    """One block of logits in fp32; past the end they are -inf, which has no probability.
+    """Load one block of logits in fp32; past the end they are -inf, which has probability 0.
 
     EVICT has no default: before Triton 3.7 a default that is a string does not compile.
     """
@@ -75,14 +77,15 @@ def read(row, column, end, softcap, CAPPED: tl.constexpr, EVICT: tl.constexpr):
 
 @jit
 def below(logit, peak):
-    """logit - peak, at least -1e30: a logit of -inf then has probability 0 and a finite logarithm,
-    whose product is 0. NaN may come out as -1e30, for the row's sums hold it already."""
+    """Compute logit - peak, at least -1e30: a logit of -inf then has probability 0 and a finite
+    logarithm, whose product is 0. NaN may become -1e30, since the row's sums hold it already."""
     return tl.maximum(logit - peak, -1e30)
 
 
 @jit
 def section_columns(section, shared, vocab, SECTION: tl.constexpr):
-    """Columns [begin, end) of a section: none lies on both sides of the shared columns' end."""
+    """Return columns [begin, end) of a section; no section has columns on both sides of the shared
+    columns' end."""
     inside = tl.cdiv(shared, SECTION)
     is_inside = section < inside
     begin = tl.where(is_inside, section * SECTION, shared + (section - inside) * SECTION)
@@ -91,7 +94,7 @@ def section_columns(section, shared, vocab, SECTION: tl.constexpr):
 
 @jit
 def scan(row, begin, end, scale, softcap, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
-    """The peak of columns [begin, end), and their sums of 2^x and x 2^x.
+    """Compute the peak of columns [begin, end), and their sums of 2^x and x 2^x.
 
     x = (logit - peak) * scale. A block is read as a whole, so that its peak is known before its
     first exponential. A NaN stays in the sums.
@@ -115,7 +118,7 @@ def scan(row, begin, end, scale, softcap, CAPPED: tl.constexpr, BLOCK: tl.conste
 
 @jit
 def merged(parts, row, count, sections, scale, SECTIONS: tl.constexpr):
-    """Peak and sums of a row's first `count` sections out of `sections` <= SECTIONS."""
+    """Merge peak and sums of a row's first `count` sections out of `sections` <= SECTIONS."""
     lanes = tl.arange(0, SECTIONS)
     present = lanes < count
     parts += row * (3 * sections) + lanes
@@ -130,7 +133,8 @@ def merged(parts, row, count, sections, scale, SECTIONS: tl.constexpr):
 
 @jit
 def first_column(row, value, begin, end, softcap, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
-    """The first column of [begin, end) whose logit is `value`; `begin` if there is none (NaN)."""
+    """Find the first column of [begin, end) whose logit is `value`; `begin` if there is none
+    (NaN)."""
     found = end
     for start in range(begin, end, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -141,7 +145,7 @@ def first_column(row, value, begin, end, softcap, CAPPED: tl.constexpr, BLOCK: t
 
 @jit
 def half_sum(t):
-    """log2((1 + t) / 2) for t in [0, 1], to 1.5e-7 of itself: 0 at t = 1.
+    """Compute log2((1 + t) / 2) for t in [0, 1], to a relative error of 1.5e-7: 0 at t = 1.
 
     s P(s) with s = t - 1; P is the minimax polynomial of its degree, 2.3e-8 off.
     """
@@ -159,7 +163,8 @@ def half_sum(t):
 
 @jit
 def to_mixture(rise):
-    """log2 q/m + log2 2(1 - beta) of m = (1 - beta) q + beta p; rise = log2 beta p/(1 - beta) q.
+    """Compute log2 q/m + log2 2(1 - beta) of m = (1 - beta) q + beta p; rise = log2 beta p/(1 -
+    beta) q.
 
     m = high (1 + low/high), high and low the larger and the smaller of its two terms: it does not
     underflow while one of them lives. Where p = q, rise is log2 beta/(1 - beta) and log2 q/m is 0.

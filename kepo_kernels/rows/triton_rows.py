@@ -1,4 +1,4 @@
-"""The row contract in Triton, for CUDA and ROCm: what is launched, and with what.
+"""The row contract in Triton, for CUDA and ROCm: which kernels are launched, and how.
 
 Launch parameters follow from the chip and the dtype by rule; there is no autotuning. With
 TRITON_INTERPRET=1 set before Triton is first imported the same kernels run on CPU tensors, slowly.
@@ -15,17 +15,17 @@ from kepo_kernels.rows.contract import NUM_COEFFICIENTS, NUM_STATS, RowSettings,
 from kepo_kernels.rows.triton_math import IMPORT_ERROR
 from kepo_kernels.versions import refuse_torch_on_rocm, refuse_triton
 
-# Columns that a program reads at a time: eight a thread, one 16-byte load in bf16 and two in fp32.
+# Columns a program reads at a time: eight per thread, one 16-byte load in bf16 and two in fp32.
 BLOCK = 2048
 COLUMNS_PER_THREAD = 8
-STAGES = 2  # loads of a block begin while the one before it is worked on
+STAGES = 2  # loads of a block begin while the previous block is processed
 # Columns of a program: long enough that starting it costs little, short enough that a dozen rows
 # fill a GPU. A row has at most MOST_SECTIONS of them; of a larger vocabulary they are longer.
 SECTION = 8 * BLOCK
 # A softmax holds a block in registers, 32 columns a thread: its peak is known before the first 2^x.
 SOFTMAX_BLOCK = 4096
 SOFTMAX_COLUMNS_PER_THREAD = 32
-SEARCHED_BLOCK = 1024  # of the one section in which the row's peak is looked for
+SEARCHED_BLOCK = 1024  # block of the section that is searched for the row's peak
 MOST_SECTIONS = 128
 NO_TARGET = -1
 
@@ -33,7 +33,7 @@ INTERPRETED = IMPORT_ERROR is None and type(kernels.softmax_kernel).__name__ != 
 
 
 def unavailable() -> str | None:
-    """Why the Triton rows cannot be used here, or None when they can."""
+    """Return why the Triton rows cannot be used here, or None if they can."""
     if reason := refuse_triton():
         return reason
     if IMPORT_ERROR is not None:
@@ -48,7 +48,8 @@ def unavailable() -> str | None:
 def row_forward(
     logits: Tensor, targets: Tensor | None, teacher: Tensor | None, settings: RowSettings
 ) -> Tensor:
-    """See `kepo_kernels.rows.contract`. fp64 logits are refused: `torch_rows` takes them."""
+    """Implement `row_forward` of `kepo_kernels.rows.contract`. fp64 logits are refused:
+    `torch_rows` takes them."""
     _check(logits, targets, teacher)
     n, vocab = logits.shape
     table = _fp32(logits, NUM_STATS, n)
@@ -109,7 +110,8 @@ def row_backward_(
     settings: RowSettings,
     out: Tensor | None = None,
 ) -> None:
-    """See `kepo_kernels.rows.contract`. fp64 logits are refused: `torch_rows` takes them."""
+    """Implement `row_backward_` of `kepo_kernels.rows.contract`. fp64 logits are refused:
+    `torch_rows` takes them."""
     _check(logits, targets, teacher)
     n, vocab = logits.shape
     out = logits if out is None else out
@@ -137,7 +139,7 @@ def row_backward_(
 
 
 def _softmaxes(rows: "_Rows", logits: Tensor, vocab: int, scale: float, softcap: float) -> Tensor:
-    """The parts of every section of the leading `vocab` columns."""
+    """Compute the softmax parts of every section of the leading `vocab` columns."""
     blocks = _softmax_blocks(rows.vocab)
     section = blocks["SECTION"]
     sections = -(-rows.shared // section) + -(-(vocab - rows.shared) // section)
@@ -159,7 +161,7 @@ def _softmax_blocks(vocab: int) -> dict[str, int]:
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor in a new tensor of `dtype`, rounded once.
+    """Compute gradient * factor in a new tensor of `dtype`, rounded once.
 
     torch.mul with `out` of another dtype is as exact, at half of the bandwidth.
 
@@ -177,7 +179,7 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Rows:
-    """What the launches of one call have in common."""
+    """The arguments that all launches of one call share."""
 
     def __init__(
         self, logits: Tensor, targets: Tensor | None, teacher: Tensor | None, settings: RowSettings
@@ -197,7 +199,7 @@ class _Rows:
         kinds = {0.0: "forward", 1.0: "reverse"}
         self.kind = "none" if teacher is None else kinds.get(settings.beta, "mixture")
         self.capped = settings.softcap > 0 or (teacher is not None and settings.teacher_softcap > 0)
-        bits = 1.0 / math.log(2)  # of a nat
+        bits = 1.0 / math.log(2)  # per nat
         self.scale = bits / settings.temperature
         self.teacher_scale = bits / settings.teacher_temperature
         weights = (0.0, 0.0)
@@ -207,19 +209,20 @@ class _Rows:
         self.numbers += (float(settings.softcap), float(settings.teacher_softcap))
 
     def start(self, kernel, programs: int, arguments: tuple, **constants: object) -> None:
-        """Starts `programs` for each row."""
+        """Launch `programs` programs for each row."""
         _start(kernel, (self.count, programs), self.device, *arguments, **constants)
 
 
 def section_length(vocab: int, longest: int) -> int:
-    """Columns per section. One section fewer than there are lanes is for the cut at `shared`."""
+    """Return the columns per section. One section fewer than there are lanes leaves room for the
+    cut at `shared`."""
     while -(-vocab // longest) >= MOST_SECTIONS:
         longest *= 2
     return longest
 
 
 def warps(threads: int) -> int:
-    """Of so many threads: on AMD's data centre GPUs a warp has 64."""
+    """Return the number of warps of so many threads: on AMD's data centre GPUs a warp has 64."""
     return max(1, threads // (64 if torch.version.hip else 32))
 
 
@@ -234,7 +237,7 @@ def _fp32(like: Tensor, *shape: int) -> Tensor:
 
 
 def _check(logits: Tensor, targets: Tensor | None, teacher: Tensor | None) -> None:
-    """What could make a kernel read out of bounds, once more."""
+    """Check again everything that could make a kernel read out of bounds."""
     rows, vocab = logits.shape
     if logits.dtype == torch.float64:
         raise ValueError(
