@@ -254,7 +254,7 @@ def even_chunks(split: int, rows: int, longest: int) -> tuple[tuple[int, int], .
 def whole_sequence_chunks(
     plan: RowPlan, tokens: int, longest: int
 ) -> tuple[tuple[int, int], ...] | None:
-    """Split into chunks that never cut a sequence of `tokens` tokens; None if one fits in none.
+    """Split into chunks that never cut a sequence of `tokens` tokens; None if one is too long.
 
     None also if a sequence has rows on both sides of the teacher's split: no chunk holds both.
     """

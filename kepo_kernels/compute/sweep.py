@@ -1,4 +1,4 @@
-"""The chunk loop that every loss runs in.
+"""The only chunk loop; every loss runs in it.
 
     for rows in chunks:                                   rows of weight zero are in none of them
         logits, teacher logits <- two GEMMs               the second for rows that have a teacher
