@@ -53,7 +53,7 @@ REMEDIES = {
     errno.ENOENT: "check the path; folders above a file that is written must be there",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
-"""What the user can do about each error number that the operating system reports for a file."""
+"""Advice for each error number that the operating system reports for a file."""
 
 
 def disk_sentence(error: OSError) -> str:

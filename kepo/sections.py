@@ -57,7 +57,7 @@ class DataConfig:
     instead of an error in mid-run, and images are compared by content. False only checks that the
     image files exist."""
     changed_inputs: Literal["refuse", "accept"] = "refuse"
-    """What to do if a run is resumed with a different teacher, or with different questions, answers
+    """Whether a run may be resumed with a different teacher, or with different questions, answers
     or images, than it began with. refuse: name the changes and end the run. accept: name them and
     continue."""
 
@@ -152,7 +152,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class RewardConfig(SamplingConfig):
-    """How sampled completions are rewarded; a completion's length counts too."""
+    """Rewards of sampled completions, which may also depend on a completion's length."""
 
     rewards: tuple[str, ...] = ("accuracy", "format")
     """Names of the reward functions, from kepo.tasks.rewards.REWARDS."""
@@ -240,8 +240,8 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
 
 @dataclass(frozen=True)
 class HintConfig(RewardConfig, TeacherConfig):
-    """When the teacher gives hints, which depends on rewards, and how the student samples with
-    them."""
+    """Settings of hints: when the teacher gives them, which depends on rewards, and how the student
+    samples with them."""
 
     hint_trigger: Literal["failed", "always", "never"] = "failed"
     """Groups that get a hint. failed: groups in which no sample's hint_reward reaches
@@ -279,7 +279,7 @@ class HintConfig(RewardConfig, TeacherConfig):
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How the optimiser updates the weights."""
+    """Settings of the optimiser, AdamW, and of its learning rate."""
 
     steps: Count = 200
     """Number of optimiser steps."""
@@ -302,7 +302,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run writes its files, and when."""
+    """The files that a run writes, and when it saves, evaluates and logs."""
 
     run_dir: str = "runs/kepo"
     """Folder for checkpoints, metrics.jsonl and curves.png. A run that already exists there is

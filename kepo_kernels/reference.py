@@ -103,8 +103,7 @@ def _expectation(log_a: Tensor, log_b: Tensor | None = None) -> Tensor:
 def reduction_weights(
     completion_mask: Tensor, gate: Tensor | None = None, reduction: str = "token_mean"
 ) -> Tensor:
-    """Compute (B, T) or (N,) weights whose inner product with a per-token term is the term's
-    `reduction`.
+    """Compute (B, T) or (N,) weights whose inner product with a per-token term is its `reduction`.
 
     token_mean: divided by the number of active tokens; sequence_mean: each sequence's token mean,
     averaged over all B sequences (in a flat (N,) call every token is its own sequence); sum: not
@@ -193,8 +192,7 @@ def sequence_mean(values: Tensor, sequences: Tensor) -> Tensor:
 
 
 def _total(weights: Tensor, term: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """Compute sum(weights * term) over the rows of non-zero weight; exactly 0 when there is
-    none."""
+    """Sum weights * term over the rows of non-zero weight; exactly 0 when there is none."""
     rows = weights.reshape(-1).nonzero().squeeze(-1)
     if rows.numel() == 0:
         return like.reshape(-1)[:0].sum()
@@ -217,8 +215,7 @@ def gated_kd_loss(
     teacher_bias: Tensor | None = None,
     reduction: str = "token_mean",
 ) -> Tensor:
-    """Compute the oracle of `kepo_kernels.fused_gated_kd_loss` (`teacher_hidden` for every
-    sequence).
+    """The oracle of `kepo_kernels.fused_gated_kd_loss` (`teacher_hidden` for every sequence).
 
     sum(w * token_divergence), heads as `project` reads them; gated as in KEPO, arXiv 2602.00400.
     """
@@ -263,7 +260,7 @@ def grpo_loss(
     reduction: str = "sequence_mean",
     **policy: float | None,
 ) -> Tensor:
-    """Compute the oracle of `kepo_kernels.fused_grpo_loss`.
+    """The oracle of `kepo_kernels.fused_grpo_loss`.
 
         sum_t w_t [ s_t policy_term_t + kl_coef kl_estimate_t - entropy_coef entropy_t ]
 
@@ -323,7 +320,7 @@ def kepo_loss(
     distill_reduction: str = "token_mean",
     **policy: object,
 ) -> Tensor:
-    """Compute the oracle of `kepo_kernels.fused_kepo_loss`: grpo_loss + distill_coef gated_kd_loss.
+    """The oracle of `kepo_kernels.fused_kepo_loss`: grpo_loss + distill_coef gated_kd_loss.
 
     Without targets it is the second alone, without teacher_hidden the first. Each has its own
     weights or reduction; `policy` holds the other arguments of `grpo_loss`.

@@ -33,8 +33,7 @@ ENGINE_SETTINGS = (
 
 
 def describe(x: object) -> str:
-    """Describe a tensor as in "[4096, 2048] bfloat16 on cuda:0", and anything else by its type's
-    name."""
+    """Describe a tensor as "[4096, 2048] bfloat16 on cuda:0", anything else by its type's name."""
     if not isinstance(x, Tensor):
         return type(x).__name__
     if x.is_nested:  # torch does not tell its shape
@@ -86,8 +85,7 @@ class Validator:
     def head(
         self, names: tuple[str, str, str], hidden: Tensor, head: Head, bias: Tensor | None
     ) -> None:
-        """Check that hidden (..., H), the head's weight (V, H) and LoRA, and bias (V,) fit each
-        other."""
+        """Check that hidden (..., H), the head's weight (V, H), its LoRA and bias (V,) fit."""
         hidden_name, head_name, bias_name = names
         lm_head = head.weight
         given = [(hidden_name, hidden), (head_name, lm_head)]
@@ -270,8 +268,7 @@ class Validator:
             self.none_bad("targets", targets, bad, expected)
 
     def finite(self, active: Tensor, **tensors: Tensor | None) -> None:
-        """Refuse NaN and Inf at tokens that take part, also after conversion to the dtype of
-        use."""
+        """Refuse NaN and Inf at tokens that take part, also after conversion to `dtype`."""
         for name, x in tensors.items():
             if x is None or not on_cpu(x) or not x.is_floating_point():
                 continue
@@ -283,8 +280,7 @@ class Validator:
         return torch.isfinite(x.to(self.dtype) if x.dtype == torch.float64 else x)
 
     def _in_use(self, x: Tensor) -> str:
-        """Return an addition to the error message if values are used in another dtype than their
-        own."""
+        """Return what an error adds if values are used in another dtype than their own."""
         if x.dtype != torch.float64 or self.dtype == torch.float64:
             return ""
         return f", as float32, in which they are used (up to {torch.finfo(self.dtype).max:.2g})"
@@ -324,7 +320,7 @@ class Validator:
     def softmax(
         self, temperature: float, beta: float = 0.5, teacher_temperature: float | None = None
     ) -> float:
-        """Check the settings of the softmax; return the teacher's temperature: its own, or the
+        """Check the softmax settings; return the teacher's temperature: its own or the
         student's."""
         temperature = self.number(
             "temperature", temperature, lambda x: x > 0, "a finite number > 0"

@@ -136,9 +136,9 @@ def changed_questions(
 ) -> set[str]:
     """Return the ids of training questions that changed since the run was last saved.
 
-    state: the checkpoint's state. now: today's inputs, as `inputs_of` gives them. examples: today's
-    questions, by setting. Raises KepoDataError if questions differ and KepoCheckpointError if a
-    model does, each named, unless ``changed_inputs`` accepts them; then it says what differs.
+    state: the checkpoint's state. now: the present inputs, as `inputs_of` gives them. examples: the
+    present questions, by setting. Raises KepoDataError if questions differ and KepoCheckpointError
+    if a model does, each named, unless ``changed_inputs`` accepts them; then it says what differs.
     """
     before = state.get("inputs")
     if before is None:

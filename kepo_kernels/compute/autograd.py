@@ -22,8 +22,7 @@ from kepo_kernels.rows.dispatch import pick_rows
 
 
 class TokenStats(NamedTuple):
-    """The three numbers of each token, fp32 (fp64 for fp64 inputs); 0 for tokens that take no
-    part."""
+    """The three numbers of each token, fp32 (fp64 for fp64 inputs); 0 for tokens left out."""
 
     logprobs: Tensor
     divergence: Tensor
@@ -118,8 +117,7 @@ def loss_and_gradients(
 def scaled(
     gradient: Tensor | None, factor: Tensor, dtype: torch.dtype, rows: Tensor | None = None
 ) -> Tensor | None:
-    """Return gradient * factor in a new tensor of `dtype`, rounded once, without an intermediate
-    copy.
+    """Return gradient * factor in a new tensor of `dtype`, rounded once, with no intermediate copy.
 
     `rows` are the rows that may be non-zero; all others are 0.
     """

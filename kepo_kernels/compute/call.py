@@ -22,8 +22,7 @@ AUTOCASTING = ("cpu", "cuda")
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """The student's side of a call, checked; under autocast, cast to the dtype that autocast asks
-    for."""
+    """The student's side of a call, checked, and cast as autocast asks."""
 
     check: Validator
     hidden: Tensor
@@ -35,8 +34,8 @@ class Call:
     no GPU, if everything that decides it is on the CPU or None; else the states' device."""
     engine: dict[str, object]
     needs: tuple[bool, ...] | None
-    """Which of the student's gradients to return with the loss, for
-    `kepo_kernels.compute.compiled`. None means that the loss is differentiable instead."""
+    """The student's gradients to return with the loss, for `kepo_kernels.compute.compiled`. None
+    means that the loss is differentiable instead."""
 
     @property
     def lead(self) -> torch.Size:

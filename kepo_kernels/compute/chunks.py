@@ -76,7 +76,7 @@ class Sizes:
         return gemm.default_strip_rows(width, self.dtype, strip_bytes)
 
     def bytes_of(self, rows: int, strip_bytes: int | None = None) -> int:
-        """Return the most bytes allocated at a time above inputs and gradients, in chunks of
+        """Return the most bytes held at a time above inputs and gradients, with chunks of
         `rows`."""
         wide = gemm.gradient_dtype(self.dtype).itemsize
         narrow, logits = self.dtype.itemsize, self.logits_dtype.itemsize
@@ -122,8 +122,7 @@ class Sizes:
         return max(min(most, small), self.bytes_of(1))
 
     def inputs_and_gradients(self) -> int:
-        """Return the bytes of states, heads and the student's gradients, in the dtype of
-        gradients."""
+        """Return the bytes of states, heads and student gradients, in the gradients' dtype."""
         student = (self.rows + self.vocab) * self.hidden_size
         teacher = (self.teacher_rows + self.shared_vocab) * self.teacher_hidden_size
         return (2 * student + teacher) * gemm.gradient_dtype(self.dtype).itemsize
@@ -207,8 +206,7 @@ def plan(
     lora_rank: int = 0,
     trains: tuple[str, ...] = ("hidden", "lm_head"),
 ) -> ChunkPlan:
-    """Compute the chunks that a call of these sizes will run in, and its memory, without running
-    it.
+    """Compute the chunks that a call of these sizes will use, and its memory, without running it.
 
     Args:
         rows: number of tokens of non-zero weight; teacher_rows of them (<= rows) have a teacher.

@@ -1,5 +1,4 @@
-"""Support for `torch.compile`: in compiled code each loss is one opaque operator and breaks no
-graph.
+"""Support for `torch.compile`: there each loss is one opaque operator and breaks no graph.
 
 The chunk loop depends on data (masks, gates, what carries gradient), which a graph cannot hold.
 The operator runs it eagerly when the graph runs, and returns the gradients beside the loss; its

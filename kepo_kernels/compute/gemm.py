@@ -55,8 +55,7 @@ def default_logits_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtyp
 def dlogits_dtype(
     dtype: torch.dtype, logits_dtype: torch.dtype, device: torch.device
 ) -> torch.dtype:
-    """Return the dtype in which the gradient on the logits enters products with operands of
-    `dtype`.
+    """Return the dtype of the logits' gradient in products with operands of `dtype`.
 
     On CUDA that is the dtype of the operands: written so by the row kernel, it is never converted.
     """
@@ -69,8 +68,7 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def one_product(dtype: torch.dtype, logits_dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether each product is one `mm` of tensors of one dtype, without strips or
-    upcasts."""
+    """Return whether each product is one `mm` of one dtype, without strips or upcasts."""
     if dtype != logits_dtype:
         return False
     return dtype != torch.bfloat16 or fast_bf16(device)
@@ -85,8 +83,7 @@ def project_(
     add: bool = False,
     strip_rows: int | None = None,
 ) -> None:
-    """Compute out <- x @ w^T + bias (`add`: + out); product and sums are rounded to the dtype of
-    `out`."""
+    """out <- x @ w^T + bias (`add`: + out); product and sums are rounded to the dtype of `out`."""
     if _same(w, out):
         x = x.to(w.dtype)
         out.addmm_(x, w.T) if add else torch.mm(x, w.T, out=out)
@@ -142,8 +139,7 @@ def add_gradients_(
 
 
 def hidden_gradient(dlogits: Tensor, w: Tensor, strip_rows: int | None = None) -> Tensor:
-    """Compute dlogits @ w, in fp32 where the product is formed in fp32, else in the dtype of
-    `w`."""
+    """Return dlogits @ w, in fp32 where the product is formed in fp32, else in `w`'s dtype."""
     if w.is_cuda and w.dtype.itemsize == 2 and dlogits.dtype == w.dtype:
         return torch.mm(dlogits, w, out_dtype=torch.float32)
     if _same(w, dlogits):
@@ -166,8 +162,7 @@ def writes_first(device: torch.device) -> bool:
 def accumulate_head_(
     dw: Tensor, dlogits: Tensor, x: Tensor, strip_rows: int | None = None, first: bool = False
 ) -> None:
-    """Compute dw <- dw + dlogits^T @ x; with `first`, dw <- dlogits^T @ x if `writes_first` says
-    so."""
+    """dw <- dw + dlogits^T @ x; with `first`, dw <- dlogits^T @ x if `writes_first` says so."""
     first &= writes_first(dw.device)
     if dw.dtype == dlogits.dtype == x.dtype:
         torch.mm(dlogits.T, x, out=dw) if first else dw.addmm_(dlogits.T, x)

@@ -38,8 +38,7 @@ def add_gradients_(
     columns: Tensor | None,
     strip_rows: int,
 ) -> None:
-    """Add the gradients that flow through the LoRA; None stands for gradients that are not
-    needed."""
+    """Add the gradients that flow through the LoRA; None stands for those not needed."""
     wants_up = da is not None or dx is not None
     up = gemm.add_gradients_(db, dlogits, b, low, wants_up, columns, strip_rows)
     if up is None:

@@ -227,7 +227,7 @@ def student_of(hidden: Tensor, head: Head, bias: Tensor | None) -> Student:
 
 
 def _flat(states: Tensor) -> Tensor:
-    """Return (..., H) as (N, H), or unchanged where that would be a copy (a slice of longer
+    """Return (..., H) as (N, H), or as it is where that would copy (a slice of longer
     sequences)."""
     if states.dim() == 3 and states.stride(0) != states.shape[1] * states.stride(1):
         return states
@@ -254,8 +254,7 @@ def even_chunks(split: int, rows: int, longest: int) -> tuple[tuple[int, int], .
 def whole_sequence_chunks(
     plan: RowPlan, tokens: int, longest: int
 ) -> tuple[tuple[int, int], ...] | None:
-    """Split into chunks that never cut a sequence of `tokens` tokens; None if one does not fit in
-    any.
+    """Split into chunks that never cut a sequence of `tokens` tokens; None if one is too long.
 
     None also if a sequence has rows on both sides of the teacher's split: no chunk holds both.
     """

@@ -34,8 +34,8 @@ def live_rows(coefficients: Tensor) -> Tensor:
 
 
 def keep_rows_(dlogits: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (the live rows, which rows they were); the last live rows are moved to the places of
-    dead ones.
+    """Return (the live rows, which rows they were); the last of them move to the places of dead
+    ones.
 
     So at most as many rows are moved as are dead; `live` must be ascending.
     """
@@ -87,8 +87,7 @@ class LightColumns:
         self.needed = torch.zeros(vocab, dtype=torch.bool, device=device) if grad_tol > 0 else None
 
     def parts(self, rows: int) -> list[slice]:
-        """Return groups of rows that choose their columns together: fewer rows need fewer
-        columns."""
+        """Return groups of rows that choose columns together: fewer rows need fewer columns."""
         step = max(1, rows) if self.grad_tol == 0.0 else PART_ROWS
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 

@@ -1,4 +1,4 @@
-"""The chunk loop that every loss runs in.
+"""The only chunk loop; every loss runs in it.
 
     for rows in chunks:                                   rows of weight zero are in none of them
         logits, teacher logits <- two GEMMs               the second for rows that have a teacher
@@ -38,8 +38,8 @@ class Student(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Accumulators of the student's gradients: None for gradients not asked for, whose GEMMs are
-    never run."""
+    """Accumulators of the student's gradients; None for those not asked for, whose GEMMs never
+    run."""
 
     hidden: Tensor | None
     lm_head: Tensor | None
@@ -66,8 +66,7 @@ class Gradients(NamedTuple):
 
 
 class HalfScale:
-    """A scale that keeps fp16 dlogits in fp16's range: raised by a power of two before they are
-    formed.
+    """A power of two by which fp16 dlogits are raised, before they are formed, to fit fp16's range.
 
     A mean over N tokens sends back 1/N, and a flat row of V columns makes 1/(N V) of it: 8e-10 at
     8192 x 151,936, where fp16 ends at 6e-8. Coefficients are raised until the largest of a chunk is
@@ -279,7 +278,7 @@ class _Buffers:
         return self.kept[name][:rows]
 
     def dlogits(self, logits: Tensor) -> Tensor:
-        """Return where the logits' gradient goes: over them, or to another buffer if its dtype
+        """Return where the logits' gradient goes: over them, or beside them if its dtype
         differs."""
         if self.gradient_dtype == self.dtype:
             return logits

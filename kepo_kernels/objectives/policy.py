@@ -153,8 +153,7 @@ class PolicyPart:
     weights: Tensor | None
     reduction: str
     prefix: str = ""
-    """Prefix of the arguments `weights` and `reduction` in the caller's signature, as in
-    policy_weights."""
+    """Prefix of `weights` and `reduction` in the caller's signature, as in policy_weights."""
 
     def refuse_the_rest(self, check: Validator) -> None:
         """Refuse tensors, penalty and bonus of a policy part without targets and advantages."""
@@ -178,16 +177,13 @@ class PolicyTerm:
     token_loss: TokenLoss
     """Loss of the rows of one chunk; finite on rows that are not active, whatever their values."""
     alive: Tensor
-    """Bool mask of shape lead: active tokens whose term may be non-zero, depending on the
-    logits."""
+    """Bool mask of shape lead: active tokens whose term is non-zero for some logits."""
     whole_sequences: bool
-    """True if a token's term depends on the rest of its sequence, which its chunk must then
-    hold."""
+    """True if a token's term depends on its whole sequence, which its chunk must then hold."""
 
 
 def policy_term(check: Validator, given: PolicyPart, active: Tensor, hidden: Tensor) -> PolicyTerm:
-    """Build sampler_weight * policy loss + kl_coef * k(ref) - entropy_coef * entropy from checked
-    inputs.
+    """Check inputs, build sampler_weight * policy loss + kl_coef * k(ref) - entropy_coef * entropy.
 
     `active` (lead) may be on the CPU while all other tensors are on a GPU.
     """

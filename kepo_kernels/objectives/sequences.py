@@ -1,5 +1,4 @@
-"""Losses whose tokens depend on their whole sequence (GSPO): a chunk holds it, or a pass comes
-first.
+"""Losses whose tokens depend on their sequence (GSPO): chunks hold it, or a pass comes first.
 
 A sequence-level ratio needs the log-probabilities of the sequence's other tokens. If no chunk cuts
 a sequence, they are available when the chunk's loss is formed, and the GEMMs stay those of any
@@ -24,7 +23,7 @@ def with_whole_sequences(
     active: Tensor,
     token_loss: TokenLoss,
 ) -> tuple[LinearProblem, TokenLoss]:
-    """Return the problem and a loss that is correct in its chunks; `active` (B, T) are the loss's
+    """Return the problem and a loss correct in its chunks; `active` (B, T) are the loss's
     tokens."""
     chunks = whole_sequence_chunks(problem.plan, lead[1], problem.chunk_rows)
     if chunks is not None:
@@ -43,8 +42,8 @@ def with_whole_sequences(
 
 
 def linearised(token_loss: TokenLoss, numbers: Tensor, rows: Tensor) -> TokenLoss:
-    """Return a loss with the same value and gradient at these numbers (3, N), but no link between
-    tokens."""
+    """Return a loss of the same value and gradient at these numbers (3, N), with tokens
+    independent."""
     with torch.enable_grad():
         leaves = numbers[:, rows].requires_grad_()
         values = token_loss(TokenStats(*leaves.unbind(0)), rows)

@@ -80,8 +80,7 @@ def _capped(logits: Tensor, dtype: torch.dtype, softcap: float) -> Tensor:
 
 
 def _cap_slope(logits: Tensor, dtype: torch.dtype, softcap: float) -> Tensor:
-    """Compute d capped / d raw = 1 - tanh^2, without its cancellation at the cap: 4 e / (1 +
-    e)^2."""
+    """d capped / d raw = 1 - tanh^2, without its cancellation at the cap: 4 e / (1 + e)^2."""
     e = (logits.to(dtype).abs() * (-2.0 / softcap)).exp()
     return 4.0 * e / (1.0 + e).square()
 
@@ -95,8 +94,7 @@ def _log_sum(logits: Tensor, peak: Tensor, temperature: float) -> Tensor:
 
 
 def _weighted(probability: Tensor, value: Tensor) -> Tensor:
-    """Compute probability * value; 0 where the probability is 0, the limit of p log p; NaN where it
-    is."""
+    """probability * value; 0 where the probability is 0, the limit of p log p; NaN where it is."""
     return torch.where(probability > 0, probability * value, probability)
 
 

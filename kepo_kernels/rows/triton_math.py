@@ -22,8 +22,7 @@ except ImportError as error:  # then nobody calls what follows
 
 @jit
 def weighted(probability, value):
-    """Compute probability * value; 0 where the probability is 0, the limit of p log p; NaN where it
-    is."""
+    """probability * value; 0 where the probability is 0, the limit of p log p; NaN where it is."""
     return tl.where(probability > 0, probability * value, probability)
 
 
@@ -55,8 +54,7 @@ def capped(logit, softcap):
 
 @jit
 def cap_slope(logit, softcap):
-    """Compute d capped / d logit = 1 - tanh^2, without its cancellation at the cap: 4 e / (1 +
-    e)^2."""
+    """d capped / d logit = 1 - tanh^2, without its cancellation at the cap: 4 e / (1 + e)^2."""
     e = tl.exp2(tl.abs(logit) * (-2.885390081777927 / tl.where(softcap > 0, softcap, 1.0)))
     return tl.where(softcap > 0, 4.0 * e / ((1.0 + e) * (1.0 + e)), 1.0)
 
@@ -84,8 +82,7 @@ def below(logit, peak):
 
 @jit
 def section_columns(section, shared, vocab, SECTION: tl.constexpr):
-    """Return columns [begin, end) of a section; no section has columns on both sides of the shared
-    columns' end."""
+    """Return columns [begin, end) of a section; none crosses the end of the shared columns."""
     inside = tl.cdiv(shared, SECTION)
     is_inside = section < inside
     begin = tl.where(is_inside, section * SECTION, shared + (section - inside) * SECTION)
@@ -163,8 +160,7 @@ def half_sum(t):
 
 @jit
 def to_mixture(rise):
-    """Compute log2 q/m + log2 2(1 - beta) of m = (1 - beta) q + beta p; rise = log2 beta p/(1 -
-    beta) q.
+    """log2 q/m + log2 2(1 - beta) of m = (1 - beta) q + beta p; rise = log2 beta p/(1 - beta) q.
 
     m = high (1 + low/high), high and low the larger and the smaller of its two terms: it does not
     underflow while one of them lives. Where p = q, rise is log2 beta/(1 - beta) and log2 q/m is 0.
