@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import signal
 
 import pytest
 import torch
@@ -19,6 +20,13 @@ with torch.device("cpu"):
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
+    # nohup starts us with SIGHUP ignored, a shell in the background with SIGINT: tests send both.
+    for number, usual in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, usual)
     if os.environ.get("KEPO_REQUIRE_EXT") == "1":
         reason = checks.unavailable("cpu")
         if reason is not None:
