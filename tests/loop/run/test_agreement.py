@@ -156,8 +156,12 @@ def test_one_that_cannot_start_ends_the_other_in_its_words(made, tmp_path, kind,
     flags = dict(student=made / "student", train_data=made / "data" / "train", run_dir=tmp_path)
     words = [x for name, value in flags.items() for x in (f"--{name.replace('_', '-')}", value)]
     first, last, said = {
-        "setting": (("grpo", "grpo"), ("--lr=1e-3", "--lr=-1"), "config: lr=-1.0"),
-        "file": (("grpo", "none.yaml"), ("--lr=1e-3",) * 2, "config file none.yaml cannot be read"),
+        "setting": (
+            ("grpo", "grpo"),
+            ("--lr=1e-3", "--hint-trigger=always"),
+            "hint_trigger='always' needs a teacher",
+        ),
+        "file": (("grpo", "none.yaml"), ("--lr=1e-3",) * 2, "none.yaml cannot be read"),
         "flag": (("grpo", "grpo"), ("--lr=1e-3", "--nope"), "its command line cannot be read"),
     }[kind]
     turn = (lambda pair: pair) if wrong else (lambda pair: pair[::-1])
