@@ -17,6 +17,7 @@ from kepo.errors import KepoConfigError, KepoDataError
 from kepo.models.conventions import VISION_TOKENS
 from kepo.models.device import known_device
 from kepo.models.encoding import Encoder, Inputs, Prompt
+from kepo.models.packing import TAKES_MASKS, pack, prompt_positions
 from kepo.models.reading import load_encoder, read_model
 from kepo.models.sampling import Sampled, SamplingLaw, SamplingParams
 from kepo.models.vision import check_length, forward_inputs
@@ -41,6 +42,8 @@ class VLM:
     """True if sharded weights are gathered while the model is `ready` to sample."""
     adapters: Any = None
     """The peft wrapper, where adapters are trained and saved in place of the model; else None."""
+    share_prompts: bool = False
+    """True if `completion_states` computes a prompt once for all its completions."""
     _gathered: bool = False
 
     @classmethod
@@ -208,6 +211,67 @@ class VLM:
             torch.where(completion_mask, completion_ids, pad),
             completion_mask,
             torch.where(completion_mask, logprobs, 0.0),
+        )
+
+    @property
+    def takes_masks(self) -> bool:
+        """True if the attention takes the mask that `share_prompts` needs, of every query and
+        key; flash-attention takes none."""
+        return self.model.config.get_text_config()._attn_implementation in TAKES_MASKS
+
+    def completion_states(
+        self, prompts: Sequence[Prompt], completion_ids: Tensor, completion_mask: Tensor
+    ) -> Tensor:
+        """Return last hidden states ``(B, T, H)`` of B completions under B prompts, on the model's
+        device; the one at t predicts ``completion_ids[:, t]``.
+
+        ``completion_states @ lm_head.T`` are the model's logits. completion_ids ``(B, T)``,
+        completion_mask ``(B, T)`` bool, both on the CPU; what stands at masked places does not
+        matter, and the states there mean nothing. Equal prompts are computed once if
+        `share_prompts`, else each time. Carries gradients unless the caller turned them off.
+        """
+        if not self.share_prompts:
+            inputs, *completions = self.encoder.encode(prompts), completion_ids, completion_mask
+            return self.completion_hidden(
+                inputs.to(self.device), *(x.to(self.device) for x in completions)
+            )
+        number: dict[Prompt, int] = {}
+        prompt_of = [number.setdefault(prompt, len(number)) for prompt in prompts]
+        inputs = self.encoder.encode(list(number))
+        return self.packed_hidden(inputs, completion_ids, completion_mask, prompt_of)
+
+    def packed_hidden(
+        self,
+        inputs: Inputs,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        prompt_of: Sequence[int],
+    ) -> Tensor:
+        """Return what `completion_hidden` returns for ``inputs.select(prompt_of)``, up to rounding,
+        from one row for each prompt with all its completions (kepo.models.packing).
+
+        All inputs are on the CPU. prompt_of: for each completion the number of its prompt.
+        """
+        check_length(self.model, inputs, completion_ids.shape[1])
+        positions = prompt_positions(self.model, inputs)
+        rows = pack(inputs, positions, completion_ids, completion_mask.bool(), prompt_of)
+        rows = rows.to(self.device)
+        given = forward_inputs(self.model, inputs.to(self.device)) | {
+            "input_ids": rows.input_ids,
+            "mm_token_type_ids": rows.types,
+            "position_ids": rows.positions,
+            "attention_mask": self._mask(rows.attention()),
+        }
+        return rows.predicting(self.model.model(**given, use_cache=False).last_hidden_state)
+
+    def _mask(self, attends: Tensor) -> Tensor:
+        """Return a mask as the attention implementation takes it: plain attention adds it."""
+        if self.model.config.get_text_config()._attn_implementation != "eager":
+            return attends
+        dtype = self.model.dtype
+        least = torch.finfo(dtype).min
+        return torch.zeros(attends.shape, dtype=dtype, device=attends.device).masked_fill_(
+            ~attends, least
         )
 
     def completion_hidden(

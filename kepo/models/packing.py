@@ -1,0 +1,126 @@
+"""Packed rows: a prompt followed by all its completions, so that a model computes the prompt once.
+
+    row          p0 p1 p2 p3 | a0 a1 a2 | b0 b1 | padding
+    position      0  1  2  3    4  5  6    4  5
+    attends to   earlier p     p, earlier a   p, earlier b
+
+A token attends to the prompt and to what came before it in its own completion, and every completion
+continues the prompt's positions: each sees exactly what it would see in a row of its own. The
+states are those of separate rows up to rounding, and so are the gradients. The last token of a
+completion is left out, as its state predicts nothing.
+
+For text, and for updates alone: PrefixGrouper (arXiv 2506.05433).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kepo.errors import KepoDataError
+from kepo.models.encoding import Inputs
+
+PROMPT, PADDING = -1, -2
+"""Segments of a packed row beside its completions, which are counted from 0."""
+
+TAKES_MASKS = ("sdpa", "eager")
+"""The attention implementations of transformers that take a mask for every query and key."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """R prompts and B completions of theirs, in R rows of L tokens, padded on the right."""
+
+    input_ids: Tensor  # (R, L) int64
+    types: Tensor  # (R, L) int64, 1 on image tokens
+    positions: Tensor  # (3, R, L) int64: time, height, width
+    segments: Tensor  # (R, L) int64: PROMPT, PADDING or the number of a completion
+    states_at: Tensor  # (B, T) int64: which of the R * L states predicts a token; 0 where masked
+
+    def to(self, device: torch.device) -> Packed:
+        return Packed(**{name: x.to(device, non_blocking=True) for name, x in vars(self).items()})
+
+    def attention(self) -> Tensor:
+        """Return (R, 1, L, L) bool, True where the token of the third index attends to that of the
+        fourth. Padding attends to padding: the softmax over nothing would be NaN."""
+        mine, other = self.segments[:, :, None], self.segments[:, None, :]
+        seen = (mine == other) | ((other == PROMPT) & (mine >= 0))
+        return seen.tril_()[:, None]
+
+    def predicting(self, states: Tensor) -> Tensor:
+        """Return (B, T, H) of the packed states (R, L, H): the one at t predicts token t."""
+        flat = states.flatten(0, 1).index_select(0, self.states_at.flatten())
+        return flat.view(*self.states_at.shape, -1)
+
+
+def pack(
+    inputs: Inputs, positions: Tensor, ids: Tensor, mask: Tensor, prompt_of: Sequence[int]
+) -> Packed:
+    """Return the packed rows of R prompts and B completions; all tensors are on the CPU.
+
+    positions ``(3, R, P)``: those of the prompts (`prompt_positions`). ids, mask ``(B, T)``: the
+    completions, without what stands where the mask is False. prompt_of: for each completion the
+    number of its prompt among ``inputs``; every prompt has a completion.
+    """
+    if len(prompt_of) != len(ids) or set(prompt_of) != set(range(len(inputs))):
+        raise KepoDataError(
+            f"prompt_of: {list(prompt_of)} for {len(inputs)} prompts and {len(ids)} completions; "
+            "expected one number of a prompt per completion, and each prompt at least once"
+        )
+    shown = inputs.attention_mask.bool()
+    prompts = shown.sum(-1).tolist()
+    lengths = mask.sum(-1).tolist()
+    ends = list(prompts)  # of each row, as completions are added
+    starts = []
+    for row, length in zip(prompt_of, lengths, strict=True):
+        starts.append(ends[row])
+        ends[row] += max(0, length - 1)
+    size = (len(inputs), max(ends))
+    packed = Packed(
+        input_ids=torch.zeros(size, dtype=torch.long),
+        types=torch.zeros(size, dtype=torch.long),
+        positions=torch.zeros(3, *size, dtype=torch.long),
+        segments=torch.full(size, PADDING),
+        states_at=torch.zeros(ids.shape, dtype=torch.long),
+    )
+    for row, length in enumerate(prompts):
+        packed.input_ids[row, :length] = inputs.input_ids[row, shown[row]]
+        packed.types[row, :length] = inputs.mm_token_type_ids[row, shown[row]]
+        packed.positions[:, row, :length] = positions[:, row, shown[row]]
+        packed.segments[row, :length] = PROMPT
+    follows = [int(packed.positions[:, row, : prompts[row]].max()) + 1 for row in range(size[0])]
+    for number, (row, start, length) in enumerate(zip(prompt_of, starts, lengths, strict=True)):
+        if length == 0:
+            continue
+        end = start + length - 1
+        packed.input_ids[row, start:end] = ids[number, mask[number]][:-1]
+        packed.positions[:, row, start:end] = follows[row] + torch.arange(length - 1)
+        packed.segments[row, start:end] = number
+        at = torch.arange(start - 1, end)
+        at[0] = prompts[row] - 1  # the prompt's last state predicts every completion's first token
+        packed.states_at[number, mask[number]] = row * size[1] + at
+    return packed
+
+
+def prompt_positions(model: Any, inputs: Inputs) -> Tensor:
+    """Return (3, R, P) int64: the positions that the model's family gives the tokens of prompts,
+    in time, height and width. ``inputs`` are on the CPU."""
+    places = [place for places in inputs.image_places for place in places]
+    positions, _ = model.model.get_rope_index(
+        input_ids=inputs.input_ids,
+        mm_token_type_ids=inputs.mm_token_type_ids,
+        image_grid_thw=inputs.image_grid_thw[places],
+        attention_mask=inputs.attention_mask,
+    )
+    return positions
+
+
+def packed_lengths(prompts: Sequence[int], completions: Sequence[Sequence[int]]) -> list[int]:
+    """Return the number of tokens of packed rows, from the lengths of prompts and of their
+    completions."""
+    pairs = zip(prompts, completions, strict=True)
+    return [prompt + sum(max(0, length - 1) for length in own) for prompt, own in pairs]
