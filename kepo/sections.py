@@ -75,7 +75,10 @@ class TeacherConfig:
     teacher_placement: Literal["copy", "fsdp2", "offload"] = "copy"
     """copy: every process holds the whole teacher. fsdp2: the teacher is sharded over the
     processes. offload: like fsdp2, but kept in host memory and moved to the device layer by
-    layer."""
+    layer, once per step."""
+    scores_on: Literal["host", "device"] = "host"
+    """Where the teacher's hidden states wait from their computation, once per step, until the
+    losses of the micro-batches and iterations read them: host memory or the device."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,10 @@ class ModelsConfig(TeacherConfig):
     attn_implementation: str | None = None
     """Attention implementation, by its name in transformers, e.g. flash_attention_2. None means
     transformers' default."""
+    share_prompts: bool = True
+    """Compute each prompt once for all its completions, in training and scoring. False computes it
+    again for each. Attention implementations that take no mask, such as flash_attention_2, compute
+    it again too, and the run says so."""
     liger_layers: bool = False
     """Use Liger's kernels for norms, rotary embedding and, where it has one, the MLP. Needs CUDA
     and a liger-kernel that fits the installed transformers."""
@@ -284,7 +291,12 @@ class OptimizerConfig:
     steps: Count = 200
     """Number of optimiser steps."""
     micro_batch: Count = 32
-    """Completions per forward and backward pass; gradients accumulate over the step."""
+    """Maximum number of completions per forward and backward pass; gradients accumulate over the
+    step."""
+    micro_tokens: Count | None = None
+    """Maximum number of tokens per forward and backward pass, prompts and padding included; with
+    share_prompts a prompt counts once for its group. None means no such limit. A group is divided
+    only if it alone exceeds a limit."""
     lr: Positive = 1e-6
     """Peak learning rate of AdamW."""
     warmup_steps: NonNegativeInt = 0

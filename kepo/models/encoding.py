@@ -222,6 +222,15 @@ class Encoder:
         count = self.image_processor.get_number_of_image_patches(height, width, none)
         return count // self.image_processor.merge_size**2
 
+    def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Return each prompt's number of tokens, those of its images included."""
+        known: dict[Prompt, int] = {}
+        distinct = list(dict.fromkeys(prompts))
+        for prompt, ids in zip(distinct, self._chat_ids(distinct), strict=True):
+            grids = [self._image(path, _key(path))[1] for path in prompt.images]
+            known[prompt] = len(self._expanded(prompt, ids, grids))
+        return [known[prompt] for prompt in prompts]
+
     def text_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
         """Return each prompt's number of tokens without those of its images; no image is read."""
         return [len(ids) - ids.count(self.image_token_id) for ids in self._chat_ids(prompts)]

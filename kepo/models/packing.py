@@ -119,8 +119,6 @@ def prompt_positions(model: Any, inputs: Inputs) -> Tensor:
     return positions
 
 
-def packed_lengths(prompts: Sequence[int], completions: Sequence[Sequence[int]]) -> list[int]:
-    """Return the number of tokens of packed rows, from the lengths of prompts and of their
-    completions."""
-    pairs = zip(prompts, completions, strict=True)
-    return [prompt + sum(max(0, length - 1) for length in own) for prompt, own in pairs]
+def packed_length(prompt: int, completions: Sequence[int]) -> int:
+    """Return the tokens of a packed row, from the lengths of its prompt and its completions."""
+    return prompt + sum(max(0, length - 1) for length in completions)

@@ -1,4 +1,4 @@
-"""Rollouts as tensors: padded, weighted, and cut into micro-batches whose losses add up."""
+"""Rollouts as tensors: padded, and weighted so that the losses of micro-batches add up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kepo.distributed.processes import rank_slice, world_size
 from kepo.models.encoding import Prompt
 from kepo.objective.credit import group_advantages, quality_gate
 from kepo.rollout.types import Group, Rollout, reward_of, total_rewards
@@ -49,35 +48,23 @@ class Batch:
         """(B,) bool, True for completions that are distilled on: a token has a weight above 0."""
         return self.distill_weights.any(-1)
 
-    def split(self, size: int) -> list[Batch]:
-        """Cut the batch into micro-batches of up to ``size`` completions, each to its longest
-        one."""
-        return [self._rows(start, start + size) for start in range(0, len(self), size)]
-
-    def own_micros(self, size: int) -> list[Batch]:
-        """Return the micro-batches of this rank's share; every rank gets equally many, so that all
-        ranks can work on each at once. Where a share has run out they are one completion without
-        any loss."""
-        rows = rank_slice(range(len(self)))
-        most = max(len(rank_slice(range(len(self)), place)) for place in range(world_size()))
-        micros = self._rows(rows.start, rows.stop).split(size) if len(rows) else []
-        return micros + [self._lossless()] * (-(-most // size) - len(micros))
-
     def to(self, device: torch.device) -> Batch:
         return replace(self, **{name: x.to(device) for name, x in self._tensors().items()})
 
-    def _lossless(self) -> Batch:
-        row = self._rows(0, 1)
-        names = ("completion_mask", "policy_weights", "distill_weights")
-        return replace(row, **{name: torch.zeros_like(getattr(row, name)) for name in names})
-
-    def _rows(self, start: int, end: int) -> Batch:
-        length = max(1, int(self.completion_mask[start:end].sum(-1).max()))
+    def select(self, places: Sequence[int]) -> Batch:
+        """Return the completions at these places, in this order, cut to the longest of them."""
+        length = max(1, int(self.completion_mask[places].sum(-1).max()))
         cut = {
-            name: x[start:end, :length] if x.dim() == 2 else x[start:end]
+            name: x[places, :length] if x.dim() == 2 else x[places]
             for name, x in self._tensors().items()
         }
-        return replace(self, prompts=self.prompts[start:end], **cut)
+        return replace(self, prompts=tuple(self.prompts[place] for place in places), **cut)
+
+    def lossless(self) -> Batch:
+        """Return one completion without any loss."""
+        row = self.select([0])
+        names = ("completion_mask", "policy_weights", "distill_weights")
+        return replace(row, **{name: torch.zeros_like(getattr(row, name)) for name in names})
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}

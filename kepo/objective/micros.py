@@ -1,0 +1,113 @@
+"""The micro-batches of a step: whole groups, as many as fit, equal work for all ranks.
+
+Work is counted in tokens of the rows that a model computes: with ``share_prompts`` a row is a
+prompt with its completions (kepo.models.packing), without it a prompt with one completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from kepo.distributed.processes import rank, world_size
+from kepo.models.encoding import Prompt
+from kepo.models.packing import packed_length
+from kepo.objective.batch import Batch
+from kepo.sections import OptimizerConfig
+
+
+class Row(NamedTuple):
+    """One row of a model's forward."""
+
+    places: tuple[int, ...]
+    """Places in the batch of the completions that are computed in it."""
+    tokens: int
+
+
+Micro = list[Row]
+"""The rows of a micro-batch; they are padded to the longest."""
+
+
+def own_micros(batch: Batch, plan: Sequence[Sequence[Micro]]) -> list[Batch]:
+    """Return this rank's micro-batches of a step, as `plan_micros` laid them out.
+
+    Every rank gets equally many, so that all ranks can work on each at once. Where a share has run
+    out they are one completion without any loss.
+    """
+    own = [batch.select([p for row in micro for p in row.places]) for micro in plan[rank()]]
+    return own + [batch.lossless()] * (max(map(len, plan)) - len(own))
+
+
+def plan_micros(
+    batch: Batch, prompt_lengths: Sequence[int], config: OptimizerConfig, share_prompts: bool
+) -> list[list[Micro]]:
+    """Lay out the micro-batches of every rank. prompt_lengths: tokens of each completion's prompt.
+
+    The longest rows come first, each to the rank that has the fewest tokens so far; rows of similar
+    length then fill a micro-batch up to ``micro_batch`` completions and ``micro_tokens`` tokens,
+    padding included.
+    """
+    shares: list[list[Row]] = [[] for _ in range(world_size())]
+    for row in sorted(_rows(batch, prompt_lengths, config, share_prompts), key=_longest_first):
+        min(shares, key=_tokens).append(row)
+    return [_filled(share, config) for share in shares]
+
+
+def padding(plan: Sequence[Sequence[Micro]]) -> float:
+    """Return the share of all computed tokens that is padding."""
+    micros = [micro for share in plan for micro in share]
+    computed = sum(len(micro) * max(row.tokens for row in micro) for micro in micros)
+    return 1.0 - sum(map(_tokens, micros)) / max(1, computed)
+
+
+def _rows(
+    batch: Batch, prompt_lengths: Sequence[int], config: OptimizerConfig, share_prompts: bool
+) -> list[Row]:
+    """Return the rows of a step, in the order of the batch."""
+    lengths = batch.completion_mask.sum(-1).tolist()
+
+    def row(places: Sequence[int]) -> Row:
+        own = [lengths[place] for place in places]
+        if not share_prompts:
+            return Row(tuple(places), prompt_lengths[places[0]] + own[0])
+        return Row(tuple(places), packed_length(prompt_lengths[places[0]], own))
+
+    def fitting(places: Sequence[int]) -> list[Row]:
+        """Cut a group in halves until it fits, or is one completion."""
+        whole = row(places)
+        few = len(places) <= config.micro_batch
+        short = config.micro_tokens is None or whole.tokens <= config.micro_tokens
+        if len(places) == 1 or (few and short):
+            return [whole]
+        half = (len(places) + 1) // 2
+        return [*fitting(places[:half]), *fitting(places[half:])]
+
+    if not share_prompts:
+        return [row([place]) for place in range(len(batch))]
+    groups: dict[Prompt, list[int]] = {}
+    for place, prompt in enumerate(batch.prompts):
+        groups.setdefault(prompt, []).append(place)
+    return [part for places in groups.values() for part in fitting(places)]
+
+
+def _filled(rows: Sequence[Row], config: OptimizerConfig) -> list[Micro]:
+    """Put rows, the longest first, together as long as they fit."""
+    micros: list[Micro] = []
+    for row in rows:
+        if micros:
+            micro = micros[-1]
+            count = sum(len(other.places) for other in micro) + len(row.places)
+            tokens = (len(micro) + 1) * micro[0].tokens
+            if count <= config.micro_batch and tokens <= (config.micro_tokens or tokens):
+                micro.append(row)
+                continue
+        micros.append([row])
+    return micros
+
+
+def _longest_first(row: Row) -> tuple[int, tuple[int, ...]]:
+    return -row.tokens, row.places
+
+
+def _tokens(rows: Sequence[Row]) -> int:
+    return sum(row.tokens for row in rows)
