@@ -385,5 +385,7 @@ def kepo_loss(
         )
         terms.append(distill_coef * distillation)
     if not terms:
-        raise ValueError("kepo_loss: neither targets nor teacher_hidden is given; pass either, or both")
+        raise ValueError(
+            "kepo_loss: neither targets nor teacher_hidden is given; pass either, or both"
+        )
     return sum(terms[1:], start=terms[0])
