@@ -33,9 +33,10 @@ test: $(VENV)/test.stamp  ## the test suite
 test-slow: $(VENV)/test.stamp  ## the slow tests, those that install the package included
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow
 
-lint: $(VENV)/test.stamp  ## ruff check and ruff format --check
+lint: $(VENV)/test.stamp  ## ruff check, ruff format --check, mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 # Not --quiet: under it mkdocs counts no warnings, and --strict lets all pass. Material announces its successor at every build.
 docs: $(VENV)/docs.stamp  ## build the documentation into site/; a broken link or a missing name is an error
@@ -77,7 +78,7 @@ gpu-quick:  ## of that the first 60 seconds: is it right, and how fast are its t
 
 clean:  ## remove the environment and everything that was built (runs/ stays)
 	rm -rf $(VENV) build dist site *.egg-info kepo_kernels/_rows.so kepo_kernels/_build_info.json
-	rm -rf .pytest_cache .ruff_cache .hypothesis
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone; the file then holds its exact version, a constraint under which nothing later can swap it.

@@ -117,8 +117,8 @@ def _accuracy_table(results: Results, methods: list[str]) -> str:
     rows.append(["warm-up", "where all start", str(len(seeds)), *map(_percent, start)])
     for method in methods:
         found = [final(results, method, m) for m in ([SOURCE], _others(results))]
-        seeds = str(len(results.seeds(method)))
-        rows.append([f"`{method}`", METHODS[method].about, seeds, *map(_percent, found)])
+        count = str(len(results.seeds(method)))
+        rows.append([f"`{method}`", METHODS[method].about, count, *map(_percent, found)])
     return table(["method", "", "seeds", f"in domain ({SOURCE})", "OOD mean"], rows)
 
 

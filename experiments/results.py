@@ -112,7 +112,8 @@ class Results:
             text = io.StringIO()
             writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
             writer.writeheader()
-            writer.writerows(sorted(self.tables[name], key=_run))
+            rows: list[Row] = sorted(self.tables[name], key=_run)
+            writer.writerows(rows)
             write_durably(self.folder / f"{name}.csv", text.getvalue())
 
     # ---- what statistics are made of ----

@@ -82,10 +82,11 @@ def check_settings(config: Config) -> None:
             f"{config.max_completion_length}: every completion would be fined"
         )
     if config.teacher is None:
-        needs = [("hint_trigger", config.hint_trigger, "never")]
-        needs += [("gate_reward", config.gate_reward, None)]
-        needs += [("distill_coef", config.distill_coef, 0.0)]
-        for name, value, off in needs:
+        for name, value, off in (
+            ("hint_trigger", config.hint_trigger, "never"),
+            ("gate_reward", config.gate_reward, None),
+            ("distill_coef", config.distill_coef, 0.0),
+        ):
             if value != off:
                 _refuse(f"{name}={value!r} needs a teacher; set teacher, or {name} to {off}")
 

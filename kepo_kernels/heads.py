@@ -10,13 +10,16 @@ Every public function takes a plain weight tensor (V, H) or a `Head` for `lm_hea
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.versions import refuse_sharding_on_cpu
+
+if TYPE_CHECKING:  # torch may lack torch.distributed
+    from torch.distributed.fsdp import FSDPModule
 
 
 class LoRA(NamedTuple):
@@ -101,7 +104,7 @@ def _output_layer(model: nn.Module) -> nn.Module:
     """Return the LM head of the unwrapped model: `get_output_embeddings()`, else `lm_head`."""
     if not isinstance(model, nn.Module):
         _refuse(f"model is {type(model).__name__}; expected a torch.nn.Module with an LM head")
-    inner = model
+    inner: Any = model  # a wrapper's or a model's own attributes, which nn.Module does not declare
     while not hasattr(inner, "lm_head") and not hasattr(inner, "get_output_embeddings"):
         if not isinstance(getattr(inner, "module", None), nn.Module):
             break
@@ -123,9 +126,10 @@ def _output_layer(model: nn.Module) -> nn.Module:
 def _without_peft(head: nn.Module) -> nn.Module:
     """Return the layer whose weight alone produces the logits."""
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
-        if head.disable_adapters or not head.active_adapters:
-            return head.original_module
-        return head.modules_to_save[head.active_adapters[0]]
+        wrapper: Any = head  # PEFT's, whose attributes nn.Module does not declare
+        if wrapper.disable_adapters or not wrapper.active_adapters:
+            return wrapper.original_module
+        return wrapper.modules_to_save[wrapper.active_adapters[0]]
     # Every tuner layer wraps the layer it adapts, as does the one that trains single tokens.
     if hasattr(head, "base_layer") or hasattr(head, "token_adapter"):
         _refuse(
@@ -152,19 +156,20 @@ def _refuse_fsdp1(model: nn.Module, head: nn.Module) -> None:
         )
 
 
-def _fsdp2_holder(model: nn.Module, head: nn.Module) -> nn.Module | None:
+def _fsdp2_holder(model: nn.Module, head: nn.Module) -> "FSDPModule | None":
     """Return the module whose FSDP2 group holds the head's shards; None if the weight is not
     sharded now."""
-    if not _is_dtensor(getattr(head, "weight", None)):
+    weight: Any = getattr(head, "weight", None)
+    if not _is_dtensor(weight):
         return None
-    sharded = [module for module in _holders(model, head) if hasattr(module, "unshard")]
+    sharded: list[Any] = [module for module in _holders(model, head) if hasattr(module, "unshard")]
     if not sharded:
         _refuse(
             "lm_head.weight is a DTensor, and no module of model was given to fully_shard; pass "
             "the sharded root; a tensor-parallel head is not supported: leave lm_head out of the "
             "plan"
         )
-    mesh = head.weight.device_mesh  # the weight itself may be on the CPU for being offloaded
+    mesh = weight.device_mesh  # the weight itself may be on the CPU for being offloaded
     reason = refuse_sharding_on_cpu()
     if reason and mesh.device_type == "cpu" and mesh.size() > 1 and torch.is_grad_enabled():
         _refuse(reason)

@@ -25,7 +25,7 @@ def fused_linear_logprobs(
     bias: Tensor | None = None,
     return_entropy: bool = False,
     **engine: object,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor | TokenStats, ...]:
     """Compute log q(target) of every token and, if asked for, the entropy of q; both are
     differentiable.
 
@@ -45,10 +45,12 @@ def fused_linear_logprobs(
     student, problem = call.problem(targets, active, temperature=temperature)
     stats = row_numbers(student, problem)
     stats = TokenStats(*(x.reshape(lead) for x in stats[:3]))
-    result = (stats.logprobs,) + ((stats.entropy,) if return_entropy else ())
+    result: list[Tensor | TokenStats] = [stats.logprobs]
+    if return_entropy:
+        result.append(stats.entropy)
     if engine.get("return_stats"):
-        result += (TokenStats(*(x.detach() for x in stats[:3])),)
-    return result[0] if len(result) == 1 else result
+        result.append(TokenStats(*(x.detach() for x in stats[:3])))
+    return stats.logprobs if len(result) == 1 else tuple(result)
 
 
 @breaks_graph("fused_linear_loss with a Python token_loss")
@@ -102,7 +104,7 @@ def fused_linear_loss(
     check.gate(gate, lead)
     weights, active = call.weights(None, weights=weights, reduction=reduction)
     teacher = distilled = None
-    if teacher_hidden is not None:
+    if teacher_hidden is not None and teacher_lm_head is not None:
         teacher = call.teacher(
             teacher_hidden, teacher_lm_head, teacher_bias, gate, teacher_temperature
         )

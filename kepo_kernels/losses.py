@@ -54,11 +54,12 @@ states, weights and biases are cast as a linear layer would cast them, and nothi
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from kepo_kernels.compute.autograd import TokenStats
+from kepo_kernels.compute.autograd import TokenLoss, TokenStats
 from kepo_kernels.compute.call import Call, Result, at, begin
 from kepo_kernels.compute.compiled import one_operator
 from kepo_kernels.compute.problem import Teacher
@@ -279,9 +280,10 @@ def fused_kepo_loss(
         "neither targets and advantages (a policy part) nor teacher_hidden and teacher_lm_head (a "
         "teacher to distil from) are given; pass either, or both",
     )
+    # The casts: of a part whose tensors are None only `refuse_the_rest` is called.
     policy = PolicyPart(
-        targets,
-        advantages,
+        cast(Tensor, targets),
+        cast(Tensor, advantages),
         old_logprobs,
         ref_logprobs,
         sampler_weights,
@@ -291,8 +293,8 @@ def fused_kepo_loss(
         prefix="policy_",
     )
     distillation = DistillationPart(
-        teacher_hidden,
-        teacher_lm_head,
+        cast(Tensor, teacher_hidden),
+        cast(Tensor | Head, teacher_lm_head),
         teacher_bias,
         gate,
         distill_weights,
@@ -399,7 +401,7 @@ def _loss(
         temperature=temperature,
     )
 
-    def policy_part(stats: TokenStats, rows: Tensor) -> Tensor:
+    def of_policy(stats: TokenStats, rows: Tensor) -> Tensor:
         return at(policy_weights, rows) * term.token_loss(stats, rows)
 
     def divergence_part(stats: TokenStats, rows: Tensor) -> Tensor:
@@ -407,7 +409,9 @@ def _loss(
 
     if policy is None:
         return call.run(student, problem, divergence_part)
+    policy_part: TokenLoss = of_policy
     if term.whole_sequences:
+        assert rows is not None, "a policy part has rows"
         problem, policy_part = with_whole_sequences(student, problem, call.lead, rows, policy_part)
     if distillation is None:
         return call.run(student, problem, policy_part)
@@ -420,6 +424,7 @@ def _loss(
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor:
     """Return the union of two parts' tokens; None stands for a part that was not given."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a | b
+    if a is None:
+        assert b is not None, "a call has at least one part"
+        return b
+    return a if b is None else a | b

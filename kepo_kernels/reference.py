@@ -7,6 +7,7 @@ to avoid. Masked and gated rows are removed before any arithmetic, so their valu
 
 from collections.abc import Callable
 from functools import reduce
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +15,31 @@ from torch import Tensor
 LARGEST_LOG_RATIO = 20.0  # before exp: beyond it ratios and k3 are constant, their gradient 0
 
 
-def project(hidden: Tensor, lm_head: object, bias: Tensor | None = None) -> Tensor:
+class LoRALike(Protocol):
+    """What `project` reads of a low-rank update: weight + scale * b @ a."""
+
+    @property
+    def a(self) -> Tensor: ...  # (r, H)
+    @property
+    def b(self) -> Tensor: ...  # (V, r)
+    @property
+    def scale(self) -> float: ...
+
+
+class HeadLike(Protocol):
+    """What `project` reads of a head that is more than its weight."""
+
+    @property
+    def weight(self) -> Tensor: ...  # (V, H)
+    @property
+    def softcap(self) -> float | None: ...
+    @property
+    def logit_scale(self) -> float: ...
+    @property
+    def lora(self) -> LoRALike | None: ...
+
+
+def project(hidden: Tensor, lm_head: Tensor | HeadLike, bias: Tensor | None = None) -> Tensor:
     """Compute (n, V) logits from (n, H) hidden states and a head of V tokens.
 
         logits = softcap tanh(y / softcap)
@@ -25,18 +50,18 @@ def project(hidden: Tensor, lm_head: object, bias: Tensor | None = None) -> Tens
     -inf, a token ruled out, stays -inf under a softcap. If dtypes differ, the product is in the
     wider.
     """
-    plain = isinstance(lm_head, Tensor)
-    given = [hidden, lm_head] if plain else [hidden, lm_head.weight]
-    if not plain and lm_head.lora is not None:
-        given += [lm_head.lora.a, lm_head.lora.b]
+    lora = None if isinstance(lm_head, Tensor) else lm_head.lora
+    given = [hidden, lm_head if isinstance(lm_head, Tensor) else lm_head.weight]
+    if lora is not None:
+        given += [lora.a, lora.b]
     wide = reduce(torch.promote_types, (x.dtype for x in given))
     hidden, weight, *low = (x.to(wide) for x in given)
     logits = hidden @ weight.T
-    if low:
-        logits = logits + lm_head.lora.scale * (hidden @ low[0].T) @ low[1].T
+    if lora is not None:
+        logits = logits + lora.scale * (hidden @ low[0].T) @ low[1].T
     if bias is not None:
         logits = logits + bias
-    if plain:
+    if isinstance(lm_head, Tensor):
         return logits
     logits = lm_head.logit_scale * logits
     if lm_head.softcap is None:
@@ -201,9 +226,9 @@ def _total(weights: Tensor, term: Callable[[Tensor], Tensor], like: Tensor) -> T
 
 def gated_kd_loss(
     hidden: Tensor,
-    lm_head: object,
+    lm_head: Tensor | HeadLike,
     teacher_hidden: Tensor,
-    teacher_lm_head: object,
+    teacher_lm_head: Tensor | HeadLike,
     *,
     gate: Tensor | None = None,
     completion_mask: Tensor | None = None,
@@ -241,7 +266,7 @@ def gated_kd_loss(
 
 def grpo_loss(
     hidden: Tensor,
-    lm_head: object,
+    lm_head: Tensor | HeadLike,
     targets: Tensor,
     advantages: Tensor,
     *,
@@ -258,7 +283,7 @@ def grpo_loss(
     temperature: float = 1.0,
     bias: Tensor | None = None,
     reduction: str = "sequence_mean",
-    **policy: float | None,
+    **policy: Any,
 ) -> Tensor:
     """The oracle of `kepo_kernels.fused_grpo_loss`.
 
@@ -300,11 +325,11 @@ def grpo_loss(
 
 def kepo_loss(
     hidden: Tensor,
-    lm_head: object,
+    lm_head: Tensor | HeadLike,
     targets: Tensor | None = None,
     advantages: Tensor | None = None,
     teacher_hidden: Tensor | None = None,
-    teacher_lm_head: object = None,
+    teacher_lm_head: Tensor | HeadLike | None = None,
     *,
     gate: Tensor | None = None,
     completion_mask: Tensor | None = None,
@@ -318,40 +343,49 @@ def kepo_loss(
     teacher_bias: Tensor | None = None,
     policy_reduction: str = "sequence_mean",
     distill_reduction: str = "token_mean",
-    **policy: object,
+    **policy: Any,
 ) -> Tensor:
     """The oracle of `kepo_kernels.fused_kepo_loss`: grpo_loss + distill_coef gated_kd_loss.
 
     Without targets it is the second alone, without teacher_hidden the first. Each has its own
     weights or reduction; `policy` holds the other arguments of `grpo_loss`.
     """
-    common = {"completion_mask": completion_mask, "temperature": temperature, "bias": bias}
     terms = []
     if targets is not None:
+        assert advantages is not None, "targets come with advantages"
         reward = grpo_loss(
             hidden,
             lm_head,
             targets,
             advantages,
+            completion_mask=completion_mask,
             weights=policy_weights,
+            temperature=temperature,
+            bias=bias,
             reduction=policy_reduction,
-            **common,
             **policy,
         )
         terms.append(reward)
     if teacher_hidden is not None:
+        assert teacher_lm_head is not None, "teacher_hidden comes with teacher_lm_head"
         distillation = gated_kd_loss(
             hidden,
             lm_head,
             teacher_hidden,
             teacher_lm_head,
             gate=gate,
+            completion_mask=completion_mask,
             weights=distill_weights,
             beta=beta,
+            temperature=temperature,
             teacher_temperature=teacher_temperature,
+            bias=bias,
             teacher_bias=teacher_bias,
             reduction=distill_reduction,
-            **common,
         )
         terms.append(distill_coef * distillation)
-    return sum(terms)
+    if not terms:
+        raise ValueError(
+            "kepo_loss: neither targets nor teacher_hidden is given; pass either, or both"
+        )
+    return sum(terms[1:], start=terms[0])

@@ -8,7 +8,7 @@ that is on CPU tensors, and only at tokens that take part.
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import NoReturn
+from typing import Any, NoReturn, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -22,14 +22,23 @@ REDUCTIONS = ("token_mean", "sequence_mean", "sum")
 POLICY_LOSSES = ("clip", "cispo", "sapo", "reinforce")
 IMPORTANCE_LEVELS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3")
-ENGINE_SETTINGS = (
-    "impl",
-    "workspace_bytes",
-    "chunk_rows",
-    "logits_dtype",
-    "grad_tol",
-    "return_stats",
-)
+
+
+class Engine(TypedDict, total=False):
+    """The engine settings of a call, as `Validator.engine` returns them.
+
+    `logits_dtype` is checked later, by `Validator.logits_dtype`, where the operands are known.
+    """
+
+    impl: str
+    workspace_bytes: int | None
+    chunk_rows: int | None
+    logits_dtype: torch.dtype | None
+    grad_tol: float
+    return_stats: bool
+
+
+ENGINE_SETTINGS = tuple(Engine.__annotations__)
 
 
 def describe(x: object) -> str:
@@ -146,10 +155,10 @@ class Validator:
                 f"{head_name} is on {lm_head.device} and {name} on {x.device}; move one",
             )
 
-    def dtypes(self, a: tuple[str, Tensor], b: tuple[str, Tensor]) -> None:
+    def dtypes(self, first: tuple[str, Tensor], second: tuple[str, Tensor]) -> None:
         """Check that both tensors are fp64 or neither is; products of the other dtypes are formed
         in fp32."""
-        (a_name, a), (b_name, b) = a, b
+        (a_name, a), (b_name, b) = first, second
         self.require(
             a.dtype == b.dtype or torch.float64 not in (a.dtype, b.dtype),
             f"{a_name} {describe(a)} and {b_name} {describe(b)} differ in dtype; float64 goes with "
@@ -340,8 +349,9 @@ class Validator:
     def reduction(self, name: str, value: object) -> None:
         self.choice(name, value, REDUCTIONS)
 
-    def engine(self, settings: dict[str, object]) -> None:
-        """Check the call's own dict of engine settings; its numbers are replaced by Python's."""
+    def engine(self, settings: dict[str, Any]) -> Engine:
+        """Check the call's own dict of engine settings and return it; its numbers are replaced by
+        Python's."""
         for name in settings:
             self.require(
                 name in ENGINE_SETTINGS,
@@ -358,6 +368,7 @@ class Validator:
             )
         wanted = settings["return_stats"] = plain(settings.get("return_stats", False))
         self.require(isinstance(wanted, bool), f"return_stats={wanted!r}; expected True or False")
+        return cast(Engine, settings)  # its names and kinds are what was checked above
 
     def logits_dtype(self, wanted: torch.dtype | None, operands: torch.dtype) -> None:
         allowed = {torch.float64: (torch.float64,), torch.bfloat16: (torch.float32, torch.bfloat16)}
@@ -369,7 +380,7 @@ class Validator:
         )
 
 
-def plain(value: object) -> object:
+def plain(value: Any) -> Any:
     """Convert a numpy scalar, or a 0-d CPU tensor that requires no gradient, to a Python number.
 
     Anything else is returned as it is.

@@ -101,7 +101,8 @@ def describe(checked: Checked, every: bool) -> list[str]:
 
 def _faint_pictures(checked: Checked, every: bool) -> list[str]:
     shown = dict.fromkeys(path for e in checked.examples for path in e.images)
-    faint = {path: checked.looks[path].faint for path in shown}
+    looks = {path: checked.looks[path] for path in shown}
+    faint = {path: look.faint for path, look in looks.items() if isinstance(look, Look)}
     lines = []
     for kind in sorted(set(faint.values()) - {""}):
         found = [path for path in faint if faint[path] == kind]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 MAX_PIXELS = 2**26
 """The pixels of the largest image that is decoded, 8192 x 8192: more than a radiograph or a
@@ -84,7 +84,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     inverted = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _from_deep_grey(image, key, inverted)
-    elif low is not None:
+    elif low is not None and key is not None:
         image.paste((255, 255, 255), mask=_where_deep(image, low, key))
     elif key is not None or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
         image = _on_white(image)
@@ -112,14 +112,18 @@ def _low_bytes(image: Image.Image) -> Image.Image | None:
 
     The image must not have been loaded yet.
     """
-    tile = getattr(image, "tile", ())
+    if not isinstance(image, ImageFile.ImageFile):  # made, not opened from a file
+        return None
+    tile = image.tile
     key = image.info.get("transparency")
     if key is None or image.format != "PNG" or not tile or tile[0][3] != "RGB;16B":
         return None
+    assert image.fp is not None, "an image that was not loaded has its file open"
     image.fp.seek(0)
     low = Image.open(image.fp, formats=["PNG"])
     place = low.tile[0][:3]
-    low.tile = [(*place, "RGB;16L")]  # little endian: it takes the second byte for the upper one
+    # Little endian: it takes the second byte for the upper one. Pillow reads any tuple.
+    low.tile = [(*place, "RGB;16L")]  # type: ignore[list-item]  # its class has no public name
     low.load()
     return low
 

@@ -57,18 +57,20 @@ def load_data(config: DataConfig, judge: Judge | None = None) -> RunData:
     (kepo.rollout.encodable); None = nothing is left out. Raises KepoDataError if nothing is left to
     train on or to evaluate.
     """
-    where = {"image_root": config.image_root, "bad_records": config.bad_records}
     train, train_report = load_examples(
         config.train_data,
         modalities=config.train_modalities,
         question_types=config.train_question_types,
-        **where,
+        image_root=config.image_root,
+        bad_records=config.bad_records,
     )
     held_out: list[Example] = []
     eval_report = None
     eval_path = config.train_data if config.eval_share else config.eval_data
     if eval_path is not None:
-        held_out, eval_report = load_examples(eval_path, **where)
+        held_out, eval_report = load_examples(
+            eval_path, image_root=config.image_root, bad_records=config.bad_records
+        )
         if not config.eval_share:
             held_out = capped(held_out, config.eval_limit)
     digests = None

@@ -13,9 +13,13 @@ from pathlib import Path
 from kepo.data.example import Example
 from kepo.errors import KepoConfigError, KepoDataError
 
+Digests = Mapping[Path, str | KepoDataError]
+Key = Path | str | KepoDataError
+"""What images are told apart by: the path, or what ``images.digests_of`` says of the contents."""
+
 
 def shared_images(
-    left: Sequence[Example], right: Sequence[Example], digests: Mapping[Path, str] | None = None
+    left: Sequence[Example], right: Sequence[Example], digests: Digests | None = None
 ) -> tuple[int, int]:
     """Count ``(images, questions)``: the images of ``right`` that also occur in ``left``, and the
     questions of ``right`` that show one.
@@ -33,7 +37,7 @@ def split_by_image(
     *,
     test_share: float,
     seed: int = 0,
-    digests: Mapping[Path, str] | None = None,
+    digests: Digests | None = None,
 ) -> tuple[list[Example], list[Example]]:
     """Return ``(train, test)``, each in the order given, such that no image is on both sides.
 
@@ -55,7 +59,7 @@ def split_by_image(
         )
     random.Random(seed).shuffle(families)
     wanted = max(1, round(test_share * images))
-    held_out: set[Path | str] = set()
+    held_out: set[Key] = set()
     for family in families[:-1]:
         if len(held_out) >= wanted:
             break
@@ -66,27 +70,27 @@ def split_by_image(
 
 
 def without_images_of(
-    left: Sequence[Example], right: Sequence[Example], digests: Mapping[Path, str] | None = None
+    left: Sequence[Example], right: Sequence[Example], digests: Digests | None = None
 ) -> list[Example]:
     """Return the examples of ``right`` none of whose images occurs in ``left``."""
     seen = {key for example in left for key in _keys(example, digests)}
     return [example for example in right if seen.isdisjoint(_keys(example, digests))]
 
 
-def _keys(example: Example, digests: Mapping[Path, str] | None) -> list[Path | str]:
+def _keys(example: Example, digests: Digests | None) -> list[Key]:
     return [path if digests is None else digests[path] for path in example.images]
 
 
-def _families(shown: Sequence[Sequence[Path | str]]) -> list[list[Path | str]]:
+def _families(shown: Sequence[Sequence[Key]]) -> list[list[Key]]:
     """Return sets of images that are linked by being shown together, in order of first sight."""
-    parent: dict[Path | str, Path | str] = {}
+    parent: dict[Key, Key] = {}
 
-    def first(image: Path | str) -> Path | str:
+    def first(image: Key) -> Key:
         while parent[image] != image:
             image = parent[image]
         return image
 
-    order: dict[Path | str, int] = {}
+    order: dict[Key, int] = {}
     for images in shown:
         for image in images:
             parent.setdefault(image, image)
@@ -94,7 +98,7 @@ def _families(shown: Sequence[Sequence[Path | str]]) -> list[list[Path | str]]:
         ends = sorted({first(image) for image in images}, key=order.__getitem__)
         for end in ends[1:]:
             parent[end] = ends[0]
-    families: dict[Path | str, list[Path | str]] = {}
+    families: dict[Key, list[Key]] = {}
     for image in order:
         families.setdefault(first(image), []).append(image)
     return list(families.values())

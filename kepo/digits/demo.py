@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from kepo.check import check_settings
 from kepo.config import Config
@@ -39,7 +40,7 @@ from kepo.words import at_home, command_line
 SOURCE = next(iter(MODALITIES))
 COMPLETION_TOKENS = 24
 
-DIGITS_RUN = dict(
+DIGITS_RUN: dict[str, Any] = dict(
     # More questions and fewer answers to each than usual: the model has to learn to see, and for
     # that the number of different images counts.
     prompts_per_step=32,
@@ -163,7 +164,7 @@ def make_student(folder: Path, data: Path, demo: Demo) -> None:
 
 def _supervise(
     folder: Path,
-    size: str,
+    size: Literal["student", "teacher"],
     data: Path,
     modalities: tuple[str, ...] | None,
     steps: int,
@@ -226,13 +227,14 @@ def report(root: Path, teacher: Path, data: Path) -> None:
         )
         of_teacher = means(scores)
     rows = [(name, before[name], after[name], of_teacher[name]) for name in after]
-    others = [summary(column, SOURCE)[1] for column in (before, after, of_teacher)]
+    unseen = [summary(column, SOURCE)[1] for column in (before, after, of_teacher)]
     found = {"before": before, "after": after, "teacher": of_teacher}
     write_durably(table, as_json(found, indent=1))
 
     title = "greedy accuracy, unseen scans"
     print(f"\n{title:34} {'before':>7} {'after':>7} {'gain':>7} {'teacher':>8}")
-    for name, old, new, best in [*rows, ("mean of the seven unseen", *others)]:
+    rows.append(("mean of the seven unseen", unseen[0], unseen[1], unseen[2]))
+    for name, old, new, best in rows:
         note = "  (trained on)" if name == SOURCE else ""
         print(f"{name + note:34} {old:7.3f} {new:7.3f} {new - old:+7.3f} {best:8.3f}")
     print(f"\ncurves: {picture}   metrics: {root / 'metrics.jsonl'}   table: {table}")

@@ -105,10 +105,11 @@ def naming(path: Path, written: Path | None = None) -> Iterator[None]:
     except OSError as error:
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
-        for name in ("filename", "filename2") if written is not None else ():
-            place = getattr(error, name)
-            if isinstance(place, str) and Path(place).is_relative_to(written):
-                setattr(error, name, str(path / Path(place).relative_to(written)))
+        if written is not None:
+            for name in ("filename", "filename2"):
+                place = getattr(error, name)
+                if isinstance(place, str) and Path(place).is_relative_to(written):
+                    setattr(error, name, str(path / Path(place).relative_to(written)))
         raise
     except Exception as error:
         said = re.search(r"\(os error (\d+)\)", str(error))

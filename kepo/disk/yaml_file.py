@@ -35,7 +35,8 @@ def read_mapping(path: Path, otherwise: str) -> dict[str, Any]:
     if content is None or content == "":
         raise KepoConfigError(f"{path} is empty; expected `key: value` lines")
     if not isinstance(content, dict):
-        kind = {list: "a list", str: "one text", Word: "one word"}.get(type(content), "no mapping")
+        kinds: dict[type, str] = {list: "a list", str: "one text", Word: "one word"}
+        kind = kinds.get(type(content), "no mapping")
         raise KepoConfigError(f"{path} holds {kind}; expected `key: value` lines")
     return content
 

@@ -51,13 +51,12 @@ def replicate(model: nn.Module) -> nn.Module:
     # No buffer of these models changes, and a rollout must not wait for the others.
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(
-        ForwardWrapper(model), gradient_as_bucket_view=True, **{name: False}
-    )
+    without: dict[str, Any] = {name: False}
+    return DistributedDataParallel(ForwardWrapper(model), gradient_as_bucket_view=True, **without)
 
 
 def shard(
-    model: nn.Module, device: torch.device, compute: torch.dtype, *, offload: bool = False
+    model: Any, device: torch.device, compute: torch.dtype, *, offload: bool = False
 ) -> nn.Module:
     """Leave this rank its share of every parameter, in rows; return the root of the groups.
 

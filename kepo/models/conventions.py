@@ -12,7 +12,7 @@ import random
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -57,7 +57,8 @@ def control_ids(tokenizer: Any, config: Any, ends: Iterable[int]) -> frozenset[i
         if _TAG.fullmatch(what.content) and token not in roles
     }
     marked = {token for token, what in added.items() if _MARKED.fullmatch(what.content)}
-    vision = {getattr(config, name, None) for name in VISION_TOKENS} - {None}
+    named = (getattr(config, name, None) for name in VISION_TOKENS)
+    vision = {token for token in named if token is not None}
     return frozenset((_special(tokenizer) | roles | marked) - tags | set(ends) | vision)
 
 
@@ -233,7 +234,7 @@ def _are_colours(values: Any) -> bool:
     return len(several) == 3 and all(map(_is_number, several))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

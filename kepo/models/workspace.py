@@ -21,7 +21,7 @@ def check_workspace(config: Config) -> None:
         return
     student = read_config(config.student).get_text_config()
     sizes = dict(hidden_size=student.hidden_size, vocab=student.vocab_size, teacher_rows=0)
-    if config.distils:
+    if config.distils and config.teacher is not None:  # the first implies the second
         teacher = read_config(config.teacher).get_text_config()
         sizes |= dict(teacher_rows=1, teacher_vocab=teacher.vocab_size)
         sizes |= dict(teacher_hidden_size=teacher.hidden_size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,7 @@ class Anatomy:
         vision = self.model.model.visual
         modules = [*getattr(vision, "deepstack_merger_list", []), vision.merger]
         x = self._meta(patches, self.model.config.vision_config.hidden_size, train=train)
-        return [self._run(module, lambda m=module: m(x), train) for module in modules]
+        return [self._run(module, partial(module, x), train) for module in modules]
 
     @lru_cache  # noqa: B019
     def patch_embedding(self, patches: int, train: bool) -> Traced:

@@ -33,10 +33,10 @@ FRAGMENTATION = 0.05
 OFFERED = 0.97
 
 
-class Held(Counter):
+class Held(Counter[str]):
     """Bytes by item; ``+`` adds them item by item."""
 
-    def __add__(self, other: Held) -> Held:
+    def __add__(self, other: Held) -> Held:  # type: ignore[override]  # a Counter has other items
         assert (self.keys() | other.keys()) <= set(ITEMS), (self, other)  # others would be lost
         return Held({name: self[name] + other[name] for name in ITEMS})
 

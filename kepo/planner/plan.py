@@ -158,7 +158,8 @@ def advice(setup: Setup) -> list[Change]:
 
 
 def _yaml(value: object) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, str(value))
+    words: dict[object, str] = {None: "null", True: "true", False: "false"}
+    return words.get(value, str(value))
 
 
 # ---- in words ----
@@ -324,10 +325,12 @@ def main(arguments: Sequence[str]) -> int:
         value = getattr(given, name)
         if value is not None and value < least:
             raise KepoConfigError(f"{name} is {value}; expected a number >= {least}")
-    machine = Machine(
-        named.gpus if given.gpus is None else given.gpus,
-        named.gpu_bytes if given.gpu_gb is None else _bytes(given.gpu_gb),
-    )
+    gpus, gpu_bytes = given.gpus, None if given.gpu_gb is None else _bytes(given.gpu_gb)
+    if gpus is None or gpu_bytes is None:
+        assert named is not None, "refused above"
+        gpus = named.gpus if gpus is None else gpus
+        gpu_bytes = named.gpu_bytes if gpu_bytes is None else gpu_bytes
+    machine = Machine(gpus, gpu_bytes)
     prompts = Prompts(given.prompt_tokens, given.image_tokens, given.prompt_images)
     found = plan(Setup(given.config, machine, prompts))
     print(report(found))

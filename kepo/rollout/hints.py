@@ -82,9 +82,11 @@ def rescue(
     helped = [place for place, group in enumerate(groups) if room[place] and _calls(group, config)]
     if not helped:
         return groups, RescueReport()
+    assert models.teacher is not None, "a run with hints has a teacher"
     asked = [groups[place][0].example for place in helped]
     written, retried = _learn_hints(models.teacher, asked, config, hints, stream)
-    hint_of = {place: hints[e.id] for place, e in zip(helped, asked, strict=True) if hints[e.id]}
+    known = {place: hints[e.id] for place, e in zip(helped, asked, strict=True)}
+    hint_of = {place: hint for place, hint in known.items() if hint}
     found: dict[int, Group] = {place: [] for place in hint_of}
     attempts = sampled = successes = 0
     for attempt in range(config.max_attempts):

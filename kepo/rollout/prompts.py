@@ -10,9 +10,9 @@ from kepo.tasks.multiple_choice import hint_request, hinted_prompt, question_pro
 def prompt_of(example: Example, hint: str | None = None, *, gives_answer: bool = False) -> Prompt:
     """Return the question as the policy is asked it. hint: is shown with the question.
     gives_answer: the right answer is shown too, beside the hint."""
-    plain = hint is None
-    text = question_prompt(example) if plain else hinted_prompt(example, hint, gives_answer)
-    return Prompt(text, example.images)
+    if hint is None:
+        return Prompt(question_prompt(example), example.images)
+    return Prompt(hinted_prompt(example, hint, gives_answer), example.images)
 
 
 def hint_prompt(example: Example, *, with_answer: bool) -> Prompt:

@@ -122,11 +122,10 @@ class VllmSampler:
             detokenize=False,
         )
         sampling_params = _vllm().SamplingParams
+        drawn: Sequence[int | None] = seeds or [None] * len(asked)
         outputs = self._llm.generate(
             [request for request, _ in asked],
-            sampling_params=[
-                sampling_params(seed=seed, **settings) for seed in (seeds or [None] * len(asked))
-            ],
+            sampling_params=[sampling_params(seed=seed, **settings) for seed in drawn],
             use_tqdm=False,
         )
         if len(outputs) != len(asked):
@@ -259,7 +258,7 @@ def _launched() -> Iterator[None]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     own = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    facts = dict(RANK=rank(), LOCAL_RANK=own, WORLD_SIZE=world_size())
+    facts: dict[str, object] = dict(RANK=rank(), LOCAL_RANK=own, WORLD_SIZE=world_size())
     facts |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     added = {name: str(fact) for name, fact in facts.items() if name not in os.environ}
     os.environ.update(added)

@@ -137,6 +137,7 @@ def same_images(data: RunData) -> None:
     looks = is_rank0() or os.environ.get("LOCAL_RANK", "0") == "0"
     everyones = all_gather((socket.gethostname(), _seen(paths) if looks else None))
     _, expected = everyones[0]
+    assert expected is not None, "rank 0 looks at the images"
     for place, (host, seen) in enumerate(everyones):
         pairs = zip(paths, expected, seen or expected, strict=True)
         other = [path for path, mine, theirs in pairs if mine != theirs]

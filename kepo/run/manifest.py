@@ -241,7 +241,7 @@ def _fault(folder: Path, parts: Sequence[str]) -> str | None:
 def _names(folder: Path) -> set[str]:
     """Return the names of all files in a folder and those below it, without LITTER and the folders
     themselves; links are not followed."""
-    found = set()
+    found: set[str] = set()
     for here, folders, files in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(here, name))]
         folders[:] = [name for name in folders if not LITTER.fullmatch(name)]

@@ -27,7 +27,6 @@ from kepo.run.optimizer_state import Parameters, load_optimizer
 from kepo.run.progress import say
 from kepo.run.roles import load_policy, load_reference, load_sampler, load_teacher
 from kepo.run.signals import StopRequest
-from kepo.sections import RunConfig
 
 
 @dataclass
@@ -99,7 +98,7 @@ def open_run(config: Config, device: torch.device, stop: StopRequest) -> Run | N
         parameters.values(), lr=config.lr, weight_decay=config.weight_decay
     )
     done, marks = 0, {}
-    if saved is not None:
+    if saved is not None and files is not None:
         done, marks = saved.state["step"], saved.state.get("logs", {})
         load_optimizer(files, parameters, optimizer)
         say(f"resuming after step {done} from {saved.folder}")
@@ -127,7 +126,7 @@ def open_run(config: Config, device: torch.device, stop: StopRequest) -> Run | N
     )
 
 
-def last_saved(config: RunConfig, data: RunData, inputs: dict[str, Any]) -> Saved | None:
+def last_saved(config: Config, data: RunData, inputs: dict[str, Any]) -> Saved | None:
     """Return the newest complete checkpoint of the run; None if it has none.
 
     Raises KepoConfigError if it was made with other settings, KepoDataError or KepoCheckpointError
@@ -152,7 +151,7 @@ def load_models(config: Config, device: torch.device, saved: Path | None) -> Mod
     teacher = load_teacher(config, device) if config.taught_by else None
     ref = load_reference(config, device) if config.kl_coef else None
     check_same_tokens(policy, teacher)
-    if config.distils:
+    if teacher is not None and config.distils:
         check_same_opening(policy.encoder, teacher.encoder)
     return Models(policy, teacher, ref, load_sampler(config, policy))
 

@@ -69,6 +69,7 @@ def load_policy(config: Config, device: torch.device, saved: Path | None = None)
 
 def load_teacher(config: ModelsConfig, device: torch.device) -> VLM:
     """Load the frozen teacher where, and in how many bits, the config says. All ranks call."""
+    assert config.teacher is not None, "only a run that is taught loads a teacher"
     dtype = getattr(torch, config.dtype)
     if config.teacher_bits is not None:
         model = read_model(

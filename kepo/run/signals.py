@@ -98,7 +98,7 @@ def lasting_output() -> Iterator[None]:
     """Keep the run going within the block if its terminal or pipe closes: only output is lost."""
     before = sys.stdout, sys.stderr
     lasting = [_Lasting(stream) for stream in before]
-    sys.stdout, sys.stderr = lasting  # type: ignore[assignment]
+    sys.stdout, sys.stderr = lasting
     try:
         yield
     finally:

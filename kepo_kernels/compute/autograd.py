@@ -42,7 +42,9 @@ def fused_loss(
     N."""
     wanted = torch.is_grad_enabled()
     total, numbers, dropped = FusedLoss.apply(*student, problem, loss, wanted)
-    return total, TokenStats(*numbers.unbind(0), dropped if problem.grad_tol > 0.0 else None)
+    logprobs, divergence, entropy = numbers.unbind(0)
+    share = dropped if problem.grad_tol > 0.0 else None
+    return total, TokenStats(logprobs, divergence, entropy, share)
 
 
 def row_numbers(student: Student, problem: LinearProblem) -> TokenStats:
@@ -106,11 +108,11 @@ def loss_and_gradients(
     gradients = None
     if any(needs):
         gradients = Gradients.empty(student, needs, problem)
-    numbers, dropped, head_rows = sweep(student, problem, coefficients, gradients)
+    numbers, share, head_rows = sweep(student, problem, coefficients, gradients)
     gradients = gradients or Gradients(*[None] * len(student))
     total = total.to(numbers.dtype)
     # new_tensor would copy the number from the host and wait for the device.
-    dropped = total.new_full((), dropped)
+    dropped = total.new_full((), share)
     return Formed(total, numbers, dropped, gradients, head_rows)
 
 
@@ -199,6 +201,7 @@ class RowNumbers(torch.autograd.Function):
         gradients = Gradients.empty(student, ctx.needs_input_grad[:5], ctx.problem)
         sweep(student, ctx.problem, lambda rows, _: grad_numbers[:, rows], gradients)
         cast = [
-            None if g is None else g.to(x.dtype) for g, x in zip(gradients, student, strict=True)
+            None if g is None or x is None else g.to(x.dtype)
+            for g, x in zip(gradients, student, strict=True)
         ]
         return *cast, None

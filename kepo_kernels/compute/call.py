@@ -2,6 +2,7 @@
 own few lines."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from kepo_kernels.compute.devices import moved
 from kepo_kernels.compute.problem import Request, Teacher, build_problem
 from kepo_kernels.compute.sweep import LinearProblem, Student
 from kepo_kernels.heads import Head, LoRA
-from kepo_kernels.validate import Validator
+from kepo_kernels.validate import Engine, Validator
 from kepo_kernels.weights import loss_weights
 
 Result = Tensor | tuple[Tensor, TokenStats]
@@ -32,7 +33,7 @@ class Call:
     planned_on: torch.device
     """Device on which the rows that take part are determined. It is the CPU, where that waits for
     no GPU, if everything that decides it is on the CPU or None; else the states' device."""
-    engine: dict[str, object]
+    engine: Engine
     needs: tuple[bool, ...] | None
     """The student's gradients to return with the loss, for `kepo_kernels.compute.compiled`. None
     means that the loss is differentiable instead."""
@@ -69,9 +70,8 @@ class Call:
         self.check.same_device_or_cpu(self.hidden, **{name: weights})
         mask, here = self.completion_mask, self.planned_on
         mask = torch.ones(self.lead, dtype=torch.bool, device=here) if mask is None else mask
-        mask, gate, weights = (
-            None if x is None else moved(x.detach(), here) for x in (mask, gate, weights)
-        )
+        mask = moved(mask.detach(), here)
+        gate, weights = (None if x is None else moved(x.detach(), here) for x in (gate, weights))
         if weights is None:
             weights = loss_weights(mask, gate, reduction)
         else:
@@ -97,12 +97,13 @@ class Call:
     def run(self, student: Student, problem: LinearProblem, token_loss: TokenLoss) -> Result:
         """Return the loss, and the numbers of every token if `return_stats` asks for them."""
         if self.needs is not None:
-            return loss_and_gradients(student, problem, token_loss, self.needs)
+            formed = loss_and_gradients(student, problem, token_loss, self.needs)
+            return formed  # type: ignore[return-value]  # to the operator alone, no user's call
         loss, stats = fused_loss(student, problem, token_loss)
         if not self.engine.get("return_stats"):
             return loss
-        shaped = (x.reshape(self.lead) for x in stats[:3])
-        return loss, TokenStats(*shaped, stats.dropped_gradient)
+        logprobs, divergence, entropy = (x.reshape(self.lead) for x in stats[:3])
+        return loss, TokenStats(logprobs, divergence, entropy, stats.dropped_gradient)
 
 
 def begin(
@@ -111,14 +112,14 @@ def begin(
     lm_head: Tensor | Head,
     bias: Tensor | None,
     completion_mask: Tensor | None,
-    engine: dict[str, object],
+    engine: dict[str, Any],
     *deciding: Tensor | None,
 ) -> Call:
     """Run the checks common to all calls; `deciding` are gate and weights, which decide the rows
     that take part."""
     check = Validator(function)
     needs = engine.pop("_needs", None)
-    check.engine(engine)
+    settings = check.engine(engine)
     refuse_transforms(check, hidden, Head.of(lm_head), bias)
     hidden, head, bias = autocast(hidden, Head.of(lm_head), bias)
     check.head(("hidden", "lm_head", "bias"), hidden, head, bias)
@@ -128,7 +129,7 @@ def begin(
     given = [x.device for x in (completion_mask, *deciding) if isinstance(x, Tensor)]
     cpu = torch.device("cpu")
     planned_on = cpu if hidden.is_cuda and all(x == cpu for x in given) else hidden.device
-    return Call(check, hidden, head, bias, completion_mask, planned_on, engine, needs)
+    return Call(check, hidden, head, bias, completion_mask, planned_on, settings, needs)
 
 
 def refuse_transforms(check: Validator, hidden: Tensor, head: Head, bias: Tensor | None) -> None:
@@ -170,7 +171,7 @@ def autocast(hidden: Tensor, head: Head, bias: Tensor | None) -> tuple[Tensor, H
         return hidden, head, bias
     dtype = torch.get_autocast_dtype(device)
 
-    def cast(x: object) -> object:
+    def cast(x: Tensor) -> Tensor:  # or anything else, which is refused later
         floating = isinstance(x, Tensor) and x.is_floating_point() and x.layout is torch.strided
         return x.to(dtype) if floating and x.dtype != torch.float64 else x
 
@@ -178,4 +179,5 @@ def autocast(hidden: Tensor, head: Head, bias: Tensor | None) -> tuple[Tensor, H
     if lora is not None:
         lora = LoRA(cast(lora.a), cast(lora.b), lora.scale)
     # Written out: torch.compile traces neither dataclasses.replace nor *map(...) in every version.
-    return cast(hidden), Head(cast(head.weight), head.softcap, head.logit_scale, lora), cast(bias)
+    head = Head(cast(head.weight), head.softcap, head.logit_scale, lora)
+    return cast(hidden), head, None if bias is None else cast(bias)

@@ -238,13 +238,14 @@ def plan(
             ("teacher_hidden_size", teacher_hidden_size or hidden_size),
         )
     )
-    engine = {
-        "impl": impl,
-        "workspace_bytes": workspace_bytes,
-        "chunk_rows": chunk_rows,
-        "grad_tol": grad_tol,
-    }
-    check.engine(engine)
+    engine = check.engine(
+        {
+            "impl": impl,
+            "workspace_bytes": workspace_bytes,
+            "chunk_rows": chunk_rows,
+            "grad_tol": grad_tol,
+        }
+    )
     workspace_bytes, chunk_rows = engine["workspace_bytes"], engine["chunk_rows"]
     head_dtype = head_dtype or dtype
     operands = gemm.operand_dtype({dtype, head_dtype})

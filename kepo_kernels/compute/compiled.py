@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def one_operator(function: Callable) -> Callable:
     return loss
 
 
-def _flattened(arguments: dict[str, object]) -> dict[str, object]:
+def _flattened(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments by name, including those of the heads, cast as autocast asks."""
     flat = dict(arguments)
     for head_name, bias_name in HEADS.items():
@@ -96,7 +97,7 @@ def _fits(value: object) -> bool:
     return known or getattr(value, "ndim", None) == 0  # a numpy scalar
 
 
-def _call_operator(name: str, arguments: dict[str, object]):
+def _call_operator(name: str, arguments: dict[str, Any]):
     """Call the operator with its arguments sorted by what an operator's schema can hold.
 
     Numbers go in as numbers, so that another value is not another graph. A graph would still be
@@ -137,7 +138,7 @@ def _call_operator(name: str, arguments: dict[str, object]):
     if not return_stats:
         return total
     dropped = share if arguments.get("grad_tol", 0.0) > 0.0 else None
-    shaped = numbers.detach().reshape(3, *student[0].shape[:-1])
+    shaped = numbers.detach().reshape(3, *arguments["hidden"].shape[:-1])
     return total, TokenStats(shaped[0], shaped[1], shaped[2], dropped)
 
 
@@ -179,8 +180,8 @@ def _operator(
         given = zip(STUDENT, (hidden, lm_head, bias, lora_a, lora_b), strict=True)
         student = {name: x.detach() for name, x in given if x is not None}
         arguments = ast.literal_eval(constants) | student
-        given = (others, [x.item() for x in floats], ints)
-        for keys, values in zip(names.split(";"), given, strict=True):
+        rest = (others, [x.item() for x in floats], ints)
+        for keys, values in zip(names.split(";"), rest, strict=True):
             arguments |= zip(keys.split(), values, strict=True)
         formed = LOSSES[function](**_nested(arguments), _needs=tuple(needs))
     gradients = [hidden.new_empty(0) if x is None else x for x in formed.gradients]
@@ -188,7 +189,7 @@ def _operator(
     return formed.total, formed.numbers, formed.dropped, *gradients
 
 
-def _nested(flat: dict[str, object]) -> dict[str, object]:
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
     """Rebuild the keyword arguments that `_flattened` took apart."""
     arguments = {key: value for key, value in flat.items() if "." not in key}
     for name in HEADS:

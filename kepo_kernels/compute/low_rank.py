@@ -34,7 +34,7 @@ def add_gradients_(
     low: Tensor,
     a: Tensor,
     b: Tensor,
-    scale: float,
+    scale: float | Tensor,
     columns: Tensor | None,
     strip_rows: int,
 ) -> None:

@@ -77,11 +77,11 @@ def _pages(size: int) -> mmap.mmap | None:
                 if len(taken := _kept.pop(place)) == size:
                     return taken
     release()
-    pages = _fresh(size)
-    if pages is not None:
+    fresh = _fresh(size)
+    if fresh is not None:
         with contextlib.suppress(OSError):  # a kernel without pages of 2 MiB
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return pages
+            fresh.madvise(mmap.MADV_HUGEPAGE)
+    return fresh
 
 
 def _fresh(size: int) -> mmap.mmap | None:

@@ -4,6 +4,7 @@ It decides which rows take part, and in which chunks.
 """
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from kepo_kernels.heads import Head, LoRA
 from kepo_kernels.rows import torch_rows
 from kepo_kernels.rows.contract import RowSettings
 from kepo_kernels.rows.dispatch import pick_rows
-from kepo_kernels.validate import Validator, describe
+from kepo_kernels.validate import Engine, Validator, describe
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,12 +62,14 @@ class Teacher:
         return self.hidden.shape[:-1] == (self._count(), *lead[1:])
 
     def _count(self) -> int:
+        assert self.opened is not None, "only open sequences are counted"
         return int(self.opened.count_nonzero())
 
     def rows(self, rows: Tensor, lead: torch.Size) -> Tensor:
         """Return the positions, in the flattened teacher, of rows of the flattened student."""
         if self.hidden.shape[:-1] == lead:
             return rows
+        assert self.opened is not None, "`check` accepts fewer sequences only with `opened`"
         tokens = lead[1] if len(lead) == 2 else 1
         # The sequence's index among the open ones.
         position = self.opened.ne(0).cumsum(0).to(rows.device) - 1
@@ -85,7 +88,7 @@ class Request:
     hidden: Tensor  # (B, T, H) or (N, H)
     head: Head
     bias: Tensor | None
-    engine: dict[str, object]
+    engine: Engine
     targets: Tensor | None
     active: Tensor
     teacher: Teacher | None
@@ -99,7 +102,9 @@ def build_problem(asked: Request) -> tuple[Student, LinearProblem]:
     check, hidden, head, teacher = asked.check, asked.hidden, asked.head, asked.teacher
     rows, teacher_rows = _rows(asked)
     # If every gate is closed, the chunks are exactly those of a call without a teacher.
-    shared = min(len(head.weight), len(teacher.head.weight)) if len(teacher_rows) else 0
+    shared = 0
+    if teacher is not None and len(teacher_rows):
+        shared = min(len(head.weight), len(teacher.head.weight))
     targets = asked.targets
     if targets is not None:
         # Targets of inactive tokens are never read; the kernels take int64.
@@ -120,7 +125,7 @@ def build_problem(asked: Request) -> tuple[Student, LinearProblem]:
             logits_dtype=logits_dtype,
             device=hidden.device,
             teacher_rows=len(teacher_rows),
-            teacher_hidden_size=teacher.hidden.shape[-1] if shared else 0,
+            teacher_hidden_size=teacher.hidden.shape[-1] if teacher is not None and shared else 0,
             shared_vocab=shared,
             tokens=asked.active.numel(),
             lora_rank=0 if head.lora is None else len(head.lora.a),
@@ -133,10 +138,10 @@ def build_problem(asked: Request) -> tuple[Student, LinearProblem]:
     except KepoInputError as error:
         check.refuse(str(error))
     chunks = even_chunks(len(teacher_rows), len(rows), chunk_rows)
-    there = (moved(x, hidden.device) for x in (rows, teacher_rows))
+    there, teacher_there = (moved(x, hidden.device) for x in (rows, teacher_rows))
     return student_of(hidden, head, asked.bias), LinearProblem(
         function=check.function,
-        plan=RowPlan(*there, chunks, rows),
+        plan=RowPlan(there, teacher_there, chunks, rows),
         targets=targets,
         **_teacher_tensors(teacher, shared),
         settings=_row_settings(asked),
@@ -188,14 +193,27 @@ def _grad_tol(asked: Request) -> float:
     return grad_tol
 
 
-def _teacher_tensors(teacher: Teacher | None, shared: int) -> dict[str, Tensor | LoRA | None]:
-    """Fill the teacher's side of a `LinearProblem`: detached, and cut to the shared vocabulary."""
-    names = ("teacher_hidden", "teacher_lm_head", "teacher_bias", "teacher_lora")
+class _TeacherTensors(TypedDict):
+    """The teacher's side of a `LinearProblem`."""
+
+    teacher_hidden: Tensor | None
+    teacher_lm_head: Tensor | None
+    teacher_bias: Tensor | None
+    teacher_lora: LoRA | None
+
+
+def _teacher_tensors(teacher: Teacher | None, shared: int) -> _TeacherTensors:
+    """Return the teacher's tensors detached, and cut to the shared vocabulary."""
     if teacher is None:
-        return dict.fromkeys(names)
-    bias = None if teacher.bias is None else teacher.bias.detach()[:shared]
-    weight, lora = teacher.head.weight.detach()[:shared], _shared(teacher.head.lora, shared)
-    return dict(zip(names, (_flat(teacher.hidden.detach()), weight, bias, lora), strict=True))
+        return _TeacherTensors(
+            teacher_hidden=None, teacher_lm_head=None, teacher_bias=None, teacher_lora=None
+        )
+    return _TeacherTensors(
+        teacher_hidden=_flat(teacher.hidden.detach()),
+        teacher_lm_head=teacher.head.weight.detach()[:shared],
+        teacher_bias=None if teacher.bias is None else teacher.bias.detach()[:shared],
+        teacher_lora=_shared(teacher.head.lora, shared),
+    )
 
 
 def _row_settings(asked: Request) -> RowSettings:

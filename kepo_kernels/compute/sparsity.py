@@ -93,7 +93,7 @@ class LightColumns:
 
     def leave_out(self, dlogits: Tensor) -> Tensor | None:
         """Return the columns that the gradient products of these rows need; None = all of them."""
-        if self.grad_tol == 0.0:
+        if self.needed is None:
             return None
         columns, mass = heavy_columns(dlogits, self.grad_tol)
         self.dropped, self.total = self.dropped + mass.dropped, self.total + mass.total

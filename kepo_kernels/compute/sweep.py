@@ -59,7 +59,7 @@ class Gradients(NamedTuple):
             made["lm_head"] = pages.empty
         return cls(
             *(
-                made[name](x.shape, dtype, x.device) if need else None
+                made[name](x.shape, dtype, x.device) if need and x is not None else None
                 for name, x, need in zip(cls._fields, student, needs, strict=True)
             )
         )
@@ -86,6 +86,7 @@ class HalfScale:
 
     @property
     def inverse(self) -> Tensor:
+        assert self.factor is not None, "no chunk has been raised"
         return 1.0 / self.factor
 
     def raised(self, coefficients: Tensor, gradients: Gradients) -> Tensor:
@@ -93,7 +94,7 @@ class HalfScale:
         finite = torch.where(coefficients.isfinite(), coefficients, 0.0)
         largest = finite.abs().amax().clamp(2.0**-60, 2.0**100)
         factor = torch.exp2(8.0 - torch.log2(largest).ceil())
-        if self.factor is None:
+        if self.factor is None or self.lowest is None:
             self.lowest = factor
         else:
             self.lowest = torch.minimum(self.lowest, factor)
@@ -176,9 +177,10 @@ def sweep(
             rows = problem.plan.rows[start:end]
             x = _gather(problem, hidden, rows, "hidden").to(problem.operand_dtype)
             logits = buffers.get("student", len(rows), len(student.lm_head))
-            gemm.project_(logits, x, *student[1:3], strip_rows=problem.strip_rows)
+            head, bias = student.lm_head, student.bias
+            gemm.project_(logits, x, head, bias, strip_rows=problem.strip_rows)
             low = None
-            if student.lora_a is not None:
+            if student.lora_a is not None and student.lora_b is not None:
                 ab = student.lora_a, student.lora_b
                 low = low_rank.project_(logits, x, *ab, problem.lora_scale, problem.strip_rows)
             teacher = _teacher_logits(problem, buffers, start, end)
@@ -218,10 +220,12 @@ def _teacher_logits(
     rows = problem.plan.teacher_rows[start:end]
     if len(rows) == 0:
         return None
-    logits = buffers.get("teacher", len(rows), len(problem.teacher_lm_head))
-    x = _gather(problem, problem.teacher_hidden, rows, "teacher_hidden")
+    states, head = problem.teacher_hidden, problem.teacher_lm_head
+    assert states is not None and head is not None, "rows have a teacher"
+    logits = buffers.get("teacher", len(rows), len(head))
+    x = _gather(problem, states, rows, "teacher_hidden")
     strip_rows = problem.teacher_strip_rows
-    gemm.project_(logits, x, problem.teacher_lm_head, problem.teacher_bias, strip_rows=strip_rows)
+    gemm.project_(logits, x, head, problem.teacher_bias, strip_rows=strip_rows)
     if problem.teacher_lora is not None:
         low_rank.project_(logits, x, *problem.teacher_lora, strip_rows)
     return logits
@@ -250,16 +254,17 @@ def _accumulate_(
     )
     if gradients.bias is not None:
         gradients.bias.add_(dlogits.sum(0, dtype=gradients.bias.dtype))
-    dx = None if dx is None else dx.to(gradients.hidden.dtype)
-    lora_scale = problem.lora_scale
+    if dx is not None and gradients.hidden is not None:
+        dx = dx.to(gradients.hidden.dtype)
+    lora_scale: float | Tensor = problem.lora_scale
     if scale is not None:
         dx = None if dx is None else dx.mul_(scale.inverse)
         lora_scale = lora_scale * scale.inverse
-    if low is not None:
+    if low is not None and student.lora_a is not None and student.lora_b is not None:
         ab = student.lora_a, student.lora_b
         wanted = dx, gradients.lora_a, gradients.lora_b
         low_rank.add_gradients_(*wanted, dlogits, x, low, *ab, lora_scale, *how)
-    if dx is not None:
+    if dx is not None and gradients.hidden is not None:
         gradients.hidden.view(-1, dx.shape[1])[rows] = dx
 
 
@@ -282,7 +287,8 @@ class _Buffers:
         differs."""
         if self.gradient_dtype == self.dtype:
             return logits
-        return self.get("dlogits", *logits.shape, self.gradient_dtype)
+        rows, columns = logits.shape
+        return self.get("dlogits", rows, columns, self.gradient_dtype)
 
 
 def _gather(problem: LinearProblem, states: Tensor, rows: Tensor, name: str) -> Tensor:

@@ -5,6 +5,7 @@ Plain, differentiable PyTorch on vectors, the same for every back-end.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class PolicySettings:
     sapo_temperature_neg: float
 
     @classmethod
-    def among(cls, arguments: Mapping[str, object]) -> "PolicySettings":
+    def among(cls, arguments: Mapping[str, Any]) -> "PolicySettings":
         """Pick the policy's settings, by name, from the arguments of a loss."""
         return cls(**{field.name: arguments[field.name] for field in fields(cls)})
 
@@ -52,7 +53,7 @@ class PolicySettings:
             "sapo_temperature_neg": (lambda x: x > 0, "a finite number > 0"),
             "entropy_coef": (lambda x: True, "a finite number"),
         }
-        numbers = {
+        numbers: dict[str, Any] = {  # of fields that hold floats, which `replace` cannot see
             name: check.number(name, getattr(self, name), *what) for name, what in wanted.items()
         }
         if self.delta is not None:
@@ -72,13 +73,14 @@ class PolicySettings:
 
     def of_tokens(self, check: Validator) -> PolicyLoss:
         """Return the named policy loss, or the caller's own with its result checked."""
-        if not callable(self.policy_loss):
+        own = self.policy_loss
+        if not callable(own):
             named = {"clip": _clip, "cispo": _cispo, "sapo": _sapo, "reinforce": _reinforce}
-            function = named[self.policy_loss]
+            function = named[own]
             return lambda *of_tokens: function(self, *of_tokens)
 
         def checked(logprobs: Tensor, log_ratio: Tensor, advantages: Tensor) -> Tensor:
-            values = self.policy_loss(logprobs, log_ratio, advantages)
+            values = own(logprobs, log_ratio, advantages)
             check.require(
                 isinstance(values, Tensor) and values.shape == logprobs.shape,
                 f"policy_loss returned {describe(values)} for {len(logprobs)} tokens; expected one "
@@ -219,9 +221,10 @@ def policy_term(check: Validator, given: PolicyPart, active: Tensor, hidden: Ten
     alive = _alive(settings, by_sequence, active, advantages, sampler_weights)
     of_tokens = settings.of_tokens(check)
     live_tokens = moved(active, hidden.device).reshape(-1)
-    advantages, old_logprobs, ref_logprobs, sampler_weights = (
+    advantages = advantages.detach().reshape(-1)
+    old_logprobs, ref_logprobs, sampler_weights = (
         None if x is None else x.detach().reshape(-1)
-        for x in (advantages, old_logprobs, ref_logprobs, sampler_weights)
+        for x in (old_logprobs, ref_logprobs, sampler_weights)
     )
 
     def token_loss(stats: TokenStats, rows: Tensor) -> Tensor:
@@ -235,7 +238,7 @@ def policy_term(check: Validator, given: PolicyPart, active: Tensor, hidden: Ten
         loss = of_tokens(logprobs, log_ratio, advantage)
         if sampler_weights is not None:
             loss = loss * torch.where(live, sampler_weights[rows].to(dtype), 0)
-        if settings.kl_coef != 0.0:
+        if ref_logprobs is not None and settings.kl_coef != 0.0:
             difference = torch.where(live, ref_logprobs[rows].to(dtype) - logprobs, 0)
             loss = loss + settings.kl_coef * ESTIMATORS[settings.kl_estimator](difference)
         if settings.entropy_coef != 0.0:

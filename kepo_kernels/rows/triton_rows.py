@@ -205,8 +205,8 @@ class _Rows:
         weights = (0.0, 0.0)
         if self.kind == "mixture":
             weights = (math.log2(1.0 - settings.beta), math.log2(settings.beta))
-        self.numbers = (*weights, self.scale, self.teacher_scale)
-        self.numbers += (float(settings.softcap), float(settings.teacher_softcap))
+        caps = float(settings.softcap), float(settings.teacher_softcap)
+        self.numbers = (*weights, self.scale, self.teacher_scale, *caps)
 
     def start(self, kernel, programs: int, arguments: tuple, **constants: object) -> None:
         """Launch `programs` programs for each row."""

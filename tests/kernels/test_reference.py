@@ -234,6 +234,12 @@ def test_kepo_loss_is_the_sum_of_both():
     assert_close_to_oracle(kepo, grpo + 3.0 * kd, name="loss")
 
 
+def test_kepo_loss_without_either_part_is_refused():
+    x = tiny()
+    with pytest.raises(ValueError, match="neither targets nor teacher_hidden is given"):
+        reference.kepo_loss(x.hidden, x.lm_head)
+
+
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("options", ["", "gate", "bias", "gate bias"])
 def test_gradcheck(options, temperature):
