@@ -1,5 +1,5 @@
-"""The training loop, top to bottom: sample, rescue, score, gate, one fused loss, one optimiser
-step.
+"""The training loop, top to bottom: sample, rescue, gate, ask the teacher, one fused loss, one
+optimiser step.
 
     python -m kepo train recipe.yaml --lr 1e-5        # flags override the file; see --help
     python -m kepo train recipe.yaml dr_grpo          # and so does a preset, or another file
@@ -28,7 +28,10 @@ from kepo.distributed.sharding import own_gradients, whole_tensor
 from kepo.errors import KepoError
 from kepo.models.reading import own_progress_only
 from kepo.objective.batch import Batch, collate
-from kepo.objective.step import StepTotals, kepo_step
+from kepo.objective.micros import own_micros, padding, plan_micros
+from kepo.objective.score import Scores, score
+from kepo.objective.step import kepo_step
+from kepo.objective.totals import StepTotals
 from kepo.rollout.explore import explore
 from kepo.rollout.models import Models
 from kepo.rollout.questions import draw, from_data
@@ -90,19 +93,22 @@ def take_steps(run: Run) -> None:
         explored = time.perf_counter()
 
         batch = collate(found.groups, config, given)
-        micros = batch.own_micros(config.micro_batch)
-        totals = StepTotals()
+        lengths = models.policy.encoder.lengths(batch.prompts)
+        plan = plan_micros(batch, lengths, config, models.policy.share_prompts)
+        micros, totals = own_micros(batch, plan), StepTotals()
+        scores = score(models.teacher, models.ref, micros, config, totals)
         for _ in range(config.num_iterations):
-            add_gradients(models, micros, config, totals)
+            add_gradients(models, micros, scores, config, totals)
             norm = update(run, step)
             skipped = 0 if math.isfinite(norm) else skipped + 1
         ended = time.perf_counter()
 
-        totals = totals.of_all()
+        totals = totals.of_all_ranks()
         values = step_metrics(found, given, batch, totals, config) | {
             "grad_norm": norm,
             "learning_rate": run.optimizer.param_groups[0]["lr"],
             "skipped": skipped,
+            "kepo/padding": padding(plan),
             "time/rollout": found.rollout_seconds,
             "time/hint": found.hint_seconds,
             "time/teacher": totals.teacher_seconds,
@@ -131,17 +137,23 @@ def take_steps(run: Run) -> None:
 
 
 def add_gradients(
-    models: Models, micros: list[Batch], config: ObjectiveConfig, totals: StepTotals
+    models: Models,
+    micros: list[Batch],
+    scores: Sequence[Scores],
+    config: ObjectiveConfig,
+    totals: StepTotals,
 ) -> None:
-    """Add the gradients of this process's micro-batches, and add their statistics to ``totals``.
+    """Add the gradients of this rank's micro-batches, and add their statistics to ``totals``.
 
     After the first of several iterations, ``micros`` hold the log-probabilities from before any
     update.
     """
     policy = models.policy
     policy.model.train()
+    assert policy.wrapper is not None, "a policy that is trained is wrapped"
     for place, micro in enumerate(micros):
-        work = partial(kepo_step, policy, models.teacher, models.ref, micro, config, totals)
+        known = scores[place]
+        work = partial(kepo_step, policy, models.teacher, micro, known, config, totals)
         with own_gradients(policy.wrapper, last=place == len(micros) - 1):
             loss, logprobs = policy.run_wrapped(work)
             # Gradients are averaged over processes; the loss's weights are of the sum.

@@ -61,14 +61,9 @@ class Inputs:
         return tuple(map(len, self.image_places))
 
     def to(self, device: torch.device) -> Inputs:
-        return replace(
-            self,
-            **{
-                name: x.to(device, non_blocking=True)
-                for name, x in vars(self).items()
-                if isinstance(x, Tensor)
-            },
-        )
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        there: dict[str, Any] = {n: x.to(device, non_blocking=True) for n, x in tensors.items()}
+        return replace(self, **there)
 
     def repeat(self, n: int) -> Inputs:
         """Return each prompt n times in a row: p0 p0 .. p1 p1 .."""

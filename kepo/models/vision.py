@@ -62,7 +62,7 @@ def check_length(model: Any, inputs: Inputs, new_tokens: int) -> None:
 
 def takes_features(model: Any) -> bool:
     """Return whether forwards accept image features in place of pixels."""
-    names = _parameters(type(model)) & _parameters(type(model.model))
+    names = _parameters(model.__class__) & _parameters(model.model.__class__)
     return "mm_encoder_outputs" in names
 
 
@@ -70,7 +70,7 @@ def check_reads_types(model: Any) -> None:
     """Raise KepoCheckpointError for a model that does not read ``mm_token_type_ids``: without them
     a Qwen2.5-VL takes image tokens for text, and says nothing."""
     for part in (model, model.model):
-        if "mm_token_type_ids" not in _parameters(type(part)):
+        if "mm_token_type_ids" not in _parameters(part.__class__):
             raise KepoCheckpointError(
                 f"model: the forward of {type(part).__name__} does not take mm_token_type_ids, so "
                 "images would be given wrong positions; expected a Qwen2-VL, Qwen2.5-VL or "
@@ -79,7 +79,7 @@ def check_reads_types(model: Any) -> None:
 
 
 @functools.cache
-def _parameters(kind: type) -> frozenset[str]:
+def _parameters(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 
 

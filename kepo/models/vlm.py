@@ -102,7 +102,8 @@ class VLM:
     def never_sampled(self) -> list[int]:
         """Return the ids that are no text and no end: placeholders, padding, rows of the head that
         the tokenizer has no token for."""
-        ids = {getattr(self.model.config, name, None) for name in VISION_TOKENS} - {None}
+        marks = (getattr(self.model.config, name, None) for name in VISION_TOKENS)
+        ids = {mark for mark in marks if mark is not None}
         ids |= {self.tokenizer.pad_token_id} - set(self.encoder.end_ids)
         return sorted(ids | set(range(len(self.tokenizer), self.lm_head.shape[0])))
 
@@ -133,6 +134,7 @@ class VLM:
         if not (self.sharded and self.gathers):
             yield
             return
+        assert self.wrapper is not None, "a sharded model is wrapped"
         with gathered(self.wrapper):
             self._gathered = True
             try:

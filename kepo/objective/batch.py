@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from kepo.objective.credit import group_advantages, quality_gate
 from kepo.rollout.types import Group, Rollout, reward_of, total_rewards
 from kepo.sections import ObjectiveConfig
 from kepo_kernels import dr_grpo_weights, loss_weights
+from kepo_kernels.compute.devices import moved
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,13 @@ class Batch:
         return self.distill_weights.any(-1)
 
     def to(self, device: torch.device) -> Batch:
-        return replace(self, **{name: x.to(device) for name, x in self._tensors().items()})
+        there: dict[str, Any] = {n: moved(x, device) for n, x in self._tensors().items()}
+        return replace(self, **there)
 
     def select(self, places: Sequence[int]) -> Batch:
         """Return the completions at these places, in this order, cut to the longest of them."""
         length = max(1, int(self.completion_mask[places].sum(-1).max()))
-        cut = {
+        cut: dict[str, Any] = {
             name: x[places, :length] if x.dim() == 2 else x[places]
             for name, x in self._tensors().items()
         }
@@ -63,8 +66,12 @@ class Batch:
     def lossless(self) -> Batch:
         """Return one completion without any loss."""
         row = self.select([0])
-        names = ("completion_mask", "policy_weights", "distill_weights")
-        return replace(row, **{name: torch.zeros_like(getattr(row, name)) for name in names})
+        return replace(
+            row,
+            completion_mask=torch.zeros_like(row.completion_mask),
+            policy_weights=torch.zeros_like(row.policy_weights),
+            distill_weights=torch.zeros_like(row.distill_weights),
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kepo_kernels import sod_weights
+from kepo_kernels.compute.devices import moved
 
 _CLOSING_TAG = re.compile(r"</[^<>\s]*>")
 
@@ -52,5 +53,6 @@ def drift_weights(
 
     See `kepo_kernels.sod_weights`; the log-probabilities are those of the sampled tokens.
     """
-    steps = step_numbers(tokenizer, completion_ids)
-    return sod_weights(steps, logprobs, teacher_logprobs, completion_mask)
+    device = logprobs.device
+    steps = moved(step_numbers(tokenizer, completion_ids), device)
+    return sod_weights(steps, logprobs, teacher_logprobs, moved(completion_mask, device))

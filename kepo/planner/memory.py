@@ -158,6 +158,7 @@ class _Run:
         yield from self._sampling(self.config.num_generations, self.prompts, "sampling")
 
     def hints(self) -> Iterator[Moment]:
+        assert self.teacher is not None, "hints need a teacher"
         questions = -(-self.config.prompts_per_step // self.machine.gpus)
         longest = min(MAX_HINT_LENGTH, self.config.max_completion_length)
         at_once = min(questions, self.config.rollout_batch)

@@ -20,7 +20,7 @@ from kepo.disk.durable import append_durably, as_json, make_folder, write_durabl
 from kepo.disk.files import read_own
 from kepo.distributed.processes import is_rank0, on_rank0
 from kepo.objective.batch import Batch, gates
-from kepo.objective.step import StepTotals
+from kepo.objective.totals import StepTotals
 from kepo.rollout.explore import Exploration
 from kepo.rollout.types import Rollout, total_rewards
 from kepo.sections import ObjectiveConfig
@@ -56,7 +56,7 @@ def step_metrics(
     lengths = torch.tensor([len(r.completion_ids) for r in [*rollouts, *data]]).float()
     cut = [r.truncated for r in [*rollouts, *data]]
     iterations = config.num_iterations
-    tokens, teacher_tokens = totals.tokens // iterations, totals.teacher_tokens // iterations
+    tokens, teacher_tokens = totals.tokens // iterations, totals.teacher_tokens
     report, asked = found.report, max(1, found.asked)
     return values | {
         "entropy": totals.entropy / max(1, totals.tokens),
@@ -73,7 +73,7 @@ def step_metrics(
         "kepo/completion_tokens": tokens,
         "kepo/policy_loss": totals.policy_loss / iterations,
         "kepo/kd_loss": totals.distill_loss / iterations,
-        "kepo/divergence": totals.divergence / max(1, totals.teacher_tokens),
+        "kepo/divergence": totals.divergence / max(1, teacher_tokens * iterations),
         "kepo/gate_rate": batch.opened.float().mean().item(),
         "kepo/teacher_tokens": teacher_tokens,
         "kepo/teacher_skipped_frac": 1.0 - teacher_tokens / max(1, tokens),

@@ -79,7 +79,9 @@ def load_teacher(config: ModelsConfig, device: torch.device) -> VLM:
             quantization_config=_quantization(config.teacher_bits, dtype),
             device_map={"": device},
         )
-        return VLM(_frozen(model), load_encoder(config.teacher, model), device)
+        vlm = VLM(_frozen(model), load_encoder(config.teacher, model), device)
+        vlm.share_prompts = config.share_prompts and vlm.takes_masks
+        return vlm
     placed = config.teacher_placement
     return _load(
         config.teacher,
@@ -138,6 +140,7 @@ def _load(
         named = [*model.named_parameters(), *model.named_buffers()]
         source = {name: tensor.detach() for name, tensor in named}
     vlm = VLM(model.eval(), load_encoder(path, model), device, adapters=adapters)
+    vlm.share_prompts = config.share_prompts and vlm.takes_masks
     if sharded_in is None:
         model.to(device)
     else:

@@ -21,6 +21,7 @@ from toy import (
     example,
     group_of,
     models_of,
+    pieces,
     rollout,
 )
 
@@ -29,7 +30,9 @@ from kepo.models import sampling
 from kepo.models.sampling import SamplingLaw
 from kepo.objective import batch, step
 from kepo.objective.batch import collate
-from kepo.objective.step import StepTotals, kepo_step
+from kepo.objective.score import Scores, score
+from kepo.objective.step import kepo_step
+from kepo.objective.totals import StepTotals
 from kepo.rollout import hints, prompts
 from kepo.rollout import rollouts as rollout_module
 from kepo.rollout.types import total_reward
@@ -187,7 +190,7 @@ def hinted_tokens_are_weighted_by_the_ratio_of_the_laws():
     policy = TableVLM(1)
     groups, _ = rescue([failed()], policy, config=config)
     micro = collate(groups, config)
-    loss, logprobs = kepo_step(policy, None, None, micro, config, StepTotals())
+    loss, logprobs = kepo_step(policy, None, micro, Scores(), config, StepTotals())
     told = torch.tensor([drawn_logprob("Hint:", t) for t in range(logprobs.shape[1])])
     ratio = torch.where(micro.hinted[:, None], (logprobs - told).exp().clamp(max=2.0), 1.0)
     truth = -(micro.policy_weights * ratio * micro.advantages[:, None]).sum()
@@ -274,10 +277,10 @@ def accuracy_is_enough(patch):
 def _losses(groups, size):
     policy, teacher, totals = TableVLM(1), TableVLM(5, hidden=5), StepTotals()
     config = replace(CONFIG, num_generations=len(groups[0]))
-    parts = batch.collate(groups, config).split(size)
-    for part in parts:
-        kepo_step(policy, teacher, None, part, config, totals)
-    return totals.distill_loss
+    parts = pieces(batch.collate(groups, config), size)
+    for part, scores in zip(parts, score(teacher, None, parts, config, totals), strict=True):
+        kepo_step(policy, teacher, part, scores, config, totals)
+    return totals.of_all_ranks().distill_loss
 
 
 def nothing_open_is_zero():
@@ -303,19 +306,14 @@ def parts_weigh_by_their_tokens():
 
 
 def each_part_by_its_own_tokens(patch):
-    whole = batch.Batch.split
+    whole = batch.Batch.select
 
-    def split(self, size):
-        parts = whole(self, size)
-        return [
-            replace(
-                part,
-                distill_weights=loss_weights(part.completion_mask, part.opened) / len(parts),
-            )
-            for part in parts
-        ]
+    def select(self, places):
+        part = whole(self, places)
+        weights = loss_weights(part.completion_mask, part.opened)
+        return replace(part, distill_weights=weights * len(part) / len(self))
 
-    patch.setattr(batch.Batch, "split", split)
+    patch.setattr(batch.Batch, "select", select)
 
 
 # ---- 8: texts that end a run ----

@@ -81,6 +81,14 @@ class ScriptedVLM:
     collective = False
     end_ids = (EOS,)
 
+    share_prompts = False
+
+    def lengths(self, prompts):
+        return [len(prompt.text) for prompt in prompts]
+
+    def completion_states(self, prompts, completion_ids, completion_mask):
+        return self.completion_hidden(self.encode(prompts), completion_ids, completion_mask)
+
     def control_tokens_in(self, text):
         return []
 
@@ -111,6 +119,12 @@ class ScriptedVLM:
         width = max(map(len, rows))
         ids = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
         return ids, torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+
+
+def pieces(batch, size: int) -> list:
+    """The batch in micro-batches of ``size`` completions, in its own order."""
+    places = range(len(batch))
+    return [batch.select(places[first : first + size]) for first in range(0, len(batch), size)]
 
 
 def models_of(policy: ScriptedVLM, teacher: ScriptedVLM | None = None) -> Models:

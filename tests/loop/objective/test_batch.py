@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy import MALFORMED, RIGHT, WRONG, example, group_of, rollout
+from toy import MALFORMED, RIGHT, WRONG, example, group_of, pieces, rollout
 
 from kepo.config import Config
 from kepo.objective.batch import collate, gates
@@ -85,12 +85,12 @@ def test_weights_are_normalised_over_the_whole_step():
 
 def test_micro_batches_are_the_batch_in_pieces():
     batch = collate(GROUPS, CONFIG)
-    parts = batch.split(3)
+    parts = pieces(batch, 3)
     assert [len(part) for part in parts] == [3, 1]
     assert parts[0].prompts + parts[1].prompts == batch.prompts
     assert sum(float(part.policy_weights.sum()) for part in parts) == pytest.approx(1.0)
     assert sum(float(part.distill_weights.sum()) for part in parts) == pytest.approx(1.0)
-    short = batch.split(1)[2]  # the malformed one, four times shorter than the rest
+    short = batch.select([2])  # the malformed one, four times shorter than the rest
     assert short.completion_ids.shape == (1, len(MALFORMED) + 1)
     assert short.completion_mask.all()
 

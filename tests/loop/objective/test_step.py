@@ -5,14 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy import BARE, MALFORMED, RIGHT, WRONG, TableVLM, drawn_logprob, group_of, rollout
+from toy import BARE, MALFORMED, RIGHT, WRONG, TableVLM, drawn_logprob, group_of, pieces, rollout
 
 from kepo.config import Config, load
+from kepo.objective import score as score_module
 from kepo.objective import step as step_module
 from kepo.objective.batch import collate
 from kepo.objective.credit import correction_weights, hinted_weights
+from kepo.objective.score import Scores, score
 from kepo.objective.sod import drift_weights
-from kepo.objective.step import StepTotals, kepo_step
+from kepo.objective.step import kepo_step
+from kepo.objective.totals import StepTotals
 from kepo.rollout.rollouts import demonstrations
 from kepo.tasks.multiple_choice import question_prompt
 from kepo_kernels import reference
@@ -50,15 +53,16 @@ def step(models, groups, config, *, size=100, ref=None, data=(), old=None):
     for weight in policy.weights.values():
         weight.grad = None
     totals, losses = StepTotals(), []
-    micros = collate(groups, config, data).split(size)
+    micros = pieces(collate(groups, config, data), size)
+    scores = score(teacher, ref, micros, config, totals)
     for place, micro in enumerate(micros):
         if old is not None:
             micro = replace(micro, old_logprobs=old[place])
-        loss, _ = kepo_step(policy, teacher, ref, micro, config, totals)
+        loss, _ = kepo_step(policy, teacher, micro, scores[place], config, totals)
         loss.backward()
         losses.append(loss.detach())
     grads = {name: weight.grad for name, weight in policy.weights.items()}
-    return torch.stack(losses).sum(), grads, totals
+    return torch.stack(losses).sum(), grads, totals.of_all_ranks()
 
 
 def oracle(models, groups, config, *, data=(), **settings):
@@ -198,25 +202,25 @@ def test_the_first_pass_has_ratio_one_and_the_second_the_old_logprobs(models):
     groups = [[drawn(RIGHT, "a"), drawn(WRONG, "a")], [drawn(BARE, "b"), drawn(MALFORMED, "b")]]
     batch = collate(groups, config)
     totals = StepTotals()
-    first, logprobs = kepo_step(policy, None, None, batch, config, totals)
+    first, logprobs = kepo_step(policy, None, batch, Scores(), config, totals)
     mask = batch.completion_mask
     torch.testing.assert_close(logprobs[mask], policy.logprobs(batch).detach()[mask])
     assert not logprobs.requires_grad
     # Ratio 1: the value is minus the weighted advantages, whatever was drawn with what.
     expected = -(batch.policy_weights * batch.advantages[:, None]).sum()
     torch.testing.assert_close(first.detach().double(), expected, **CLOSE)
-    assert totals.clipped_high == totals.clipped_low == 0
+    assert totals.of_all_ranks().clipped_high == totals.of_all_ranks().clipped_low == 0
 
     with torch.no_grad():  # an update in between
         policy.weights["head"] += 0.1 * torch.randn_like(policy.weights["head"])
     again = replace(batch, old_logprobs=logprobs)
-    second, _ = kepo_step(policy, None, None, again, config, totals)
+    second, _ = kepo_step(policy, None, again, Scores(), config, totals)
     ratio = (policy.logprobs(batch) - logprobs).exp()
     gain = batch.advantages[:, None]
     clipped = torch.minimum(ratio * gain, ratio.clamp(0.95, 1.05) * gain)
     truth = -(batch.policy_weights * clipped).sum().detach()
     torch.testing.assert_close(second.detach().double(), truth, **CLOSE)
-    up, down = mask & (gain > 0), mask & (gain < 0)
+    up, down, totals = mask & (gain > 0), mask & (gain < 0), totals.of_all_ranks()
     assert totals.clipped_high == int((up & (ratio > 1.05)).sum()) > 0
     assert totals.clipped_low == int((down & (ratio < 0.95)).sum()) > 0
 
@@ -324,13 +328,13 @@ def test_a_wrong_ratio_is_seen(models, fault, monkeypatch):
 
 
 def test_the_policy_is_scored_once_for_both_corrections(models, monkeypatch):
-    calls, whole = [], step_module.fused_linear_logprobs
+    calls, whole = [], score_module.fused_linear_logprobs
 
     def counted(*arguments, **settings):
         calls.append(settings["completion_mask"])
         return whole(*arguments, **settings)
 
-    monkeypatch.setattr(step_module, "fused_linear_logprobs", counted)
+    monkeypatch.setattr(score_module, "fused_linear_logprobs", counted)
     both = replace(CONFIG, sampler_correction="truncate", hinted_correction="truncate")
     step(models, GROUPS, both)
     assert len(calls) == 1 and torch.equal(calls[0], collate(GROUPS, both).completion_mask)

@@ -1,0 +1,176 @@
+"""What the frozen models say about the completions of a step: they are asked once, before the
+update, however many micro-batches and iterations then read it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kepo.distributed.processes import any_rank
+from kepo.models.encoding import Prompt
+from kepo.models.vlm import VLM
+from kepo.objective.batch import Batch
+from kepo.objective.totals import StepTotals
+from kepo.sections import ObjectiveConfig
+from kepo_kernels import fused_linear_logprobs
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the frozen models say about one micro-batch; None where one is not asked."""
+
+    teacher_hidden: Tensor | None = None
+    """(open, T, H) teacher's states of the completions that are distilled on, in their order."""
+    teacher_logprobs: Tensor | None = None
+    """(open, T) fp32 teacher's log-probabilities of their tokens; with ``step_weights`` only."""
+    ref_logprobs: Tensor | None = None
+    """(B, T) fp32 reference's log-probabilities of all completions' tokens."""
+    odd: tuple[str, ...] = ()
+    """The models among them whose states are not finite."""
+
+    def to(self, device: torch.device) -> Scores:
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        moved: dict[str, Any] = {n: x.to(device, non_blocking=True) for n, x in tensors.items()}
+        return Scores(**{**vars(self), **moved})
+
+
+def score(
+    teacher: VLM | None,
+    ref: VLM | None,
+    micros: Sequence[Batch],
+    config: ObjectiveConfig,
+    totals: StepTotals,
+) -> list[Scores]:
+    """Ask teacher and reference about this rank's micro-batches.
+
+    The teacher's backbone runs only on sequences whose gate is open; with every gate closed it does
+    not run, unless it is sharded and another rank has open ones. Its time and tokens are added to
+    ``totals``. All ranks call.
+    """
+    nothing = [Scores()] * len(micros)
+    taught = nothing
+    if teacher is not None and config.distils:
+        taught = _teacher_scores(teacher, micros, config, totals)
+    kept = nothing if ref is None else [_ref_scores(ref, micro, config) for micro in micros]
+    return [
+        Scores(t.teacher_hidden, t.teacher_logprobs, r.ref_logprobs, t.odd + r.odd)
+        for t, r in zip(taught, kept, strict=True)
+    ]
+
+
+def softmax(config: ObjectiveConfig) -> dict[str, Any]:
+    """Return the settings by which every call of the kernels reads logits, and the
+    implementation."""
+    return dict(
+        temperature=config.temperature, impl=config.impl, workspace_bytes=config.workspace_bytes
+    )
+
+
+@torch.no_grad()
+def logprobs_of(
+    model: VLM, states: Tensor, ids: Tensor, mask: Tensor, config: ObjectiveConfig
+) -> Tensor:
+    """Score the ids: (B, T) log-probabilities where the mask is, 0 elsewhere. ``states`` and
+    ``ids`` are on the model's device; the mask may be on the CPU."""
+    found = fused_linear_logprobs(
+        states, model.lm_head, ids, completion_mask=mask, **softmax(config)
+    )
+    assert isinstance(found, Tensor)  # entropies were not asked for
+    return found
+
+
+def finite(states: Tensor, mask: Tensor) -> tuple[Tensor, bool]:
+    """Return states (B, T, H) that the losses take, and whether they were finite as they came.
+
+    On a CPU the losses check this, and would end the run; on a GPU they do not, and their result is
+    NaN by itself.
+    """
+    if states.is_cuda or bool(states.detach().sum(-1, dtype=torch.float64).isfinite()[mask].all()):
+        return states, True
+    return states.nan_to_num(0.0, 0.0, 0.0), False
+
+
+class _Asked(NamedTuple):
+    """Completions of one micro-batch that a model is asked about."""
+
+    prompts: list[Prompt]
+    ids: Tensor
+    mask: Tensor
+
+    @classmethod
+    def among(cls, micro: Batch, places: Sequence[int]) -> _Asked:
+        prompts = [micro.prompts[place] for place in places]
+        return cls(prompts, micro.completion_ids[places], micro.completion_mask[places])
+
+
+def _teacher_scores(
+    teacher: VLM, micros: Sequence[Batch], config: ObjectiveConfig, totals: StepTotals
+) -> list[Scores]:
+    opened = [micro.opened.nonzero().squeeze(-1).tolist() for micro in micros]
+    asked = [_Asked.among(*pair) for pair in zip(micros, opened, strict=True)]
+    # A teacher that is kept in host memory comes to the device once, for all of them.
+    together = len(micros) if config.teacher_placement == "offload" else 1
+    found: list[Scores] = []
+    started = _now(teacher.device)
+    for first in range(0, len(micros), together):
+        some = asked[first : first + together]
+        distils = any(one.prompts for one in some)
+        if teacher.collective and any_rank(distils) and not distils:
+            # For those who need this rank's share of it.
+            _states(teacher, [_Asked.among(micros[first], [0])])
+        states = _states(teacher, some) if distils else [None] * len(some)
+        for one, hidden in zip(some, states, strict=True):
+            found.append(_kept(teacher, one, hidden, config))
+    totals.teacher_seconds += _now(teacher.device) - started
+    totals.teacher_tokens += sum(int(one.mask.sum()) for one in asked)
+    return found
+
+
+def _kept(teacher: VLM, asked: _Asked, hidden: Tensor | None, config: ObjectiveConfig) -> Scores:
+    """Return what is kept of the teacher's states of a micro-batch until its loss is computed."""
+    if hidden is None or not asked.prompts:
+        return Scores()
+    hidden, good = finite(hidden, asked.mask)
+    logprobs = None
+    if config.step_weights:
+        ids = asked.ids.to(hidden.device)
+        logprobs = logprobs_of(teacher, hidden, ids, asked.mask, config)
+    if config.scores_on == "host" and hidden.is_cuda:
+        host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+        hidden = host.copy_(hidden, non_blocking=True)  # `_now` waits for it
+    return Scores(hidden, logprobs, odd=() if good else ("teacher",))
+
+
+def _ref_scores(ref: VLM, micro: Batch, config: ObjectiveConfig) -> Scores:
+    asked = _Asked.among(micro, range(len(micro)))
+    hidden, good = finite(_states(ref, [asked])[0], asked.mask)
+    ids = asked.ids.to(hidden.device)
+    logprobs = logprobs_of(ref, hidden, ids, asked.mask, config)
+    return Scores(ref_logprobs=logprobs, odd=() if good else ("reference",))
+
+
+@torch.no_grad()
+def _states(model: VLM, asked: Sequence[_Asked]) -> list[Tensor]:
+    """Return the model's states (B, T, H) of each, from one forward for all of them."""
+    width = max(one.ids.shape[1] for one in asked)
+    prompts = [prompt for one in asked for prompt in one.prompts]
+    ids, mask = (
+        torch.cat([F.pad(x, (0, width - x.shape[1])) for x in each])
+        for each in ([one.ids for one in asked], [one.mask for one in asked])
+    )
+    hidden = model.run_wrapped(lambda: model.completion_states(prompts, ids, mask))
+    parts = hidden.split([len(one.prompts) for one in asked])
+    return [part[:, : one.ids.shape[1]] for part, one in zip(parts, asked, strict=True)]
+
+
+def _now(device: torch.device) -> float:
+    """Return the time in seconds, after all that the device was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
