@@ -65,12 +65,10 @@ class Sampled(NamedTuple):
 
 
 class SamplingLaw:
-    """Temperature and nucleus, as the last logits processor of a greedy `generate`: it draws the
-    token itself, leaves no other, and keeps its log-probability.
+    """Temperature and nucleus: it draws tokens, and says their log-probabilities.
 
     Each completion has its own seed, so what it draws does not depend on its neighbours in the
-    batch, nor on how a step's completions are shared out over batches and processes. The laws
-    themselves are not kept; `generate(output_scores=True)` would hold T of them.
+    batch, nor on how a step's completions are shared out over batches and processes.
     """
 
     def __init__(self, temperature: float, top_p: float, seeds: Sequence[int], length: int):
@@ -80,22 +78,25 @@ class SamplingLaw:
         self._warpers = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
         self._warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
         self._uniforms = torch.stack([_stream(seed, length) for seed in seeds])
-        self._logprobs: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Map (n, L) tokens, (n, V) logits to (n, V): 0 at the token drawn next, -inf elsewhere."""
-        scores = scores.float()
+    def __call__(self, logits: Tensor, rows: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        """Draw a token for each completion in ``rows (n,)`` from logits ``(n, V)``.
+
+        place: the number of the token in its completion. Returns the tokens ``(n,)`` and their
+        log-probabilities ``(n,)``, fp32.
+        """
+        logits = logits.float()
         for warper in self._warpers:
-            scores = warper(input_ids, scores)
-        law = scores.log_softmax(-1)
+            logits = warper(None, logits)
+        law = logits.log_softmax(-1)
         self._uniforms = self._uniforms.to(law.device)
-        token = draw(law, self._uniforms[:, len(self._logprobs)])
-        self._logprobs.append(law.gather(1, token))
-        return torch.full_like(law, -torch.inf).scatter_(1, token, 0.0)
+        token = draw(law, self._uniforms[rows, place])
+        return token[:, 0], law.gather(1, token)[:, 0]
 
-    def logprobs(self, length: int) -> Tensor:
-        """Return (n, length) fp32 log-probabilities of the tokens that were drawn."""
-        return torch.cat(self._logprobs[:length], dim=1)
+
+def greedy(logits: Tensor, rows: Tensor, place: int) -> tuple[Tensor, Tensor]:
+    """Return the likeliest tokens ``(n,)``, and 0 for each, as nothing is drawn."""
+    return logits.float().argmax(-1), torch.zeros(len(logits), device=logits.device)
 
 
 def draw(law: Tensor, uniforms: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def draw(law: Tensor, uniforms: Tensor) -> Tensor:
     law ``(n, V)`` log-probabilities, uniforms ``(n,)`` fp64. A token of probability 0 is never
     drawn. The sums are fp64: in fp32 the rare tokens of a large vocabulary would round away.
     """
-    cumulative = law.double().exp().cumsum(-1)
+    cumulative = law.double().exp_().cumsum(-1)
     reached = uniforms[:, None] * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, reached, right=True).clamp_(max=law.shape[1] - 1)
     # A parallel sum may rise by a rounding where nothing was added.

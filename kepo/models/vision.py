@@ -66,6 +66,11 @@ def takes_features(model: Any) -> bool:
     return "mm_encoder_outputs" in names
 
 
+def cache_name(model: Any) -> str:
+    """Return the name that this transformers gives a forward's cache; 5.40 drops the older one."""
+    return "cache" if "cache" in _parameters(type(model)) else "past_key_values"
+
+
 def check_reads_types(model: Any) -> None:
     """Raise KepoCheckpointError for a model that does not read ``mm_token_type_ids``: without them
     a Qwen2.5-VL takes image tokens for text, and says nothing."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kepo.distributed.processes import is_rank0, world_size
+from kepo.distributed.processes import any_rank, is_rank0, world_size
 from kepo.distributed.sharding import gathered, whole_state, whole_tensor
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.models.conventions import VISION_TOKENS
@@ -19,7 +19,7 @@ from kepo.models.device import known_device
 from kepo.models.encoding import Encoder, Inputs, Prompt
 from kepo.models.packing import TAKES_MASKS, pack, prompt_positions
 from kepo.models.reading import load_encoder, read_model
-from kepo.models.sampling import Sampled, SamplingLaw, SamplingParams
+from kepo.models.sampling import Sampled, SamplingLaw, SamplingParams, greedy
 from kepo.models.vision import check_length, forward_inputs
 
 T = TypeVar("T")
@@ -170,42 +170,25 @@ class VLM:
         completion does not depend on which others are sampled beside it, rounding apart. None draws
         them from torch's global generator. Leaves the mode (train or eval) as it was.
         """
-        check_length(self.model, inputs, params.max_tokens)
-        from transformers import GenerationConfig
+        from kepo.models.generation import Generation, generate  # imports transformers
 
-        law = None
+        check_length(self.model, inputs, params.max_tokens)
+        choose: Any = greedy
         if not params.greedy:
             seeds = params.seeds_for(len(inputs), seeds)
-            law = SamplingLaw(params.temperature, params.top_p, seeds, params.max_tokens)
-        settings = GenerationConfig(
-            max_new_tokens=params.max_tokens,
-            do_sample=False,  # what the law leaves is one token
-            temperature=1.0,
-            top_p=1.0,
-            top_k=50,
-            suppress_tokens=self.never_sampled(),
-            eos_token_id=list(self.encoder.end_ids),
-            pad_token_id=self.tokenizer.pad_token_id,
-            repetition_penalty=1.0,
-            num_beams=1,
-            use_cache=True,
-        )
-        repeated = inputs.repeat(params.n)
-        with _eval_mode(self.model), _no_defaults(self.model, settings), torch.no_grad():
-            sequences = self.run_wrapped(
-                lambda: self.model.generate(
-                    **forward_inputs(self.model, repeated),
-                    generation_config=settings,
-                    logits_processor=[law] if law else [],
-                    synced_gpus=self.collective and world_size() > 1,
-                )
+            choose = SamplingLaw(params.temperature, params.top_p, seeds, params.max_tokens)
+        never = torch.tensor(self.never_sampled(), dtype=torch.long, device=inputs.input_ids.device)
+
+        def draw(logits: Tensor, rows: Tensor, place: int) -> tuple[Tensor, Tensor]:
+            return choose(logits.float().index_fill_(1, never, -torch.inf), rows, place)
+
+        together = self.collective and world_size() > 1
+        any_goes_on = any_rank if together else bool
+        how = Generation(params.n, params.max_tokens, self.encoder.end_ids, any_goes_on)
+        with _eval_mode(self.model):
+            completion_ids, logprobs = self.run_wrapped(
+                lambda: generate(self.model, inputs, draw, how)
             )
-        completion_ids = sequences[:, inputs.input_ids.shape[1] :]
-        logprobs = (
-            law.logprobs(completion_ids.shape[1])
-            if law
-            else completion_ids.new_zeros(completion_ids.shape, dtype=torch.float32)
-        )
         ended = torch.isin(completion_ids, completion_ids.new_tensor(self.encoder.end_ids))
         completion_mask = (ended.cumsum(-1) - ended.long()) == 0  # nothing before me ended
         pad = completion_ids.new_tensor(self.tokenizer.pad_token_id)
@@ -311,15 +294,3 @@ def _eval_mode(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-@contextmanager
-def _no_defaults(model: Any, settings: Any) -> Iterator[None]:
-    """Hide the model's generation_config.json: `generate` fills what settings leave open from
-    it."""
-    own = model.generation_config
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = own

@@ -216,8 +216,10 @@ class Anatomy:
             return 2 * sequences * self.vocab * 4  # an fp32 copy, and one with tokens suppressed
         scores = torch.empty(sequences, self.vocab, device="meta")
         law = SamplingLaw(temperature, top_p, [0] * sequences, 1)
-        ids = torch.empty(sequences, 1, dtype=torch.int64, device="meta")
-        return 2 * scores.nbytes + trace_inference(lambda: law(ids, scores), self.device).forward
+        rows = torch.arange(sequences)
+        return (
+            2 * scores.nbytes + trace_inference(lambda: law(scores, rows, 0), self.device).forward
+        )
 
     # ---- private ----
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from kepo.data.load import Example
-from kepo.distributed.processes import batches_of, split_work
+from kepo.distributed.processes import split_work
 from kepo.models.encoding import Encoder, Prompt
 from kepo.models.sampling import Sampled, SamplingParams
 from kepo.rollout.prompts import prompt_of
@@ -55,7 +55,7 @@ def sample(
         top_p=config.top_p,
     )
 
-    def work(some: Sequence[_Asked]) -> list[Group]:
+    def work(some: Sequence[_Asked]) -> list[tuple[int, Group]]:
         sampled = sampler.sample(
             [one.shown for one in some],
             params,
@@ -65,12 +65,14 @@ def sample(
                 for number in range(num_generations)
             ],
         )
-        return _scored(some, sampled, sampler.encoder, config, num_generations)
+        groups = _scored(some, sampled, sampler.encoder, config, num_generations)
+        return [(one.place, group) for one, group in zip(some, groups, strict=True)]
 
     def portions(share: Sequence[_Asked]) -> list[Sequence[_Asked]]:
         return _portions(share, sampler.encoder, config, num_generations)
 
-    return split_work(asked, work, portions, collective=sampler.collective)
+    found = dict(split_work(asked, work, portions, collective=sampler.collective))
+    return [found[one.place] for one in asked]
 
 
 class _Asked(NamedTuple):
@@ -84,22 +86,20 @@ class _Asked(NamedTuple):
 def _portions(
     share: Sequence[_Asked], encoder: Encoder, config: SamplingConfig, num_generations: int
 ) -> list[Sequence[_Asked]]:
-    """Cut the share into runs that ``rollout_batch`` and ``rollout_tokens`` let be generated at
-    once; a single question always may."""
-    most = max(1, config.rollout_batch // num_generations)
-    if config.rollout_tokens is None:
-        return batches_of(most)(share)
-    lengths = [encoder.encode([one.shown]).input_ids.shape[1] for one in share]
+    """Cut the share, in order of length, into what ``rollout_batch`` and ``rollout_tokens`` let be
+    generated at once; a single question always may. The shortest come first."""
+    most, tokens = max(1, config.rollout_batch // num_generations), config.rollout_tokens
+    if tokens is None and len(share) <= most:
+        return [share]
+    lengths = {one.place: encoder.encode([one.shown]).input_ids.shape[1] for one in share}
     portions: list[list[_Asked]] = []
-    longest = 0
-    for one, length in zip(share, lengths, strict=True):
+    for one in sorted(share, key=lambda one: lengths[one.place]):
         count = len(portions[-1]) + 1 if portions else 1
-        padded = max(longest, length) + config.max_completion_length  # of every sequence
-        if not portions or count > most or count * num_generations * padded > config.rollout_tokens:
+        padded = lengths[one.place] + config.max_completion_length  # of every sequence
+        full = tokens is not None and count * num_generations * padded > tokens
+        if not portions or count > most or full:
             portions.append([])
-            longest = 0
         portions[-1].append(one)
-        longest = max(longest, length)
     return portions
 
 

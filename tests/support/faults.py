@@ -216,21 +216,19 @@ def the_law_that_samples_is_the_law_that_is_kept():
     """5. At temperature 0.7 and top_p 0.6 the kept number is that law's, not the model's own."""
     logits = torch.tensor([[2.0, 1.5, 0.0]])
     law = SamplingLaw(0.7, 0.6, seeds=[0], length=1)
-    drawn = law(torch.tensor([[0]]), logits).log_softmax(-1)
+    token, logprob = law(logits, torch.tensor([0]), 0)
     p = (logits / 0.7).softmax(-1)[0]
     assert p[0] > 0.6  # the nucleus is the first token alone
-    assert law.logprobs(1).item() == drawn[0, 0].item() == 0.0
+    assert token.item() == 0 and logprob.item() == 0.0
 
 
 def kept_before_the_warpers(patch):
-    def call(self, input_ids, scores):
-        own = scores.float().log_softmax(-1)
+    def call(self, logits, rows, place):
+        own = logits.float().log_softmax(-1)
         for warper in self._warpers:
-            scores = warper(input_ids, scores)
-        law = scores.log_softmax(-1)
-        token = sampling.draw(law, self._uniforms[:, len(self._logprobs)])
-        self._logprobs.append(own.gather(1, token))
-        return torch.full_like(law, -torch.inf).scatter_(1, token, 0.0)
+            logits = warper(None, logits)
+        token = sampling.draw(logits.log_softmax(-1), self._uniforms[rows, place])
+        return token[:, 0], own.gather(1, token)[:, 0]
 
     patch.setattr(sampling.SamplingLaw, "__call__", call)
 

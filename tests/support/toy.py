@@ -55,6 +55,14 @@ def drawn_logprob(prompt: str, place: int) -> float:
     return -(place + 1) / (1000 if "Hint:" in prompt else 100)
 
 
+class Texts(list):
+    """Texts in place of `Inputs`."""
+
+    @property
+    def input_ids(self):
+        return torch.zeros(len(self), max(map(len, self)))
+
+
 class ScriptedVLM:
     """Has `encode`, `generate` and `decode` of a VLM; `answer(prompt, nth_time)` is what it says.
 
@@ -69,7 +77,7 @@ class ScriptedVLM:
         )
 
     def encode(self, prompts):
-        return [prompt.text for prompt in prompts]
+        return Texts(prompt.text for prompt in prompts)
 
     def encode_completions(self, texts):
         return self._padded([[*text.encode(), EOS] for text in texts])

@@ -293,7 +293,8 @@ def test_samples_do_not_change_when_images_are_encoded_once(sharing, prompts, mo
     monkeypatch.setattr(vision, "takes_features", lambda model: False)
     with watched(vlm) as (_, met):
         repeated = vlm.generate(inputs, params, seeds)
-    assert sum(met) > 3 * patches
+    shown = sum(int(inputs.image_grid_thw[p].prod()) for row in inputs.image_places for p in row)
+    assert met == [shown] and shown > 2 * patches  # and not once more for each completion
     assert torch.equal(once.ids, repeated.ids) and torch.equal(once.mask, repeated.mask)
     torch.testing.assert_close(once.logprobs, repeated.logprobs, **CLOSE)
 

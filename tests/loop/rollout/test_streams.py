@@ -55,11 +55,11 @@ def its_tokens_are_the_first_to_pass_its_own_numbers():
     seeds = [3, 3, 2**62, 0, 17]
     law = SamplingLaw(1.0, 1.0, seeds, length)
     generator = torch.Generator().manual_seed(1)
-    tokens, expected, so_far = [], [], torch.zeros(n, 1, dtype=torch.long)
+    tokens, expected = [], []
     numbers = [random.Random(seed) for seed in seeds]
-    for _ in range(length):
+    for place in range(length):
         logits = torch.randn(size, generator=generator).repeat(n, 1)
-        tokens.append(law(so_far, logits).argmax(-1).tolist())
+        tokens.append(law(logits, torch.arange(n), place)[0].tolist())
         below = logits[0].double().softmax(-1).cumsum(-1)
         expected.append([int((below <= row.random()).sum()) for row in numbers])
     assert tokens == expected
@@ -149,7 +149,7 @@ def test_a_token_of_probability_zero_is_never_drawn(scale):
 def test_other_seeds_are_other_tokens():
     logits = torch.zeros(200, 1000)
     first, second = (
-        SamplingLaw(1.0, 1.0, range(start, start + 200), 1)(torch.zeros(200, 1), logits).argmax(-1)
+        SamplingLaw(1.0, 1.0, range(start, start + 200), 1)(logits, torch.arange(200), 0)[0]
         for start in (0, 1000)
     )
     assert (first == second).sum() < 5 and len(first.unique()) > 150

@@ -171,6 +171,8 @@ def test_without_seeds_they_come_from_the_global_generator(made, images):
 
 def test_rollouts_keep_the_numbers_of_the_engine(made, images):
     config = Config(max_completion_length=4, sampling_temperature=0.7, rollout_batch=2)
+    lengths = {path: made.vlm.encode([Prompt("", path)]).input_ids.shape[1] for path in images}
+    images = sorted(images, key=lengths.get)  # the order in which they are asked
     asked = [example(f"q{place}", images=(path,)) for place, path in enumerate(images)]
     sampler = made.sampler()
     with sampler.ready():

@@ -1,0 +1,180 @@
+"""Token by token generation in which a prompt is computed once and a row that ended is gone.
+
+`transformers.generate` computes a prompt again for each of its completions, and computes rows that
+ended until the last one has. Here a prompt is one row of the first forward; then its keys and
+values are copied for each of its completions, and a completion that ends gives its place up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from kepo.models.encoding import Inputs
+from kepo.models.vision import cache_name, forward_inputs
+
+BLOCK = 64
+"""Tokens that a cache has new room for whenever its room is used up."""
+
+Draw = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""Maps (rows, V) logits, the completions (rows,) they belong to and the number of the token to the
+tokens (rows,) and their log-probabilities (rows,)."""
+
+
+class Generation(NamedTuple):
+    """How completions are made of prompts."""
+
+    n: int
+    """The number of completions of each prompt."""
+    max_tokens: int
+    end_ids: Sequence[int]
+    any_goes_on: Callable[[bool], bool]
+    """Told before every forward whether a completion goes on; returns whether there is a forward.
+    The ranks of a sharded model need it as long as one of them goes on."""
+
+
+@torch.no_grad()
+def generate(model: Any, inputs: Inputs, draw: Draw, how: Generation) -> tuple[Tensor, Tensor]:
+    """Return the tokens ``(B n, T)`` of n completions per prompt and their log-probabilities.
+
+    T is the length of the longest; what stands after the end of a completion means nothing. The
+    host waits for the device once per token, to learn which completions have ended.
+    """
+    count, device = len(inputs) * how.n, inputs.input_ids.device
+    ids = torch.zeros(count, how.max_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(count, how.max_tokens, device=device)
+    ends = torch.tensor(list(how.end_ids), device=device)
+    rows = torch.arange(count, device=device)  # the completion that each row of the batch is
+    logits, state = _prefilled(model, inputs, how)
+    goes_on, length = True, 0
+    for place in range(how.max_tokens):
+        tokens, ids_logprobs = draw(logits, rows, place)
+        ids[rows, place], logprobs[rows, place] = tokens, ids_logprobs
+        length += goes_on
+        going = (~torch.isin(tokens, ends)).tolist()
+        goes_on = goes_on and any(going)
+        if place + 1 == how.max_tokens or not how.any_goes_on(goes_on):
+            break
+        if not all(going):
+            # Other ranks may need forwards of this one: then its first row runs on, unread.
+            order = _filled_up(going) if goes_on else [0]
+            state.keep(order)
+            kept = torch.tensor(order, device=device)
+            rows, tokens = rows[kept], tokens[kept]
+        logits = state.next_logits(model, tokens)
+    return ids[:, :length], logprobs[:, :length]
+
+
+def prompt_positions(model: Any, given: dict[str, Any]) -> Tensor:
+    """Return the positions ``(3, B, L)`` of prompts in time, height and width, 0 on padding, on the
+    CPU: the model finds them token by token.
+
+    given: the arguments of a forward (`forward_inputs`).
+    """
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+    return model.model.get_rope_index(**{name: given[name].cpu() for name in names})[0]
+
+
+class _State:
+    """What the rows of a batch go on from: their cache, the next position, and the padding."""
+
+    def __init__(self, cache: Any, positions: Tensor, mask: Tensor | None):
+        self.cache = cache
+        self.positions = positions  # (rows,) of the next token, the same on all three axes
+        self.mask = mask  # (rows, tokens in the cache), or None if nothing is padding
+
+    def keep(self, order: Sequence[int]) -> None:
+        """Make row i the row that is now at ``order[i]``."""
+        moved = [place for place, row in enumerate(order) if place != row]
+        device = self.positions.device
+        kept = torch.tensor(order, device=device)
+        to = torch.tensor(moved, dtype=torch.long, device=device)
+        for layer in self.cache.layers:
+            if isinstance(layer, _RoomyLayer):
+                layer.keep(len(order), to, kept[to])
+            else:
+                layer.batch_select_indices(kept)
+        self.positions = self.positions[kept]
+        self.mask = None if self.mask is None else self.mask[kept]
+
+    def next_logits(self, model: Any, tokens: Tensor) -> Tensor:
+        """Append a token ``(rows,)`` to each row and return ``(rows, V)`` logits of the next."""
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        out = model(
+            input_ids=tokens[:, None],
+            attention_mask=self.mask,
+            position_ids=self.positions.expand(3, -1)[..., None],
+            use_cache=True,
+            **{cache_name(model): self.cache},
+        )
+        self.positions = self.positions + 1
+        return out.logits[:, -1]
+
+
+def _prefilled(model: Any, inputs: Inputs, how: Generation) -> tuple[Tensor, _State]:
+    """Return the logits of all first tokens, and what the completions go on from."""
+    given = forward_inputs(model, inputs)
+    positions = prompt_positions(model, given)
+    device, mask = inputs.input_ids.device, inputs.attention_mask
+    out = model(**given, position_ids=positions.to(device), use_cache=True, logits_to_keep=1)
+    cache = out[cache_name(model)]
+    for place, layer in enumerate(cache.layers):
+        layer.batch_repeat_interleave(how.n)
+        if type(layer) is DynamicLayer:  # a sliding window keeps few tokens, and its own counsel
+            cache.layers[place] = _RoomyLayer(layer.keys, layer.values)
+    state = _State(
+        cache,
+        (positions.amax((0, 2)) + 1).to(device).repeat_interleave(how.n),
+        None if bool(mask.all()) else mask.repeat_interleave(how.n, dim=0),
+    )
+    return out.logits[:, -1].repeat_interleave(how.n, dim=0), state
+
+
+def _filled_up(going: Sequence[bool]) -> list[int]:
+    """Return which row is to be at each place so that those that go on come first: the last of them
+    move to where others ended, and the rest stay."""
+    left = [row for row, goes_on in enumerate(going) if goes_on]
+    movers = iter(reversed(left))
+    return [place if going[place] else next(movers) for place in range(len(left))]
+
+
+class _RoomyLayer(DynamicLayer):
+    """A layer's keys and values with room for tokens to come, so that appending one copies nothing
+    else. ``keys`` and ``values`` show what is in use."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self._whole = (keys, values)  # no room yet
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        rows, _, start, _ = self.keys.shape
+        end = start + key_states.shape[-2]
+        if end > self._whole[0].shape[-2]:
+            self._whole = (_with_room(self.keys, end), _with_room(self.values, end))
+        keys, values = (whole[:rows, :, :end] for whole in self._whole)
+        keys[:, :, start:] = key_states
+        values[:, :, start:] = value_states
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def keep(self, rows: int, to: Tensor, source: Tensor) -> None:
+        """Copy the rows ``source`` over the rows ``to``, then leave the first ``rows``."""
+        for shown in (self.keys, self.values):
+            shown.index_copy_(0, to, shown[source])
+        self.keys, self.values = self.keys[:rows], self.values[:rows]
+
+
+def _with_room(shown: Tensor, end: int) -> Tensor:
+    rows, heads, used, size = shown.shape
+    whole = shown.new_empty(rows, heads, end + BLOCK, size)
+    whole[:, :, :used] = shown
+    return whole
