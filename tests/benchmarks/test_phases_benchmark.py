@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kepo.objective.step
-from benchmarks.loop import report, step, update, whole
+from benchmarks.loop import phases, report, update, whole
 from kepo.models.vlm import VLM
 from kepo.planner.memory import student_of, teacher_of
 from kepo_kernels import loss_weights, reference
@@ -20,7 +20,7 @@ SMALL += ["--prompts", "2", "--generations", "5", "--micro-batch", "4"]
 def run(tmp_path, *words):
     """Exit status and rows, which are the same in the file as in the table."""
     results = tmp_path / "deep" / "r.csv"
-    status = step.main([*words, "--csv", str(results)])
+    status = phases.main([*words, "--csv", str(results)])
     with results.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == report.COLUMNS
@@ -103,7 +103,7 @@ def test_the_scenario_of_a_gpu_at_toy_size(tmp_path, capsys):
 
 def test_the_planner_is_told_what_is_measured(tmp_path, monkeypatch):
     told, shown = [], []
-    moments, hidden = step.moments, VLM.completion_hidden
+    moments, hidden = phases.moments, VLM.completion_hidden
 
     def spied(vlm, inputs, *completions):
         images = int(inputs.mm_token_type_ids[0].sum())
@@ -111,7 +111,7 @@ def test_the_planner_is_told_what_is_measured(tmp_path, monkeypatch):
         return hidden(vlm, inputs, *completions)
 
     monkeypatch.setattr(VLM, "completion_hidden", spied)
-    monkeypatch.setattr(step, "moments", lambda setup: told.append(setup) or moments(setup))
+    monkeypatch.setattr(phases, "moments", lambda setup: told.append(setup) or moments(setup))
     status, _ = run(tmp_path, *SMALL, "--gate", "1", "--rival", "whole")
     (setup,) = told
     config, machine, prompts = setup
@@ -201,7 +201,7 @@ def test_a_phase_that_raises_costs_no_other(phase, error, status, tmp_path, monk
         monkeypatch.setitem(update.WAYS, "whole", update.WAYS["whole"]._replace(loss=fails))
     else:
         monkeypatch.setattr(
-            *{"rollout": (update, "sample"), "plan": (step, "moments")}[phase], fails
+            *{"rollout": (update, "sample"), "plan": (phases, "moments")}[phase], fails
         )
     found, rows = run(tmp_path, *TOY)
     (failed,) = (row for row in rows if "planted" in row["note"])
@@ -295,12 +295,12 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA d
 )
 def test_bad_arguments_are_refused(arguments, word, capsys):
     with pytest.raises(SystemExit) as stop:
-        step.main(arguments)
+        phases.main(arguments)
     assert stop.value.code == 2 and word in capsys.readouterr().err
 
 
 def test_help(capsys):
     with pytest.raises(SystemExit) as stop:
-        step.main(["--help"])
+        phases.main(["--help"])
     out = capsys.readouterr().out
     assert stop.value.code == 0 and "usage:" in out and all(way in out for way in update.WAYS)
