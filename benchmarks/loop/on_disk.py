@@ -42,6 +42,8 @@ class Sizes:
     generations: int
     length: int
     """Tokens of a completion."""
+    picture: int
+    """Tokens on each side of a prompt's picture."""
     micro_batch: int
     device: str
     seed: int
@@ -55,10 +57,10 @@ class Sizes:
         """Completion tokens of a step, all of which are sampled and trained on."""
         return self.completions * self.length
 
-    @property
-    def picture(self) -> int:
-        """Tokens on each side of a prompt's picture; most of a long prompt is the picture."""
-        return math.isqrt(max(4, self.prompt - 100))
+
+def usual_picture(prompt: int) -> int:
+    """Return a side such that most of a long prompt is its picture, as where pictures are real."""
+    return math.isqrt(max(4, prompt - 100))
 
 
 def write(folder: Path, sizes: Sizes) -> None:
@@ -74,7 +76,10 @@ def write(folder: Path, sizes: Sizes) -> None:
 
 
 def read_sizes(folder: Path) -> Sizes:
-    return Sizes(**json.loads((folder / "sizes.json").read_text(encoding="utf-8")))
+    found = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
+    for name in ("student", "teacher"):
+        found[name] = found[name] and tuple(found[name])
+    return Sizes(**found)
 
 
 def filled(tokenizer: Any, count: int) -> Any:

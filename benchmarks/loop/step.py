@@ -15,9 +15,9 @@ Variants:
     trl-liger   the same with TRL's Liger layers; on a GPU
 
 The model is a random Qwen3-VL whose completions all have --length tokens, as no end token has any
-probability; most of a longer prompt is a picture. Each variant is a process of its own that runs
-the trainer itself: nothing of a step is written again here, and every gate is open. TRL gets
-transformers' own processor without its part for videos, which alone needs torchvision.
+probability; most of a longer prompt is a picture (--picture). Each variant is a process of its own
+that runs the trainer itself: nothing of a step is written again here, and every gate is open. TRL
+gets transformers' own processor without its part for videos, which alone needs torchvision.
 
 In the first step all variants train on the completions that the first of them has sampled, and must
 have the same loss and gradients. The second is watched for memory: `peak` is the most that was held
@@ -44,7 +44,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-from benchmarks.loop.on_disk import PADDING, Sizes, write
+from benchmarks.loop.on_disk import PADDING, Sizes, usual_picture, write
 from benchmarks.loop.processes import Contender
 from benchmarks.loop.table import Row, Table, draw, head
 from benchmarks.loop.update import TOLERANCE, Mismatch
@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
 def sizes_of(args: argparse.Namespace, prompt: int) -> Sizes:
     names = ("student", "teacher", "vocab", "prompts", "generations", "length", "micro_batch")
     given = {name: getattr(args, name) for name in (*names, "device", "seed")}
-    return Sizes(**given, prompt=prompt)
+    return Sizes(**given, prompt=prompt, picture=args.picture or usual_picture(prompt))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -206,6 +206,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--prompt", type=int, nargs="+", default=[60, 300, 1000], metavar="P", help="tokens of a "
         "prompt, its picture's among them; several are measured one after the other "
         "(default 60 300 1000)")  # fmt: skip
+    add("--picture", type=int, metavar="SIDE", help="tokens on each side of a prompt's picture, "
+        "SIDE x SIDE of P (default: what makes most of a long prompt a picture)")  # fmt: skip
     for name, default, words in (
         ("prompts", 2, "prompts of a step"),
         ("generations", 8, "completions of each prompt, G"),
@@ -239,6 +241,8 @@ def shape(text: str) -> tuple[int, int]:
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse sizes that make no problem."""
+    if args.picture is not None and args.picture < 2:
+        parser.error(f"--picture {args.picture}: expected at least 2")
     least = dict(prompts=1, generations=2, length=1, micro_batch=1, rounds=1)
     for name, number in (least | {"vocab": HEAD_ROOM + PADDING}).items():
         if getattr(args, name) < number:
