@@ -33,7 +33,7 @@ ROWS = {"share_prompts": False} if "share_prompts" in _KNOWN else {}
 def settings(folder: Path, name: str, sizes: Sizes, changed: dict[str, Any]) -> Config:
     teacher = None if sizes.teacher is None else str(folder / "teacher")
     cuda = sizes.device == "cuda"
-    return Config(
+    usual: dict[str, Any] = dict(
         student=str(folder / "student"),
         teacher=teacher,
         distill_coef=0.0 if teacher is None else 1.0,
@@ -55,8 +55,8 @@ def settings(folder: Path, name: str, sizes: Sizes, changed: dict[str, Any]) -> 
         save_every=NEVER_SAVED,
         log_completions_every=0,
         run_dir=str(folder / f"run-{name}"),
-        **changed,
     )
+    return Config(**(usual | changed))
 
 
 def unknown(changed: dict[str, Any]) -> list[str]:
