@@ -72,7 +72,7 @@ def draw(rows: list[Row], file: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
     rows = [row for row in rows if row.get("seconds")]
     figure, axis = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
@@ -102,8 +102,9 @@ def draw(rows: list[Row], file: Path) -> None:
     axis.set_xlabel("tokens of a prompt / tokens of a completion")
     axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
     axis.xaxis.set_minor_locator(NullLocator())
-    for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        which(lambda seconds, _: f"{seconds:g}")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
     axis.margins(0.08, 0.15)
     axis.legend(frameon=False, fontsize=9)
     axis.set_title(
