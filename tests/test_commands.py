@@ -68,7 +68,7 @@ def flags_in(markdown: str) -> set[tuple[str, str]]:
 
 def test_every_flag_in_the_pages_exists():
     given = set().union(*(flags_in(page.read_text(encoding="utf-8")) for page in PAGES))
-    assert {("kepo train", "--train-data"), ("benchmarks/loop/step.py", "--gate")} <= given
+    assert {("kepo train", "--train-data"), ("benchmarks/loop/phases.py", "--gate")} <= given
     unknown = [(one, flag) for one, flag in given if flag not in help_of(one).split()]
     assert [(one, flag) for one, flag in unknown if f"{flag}=" not in help_of(one)] == []
 
@@ -82,7 +82,7 @@ def test_an_unknown_flag_would_be_seen():
 @pytest.mark.parametrize(
     "script",
     [
-        *("bench_loss.py", "loop/step.py", "losses/plot.py", "losses/compare.py"),
+        *("bench_loss.py", "loop/phases.py", "loop/step.py", "losses/plot.py", "losses/compare.py"),
         *("gpu/suite.py", "gpu/worker.py"),
     ],
 )

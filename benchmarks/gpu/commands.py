@@ -36,7 +36,7 @@ def command_of(name: str, dry_run: bool, stem: Path, limit: float) -> list[str]:
     """The command of a section; a dry run is without NVIDIA's tool in front of it."""
     device = "cpu" if dry_run else "cuda"
     if name == "step":
-        script = BENCHMARKS / "loop" / "step.py"
+        script = BENCHMARKS / "loop" / "phases.py"
         if not script.is_file():
             raise FileNotFoundError(f"there is no {script.relative_to(BENCHMARKS.parent)}")
         seconds = 20 if dry_run else min(90, int(limit - 15))

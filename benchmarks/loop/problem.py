@@ -1,4 +1,4 @@
-"""What step.py measures: random models held as the loop holds them, pictures, completions."""
+"""What phases.py measures: random models held as the loop holds them, pictures, completions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What step.py found: rows as a table and as a file while it works, and in the end a picture."""
+"""What phases.py found: rows as a table and as a file while it works, and in the end a picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss of a training step as plain PyTorch on whole matrices, the rival of step.py.
+"""The loss of a training step as plain PyTorch on whole matrices, the rival of phases.py.
 
 It stands in for `fused_kepo_loss` in `kepo.objective.step`, and is what a careful user writes
 there: logits of the tokens that carry loss only, the teacher's without gradient and of the open
@@ -9,8 +9,8 @@ bf16. At beta 0.5 and with every gate open, forward and backward then hold 8 mat
 the usual formula (TRL's, and `jsd` in peers.py) holds 9 or more, and `kepo_kernels/reference.py`,
 whose guards against -inf each copy a matrix, more again.
 
-It knows the settings of a default run only and reads no other: step.py compares loss and gradients
-before it times them.
+It knows the settings of a default run only and reads no other: phases.py compares loss and
+gradients before it times them.
 """
 
 from __future__ import annotations

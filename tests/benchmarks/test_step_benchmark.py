@@ -1,295 +1,252 @@
-"""The benchmark of whole steps, once in small, and that it notices ways that are not one."""
+"""The benchmark of whole steps against TRL, once in small, and that it notices what is not one."""
 
 import csv
-import math
-from functools import partial
+import importlib.util
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
-import kepo.objective.step
-from benchmarks.loop import report, step, update, whole
+from benchmarks.loop import ours, processes, step, table, variants
+from benchmarks.loop.on_disk import NEVER, Sizes, read_sizes, write
+from benchmarks.loop.orders import Shared, reward_of
+from kepo.data.load import load_examples
 from kepo.models.vlm import VLM
-from kepo.planner.memory import student_of, teacher_of
-from kepo_kernels import loss_weights, reference
+from kepo.rollout.prompts import prompt_of
 
-SMALL = ["--student", "64,1", "--teacher", "128,1", "--vocab", "2048", "--tokens", "8"]
-SMALL += ["--prompts", "2", "--generations", "5", "--micro-batch", "4"]
+SMALL = ["--student", "64,1", "--vocab", "2048", "--length", "6", "--generations", "3"]
+SMALL += ["--prompts", "2", "--micro-batch", "3", "--rounds", "1", "--prompt", "70"]
+HAS_TRL = all(importlib.util.find_spec(name) for name in ("trl", "datasets", "accelerate"))
+NEEDS_TRL = pytest.mark.skipif(not HAS_TRL, reason="TRL or its datasets are not installed")
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
 def run(tmp_path, *words):
-    """Exit status and rows, which are the same in the file as in the table."""
+    """Exit status and rows."""
     results = tmp_path / "deep" / "r.csv"
-    status = step.main([*words, "--csv", str(results)])
+    status = step.main([*SMALL, *words, "--csv", str(results)])
     with results.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == report.COLUMNS
+    assert tuple(rows[0]) == table.COLUMNS
     assert all(row["commit"] and row["torch"] == torch.__version__ for row in rows)
-    return status, rows
+    return status, {(row["prompt_tokens"], row["variant"]): row for row in rows}
 
 
-def names(rows):
-    return [(row["gate_rate"], row["phase"], row["way"]) for row in rows]
+def small(**changed):
+    sizes = dict(student=(64, 1), teacher=None, vocab=2048, prompt=70, prompts=3, generations=2)
+    sizes |= dict(length=5, picture=2, micro_batch=2, device="cpu", seed=0)
+    return Sizes(**(sizes | changed))
 
 
-def numbers(row):
-    return {name: float(value) for name, value in row.items() if _is_number(value)}
+# ---- what is measured ----
 
 
-def _is_number(value):
-    try:
-        return math.isfinite(float(value))
-    except ValueError:
-        return False
+def check_row(row, teacher):
+    have = {name: float(row[name]) for name in table.COLUMNS if row[name] and name in NUMBERS}
+    assert not row["note"] and have["seconds"] > 0 and have["rounds"] == 1
+    assert have["tokens_per_second"] == pytest.approx(36 / have["seconds"], rel=1e-3)
+    parts = sum(have[f"{part}_seconds"] for part in ("rollout", "teacher", "rest"))
+    assert parts == pytest.approx(have["seconds"], rel=1e-2)
+    assert have["above_mib"] == pytest.approx(have["peak_mib"] - have["held_mib"], abs=0.2)
+    assert have["above_mib"] >= 0 and have["gradient_gap"] <= 1e-5
+    assert (have["loss"] > 1e-3) == teacher  # the policy term alone is 0 up to rounding
+    return have
 
 
-# ---- the three measurements ----
+NUMBERS = {"tokens_per_second", "rounds", "peak_mib", "held_mib", "above_mib", "loss"}
+NUMBERS |= {"seconds", "rollout_seconds", "teacher_seconds", "rest_seconds"}
+NUMBERS |= {"gradient_gap", "x_seconds"}
 
 
-def test_what_a_step_holds(tmp_path, capsys):
-    """Gate rate 0 is a step in which the teacher does not run: the policy's loss by itself."""
+def test_ours_alone(tmp_path, monkeypatch, capsys):
+    """Without TRL its rows say so, and the picture has what was measured."""
+    monkeypatch.setattr(variants, "find_spec", lambda name: None)
     picture = tmp_path / "p.png"
-    words = ["--gate", "1", "0", "--rival", "whole", "--plot", str(picture)]
-    status, rows = run(tmp_path, *SMALL, *words)
+    status, rows = run(
+        tmp_path, "--teacher", "64,2", "--prompt", "70", "90", "--plot", str(picture)
+    )
     assert status == 0 and picture.stat().st_size > 10_000
-    measured = [("update", "fused"), ("optimiser", "fused"), ("update", "whole")]
-    assert names(rows) == [(rate, *pair) for rate in ("1", "0") for pair in measured]
-    out = capsys.readouterr().out
-    assert "planned" in out and "fused/it" in out
-    for row in rows:
-        have = numbers(row)
-        assert have["seconds"] > 0 and have["rounds"] == 1 and row["V"] == "2048"
-        assert have["above_mib"] == pytest.approx(have["peak_mib"] - have["held_mib"], abs=0.2)
-        assert have["above_mib"] >= 0 and ("planned_mib" in have) == (row["way"] == "fused")
-        if row["phase"] == "update":
-            assert have["gradient_gap"] <= update.TOLERANCE[torch.float32]
-            assert have["teacher_tokens"] == 80 * float(row["gate_rate"])
-        assert ("x_peak" in have) == (row["way"] == "whole")
+    for prompt in ("70", "90"):
+        have = check_row(rows[prompt, "rows"], teacher=True)
+        assert have["x_seconds"] == 1 and have["teacher_seconds"] > 0
+        for name in ("trl", "trl-liger"):
+            row = rows[prompt, name]
+            assert not row["seconds"] and ("not installed: trl" in row["note"]) == (name == "trl")
+    assert "tokens/s" in capsys.readouterr().out
 
 
-def test_what_the_gate_saves(tmp_path):
-    picture = tmp_path / "p.png"
-    words = ["--gate", "0.5", "0", "--rounds", "2", "--plot", str(picture)]
-    status, rows = run(tmp_path, *SMALL, *words)
-    assert status == 0 and picture.stat().st_size > 10_000
-    assert names(rows) == [
-        (rate, "update", way) for rate in ("0.5", "0") for way in ("fused", "states", "everywhere")
-    ]
-    for row in rows:
-        have = numbers(row)
-        assert 0 < have["seconds_p20"] <= have["seconds"] <= have["seconds_p80"]
-        # 10 completions of 8 tokens; only the way we train asks the teacher about fewer.
-        share = float(row["gate_rate"]) if row["way"] == "fused" else 1
-        assert have["teacher_tokens"] == 80 * share and have["rounds"] == 2
-        assert ("x_seconds" in have) == (row["way"] != "fused")
+@NEEDS_TRL
+@pytest.mark.parametrize("teacher", [[], ["--teacher", "64,2"]])
+def test_trl_has_our_loss_and_gradients(teacher, tmp_path):
+    status, rows = run(tmp_path, "--variants", "rows", "trl", *teacher)
+    assert status == 0
+    for name in ("rows", "trl"):
+        check_row(rows["70", name], bool(teacher))
 
 
-def test_the_scenario_of_a_gpu_at_toy_size(tmp_path, capsys):
-    pytest.importorskip("peft")
-    status, rows = run(tmp_path, "--device", "cpu", "--seconds", "1000")
-    assert status == 0, capsys.readouterr()
-    ours = [("update", "fused"), ("teacher", "fused"), ("optimiser", "fused")]
-    first = [*ours, ("rollout", "transformers"), ("update", "whole")]
-    assert [found[1:] for found in names(rows)] == [*first, *ours, ("update", "whole")]
-    for row in rows:
-        have = numbers(row)
-        assert have["lora_rank"] == 8 and have["seconds"] > 0 and have["peak_mib"] > 0
-        assert row["way"] == "whole" or have["planned_mib"] > 0
-    plans = {row["phase"]: numbers(row)["planned_mib"] for row in rows if row["planned_mib"]}
-    assert plans["teacher"] < plans["update"] and plans["rollout"] != plans["update"]
-    # Eight completions of 24 tokens, none of which ends before its limit.
-    assert rows[3]["note"].startswith("192 tokens")
+def test_a_setting_that_kepo_does_not_have_is_named():
+    variant = variants._ours("black", "", no_such_setting=True)
+    assert variant.cannot(small()) == "this kepo has no setting no_such_setting"
+    assert ours.unknown({"micro_batch": 1}) == []
 
 
-def test_the_planner_is_told_what_is_measured(tmp_path, monkeypatch):
-    told, shown = [], []
-    moments, hidden = step.moments, VLM.completion_hidden
-
-    def spied(vlm, inputs, *completions):
-        images = int(inputs.mm_token_type_ids[0].sum())
-        shown.append((vlm.model.config.text_config.hidden_size, inputs.input_ids.shape[1], images))
-        return hidden(vlm, inputs, *completions)
-
-    monkeypatch.setattr(VLM, "completion_hidden", spied)
-    monkeypatch.setattr(step, "moments", lambda setup: told.append(setup) or moments(setup))
-    status, _ = run(tmp_path, *SMALL, "--gate", "1", "--rival", "whole")
-    (setup,) = told
-    config, machine, prompts = setup
-    student, teacher = student_of(config, machine), teacher_of(setup)
-    length = prompts.length(student)
-    assert status == 0 and prompts.image(student) == 2  # a picture of 32 x 64
-    assert set(shown) == {(student.hidden, length, 2), (teacher.hidden, length, 2)}
-    assert student.vocab == teacher.vocab == 2048 and student.tied and machine.device == "cpu"
+# ---- what it is measured on ----
 
 
-@pytest.mark.slow
-def test_matrices_of_the_vocabulary_outweigh_what_else_a_step_allocates(tmp_path):
-    words = ["--student", "64,1", "--teacher", "128,1", "--vocab", "50000", "--tokens", "128"]
-    words += ["--prompts", "1", "--generations", "8", "--micro-batch", "8"]
-    _, rows = run(tmp_path, *words, "--gate", "1", "--rival", "whole")
-    fused, _, rival = map(numbers, rows)
-    assert fused["held_mib"] == pytest.approx(rival["held_mib"], rel=0.05)
-    matrix = 8 * 128 * 50_000 * 4 / 2**20  # MiB
-    assert rival["above_mib"] > 7 * matrix
-    assert fused["above_mib"] < 4 * matrix and rival["x_above"] < 0.5
+def test_prompts_and_completions_have_the_lengths_that_were_asked_for(tmp_path):
+    sizes = small(prompt=131, picture=5)
+    write(tmp_path, sizes)
+    assert read_sizes(tmp_path) == sizes
+    policy = VLM.load(tmp_path / "student")
+    examples, _ = load_examples(tmp_path / "data")
+    shown = policy.encode([prompt_of(example) for example in examples])
+    assert shown.input_ids.shape == (3, 131) and bool(shown.attention_mask.all())
+    assert shown.mm_token_type_ids.sum(-1).tolist() == [25] * 3
+    assert len({tuple(ids) for ids in shown.input_ids.tolist()}) == 3
+    text = torch.arange(27).view(3, 9)
+    states = policy.completion_hidden(shown, text, torch.ones(3, 9).bool())
+    logits = (states @ policy.lm_head.T).detach()
+    never = policy.lm_head[:, 0] == NEVER
+    assert set(never.nonzero().squeeze(-1).tolist()) >= {
+        *policy.encoder.end_ids,
+        *policy.never_sampled(),
+    }
+    assert len(policy.lm_head) == 2048 and int(never.sum()) < 100
+    assert logits[..., never].softmax(-1).isfinite().all()
+    assert float(logits.softmax(-1)[..., never].max()) == 0
+
+
+def test_a_prompt_that_is_too_short_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="--prompt 20: expected at least"):
+        write(tmp_path, small(prompt=20))
+
+
+def test_shared_completions_come_back_by_their_prompt(tmp_path):
+    first = Shared(tmp_path)
+    assert first.sampled is None
+    for prompt, completion in (([1, 2], [3]), ([4], [5]), ([1, 2], [6])):
+        first.keep(prompt, completion)
+    second = Shared(tmp_path)
+    assert second.take([[4], [1, 2], [1, 2]]) == [[5], [3], [6]]
+    with pytest.raises(KeyError):
+        second.take([[7]])
+
+
+def test_a_reward_that_differs_between_texts():
+    assert 0 <= reward_of("a") < 1 and len({reward_of(str(n)) for n in range(100)}) > 90
 
 
 # ---- what goes wrong ----
 
-
-def without_a_row(loss, hidden, *tensors, completion_mask, **settings):
-    mask = completion_mask.clone()
-    mask[0, -1] = False
-    return loss(hidden, *tensors, completion_mask=mask, **settings)
-
-
-def with_another_gradient(loss, hidden, *tensors, **settings):
-    value, stats = loss(hidden, *tensors, **settings)
-    return value + 1e-3 * (hidden - hidden.detach()).sum(), stats
-
-
-@pytest.mark.parametrize("broken", [without_a_row, with_another_gradient])
-@pytest.mark.parametrize("rate", ["1", "0"])
-def test_a_rival_that_does_something_else_is_noticed(rate, broken, tmp_path, monkeypatch):
-    right = update.WAYS["whole"]
-    monkeypatch.setitem(update.WAYS, "whole", right._replace(loss=partial(broken, right.loss)))
-    status, rows = run(tmp_path, *SMALL, "--gate", rate, "--rival", "whole")
-    assert status == 1
-    assert f"at gate rate {rate} whole has the loss" in rows[0]["note"] and not rows[0]["seconds"]
-    assert names(rows[1:]) == [(rate, "update", "fused"), (rate, "optimiser", "fused")]
+FAKE = """
+import json, sys, torch
+folder, name, part = sys.argv[1:4]
+torch.save({"w": torch.tensor([1.0, GRADIENT])}, f"{folder}/gradients-{name}.{part}.pt")
+for number, line in enumerate(sys.stdin):
+    if number == ENDS:
+        sys.exit("planted: it ends")
+    print(json.dumps(dict(seconds=SECONDS, rollout_seconds=0.25, teacher_seconds=0.0, loss=LOSS,
+        sampled=36, trained=TRAINED, peak_mib=3.0, held_mib=1.0)), flush=True)
+"""
 
 
-def everything(micro, at):
-    """The loss takes the states of all sequences too, so loss and gradients are right."""
-    return torch.arange(len(micro))
+def fakes(tmp_path, monkeypatch, **of):
+    """Workers that say what they are told to, by variant, in place of trainers."""
+    usual = dict(GRADIENT=2.0, ENDS=-1, SECONDS=1.0, LOSS=0.5, TRAINED=36)
+    for name in ("rows", "trl"):
+        text = FAKE
+        for word, value in (usual | of.get(name, {})).items():
+            text = text.replace(word, str(value))
+        (tmp_path / f"{name}.py").write_text(text)
+    dispatch = tmp_path / "worker.py"
+    dispatch.write_text(
+        "import runpy, sys\n"
+        f"runpy.run_path({str(tmp_path)!r} + '/' + sys.argv[2] + '.py', run_name='__main__')\n"
+    )
+    monkeypatch.setattr(processes, "WORKER", dispatch)
+    monkeypatch.setattr(variants, "find_spec", lambda name: True)
+    return run(tmp_path, "--variants", "rows", "trl", "--rounds", "2")
 
 
-def others(micro, at):
-    return torch.arange(len(at))
+def test_times_and_memory_of_equals(tmp_path, monkeypatch):
+    status, rows = fakes(tmp_path, monkeypatch, trl=dict(SECONDS=3.0))
+    mine, its = rows["70", "rows"], rows["70", "trl"]
+    assert status == 0 and float(its["x_seconds"]) == 3 and float(its["seconds"]) == 3
+    assert float(mine["tokens_per_second"]) == 36 and float(mine["rest_seconds"]) == 0.75
+    assert float(mine["above_mib"]) == 2 and mine["rounds"] == "2"
 
 
 @pytest.mark.parametrize(
-    "asked, words",
+    "fault, words",
     [
-        (everything, "fused gave the teacher 80 completion tokens; expected 40"),
-        (others, "states has the loss"),
+        (dict(GRADIENT=2.001), "trl has the loss 0.5 and gradients off by"),
+        (dict(LOSS=0.501), "trl has the loss 0.501"),
+        (dict(TRAINED=35), "sampled 36 tokens and trained on 35; expected 36"),
+        (dict(ENDS=0), "trl.0 has ended: planted: it ends"),
+        (dict(ENDS=1), "planted: it ends"),
+        (dict(ENDS=3), "planted: it ends"),
     ],
 )
-def test_a_teacher_that_scores_other_sequences_is_noticed(asked, words, tmp_path, monkeypatch):
-    right = kepo.objective.step._open_hidden
-    monkeypatch.setattr(
-        kepo.objective.step,
-        "_open_hidden",
-        lambda teacher, micro, at, odd: right(teacher, micro, asked(micro, at), odd),
-    )
-    status, rows = run(tmp_path, *SMALL, "--gate", "0.5", "--rounds", "0")
-    assert status == 1 and words in str(rows)
+def test_a_rival_that_does_something_else_is_out(fault, words, tmp_path, monkeypatch):
+    status, rows = fakes(tmp_path, monkeypatch, trl=fault)
+    row = rows["70", "trl"]
+    assert status == 1 and words in row["note"] and not row["seconds"]
+    assert rows["70", "rows"]["seconds"] == "1" and rows["70", "rows"]["rounds"] == "2"
 
 
-TOY = ["--device", "cpu", "--gate", "1", "--rounds", "0"]
+def test_of_two_trainers_times_and_gradients_add_up(tmp_path, monkeypatch):
+    for part, gradient in enumerate(([1.0, 0.0], [0.0, 2.0])):
+        torch.save({"w": torch.tensor(gradient)}, tmp_path / f"gradients-trl.{part}.pt")
+    torch.save({"w": torch.tensor([1.0, 2.0])}, tmp_path / "gradients-rows.0.pt")
+    made = dict(sampled=10, trained=10, rollout_seconds=0.25, teacher_seconds=0.0, held_mib=1.0)
+    found = {
+        "rows.0": dict(made, seconds=2.0, loss=0.75, peak_mib=4.0),
+        "trl.0": dict(made, seconds=1.0, loss=0.5, peak_mib=3.0),
+        "trl.1": dict(made, seconds=1.5, loss=0.25, peak_mib=5.0),
+    }
+
+    class Fake:
+        def __init__(self, folder, name, part):
+            self.gradients = folder / f"gradients-{name}.{part}.pt"
+            self.step = lambda watched=False: found[f"{name}.{part}"]
+
+    monkeypatch.setattr(processes, "Process", Fake)
+    sizes = small(teacher=(64, 2), prompts=1)
+    mine, its = (processes.Contender(tmp_path, name, sizes) for name in ("rows", "trl"))
+    mine.start()
+    assert its.start()["seconds"] == 2.5 and its.first["peak_mib"] == 5
+    its.compare(mine, 1e-6)
+    assert its.gap == 0
 
 
-@pytest.mark.parametrize("error, status", [(torch.OutOfMemoryError, 0), (RuntimeError, 1)])
-@pytest.mark.parametrize("phase", ["rollout", "whole", "plan"])
-def test_a_phase_that_raises_costs_no_other(phase, error, status, tmp_path, monkeypatch):
-    pytest.importorskip("peft")
-
-    def fails(*_, **__):
-        raise error("planted")
-
-    if phase == "whole":
-        monkeypatch.setitem(update.WAYS, "whole", update.WAYS["whole"]._replace(loss=fails))
-    else:
-        monkeypatch.setattr(
-            *{"rollout": (update, "sample"), "plan": (step, "moments")}[phase], fails
-        )
-    found, rows = run(tmp_path, *TOY)
-    (failed,) = (row for row in rows if "planted" in row["note"])
-    assert found == status and phase in (failed["phase"], failed["way"])
-    assert not failed["seconds"] and ("out of memory" in failed["note"]) == (status == 0)
-    done = [row["phase"] for row in rows if row["seconds"]]
-    everything = ["update", "teacher", "optimiser", "rollout", "update"]
-    gone = {"rollout": 3, "whole": 4}.get(phase)
-    assert done == everything[:gone] + everything[gone + 1 :] if gone else done == everything
-
-
-def test_what_no_longer_fits_is_left_out(tmp_path):
-    pytest.importorskip("peft")
-    status, rows = run(tmp_path, *TOY, "--seconds", "0.001")
-    assert status == 0 and {row["note"] for row in rows} == {"left out: the time is over"}
-    assert [row["way"] or row["phase"] for row in rows] == [
-        "plan",
-        "fused",
-        "transformers",
-        "whole",
-    ]
-
-
-def test_gradients_are_compared_parameter_by_parameter(tmp_path):
-    """Where loss and length of the gradient are the same, its direction need not be."""
-    files = tmp_path / "mine.pt", tmp_path / "truth.pt"
-    truth = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0]), "unused": None}
-
-    def gap(**changes):
-        torch.save(truth | changes, files[0])
-        torch.save(truth, files[1])
-        return update.gradient_gap(*files)
-
-    assert gap() == 0
-    assert gap(a=torch.tensor([0.0, 3.0])) == pytest.approx(18**0.5 / 5)
-    assert math.isnan(gap(b=torch.tensor([math.nan])))
-    for changes in (dict(b=None), dict(unused=torch.zeros(1)), dict(c=torch.zeros(1))):
-        with pytest.raises(update.Mismatch, match="other parameters have gradients"):
-            gap(**changes)
-
-
-# ---- whole matrices ----
-
-
-@pytest.mark.parametrize("beta", [0.5, 0.2])
-@pytest.mark.parametrize("gate", [[1, 0, 1, 1], [1, 1, 1, 1]])
-def test_whole_matrices_against_the_oracle(beta, gate):
-    """Four sequences, one of them cut short; and the numbers of their tokens are the fused ones."""
-    mask, gate = torch.arange(6) < torch.tensor([6, 6, 4, 6])[:, None], torch.tensor(gate).float()
-    hidden, head = torch.randn(4, 6, 8), torch.randn(50, 8)
-    teacher, teacher_head = torch.randn(4, 6, 9), torch.randn(50, 9)
-    tokens = torch.randint(50, (4, 6)), torch.randn(4)
-    settings = dict(completion_mask=mask, beta=beta, distill_coef=0.7)
-    settings |= dict(epsilon_low=0.1, epsilon_high=0.3)
-    settings["policy_weights"] = loss_weights(mask, None, "sequence_mean")
-    settings["distill_weights"] = loss_weights(mask, gate, "token_mean")
-    found, numbers = [], []
-    for loss, states, also in (
-        (whole.kepo_loss, teacher[gate > 0], {}),
-        (reference.kepo_loss, teacher, {}),
-        (kepo.objective.step.fused_kepo_loss, teacher[gate > 0], {"return_stats": True}),
-    ):
-        leaves = [x.clone().requires_grad_() for x in (hidden, head)]
-        result = loss(*leaves, *tokens, states, teacher_head, **settings, **also)
-        if isinstance(result, tuple):
-            result, stats = result
-            numbers.append(stats[:3])
-        found.append((result, *torch.autograd.grad(result, leaves)))
-    for mine, truth, _ in zip(*found, strict=True):
-        torch.testing.assert_close(mine, truth, rtol=1e-5, atol=1e-6, check_dtype=False)
-    for mine, fused in zip(*numbers, strict=True):
-        torch.testing.assert_close(mine, fused, rtol=1e-5, atol=1e-6)
-
-
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_worker_answers_on_its_own_output_whatever_is_printed(tmp_path):
+    """A worker of ours takes a step when asked, and ends by itself where nothing more is asked."""
+    sizes = small()
+    write(tmp_path, sizes)
+    process = processes.Process(tmp_path, "rows", 0)
+    try:
+        found = process.step(watched=True)
+        assert found["sampled"] == found["trained"] == sizes.tokens and found["held_mib"] > 0
+        process._process.stdin.close()
+        assert process._process.wait(60) == 0
+        log = tmp_path / "run-rows.0" / "metrics.jsonl"
+        assert [json.loads(line)["step"] for line in Path(log).read_text().splitlines()] == [1]
+    finally:
+        process._process.kill()
 
 
 @pytest.mark.parametrize(
     "arguments, word",
     [
-        (["--gate", "0.33"], "whole number of 40 completions"),
-        (["--gate", "1.5"], "--gate 1.5"),
         (["--student", "64"], "HIDDEN,LAYERS"),
+        (["--student", "Qwen/Qwen3-VL-2B-Instruct"], "HIDDEN,LAYERS"),
         (["--teacher", "100,2"], "multiple of 64"),
-        (["--vocab", "100"], "at least 512"),
+        (["--vocab", "100"], "at least 1088"),
         (["--generations", "1"], "at least 2"),
-        (["--micro-batch", "0"], "--micro-batch 0"),
-        (["--rounds", "-1"], "--rounds"),
+        (["--rounds", "0"], "--rounds 0"),
+        (["--micro-batch", "5"], "a divisor of the 16 completions"),
+        (["--picture", "1"], "--picture 1: expected at least 2"),
         pytest.param(["--device", "cuda"], "no CUDA device", marks=NO_GPU),
     ],
 )
@@ -303,4 +260,4 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as stop:
         step.main(["--help"])
     out = capsys.readouterr().out
-    assert stop.value.code == 0 and "usage:" in out and all(way in out for way in update.WAYS)
+    assert stop.value.code == 0 and all(name in out for name in variants.VARIANTS)

@@ -142,7 +142,7 @@ def test_when_no_process_starts_it_ends(planted, tmp_path, monkeypatch):
 def test_commands_are_sections_too(planted, monkeypatch):
     def command_of(name, dry_run, stem, limit):
         if name == "step":
-            raise FileNotFoundError("there is no benchmarks/loop/step.py")
+            raise FileNotFoundError("there is no benchmarks/loop/phases.py")
         if name == "racecheck":
             raise Skipped("compute-sanitizer is not on PATH")
         said = {"memcheck": "print('0 errors')", "ncu": "exit('ERR_NVGPUCTRPERM: the user ...')"}
@@ -156,7 +156,7 @@ def test_commands_are_sections_too(planted, monkeypatch):
     assert status == 1 and "2 errors" in log
     found = [words.rpartition(" (")[0] for words in verdicts.values()][1:]
     assert found == [
-        "FAIL FileNotFoundError: there is no benchmarks/loop/step.py",
+        "FAIL FileNotFoundError: there is no benchmarks/loop/phases.py",
         "SKIP skipped: compute-sanitizer is not on PATH",
         "PASS 0 errors",
         "SKIP skipped: the counters of the device may not be read here",
@@ -169,10 +169,10 @@ def test_commands_on_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(commands.shutil, "which", lambda tool, path=None: f"/cuda/bin/{tool}")
     monkeypatch.setattr(commands, "BENCHMARKS", tmp_path)
     stem = tmp_path / "h100"
-    with pytest.raises(FileNotFoundError, match=r"loop/step.py"):
+    with pytest.raises(FileNotFoundError, match=r"loop/phases.py"):
         commands.command_of("step", False, stem, 150)
     (tmp_path / "loop").mkdir()
-    (tmp_path / "loop" / "step.py").touch()
+    (tmp_path / "loop" / "phases.py").touch()
     step = commands.command_of("step", False, stem, 150)
     assert step[2:] == ["--device", "cuda", "--csv", f"{stem}_step.csv", "--seconds", "90"]
     assert commands.command_of("step", False, stem, 60)[-1] == "45"
