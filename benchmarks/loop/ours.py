@@ -6,7 +6,6 @@ Nothing of a step is written again here: the loop asks for its next step where i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,6 @@ from kepo.run.metrics import read_metrics
 from kepo.tasks.rewards import REWARDS
 
 NEVER_SAVED = 10**9
-_KNOWN = {field.name for field in fields(Config)}
-ROWS = {"share_prompts": False} if "share_prompts" in _KNOWN else {}
-"""Settings for a prompt of its own for each completion; there was a time when none was needed."""
 
 
 def settings(folder: Path, name: str, sizes: Sizes, changed: dict[str, Any]) -> Config:
@@ -57,11 +53,6 @@ def settings(folder: Path, name: str, sizes: Sizes, changed: dict[str, Any]) -> 
         run_dir=str(folder / f"run-{name}"),
     )
     return Config(**(usual | changed))
-
-
-def unknown(changed: dict[str, Any]) -> list[str]:
-    """Return the settings that this kepo does not have."""
-    return [name for name in changed if name not in _KNOWN]
 
 
 def run(folder: Path, name: str, sizes: Sizes, changed: dict[str, Any]) -> None:

@@ -1,12 +1,12 @@
-"""One update of the loop, with what it takes and leaves: `kepo_step` and backward over the
-micro-batches of a step, the teacher in them, then clipping and AdamW; and one rollout.
+"""One update of the loop, with what it takes and leaves: the teacher's scores, `kepo_step` and
+backward over the micro-batches of a step, then clipping and AdamW; and one rollout.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +20,13 @@ import kepo_kernels
 from benchmarks.loop import whole
 from benchmarks.loop.gauge import Gauge
 from benchmarks.loop.problem import Problem
+from kepo.models.encoding import Prompt
+from kepo.models.vlm import VLM
 from kepo.objective.batch import Batch
-from kepo.objective.step import StepTotals, kepo_step
+from kepo.objective.micros import own_micros, plan_micros
+from kepo.objective.score import score
+from kepo.objective.step import kepo_step
+from kepo.objective.totals import StepTotals
 from kepo.rollout.rollouts import sample
 
 UNFELT = 1e-20  # a weight next to which the others, about 1e-3, round to themselves
@@ -128,16 +133,16 @@ class Bench:
         """The most held before each."""
         self._watch(problem.teacher)
 
-    def _watch(self, teacher: kepo.objective.step.VLM) -> None:
-        backbone = teacher.completion_hidden
+    def _watch(self, teacher: VLM) -> None:
+        backbone = teacher.completion_states
 
-        def watched(inputs: object, ids: Tensor, mask: Tensor) -> Tensor:
+        def watched(prompts: Sequence[Prompt], ids: Tensor, mask: Tensor) -> Tensor:
             self.before.append(self.gauge.most())
-            states = backbone(inputs, ids, mask)
+            states = backbone(prompts, ids, mask)
             self.seen.append((int(mask.sum()), self.gauge.most()))
             return states
 
-        teacher.completion_hidden = watched
+        teacher.completion_states = watched
 
     def standing_mib(self) -> float:
         """Both models, and AdamW's state."""
@@ -169,18 +174,22 @@ class Bench:
         self.before.clear()
         started = self.now()
         with mock.patch.object(kepo.objective.step, "fused_kepo_loss", loss_of_way):
-            for micro in batch.split(config.micro_batch):
-                part, _ = kepo_step(problem.policy, problem.teacher, None, micro, config, totals)
+            policy, teacher = problem.policy, problem.teacher
+            lengths = policy.encoder.lengths(batch.prompts)
+            micros = own_micros(batch, plan_micros(batch, lengths, config, policy.share_prompts))
+            scores = score(teacher, None, micros, config, totals)
+            for micro, known in zip(micros, scores, strict=True):
+                part, _ = kepo_step(policy, teacher, micro, known, config, totals)
                 part.backward()
                 loss += float(part.detach())
         updated = self.now()
-        teacher = max((peak for _, peak in self.seen), default=held)
-        peak, reserved = max([*self.before, teacher, self.gauge.most()]), self.gauge.reserved()
+        taught = max((peak for _, peak in self.seen), default=held)
+        peak, reserved = max([*self.before, taught, self.gauge.most()]), self.gauge.reserved()
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained.values(), config.max_grad_norm))
         self.optimizer.step()
         phases = {
             "update": Taken(updated - started, held, peak, reserved),
-            "teacher": Taken(totals.teacher_seconds, held, teacher, reserved),
+            "teacher": Taken(totals.teacher_seconds, held, taught, reserved),
             "optimiser": Taken(self.now() - updated, held, self.gauge.most(), reserved),
         }
         if gradients:

@@ -45,11 +45,7 @@ def _without_liger(sizes: Sizes) -> str:
 
 
 def _ours(colour: str, words: str, **changed: object) -> Variant:
-    def cannot(sizes: Sizes) -> str:
-        missing = ours.unknown(changed)
-        return f"this kepo has no setting {', '.join(missing)}" if missing else ""
-
-    return Variant(partial(ours.run, changed=changed), colour, words, cannot)
+    return Variant(partial(ours.run, changed=changed), colour, words)
 
 
 def _trl(colour: str, words: str, cannot: Callable[[Sizes], str], **changed: object) -> Variant:
@@ -59,7 +55,7 @@ def _trl(colour: str, words: str, cannot: Callable[[Sizes], str], **changed: obj
 
 VARIANTS = {
     "shared": _ours("#c0392b", "ours", share_prompts=True),
-    "rows": _ours("#e59866", "ours, a prompt for each completion", **ours.ROWS),
+    "rows": _ours("#e59866", "ours, a prompt for each completion", share_prompts=False),
     "trl": _trl("#2980b9", "TRL", _without_trl),
     "trl-liger": _trl("#16a085", "TRL, Liger's layers", _without_liger, use_liger_kernel=True),
 }

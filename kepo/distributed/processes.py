@@ -336,7 +336,7 @@ class Stopped(Exception):
 def split_work(
     items: Sequence[T],
     work: Callable[[Sequence[T]], list[R]],
-    portions: Callable[[Sequence[T]], list[Sequence[T]]],
+    portions: Callable[[Sequence[T]], Sequence[Sequence[T]]],
     *,
     collective: bool = False,
     stop: Callable[[], bool] | None = None,

@@ -68,7 +68,7 @@ def takes_features(model: Any) -> bool:
 
 def cache_name(model: Any) -> str:
     """Return the name that this transformers gives a forward's cache; 5.40 drops the older one."""
-    return "cache" if "cache" in _parameters(type(model)) else "past_key_values"
+    return "cache" if "cache" in _parameters(model.__class__) else "past_key_values"
 
 
 def check_reads_types(model: Any) -> None:

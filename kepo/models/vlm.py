@@ -176,6 +176,7 @@ class VLM:
         choose: Any = greedy
         if not params.greedy:
             seeds = params.seeds_for(len(inputs), seeds)
+            assert seeds is not None, "only greedy sampling has no seeds"
             choose = SamplingLaw(params.temperature, params.top_p, seeds, params.max_tokens)
         never = torch.tensor(self.never_sampled(), dtype=torch.long, device=inputs.input_ids.device)
 

@@ -68,7 +68,7 @@ def sample(
         groups = _scored(some, sampled, sampler.encoder, config, num_generations)
         return [(one.place, group) for one, group in zip(some, groups, strict=True)]
 
-    def portions(share: Sequence[_Asked]) -> list[Sequence[_Asked]]:
+    def portions(share: Sequence[_Asked]) -> Sequence[Sequence[_Asked]]:
         return _portions(share, sampler.encoder, config, num_generations)
 
     found = dict(split_work(asked, work, portions, collective=sampler.collective))
@@ -85,13 +85,14 @@ class _Asked(NamedTuple):
 
 def _portions(
     share: Sequence[_Asked], encoder: Encoder, config: SamplingConfig, num_generations: int
-) -> list[Sequence[_Asked]]:
+) -> Sequence[Sequence[_Asked]]:
     """Cut the share, in order of length, into what ``rollout_batch`` and ``rollout_tokens`` let be
     generated at once; a single question always may. The shortest come first."""
     most, tokens = max(1, config.rollout_batch // num_generations), config.rollout_tokens
     if tokens is None and len(share) <= most:
         return [share]
-    lengths = {one.place: encoder.encode([one.shown]).input_ids.shape[1] for one in share}
+    tokens_of = encoder.lengths([one.shown for one in share])
+    lengths = {one.place: length for one, length in zip(share, tokens_of, strict=True)}
     portions: list[list[_Asked]] = []
     for one in sorted(share, key=lambda one: lengths[one.place]):
         count = len(portions[-1]) + 1 if portions else 1

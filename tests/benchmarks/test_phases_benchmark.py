@@ -103,14 +103,14 @@ def test_the_scenario_of_a_gpu_at_toy_size(tmp_path, capsys):
 
 def test_the_planner_is_told_what_is_measured(tmp_path, monkeypatch):
     told, shown = [], []
-    moments, hidden = phases.moments, VLM.completion_hidden
+    moments, hidden = phases.moments, VLM.packed_hidden
 
     def spied(vlm, inputs, *completions):
         images = int(inputs.mm_token_type_ids[0].sum())
         shown.append((vlm.model.config.text_config.hidden_size, inputs.input_ids.shape[1], images))
         return hidden(vlm, inputs, *completions)
 
-    monkeypatch.setattr(VLM, "completion_hidden", spied)
+    monkeypatch.setattr(VLM, "packed_hidden", spied)
     monkeypatch.setattr(phases, "moments", lambda setup: told.append(setup) or moments(setup))
     status, _ = run(tmp_path, *SMALL, "--gate", "1", "--rival", "whole")
     (setup,) = told

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.loop import ours, processes, step, table, variants
+from benchmarks.loop import processes, step, table, variants
 from benchmarks.loop.on_disk import NEVER, Sizes, read_sizes, write
 from benchmarks.loop.orders import Shared, reward_of
 from kepo.data.load import load_examples
@@ -83,12 +83,6 @@ def test_trl_has_our_loss_and_gradients(teacher, tmp_path):
     assert status == 0
     for name in ("rows", "trl"):
         check_row(rows["70", name], bool(teacher))
-
-
-def test_a_setting_that_kepo_does_not_have_is_named():
-    variant = variants._ours("black", "", no_such_setting=True)
-    assert variant.cannot(small()) == "this kepo has no setting no_such_setting"
-    assert ours.unknown({"micro_batch": 1}) == []
 
 
 # ---- what it is measured on ----

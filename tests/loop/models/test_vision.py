@@ -19,7 +19,9 @@ from kepo.models.encoding import Prompt
 from kepo.models.sampling import SamplingParams
 from kepo.models.vlm import VLM
 from kepo.objective.batch import collate
-from kepo.objective.step import StepTotals, kepo_step
+from kepo.objective.score import Scores
+from kepo.objective.step import kepo_step
+from kepo.objective.totals import StepTotals
 
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 DROP = "mm_token_type_ids"
@@ -257,7 +259,8 @@ def test_shared_features_give_the_same_states_and_gradients(
         assert (found[name] - gradient).norm() <= near * max(whole, gradient.norm()), name
 
 
-def test_a_micro_batch_encodes_the_images_of_its_questions_once(sharing, prompts):
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_a_micro_batch_encodes_the_images_of_its_questions_once(sharing, prompts, share_prompts):
     """Three completions of one question and three of another, as `kepo_step` is given them."""
     groups = [
         [replace(rollout(text), prompt=prompts[place]) for text in (RIGHT, WRONG, WRONG)]
@@ -265,10 +268,12 @@ def test_a_micro_batch_encodes_the_images_of_its_questions_once(sharing, prompts
     ]
     config = Config(distill_coef=0.0, hint_trigger="never")
     batch = collate(groups, config)
+    sharing.share_prompts = share_prompts
     with watched(sharing) as (_, met):
-        loss, _ = kepo_step(sharing, None, None, batch, config, StepTotals())
+        loss, _ = kepo_step(sharing, None, batch, Scores(), config, StepTotals())
         loss.backward()
     sharing.model.zero_grad(set_to_none=True)
+    sharing.share_prompts = False
     assert met == [int(sharing.encode([prompts[0]]).image_grid_thw.prod(-1).sum())]
 
 
