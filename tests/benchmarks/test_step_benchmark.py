@@ -68,8 +68,9 @@ def test_ours_alone(tmp_path, monkeypatch, capsys):
     )
     assert status == 0 and picture.stat().st_size > 10_000
     for prompt in ("70", "90"):
-        have = check_row(rows[prompt, "rows"], teacher=True)
-        assert have["x_seconds"] == 1 and have["teacher_seconds"] > 0
+        ours = check_row(rows[prompt, "shared"], teacher=True)
+        assert ours["x_seconds"] == 1 and ours["teacher_seconds"] > 0
+        check_row(rows[prompt, "rows"], teacher=True)
         for name in ("trl", "trl-liger"):
             row = rows[prompt, name]
             assert not row["seconds"] and ("not installed: trl" in row["note"]) == (name == "trl")
