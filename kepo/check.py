@@ -10,7 +10,7 @@ from kepo.data.load import layout_of
 from kepo.distributed.processes import launched
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.models.device import known_device
-from kepo.models.workspace import check_workspace
+from kepo.objective.workspace import check_workspace
 from kepo.sections import ModelsConfig, RewardConfig
 from kepo.tasks.rewards import REWARDS
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from kepo.data.images import open_rgb
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.models.conventions import closed
+from kepo_kernels.compute.devices import moved
 
 IMAGE_CACHE_BYTES = 256 * 2**20
 """Bytes of patches kept per encoder, so that an image met every epoch is decoded once."""
@@ -62,7 +63,7 @@ class Inputs:
 
     def to(self, device: torch.device) -> Inputs:
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
-        there: dict[str, Any] = {n: x.to(device, non_blocking=True) for n, x in tensors.items()}
+        there: dict[str, Any] = {name: moved(x, device) for name, x in tensors.items()}
         return replace(self, **there)
 
     def repeat(self, n: int) -> Inputs:

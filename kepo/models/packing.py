@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kepo.errors import KepoDataError
 from kepo.models.encoding import Inputs
+from kepo_kernels.compute.devices import moved
 
 PROMPT, PADDING = -1, -2
 """Segments of a packed row beside its completions, which are counted from 0."""
@@ -42,7 +43,7 @@ class Packed:
     states_at: Tensor  # (B, T) int64: which of the R * L states predicts a token; 0 where masked
 
     def to(self, device: torch.device) -> Packed:
-        return Packed(**{name: x.to(device, non_blocking=True) for name, x in vars(self).items()})
+        return Packed(**{name: moved(x, device) for name, x in vars(self).items()})
 
     def attention(self) -> Tensor:
         """Return (R, 1, L, L) bool, True where the token of the third index attends to that of the

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from kepo.objective.batch import Batch
 from kepo.objective.totals import StepTotals
 from kepo.sections import ObjectiveConfig
 from kepo_kernels import fused_linear_logprobs
+from kepo_kernels.compute.devices import moved
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Scores:
 
     def to(self, device: torch.device) -> Scores:
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
-        moved: dict[str, Any] = {n: x.to(device, non_blocking=True) for n, x in tensors.items()}
-        return Scores(**{**vars(self), **moved})
+        there: dict[str, Any] = {name: moved(x, device) for name, x in tensors.items()}
+        return replace(self, **there)
 
 
 def score(
