@@ -23,6 +23,7 @@ from kepo.data.load import load_omnimedvqa
 from kepo.errors import KepoConfigError, KepoError
 from kepo.evaluation.greedy import evaluate
 from kepo.loop import lr_share, train
+from kepo.models.vlm import VLM
 from kepo.rollout import hints as hints_module
 from kepo.rollout.questions import draw
 from kepo.run import milestones
@@ -258,6 +259,30 @@ def test_hints_survive_a_checkpoint_and_are_not_written_twice(
         2,
         0,
     ]
+
+
+def test_the_teacher_is_asked_once_however_many_iterations_follow(made, tmp_path, monkeypatch):
+    """And the reference; both before the first update."""
+    asked = []
+    states = VLM.completion_states
+
+    def spied(vlm, prompts, ids, mask):
+        if not any(parameter.requires_grad for parameter in vlm.model.parameters()):
+            asked.append((vlm.model.config.text_config.hidden_size, int(mask.sum())))
+        return states(vlm, prompts, ids, mask)
+
+    monkeypatch.setattr(VLM, "completion_states", spied)
+    found = []
+    for iterations in (1, 4):
+        run_dir = tmp_path / str(iterations)
+        settings = dict(steps=1, num_iterations=iterations, kl_coef=0.1, gate_reward=None)
+        assert train(config_of(made, run_dir, **settings)) == 0
+        (record,) = read_metrics(run_dir / "metrics.jsonl")
+        found.append((asked.copy(), record["kepo/teacher_tokens"]))
+        asked.clear()
+    assert found[0] == found[1]
+    whose = {size for size, _ in found[0][0]}
+    assert len(whose) == 2 and found[0][1] == sum(n for _, n in found[0][0]) / 2 > 0
 
 
 def test_steps_without_a_finite_gradient_are_skipped_until_it_is_too_many(

@@ -14,7 +14,7 @@ STEPS = 3
 LR = 2e-4
 CLOSE = 1e-5
 ADAM_EPS = 1e-8
-MEASURED = ("mem/", "time/", "step_time")  # of the machine, not of the run
+MEASURED = ("mem/", "time/", "step_time", "kepo/padding")  # of the machine, not of the run
 
 
 def weights(run_dir: Path, step: int = STEPS) -> dict[str, torch.Tensor]:

@@ -45,6 +45,8 @@ HELD = {
         gradient_checkpointing=True,
     ),
     "offloaded teacher": dict(teacher_placement="offload"),
+    "a row for each completion": dict(share_prompts=False),
+    "sharded, a row for each": dict(sharding="fsdp2", share_prompts=False, micro_tokens=150),
 }
 
 

@@ -40,9 +40,10 @@ def runs(made, tmp_path_factory):
         (home / "data").symlink_to(made / "data")
         configs = {
             held: config_of(home, home / held, **SETTINGS, **settings)
-            for held, settings in {"one": {}, **HELD}.items()
+            for held, settings in {"one": {}, "rows": dict(share_prompts=False), **HELD}.items()
         }
-        assert run_rigged(dataclasses.asdict(configs["one"])) == 0
+        for held in ("one", "rows"):
+            assert run_rigged(dataclasses.asdict(configs[held])) == 0
         shared += [configs[held] for held in HELD]
     run_all(shared, root / "configs.json")
     return root
@@ -54,6 +55,11 @@ def test_two_processes_are_one_run(runs, name, held):
     assert_same_run(runs / name / "one", runs / name / held)
     names = set(weights(runs / name / held))
     assert ("lm_head.weight" in names) != FAMILIES[name]["tied"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompts_that_are_shared_change_nothing(runs, name):
+    assert_same_run(runs / name / "one", runs / name / "rows")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
