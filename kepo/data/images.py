@@ -61,7 +61,7 @@ def open_rgb(path: Path) -> Image.Image:
 
 
 def _in_turn(path: Path, work: Callable[[Image.Image], Any]) -> Any:
-    """Return ``work`` of the image as RGB, done when it is this thread's turn."""
+    """Wait for this thread's turn, decode the image as RGB, and return ``work(image)``."""
     with _opened(path) as image:
         pixels = pixels_of(image)
     with _turns.of(pixels):
@@ -204,7 +204,7 @@ def digests_of(
 
 
 def digests_in(looks: dict[Path, Look | KepoDataError]) -> dict[Path, str | KepoDataError]:
-    """Return only the digests of the looks; errors stay in their places."""
+    """Return each look's digest; where an error stands in place of a look, return the error."""
     return {path: seen.digest if isinstance(seen, Look) else seen for path, seen in looks.items()}
 
 

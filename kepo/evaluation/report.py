@@ -244,7 +244,7 @@ def lines(result: dict[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``kepo evaluate``."""
-    from kepo.models.reading import own_progress_only
+    from kepo.models.reading import hide_transformers_bars
 
     settings = command_line(
         Evaluation,
@@ -253,7 +253,7 @@ def main(arguments: Sequence[str]) -> None:
         description=__doc__,
         config=(tyro.conf.PositionalRequiredArgs,),
     )
-    own_progress_only()
+    hide_transformers_bars()
     settings = at_home(settings, *PATHS)
     if settings.json is not None:  # known now, not after an hour of answers
         folder = Path(settings.json).resolve().parent
