@@ -186,7 +186,7 @@ def _supervise(
 
 
 def cached(target: Path, made_with: dict[str, object], make: Callable[[Path], None]) -> Path:
-    """Return ``target``, and make it first unless it is there whole.
+    """Return the folder ``target``; make it first if it is missing or damaged.
 
     A target that was made with other settings is refused, and so is a folder not made here.
     """

@@ -46,9 +46,9 @@ def end_ids(path: str | Path, tokenizer: Any, config: Any) -> tuple[int, ...]:
 
 
 def control_ids(tokenizer: Any, config: Any, ends: Iterable[int]) -> frozenset[int]:
-    """Return the tokens that are no text: ends, padding, what stands for images, all that are
-    written ``<|so|>``, and all special tokens but tags (``<think>``), which are part of an answer
-    whatever the tokenizer calls them."""
+    """Return the tokens that are no text: ends, padding, the places of images, all that are written
+    like ``<|im_start|>``, and all special tokens but tags. Tags (``<think>``) are part of an
+    answer, whatever the tokenizer calls them."""
     added = tokenizer.added_tokens_decoder
     roles = {tokenizer.convert_tokens_to_ids(token) for token in _roles(tokenizer)} - {None}
     tags = {
