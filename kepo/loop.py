@@ -23,10 +23,10 @@ import torch
 
 from kepo.check import check
 from kepo.config import Config, load
-from kepo.distributed.processes import all_gather, refusals_told, world_size
+from kepo.distributed.processes import all_gather, errors_end_all_ranks, world_size
 from kepo.distributed.sharding import own_gradients, whole_tensor
 from kepo.errors import KepoError
-from kepo.models.reading import own_progress_only
+from kepo.models.reading import hide_transformers_bars
 from kepo.objective.batch import Batch, collate
 from kepo.objective.micros import own_micros, padding, plan_micros
 from kepo.objective.score import Scores, score
@@ -36,7 +36,7 @@ from kepo.rollout.explore import explore
 from kepo.rollout.models import Models
 from kepo.rollout.questions import draw, from_data
 from kepo.rollout.rollouts import demonstrations
-from kepo.run.agreement import joined
+from kepo.run.agreement import agreeing_ranks
 from kepo.run.lock import exclusive
 from kepo.run.metrics import completion_records, peak_gb, step_metrics
 from kepo.run.milestones import begin, draw_curves, is_measured, measure, save
@@ -58,12 +58,12 @@ def train(config: Config) -> int:
     are divided among them (kepo.distributed.processes).
     """
     any_terminal()
-    with refusals_told():
+    with errors_end_all_ranks():
         check(config)
-    own_progress_only()
+    hide_transformers_bars()
     with (
         lasting_output(),
-        joined(config) as device,
+        agreeing_ranks(config) as device,
         StopRequest() as stop,
         exclusive(Path(config.run_dir)),
     ):
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run ``kepo train``. Recipes and presets each override those before them; flags override them
     all."""
     layers = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
-    with refusals_told():
+    with errors_end_all_ranks():
         config = command_line(
             Config,
             prog="kepo train",

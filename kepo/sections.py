@@ -120,7 +120,7 @@ class ModelsConfig(TeacherConfig):
     """Use Liger's kernels for norms, rotary embedding and, where it has one, the MLP. Needs CUDA
     and a liger-kernel that fits the installed transformers."""
     sampler: Literal["transformers", "vllm"] = "transformers"
-    """Engine that generates completions: transformers, or vllm in the same processes."""
+    """What samples completions: transformers, or vllm in the same processes."""
     vllm_memory: PositiveShare = 0.3
     """Share of each GPU's memory that vLLM reserves."""
 
@@ -215,8 +215,8 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     """The gate opens for completions whose gate_reward is at least this. None means a soft gate:
     the divergence is multiplied by that reward where it is positive."""
     step_weights: bool = False
-    """Distil less on steps where student and teacher have drifted apart since the completion's
-    first step; a step is a line, or a tagged part of the completion (SOD)."""
+    """Distil less on those reasoning steps of a completion where student and teacher have drifted
+    apart since its first one (SOD). A reasoning step is a line, or a tagged part."""
     distill_reduction: Literal["token_mean", "sequence_mean", "sum"] = "token_mean"
     """How the divergence is averaged over the sequences whose gate is open: token_mean,
     sequence_mean or sum."""
@@ -330,5 +330,5 @@ class RunConfig:
     log_completions_every: NonNegativeInt = 10
     """Write all completions of every so many steps to completions.jsonl. 0 disables it."""
     rank_timeout_minutes: Minutes = 15.0
-    """Minutes that one of several processes may stand still, or be late at the start, before it is
-    named and all processes end. Reading and computing do not count as standing still."""
+    """Minutes that one of several ranks may stand still, or be late at the start, before it is
+    named and all ranks end. Reading and computing do not count as standing still."""

@@ -34,7 +34,7 @@ Shared arguments, wherever they appear:
                       `dr_grpo_weights` and `sod_weights` make the usual ones
     **engine          impl="auto"|"triton"|"cpu"|"torch"; workspace_bytes, the most that may be held
                       above inputs and gradients (None = 32 to 512 MiB on CPU, 3.25 GiB on GPU,
-                      of whose memory an eighth at most; `compute.chunks.plan` explains it), or
+                      of whose memory an eighth at most; `compute.chunks.chunking` explains it), or
                       chunk_rows directly; logits_dtype
                       (None = fp32, but bf16 for bf16 inputs on CPUs with bf16 instructions);
                       grad_tol=0.0, the share of sum |dlogits| of a chunk that may be left out of

@@ -132,7 +132,7 @@ def reduction_weights(
 
     token_mean: divided by the number of active tokens; sequence_mean: each sequence's token mean,
     averaged over all B sequences (in a flat (N,) call every token is its own sequence); sum: not
-    divided. `gate` multiplies.
+    divided. `gate` (B,) or (N,) multiplies the weights of its sequences; None leaves them.
     """
     weights = completion_mask.double()
     if gate is not None:

@@ -216,8 +216,8 @@ def sod_weights(
     epsilon: float = 1e-6,
     delta: float = 0.2,
 ) -> Tensor:
-    """Compute SOD's weights: steps on which student and teacher have drifted apart are distilled
-    less.
+    """Compute SOD's weights: reasoning steps of a completion on which student and teacher have
+    drifted apart are distilled less.
 
         d_k = mean over the tokens of step k of |logprob - teacher_logprob|
         w_k = min((d_first + epsilon) / (d_k + epsilon), 1 + delta),   so w_first = 1

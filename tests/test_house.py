@@ -4,9 +4,12 @@ import ast
 import graphlib
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from places import ROOT
+
+import kepo_kernels
 
 PACKAGES = ("kepo_kernels", "kepo", "experiments")
 LINES = 80
@@ -79,6 +82,12 @@ def test_packages_know_only_those_below(imports):
 def test_no_file_name_twice_in_a_package(package):
     names = Counter(f.name for f in (ROOT / package).rglob("*.py") if f.name != "__init__.py")
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_all_that_kepo_kernels_exports_is_listed():
+    public = {name: x for name, x in vars(kepo_kernels).items() if not name.startswith("_")}
+    exported = [name for name, x in public.items() if not isinstance(x, ModuleType)]
+    assert sorted(exported) == sorted(kepo_kernels.__all__)
 
 
 def test_functions_and_folders_are_short():

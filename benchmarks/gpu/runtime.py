@@ -31,7 +31,7 @@ from benchmarks.gpu.oracle import (
     round_dlogits,
 )
 from kepo_kernels import reference
-from kepo_kernels.compute import autograd
+from kepo_kernels.compute.chunks import chunking
 
 REPEATS = 100
 
@@ -112,13 +112,13 @@ def workspace(device: torch.device) -> str:
     p = make_large(device, (8, 256, width, width, vocab))
     side = (p.hidden, p.lm_head, p.teacher_hidden, p.teacher_lm_head)
     shares = []
-    # The accumulators of both gradients, which plan() does not count as workspace either.
+    # The accumulators of both gradients, which chunking() does not count as workspace either.
     accumulators = sum(4 * x.numel() for x in p.leaves)
     rows = p.mask.numel()
     for mib in (64, 256, 1024):
         budget = mib << 20
         sizes = {"teacher_rows": rows, "dtype": torch.bfloat16, "device": device}
-        planned = autograd.plan(rows, width, vocab, **sizes, workspace_bytes=budget).workspace_bytes
+        counted = chunking(rows, width, vocab, **sizes, workspace_bytes=budget).workspace_bytes
         kepo_kernels.fused_gated_kd_loss(*side, workspace_bytes=budget)  # kernels, cuBLAS
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -126,7 +126,7 @@ def workspace(device: torch.device) -> str:
         kepo_kernels.fused_gated_kd_loss(*side, workspace_bytes=budget)
         used = torch.cuda.max_memory_allocated() - before - accumulators
         require(used <= budget, f"{used} bytes above the gradients, {budget} were granted")
-        shares.append(f"{used / 2**20:.0f} of {mib} MiB ({planned / 2**20:.0f} planned)")
+        shares.append(f"{used / 2**20:.0f} of {mib} MiB ({counted / 2**20:.0f} counted)")
     return ", ".join(shares)
 
 

@@ -103,5 +103,5 @@ def numbers(record: dict[str, Any]) -> dict[str, float]:
         "trained": record["kepo/completion_tokens"],
         "rollout_seconds": record["time/rollout"],
         "teacher_seconds": record["time/teacher"],
-        "loss": record["kepo/policy_loss"] + record["kepo/kd_loss"],
+        "loss": record["kepo/policy_loss"] + record["kepo/distill_loss"],
     }

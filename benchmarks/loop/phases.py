@@ -52,7 +52,7 @@ from benchmarks.loop.report import Report, Row, draw
 from benchmarks.loop.update import WAYS, Bench, Taken, Update
 from benchmarks.losses.measure import Quantiles
 from benchmarks.stamp import PACKAGES, stamp
-from kepo.models.reading import own_progress_only
+from kepo.models.reading import hide_transformers_bars
 from kepo.planner.held import Machine
 from kepo.planner.known_models import KNOWN, known_model
 from kepo.planner.memory import Setup, moments
@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     # As a command it has a limit, to which imports count.
     started = time.monotonic() - (time.process_time() if arguments is None else 0.0)
     args = parse(arguments)
-    own_progress_only()
+    hide_transformers_bars()
     with tempfile.TemporaryDirectory() as name:
         problem = build(Path(name), args)
         facts = facts_of(problem, args)

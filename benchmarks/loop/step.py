@@ -51,7 +51,7 @@ from benchmarks.loop.update import TOLERANCE, Mismatch
 from benchmarks.loop.variants import VARIANTS
 from benchmarks.losses.measure import Quantiles
 from benchmarks.stamp import installed, stamp
-from kepo.models.reading import own_progress_only
+from kepo.models.reading import hide_transformers_bars
 
 HEAD_ROOM = 1024  # ids that the tokenizer has of its own, at most
 
@@ -177,7 +177,7 @@ def say(words: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    own_progress_only()
+    hide_transformers_bars()
     print(f"TRL {installed('trl')}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print(head(), flush=True)
     table, good = Table(args.csv), True

@@ -16,7 +16,7 @@ import torch
 from benchmarks.loop.on_disk import Sizes
 from benchmarks.loop.orders import Orders, Shared, keep_gradients, reward_of
 from kepo.data.load import load_examples
-from kepo.models.reading import own_progress_only
+from kepo.models.reading import hide_transformers_bars
 from kepo.rollout.prompts import prompt_of
 
 BETA = 0.5  # of the divergence, as ours
@@ -89,7 +89,7 @@ def common(folder: Path, name: str, sizes: Sizes) -> dict[str, Any]:
 def model_in(path: Path) -> Any:
     from transformers import AutoModelForImageTextToText
 
-    own_progress_only()
+    hide_transformers_bars()
     return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from benchmarks.losses.losses_of_ours import NotComparable
 from benchmarks.losses.measure import Call, Measurement, time_in_turn, watched
 from benchmarks.losses.problems import Problem
-from kepo_kernels.compute import autograd, gemm, pages
+from kepo_kernels.compute import gemm, pages
+from kepo_kernels.compute.chunks import chunking
 
 LARGEST = 4 << 30  # bytes of a chunk's logits, student's and teacher's: chunks beyond are not tried
 Span = tuple[Tensor, Tensor]  # rows of a call that meet the teacher, and rows that do not
@@ -23,7 +24,7 @@ def chunk_rows(problem: Problem, rows: int, teacher_rows: int) -> int:
     """Rows per chunk of a call with so many rows, of which so many meet the teacher."""
     teacher_vocab, teacher_hidden = problem.teacher_lm_head.shape
     vocab, hidden = problem.lm_head.shape
-    return autograd.plan(
+    return chunking(
         rows,
         hidden,
         vocab,

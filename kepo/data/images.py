@@ -61,7 +61,7 @@ def open_rgb(path: Path) -> Image.Image:
 
 
 def _in_turn(path: Path, work: Callable[[Image.Image], Any]) -> Any:
-    """Return ``work`` of the image as RGB, done when it is this thread's turn."""
+    """Wait for this thread's turn, decode the image as RGB, and return ``work(image)``."""
     with _opened(path) as image:
         pixels = pixels_of(image)
     with _turns.of(pixels):
@@ -101,7 +101,8 @@ def _unreadable(path: Path, error: Exception) -> KepoDataError:
 
 
 def locate(sources: Sources, root: Path) -> tuple[Path, ...]:
-    """Return the absolute paths of existing files inside root; bytes first go into the cache.
+    """Return the absolute path of each image, a file inside root; images that come as bytes are
+    first written to the cache.
 
     Links are followed, and must not lead out of root, so that no record can. There is one
     exception: a folder directly in root may itself be a link, such as ``Images`` on another disk,
@@ -168,7 +169,7 @@ def _cached(content: bytes) -> Path:
 
 @dataclass(frozen=True)
 class Look:
-    """Facts about an image, found when it was decoded."""
+    """What decoding an image showed: a digest of its pixels, and whether anything can be seen."""
 
     digest: str
     """The SHA-256 of size and pixels as ``open_rgb`` gives them, however the picture is stored."""
@@ -177,7 +178,7 @@ class Look:
 
 
 def looks_of(images: Iterable[Path], *, progress: bool = False) -> dict[Path, Look | KepoDataError]:
-    """Decode every image once and return a look at each; an error stands in for one that fails.
+    """Decode every image once; return a `Look` at each, or the error of one that fails.
 
     progress: show a bar.
     """
@@ -204,7 +205,7 @@ def digests_of(
 
 
 def digests_in(looks: dict[Path, Look | KepoDataError]) -> dict[Path, str | KepoDataError]:
-    """Return only the digests of the looks; errors stay in their places."""
+    """Return each look's digest; where an error stands in place of a look, return the error."""
     return {path: seen.digest if isinstance(seen, Look) else seen for path, seen in looks.items()}
 
 

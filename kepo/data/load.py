@@ -101,8 +101,7 @@ class DataReport:
 
 
 def layout_of(path: str | Path) -> Layout:
-    """Return the layout of a folder or JSON file; raises KepoDataError if it is none of the
-    three."""
+    """Return the layout of a folder or JSON file; KepoDataError if it has none of the three."""
     path = expanded(path)
     try:
         if (path / omnimedvqa.FOLDER).is_dir():
@@ -113,7 +112,9 @@ def layout_of(path: str | Path) -> Layout:
             path.is_dir() and next(each_json_file(path), None)
         ):
             return MEDR1
-        found = "is not there" if not path.exists() else "is of no layout known here"
+        found = (
+            "is not there" if not path.exists() else "is not a dataset in a layout that kepo reads"
+        )
     except OSError as error:  # no permission, or a disk that is gone
         raise KepoDataError(disk_sentence(error)) from error
     raise KepoDataError(

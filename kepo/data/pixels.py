@@ -34,7 +34,7 @@ _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 262, 322, 323  # in TIFF
 
 
 def pixels_of(image: Image.Image) -> int:
-    """Return the pixels that must be held to decode an image whose header was read."""
+    """Return how many pixels are held in memory while the image is decoded; reads its header."""
     tags = getattr(image, "tag_v2", {})
     tile = int(tags.get(_TILE_WIDTH, 1)) * int(tags.get(_TILE_LENGTH, 1))
     return max(image.width * image.height, tile)
@@ -47,9 +47,10 @@ def give_back_memory() -> None:
 
 
 class Turns:
-    """A gate that lets threads in, in their order, while they ask for at most ``limit`` together.
+    """A limit on what threads use together: they enter in the order in which they come, each once
+    its amount and those of the threads inside add up to at most ``limit``.
 
-    A thread that asks for more than ``limit`` waits until nobody is in.
+    A thread that asks for more than ``limit`` waits until no other is inside.
     """
 
     def __init__(self, limit: int):

@@ -180,4 +180,4 @@ MODALITIES: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] =
     "rotated": _rotated,
     "thick": _thick,
 }
-"""The renderings by name. The first is the training modality, the others only serve for tests."""
+"""The renderings by name. The student trains on the first alone and is tested on all."""

@@ -30,7 +30,7 @@ from kepo.distributed.processes import launched
 from kepo.errors import KepoConfigError
 from kepo.evaluation.greedy import evaluate, means, summary
 from kepo.loop import train
-from kepo.models.reading import own_progress_only
+from kepo.models.reading import hide_transformers_bars
 from kepo.models.vlm import VLM
 from kepo.run.lock import WRITTEN
 from kepo.run.manifest import new_folder, verify, write_manifest
@@ -86,7 +86,7 @@ class Demo:
 
 def run(demo: Demo) -> int:
     """Run all stages; return the exit code of the training."""
-    own_progress_only()
+    hide_transformers_bars()
     if launched() > 1:
         raise KepoConfigError("kepo demo: it runs in one process; start it without torchrun")
     demo = at_home(demo, "root")
@@ -186,7 +186,7 @@ def _supervise(
 
 
 def cached(target: Path, made_with: dict[str, object], make: Callable[[Path], None]) -> Path:
-    """Return ``target``, and make it first unless it is there whole.
+    """Return the folder ``target``; make it first if it is missing or damaged.
 
     A target that was made with other settings is refused, and so is a folder not made here.
     """

@@ -23,7 +23,7 @@ _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, 
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
-    """Write ``content``: afterwards the file has it, or what it had before; text becomes UTF-8.
+    """Write ``content`` to the file, or leave the file as it was; text is written in UTF-8.
 
     What UTF-8 has no bytes for (half a surrogate pair, from a file name) is written as its escape,
     which JSON reads back.
@@ -92,7 +92,8 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path, written: Path | None = None) -> Iterator[None]:
-    """Name ``path`` in an OSError from within that names no file: those of write and sync do not.
+    """Let every OSError of the block name a file: those of write and sync name none, and get
+    ``path``.
 
     written: the folder in which ``path`` is made, under a temporary name; an error that names a
     file there is made to name the file it would have become.

@@ -109,7 +109,7 @@ def read_own(path: Path) -> bytes:
 
 
 def refuse_irregular(folder: Path, names: Iterable[str]) -> None:
-    """Raise OSError for the first of these names that is there, and is no regular file.
+    """Raise OSError for the first of these names that exists in the folder but is no regular file.
 
     Call it before anything expensive: a folder could not be written to at the end, and a pipe would
     be waited for.
@@ -124,7 +124,7 @@ def refuse_irregular(folder: Path, names: Iterable[str]) -> None:
 
 
 def _named(path: Path, error: OSError) -> OSError:
-    """Return the disk's own error, or ours, which has no number, with the path before it."""
+    """Return an error that names ``path``, as the disk's own do; ours have no number."""
     return error if error.errno is not None else OSError(f"{path}: {error}; move it away")
 
 

@@ -2,7 +2,7 @@
 
 All ranks hold the same view of a step: the same questions, and after sampling the same completions.
 They differ only where a function here gives each a share, so there is nothing they could disagree
-about. In a single process, without torchrun, every function does the obvious.
+about. Without torchrun there is one rank, 0: it does all the work, and nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from kepo.distributed.watchdog import FAREWELL, watched
+from kepo.distributed.watchdog import LEAVING_SECONDS, watched
 from kepo.errors import KepoConfigError, KepoError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 TIMEOUT = 15 * 60.0
-"""Seconds a process may stand still, or be late at the start, before all processes end."""
-MEETING = 30.0
-"""Seconds that a process which cannot start waits for the others, to tell them."""
-LAST_RESORT = timedelta(days=1)
-"""The timeout of a decision that all ranks take at once: rank 0 may be reading a dataset. `watched`
-is what tells that from standing still."""
+"""Seconds a rank may stand still, or be late at the start, before all ranks end."""
+REFUSAL_SECONDS = 30.0
+"""Seconds that a rank which cannot start waits for the others to come and read its error."""
+DECISION_TIMEOUT = timedelta(days=1)
+"""The timeout of an exchange of Python objects. It is long because the others wait in one while
+rank 0 reads a dataset; a rank that stands still ends the run earlier, through `watched`."""
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that torchrun sets; only all of them make a process one of several."""
 
@@ -42,16 +42,16 @@ _control: dist.ProcessGroup | None = None
 def processes(
     device: str, *, alone: bool = False, timeout: float = TIMEOUT
 ) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, if it did; yield this process's own device.
+    """Join the ranks that torchrun started, if it did; yield this rank's own device.
 
     ``cuda`` becomes ``cuda:<local rank>``. alone: without torchrun, form a group of one, which
-    sharding needs. timeout: seconds after which a process that does not come to the start, or
-    stands still, is named and all end. A process group that is there already is used as it is.
-    Raises KepoConfigError where the environment or the devices do not fit, KepoError if a process
-    does not come.
+    sharding needs. timeout: seconds after which a rank that does not come to the start, or stands
+    still, is named and all ranks end. A process group that is there already is used as it is.
+    Raises KepoConfigError where the environment or the devices do not fit, KepoError if a rank does
+    not come.
     """
     several = world_size() > 1 if dist.is_initialized() else launched() > 1
-    with refusals_told():
+    with errors_end_all_ranks():
         own = _own_device(device, several)
     started = (several or alone) and not dist.is_initialized()
     with ExitStack() as stack:
@@ -121,8 +121,10 @@ def _own_device(device: str, several: bool) -> torch.device:
 
 
 def _backend(device: torch.device) -> str:
-    """Return gloo for Python objects, and NCCL where there are GPUs. ("cpu:gloo" would be a group
-    without a default, of which torch warns at its end.)"""
+    """Return the backend of the process group: gloo, and on GPUs also NCCL for CUDA tensors.
+
+    "cpu:gloo" would be a group without a default backend, of which torch warns at its end.
+    """
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
@@ -146,17 +148,17 @@ def _join(device: torch.device, timeout: float, stack: ExitStack) -> None:
         said = "; ".join(f"rank {other}: {text}" for other, text in refused.items())
         raise KepoError(f"rank {rank} ends, as another cannot start: {said}")
     backend = _backend(device)
-    # Between those of one step, ranks are apart by seconds. If that fails, `watched` names who.
+    # Within a step ranks are seconds apart; of longer waits `watched` names the culprit before.
     apart = max(2 * limit, timedelta(minutes=10))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=apart)
-    _control = dist.new_group(backend="gloo", timeout=LAST_RESORT)
+    _control = dist.new_group(backend="gloo", timeout=DECISION_TIMEOUT)
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own process
     server = store if rank == 0 and not agents else None
     stack.enter_context(watched(private, rank, size, timeout, server))
 
 
 def _stores(limit: timedelta) -> tuple[dist.Store, dist.Store]:
-    """Return the store in which torchrun's processes meet, and a client of it for this package."""
+    """Return the store in which torchrun's ranks meet, and a client of it for this package."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store, _, _ = next(dist.rendezvous("env://", timeout=limit))
     own = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
@@ -166,9 +168,9 @@ def _stores(limit: timedelta) -> tuple[dist.Store, dist.Store]:
 
 
 @contextmanager
-def refusals_told() -> Iterator[None]:
-    """End the other ranks, with the same words, if an error ends this one before it has met them:
-    they would wait for it.
+def errors_end_all_ranks() -> Iterator[None]:
+    """End the other ranks, with the same error, if an error within the block ends this one before
+    it has met them; they would wait for it.
 
     It may be a KepoError, an OSError, or the SystemExit of a command line that cannot be read. Does
     nothing in a single process, or after this rank has met the others.
@@ -177,7 +179,7 @@ def refusals_told() -> Iterator[None]:
         yield
     except (KepoError, OSError, SystemExit) as error:
         fails = not isinstance(error, SystemExit) or error.code not in (0, None)
-        with suppress(KepoError):  # of the environment: then there is nobody to be found
+        with suppress(KepoError):  # of `launched`: the other ranks cannot be found then
             if fails and not dist.is_initialized() and launched() > 1:
                 says = not isinstance(error, SystemExit)
                 _tell(str(error) if says else "its command line cannot be read, see what it said")
@@ -188,22 +190,24 @@ def _tell(refusal: str) -> None:
     """Meet the other ranks instead of joining them, and wait until they have read ``refusal``."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with suppress(RuntimeError):  # they have not come, or have left
-        store, private = _stores(timedelta(seconds=MEETING))
-        _late(private, rank, size, MEETING, refusal)
+        store, private = _stores(timedelta(seconds=REFUSAL_SECONDS))
+        _late(private, rank, size, REFUSAL_SECONDS, refusal)
         _refusals(private, rank, size)
         del store  # rank 0 has the server in it
 
 
 def _refusals(store: dist.Store, rank: int, size: int) -> dict[int, str]:
-    """Return what the ranks that cannot start said, by rank. Rank 0 waits until all have read it:
-    with it the server may go."""
+    """Return the errors of the ranks that cannot start, by rank. Rank 0 waits until all ranks have
+    read them: the server may end with rank 0."""
     said = {other: store.get(f"here/{other}").decode() for other in range(size)}
     refused = {other: text for other, text in said.items() if text}
     if refused:
         store.set(f"read/{rank}", "")
         if rank == 0:
             with suppress(RuntimeError):
-                store.wait([f"read/{other}" for other in range(size)], timedelta(seconds=MEETING))
+                store.wait(
+                    [f"read/{other}" for other in range(size)], timedelta(seconds=REFUSAL_SECONDS)
+                )
     return refused
 
 
@@ -231,15 +235,15 @@ def _leave() -> None:
 
 
 def _give_up() -> None:
-    """Leave, if that can be done at once: others may be in a collective with this process, and then
-    the farewell would wait for them; torchrun ends them.
+    """Leave the process group within LEAVING_SECONDS, or else without its consent: if others are in
+    a collective with this rank, leaving would wait for them. torchrun ends them.
 
     Without it, Python may end while a thread of gloo gives back the last collective's tensors. That
-    thread asks for Python's lock, gets none, and the process aborts after it has said its sentence.
+    thread asks for Python's lock, gets none, and the process aborts after it has printed its error.
     """
-    farewell = threading.Thread(target=_leave, daemon=True)
-    farewell.start()
-    farewell.join(FAREWELL)
+    leaving = threading.Thread(target=_leave, daemon=True)
+    leaving.start()
+    leaving.join(LEAVING_SECONDS)
 
 
 def ranks(places: Sequence[int]) -> str:
@@ -263,12 +267,12 @@ def world_size() -> int:
 
 
 def is_rank0() -> bool:
-    """Return whether this process is the one that writes and prints."""
+    """Return whether this is rank 0, the one that writes and prints."""
     return rank() == 0
 
 
 def all_gather(mine: T) -> list[T]:
-    """Return what each rank passed, by rank; any object that pickles. All ranks call."""
+    """Return the objects that the ranks passed, which must pickle, by rank. All ranks call."""
     if world_size() == 1:
         return [mine]
     everyones: list[T] = [None] * world_size()  # type: ignore[list-item]
@@ -322,15 +326,15 @@ def on_rank0(make: Callable[[], T]) -> T:
 
 
 def rank_slice(items: Sequence[T], place: int | None = None) -> Sequence[T]:
-    """Return the part of ``items`` that belongs to one rank (None = this one): runs of equal
-    length, up to one, in order of rank."""
+    """Return the part of ``items`` that belongs to one rank (None = this one). The parts are
+    contiguous, in order of rank, and differ in length by at most one."""
     place = rank() if place is None else place
     start, end = (len(items) * i // world_size() for i in (place, place + 1))
     return items[start:end]
 
 
 class Stopped(Exception):
-    """Raised on every rank when shared work ends early because one was asked to stop."""
+    """Raised on every rank when shared work ends early because one rank was asked to stop."""
 
 
 def split_work(
@@ -341,7 +345,7 @@ def split_work(
     collective: bool = False,
     stop: Callable[[], bool] | None = None,
 ) -> list[R]:
-    """Return ``work`` of all items, each rank having done its share; the same list on every rank.
+    """Share the items out over the ranks; return ``work``'s results for all items, on every rank.
 
     portions: cuts a share into what is worked on at once; ``work`` returns one result per item of a
     portion. collective: ``work`` needs the other ranks too (a sharded model), so those with fewer
@@ -370,5 +374,5 @@ def split_work(
 
 
 def batches_of(most: int) -> Callable[[Sequence[T]], list[Sequence[T]]]:
-    """Return portions for `split_work` of at most so many items, in order."""
+    """Return a ``portions`` for `split_work` that cuts a share into at most ``most`` items each."""
     return lambda share: [share[start : start + most] for start in range(0, len(share), most)]

@@ -102,8 +102,12 @@ def gathered(root: nn.Module) -> Iterator[None]:
 
 
 def own_gradients(root: nn.Module, last: bool) -> Any:
-    """Return a context for the forward and backward of a micro-batch: copies average their
-    gradients after the last one only. Shares always do, or each rank would hold whole gradients."""
+    """Return a context for the forward and backward of a micro-batch, in which gradients stay on
+    their rank where that is possible.
+
+    Copies (DDP) average their gradients after the last micro-batch only. Shares (FSDP2) exchange
+    them after every one, or each rank would have to hold the gradients of all parameters.
+    """
     if isinstance(root, DistributedDataParallel) and not last:
         return root.no_sync()
     return nullcontext()
@@ -167,7 +171,7 @@ def rows_of(tensor: Tensor) -> slice:
 
 
 def share_like(tensor: Tensor, share: Tensor) -> Tensor:
-    """Return this rank's rows as a tensor sharded like ``tensor``; as they are if that is not."""
+    """Return this rank's rows as a tensor sharded like ``tensor``, unchanged if that is whole."""
     if not isinstance(tensor, DTensor):
         return share
     return DTensor.from_local(

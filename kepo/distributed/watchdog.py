@@ -1,10 +1,10 @@
-"""A process that stands still is named, by itself or by the others, and all of them end.
+"""A rank that stands still is named, by itself or by the others, and all of them end.
 
-Each process looks at itself: whether its Python threads have used the processor since the last
-look, and where in the code it stands. It tells the others over a store of their own. One that has
-done nothing for the time limit and is not waiting for another is stalled, and so is one of which
-nothing was heard for as long: stopped, or its machine gone. Reading a dataset for an hour is work,
-and may take that hour. A process that computes for ever is not seen.
+Each rank looks at itself: whether its Python threads have used the processor since the last look,
+and where in the code it stands. It tells the others over a store of their own. One that has done
+nothing for the time limit and is not waiting for another is stalled, and so is one of which nothing
+was heard for as long: stopped, or its machine gone. Reading a dataset for an hour is work, and may
+take that hour. A rank that computes for ever is not seen.
 """
 
 from __future__ import annotations
@@ -23,38 +23,39 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 LONGEST_PAUSE = 5.0  # seconds between two looks
-FAREWELL = 2.0  # seconds
-PAUSED = 4  # pauses without a look: this process itself was stopped
+LEAVING_SECONDS = 2.0  # that a rank which ends waits for its group, or for the others to end
+PAUSED = 4  # pauses without a look: this rank itself was stopped
 WORK = 0.001  # of the limit: who uses the processor for less only sleeps in a loop
 WAITING = ("/torch/distributed/", "/torch/autograd/")
-"""Paths of code in which a process waits for others; in autograd, for their gradients."""
+"""Paths of code in which a rank waits for others; in autograd, for their gradients."""
 PACKAGE = Path(__file__).parents[1]
 OURS = (f"{PACKAGE}/", f"{PACKAGE}_kernels/")
 
 
 class Report(NamedTuple):
-    """The state that a process reports to the others."""
+    """The state that a rank reports to the others."""
 
     beat: int
     """A number that differs from one report to the next."""
     still: float
-    """Seconds for which the process has done nothing."""
+    """Seconds for which the rank has done nothing."""
     waits: bool
-    """True if the process waits for another, as far as can be seen."""
+    """True if the rank stands in code that waits for other ranks; see WAITING."""
     place: str
+    """The function, file and line where the rank stands."""
     left: bool = False
-    """True if the process has ended on purpose."""
+    """True if the rank has ended on purpose."""
 
 
 @contextmanager
 def watched(
     store: dist.Store, rank: int, world_size: int, limit: float, server: dist.Store | None = None
 ) -> Iterator[None]:
-    """End this process, with a sentence and exit code 1, once a rank stands still for ``limit``
+    """End this rank, with a sentence and exit code 1, once any rank stands still for ``limit``
     seconds.
 
     All ranks call, with clients of the same store, which nothing else may use. server: the server
-    of the store, in the one process that has it, which leaves last if it can; None elsewhere.
+    of the store, on the one rank that has it, which leaves last if it can; None elsewhere.
     """
     over = threading.Event()
     pause = min(LONGEST_PAUSE, limit / 10)
@@ -122,14 +123,14 @@ def watched(
         yield
     finally:
         over.set()
-        workers[0].join(FAREWELL)
+        workers[0].join(LEAVING_SECONDS)
         if server is not None:
-            _see_off(store, rank, world_size)
+            _wait_for_others_to_leave(store, rank, world_size)
 
 
-def _see_off(store: dist.Store, rank: int, world_size: int) -> None:
-    """Wait a little for the others to say that they have left."""
-    end = time.monotonic() + FAREWELL
+def _wait_for_others_to_leave(store: dist.Store, rank: int, world_size: int) -> None:
+    """Wait until the other ranks have reported that they left, LEAVING_SECONDS at most."""
+    end = time.monotonic() + LEAVING_SECONDS
     here = {other for other in range(world_size) if other != rank}
     while here and time.monotonic() < end:
         with suppress(RuntimeError, ValueError):
@@ -141,7 +142,10 @@ def _see_off(store: dist.Store, rank: int, world_size: int) -> None:
 
 
 def stalled(reports: dict[int, Report], limit: float) -> str | None:
-    """Return the sentence that ends a run, by rank; None while no process is to blame."""
+    """Return the sentence that ends a run and names the stalled ranks; None while there are none.
+
+    limit: seconds. Ranks that wait for others are to blame only if every rank waits.
+    """
     here = {rank: report for rank, report in reports.items() if not report.left}
     still = [rank for rank, report in here.items() if report.still >= limit]
     named = [rank for rank in still if not here[rank].waits]
@@ -160,7 +164,7 @@ def stalled(reports: dict[int, Report], limit: float) -> str | None:
 
 
 def standing(frame: FrameType | None) -> tuple[bool, str]:
-    """Return ``(whether it waits for another process, where it stands)`` of a thread's innermost
+    """Return ``(whether a thread waits for other ranks, where it stands)``, from its innermost
     frame."""
     frames = []
     while frame is not None:

@@ -167,8 +167,8 @@ def judged(example: Example, text: str) -> Answer:
 
 
 def tabulated(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Return the accuracy of every cell, of its sums either way, of all, and the mean over
-    modalities."""
+    """Return the accuracy of every cell (a modality and a type of question), of every modality, of
+    every type, and of all questions; and the mean over modalities."""
 
     def by(key: Callable[[Answer], Any]) -> dict[Any, dict[str, Any]]:
         parts: dict[Any, list[Answer]] = {}
@@ -191,7 +191,7 @@ def tabulated(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def summed(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Return counts of questions, their accuracy with its 95 % interval, and that of guessing."""
+    """Return counts of questions, their accuracy with its 95 % interval, and the chance level."""
     right, count = sum(answer.right for answer in answers), len(answers)
     share, low, high = wilson(right, count)
     return {
@@ -244,7 +244,7 @@ def lines(result: dict[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``kepo evaluate``."""
-    from kepo.models.reading import own_progress_only
+    from kepo.models.reading import hide_transformers_bars
 
     settings = command_line(
         Evaluation,
@@ -253,7 +253,7 @@ def main(arguments: Sequence[str]) -> None:
         description=__doc__,
         config=(tyro.conf.PositionalRequiredArgs,),
     )
-    own_progress_only()
+    hide_transformers_bars()
     settings = at_home(settings, *PATHS)
     if settings.json is not None:  # known now, not after an hour of answers
         folder = Path(settings.json).resolve().parent

@@ -46,9 +46,9 @@ def end_ids(path: str | Path, tokenizer: Any, config: Any) -> tuple[int, ...]:
 
 
 def control_ids(tokenizer: Any, config: Any, ends: Iterable[int]) -> frozenset[int]:
-    """Return the tokens that are no text: ends, padding, what stands for images, all that are
-    written ``<|so|>``, and all special tokens but tags (``<think>``), which are part of an answer
-    whatever the tokenizer calls them."""
+    """Return the tokens that are no text: ends, padding, the places of images, all that are written
+    like ``<|im_start|>``, and all special tokens but tags. Tags (``<think>``) are part of an
+    answer, whatever the tokenizer calls them."""
     added = tokenizer.added_tokens_decoder
     roles = {tokenizer.convert_tokens_to_ids(token) for token in _roles(tokenizer)} - {None}
     tags = {
@@ -78,7 +78,7 @@ def closed(opened: str) -> str:
 
 def check_template(path: str | Path, tokenizer: Any, image_token_id: int) -> None:
     """Raise KepoCheckpointError if the chat template fails, leaves the question or its image out,
-    changes its text, or renders it differently another time: by chance, or by the day."""
+    changes its text, or depends on chance or on the date."""
     asked, again = (
         _rendered(path, tokenizer, [_user(_MARK, images=1)], add_generation_prompt=True)
         for _ in range(2)
@@ -100,8 +100,8 @@ def check_template(path: str | Path, tokenizer: Any, image_token_id: int) -> Non
     texts = template.values() if isinstance(template, dict) else [template]
     if any("strftime_now" in text for text in texts):
         raise KepoCheckpointError(
-            f"{path}: the chat template writes the day (strftime_now), so that a prompt is "
-            "another one tomorrow; write a fixed date into it"
+            f"{path}: the chat template writes the current date (strftime_now), so the same "
+            "message gives another prompt on another day; write a fixed date into the template"
         )
 
 
@@ -297,8 +297,8 @@ def _rendered(path: str | Path, tokenizer: Any, chat: list[dict[str, Any]], **se
     if random.getstate() != before:
         random.setstate(before)
         raise KepoCheckpointError(
-            f"{path}: the chat template draws at random (|random, lipsum), so that a prompt is "
-            "another one at every call; write what it shall say"
+            f"{path}: the chat template draws at random (|random, lipsum), so the same "
+            "message gives another prompt at every call; write a fixed text into the template"
         )
     return text
 

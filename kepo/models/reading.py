@@ -112,7 +112,7 @@ def load_encoder(path: str | Path, model: Any) -> Encoder:
 
 
 def encoder_of(path: str | Path, config: Any) -> Encoder:
-    """Do what `load_encoder` does for a model of which only the config is there."""
+    """Load an encoder as `load_encoder` does, for a model of which only the config is at hand."""
     from transformers import AutoTokenizer
 
     try:
@@ -159,8 +159,8 @@ def base_of(path: str | Path) -> str | None:
     return base
 
 
-def own_progress_only() -> None:
-    """Keep transformers' bars for loading and saving out from between the lines of ours."""
+def hide_transformers_bars() -> None:
+    """Hide the bars that transformers shows while it loads and saves; kepo's own bar stays."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -186,8 +186,8 @@ def _image_processor(path: str | Path) -> Any:
     stated = kind.get_image_processor_dict(path)[0].get("image_processor_type")
     if stated is not None and not re.match(r"Qwen\w*VLImageProcessor", stated):
         raise KepoCheckpointError(
-            f"{path} wants the image processor {stated}; expected "
-            "Qwen2VLImageProcessor, by which Qwen-VL models see"
+            f"{path}: preprocessor_config.json names the image processor {stated}; expected "
+            "Qwen2VLImageProcessor, which belongs to the Qwen-VL models that kepo can train"
         )
     return kind.from_pretrained(path)
 

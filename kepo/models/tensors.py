@@ -19,7 +19,7 @@ ADAPTERS = "adapter_model.safetensors"
 
 def check_files(path: str | Path, quantized: bool = False) -> None:
     """Raise KepoCheckpointError if a folder's safetensors are not exactly those that its index
-    names, hold something else than it says, or hold what no weights look like; see `weight_files`.
+    names, hold other tensors than it says, or cannot be weights (see `weight_files`).
 
     quantized: whether config.json says so; then tensors may be of any dtype. A Hub name is not
     checked: its files are not here yet.
@@ -81,7 +81,7 @@ def _check_shards(folder: Path, shards: list[str]) -> None:
 
 
 def _check_index(folder: Path, places: dict[str, str], headers: dict[str, dict]) -> None:
-    """Check that an index says of exactly the tensors in its files which one file holds each."""
+    """Check that an index lists exactly the tensors in its files, each under the file it is in."""
     held: dict[str, list[str]] = {name: [] for name in places}
     for file, header in headers.items():
         for name in header:

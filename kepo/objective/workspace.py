@@ -7,7 +7,7 @@ import torch
 from kepo.config import Config
 from kepo.errors import KepoConfigError
 from kepo.models.reading import read_config
-from kepo_kernels.compute.chunks import plan
+from kepo_kernels.compute.chunks import chunking
 from kepo_kernels.errors import KepoInputError
 
 
@@ -26,7 +26,7 @@ def check_workspace(config: Config) -> None:
         sizes |= dict(teacher_rows=1, teacher_vocab=teacher.vocab_size)
         sizes |= dict(teacher_hidden_size=teacher.hidden_size)
     try:
-        plan(
+        chunking(
             1,
             **sizes,
             dtype=getattr(torch, config.dtype),

@@ -86,7 +86,7 @@ class Standing:
     device: str
 
     def beside(self, held: Held, pages: bool) -> Held:
-        """Return ``held`` together with all that stays.
+        """Return ``held`` plus the memory that stays in use in every phase.
 
         pages: the pages that the loss keeps are idle, so they count by themselves.
         """

@@ -88,8 +88,11 @@ def loss_memory(
 
 
 def _kept_pages(gradients: list[int], logits: int) -> int:
-    """Return the bytes that `kepo_kernels.compute.pages` keeps: the gradients', to make room for
-    which the logits' are given back, or the logits' if the gradients are too small to be kept."""
+    """Return the bytes that `kepo_kernels.compute.pages` keeps between calls.
+
+    It keeps the gradients' memory, and gives back the logits' to make room for it. If all gradients
+    are too small to be kept, it keeps the logits' memory.
+    """
     kept = 0
     for size in [size for size in gradients if size >= LEAST_BYTES] or [logits]:
         if size >= LEAST_BYTES and kept + size <= KEPT_BYTES:

@@ -69,8 +69,8 @@ def rescue(
     hints: Hints,
     stream: tuple[object, ...] = (),
 ) -> tuple[list[Group], RescueReport]:
-    """Return the groups, those that ``hint_trigger`` names with up to ``num_hinted`` hinted
-    successes.
+    """Return the groups; in those that get hints (`_gets_hint`), up to ``num_hinted`` failures are
+    replaced by completions that succeeded with a hint.
 
     Each of at most ``max_attempts`` rounds draws ``num_hinted`` completions for the groups that
     still lack successes, and for those only. Other groups are returned unchanged; no input list is
@@ -79,7 +79,9 @@ def rescue(
     """
     groups = [list(group) for group in groups]
     room = {place: _room(group, config) for place, group in enumerate(groups)}
-    helped = [place for place, group in enumerate(groups) if room[place] and _calls(group, config)]
+    helped = [
+        place for place, group in enumerate(groups) if room[place] and _gets_hint(group, config)
+    ]
     if not helped:
         return groups, RescueReport()
     assert models.teacher is not None, "a run with hints has a teacher"
@@ -199,8 +201,8 @@ def replace_worst(group: Group, successes: Group, config: HintConfig) -> Group:
     return group
 
 
-def _calls(group: Group, config: HintConfig) -> bool:
-    """Return whether ``hint_trigger`` names this group."""
+def _gets_hint(group: Group, config: HintConfig) -> bool:
+    """Return whether the group gets a hint, as ``hint_trigger`` says."""
     return config.hint_trigger == "always" or all_failed(group, config)
 
 

@@ -1,4 +1,4 @@
-"""Rollout: a completion with its facts; the groups they come in; their rewards in total."""
+"""Rollout, the record of one completion; groups of them; and their total rewards."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from kepo.sections import RewardConfig
 
 @dataclass
 class Rollout:
-    """One completion with its facts."""
+    """One completion of a question: its tokens, its rewards, and how it was sampled."""
 
     example: Example
     prompt: Prompt
-    """The plain question, under which it is trained on, whatever it was sampled under."""
+    """The plain question. The completion is trained on as an answer to this prompt, also if it was
+    sampled with a hint."""
     completion_ids: Tensor
     """(T,) int64 sampled tokens, the end token included."""
     text: str

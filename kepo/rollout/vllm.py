@@ -151,7 +151,10 @@ class VllmSampler:
         self._llm.sleep(level=2)
 
     def _take_weights(self, model: Any) -> set[str]:
-        """Return the parameters that got no weights, by name: asleep, they lost what they had."""
+        """Load the policy's weights into vLLM's model; return the names of those that got none.
+
+        They are an error: vLLM dropped its weights when it went to sleep.
+        """
         loaded = model.load_weights(self._weights())
         return {name for name, _ in model.named_parameters()} - set(loaded)
 

@@ -32,7 +32,7 @@ BLOCK = 2**16
 
 
 @contextmanager
-def joined(config: Config) -> Iterator[torch.device]:
+def agreeing_ranks(config: Config) -> Iterator[torch.device]:
     """Join the ranks of this run and check that settings, code and models are the same on all of
     them; yields this rank's device. Raises KepoConfigError on all ranks otherwise."""
     shards = config.sharding == "fsdp2" or config.teacher_placement != "copy"

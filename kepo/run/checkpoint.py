@@ -67,7 +67,9 @@ def save_checkpoint(
     folder = on_rank0(lambda: begin_folder(target))
     try:
         with naming(target, folder):
-            hashes = _of_all(lambda: _written(folder, write_policy, named_parameters, optimizer))
+            hashes = _from_each_rank(
+                lambda: _written(folder, write_policy, named_parameters, optimizer)
+            )
 
         def finish() -> None:
             with naming(target, folder):
@@ -97,9 +99,9 @@ def _written(
     return {path.name: described(path) for path in own}
 
 
-def _of_all(make: Callable[[], T]) -> list[T]:
-    """Return what ``make`` returns on each rank; an error on one is raised on all, as by
-    `on_rank0`."""
+def _from_each_rank(make: Callable[[], T]) -> list[T]:
+    """Call ``make`` on every rank and return the results, by rank; an error on one rank is raised
+    on all, as by `on_rank0`."""
     try:
         mine: T | Exception = make()
     except (KepoError, OSError) as error:

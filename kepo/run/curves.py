@@ -8,6 +8,9 @@ from typing import Any
 from kepo.disk.durable import replacing
 from kepo.run.metrics import read_metrics
 
+FORMER = {"kepo/distill_loss": "kepo/kd_loss"}
+"""The names that keys have in logs of earlier versions."""
+
 
 def plot_curves(metrics: Path, picture: Path, source: str | None = None) -> None:
     """Plot reward, gate and hint rates, divergence, entropy, losses, seconds per phase, accuracy.
@@ -28,13 +31,12 @@ def plot_curves(metrics: Path, picture: Path, source: str | None = None) -> None
         ("reward", ["reward", *rewards]),
         ("rates", ["kepo/gate_rate", "kepo/hint_rate", "kepo/rescue_rate", "frac_reward_zero_std"]),
         ("student against teacher", ["kepo/divergence", "entropy"]),
-        ("loss", ["kepo/policy_loss", "kepo/kd_loss"]),
+        ("loss", ["kepo/policy_loss", "kepo/distill_loss"]),
         ("seconds per step", ["time/rollout", "time/hint", "time/teacher", "time/update"]),
     ]
     for axis, (title, keys) in zip(axes.flat, panels, strict=False):
         for key in keys:
-            points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-            if points:
+            if points := points_of(records, key):
                 axis.plot(*zip(*_smooth(points), strict=True), label=key)
         axis.set(title=title, xlabel="step")
         if axis.get_legend_handles_labels()[0]:
@@ -44,6 +46,13 @@ def plot_curves(metrics: Path, picture: Path, source: str | None = None) -> None
     with replacing(picture) as part:
         figure.savefig(part, dpi=110)
     plt.close(figure)
+
+
+def points_of(records: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """Return (step, value) of the records that have a value of the key, or of its former name."""
+    former = FORMER.get(key, key)
+    values = [(r["step"], r.get(key, r.get(former))) for r in records]
+    return [(step, value) for step, value in values if value is not None]
 
 
 def _plot_accuracy(axis: Any, records: list[dict[str, Any]], source: str | None) -> None:

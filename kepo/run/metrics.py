@@ -72,7 +72,7 @@ def step_metrics(
         "sampling/sampling_logp_difference/max": totals.sampler_gap_max,
         "kepo/completion_tokens": tokens,
         "kepo/policy_loss": totals.policy_loss / iterations,
-        "kepo/kd_loss": totals.distill_loss / iterations,
+        "kepo/distill_loss": totals.distill_loss / iterations,
         "kepo/divergence": totals.divergence / max(1, teacher_tokens * iterations),
         "kepo/gate_rate": batch.opened.float().mean().item(),
         "kepo/teacher_tokens": teacher_tokens,

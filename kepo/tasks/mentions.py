@@ -221,8 +221,8 @@ def _by_letter(text: Words, count: int) -> Iterator[Mention]:
 
 
 def _is_article(text: Words, place: int) -> bool:
-    """Return whether "a" at ``place`` is an article, or "I" a pronoun: a word follows, and not one
-    that follows a letter.
+    """Return whether "a" at ``place`` is an article, or "I" a pronoun, and not the letter of an
+    option: a word follows that does not go with a letter ("A is", "A over B").
 
     Quotes, emphasis and brackets that open before that word change nothing.
     """

@@ -96,8 +96,8 @@ def _number(value: Any) -> float | None:
 
 
 def _split(text: str) -> tuple[str, str | None, str] | None:
-    """Return (text before everything, reasoning or None, content of the answer block); None if the
-    text is malformed."""
+    """Return (text before the first tag, reasoning or None, content of the answer block); None if
+    the text is malformed."""
     if text.count("<answer>") != 1 or text.count("</answer>") != 1:
         return None
     head, _, rest = text.partition("<answer>")

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from kepo_kernels.compute import pages
-from kepo_kernels.compute.chunks import ChunkPlan as ChunkPlan
-from kepo_kernels.compute.chunks import plan as plan
 from kepo_kernels.compute.graph_breaks import breaks_graph
 from kepo_kernels.compute.sparsity import BLOCK_ELEMENTS
 from kepo_kernels.compute.sweep import Gradients, LinearProblem, Student, sweep
@@ -38,8 +36,8 @@ TokenLoss = Callable[[TokenStats, Tensor], Tensor]
 def fused_loss(
     student: Student, problem: LinearProblem, loss: TokenLoss
 ) -> tuple[Tensor, TokenStats]:
-    """Return the differentiable sum of `loss` over the plan's rows, and the detached numbers of all
-    N."""
+    """Return the differentiable sum of `loss` over the active rows, and the detached numbers of
+    all N."""
     wanted = torch.is_grad_enabled()
     total, numbers, dropped = FusedLoss.apply(*student, problem, loss, wanted)
     logprobs, divergence, entropy = numbers.unbind(0)
@@ -93,7 +91,7 @@ class Formed(NamedTuple):
 def loss_and_gradients(
     student: Student, problem: LinearProblem, loss: TokenLoss, needs: tuple[bool, ...]
 ) -> Formed:
-    """Compute the sum of `loss` over the plan's rows, and the gradients that are needed."""
+    """Compute the sum of `loss` over the active rows, and the gradients that are needed."""
     total = torch.zeros((), dtype=torch.float64, device=student.hidden.device)
 
     def coefficients(rows: Tensor, numbers: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Call:
     head: Head
     bias: Tensor | None
     completion_mask: Tensor | None
-    planned_on: torch.device
+    found_on: torch.device
     """Device on which the rows that take part are determined. It is the CPU, where that waits for
     no GPU, if everything that decides it is on the CPU or None; else the states' device."""
     engine: Engine
@@ -60,7 +60,7 @@ class Call:
     ) -> tuple[Tensor, Tensor]:
         """Return one fp64 weight per token, on the states' device: the reduction of mask and gate,
         or `weights` times both. Also return where it is not 0, on the device where rows are
-        planned.
+        found.
 
         `prefix` is the prefix of weights and reduction in the caller's signature.
         """
@@ -68,7 +68,7 @@ class Call:
         self.check.reduction(f"{prefix}reduction", reduction)
         self.check.lead(self.lead, **{name: weights})
         self.check.same_device_or_cpu(self.hidden, **{name: weights})
-        mask, here = self.completion_mask, self.planned_on
+        mask, here = self.completion_mask, self.found_on
         mask = torch.ones(self.lead, dtype=torch.bool, device=here) if mask is None else mask
         mask = moved(mask.detach(), here)
         gate, weights = (None if x is None else moved(x.detach(), here) for x in (gate, weights))
@@ -128,8 +128,8 @@ def begin(
     check.same_device_or_cpu(hidden, completion_mask=completion_mask)
     given = [x.device for x in (completion_mask, *deciding) if isinstance(x, Tensor)]
     cpu = torch.device("cpu")
-    planned_on = cpu if hidden.is_cuda and all(x == cpu for x in given) else hidden.device
-    return Call(check, hidden, head, bias, completion_mask, planned_on, settings, needs)
+    found_on = cpu if hidden.is_cuda and all(x == cpu for x in given) else hidden.device
+    return Call(check, hidden, head, bias, completion_mask, found_on, settings, needs)
 
 
 def refuse_transforms(check: Validator, hidden: Tensor, head: Head, bias: Tensor | None) -> None:

@@ -172,7 +172,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class ChunkPlan:
+class Chunking:
     """The chosen chunks and the memory they take."""
 
     chunk_rows: int
@@ -187,7 +187,7 @@ class ChunkPlan:
     """The smallest `workspace_bytes` that works here: chunks of one row."""
 
 
-def plan(
+def chunking(
     rows: int,
     hidden_size: int,
     vocab: int,
@@ -205,7 +205,7 @@ def plan(
     grad_tol: float = 0.0,
     lora_rank: int = 0,
     trains: tuple[str, ...] = ("hidden", "lm_head"),
-) -> ChunkPlan:
+) -> Chunking:
     """Compute the chunks that a call of these sizes will use, and its memory, without running it.
 
     Args:
@@ -221,9 +221,9 @@ def plan(
         KepoInputError: a size is not an integer, or workspace_bytes is too small; the message names
             the smallest that works.
 
-    Example: `plan(8192, 2048, 151936, dtype=torch.bfloat16).chunk_rows`.
+    Example: `chunking(8192, 2048, 151936, dtype=torch.bfloat16).chunk_rows`.
     """
-    check = Validator("plan")
+    check = Validator("chunking")
     device = torch.device(device)
     rows, teacher_rows, lora_rank = (
         check.integer(name, x, 0, "an integer >= 0")
@@ -275,7 +275,7 @@ def plan(
     }
     per_chunk = chunk_length(sizes, workspace_bytes, chunk_rows)
     longest = min(per_chunk, max(1, rows))
-    return ChunkPlan(
+    return Chunking(
         chunk_rows=per_chunk,
         chunks=-(-teacher_rows // per_chunk) + -(-(rows - teacher_rows) // per_chunk),
         workspace_bytes=sizes.bytes_of(longest, sizes.strip_bytes(workspace_bytes)),

@@ -12,7 +12,7 @@ from torch import Tensor
 from kepo_kernels.compute import gemm
 from kepo_kernels.compute.chunks import Sizes, chunk_length, gpu_at_hand
 from kepo_kernels.compute.devices import moved
-from kepo_kernels.compute.sweep import LinearProblem, RowPlan, Student
+from kepo_kernels.compute.sweep import ActiveRows, LinearProblem, Student
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.heads import Head, LoRA
 from kepo_kernels.rows import torch_rows
@@ -98,7 +98,7 @@ class Request:
 
 
 def build_problem(asked: Request) -> tuple[Student, LinearProblem]:
-    """Plan the rows and fix every setting of the chunk loop."""
+    """Find the active rows and fix every setting of the chunk loop."""
     check, hidden, head, teacher = asked.check, asked.hidden, asked.head, asked.teacher
     rows, teacher_rows = _rows(asked)
     # If every gate is closed, the chunks are exactly those of a call without a teacher.
@@ -141,7 +141,7 @@ def build_problem(asked: Request) -> tuple[Student, LinearProblem]:
     there, teacher_there = (moved(x, hidden.device) for x in (rows, teacher_rows))
     return student_of(hidden, head, asked.bias), LinearProblem(
         function=check.function,
-        plan=RowPlan(there, teacher_there, chunks, rows),
+        active_rows=ActiveRows(there, teacher_there, chunks, rows),
         targets=targets,
         **_teacher_tensors(teacher, shared),
         settings=_row_settings(asked),
@@ -270,15 +270,15 @@ def even_chunks(split: int, rows: int, longest: int) -> tuple[tuple[int, int], .
 
 
 def whole_sequence_chunks(
-    plan: RowPlan, tokens: int, longest: int
+    active_rows: ActiveRows, tokens: int, longest: int
 ) -> tuple[tuple[int, int], ...] | None:
     """Split into chunks that never cut a sequence of `tokens` tokens; None if one is too long.
 
     None also if a sequence has rows on both sides of the teacher's split: no chunk holds both.
     """
-    if len(plan.rows) == 0:
+    if len(active_rows.rows) == 0:
         return ()
-    of_row, split = plan.planned_rows // tokens, len(plan.teacher_rows)
+    of_row, split = active_rows.found_rows // tokens, len(active_rows.teacher_rows)
     sequence, counts = of_row.unique_consecutive(return_counts=True)
     if len(sequence.unique()) < len(sequence) or int(counts.max()) > longest:
         return None

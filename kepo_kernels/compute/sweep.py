@@ -55,7 +55,7 @@ class Gradients(NamedTuple):
         # grad_tol > 0: most rows of the head's will never be written.
         zeros = pages.zeros if problem.grad_tol == 0.0 else pages.untouched_zeros
         made = {name: zeros for name in cls._fields}
-        if problem.plan.chunks and gemm.writes_first(student.lm_head.device):
+        if problem.active_rows.chunks and gemm.writes_first(student.lm_head.device):
             made["lm_head"] = pages.empty
         return cls(
             *(
@@ -114,13 +114,15 @@ class HalfScale:
 
 
 @dataclass(frozen=True)
-class RowPlan:
+class ActiveRows:
     """The rows that take part, those with a teacher first: indices into the flattened (B * T)."""
 
     rows: Tensor  # (n,) int64
     teacher_rows: Tensor  # (n_teacher,) int64: where rows[:n_teacher] stand in `teacher_hidden`
     chunks: tuple[tuple[int, int], ...]  # [start, end) in `rows`; none holds both kinds of row
-    planned_rows: Tensor  # `rows` on the device of planning, perhaps the CPU, where reading is free
+    found_rows: (
+        Tensor  # `rows` on the device where they were found, perhaps the CPU, where reading is free
+    )
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class LinearProblem:
     """One call, flattened: everything the chunk loop needs except the tensors with gradient."""
 
     function: str  # name of the public function, for error messages
-    plan: RowPlan
+    active_rows: ActiveRows
     targets: Tensor | None  # (N,)
     teacher_hidden: Tensor | None  # (M, H_t), or (B, T, H_t) as for the student
     teacher_lm_head: Tensor | None  # (V_t, H_t), cut to the shared rows, as are the next two
@@ -173,8 +175,8 @@ def sweep(
     light = LightColumns(problem.grad_tol, len(student.lm_head), hidden.device)
     scale = HalfScale() if buffers.gradient_dtype == torch.float16 else None
     with torch.autocast(hidden.device.type, enabled=False):
-        for start, end in problem.plan.chunks:
-            rows = problem.plan.rows[start:end]
+        for start, end in problem.active_rows.chunks:
+            rows = problem.active_rows.rows[start:end]
             x = _gather(problem, hidden, rows, "hidden").to(problem.operand_dtype)
             logits = buffers.get("student", len(rows), len(student.lm_head))
             head, bias = student.lm_head, student.bias
@@ -217,7 +219,7 @@ def sweep(
 def _teacher_logits(
     problem: LinearProblem, buffers: "_Buffers", start: int, end: int
 ) -> Tensor | None:
-    rows = problem.plan.teacher_rows[start:end]
+    rows = problem.active_rows.teacher_rows[start:end]
     if len(rows) == 0:
         return None
     states, head = problem.teacher_hidden, problem.teacher_lm_head
@@ -272,7 +274,7 @@ class _Buffers:
     """The logits of one chunk, allocated at the first use and reused by every chunk."""
 
     def __init__(self, problem: LinearProblem, hidden: Tensor):
-        self.rows = max((end - start for start, end in problem.plan.chunks), default=0)
+        self.rows = max((end - start for start, end in problem.active_rows.chunks), default=0)
         self.dtype, self.device = problem.logits_dtype, hidden.device
         self.gradient_dtype = gemm.dlogits_dtype(problem.operand_dtype, self.dtype, self.device)
         self.kept: dict[str, Tensor] = {}

@@ -259,7 +259,7 @@ def _alive(
     proportional to advantage and sampler weight: if one of them is 0, and neither penalty nor bonus
     is asked for, the token's term is 0. The token may still be part of a sequence-level ratio; at
     that level a sequence is kept or dropped as a whole. Advantages on a GPU are not read if rows
-    are planned on the CPU: the host would wait for them."""
+    are found on the CPU: the host would wait for them."""
     if active.device != advantages.device:
         return active
     if settings.kl_coef != 0.0 or settings.entropy_coef != 0.0 or callable(settings.policy_loss):

@@ -13,7 +13,7 @@ from torch import Tensor
 from kepo_kernels.compute.autograd import TokenLoss, TokenStats
 from kepo_kernels.compute.devices import moved
 from kepo_kernels.compute.problem import even_chunks, whole_sequence_chunks
-from kepo_kernels.compute.sweep import LinearProblem, RowPlan, Student, sweep
+from kepo_kernels.compute.sweep import ActiveRows, LinearProblem, Student, sweep
 
 
 def with_whole_sequences(
@@ -25,14 +25,16 @@ def with_whole_sequences(
 ) -> tuple[LinearProblem, TokenLoss]:
     """Return the problem and a loss correct in its chunks; `active` (B, T) are the loss's
     tokens."""
-    chunks = whole_sequence_chunks(problem.plan, lead[1], problem.chunk_rows)
+    chunks = whole_sequence_chunks(problem.active_rows, lead[1], problem.chunk_rows)
     if chunks is not None:
-        return replace(problem, plan=replace(problem.plan, chunks=chunks)), token_loss
-    planned = active.reshape(-1).nonzero().squeeze(-1)
-    rows = moved(planned, student.hidden.device)
+        return replace(problem, active_rows=replace(problem.active_rows, chunks=chunks)), token_loss
+    found = active.reshape(-1).nonzero().squeeze(-1)
+    rows = moved(found, student.hidden.device)
     alone = replace(
         problem,
-        plan=RowPlan(rows, rows[:0], even_chunks(0, len(rows), problem.chunk_rows), planned),
+        active_rows=ActiveRows(
+            rows, rows[:0], even_chunks(0, len(rows), problem.chunk_rows), found
+        ),
         teacher_hidden=None,
         teacher_lm_head=None,
     )

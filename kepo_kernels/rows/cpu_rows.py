@@ -187,26 +187,31 @@ def _batch(
     named = ("targets", targets), ("teacher", teacher), ("table", table)
     for name, x in (("logits", logits), *named, ("coefficients", coefficients)):
         if x is not None:
-            _require(name, x, x.device.type == "cpu")
-    _require("logits", logits, logits.dtype in DTYPES and logits.dim() == 2)
+            _require(name, x, "a CPU tensor", x.device.type == "cpu")
+    expected = "(n, V) of float32 or bfloat16"
+    _require("logits", logits, expected, logits.dtype in DTYPES and logits.dim() == 2)
     rows, shared = logits.shape[0], logits.shape[1]
     if teacher is not None:
-        _require("teacher", teacher, teacher.dtype == logits.dtype and teacher.dim() == 2)
+        expected = f"{logits.dtype} of shape ({rows}, V_t), V_t > 0"
+        fits = teacher.dtype == logits.dtype and teacher.dim() == 2
+        _require("teacher", teacher, expected, fits)
         shared = shared_columns(logits, teacher)
-        _require("teacher", teacher, teacher.shape[0] == rows and shared > 0)
+        _require("teacher", teacher, expected, teacher.shape[0] == rows and shared > 0)
     if targets is not None:
-        _require("targets", targets, targets.dtype == torch.int64 and targets.shape == (rows,))
-        _require("targets", targets, targets.is_contiguous())
+        fits = targets.dtype == torch.int64 and targets.shape == (rows,)
+        expected = f"contiguous int64 of shape {(rows,)}"
+        _require("targets", targets, expected, fits and targets.is_contiguous())
         _require_ids("targets", targets, logits.shape[1])
     for name, x, width in (("table", table, NUM_STATS), ("coefficients", coefficients, 3)):
         if x is not None:
-            _require(name, x, x.dtype == torch.float32 and x.shape == (width, rows))
-            _require(name, x, x.is_contiguous())
+            fits = x.dtype == torch.float32 and x.shape == (width, rows)
+            expected = f"contiguous float32 of shape {(width, rows)}"
+            _require(name, x, expected, fits and x.is_contiguous())
     if teacher is not None and coefficients is not None:  # the backward, which reads this column
         _require_ids("table's peak_token", RowStats(*table).peak_token, shared)
     for name, x in (("logits", logits), ("teacher", teacher)):
         if x is not None:
-            _require(name, x, x.stride(-1) == 1 or x.shape[-1] == 1)
+            _require(name, x, "columns side by side", x.stride(-1) == 1 or x.shape[-1] == 1)
     return _RowBatch(
         _pointer(logits),
         _pointer(teacher),
@@ -225,11 +230,11 @@ def _batch(
     )
 
 
-def _require(name: str, x: Tensor, holds: bool) -> None:
+def _require(name: str, x: Tensor, expected: str, holds: bool) -> None:
     if not holds:
         raise ValueError(
-            f"cpu_rows: {name} of shape {tuple(x.shape)}, stride {x.stride()}, {x.dtype} does not "
-            "fit the row contract (kepo_kernels/rows/contract.py)"
+            f"cpu_rows: {name} has shape {tuple(x.shape)}, stride {x.stride()}, {x.dtype} on "
+            f"{x.device}; expected {expected} (kepo_kernels/rows/contract.py)"
         )
 
 

@@ -119,10 +119,12 @@ def row_backward_(
         ("table", table, NUM_STATS),
         ("coefficients", coefficients, NUM_COEFFICIENTS),
     ):
-        _require(name, x, x.dtype == torch.float32 and x.shape == (width, n))
-        _require(name, x, x.is_contiguous() and x.device == logits.device)
-    _require("out", out, out.shape == logits.shape and out.device == logits.device)
-    _require("out", out, out.stride(1) == 1 or vocab == 1)
+        expected = f"contiguous float32 of shape {(width, n)} on {logits.device}"
+        fits = x.dtype == torch.float32 and x.shape == (width, n) and x.is_contiguous()
+        _require(name, x, expected, fits and x.device == logits.device)
+    expected = f"shape {(n, vocab)}, columns side by side, on {logits.device}"
+    _require("out", out, expected, out.shape == logits.shape and out.device == logits.device)
+    _require("out", out, expected, out.stride(1) == 1 or vocab == 1)
     if n == 0:
         return
     rows = _Rows(logits, targets, teacher, settings)
@@ -243,20 +245,24 @@ def _check(logits: Tensor, targets: Tensor | None, teacher: Tensor | None) -> No
         raise ValueError(
             "triton_rows: logits are float64 and the kernels compute in float32; use impl='torch'"
         )
-    _require("logits", logits, logits.is_cuda or INTERPRETED)
-    _require("logits", logits, logits.stride(1) == 1 or vocab == 1)
+    expected = "a GPU tensor, columns side by side"
+    _require("logits", logits, expected, logits.is_cuda or INTERPRETED)
+    _require("logits", logits, expected, logits.stride(1) == 1 or vocab == 1)
     if teacher is not None:
-        _require("teacher", teacher, teacher.dtype == logits.dtype and teacher.shape[0] == rows)
-        _require("teacher", teacher, teacher.stride(1) == 1 or teacher.shape[1] == 1)
-        _require("teacher", teacher, teacher.device == logits.device)
+        expected = f"{logits.dtype} of {rows} rows, columns side by side, on {logits.device}"
+        fits = teacher.dtype == logits.dtype and teacher.shape[0] == rows
+        _require("teacher", teacher, expected, fits and teacher.device == logits.device)
+        _require("teacher", teacher, expected, teacher.stride(1) == 1 or teacher.shape[1] == 1)
     if targets is not None:
-        _require("targets", targets, targets.dtype == torch.int64 and targets.shape == (rows,))
-        _require("targets", targets, targets.is_contiguous() and targets.device == logits.device)
+        expected = f"contiguous int64 of shape {(rows,)} on {logits.device}"
+        fits = targets.dtype == torch.int64 and targets.shape == (rows,)
+        fits = fits and targets.is_contiguous() and targets.device == logits.device
+        _require("targets", targets, expected, fits)
 
 
-def _require(name: str, x: Tensor, holds: bool) -> None:
+def _require(name: str, x: Tensor, expected: str, holds: bool) -> None:
     if not holds:
         raise ValueError(
-            f"triton_rows: {name} of shape {tuple(x.shape)}, stride {x.stride()}, {x.dtype} on "
-            f"{x.device} does not fit the row contract (kepo_kernels/rows/contract.py)"
+            f"triton_rows: {name} has shape {tuple(x.shape)}, stride {x.stride()}, {x.dtype} on "
+            f"{x.device}; expected {expected} (kepo_kernels/rows/contract.py)"
         )

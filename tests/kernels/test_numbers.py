@@ -9,7 +9,7 @@ from right_calls import FUNCTIONS, KEPO, LOGPROBS, PROBLEM
 
 import kepo_kernels
 from kepo_kernels import Head, KepoInputError, LoRA
-from kepo_kernels.compute import autograd
+from kepo_kernels.compute.chunks import chunking
 
 KINDS = {
     "int": int,
@@ -95,12 +95,12 @@ def test_weights():
             kepo_kernels.dr_grpo_weights(mask, wrong)
 
 
-def test_plan():
+def test_chunking():
     """Its sizes as well: of numpy's int32 the bytes of a call would be beyond the largest."""
-    expected = autograd.plan(8192, 2048, 151936, teacher_rows=4096, workspace_bytes=1 << 30)
+    expected = chunking(8192, 2048, 151936, teacher_rows=4096, workspace_bytes=1 << 30)
     for kind in (numpy.int32, numpy.int64, torch.tensor):
         sizes = kind(8192), kind(2048), kind(151936)
-        made = autograd.plan(*sizes, teacher_rows=kind(4096), workspace_bytes=kind(1 << 30))
+        made = chunking(*sizes, teacher_rows=kind(4096), workspace_bytes=kind(1 << 30))
         assert made == expected
         assert all(type(x) is int for x in vars(made).values())
     for wrong, says in (
@@ -111,8 +111,8 @@ def test_plan():
         ({"chunk_rows": numpy.True_}, "chunk_rows="),
         ({"grad_tol": 2}, "grad_tol=2"),
     ):
-        with pytest.raises(KepoInputError, match=f"^plan: {says}"):
-            autograd.plan(**{"rows": 8, "hidden_size": 16, "vocab": 100} | wrong)
+        with pytest.raises(KepoInputError, match=f"^chunking: {says}"):
+            chunking(**{"rows": 8, "hidden_size": 16, "vocab": 100} | wrong)
 
 
 @pytest.mark.parametrize("loss", ["grpo", "kepo"])

@@ -229,7 +229,7 @@ def test_no_policy_costs_what_weights_leave(monkeypatch):
 
     def counting(self, *args: object, **kwargs: object):
         student, problem = project(self, *args, **kwargs)
-        rows.append((len(problem.plan.rows), len(problem.plan.teacher_rows)))
+        rows.append((len(problem.active_rows.rows), len(problem.active_rows.teacher_rows)))
         return student, problem
 
     monkeypatch.setattr(losses.Call, "problem", counting)

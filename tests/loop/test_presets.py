@@ -118,7 +118,12 @@ def test_every_preset_has_its_rule():
 @rule("sft", "grpo", "dr_grpo", "dapo")
 def no_teacher(seen):
     assert seen.config.teacher is None
-    assert total(seen, "teacher_tokens") == total(seen, "kd_loss") == total(seen, "gate_rate") == 0
+    assert (
+        total(seen, "teacher_tokens")
+        == total(seen, "distill_loss")
+        == total(seen, "gate_rate")
+        == 0
+    )
 
 
 @rule("grpo", "dr_grpo", "dapo", "gkd", "opd", "kdpo_tau0", "kdpo_tau1", "sft", "sod")
@@ -145,7 +150,7 @@ def nothing_is_sampled(seen):
 def the_divergence_alone(seen):
     for record in seen.steps:
         assert record["kepo/policy_loss"] == pytest.approx(0.0, abs=1e-6)
-        assert record["kepo/kd_loss"] > 0 and record["kepo/gate_rate"] == 1.0
+        assert record["kepo/distill_loss"] > 0 and record["kepo/gate_rate"] == 1.0
         assert record["kepo/teacher_tokens"] == record["kepo/completion_tokens"]
     assert not any(batch.policy_weights.any() for _, batch in seen.batches)
     assert seen.config.beta == {0.0: 1.0, 0.5: 0.5}[seen.config.data_fraction]
@@ -197,7 +202,9 @@ def two_iterations_token_mean_exchange_and_fine(seen):
 @rule("kdpo_tau0", "sod")
 def every_sample_is_distilled_on(seen):
     assert all(record["kepo/gate_rate"] == 1.0 for record in seen.steps)
-    assert total(seen, "kd_loss") > 0 and any(batch.advantages.any() for _, batch in seen.batches)
+    assert total(seen, "distill_loss") > 0 and any(
+        batch.advantages.any() for _, batch in seen.batches
+    )
 
 
 @rule("kdpo_tau1", "kepo_official")

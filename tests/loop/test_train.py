@@ -108,7 +108,7 @@ def test_a_run_writes_what_it_promises(uninterrupted, made):
         "kepo/rescue_rate",
         "kepo/divergence",
         "entropy",
-        "kepo/kd_loss",
+        "kepo/distill_loss",
         "time/rollout",
         "time/update",
         "time/teacher",

@@ -149,7 +149,7 @@ def split_problem(problem: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _split(problem: str, chain: list[re.Match]) -> tuple[str, tuple[str, ...]] | None:
-    """Return question and options if these markers are those of a list, else None."""
+    """Return question and options if the markers A), B) and so on make a list, else None."""
     if len(chain) < 2 or "".join(m[1] for m in chain) != LETTERS[: len(chain)]:
         return None
     ends = [m.start() for m in chain[1:]] + [len(problem)]
@@ -196,14 +196,17 @@ def _holds_another(option: str, number: int, after_words: bool) -> bool:
 
 
 def _in_plain_letters(words: str) -> str:
-    """Return the words in plain letters: wide commas, brackets and letters become plain ones,
-    likenesses of A to Z become these, and what cannot be seen is dropped."""
+    """Return the words in plain letters.
+
+    Full-width commas, brackets and letters become ordinary ones, letters of other scripts that look
+    like A to Z become A to Z, and invisible characters are dropped.
+    """
     seen = (c for c in unicodedata.normalize("NFKC", words) if unicodedata.category(c) != "Cf")
     return "".join(seen).translate(_LIKE_LATIN)
 
 
 def _goes_on(options: tuple[str, ...]) -> bool:
-    """Return whether an option holds a line or sentence that seems to belong to the problem.
+    """Return whether an option goes on with a line or sentence that is not part of the option.
 
     A sentence after a sentence is suspicious if only the last option has one.
     """
@@ -214,7 +217,7 @@ def _goes_on(options: tuple[str, ...]) -> bool:
 
 
 def _closing(words: str) -> set[int]:
-    """Return the places of brackets that close an open one."""
+    """Return the places of the closing brackets that have an opening bracket before them."""
     depth, places = 0, set()
     for place, character in enumerate(words):
         if character == "(":

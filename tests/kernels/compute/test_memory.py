@@ -13,8 +13,8 @@ from torch import Tensor
 
 import kepo_kernels
 from kepo_kernels import KepoInputError
-from kepo_kernels.compute import autograd, sweep
-from kepo_kernels.compute.chunks import Sizes
+from kepo_kernels.compute import sweep
+from kepo_kernels.compute.chunks import Chunking, Sizes, chunking
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -75,9 +75,9 @@ class Configuration:
     def backend(self) -> str:
         return "torch" if self.dtype == torch.float64 else self.impl
 
-    def plan(self, **settings: object) -> autograd.ChunkPlan:
+    def chunking(self, **settings: object) -> Chunking:
         teacher_rows = 0 if self.loss == "grpo" else self.rows
-        return autograd.plan(
+        return chunking(
             self.rows,
             self.hidden,
             self.vocab,
@@ -92,8 +92,8 @@ class Configuration:
         )
 
     def workspace(self) -> int:
-        least = self.plan(chunk_rows=1).least_workspace_bytes
-        most = self.plan(chunk_rows=self.rows).workspace_bytes
+        least = self.chunking(chunk_rows=1).least_workspace_bytes
+        most = self.chunking(chunk_rows=self.rows).workspace_bytes
         return int(least * (max(1.0, most / least)) ** self.share)
 
     def call(self, **engine_settings: object) -> tuple[Callable[[], Tensor], list[Tensor]]:
@@ -143,7 +143,7 @@ def gradient_bytes(leaves: list[Tensor]) -> tuple[int, int]:
 
 
 def assert_within(configuration: Configuration, workspace: int) -> tuple[int, int]:
-    """Forward and backward of the call stay within the workspace; (measured, planned) bytes."""
+    """Forward and backward of the call stay within the workspace; (measured, counted) bytes."""
     forward, leaves = configuration.call(workspace_bytes=workspace)
     forward()  # imports, caches
     accumulators, returned = gradient_bytes(leaves)
@@ -152,18 +152,18 @@ def assert_within(configuration: Configuration, workspace: int) -> tuple[int, in
     assert above <= workspace, f"forward took {above} bytes of {workspace}: {configuration}"
     peak, _ = allocations(lambda: torch.autograd.grad(loss, leaves))
     assert peak - returned <= workspace, f"backward: {configuration}"
-    plan = configuration.plan(workspace_bytes=workspace)
-    assert plan.gradient_bytes == accumulators + returned
-    assert plan.workspace_bytes <= workspace
-    return above, plan.workspace_bytes
+    made = configuration.chunking(workspace_bytes=workspace)
+    assert made.gradient_bytes == accumulators + returned
+    assert made.workspace_bytes <= workspace
+    return above, made.workspace_bytes
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_workspace_is_kept(seed, unpoisoned):
     configuration = Configuration.draw(seed)
-    above, planned = assert_within(configuration, configuration.workspace())
+    above, counted = assert_within(configuration, configuration.workspace())
     if above > 4 << 20:
-        assert planned < 4 * above, "the plan is so pessimistic that it wastes what was granted"
+        assert counted < 4 * above, "the count is so pessimistic that it wastes what was granted"
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_a_broken_promise_is_noticed(unpoisoned, monkeypatch):
     with pytest.raises(AssertionError, match="forward took"):
         for seed in range(10):
             configuration = Configuration.draw(seed)
-            workspace = configuration.plan(chunk_rows=configuration.rows).workspace_bytes
+            workspace = configuration.chunking(chunk_rows=configuration.rows).workspace_bytes
             assert_within(configuration, workspace)
 
 
@@ -194,7 +194,7 @@ def test_a_broken_promise_is_noticed(unpoisoned, monkeypatch):
 def test_least_workspace(seed):
     """The error names the smallest workspace that works, and it does work."""
     configuration = Configuration.draw(seed)
-    least = configuration.plan(chunk_rows=1).least_workspace_bytes
+    least = configuration.chunking(chunk_rows=1).least_workspace_bytes
     forward, leaves = configuration.call(workspace_bytes=least - 1)
     with pytest.raises(KepoInputError, match=rf"workspace_bytes={least - 1}.* {least} bytes"):
         forward()
@@ -203,17 +203,17 @@ def test_least_workspace(seed):
     assert all(x.isfinite().all() for x in gradients)
 
 
-def test_plan_explains_itself():
+def test_chunking_explains_itself():
     big = {"teacher_rows": 4096, "teacher_hidden_size": 5120, "dtype": torch.bfloat16}
     big["logits_dtype"] = torch.float32  # on every processor
-    plan = autograd.plan(8192, 2048, 151936, **big, workspace_bytes=1 << 30, impl="torch")
-    assert plan.chunk_rows * 2 * 151936 * 4 <= plan.workspace_bytes <= 1 << 30
-    assert plan.chunks == 2 * -(-4096 // plan.chunk_rows)
-    assert plan.gradient_bytes == (8192 + 151936) * 2048 * (4 + 2)
-    one = autograd.plan(8192, 2048, 151936, **big, chunk_rows=512, impl="torch")
+    made = chunking(8192, 2048, 151936, **big, workspace_bytes=1 << 30, impl="torch")
+    assert made.chunk_rows * 2 * 151936 * 4 <= made.workspace_bytes <= 1 << 30
+    assert made.chunks == 2 * -(-4096 // made.chunk_rows)
+    assert made.gradient_bytes == (8192 + 151936) * 2048 * (4 + 2)
+    one = chunking(8192, 2048, 151936, **big, chunk_rows=512, impl="torch")
     assert one.chunk_rows == 512 and one.chunks == 16
     # Every chunk of a large head costs a pass over its gradient: the default has 256 rows there.
-    assert autograd.plan(8192, 2048, 151936, dtype=torch.bfloat16, impl="torch").chunk_rows >= 256
+    assert chunking(8192, 2048, 151936, dtype=torch.bfloat16, impl="torch").chunk_rows >= 256
 
 
 def test_chunks_waste_little_of_a_gpu():
@@ -229,9 +229,9 @@ def test_chunks_waste_little_of_a_gpu():
     assert replace(sizes, multiprocessors=0).fewest_waves(3000) == 3000
 
 
-def test_plan_refuses_a_contradiction():
+def test_chunking_refuses_a_contradiction():
     with pytest.raises(KepoInputError, match=r"chunk_rows=100 takes .* \(\d+ rows fit\)"):
-        autograd.plan(100, 16, 1000, chunk_rows=100, workspace_bytes=200_000, impl="cpu")
+        chunking(100, 16, 1000, chunk_rows=100, workspace_bytes=200_000, impl="cpu")
 
 
 RESIDENT = """
@@ -271,9 +271,9 @@ def test_workspace_is_kept_by_the_process():
     code = RESIDENT.replace("{workspace}", str(workspace))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     dtypes = {"dtype": torch.bfloat16, "logits_dtype": torch.float32}
-    plan = autograd.plan(512, 256, 40000, teacher_rows=512, workspace_bytes=workspace, **dtypes)
-    above = int(run.stdout) - plan.gradient_bytes
-    assert plan.chunks > 2 and workspace // 4 < above < workspace + slack
+    made = chunking(512, 256, 40000, teacher_rows=512, workspace_bytes=workspace, **dtypes)
+    above = int(run.stdout) - made.gradient_bytes
+    assert made.chunks > 2 and workspace // 4 < above < workspace + slack
 
 
 SMALL = """
@@ -306,16 +306,16 @@ def test_a_small_call_holds_little():
 def test_the_default_goes_by_the_size_of_the_call():
     """Two fifths of inputs and gradients, and at least 128 rows and 32 MiB; large calls as ever."""
     teacher = {"teacher_rows": 2048, "dtype": torch.float32, "impl": "torch"}
-    small = autograd.plan(2048, 256, 32000, **teacher)
+    small = chunking(2048, 256, 32000, **teacher)
     held = 3 * (2048 + 32000) * 256 * 4
     assert 0.3 * held < small.workspace_bytes < 0.5 * held
-    tiny = autograd.plan(8192, 16, 1000, impl="torch")
+    tiny = chunking(8192, 16, 1000, impl="torch")
     assert tiny.workspace_bytes < 32 << 20 and tiny.chunks <= 4
-    narrow = autograd.plan(2048, 16, 151936, impl="torch")
+    narrow = chunking(2048, 16, 151936, impl="torch")
     assert 128 <= narrow.chunk_rows < 256
-    large = autograd.plan(2048, 1024, 151936, teacher_rows=2048, impl="torch")
+    large = chunking(2048, 1024, 151936, teacher_rows=2048, impl="torch")
     assert large.chunk_rows == 256
-    medium = autograd.plan(1024, 1024, 32768, teacher_rows=1024, impl="torch")
+    medium = chunking(1024, 1024, 32768, teacher_rows=1024, impl="torch")
     assert medium.workspace_bytes > 120 << 20 and medium.chunks == 2
 
 

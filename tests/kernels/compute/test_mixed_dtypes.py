@@ -11,7 +11,8 @@ from test_memory import allocations
 
 import kepo_kernels
 from kepo_kernels import Head, KepoInputError, LoRA, reference
-from kepo_kernels.compute import autograd, gemm
+from kepo_kernels.compute import gemm
+from kepo_kernels.compute.chunks import chunking
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 PAIRS = ((BF16, FP32), (FP32, BF16), (FP16, FP32), (FP32, FP16), (BF16, FP16))
@@ -121,10 +122,10 @@ def test_the_plan_holds(states, head, trains, unpoisoned):
     weight = torch.randn(vocab, width).to(head).requires_grad_("lm_head" in trains)
     targets, advantages = torch.randint(vocab, (rows,)), torch.randn(rows)
     advantages[::3] = 0.0
-    plan = partial(autograd.plan, rows, width, vocab, dtype=states, head_dtype=head, trains=trains)
-    for workspace in (plan(chunk_rows=1).least_workspace_bytes, 3 << 20, 8 << 20):
+    made = partial(chunking, rows, width, vocab, dtype=states, head_dtype=head, trains=trains)
+    for workspace in (made(chunk_rows=1).least_workspace_bytes, 3 << 20, 8 << 20):
         settings = {"workspace_bytes": workspace}
-        planned = plan(**settings)
+        counted = made(**settings)
 
         def forward(settings=settings):
             call = hidden, weight, targets, advantages
@@ -135,15 +136,15 @@ def test_the_plan_holds(states, head, trains, unpoisoned):
         wide = sum(x.numel() * 4 for x in leaves)
         returned = sum(x.numel() * x.itemsize for x in leaves)
         peak, loss = allocations(forward)
-        assert peak - wide <= planned.workspace_bytes <= workspace
+        assert peak - wide <= counted.workspace_bytes <= workspace
         peak, _ = allocations(lambda loss=loss, to=leaves: torch.autograd.grad(loss, to))
         assert peak - returned <= workspace
-        assert planned.gradient_bytes == wide + returned
+        assert counted.gradient_bytes == wide + returned
 
 
 @pytest.mark.parametrize(("states", "head"), PAIRS, ids=str)
 def test_the_plan_counts_fp32_logits_where_bf16_products_are_fast(monkeypatch, states, head):
     """A call's logits are bf16 there only if states and head both are."""
     monkeypatch.setattr(gemm, "fast_bf16", lambda device: True)
-    plan = partial(autograd.plan, 1024, 64, 32768, dtype=states, head_dtype=head, chunk_rows=256)
-    assert plan() == plan(logits_dtype=FP32) != plan(logits_dtype=BF16)
+    made = partial(chunking, 1024, 64, 32768, dtype=states, head_dtype=head, chunk_rows=256)
+    assert made() == made(logits_dtype=FP32) != made(logits_dtype=BF16)

@@ -10,7 +10,7 @@ from loss_calls import arguments, assert_right, fused
 
 from kepo_kernels.compute import gemm
 from kepo_kernels.compute.problem import whole_sequence_chunks
-from kepo_kernels.compute.sweep import RowPlan
+from kepo_kernels.compute.sweep import ActiveRows
 from kepo_kernels.objectives import sequences
 
 OPTIONS = "completion_mask old_logprobs"
@@ -97,9 +97,9 @@ def test_flat_tokens_are_their_own_sequences(impl):
     assert_right("grpo", call, impl)
 
 
-def plan(rows: list[int], split: int) -> RowPlan:
-    planned = torch.tensor(rows, dtype=torch.int64)
-    return RowPlan(planned, torch.arange(split), (), planned)
+def active(rows: list[int], split: int) -> ActiveRows:
+    found = torch.tensor(rows, dtype=torch.int64)
+    return ActiveRows(found, torch.arange(split), (), found)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def plan(rows: list[int], split: int) -> RowPlan:
     ],
 )
 def test_chunks_never_cut_a_sequence(rows, split, longest, chunks):
-    assert whole_sequence_chunks(plan(rows, split), 10, longest) == chunks
+    assert whole_sequence_chunks(active(rows, split), 10, longest) == chunks
 
 
 def test_a_cut_sequence_would_be_noticed(monkeypatch):

@@ -51,7 +51,8 @@ def test_the_table(rows, bad):
 
 def test_a_teacher_without_columns(rows):
     problem = make_row_problem(3, 37, 29)
-    with pytest.raises(ValueError, match=r"teacher of shape \(3, 0\)"):
+    says = r"cpu_rows: teacher has shape \(3, 0\).*expected torch.float32 of shape \(3, V_t\)"
+    with pytest.raises(ValueError, match=says):
         rows.row_forward(problem.logits, problem.targets, problem.teacher[:, :0], SETTINGS)
 
 

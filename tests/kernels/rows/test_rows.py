@@ -276,6 +276,16 @@ def test_triton_refuses_float64_by_name():
         run_rows(rows_module("triton"), make_row_problem(2, 5, dtype=FLOAT64), RowSettings())
 
 
+def test_triton_says_what_it_expected():
+    if reason := unavailable("triton"):
+        pytest.skip(reason)
+    problem = make_row_problem(2, 5)
+    says = r"triton_rows: targets has shape \(1,\).*expected contiguous int64 of shape \(2,\) on"
+    with pytest.raises(ValueError, match=says):
+        sides = problem.logits, problem.targets[:1], problem.teacher
+        rows_module("triton").row_forward(*sides, RowSettings())
+
+
 def test_a_library_of_other_sources_is_refused(monkeypatch):
     """A table of another length would be written past its end."""
     cpu_rows = rows_module("cpu")

@@ -15,7 +15,7 @@ from kepo.disk import durable
 from kepo.errors import REMEDIES, KepoDataError, command, disk_sentence
 from kepo.evaluation import report
 from kepo.planner import plot
-from kepo_kernels.compute.chunks import plan
+from kepo_kernels.compute.chunks import chunking
 
 RUN = ("--student", "s", "--train-data", "{data}", "--teacher", "None", "--hint-trigger", "never")
 GRPO = ("--gate-reward", "None", "--distill-coef", "0.0")
@@ -117,8 +117,8 @@ def test_an_error_of_ours_and_a_result_pass(capsys):
 
     with pytest.raises(SystemExit, match="error: no data"):
         command(refuse)()
-    with pytest.raises(SystemExit, match="error: plan: rows=-1"):
-        command(lambda: plan(-1, 2, 3))()
+    with pytest.raises(SystemExit, match="error: chunking: rows=-1"):
+        command(lambda: chunking(-1, 2, 3))()
     with pytest.raises(ValueError, match="not ours"):
         command(lambda: int("not ours"))()
     assert command(lambda number: number + 1)(1) == 2

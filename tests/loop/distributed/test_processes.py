@@ -70,7 +70,9 @@ def test_two_processes_are_one_run(runs, name):
 
 def test_the_run_had_every_part(runs):
     steps = [r for r in read_metrics(runs / "one" / "metrics.jsonl") if "reward" in r]
-    assert any(r["kepo/hint_accepted"] for r in steps) and any(r["kepo/kd_loss"] for r in steps)
+    assert any(r["kepo/hint_accepted"] for r in steps) and any(
+        r["kepo/distill_loss"] for r in steps
+    )
     assert any(r["kepo/hint_retries"] for r in steps)
     assert any(0 < r["kepo/teacher_skipped_frac"] < 1 for r in steps)
     assert any(r["kl"] > 0 for r in steps) and any(r["kepo/data_completions"] for r in steps)

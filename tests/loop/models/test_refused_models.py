@@ -54,7 +54,7 @@ def test_a_tokenizer_longer_than_the_head_is_refused(folder):
         (
             "preprocessor_config.json",
             dict(image_processor_type="CLIPImageProcessor"),
-            "wants the image processor CLIPImageProcessor",
+            "names the image processor CLIPImageProcessor",
         ),
         (
             "preprocessor_config.json",
@@ -161,7 +161,7 @@ def test_a_template_that_counts_its_calls_is_refused(folder, monkeypatch):
 
 def test_a_template_that_says_what_day_it_is_is_refused(folder):
     change_template(folder, "{%- for message", "{{ strftime_now('%d %b %Y') }}{%- for message")
-    with pytest.raises(KepoCheckpointError, match="writes the day"):
+    with pytest.raises(KepoCheckpointError, match="writes the current date"):
         VLM.load(folder)
 
 

@@ -112,7 +112,7 @@ def test_the_time_limit_is_the_setting(monkeypatch):
         yield device
 
     monkeypatch.setattr(agreement, "processes", processes)
-    with agreement.joined(Config(rank_timeout_minutes=0.5)) as device:
+    with agreement.agreeing_ranks(Config(rank_timeout_minutes=0.5)) as device:
         assert device == "cpu"
     assert given == {"device": "cpu", "alone": False, "timeout": 30.0}
     assert Config().rank_timeout_minutes == 15.0

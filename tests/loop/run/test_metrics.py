@@ -12,7 +12,7 @@ from kepo.objective.batch import collate
 from kepo.objective.totals import StepTotals
 from kepo.rollout.explore import Exploration
 from kepo.rollout.hints import RescueReport
-from kepo.run.curves import plot_curves
+from kepo.run.curves import plot_curves, points_of
 from kepo.run.metrics import StepLog, completion_records, peak_gb, read_metrics, step_metrics
 from kepo.tasks.multiple_choice import question_prompt
 
@@ -73,7 +73,7 @@ def test_metrics_by_hand():
         "sampling/sampling_logp_difference/max": 0.5,
         "kepo/completion_tokens": 200,
         "kepo/policy_loss": 1.5,
-        "kepo/kd_loss": 0.5,
+        "kepo/distill_loss": 0.5,
         "kepo/divergence": 0.5,
         "kepo/gate_rate": 3 / 7,  # two right ones and the dataset's
         "kepo/teacher_tokens": 50,
@@ -213,3 +213,13 @@ def test_the_log_is_strict_json_and_so_becomes_an_older_one(tmp_path):
     pytest.importorskip("matplotlib")
     plot_curves(path, tmp_path / "curves.png")  # of which nothing but gaps can be drawn
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_curves_go_on_through_the_former_name_of_a_key():
+    records = [
+        {"step": 1, "kepo/kd_loss": 0.5},
+        {"step": 2, "kepo/distill_loss": None, "kepo/kd_loss": 9.0},
+        {"step": 3, "kepo/distill_loss": 0.25},
+        {"step": 3, "eval": {}},
+    ]
+    assert points_of(records, "kepo/distill_loss") == [(1, 0.5), (3, 0.25)]
