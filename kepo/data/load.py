@@ -20,7 +20,7 @@ from tqdm import tqdm
 from kepo.data.example import LETTERS, UNKNOWN, Example
 from kepo.data.images import load_image, locate, open_rgb
 from kepo.data.layouts import medr1, omnimedvqa, saved_dataset
-from kepo.data.records import KINDS, BadRecord, Parsed, Problem, Sources, repeated, shown
+from kepo.data.records import KINDS, BadRecord, Parsed, RecordProblem, Sources, repeated, shown
 from kepo.disk.files import each_json_file, expanded, is_json, printable
 from kepo.errors import KepoConfigError, KepoDataError, disk_sentence
 
@@ -76,7 +76,7 @@ class DataReport:
     """The number of records that were read."""
     questions: int
     """The number of questions kept after filters, limits and bad records."""
-    problems: tuple[Problem, ...]
+    problems: tuple[RecordProblem, ...]
     """The problems, one per record that was left out because something is wrong with it."""
     quirks: dict[str, int]
     """Departures from the published schema that were understood, and how many records have them."""
@@ -183,11 +183,11 @@ def _load(
         raise KepoConfigError(f"bad_records is {bad_records!r}; expected 'skip' or 'fail'")
     root = _image_root(layout, path, image_root)
     path = path.resolve()
-    problems: list[Problem] = []
+    problems: list[RecordProblem] = []
 
     def bad(where: str, error: BadRecord, name: object) -> None:
         told = f" (question {shown(name)})" if isinstance(name, str) else ""
-        problem = Problem(error.kind, where, f"{error}{told}")
+        problem = RecordProblem(error.kind, where, f"{error}{told}")
         if bad_records == "fail":
             raise KepoDataError(str(problem))
         problems.append(problem)

@@ -54,7 +54,7 @@ class BadRecord(Exception):
 
 
 @dataclass(frozen=True)
-class Problem:
+class RecordProblem:
     """A problem with one record, and which record it is."""
 
     kind: str

@@ -14,7 +14,7 @@ from kepo.data.example import Example
 from kepo.data.identity import records_identity
 from kepo.data.images import Look, digests_in, looks_of
 from kepo.data.load import DataReport, load_examples
-from kepo.data.records import Problem
+from kepo.data.records import RecordProblem
 from kepo.data.splits import shared_images, split_by_image, without_images_of
 from kepo.disk.durable import as_json, write_durably
 from kepo.disk.files import printable, read_own
@@ -154,7 +154,9 @@ def readable(
         elif bad_records == "fail":
             raise error
         else:
-            problems.append(Problem("image unreadable", f"question {example.id!r}", str(error)))
+            problems.append(
+                RecordProblem("image unreadable", f"question {example.id!r}", str(error))
+            )
     report = replace(
         report,
         questions=report.questions - len(examples) + len(kept),

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from kepo.config import Config
 from kepo.data.images import FORMATS
 from kepo.data.load import DataReport, Example
-from kepo.data.records import Problem
+from kepo.data.records import RecordProblem
 from kepo.data.run_data import Judge
 from kepo.errors import KepoDataError
 from kepo.models.encoding import Encoder, Prompt
@@ -27,7 +27,7 @@ from kepo.models.reading import encoder_of, read_config
 from kepo.rollout.hints import MAX_HINT_LENGTH
 from kepo.tasks.multiple_choice import hint_request, hinted_prompt, question_prompt, worked_answer
 
-Faults = dict[str, Problem]
+Faults = dict[str, RecordProblem]
 """The problem of each faulty example, by example id."""
 _AT_ONCE = 256
 _READERS = 8  # threads; opening a file leaves Python's lock
@@ -199,8 +199,8 @@ def _image_fault(
     return None
 
 
-def _problem(example: Example, kind: str, message: str) -> Problem:
-    return Problem(kind, f"question {example.id!r}", message)
+def _problem(example: Example, kind: str, message: str) -> RecordProblem:
+    return RecordProblem(kind, f"question {example.id!r}", message)
 
 
 def _encoder_at(path: str) -> Encoder:
