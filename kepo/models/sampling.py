@@ -72,7 +72,8 @@ class SamplingLaw:
     """
 
     def __init__(self, temperature: float, top_p: float, seeds: Sequence[int], length: int):
-        """Make the law; seeds: one per completion, of at most ``length`` tokens."""
+        """Set the temperature, the nucleus and one seed for each completion of at most ``length``
+        tokens."""
         from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
         self._warpers = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
