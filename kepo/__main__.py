@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from kepo.errors import command
+from kepo.errors import command, packages_named
 
 COMMANDS = {
     "train": ("kepo.loop", "train a model with a recipe, a preset, flags"),
@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     if name not in COMMANDS:
         print(f"{USAGE}\nerror: there is no command {name!r}", file=sys.stderr)
         return 2
-    return import_module(COMMANDS[name][0]).main(others)
+    with packages_named(f"kepo {name}"):
+        return import_module(COMMANDS[name][0]).main(others)
 
 
 if __name__ == "__main__":
