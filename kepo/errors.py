@@ -46,7 +46,7 @@ class KepoPackageError(KepoError, ImportError):
 EXTRAS = {
     "train": {
         **{name: name for name in ("transformers", "tokenizers", "numpy", "safetensors")},
-        **{"PIL": "pillow", "yaml": "pyyaml", "tyro": "tyro", "tqdm": "tqdm"},
+        **{"PIL": "pillow", "yaml": "pyyaml", "tqdm": "tqdm"},
         "matplotlib": "matplotlib",
     },
     "demo": {"sklearn": "scikit-learn"},

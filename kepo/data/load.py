@@ -113,7 +113,7 @@ def layout_of(path: str | Path) -> Layout:
             path.is_dir() and next(each_json_file(path), None)
         ):
             return MEDR1
-        found = "is not there" if not path.exists() else "is of no layout known here"
+        found = "is not there" if not path.exists() else "has none of the layouts that kepo reads"
     except OSError as error:  # no permission, or a disk that is gone
         raise KepoDataError(disk_sentence(error)) from error
     raise KepoDataError(

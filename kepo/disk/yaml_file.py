@@ -56,8 +56,9 @@ def _text(path: Path, otherwise: str) -> str:
     except (OSError, ValueError) as error:
         if isinstance(error, KepoConfigError):
             raise
+        said = error.strerror if isinstance(error, OSError) else error
         raise KepoConfigError(
-            f"{path} cannot be read: {error}; expected a YAML file or {otherwise}"
+            f"{path} cannot be read: {said}; expected a YAML file or {otherwise}"
         ) from error
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:

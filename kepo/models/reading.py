@@ -187,7 +187,7 @@ def _image_processor(path: str | Path) -> Any:
     if stated is not None and not re.match(r"Qwen\w*VLImageProcessor", stated):
         raise KepoCheckpointError(
             f"{path} wants the image processor {stated}; expected "
-            "Qwen2VLImageProcessor, by which Qwen-VL models see"
+            "Qwen2VLImageProcessor, the one of Qwen-VL models"
         )
     return kind.from_pretrained(path)
 
