@@ -95,7 +95,7 @@ def read_layer(layer: str | Path) -> dict[str, Any]:
     """Return the settings in one layer of ``load`` by name, each converted to its field's type."""
     otherwise = f"a preset, one of {', '.join(presets())}"
     if not str(layer):
-        raise KepoConfigError(f"layer is empty; expected a YAML file or {otherwise}")
+        raise KepoConfigError(f"layer is an empty name; expected a YAML file or {otherwise}")
     path = presets().get(str(layer), Path(layer))
     words = read_mapping(path, otherwise=otherwise)
     return _typed(words, str(path))

@@ -63,7 +63,7 @@ def _given(flags: Sequence[Flag], words: Sequence[str], prog: str, usage: str) -
         name = word.replace("_", "-")
         if not _is_flag(word):
             if not places:
-                refuse(f"{word + mark + value!r} is out of place; expected {usage}")
+                refuse(f"{word + mark + value!r} is out of place; expected {usage}, flags last")
             flag = places.popleft()
             found[flag.name] = _value(flag, [word + mark + value])
         elif name in off or (name in named and named[name].switch):

@@ -100,8 +100,8 @@ def check_template(path: str | Path, tokenizer: Any, image_token_id: int) -> Non
     texts = template.values() if isinstance(template, dict) else [template]
     if any("strftime_now" in text for text in texts):
         raise KepoCheckpointError(
-            f"{path}: the chat template writes the day (strftime_now), so that a prompt is "
-            "another one tomorrow; write a fixed date into it"
+            f"{path}: the chat template writes today's date (strftime_now), so the same question "
+            "has another prompt on another day; write a fixed date into it"
         )
 
 

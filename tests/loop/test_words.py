@@ -204,8 +204,10 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch, name):
 
 def test_other_commands_know_home_too(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(Exception, match=str(tmp_path / "nothing")):
-        evaluation(Evaluation(model="~/nothing", data="d"))
+    (tmp_path / "data" / "QA_information").mkdir(parents=True)
+    for wrong in (dict(model="m", data="~/nothing"), dict(model="~/nothing", data="~/data")):
+        with pytest.raises(Exception, match=str(tmp_path / "nothing")):
+            evaluation(Evaluation(**wrong))
     done = subprocess.run(
         [sys.executable, "-m", "kepo", "data", "check", "~/nothing"],
         capture_output=True,

@@ -189,7 +189,7 @@ def test_without_datasets_the_remedy_is_named(tmp_path, monkeypatch):
 
 
 def test_no_layout(tmp_path):
-    with pytest.raises(KepoDataError, match="is of no layout known"):
+    with pytest.raises(KepoDataError, match="has none of the layouts"):
         layout_of(tmp_path)
     with pytest.raises(KepoDataError, match="is not there"):
         layout_of(tmp_path / "none")

@@ -141,7 +141,7 @@ def test_a_fifo_is_a_bad_file_and_nobody_waits_for_it(root, alarm):
     assert all("it is a FIFO" in problem.message for problem in report.problems)
     with pytest.raises(KepoDataError, match=r"fifo.png: it is a FIFO; expected a regular file"):
         open_rgb(root / "Images" / "fifo.png")
-    with pytest.raises(KepoDataError, match="of no layout known"):
+    with pytest.raises(KepoDataError, match="has none of the layouts"):
         layout_of(folder_of(root) / "b.json")
 
 

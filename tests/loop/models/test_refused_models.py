@@ -161,7 +161,7 @@ def test_a_template_that_counts_its_calls_is_refused(folder, monkeypatch):
 
 def test_a_template_that_says_what_day_it_is_is_refused(folder):
     change_template(folder, "{%- for message", "{{ strftime_now('%d %b %Y') }}{%- for message")
-    with pytest.raises(KepoCheckpointError, match="writes the day"):
+    with pytest.raises(KepoCheckpointError, match="writes today's date"):
         VLM.load(folder)
 
 
