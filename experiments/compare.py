@@ -1,14 +1,14 @@
 """Compare methods on the scanned digits, under the single-source protocol.
 
-    python -m experiments.compare                        # the five of the paper, five seeds: hours
+    python -m experiments.compare                # 5 methods, 5 seeds: hours
     python -m experiments.compare --methods grpo kepo --seeds 0 1 --steps 20
-    python -m experiments.compare --methods gate_only hints_only no_gate --seeds 0 1 2
-    python -m experiments.compare --report-only         # tables and pictures from the results
+    python -m experiments.compare --methods gate_only hints_only --seeds 0 1 2
+    python -m experiments.compare --report-only  # tables and pictures
 
 For every seed one student is warmed up. Every method starts from it, with the same questions,
 number of samples, learning rate and length, trains it on the first rendering of the digits, and is
 tested on all eight. Results are added to docs/experiments/<setting>/ run by run. After an
-interruption the same command goes on, and skips what those files already have.
+interruption, the same command continues with the runs that those files lack.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from kepo.config import Config
 from kepo.data.load import load_omnimedvqa
 from kepo.digits.demo import SOURCE, Demo, cached, make_data, make_teacher
 from kepo.errors import KepoConfigError, command
-from kepo.words import at_home, command_line
+from kepo.flags import command_line
+from kepo.words import at_home
 
 WARMUP_LR = 1e-3
 WARMUP_BATCH = 32
@@ -45,7 +46,7 @@ class Compare:
     """Settings of the comparison: the methods, and the length of their runs."""
 
     setting: str = "cliff"
-    """cliff: a third of the groups fails entirely at the start; mild: the demonstration's start."""
+    """cliff: a third of the groups fail entirely at the start. mild: the demonstration's start."""
     methods: tuple[str, ...] = tuple(MAIN)
     """Names from experiments.methods.METHODS."""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
@@ -65,7 +66,7 @@ class Compare:
     out: str = "docs/experiments"
     """Folder of the results."""
     jobs: int = 0
-    """Runs at a time, one thread each. 0 = one per core."""
+    """Runs at a time, one thread each. 0 means one per core."""
     report_only: bool = False
     """Run nothing; make the report from the existing results."""
 
@@ -274,12 +275,13 @@ def _check(settings: Compare) -> None:
 
 
 def main() -> None:
-    compare(command_line(Compare, prog="python -m experiments.compare", description=__doc__))
+    [settings] = command_line(Compare, prog="python -m experiments.compare", description=__doc__)
+    compare(settings)
 
 
 if __name__ == "__main__":
     try:
         command(main)()
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on where it was")
+        print("\ninterrupted; the same command continues where it stopped")
         sys.exit(130)

@@ -41,7 +41,10 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'kepo' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOME[name]), name)
+    from kepo.errors import packages_named
+
+    with packages_named(f"kepo.{name}"):
+        return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -10,16 +10,18 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from kepo.errors import command
+from kepo.errors import command, packages_named
+from kepo.flags import refuse
+from kepo.words import guesses
 
 COMMANDS = {
     "train": ("kepo.loop", "train a model with a recipe, a preset, flags"),
     "evaluate": ("kepo.evaluation.report", "measure a saved model on a dataset"),
-    "plan": ("kepo.planner.plan", "say what a run would hold on a GPU, without one"),
-    "data": ("kepo.data.check_command", "`data check`: say what is wrong with datasets on disk"),
+    "plan": ("kepo.planner.plan", "tell the GPU memory that a run takes, without a GPU"),
+    "data": ("kepo.data.check_command", "check the datasets on disk: kepo data check PATH"),
     "demo": ("kepo.digits.demo", "train a tiny model on scanned digits, from nothing"),
 }
-USAGE = f"usage: kepo {{{','.join(COMMANDS)}}} ... (each has --help)"
+USAGE = f"usage: kepo {{{','.join(COMMANDS)}}} ... (each has --help); kepo --version"
 
 
 @command
@@ -27,18 +29,24 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     """Run the command named by the first argument with the remaining ones. None means the process's
     own arguments.
 
-    Returns the exit code. A KepoError or OSError ends the process with one sentence and code 1.
+    Returns the exit code. A wrong command line ends the process with code 2, and a KepoError or
+    OSError with code 1; both print one sentence.
     """
     name, *others = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if name in ("-h", "--help"):
+    if name == "help" and others:
+        name, others = others[0], ["--help"]
+    if name in ("-h", "--help", "help"):
         print(f"{USAGE}\n")
         for known, (_, does) in COMMANDS.items():
             print(f"  kepo {known:10}{does}")
         return 0
+    if name == "--version":
+        print(f"kepo {import_module('kepo_kernels').__version__}")
+        return 0
     if name not in COMMANDS:
-        print(f"{USAGE}\nerror: there is no command {name!r}", file=sys.stderr)
-        return 2
-    return import_module(COMMANDS[name][0]).main(others)
+        refuse(f"kepo has no command {name!r}; {guesses(name, COMMANDS)} (kepo --help lists all)")
+    with packages_named(f"kepo {name}"):
+        return import_module(COMMANDS[name][0]).main(others)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,11 @@ from kepo.sections import (
     RunConfig,
     SamplingConfig,
 )
-from kepo.words import expanded, sentence, typed
+from kepo.words import expanded, guesses, sentence, typed
 
 PRESETS = Path(__file__).parent / "presets"
+RECIPES = "[RECIPE | PRESET ...] [OPTIONS]"
+"""What commands take that read recipes: those and presets come before the flags."""
 TOTAL = "total"  # in place of a reward's name: the weighted sum of them all
 PATHS = ("student", "teacher", "train_data", "eval_data", "image_root", "run_dir")
 """Settings that are paths: a leading ~ is expanded to the home folder."""
@@ -91,8 +93,11 @@ def load(*layers: str | Path) -> Config:
 
 def read_layer(layer: str | Path) -> dict[str, Any]:
     """Return the settings in one layer of ``load`` by name, each converted to its field's type."""
+    otherwise = f"a preset, one of {', '.join(presets())}"
+    if not str(layer):
+        raise KepoConfigError(f"layer is an empty name; expected a YAML file or {otherwise}")
     path = presets().get(str(layer), Path(layer))
-    words = read_mapping(path, otherwise=f"a preset, one of {', '.join(presets())}")
+    words = read_mapping(path, otherwise=otherwise)
     return _typed(words, str(path))
 
 
@@ -114,10 +119,12 @@ def from_mapping(values: dict[str, Any], source: str) -> Config:
 def _typed(values: dict[str, Any], source: str) -> dict[str, Any]:
     """Convert ``values`` to the types of the fields' annotations, and expand ~ in paths."""
     known = _annotations()
-    unknown = sorted(str(name) for name in values if name not in known)
+    unknown = {str(name): value for name, value in values.items() if name not in known}
     if unknown:
-        new = "".join(f"{a} is now called {RENAMED[a]}; " for a in unknown if a in RENAMED)
-        raise KepoConfigError(f"{source}: unknown keys {unknown}; {new}known are {sorted(known)}")
+        advice = "; ".join(_instead(name, unknown[name]) for name in [*unknown][:3])
+        raise KepoConfigError(
+            f"{source}: unknown keys {[*unknown]}; {advice} (kepo train --help lists all)"
+        )
     found: dict[str, Any] = {}
     for name, value in values.items():
         try:
@@ -127,6 +134,15 @@ def _typed(values: dict[str, Any], source: str) -> dict[str, Any]:
         except ValueError as error:
             raise KepoConfigError(f"{source}: {name}={sentence(value, error)}") from error
     return found
+
+
+def _instead(name: str, value: Any) -> str:
+    """Return what to write instead of a key that is no setting."""
+    if name in RENAMED:
+        return f"{name} is now called {RENAMED[name]}"
+    if isinstance(value, dict):
+        return f"{name} is a block, but recipes are flat: give its settings without it"
+    return f"{name}: {guesses(name, _annotations())}"
 
 
 @cache

@@ -5,11 +5,12 @@ Each error is also a built-in one, so callers may catch either.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
 from kepo.terminal import any_terminal
@@ -36,6 +37,44 @@ class KepoCheckpointError(KepoError, RuntimeError):
 
 class KepoRewardError(KepoError, RuntimeError):
     """A reward function failed or returned something that is not a finite number."""
+
+
+class KepoPackageError(KepoError, ImportError):
+    """A package that one of kepo's extras installs is missing."""
+
+
+EXTRAS = {
+    "train": {
+        **{name: name for name in ("transformers", "tokenizers", "numpy", "safetensors")},
+        **{"PIL": "pillow", "yaml": "pyyaml", "tqdm": "tqdm"},
+        "matplotlib": "matplotlib",
+    },
+    "demo": {"sklearn": "scikit-learn"},
+    "lora": {"peft": "peft"},
+    "quant": {"bitsandbytes": "bitsandbytes", "accelerate": "accelerate"},
+    "vllm": {"vllm": "vllm"},
+    "hf": {"datasets": "datasets"},
+}
+"""The packages of each extra in pyproject.toml that kepo imports: by the name that is imported, the
+name that is installed."""
+
+
+@contextlib.contextmanager
+def packages_named(name: str) -> Iterator[None]:
+    """Turn the error about a missing package that an extra installs into a KepoPackageError, one
+    sentence. Other errors of imports, such as those of our own modules, pass unchanged.
+
+    name: what needs the package, for the sentence.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        for extra, packages in EXTRAS.items():
+            if package := packages.get(error.name or ""):
+                raise KepoPackageError(
+                    f"{name} needs {package}: pip install 'kepo[{extra}]'"
+                ) from error
+        raise
 
 
 REMEDIES = {

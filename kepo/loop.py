@@ -1,8 +1,8 @@
 """The training loop, top to bottom: sample, rescue, gate, ask the teacher, one fused loss, one
 optimiser step.
 
-    python -m kepo train recipe.yaml --lr 1e-5        # flags override the file; see --help
-    python -m kepo train recipe.yaml dr_grpo          # and so does a preset, or another file
+    kepo train recipe.yaml --lr 1e-5  # flags override the file
+    kepo train recipe.yaml dr_grpo    # and so does a preset, or another file
     torchrun --nproc-per-node=8 -m kepo train recipe.yaml
 
 Re-running the same command after a crash, a kill or Ctrl-C resumes from the last checkpoint; on a
@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 
 from kepo.check import check
-from kepo.config import Config, load
+from kepo.config import RECIPES, Config, load, presets
 from kepo.distributed.processes import all_gather, errors_end_all_ranks, world_size
 from kepo.distributed.sharding import own_gradients, whole_tensor
 from kepo.errors import KepoError
+from kepo.flags import command_line
 from kepo.models.reading import hide_transformers_bars
 from kepo.objective.batch import Batch, collate
 from kepo.objective.micros import own_micros, padding, plan_micros
@@ -45,7 +46,6 @@ from kepo.run.progress import say, show, step_bar
 from kepo.run.signals import StopRequest, lasting_output
 from kepo.sections import ObjectiveConfig, OptimizerConfig
 from kepo.terminal import any_terminal
-from kepo.words import command_line
 
 
 def train(config: Config) -> int:
@@ -194,11 +194,11 @@ def main(arguments: Sequence[str]) -> int:
     all."""
     layers = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
     with errors_end_all_ranks():
-        config = command_line(
-            Config,
+        [config] = command_line(
+            load(*layers),
             prog="kepo train",
+            usage=RECIPES,
             args=arguments[len(layers) :],
-            default=load(*layers),
-            description=__doc__,
+            description=f"{__doc__}\nPresets: {', '.join(presets())}.",
         )
     return train(config)

@@ -8,12 +8,12 @@ where a boolean is expected, and text elsewhere.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import numbers
 import os
 import re
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -41,7 +41,7 @@ class Word(str):
     """Unquoted text, whose meaning the setting's type decides. A quoted text is a plain str."""
 
     def __repr__(self) -> str:
-        known = self in NONE or self in BOOL or _number(self) is not None
+        known = self in NONE or self in BOOL or number(self) is not None
         return str(self) if known and self else super().__repr__()
 
 
@@ -65,7 +65,7 @@ def typed(value: Any, hint: Any) -> Any:
     round; numpy scalars and paths are accepted too. Raises a ValueError that says what was
     expected.
     """
-    kind, bound, optional = _parts(hint)
+    kind, bound, optional = parts_of(hint)
     if optional and (value is None or (isinstance(value, Word) and value in NONE)):
         return None
     if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
@@ -84,7 +84,7 @@ def typed(value: Any, hint: Any) -> Any:
     return found
 
 
-def _parts(hint: Any) -> tuple[Any, Bound | None, bool]:
+def parts_of(hint: Any) -> tuple[Any, Bound | None, bool]:
     """Split an annotation into ``(the type itself, its bound, whether None is allowed)``."""
     bound = None
     optional = get_origin(hint) in (Union, UnionType)
@@ -97,17 +97,18 @@ def _parts(hint: Any) -> tuple[Any, Bound | None, bool]:
 
 def _spelt(hint: Any) -> str:
     """Return the annotation as error messages spell it."""
-    kind, _, optional = _parts(hint)
+    kind, _, optional = parts_of(hint)
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, ((None,) if optional else ()) + get_args(kind)))}"
-    name = f"tuple[{_spelt(get_args(kind)[0])}, ...]" if get_args(kind) else kind.__name__
-    return f"{name} | None" if optional else name
+    if get_args(kind):
+        return f"a list of {_spelt(get_args(kind)[0])}{', or None' if optional else ''}"
+    return f"{kind.__name__} | None" if optional else kind.__name__
 
 
 def _scalar(value: Any, kind: Any) -> Any:
     """Convert like ``typed``, but the ValueError says only what to do, if anything."""
     if get_origin(kind) is tuple:
-        raise ValueError("a list, in YAML [one, two]")
+        raise ValueError("in YAML [one, two]")
     if get_origin(kind) is Literal:
         choices = get_args(kind)
         found = value if isinstance(choices[0], str) else _scalar(value, type(choices[0]))
@@ -117,7 +118,7 @@ def _scalar(value: Any, kind: Any) -> Any:
     if kind is str:
         return _text(value)
     if isinstance(value, Word):
-        found = BOOL.get(str(value)) if kind is bool else _number(value)
+        found = BOOL.get(str(value)) if kind is bool else number(value)
     elif kind is bool:
         found = value if isinstance(value, bool) else None
     else:
@@ -143,7 +144,7 @@ def _text(value: Any) -> str:
             raise ValueError("which cannot be None; quote it if it is a name")
         if (
             value in ("true", "True", "TRUE", "false", "False", "FALSE")
-            or _number(value) is not None
+            or number(value) is not None
         ):
             raise ValueError(f'quote it if it is a name: "{value}"')
         return str(value)
@@ -155,14 +156,14 @@ def _text(value: Any) -> str:
 
 
 def _means(text: str, kind: type) -> bool:
-    return text in BOOL if kind is bool else _number(text) is not None
+    return text in BOOL if kind is bool else number(text) is not None
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _number(word: str) -> int | float | None:
+def number(word: str) -> int | float | None:
     """Return the number that a word spells, or None if it is not a number."""
     text = str(word)
     if BASED.fullmatch(text):
@@ -208,52 +209,6 @@ def at_home(record: Any, *names: str) -> Any:
     return dataclasses.replace(record, **found)
 
 
-# ---- flags ----
-
-
-def command_line(kind: Any, **settings: Any) -> Any:
-    """Call ``tyro.cli`` so that flags are read as a YAML file's values are."""
-    import tyro
-
-    return tyro.cli(kind, registry=_registry(), **settings)
-
-
-@cache
-def _registry() -> Any:
-    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
-
-    registry = ConstructorRegistry()
-
-    @registry.primitive_rule
-    def by_words(info: Any) -> Any:
-        kind, _, optional = _parts(info.type)
-        several = optional and get_origin(kind) is tuple
-        if not (several or kind in (int, float) or optional):
-            return None  # tyro's own way is right
-        one = get_args(kind)[0] if several else kind
-        name = f"{{{','.join(map(str, get_args(one)))}}}" if get_args(one) else one.__name__.upper()
-
-        def read(words: list[str]) -> Any:
-            if len(words) == 1 and optional and words[0] in NONE - {""}:
-                return None
-            if several or kind is str:  # a flag's text needs no quotes, and an empty one was meant
-                return tuple(words) if several else words[0]
-            try:
-                return typed(Word(words[0]), info.type)
-            except ValueError as error:
-                raise ValueError(sentence(words[0], error)) from error
-
-        return PrimitiveConstructorSpec(
-            nargs="*" if several else 1,
-            metavar="{None}|" * optional + (f"{name} [{name} ...]" if several else name),
-            instance_from_str=read,
-            is_instance=lambda value: True,  # a default is of the field's type already
-            str_from_instance=lambda value: list(value) if several and value else [str(value)],
-        )
-
-    return registry
-
-
 def sentence(value: Any, expected: ValueError) -> str:
     """Return a sentence that says what was given, what was expected and what to do."""
     import reprlib
@@ -261,3 +216,11 @@ def sentence(value: Any, expected: ValueError) -> str:
     short = reprlib.Repr()
     short.maxstring = short.maxother = 200
     return f"{short.repr(value)}; expected {expected}"
+
+
+def guesses(name: str, known: Iterable[str]) -> str:
+    """Return words that offer at most three of the known names for one that is not known."""
+    known = list(known)
+    if alike := difflib.get_close_matches(name, known, 3, 0.7):
+        return f"did you mean {' or '.join(alike)}?"
+    return f"the nearest are {', '.join(difflib.get_close_matches(name, known, 3, 0))}"

@@ -1,6 +1,7 @@
 """`python -m kepo_kernels`: list the back-ends that work here, and say why the others do not."""
 
 import argparse
+import os
 import sys
 
 import torch
@@ -41,4 +42,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # a reader such as `| head` has stopped reading
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -46,7 +46,7 @@ def test_the_command_lists_its_commands():
     unknown = subprocess.run(
         [sys.executable, "-m", "kepo", "trian"], cwd=ROOT, capture_output=True, text=True
     )
-    assert unknown.returncode == 2 and "no command 'trian'" in unknown.stderr
+    assert unknown.returncode == 2 and "no command 'trian'; did you mean train" in unknown.stderr
 
 
 @functools.cache

@@ -12,7 +12,6 @@ from functools import cache
 import pytest
 
 pytest.importorskip("transformers")
-pytest.importorskip("tyro")
 
 from places import ROOT
 

@@ -47,7 +47,7 @@ ENVIRONMENTS = (
 )
 PACKAGES = (
     *("torch", "triton", "transformers", "tokenizers", "numpy", "pillow", "safetensors"),
-    *("pyyaml", "tyro", "tqdm", "matplotlib", "scikit-learn", "peft"),
+    *("pyyaml", "tqdm", "matplotlib", "scikit-learn", "peft"),
 )
 
 

@@ -1,8 +1,10 @@
-"""The command ``python -m kepo data check PATH``: read all of a dataset before a run does."""
+"""Read all of a dataset before a run does, and list what is wrong with it.
+
+The exit code is 1 if something is wrong, or if both datasets have an image in common.
+"""
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +12,14 @@ from pathlib import Path
 
 from kepo.data.example import Example
 from kepo.data.images import Look, digests_in, looks_of
-from kepo.data.load import DataReport, load_examples
+from kepo.data.load import DataReport, layout_of, load_examples
 from kepo.data.records import KINDS
 from kepo.data.run_data import readable, with_faint
 from kepo.data.splits import shared_images
 from kepo.disk.files import printable
 from kepo.errors import KepoDataError
-from kepo.words import expanded
+from kepo.flags import command_line, refuse
+from kepo.words import at_home
 
 NAMED = 5
 """The number of problems of each kind that are listed without --all."""
@@ -133,31 +136,42 @@ def compare(checked: Checked, other: Checked) -> tuple[int, list[str]]:
     return images, lines
 
 
+@dataclass(frozen=True)
+class CheckFlags:
+    """What is checked, and how much of it is listed."""
+
+    path: str
+    """Folder in OmniMedVQA's layout, Med-R1's split files or one of them, or what
+    datasets.save_to_disk wrote."""
+    against: str | None = None
+    """Count the images that this dataset has too. None disables it."""
+    image_root: str | None = None
+    """Folder that image paths are relative to. None means the dataset's folder; for Med-R1's files,
+    the nearest parent folder that contains Images."""
+    all: bool = False
+    """List all that is wrong, not only the first few of each kind."""
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Run ``kepo data``; return 1 if something is wrong or both datasets share an image, else 0."""
-    parser = argparse.ArgumentParser("kepo data", description="Datasets on disk.")
-    commands = parser.add_subparsers(required=True, metavar="check")
-    words = "read everything once and list what is wrong; exit code 1 if something is"
-    check = commands.add_parser("check", help=words, description=words)
-    check.add_argument(
-        "path",
-        type=expanded,
-        help="a folder in OmniMedVQA's layout, one written by datasets.save_to_disk, Med-R1's "
-        "split files or one of them",
+    """Run ``kepo data check``; return 1 if something is wrong or both datasets share an image, else
+    0."""
+    usage = "PATH [OPTIONS]"
+    if arguments[:1] != ["check"]:
+        if {"-h", "--help"} & {*arguments}:
+            arguments = ["check", "--help"]
+        else:
+            named = repr(arguments[0]) if arguments else "nothing"
+            refuse(f"kepo data has {named}; expected kepo data check {usage}")
+    [given] = command_line(
+        CheckFlags,
+        prog="kepo data check",
+        usage=usage,
+        args=arguments[1:],
+        description=__doc__,
     )
-    check.add_argument(
-        "--against", metavar="OTHER", type=expanded, help="count the images that OTHER has too"
-    )
-    check.add_argument(
-        "--image-root",
-        metavar="FOLDER",
-        type=expanded,
-        help="where image paths begin, if not in the dataset",
-    )
-    check.add_argument(
-        "--all", action="store_true", help=f"list all that is wrong, not {NAMED} of each kind"
-    )
-    given = parser.parse_args(arguments)
+    given = at_home(given, "path", "against", "image_root")
+    for path in filter(None, (given.path, given.against)):  # before hours of reading
+        layout_of(path)
     checked = check_data(given.path, image_root=given.image_root, progress=True)
     print("\n".join(describe(checked, given.all)))
     wrong = len(checked.report.problems)

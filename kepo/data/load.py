@@ -283,7 +283,8 @@ def _image_root(layout: Layout, path: Path, given: str | Path | None) -> Path:
         if (folder / "Images").is_dir():
             return folder.resolve()
     raise KepoDataError(
-        f"{printable(path)}: no folder above it has Images; set image_root to the one that does"
+        f"{printable(path)}: no folder above it has Images; set image_root (--image-root) to the "
+        "one that does"
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from kepo.errors import KepoConfigError
+from kepo.errors import KepoConfigError, packages_named
 
 QUESTION = "What is the sum of the two digits?"
 SMALL_DIGITS, LARGE_DIGITS = "Small digits", "Large digits"
@@ -36,17 +36,13 @@ def write_digits(root: str | Path, *, train: int, test: int, seed: int = 0) -> N
 
     train, test: questions **per modality**, >= 1. No scan occurs in both folders. The same
     arguments give the same files. Each record also holds ``rationale``, such as "3 + 5 = 8".
-    Raises KepoConfigError for counts below 1, ImportError if scikit-learn is missing.
+    Raises KepoConfigError for counts below 1, KepoPackageError if scikit-learn is missing.
     """
     for name, count in (("train", train), ("test", test)):
         if count < 1:
             raise KepoConfigError(f"write_digits: {name} is {count}; expected a number >= 1")
-    try:
+    with packages_named("write_digits"):
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            "write_digits needs scikit-learn for its scans: pip install scikit-learn"
-        ) from error
 
     scans, labels = load_digits(return_X_y=True)
     scans = scans.reshape(-1, 8, 8) / 16.0

@@ -2,10 +2,10 @@
 
     data -> teacher -> student's warm-up -> KEPO -> table and curves
 
-Everything is made on the spot from scikit-learn's scans and kept under `root`, so the same command
-goes on where it was after an interruption. The student is warmed up and then trained on only one
-rendering of the digits; the table shows what that does for the seven it has never seen (the
-single-source protocol of the paper, in miniature).
+Everything is made on the spot from scikit-learn's scans and kept under `root`. After an
+interruption, the same command continues where it stopped. The student is warmed up and then trained
+on only one rendering of the digits; the table shows what that does for the seven it has never seen
+(the single-source protocol of the paper, in miniature).
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from kepo.disk.files import read_own, refuse_irregular
 from kepo.distributed.processes import launched
 from kepo.errors import KepoConfigError
 from kepo.evaluation.greedy import evaluate, means, summary
+from kepo.flags import command_line
 from kepo.loop import train
 from kepo.models.reading import hide_transformers_bars
 from kepo.models.vlm import VLM
 from kepo.run.lock import WRITTEN
 from kepo.run.manifest import new_folder, verify, write_manifest
 from kepo.run.metrics import read_metrics
-from kepo.words import at_home, command_line
+from kepo.words import at_home
 
 SOURCE = next(iter(MODALITIES))
 COMPLETION_TOKENS = 24
@@ -254,10 +255,10 @@ def _known_teacher(table: Path, after: dict[str, float]) -> dict[str, float] | N
 
 def main(arguments: Sequence[str]) -> int:
     """Run ``kepo demo``; return its exit code."""
-    demo = command_line(Demo, prog="kepo demo", args=arguments, description=__doc__)
+    [demo] = command_line(Demo, prog="kepo demo", args=arguments, description=__doc__)
     print(f"settings: {dataclasses.asdict(demo)}")
     try:
         return run(demo)
     except KeyboardInterrupt:  # in a stage before training; the next call makes that stage again
-        print("\ninterrupted; the same command goes on from the last finished stage")
+        print("\ninterrupted; the same command continues after the last finished stage")
         return 130

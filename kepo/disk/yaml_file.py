@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kepo.errors import KepoConfigError
+from kepo.errors import KepoConfigError, packages_named
 from kepo.words import Word
 
 LARGEST = 2**20
@@ -22,7 +22,8 @@ def read_mapping(path: Path, otherwise: str) -> dict[str, Any]:
     otherwise: what else could have been named, for the error about a missing file. Raises
     KepoConfigError for a file that cannot be read, is not YAML, has a key twice or is no mapping.
     """
-    import yaml
+    with packages_named(str(path)):
+        import yaml
 
     text = _text(path, otherwise)
     try:
@@ -55,8 +56,9 @@ def _text(path: Path, otherwise: str) -> str:
     except (OSError, ValueError) as error:
         if isinstance(error, KepoConfigError):
             raise
+        said = error.strerror if isinstance(error, OSError) else error
         raise KepoConfigError(
-            f"{path} cannot be read: {error}; expected a YAML file or {otherwise}"
+            f"{path} cannot be read: {said}; expected a YAML file or {otherwise}"
         ) from error
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:

@@ -1,9 +1,9 @@
-"""``python -m kepo evaluate MODEL DATA``: how many questions a saved model answers correctly.
+"""Count the questions that a saved model answers correctly.
 
-Greedy answers to a dataset of any layout, by modality and type of question. `chance` is what blind
-guessing would score on the same questions: with four options each it would be 0.25, but many have
-two or three. An answer is unparsed where it holds no single well-formed <answer>; it counts as
-wrong.
+It answers a dataset of any layout greedily; the table is by modality and type of question. `chance`
+is what blind guessing would score on the same questions: with four options each it would be 0.25,
+but many have two or three. An answer is unparsed where it holds no single well-formed <answer>; it
+counts as wrong.
 """
 
 from __future__ import annotations
@@ -13,43 +13,42 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
-
-import tyro
+from typing import Any, NamedTuple
 
 from kepo.data.example import Example
 from kepo.data.images import digests_of
-from kepo.data.load import DataReport, load_examples
+from kepo.data.load import DataReport, layout_of, load_examples
 from kepo.data.run_data import as_record, capped, readable
 from kepo.disk.durable import as_json, write_durably
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.evaluation.greedy import greedy_answers
 from kepo.evaluation.statistics import wilson
+from kepo.flags import command_line
 from kepo.models.device import known_device
 from kepo.models.reading import encoder_of, read_config
 from kepo.models.vlm import VLM
 from kepo.rollout.encodable import Faults, Reader, faults_of, left_out, plain_reader
 from kepo.tasks.rewards import accuracy, parse_answer
-from kepo.words import at_home, command_line
+from kepo.words import at_home
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Count the questions of a dataset that a saved model answers correctly by greedy decoding."""
+    """Settings of an evaluation."""
 
-    model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
+    model: str
     """Folder or Hub name of a vision-language model; of a run, its checkpoint's policy/."""
-    data: Annotated[str, tyro.conf.arg(metavar="DATA")]
+    data: str
     """Folder in OmniMedVQA's layout, Med-R1's split files, or what datasets.save_to_disk wrote."""
     modalities: tuple[str, ...] | None = None
-    """Ask about these modalities only. None = all."""
+    """Ask about these modalities only. None means all."""
     question_types: tuple[str, ...] | None = None
-    """Ask these types of question only. None = all."""
+    """Ask these types of question only. None means all."""
     limit: int | None = None
-    """The first so many questions of each modality. None = all."""
+    """Ask the first so many questions of each modality. None means all."""
     image_root: str | None = None
-    """Where image paths begin. None = the dataset's folder; for Med-R1's files the nearest folder
-    above with Images in it."""
+    """Folder that image paths are relative to. None means the dataset's folder; for Med-R1's files,
+    the nearest parent folder that contains Images."""
     batch: int = 64
     """Questions answered at once."""
     max_completion_length: int = 128
@@ -59,7 +58,7 @@ class Evaluation:
     device: str = "cpu"
     """The device that the model is on: cpu, cuda or cuda:<number>."""
     json: str | None = None
-    """Write settings, counts and all numbers of the table into this file. None = nowhere."""
+    """Write settings, counts and all numbers of the table into this file. None disables it."""
 
 
 PATHS = ("model", "data", "image_root", "json")
@@ -91,6 +90,7 @@ def evaluation(settings: Evaluation) -> dict[str, Any]:
     if settings.dtype not in dtypes:
         raise KepoConfigError(f"dtype={settings.dtype!r}; expected one of {', '.join(dtypes)}")
     known_device(settings.device)
+    layout_of(settings.data)  # before a model is looked for, perhaps on the Hub
     examples, report = questions(settings, reader_of(settings))
     vlm = VLM.load(settings.model, dtype=settings.dtype, device=settings.device)
     texts = greedy_answers(
@@ -119,8 +119,8 @@ def questions(
 ) -> tuple[list[Example], DataReport]:
     """Return the questions to ask, every image decoded once, and a report with the others' faults.
 
-    reader: the model they are asked of; questions that it cannot be asked are left out. None = any
-    model.
+    reader: the model they are asked of; questions that it cannot be asked are left out. None means
+    any model.
     """
     examples, report = load_examples(
         settings.data,
@@ -246,12 +246,12 @@ def main(arguments: Sequence[str]) -> None:
     """Run ``kepo evaluate``."""
     from kepo.models.reading import hide_transformers_bars
 
-    settings = command_line(
+    [settings] = command_line(
         Evaluation,
         prog="kepo evaluate",
+        usage="MODEL DATA [OPTIONS]",
         args=arguments,
         description=__doc__,
-        config=(tyro.conf.PositionalRequiredArgs,),
     )
     hide_transformers_bars()
     settings = at_home(settings, *PATHS)

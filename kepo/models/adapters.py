@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kepo.errors import KepoConfigError
-from kepo.models.tensors import with_saved_adapters
+from kepo.models.tensors import quiet_peft, with_saved_adapters
 
 TARGETS = r".*language_model\.layers\..*_proj"
 """A pattern for every linear layer of the language model: not the head, which the losses read as
@@ -19,8 +19,8 @@ def with_adapters(model: Any, rank: int, alpha: float, seed: int, saved: Path | 
     """Put adapters into ``model``, in place, and freeze the rest; return peft's wrapper, which
     saves them.
 
-    saved: the folder they were saved in; None = new ones, that change nothing yet, the same for the
-    same ``seed``. Adapters are float32 whatever the model is. Raises KepoConfigError without
+    saved: the folder they were saved in; None means new ones, that change nothing yet, the same for
+    the same ``seed``. Adapters are float32 whatever the model is. Raises KepoConfigError without
     peft, KepoCheckpointError if ``saved`` has no safetensors or does not fit.
     """
     try:
@@ -36,6 +36,6 @@ def with_adapters(model: Any, rank: int, alpha: float, seed: int, saved: Path | 
         lora_dropout=0.0,  # what trains is what sampled
         target_modules=TARGETS,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), quiet_peft():
         torch.manual_seed(seed)
         return peft.get_peft_model(model, settings)

@@ -72,7 +72,9 @@ def blank_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
     model.to_empty(device="cpu").tie_weights()
     if base_of(path) is not None:
         peft = _peft(path)
-        model = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(path)).get_base_model()
+        adapters = peft.PeftConfig.from_pretrained(path)
+        with tensors.quiet_peft():
+            model = peft.get_peft_model(model, adapters).get_base_model()
     return model
 
 

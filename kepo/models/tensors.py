@@ -3,8 +3,10 @@ own. Missing weights would otherwise be random numbers, different at every load.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,15 @@ def _check_index(folder: Path, places: dict[str, str], headers: dict[str, dict])
         )
 
 
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silence the warning about a name of transformers that v6 drops. peft uses it, so a user could
+    do nothing about the warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
+
+
 def with_saved_adapters(peft: Any, model: Any, folder: Path, **settings: Any) -> Any:
     """Return peft's wrapper around a model with the adapters that a folder holds, which are put
     into the model in place. Raises KepoCheckpointError if they are not in safetensors or do not
@@ -103,7 +114,8 @@ def with_saved_adapters(peft: Any, model: Any, folder: Path, **settings: Any) ->
     if not (folder / ADAPTERS).is_file():
         raise _without(folder, ADAPTERS, "as peft writes it")
     try:
-        wrapped = peft.PeftModel.from_pretrained(model, folder, **settings)
+        with quiet_peft():
+            wrapped = peft.PeftModel.from_pretrained(model, folder, **settings)
     except Exception as error:  # of broken files its readers raise anything
         said = " ".join(str(error).split())
         raise KepoCheckpointError(f"{folder}: its adapters cannot be loaded: {said}") from error

@@ -1,9 +1,9 @@
 """Plan a run before it starts: does it fit its GPUs, what does each phase of a step hold, and how
 much more would fit?
 
-    python -m kepo plan recipe.yaml --gpus 8 --gpu-gb 80       # files, presets, flags as of train
-    python -m kepo plan recipes/8x80gb_8b.yaml --plot plan.png # the machine is in the name
-    python -m kepo plan --table recipes/*.yaml                 # a line for each
+    kepo plan recipe.yaml --gpus 8 --gpu-gb 80     # flags as of kepo train, too
+    kepo plan recipes/8x80gb_8b.yaml --plot a.png  # the machine is in the name
+    kepo plan --table recipes/*.yaml               # a line for each
 
 GB are 2^30 bytes, as nvidia-smi counts; a plan may use 97 % of a GPU's. The exit code is 1 if the
 run does not fit.
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kepo.check import check_settings
-from kepo.config import Config, load
+from kepo.config import RECIPES, load, presets
 from kepo.errors import KepoConfigError
+from kepo.flags import command_line, refuse
 from kepo.planner.held import GIB, ITEMS, Machine, completions_per_process
 from kepo.planner.memory import Phase, Prompts, Setup, peak, phases, student_of, teacher_of
 from kepo.sections import TeacherConfig
-from kepo.words import command_line
 
 MOST_GB = 10**6
 """The most GB of memory that a GPU may be said to have."""
@@ -38,10 +38,11 @@ class Plan(NamedTuple):
     setup: Setup
     phases: list[Phase]
     micro_batch: int
-    """The largest micro_batch that fits with all other settings unchanged; 0 = none fits."""
-    max_completion_length: int
-    """The longest max_completion_length that fits, likewise, a multiple of TOKENS_STEP; 0 = none
+    """The largest micro_batch that fits with all other settings unchanged. 0 means that none
     fits."""
+    max_completion_length: int
+    """The longest max_completion_length that fits, likewise, a multiple of TOKENS_STEP. 0 means
+    that none fits."""
 
     @property
     def peak(self) -> Phase:
@@ -273,21 +274,23 @@ def machine_of(path: Path) -> Machine | None:
 
 @dataclass(frozen=True)
 class Arguments:
-    """The command's own arguments, beside the run's settings."""
+    """The machine and the prompts that the run is planned for."""
 
-    config: Config
     gpus: int | None = None
-    """GPUs, with a process for each. None = as a recipe's name says."""
+    """Number of GPUs, with a process for each. None means as a recipe's name says."""
     gpu_gb: float | None = None
-    """Memory of a GPU. None = as a recipe's name says."""
+    """Memory of a GPU in GB. None means as a recipe's name says."""
     prompt_tokens: int = Prompts.text_tokens
     """Tokens of a prompt, without those of its images."""
     image_tokens: int | None = None
-    """Tokens of an image. None = those of 384 x 384 pixels."""
+    """Tokens of an image. None means those of 384 x 384 pixels."""
     prompt_images: int = 1
     """Images of a prompt."""
     plot: str | None = None
-    """Draw the phases to this file."""
+    """Draw the phases to this file. None disables it."""
+    table: bool = False
+    """Print a Markdown table with a row for each recipe, whose names tell their machines. It takes
+    no other flags."""
 
 
 def _bytes(gpu_gb: float) -> int:
@@ -301,41 +304,50 @@ def main(arguments: Sequence[str]) -> int:
 
     Returns the exit code: 0 if the run fits, else 1; 0 after a table.
     """
-    import tyro
-
-    if arguments[:1] == ["--table"]:
-        print(table(arguments[1:]))
+    if "--table" in arguments and not {"-h", "--help"} & {*arguments}:
+        recipes = [word for word in arguments if word != "--table"]
+        if not recipes or any(word.startswith("-") for word in recipes):
+            refuse(f"--table has {recipes or 'nothing'}; expected kepo plan --table RECIPE ...")
+        print(table(recipes))
         return 0
     layers = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
-    given = command_line(
+    given, config = command_line(
         Arguments,
+        load(*layers),
         prog="kepo plan",
+        usage=RECIPES,
         args=arguments[len(layers) :],
-        default=Arguments(load(*layers)),
-        description=__doc__,
-        config=(tyro.conf.OmitArgPrefixes,),
+        description=f"{__doc__}\nPresets: {', '.join(presets())}.",
     )
-    named = next(filter(None, (machine_of(Path(layer)) for layer in reversed(layers))), None)
-    if named is None and None in (given.gpus, given.gpu_gb):
-        raise KepoConfigError(
-            "gpus and gpu_gb are not set; give --gpus and --gpu-gb, or a recipe whose name begins "
-            "like 8x80gb_"
-        )
-    for name, least in (("prompt_tokens", 1), ("image_tokens", 1), ("prompt_images", 1)):
-        value = getattr(given, name)
-        if value is not None and value < least:
-            raise KepoConfigError(f"{name} is {value}; expected a number >= {least}")
-    gpus, gpu_bytes = given.gpus, None if given.gpu_gb is None else _bytes(given.gpu_gb)
-    if gpus is None or gpu_bytes is None:
-        assert named is not None, "refused above"
-        gpus = named.gpus if gpus is None else gpus
-        gpu_bytes = named.gpu_bytes if gpu_bytes is None else gpu_bytes
-    machine = Machine(gpus, gpu_bytes)
-    prompts = Prompts(given.prompt_tokens, given.image_tokens, given.prompt_images)
-    found = plan(Setup(given.config, machine, prompts))
+    found = plan(Setup(config, _machine(given, layers), _prompts(given)))
     print(report(found))
     if given.plot is not None:
         from kepo.planner.plot import plot_plan
 
-        plot_plan(found.phases, machine, Path(given.plot))
+        plot_plan(found.phases, found.setup.machine, Path(given.plot))
     return 0 if found.fits else 1
+
+
+def _machine(given: Arguments, layers: Sequence[str]) -> Machine:
+    """Return the machine that the flags give, else the name of the last recipe that tells one."""
+    gpu_bytes = None if given.gpu_gb is None else _bytes(given.gpu_gb)
+    if given.gpus is not None and given.gpus < 1:
+        raise KepoConfigError(f"gpus is {given.gpus}; expected a number >= 1")
+    named = next(filter(None, (machine_of(Path(layer)) for layer in reversed(layers))), None)
+    gpus = named.gpus if named and given.gpus is None else given.gpus
+    gpu_bytes = named.gpu_bytes if named and gpu_bytes is None else gpu_bytes
+    if gpus is None or gpu_bytes is None:
+        name = "gpus" if gpus is None else "gpu_gb"
+        raise KepoConfigError(
+            f"{name} is not set; give --gpus and --gpu-gb, or a recipe whose name begins like "
+            "8x80gb_"
+        )
+    return Machine(gpus, gpu_bytes)
+
+
+def _prompts(given: Arguments) -> Prompts:
+    for name in ("prompt_tokens", "image_tokens", "prompt_images"):
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            raise KepoConfigError(f"{name} is {value}; expected a number >= 1")
+    return Prompts(given.prompt_tokens, given.image_tokens, given.prompt_images)

@@ -179,7 +179,7 @@ def test_yaml_is_read_with_its_types(tmp_path):
         ("steps: 1.5", "steps=1.5; expected int"),
         ("mask_truncated: 1", "mask_truncated=1; expected bool"),
         ("lr: true", "lr=true; expected float"),
-        ("rewards: accuracy", r"rewards='accuracy'; expected tuple\[str, ...\]"),
+        ("rewards: accuracy", "rewards='accuracy'; expected a list of str"),
         ("- a", "expected `key: value` lines"),
         ("a: [", "is not YAML"),
     ],

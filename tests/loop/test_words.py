@@ -12,7 +12,7 @@ import pytest
 from kepo.config import PATHS, Config, load
 from kepo.errors import KepoConfigError
 from kepo.evaluation.report import Evaluation, evaluation
-from kepo.words import command_line
+from kepo.flags import command_line
 
 START = Config(student="s", teacher="t", train_modalities=("X",), gate_threshold=0.5)
 
@@ -24,7 +24,8 @@ def from_yaml(folder: Path, content: str | bytes) -> Config:
 
 
 def from_flags(*words: str) -> Config:
-    return command_line(Config, args=list(words), default=START)
+    [config] = command_line(START, args=list(words), prog="kepo train", description="")
+    return config
 
 
 # (setting, word, what it means). Where START is None the word itself must say so.
@@ -103,7 +104,10 @@ REFUSED = {
     "none for a path": ("run_dir: none", r"run_dir=none; expected a path, \./none"),
     "quoted None for a path": ("teacher: 'None'", r"teacher='None'; expected a path, \./None"),
     "None in a list": ("train_modalities: [None]", "train_modalities=.None.; .*quote it"),
-    "no list": ("rewards: accuracy", r"rewards='accuracy'; expected tuple.*in YAML \[one, two\]"),
+    "no list": (
+        "rewards: accuracy",
+        r"rewards='accuracy'; expected a list of str, in YAML \[one, two\]",
+    ),
     "empty path": ("eval_data: ''", "eval_data=''; expected a path, not an empty one"),
     "no such home": ("student: ~nobody-here/x", "~nobody-here is no user's home folder"),
     "variable": ("run_dir: ${SCRATCH}/x", r"\$\{SCRATCH\} is not expanded here"),
@@ -177,7 +181,7 @@ def test_python_s_values_are_typed_as_a_file_s_words_are(tmp_path):
         ({"steps": math.inf}, "steps=inf; expected int"),
         ({"mask_truncated": 1}, "mask_truncated=1; expected bool"),
         ({"teacher": 5}, r"teacher=5; expected str \| None"),
-        ({"rewards": "format"}, "rewards='format'; expected tuple"),
+        ({"rewards": "format"}, "rewards='format'; expected a list of str"),
     ],
 )
 def test_python_s_mistakes_are_named(settings, message):
@@ -200,8 +204,10 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch, name):
 
 def test_other_commands_know_home_too(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(Exception, match=str(tmp_path / "nothing")):
-        evaluation(Evaluation(model="~/nothing", data="d"))
+    (tmp_path / "data" / "QA_information").mkdir(parents=True)
+    for wrong in (dict(model="m", data="~/nothing"), dict(model="~/nothing", data="~/data")):
+        with pytest.raises(Exception, match=str(tmp_path / "nothing")):
+            evaluation(Evaluation(**wrong))
     done = subprocess.run(
         [sys.executable, "-m", "kepo", "data", "check", "~/nothing"],
         capture_output=True,

@@ -63,6 +63,7 @@ def test_parts_add_up():
     assert known_model("Qwen3-VL-8B-Instruct") is KNOWN["Qwen/Qwen3-VL-8B-Instruct"]
 
 
+@pytest.mark.filterwarnings("error")  # peft's would stand above the table
 def test_what_is_trained():
     pytest.importorskip("peft")
     adapted = anatomy("Qwen3-VL-2B-Instruct", "bfloat16", "cuda", None, 16, False)
