@@ -150,7 +150,6 @@ def add_gradients(
     """
     policy = models.policy
     policy.model.train()
-    assert policy.wrapper is not None, "a policy that is trained is wrapped"
     for place, micro in enumerate(micros):
         known = scores[place]
         work = partial(kepo_step, policy, models.teacher, micro, known, config, totals)

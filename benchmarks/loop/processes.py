@@ -24,7 +24,7 @@ class Process:
     def __init__(self, folder: Path, name: str, part: int) -> None:
         self.gradients = folder / f"gradients-{name}.{part}.pt"
         self._log = folder / f"{name}.{part}.log"
-        with self._log.open("w") as log:
+        with self._log.open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(WORKER), str(folder), name, str(part)],
                 stdin=subprocess.PIPE,

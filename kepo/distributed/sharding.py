@@ -101,7 +101,7 @@ def gathered(root: nn.Module) -> Iterator[None]:
             group.reshard()
 
 
-def own_gradients(root: nn.Module, last: bool) -> Any:
+def own_gradients(root: nn.Module | None, last: bool) -> Any:
     """Return a context for the forward and backward of a micro-batch, in which gradients stay on
     their rank where that is possible.
 

@@ -56,7 +56,7 @@ def run(made, tmp_path, monkeypatch):
     watch(
         train_module, "collate", lambda batch, groups, *rest: seen.batches.append((groups, batch))
     )
-    watch(train_module, "kepo_step", lambda r, *arguments: seen.micros.append(arguments[3]))
+    watch(train_module, "kepo_step", lambda r, *arguments: seen.micros.append(arguments[2]))
     watch(step, "drift_weights", lambda weights, *rest: seen.drift.append(weights))
     watch(VLM, "encode", lambda r, vlm, prompts: seen.asked.extend(p.text for p in prompts))
     monkeypatch.setattr(milestones, "plot_curves", lambda *_, **__: None)
@@ -189,7 +189,8 @@ def two_iterations_token_mean_exchange_and_fine(seen):
     config = seen.config
     assert (config.epsilon_low, config.epsilon_high) == (0.2, 0.28)
     passes = [micro.old_logprobs is not None for micro in seen.micros]
-    assert passes == [False] * 3 + [True] * 3 + [False] * 3 + [True] * 3  # of 8 in threes
+    # Two groups of four in micro-batches of at most three: each in halves.
+    assert passes == [False] * 4 + [True] * 4 + [False] * 4 + [True] * 4
     for _, batch in seen.batches:
         weights = batch.policy_weights[batch.completion_mask]
         assert weights.unique().tolist() == pytest.approx([1 / len(weights)])
@@ -249,7 +250,7 @@ def what_trains_is_what_sampled(seen):
 
 @rule("sod")
 def steps_are_weighted(seen):
-    assert len(seen.drift) == len(seen.micros) == 6 and seen.config.beta == 1.0
+    assert len(seen.drift) == len(seen.micros) == 8 and seen.config.beta == 1.0
     assert seen.config.policy_reduction == "token_mean" and seen.config.epsilon_high == 0.28
 
 
