@@ -63,11 +63,10 @@ CASES = {
         Shape(hidden=256, layers=8),
         dict(
             micro_batch=8,
-            max_completion_length=160,
-            prompts_per_step=6,
+            max_completion_length=96,
             num_generations=16,
             num_hinted=16,
-            rollout_batch=96,
+            rollout_batch=64,
             hint_trigger="always",
         ),
     ),

@@ -106,13 +106,15 @@ def watched(peaks):
 
 
 @contextmanager
-def worst():
-    """No completion ends by itself, and all that a teacher writes is a hint."""
+def worst(config):
+    """No completion ends by itself, and the teacher's hints are as long as they may be: a digit is
+    a token."""
+    longest = min(hints.MAX_HINT_LENGTH, config.max_completion_length)
     never = VLM.never_sampled
     ends_too = lambda self: sorted({*never(self), *self.encoder.end_ids})  # noqa: E731
     with (
         patch.object(VLM, "never_sampled", ends_too),
-        patch.object(hints, "parse_hint", lambda text: text),
+        patch.object(hints, "parse_hint", lambda text: "7" * longest),
         patch.object(hints, "usable", lambda hint, *_: True),
     ):
         yield
@@ -136,5 +138,5 @@ if __name__ == "__main__":
     record = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
     warm_up, config = (from_mapping(record[name], name) for name in ("warm_up", "config"))
-    with worst():
+    with worst(config):
         print("PEAKS " + json.dumps(measure(warm_up, config)))
