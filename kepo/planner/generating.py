@@ -11,6 +11,8 @@ from kepo.planner.towers import image_bytes, inference, pixel_bytes, placed_byte
 
 MASK_BYTES = 8
 """Bytes of a token in the mask that says what is padding."""
+PAGE_BYTES = 4096
+"""Bytes of a page of host memory."""
 
 
 class Generating(NamedTuple):
@@ -49,15 +51,23 @@ def generating(model: Anatomy, what: Generating) -> Iterator[tuple[str, Held]]:
     pixels, cache = pixel_bytes(model, what.images, what.patches), sequences * length * a_token
     if what.new_tokens > 1:
         old, room = rooms(length, what.new_tokens - 1)
-        grown = sequences * (room * a_token + old * a_layer)
-        yield "room for tokens", Held(cache=grown, activations=pixels, sampling=logits)
-        cache = sequences * room * a_token
+        grown = _resident(model, old + 1, room) * a_token + old * a_layer
+        yield "room for tokens", Held(cache=sequences * grown, activations=pixels, sampling=logits)
         longest = length + what.new_tokens - 1
+        cache = sequences * _resident(model, longest, room) * a_token
         work = model.decoding_layer(sequences, longest) + 2 * MASK_BYTES * sequences * longest
         at_work = Held(cache=cache, activations=pixels + work, sampling=logits)
         yield "last token", at_work
     draws = max(2 * logits, logits + model.drawing(sequences, what.temperature, what.top_p))
     yield "last draw", Held(cache=cache, activations=pixels, sampling=draws)
+
+
+def _resident(model: Anatomy, written: int, room: int) -> int:
+    """Return for how many tokens a cache takes memory, for each row and head. On a CPU a page that
+    was never written takes none."""
+    if model.device != "cpu":
+        return room
+    return min(room, written + PAGE_BYTES // (model.head_dim * model.dtype.itemsize))
 
 
 def rooms(prompt_tokens: int, appended: int) -> tuple[int, int]:

@@ -167,7 +167,8 @@ def test_each_setting_takes_or_saves():
     assert held("scoring", "teacher", **stays) > held("rollout", "teacher", **stays) + states // 2
     alone = held("update", "activations", share_prompts=False)
     assert alone > 1.5 * held("update", "activations")
-    assert alone == held("update", "activations", attn_implementation="flash_attention_2")
+    unmasked = held("update", "activations", attn_implementation="flash_attention_2")
+    assert unmasked == pytest.approx(alone, rel=0.01)
     assert held("update", "activations", micro_tokens=1000) < 0.8 * held("update", "activations")
     together = held("scoring", "activations", teacher_placement="offload", **TEACHER)
     assert together > 3 * held("scoring", "activations", **TEACHER)
@@ -304,9 +305,9 @@ def test_advice_is_not_refused():
     many = dict(prompts_per_step=256, rollout_batch=1024, rollout_tokens=300000)
     assert "rollout_tokens" in settings(**many)
     large = dict(rollout_batch=8, micro_batch=64, micro_tokens=20000)
-    assert "micro_tokens" in settings(**large)
+    assert "micro_tokens" in settings(**large, gradient_checkpointing=False)
     assert "share_prompts" in settings(**large, share_prompts=False)
-    assert "scores_on" in settings(**TEACHER, scores_on="device")
+    assert "scores_on" in settings(**TEACHER, scores_on="device", max_completion_length=4096)
 
 
 def test_what_train_refuses_is_not_planned():
