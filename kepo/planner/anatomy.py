@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kepo.errors import KepoConfigError
 from kepo.models.adapters import with_adapters
 from kepo.planner.known_models import KNOWN, known_model
-from kepo.planner.trace import LiveBytes, Traced, attention_of, trace_inference, trace_training
+from kepo.planner.trace import Traced, trace_inference, trace_training
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 """The model types, as transformers names them, that this module can take apart."""
@@ -141,28 +141,22 @@ class Anatomy:
         )
 
     def decoding_layer(self, sequences: int, length: int) -> int:
-        """Return the bytes that a decoder layer needs, above a cache of ``length`` tokens, to
-        append one token: the longer keys and values are made beside the old ones."""
+        """Return the bytes that a decoder layer needs to compute one token, above a cache that
+        holds ``length`` tokens, this one among them."""
         # With one query, everything grows linearly with the length.
         short, long = (self._decoding(sequences, n) for n in (512, 1024))
         return max(0, short + (long - short) * (length - 512) // 512)
 
     @lru_cache  # noqa: B019
     def _decoding(self, sequences: int, length: int) -> int:
-        from transformers import DynamicCache
-
-        def old() -> Tensor:
-            return self._meta(sequences, self.text.num_key_value_heads, length, self.head_dim)
-
         x, rotary = self._meta(sequences, 1, self.hidden), self._rotary(sequences, 1)
-        mask = self._mask(sequences, 1, length + 1)
+        mask = self._mask(sequences, 1, length)
+        heads = self.text.num_key_value_heads
+        keys, values = (self._meta(sequences, heads, length, self.head_dim) for _ in range(2))
         name = "cache" if "cache" in _argument_names(self.layers[0]) else "past_key_values"
-        with torch.no_grad(), attention_of(self.device), LiveBytes() as live:
-            cache = DynamicCache()
-            cache.update(old(), old(), 0)
-            live.peak = before = live.now
-            self.layers[0](x, position_embeddings=rotary, attention_mask=mask, **{name: cache})
-            return live.peak - before
+        given = {name: _Filled(keys, values)}
+        call = partial(self.layers[0], x, position_embeddings=rotary, attention_mask=mask, **given)
+        return trace_inference(call, self.device).forward
 
     @lru_cache  # noqa: B019
     def norm(self, sequences: int, length: int, train: bool) -> Traced:
@@ -212,14 +206,13 @@ class Anatomy:
         takes."""
         from kepo.models.sampling import SamplingLaw
 
+        copies = 0 if self.dtype == torch.float32 else sequences * self.vocab * 4
         if temperature == 0:
-            return 2 * sequences * self.vocab * 4  # an fp32 copy, and one with tokens suppressed
+            return copies
         scores = torch.empty(sequences, self.vocab, device="meta")
         law = SamplingLaw(temperature, top_p, [0] * sequences, 1)
         rows = torch.arange(sequences)
-        return (
-            2 * scores.nbytes + trace_inference(lambda: law(scores, rows, 0), self.device).forward
-        )
+        return copies + trace_inference(lambda: law(scores, rows, 0), self.device).forward
 
     # ---- private ----
 
@@ -241,6 +234,16 @@ class Anatomy:
             self._meta(sequences, length, self.head_dim),
             self._meta(sequences, length, self.head_dim),
         )
+
+
+class _Filled(NamedTuple):
+    """A layer's cache that has taken the token in already."""
+
+    keys: Tensor
+    values: Tensor
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
 
 
 @dataclass(frozen=True)

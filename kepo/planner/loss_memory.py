@@ -19,10 +19,10 @@ from kepo_kernels.rows.dispatch import pick_rows
 
 @dataclass(frozen=True)
 class LossMemory:
-    """Bytes that the loss holds above the hidden states and heads it is given."""
+    """Bytes that the loss holds above the flattened hidden states and heads that it reads."""
 
     forward: int
-    """Bytes in forward: flattened states, gradient accumulators, and the workspace of a chunk."""
+    """Bytes in forward: gradient accumulators, and the workspace of a chunk."""
     backward: int
     """Bytes in backward: gradient accumulators, and the gradients that are made of them."""
     head_gradient: int
@@ -44,47 +44,65 @@ def loss_memory(
     If there is a teacher, every token is distilled. several: the step has more than one
     micro-batch. Raises KepoConfigError if workspace_bytes is too small, as the loss would.
     """
-    dtype = student.dtype
+    dtype, on_cpu = student.dtype, device == "cpu"
+    sizes = _sizes(config, device, tokens, student, teacher)
+    rows, workspace = _chunk(sizes, config)
+    wide = gemm.gradient_dtype(dtype).itemsize
+    of_hidden = tokens * student.hidden
+    of_head = student.vocab * student.hidden if student.trains_head else 0
+    accumulators = (of_hidden + of_head) * wide
+    returned = (of_hidden + of_head) * dtype.itemsize
+    logits = rows * (student.vocab + sizes.shared_vocab) * sizes.logits_dtype.itemsize
+    gradients = [of_hidden * wide, of_hidden * dtype.itemsize, of_head * wide]
+    if several:  # with one micro-batch the parameter takes it over
+        gradients.append(of_head * dtype.itemsize)
+    return LossMemory(
+        forward=accumulators + workspace,
+        backward=accumulators + returned,
+        head_gradient=of_head * dtype.itemsize,
+        pages=_kept_pages(gradients, logits) if on_cpu else 0,
+    )
+
+
+def scoring_workspace(config: ObjectiveConfig, device: str, tokens: int, model: Anatomy) -> int:
+    """Return the bytes of a chunk in which a frozen model's log-probabilities of ``tokens`` tokens
+    are computed. Raises KepoConfigError as `loss_memory` does."""
+    return _chunk(_sizes(config, device, tokens, model, None), config)[1]
+
+
+def _sizes(
+    config: ObjectiveConfig,
+    device: str,
+    tokens: int,
+    student: Anatomy,
+    teacher: Anatomy | None,
+) -> Sizes:
     place = torch.device(device)
-    logits_dtype = gemm.default_logits_dtype(dtype, place)
-    on_cpu = device == "cpu"
-    sizes = Sizes(
+    logits_dtype = gemm.default_logits_dtype(student.dtype, place)
+    return Sizes(
         rows=tokens,
         hidden_size=student.hidden,
         vocab=student.vocab,
-        dtype=dtype,
+        dtype=student.dtype,
         logits_dtype=logits_dtype,
         device=place,
         teacher_rows=0 if teacher is None else tokens,
         teacher_hidden_size=0 if teacher is None else teacher.hidden,
         shared_vocab=0 if teacher is None else min(student.vocab, teacher.vocab),
         tokens=tokens,
-        torch_impl=on_cpu and pick_rows(config.impl, place, logits_dtype) is torch_rows,
+        torch_impl=device == "cpu" and pick_rows(config.impl, place, logits_dtype) is torch_rows,
     )
+
+
+def _chunk(sizes: Sizes, config: ObjectiveConfig) -> tuple[int, int]:
+    """Return the rows of a chunk, and the bytes that it takes."""
+    tokens = sizes.rows
     try:
         rows = min(chunk_length(sizes, config.workspace_bytes, None), tokens)
     except KepoInputError as error:
         raise KepoConfigError(f"workspace_bytes: for a loss of {tokens} tokens, {error}") from error
     rows = -(-tokens // -(-tokens // rows))  # chunks are of equal length
-    workspace = sizes.bytes_of(rows, sizes.strip_bytes(config.workspace_bytes))
-
-    wide = gemm.gradient_dtype(dtype).itemsize
-    of_hidden = tokens * student.hidden
-    of_head = student.vocab * student.hidden if student.trains_head else 0
-    accumulators = (of_hidden + of_head) * wide
-    returned = (of_hidden + of_head) * dtype.itemsize
-    flat = of_hidden * dtype.itemsize
-    flat += 0 if teacher is None else tokens * teacher.hidden * teacher.dtype.itemsize
-    logits = rows * (student.vocab + sizes.shared_vocab) * logits_dtype.itemsize
-    gradients = [of_hidden * wide, of_hidden * dtype.itemsize, of_head * wide]
-    if several:  # with one micro-batch the parameter takes it over
-        gradients.append(of_head * dtype.itemsize)
-    return LossMemory(
-        forward=flat + accumulators + workspace,
-        backward=accumulators + returned,
-        head_gradient=of_head * dtype.itemsize,
-        pages=_kept_pages(gradients, logits) if on_cpu else 0,
-    )
+    return rows, sizes.bytes_of(rows, sizes.strip_bytes(config.workspace_bytes))
 
 
 def _kept_pages(gradients: list[int], logits: int) -> int:

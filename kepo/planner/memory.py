@@ -1,10 +1,11 @@
 """The memory that a process of a run holds at once, phase by phase, in bytes.
 
-    rollout     the student samples               cache and sampling, beside all that stays
+    rollout     the student samples         cache and sampling, beside all that stays
     hints       the teacher writes hints, and the student samples with them
-    update      forward, teacher, loss, backward  activations, loss
-    optimiser   AdamW                             its temporaries
-    evaluation  the student answers               cache and sampling
+    scoring     teacher and reference read  activations; the teacher's states, which stay
+    update      forward, loss, backward     activations, loss
+    optimiser   AdamW                       its temporaries
+    evaluation  the student answers         cache and sampling
 
 Weights, gradients, AdamW's moments, teacher and reference stay from phase to phase. Each phase
 goes through a few moments, and any of them may hold the most; `phases` returns the fullest one.
@@ -19,13 +20,22 @@ from typing import NamedTuple
 
 from kepo.config import Config
 from kepo.planner.anatomy import Anatomy, anatomy
-from kepo.planner.held import Held, Machine, Standing, completions_per_process, standing
-from kepo.planner.loss_memory import LossMemory, loss_memory
-from kepo.planner.towers import Kept, image_bytes, inference, text_training, vision_training
+from kepo.planner.generating import Generating, generating
+from kepo.planner.held import Held, Machine, Standing, standing
+from kepo.planner.loss_memory import LossMemory, loss_memory, scoring_workspace
+from kepo.planner.shapes import Shape, Share, share_of, shares_prompts
+from kepo.planner.towers import (
+    Kept,
+    inference,
+    placed_bytes,
+    state_bytes,
+    text_training,
+    vision_training,
+)
 from kepo.rollout.hints import MAX_HINT_LENGTH
 from kepo.sections import ModelsConfig
 
-PHASES = ("rollout", "hints", "update", "optimiser", "evaluation")
+PHASES = ("rollout", "hints", "scoring", "update", "optimiser", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -43,8 +53,12 @@ class Prompts:
         tokens = self.image_tokens
         return model.default_image_tokens if tokens is None else tokens
 
+    def all_images(self, model: Anatomy) -> int:
+        """Return the tokens of all images of a prompt."""
+        return self.images * self.image(model)
+
     def length(self, model: Anatomy) -> int:
-        return self.text_tokens + self.images * self.image(model)
+        return self.text_tokens + self.all_images(model)
 
     def patches(self, model: Anatomy) -> int:
         return self.image(model) * model.patches_per_token
@@ -88,6 +102,8 @@ def moments(setup: Setup) -> dict[str, list[Moment]]:
     """Return the moments of each phase, in the order in which they happen."""
     config, run = setup.config, _Run.of(setup)
     found = {"rollout": run.rollout(), "update": run.update(), "optimiser": run.optimiser()}
+    if config.distils or config.kl_coef > 0:
+        found["scoring"] = run.scoring()
     if config.hints:
         found["hints"] = run.hints()
     if config.eval_data is not None or config.eval_share:
@@ -129,6 +145,7 @@ class _Run:
     prompts: Prompts
     student: Anatomy
     teacher: Anatomy | None
+    share: Share
     loss: LossMemory
     stays: Standing
 
@@ -136,17 +153,27 @@ class _Run:
     def of(cls, setup: Setup) -> _Run:
         config, machine, prompts = setup
         student, teacher = student_of(config, machine), teacher_of(setup)
-        loss = _loss(setup, student, teacher)
+        share = share_of(config, machine, prompts.length(student))
+        several = share.micros > 1
+        loss = loss_memory(
+            config,
+            machine.device,
+            share.micro.completions * config.max_completion_length,
+            several,
+            student,
+            teacher if config.distils else None,
+        )
         stays = standing(
             config,
             machine,
             student,
             teacher,
             pages=loss.pages,
-            several=completions_per_process(config, machine) > config.micro_batch,
+            several=several,
             penalised=config.kl_coef > 0,
+            scores=_kept_scores(setup, teacher, share.whole),
         )
-        return cls(config, machine, prompts, student, teacher, loss, stays)
+        return cls(config, machine, prompts, student, teacher, share, loss, stays)
 
     # ---- phases ----
 
@@ -162,10 +189,11 @@ class _Run:
         questions = -(-self.config.prompts_per_step // self.machine.gpus)
         longest = min(MAX_HINT_LENGTH, self.config.max_completion_length)
         at_once = min(questions, self.config.rollout_batch)
-        extra = self._ready_to_sample() + Held(teacher=self.stays.teacher_at_work)
-        yield from self._generating(
-            self.teacher, at_once, 1, self.prompts, longest, 0.0, extra, "the teacher's hint"
-        )
+        temperature = self.config.hint_temperature if self.config.hint_retries else 0.0
+        what = self._asked(self.teacher, at_once, 1, self.prompts)
+        what = what._replace(new_tokens=longest, temperature=temperature, top_p=1.0)
+        at_work = Held(teacher=self.stays.teacher_at_work)
+        yield from self._generating("the teacher's hint", self.teacher, what, at_work)
         if self.config.sampler == "transformers":
             hinted = replace(self.prompts, text_tokens=self.prompts.text_tokens + longest)
             yield from self._sampling(self.config.num_hinted, hinted, "sampling with it")
@@ -175,11 +203,37 @@ class _Run:
         if self.config.sampler == "vllm":
             yield self._moment("vLLM", self._ready_to_sample())
             return
-        longest, at_once = self.config.max_completion_length, self.config.eval_batch
-        extra = self._ready_to_sample()
-        yield from self._generating(
-            self.student, at_once, 1, self.prompts, longest, 0.0, extra, "answering"
-        )
+        what = self._asked(self.student, self.config.eval_batch, 1, self.prompts)
+        yield from self._generating("answering", self.student, what._replace(temperature=0.0))
+
+    def scoring(self) -> Iterator[Moment]:
+        """Yield the moments of teacher and reference, which are asked about one micro-batch after
+        another; a teacher in host memory about all at once.
+
+        The teacher's states of the step before are still there.
+        """
+        config, student, teacher, micro = self.config, self.student, self.teacher, self.share.micro
+        # A sharded student that was not gathered keeps its root from the rollout.
+        kept, root = 0, 0 if config.rollout_gather else self.stays.root
+        if teacher is not None and config.distils:
+            asked = self.share.whole if config.teacher_placement == "offload" else micro
+            kept = _kept_scores(
+                Setup(config, self.machine, self.prompts), teacher, self.share.whole
+            )
+            earlier = kept - kept * asked.completions // self.share.whole.completions
+            held = Held(weights=root, teacher=earlier + self.stays.teacher_at_work)
+            asked = asked._replace(length=asked.length + self._longer(teacher))
+            run = self._reading(teacher, asked)
+            yield self._moment("teacher's forward", held + Held(activations=run))
+        if config.kl_coef > 0:
+            held = Held(weights=root, teacher=kept, reference=self.stays.reference_at_work)
+            run = self._reading(student, micro)
+            yield self._moment("reference's forward", held + Held(activations=run))
+            tokens = micro.completions * config.max_completion_length
+            states = state_bytes(student, 1, tokens) + self._read_from(student, micro)
+            work = scoring_workspace(config, self.machine.device, tokens, student)
+            held = Held(weights=root, teacher=kept, activations=states, loss=work)
+            yield self._moment("reference's log-probabilities", held, idle=False)
 
     def optimiser(self) -> Iterator[Moment]:
         """Yield the moment of AdamW's step, with its temporaries: sqrt(v) and its quotient.
@@ -196,43 +250,27 @@ class _Run:
 
     def update(self) -> Iterator[Moment]:
         """Yield the moments of one micro-batch, in the order of its forward and backward."""
-        config, student, teacher, stays = self.config, self.student, self.teacher, self.stays
-        rows = min(config.micro_batch, completions_per_process(config, self.machine))
-        length = self.prompts.length(student) + config.max_completion_length
-        states = rows * length * student.hidden * student.dtype.itemsize
-        # An image is seen once for all completions of its question, and a micro-batch may begin and
-        # end in the middle of a group.
-        questions = min(rows, -(-(rows - 1) // config.num_generations) + 1)
-        images = questions * self.prompts.images
-        patches, checkpointing = self.prompts.patches(student), config.gradient_checkpointing
+        config, student, stays = self.config, self.student, self.stays
+        micro, checkpointing = self.share.micro, config.gradient_checkpointing
+        images, patches = micro.questions * self.prompts.images, self.prompts.patches(student)
         vision = vision_training(student, images, patches, checkpointing)
-        text = text_training(student, rows, length, checkpointing)
-        placed = self._placed(student, rows)
+        text = text_training(student, micro.rows, micro.length, checkpointing)
+        states = state_bytes(student, micro.rows, micro.length)
+        tokens = micro.completions * config.max_completion_length
+        own = state_bytes(student, 1, tokens)  # the states that the loss reads
+        brought, flat = self._teacher_states(tokens)
 
         at_work = Held(weights=stays.root + stays.two_layers, gradients=stays.earlier_gradients)
 
         def moment(name: str, idle: bool = True, **held: int) -> Moment:
             return self._moment(name, at_work + Held(held), idle, gradients=0)
 
-        yield moment("student's vision tower", activations=vision.forward)
-        yield moment("student's forward", activations=vision.kept + text.forward + placed)
-        kept = vision.kept + text.kept
-        other = 0
-        if config.kl_coef > 0:
-            run = inference(student, rows, length, images, patches) + placed
-            yield moment(
-                "reference's forward", activations=kept + run, reference=stays.reference_at_work
-            )
-            other += states
-        if teacher is not None and config.distils:
-            long = self.prompts.length(teacher) + config.max_completion_length
-            run = inference(teacher, rows, long, images, self.prompts.patches(teacher))
-            run += self._placed(teacher, rows)
-            yield moment(
-                "teacher's forward", activations=kept + other + run, teacher=stays.teacher_at_work
-            )
-            other += rows * long * teacher.hidden * teacher.dtype.itemsize
-        yield moment("loss", idle=False, activations=kept + other, loss=self.loss.forward)
+        yield moment("student's vision tower", activations=vision.forward + brought)
+        forward = text.forward + placed_bytes(student, micro.rows, self.prompts.all_images(student))
+        yield moment("student's forward", activations=vision.kept + forward + brought)
+        kept = vision.kept + text.kept - states  # backward does not read the last states
+        read = kept + own + self._read_from(student, micro) + brought + flat
+        yield moment("loss", idle=False, activations=read, loss=self.loss.forward)
         yield moment("loss's backward", idle=False, activations=kept, loss=self.loss.backward)
         yield from self._backward(states, vision, text, moment)
 
@@ -295,10 +333,32 @@ class _Run:
             return self.stays.whole
         return self.stays.root + self.stays.two_layers
 
-    def _placed(self, model: Anatomy, rows: int) -> int:
-        """Return the bytes of the images' features, copied into every row that shows them."""
-        tokens = rows * self.prompts.images * self.prompts.image(model)
-        return tokens * model.hidden * model.dtype.itemsize * model.features
+    def _reading(self, model: Anatomy, shape: Shape) -> int:
+        """Return the most bytes of a forward that keeps nothing."""
+        images, patches = shape.questions * self.prompts.images, self.prompts.patches(model)
+        placed = placed_bytes(model, shape.rows, self.prompts.all_images(model))
+        return inference(model, shape.rows, shape.length, images, patches) + placed
+
+    def _read_from(self, model: Anatomy, shape: Shape) -> int:
+        """Return the bytes of states beside the copy that a loss reads: those of the prompts are
+        part of the same tensor, unless a packed row has been gathered from."""
+        if shares_prompts(self.config):
+            return 0
+        return state_bytes(model, shape.rows, shape.length)
+
+    def _longer(self, teacher: Anatomy) -> int:
+        """Return the tokens by which the teacher's prompts are longer than the student's."""
+        return self.prompts.length(teacher) - self.prompts.length(self.student)
+
+    def _teacher_states(self, tokens: int) -> tuple[int, int]:
+        """Return the bytes of the teacher's states of a micro-batch that are brought to the device
+        for it, and of those that its loss copies because they are part of whole rows."""
+        if self.teacher is None or not self.config.distils:
+            return 0, 0
+        states = state_bytes(self.teacher, 1, tokens)
+        if not _scores_stay(self.config, self.machine):
+            return states, 0
+        return 0, 0 if shares_prompts(self.config) else states
 
     def _at_once(self, per_question: int) -> int:
         """Return how many questions a process samples at once, as `rollout._portions` does."""
@@ -311,45 +371,31 @@ class _Run:
         return min(questions, at_once)
 
     def _sampling(self, per_question: int, prompts: Prompts, name: str) -> Iterator[Moment]:
-        yield from self._generating(
-            self.student,
-            self._at_once(per_question),
-            per_question,
-            prompts,
-            self.config.max_completion_length,
-            self.config.sampling_temperature,
-            self._ready_to_sample(),
-            name,
+        what = self._asked(self.student, self._at_once(per_question), per_question, prompts)
+        yield from self._generating(name, self.student, what)
+
+    def _asked(
+        self, model: Anatomy, questions: int, per_question: int, prompts: Prompts
+    ) -> Generating:
+        """Return a rollout of these questions."""
+        return Generating(
+            questions=questions,
+            completions=per_question,
+            prompt_tokens=prompts.length(model),
+            images=questions * prompts.images,
+            patches=prompts.patches(model),
+            image_tokens=prompts.all_images(model),
+            new_tokens=self.config.max_completion_length,
+            temperature=self.config.sampling_temperature,
+            top_p=self.config.top_p,
         )
 
     def _generating(
-        self,
-        model: Anatomy,
-        questions: int,
-        per_question: int,
-        prompts: Prompts,
-        new_tokens: int,
-        temperature: float,
-        extra: Held,
-        name: str,
+        self, name: str, model: Anatomy, what: Generating, beside: Held | None = None
     ) -> Iterator[Moment]:
-        """Yield the moments of transformers' generate: all prompts at once, then token by token."""
-        length, patches = prompts.length(model), prompts.patches(model)
-        sequences, images = questions * per_question, questions * prompts.images
-        pictures = image_bytes(model, images, patches)  # they stay with the inputs to the end
-        cache = sequences * model.cache_bytes_per_token
-        first = inference(model, sequences, length, images, patches)
-        first += self._placed(model, sequences)
-        yield self._moment(
-            f"{name}: prompts", extra + Held(cache=cache * length, activations=first)
-        )
-        longest = length + new_tokens - 1
-        logits = sequences * model.vocab * model.dtype.itemsize
-        draws = logits + model.drawing(sequences, temperature, self.config.top_p)
-        appended = model.decoding_layer(sequences, longest)
-        at_end = extra + Held(cache=cache * longest, activations=pictures)
-        yield self._moment(f"{name}: last token", at_end + Held(cache=appended))
-        yield self._moment(f"{name}: last draw", at_end + Held(sampling=draws))
+        ready = self._ready_to_sample() + (beside or Held())
+        for moment, held in generating(model, what):
+            yield self._moment(f"{name}: {moment}", ready + held)
 
     def _moment(
         self, name: str, held: Held, idle: bool = True, gradients: int | None = None
@@ -363,14 +409,20 @@ class _Run:
         return Moment(name, self.stays.beside(held, idle) + Held(gradients=there))
 
 
-def _loss(setup: Setup, student: Anatomy, teacher: Anatomy | None) -> LossMemory:
-    config, machine = setup.config, setup.machine
-    completions = completions_per_process(config, machine)
-    return loss_memory(
-        config,
-        machine.device,
-        min(config.micro_batch, completions) * config.max_completion_length,
-        completions > config.micro_batch,
-        student,
-        teacher if config.distils else None,
-    )
+def _kept_scores(setup: Setup, teacher: Anatomy | None, whole: Shape) -> int:
+    """Return the bytes of a step's states of the teacher, every gate open, while they wait for the
+    update; 0 if they wait in host memory.
+
+    Without packed rows they are part of whole rows, which stay with them.
+    """
+    config, machine, prompts = setup
+    if teacher is None or not config.distils or not _scores_stay(config, machine):
+        return 0
+    longest = config.max_completion_length
+    length = longest if shares_prompts(config) else prompts.length(teacher) + longest
+    return state_bytes(teacher, whole.completions, length)
+
+
+def _scores_stay(config: Config, machine: Machine) -> bool:
+    """Return whether the teacher's states stay on the device until the update."""
+    return config.scores_on == "device" or machine.device == "cpu"

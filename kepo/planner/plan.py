@@ -136,9 +136,11 @@ def advice(setup: Setup) -> list[Change]:
         dict(lora_rank=16),
         dict(rollout_gather=False),
         dict(workspace_bytes=2**29),
+        dict(share_prompts=True),
+        dict(scores_on="host"),
     ]
-    if config.rollout_tokens is not None:
-        changes.append(half("rollout_tokens"))
+    limits = ("rollout_tokens", "micro_tokens")
+    changes += [half(name) for name in limits if getattr(config, name) is not None]
     if config.sampler == "vllm":
         changes.append(dict(vllm_memory=config.vllm_memory / 2))
     if machine.gpus > 1 or config.dtype != "float32":

@@ -26,7 +26,7 @@ class Kept(NamedTuple):
 def text_training(model: Anatomy, rows: int, length: int, checkpointing: bool) -> Kept:
     """Return the bytes of the language model when it runs with gradients."""
     layer, norm = model.layer(rows, length, True), model.norm(rows, length, True)
-    states = rows * length * model.hidden * model.dtype.itemsize
+    states = state_bytes(model, rows, length)
     shared = states + _shared(model, rows, length)
     last = norm.kept
     if not checkpointing:
@@ -84,12 +84,26 @@ def image_bytes(model: Anatomy, images: int, patches: int, train: bool = False) 
     """Return the bytes of the pixels, in fp32, and of what the mergers keep: without gradients,
     only the tokens made of the pixels."""
     tokens = sum(merger.kept for merger in model.mergers(images * patches, train))
-    return images * patches * model.patch_values * 4 + tokens
+    return pixel_bytes(model, images, patches) + tokens
+
+
+def pixel_bytes(model: Anatomy, images: int, patches: int) -> int:
+    return images * patches * model.patch_values * 4
+
+
+def placed_bytes(model: Anatomy, rows: int, image_tokens: int) -> int:
+    """Return the bytes of the images' features, copied into every row that shows them."""
+    return rows * image_tokens * model.hidden * model.dtype.itemsize * model.features
+
+
+def state_bytes(model: Anatomy, rows: int, length: int) -> int:
+    """Return the bytes of (rows, length) hidden states."""
+    return rows * length * model.hidden * model.dtype.itemsize
 
 
 def inference(model: Anatomy, rows: int, length: int, images: int, patches: int) -> int:
     """Return the most bytes at a time in a forward without gradients, from images to states."""
     run = _VisionRun.of(model, images, patches, False)
-    states = rows * length * model.hidden * model.dtype.itemsize
+    states = state_bytes(model, rows, length)
     text = states + _shared(model, rows, length) + model.layer(rows, length, False).forward
     return run.outputs + max(run.most, text)

@@ -53,6 +53,23 @@ CASES = {
     "long_completions": Case(Shape(), None, dict(micro_batch=4, max_completion_length=320)),
     "teacher": Case(Shape(), Shape(hidden=512, layers=8, vision_hidden=96), dict(micro_batch=16)),
     "reference": Case(Shape(hidden=512, layers=6), None, dict(micro_batch=4, kl_coef=0.1)),
+    "unpacked": Case(
+        Shape(layers=8),
+        Shape(hidden=256, layers=4),
+        dict(micro_batch=16, max_completion_length=96, share_prompts=False, kl_coef=0.1),
+    ),
+    "hints": Case(
+        Shape(layers=8),
+        Shape(hidden=256, layers=8),
+        dict(
+            micro_batch=8,
+            max_completion_length=96,
+            num_generations=16,
+            num_hinted=16,
+            rollout_batch=64,
+            hint_trigger="always",
+        ),
+    ),
     "cache": Case(
         Shape(layers=8),
         None,
@@ -162,6 +179,7 @@ def prompts_of(config: Config) -> Prompts:
 def measured(case: Case, config: Config, made: Path, root: Path) -> dict[str, int]:
     """Bytes that the run held at most, by phase."""
     small = dict(steps=1, max_completion_length=4, prompts_per_step=2, num_generations=2)
+    small |= dict(num_hinted=2)
     layers = {} if case.teacher is None else dict(teacher=str(made / "teacher"))
     warm_up = dataclasses.replace(
         config, student=str(made / "student"), run_dir=str(root / "warm"), **small, **layers

@@ -11,15 +11,18 @@ import gc
 import json
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch.optim import optimizer
 
+from kepo import loop
 from kepo.config import from_mapping
 from kepo.loop import train
 from kepo.models.vlm import VLM
+from kepo.rollout import explore, hints
 from kepo.run import milestones
 from kepo_kernels.compute import pages
 
@@ -30,6 +33,16 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "ONEDNN_MAX_CPU_ISA": "AVX2",  # see test_plan_memory
 }
+
+WATCHED = (
+    (VLM, "generate", "rollout"),
+    (explore, "rescue", "hints"),
+    (loop, "score", "scoring"),
+    (loop, "add_gradients", "update"),
+    (milestones, "evaluate", "evaluation"),
+)
+"""The calls that are phases: where they are, their names, and the phases'."""
+NAMED = {phase for *_, phase in WATCHED}
 
 
 class Peaks:
@@ -58,35 +71,53 @@ def forget_peak():
 @contextmanager
 def watched(peaks):
     """Phases by the calls with which they begin and end; what lies between them has no name."""
-    generate, evaluate = VLM.generate, milestones.evaluate
 
-    def watched_generate(self, *args, **settings):
-        if peaks.phase == "evaluation":
-            return generate(self, *args, **settings)
-        peaks.enter("rollout")
-        try:
-            return generate(self, *args, **settings)
-        finally:
-            peaks.enter("update")
+    def within(phase, call):
+        """The call, as this phase unless it is a part of another."""
 
-    def watched_evaluate(*args, **settings):
-        peaks.enter("evaluation")
-        try:
-            return evaluate(*args, **settings)
-        finally:
-            peaks.enter("between")
+        def watched_call(*args, **settings):
+            if peaks.phase in NAMED:
+                return call(*args, **settings)
+            peaks.enter(phase)
+            try:
+                return call(*args, **settings)
+            finally:
+                peaks.enter("between")
 
-    VLM.generate, milestones.evaluate = watched_generate, watched_evaluate
+        return watched_call
+
+    def stepping(*_):
+        peaks.enter("optimiser")
+
+    def stepped(*_):
+        peaks.enter("between")
+
     hooks = [
-        optimizer.register_optimizer_step_pre_hook(lambda *_: peaks.enter("optimiser")),
-        optimizer.register_optimizer_step_post_hook(lambda *_: peaks.enter("between")),
+        optimizer.register_optimizer_step_pre_hook(stepping),
+        optimizer.register_optimizer_step_post_hook(stepped),
     ]
-    try:
+    with ExitStack() as stack:
+        for place, name, phase in WATCHED:
+            call = within(phase, getattr(place, name))
+            stack.enter_context(patch.object(place, name, call))
         yield
-    finally:
-        VLM.generate, milestones.evaluate = generate, evaluate
-        for hook in hooks:
-            hook.remove()
+    for hook in hooks:
+        hook.remove()
+
+
+@contextmanager
+def worst(config):
+    """No completion ends by itself, and the teacher's hints are as long as they may be: a digit is
+    a token."""
+    longest = min(hints.MAX_HINT_LENGTH, config.max_completion_length)
+    never = VLM.never_sampled
+    ends_too = lambda self: sorted({*never(self), *self.encoder.end_ids})  # noqa: E731
+    with (
+        patch.object(VLM, "never_sampled", ends_too),
+        patch.object(hints, "parse_hint", lambda text: "7" * longest),
+        patch.object(hints, "usable", lambda hint, *_: True),
+    ):
+        yield
 
 
 def measure(warm_up, config):
@@ -107,4 +138,5 @@ if __name__ == "__main__":
     record = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
     warm_up, config = (from_mapping(record[name], name) for name in ("warm_up", "config"))
-    print("PEAKS " + json.dumps(measure(warm_up, config)))
+    with worst(config):
+        print("PEAKS " + json.dumps(measure(warm_up, config)))

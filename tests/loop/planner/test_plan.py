@@ -12,7 +12,7 @@ from kepo.planner import plan as plan_module
 from kepo.planner.anatomy import anatomy, read_config
 from kepo.planner.held import GIB, Held, Machine, standing
 from kepo.planner.known_models import KNOWN, known_model
-from kepo.planner.memory import Phase, Setup, peak, phases
+from kepo.planner.memory import Phase, Setup, moments, peak, phases
 from kepo.planner.plan import advice, largest, plan
 from kepo.planner.plot import plot_plan
 from kepo.planner.trace import LiveBytes, trace_inference, trace_training
@@ -160,8 +160,19 @@ def test_each_setting_takes_or_saves():
     assert offloaded < shared < whole / 2
     four, eight = (held("rollout", "teacher", teacher_bits=bits, **TEACHER) for bits in (4, 8))
     assert four < eight < whole
-    for item in ("loss", "activations"):
-        assert held("update", item, **TEACHER) > held("update", item) > 0, item
+    # What the teacher said waits in host memory, or on the device from one step to the next.
+    states = 2 * 4096 * 32 * 256  # of a process's 32 completions
+    stays = TEACHER | dict(scores_on="device")
+    for name in ("rollout", "update", "optimiser"):
+        assert held(name, "teacher", **stays) == held(name, "teacher", **TEACHER) + states
+    assert held("scoring", "teacher", **stays) > held("rollout", "teacher", **stays) + states // 2
+    alone = held("update", "activations", share_prompts=False)
+    assert alone > 1.5 * held("update", "activations")
+    unmasked = held("update", "activations", attn_implementation="flash_attention_2")
+    assert unmasked == pytest.approx(alone, rel=0.01)
+    assert held("update", "activations", micro_tokens=1000) < 0.8 * held("update", "activations")
+    together = held("scoring", "activations", teacher_placement="offload", **TEACHER)
+    assert together > 3 * held("scoring", "activations", **TEACHER)
     share = int(0.3 * 80 * GIB)
     assert held("rollout", "cache", sampler="vllm") == share
     assert held("evaluation", "cache", sampler="vllm", eval_share=0.1) == share
@@ -173,6 +184,14 @@ def test_each_setting_takes_or_saves():
     assert held("rollout", "cache", rollout_tokens=8000) < held("rollout", "cache")
     plain = held("update", "activations", gradient_checkpointing=False)
     assert plain > 3 * held("update", "activations")
+
+
+def test_the_loss_takes_more_with_a_teacher():
+    def loss(**change):
+        found = moments(Setup(replace(SMALL, **change), Machine(4, 80 * GIB)))["update"]
+        return next(moment.held["loss"] for moment in found if moment.name == "loss")
+
+    assert loss(**TEACHER) > loss() > 0
 
 
 def test_more_takes_more():
@@ -202,7 +221,14 @@ def test_gradients_beside_the_buckets(gpus, micro_batch, sets):
     machine = Machine(gpus, 80 * GIB)
     student = anatomy(config.student, "float32", "cuda")
     stays = standing(
-        config, machine, student, None, pages=0, several=micro_batch < 128 // gpus, penalised=False
+        config,
+        machine,
+        student,
+        None,
+        pages=0,
+        several=micro_batch < 128 // gpus,
+        penalised=False,
+        scores=0,
     )
     assert stays.earlier_gradients == sets * 4 * student.counts.trained
     update = next(p for p in phases(Setup(config, machine)) if p.name == "update")
@@ -279,6 +305,10 @@ def test_advice_is_not_refused():
     assert "eval_batch" in settings(eval_share=0.1, eval_batch=512)
     many = dict(prompts_per_step=256, rollout_batch=1024, rollout_tokens=300000)
     assert "rollout_tokens" in settings(**many)
+    large = dict(rollout_batch=8, micro_batch=64, micro_tokens=20000)
+    assert "micro_tokens" in settings(**large, gradient_checkpointing=False)
+    assert "share_prompts" in settings(**large, share_prompts=False)
+    assert "scores_on" in settings(**TEACHER, scores_on="device", max_completion_length=4096)
 
 
 def test_what_train_refuses_is_not_planned():
