@@ -21,7 +21,7 @@ COMMANDS = {
     "data": ("kepo.data.check_command", "check the datasets on disk: kepo data check PATH"),
     "demo": ("kepo.digits.demo", "train a tiny model on scanned digits, from nothing"),
 }
-USAGE = f"usage: kepo {{{','.join(COMMANDS)}}} ... (each has --help); kepo --version"
+USAGE = f"usage: kepo {{{','.join(COMMANDS)}}} ... | --version (each has --help)"
 
 
 @command

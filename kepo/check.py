@@ -29,7 +29,7 @@ def check(config: Config) -> None:
             except KepoDataError as error:
                 _refuse(f"{name}={folder!r}: {error}")
     _machine(config)
-    check_workspace(config)
+    check_workspace(config, config)
 
 
 def check_settings(config: Config) -> None:

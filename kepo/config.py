@@ -55,6 +55,13 @@ class Config(
         """The teacher, or None if the run does not use it."""
         return self.teacher if self.distils or self.hints else None
 
+    @property
+    def read_again(self) -> dict[str, str]:
+        """The models that a resumed run reads again, by setting: the teacher, and the student as it
+        began, where it is the base of adapters or the reference."""
+        found = {} if self.taught_by is None else {"teacher": self.taught_by}
+        return found | ({"student": self.student} if self.lora_rank or self.kl_coef else {})
+
 
 MAY_CHANGE_ON_RESUME = frozenset(
     {

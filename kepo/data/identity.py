@@ -17,7 +17,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kepo.config import Config
 from kepo.data.example import Example
 from kepo.errors import KepoCheckpointError, KepoDataError
 from kepo.sections import DataConfig
@@ -118,14 +117,10 @@ def records_identity(
     return {"questions": len(examples), "sha256": whole.hexdigest(), "each": "".join(each)}
 
 
-def inputs_of(config: Config, records: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a resumed run must find unchanged: ``records`` by setting, and the models."""
-    found = dict(records)
-    if config.taught_by is not None:
-        found["teacher"] = model_identity(config.taught_by)
-    if config.lora_rank > 0 or config.kl_coef > 0:  # the base of adapters, or the reference
-        found["student"] = model_identity(config.student)
-    return found
+def inputs_of(models: Mapping[str, str], records: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a resumed run must find unchanged, by setting: ``records``, and the contents of
+    ``models``."""
+    return {**records, **{name: model_identity(path) for name, path in models.items()}}
 
 
 def changed_questions(

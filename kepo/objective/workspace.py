@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from kepo.config import Config
 from kepo.errors import KepoConfigError
 from kepo.models.reading import read_config
+from kepo.sections import ModelsConfig, ObjectiveConfig
 from kepo_kernels.compute.chunks import chunking
 from kepo_kernels.errors import KepoInputError
 
 
-def check_workspace(config: Config) -> None:
+def check_workspace(models: ModelsConfig, config: ObjectiveConfig) -> None:
     """Raise KepoConfigError where the losses of a step would refuse ``workspace_bytes``.
 
     Reads nothing if it is None. A chunk has at least one row, so the number of rows does not
@@ -19,7 +19,7 @@ def check_workspace(config: Config) -> None:
     """
     if config.workspace_bytes is None:
         return
-    student = read_config(config.student).get_text_config()
+    student = read_config(models.student).get_text_config()
     sizes = dict(hidden_size=student.hidden_size, vocab=student.vocab_size, teacher_rows=0)
     if config.distils and config.teacher is not None:  # the first implies the second
         teacher = read_config(config.teacher).get_text_config()
@@ -29,8 +29,8 @@ def check_workspace(config: Config) -> None:
         chunking(
             1,
             **sizes,
-            dtype=getattr(torch, config.dtype),
-            device=torch.device(config.device).type,
+            dtype=getattr(torch, models.dtype),
+            device=torch.device(models.device).type,
             workspace_bytes=config.workspace_bytes,
             impl=config.impl,
         )

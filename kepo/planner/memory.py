@@ -33,7 +33,7 @@ from kepo.planner.towers import (
     vision_training,
 )
 from kepo.rollout.hints import MAX_HINT_LENGTH
-from kepo.sections import ModelsConfig
+from kepo.sections import ModelsConfig, TeacherConfig
 
 PHASES = ("rollout", "hints", "scoring", "update", "optimiser", "evaluation")
 
@@ -423,6 +423,6 @@ def _kept_scores(setup: Setup, teacher: Anatomy | None, whole: Shape) -> int:
     return state_bytes(teacher, whole.completions, length)
 
 
-def _scores_stay(config: Config, machine: Machine) -> bool:
+def _scores_stay(config: TeacherConfig, machine: Machine) -> bool:
     """Return whether the teacher's states stay on the device until the update."""
     return config.scores_on == "device" or machine.device == "cpu"

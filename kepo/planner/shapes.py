@@ -15,7 +15,7 @@ from kepo.models.packing import TAKES_MASKS
 from kepo.objective.batch import Batch
 from kepo.objective.micros import Micro, plan_micros
 from kepo.planner.held import Machine, completions_per_process
-from kepo.sections import ModelsConfig
+from kepo.sections import ModelsConfig, SamplingConfig
 
 
 class Shape(NamedTuple):
@@ -58,7 +58,8 @@ def shares_prompts(config: ModelsConfig) -> bool:
 
 def share_of(config: Config, machine: Machine, prompt_tokens: int) -> Share:
     """Return what one process computes in a step whose prompts all have this many tokens."""
-    batch, shared = _full(config, machine), shares_prompts(config)
+    shared = shares_prompts(config)
+    batch = _full(config, machine, shared)
     plan = [
         micro
         for own in plan_micros(batch, [prompt_tokens] * len(batch), config, shared)
@@ -81,11 +82,11 @@ def _tokens(shape: Shape) -> tuple[int, int]:
     return shape.rows * shape.length, shape.completions
 
 
-def _full(config: Config, machine: Machine) -> Batch:
+def _full(config: SamplingConfig, machine: Machine, shared: bool) -> Batch:
     """Return completions of full length: whole groups where prompts are shared, as one process gets
     them. Their tables are views of one number, so that they take no memory."""
     count, group = completions_per_process(config, machine), config.num_generations
-    if shares_prompts(config):
+    if shared:
         count = -(-config.prompts_per_step // machine.gpus) * group
     size = (count, config.max_completion_length)
     zeros = torch.zeros(()).expand(size)

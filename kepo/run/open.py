@@ -85,7 +85,7 @@ def open_run(config: Config, device: torch.device, stop: StopRequest) -> Run | N
     stop.agree()
     if stop:  # reading the images may have taken long
         return None
-    inputs = on_rank0(lambda: inputs_of(config, data.identity))
+    inputs = on_rank0(lambda: inputs_of(config.read_again, data.identity))
     saved = last_saved(config, data, inputs)
     # A checkpoint with digests has been compared with them.
     by_ids = saved is not None and "inputs" not in saved.state
@@ -147,7 +147,7 @@ def load_models(config: Config, device: torch.device, saved: Path | None) -> Mod
 
     Raises KepoConfigError if student and teacher do not fit each other.
     """
-    policy = load_policy(config, device, saved)
+    policy = load_policy(config, device, saved, seed=config.seed)
     teacher = load_teacher(config, device) if config.taught_by else None
     ref = load_reference(config, device) if config.kl_coef else None
     if config.share_prompts and not policy.share_prompts:

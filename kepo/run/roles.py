@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from kepo.config import Config
 from kepo.distributed import sharding
 from kepo.distributed.processes import is_rank0, on_rank0, world_size
 from kepo.errors import KepoConfigError
@@ -29,9 +28,11 @@ Prepare = Callable[[Any], Any]
 None."""
 
 
-def load_policy(config: Config, device: torch.device, saved: Path | None = None) -> VLM:
+def load_policy(
+    config: ModelsConfig, device: torch.device, saved: Path | None = None, seed: int = 0
+) -> VLM:
     """Load the student to train: ``config.student``, or what it has become in ``saved``, the policy
-    folder of a checkpoint. All ranks call."""
+    folder of a checkpoint. All ranks call. seed: that of new adapters' weights."""
     if base_of(config.student) is not None:
         raise KepoConfigError(
             f"student={config.student!r} holds adapters and not a whole model; merge them into "
@@ -46,7 +47,7 @@ def load_policy(config: Config, device: torch.device, saved: Path | None = None)
             (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         wrapper = None
         if adapters:
-            wrapper = with_adapters(model, config.lora_rank, config.lora_alpha, config.seed, saved)
+            wrapper = with_adapters(model, config.lora_rank, config.lora_alpha, seed, saved)
         elif config.freeze_vision:
             model.model.visual.requires_grad_(False)
         dropped = without_dropout(model)

@@ -69,7 +69,7 @@ def toys():
     """`train` with the toy in place of models, and no time spent on drawing."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "load_policy", lambda config, device, saved: ToyPolicy(saved))
+        patch.setattr(opening, "load_policy", lambda config, device, saved, seed: ToyPolicy(saved))
         patch.setattr(opening, "judge_of", lambda config: None)  # it has no encoder to ask
         patch.setattr(opening, "load_sampler", lambda config, policy: policy)
         patch.setattr(milestones, "plot_curves", draw_nothing)

@@ -139,11 +139,11 @@ def test_a_models_identity_is_all_bytes_of_what_is_read(tmp_path):
 def test_what_is_read_anew_at_a_resume_is_what_is_compared(monkeypatch):
     monkeypatch.setattr(identity, "model_identity", lambda name: {"of": name})
     whole = Config(student="s", teacher="t")
-    assert set(inputs_of(whole, {"train_data": {}})) == {"train_data", "teacher"}
+    assert set(inputs_of(whole.read_again, {"train_data": {}})) == {"train_data", "teacher"}
     for settings in (dict(lora_rank=4), dict(kl_coef=0.1)):  # base of adapters; reference
-        assert inputs_of(replace(whole, **settings), {})["student"] == {"of": "s"}
+        assert inputs_of(replace(whole, **settings).read_again, {})["student"] == {"of": "s"}
     unused = replace(whole, distill_coef=0.0, hint_trigger="never")
-    assert inputs_of(unused, {}) == {} == inputs_of(replace(whole, teacher=None), {})
+    assert unused.read_again == {} == replace(whole, teacher=None).read_again
 
 
 def test_an_interrupted_digest_does_not_read_the_rest(tmp_path, monkeypatch):
