@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from kepo.models.encoding import Inputs
+from kepo.models.packing import prompt_positions
 from kepo.models.vision import cache_name, forward_inputs
 
 BLOCK = 64
@@ -69,16 +70,6 @@ def generate(model: Any, inputs: Inputs, draw: Draw, how: Generation) -> tuple[T
     return ids[:, :length], logprobs[:, :length]
 
 
-def prompt_positions(model: Any, given: dict[str, Any]) -> Tensor:
-    """Return the positions ``(3, B, L)`` of prompts in time, height and width, 0 on padding, on the
-    CPU: the model finds them token by token.
-
-    given: the arguments of a forward (`forward_inputs`).
-    """
-    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-    return model.model.get_rope_index(**{name: given[name].cpu() for name in names})[0]
-
-
 class _State:
     """What the rows of a batch go on from: their cache, the next position, and the padding."""
 
@@ -119,7 +110,7 @@ class _State:
 def _prefilled(model: Any, inputs: Inputs, how: Generation) -> tuple[Tensor, _State]:
     """Return the logits of all first tokens, and what the completions go on from."""
     given = forward_inputs(model, inputs)
-    positions = prompt_positions(model, given)
+    positions = prompt_positions(model, inputs)
     device, mask = inputs.input_ids.device, inputs.attention_mask
     out = model(**given, position_ids=positions.to(device), use_cache=True, logits_to_keep=1)
     cache = out[cache_name(model)]

@@ -67,6 +67,11 @@ def pack(
     completions, without what stands where the mask is False. prompt_of: for each completion the
     number of its prompt among ``inputs``; every prompt has a completion.
     """
+    if ids.shape != mask.shape:
+        raise KepoDataError(
+            f"completion_ids {tuple(ids.shape)} and completion_mask {tuple(mask.shape)}; expected "
+            "equal shapes, a row for each completion"
+        )
     if len(prompt_of) != len(ids) or set(prompt_of) != set(range(len(inputs))):
         raise KepoDataError(
             f"prompt_of: {list(prompt_of)} for {len(inputs)} prompts and {len(ids)} completions; "
@@ -108,14 +113,14 @@ def pack(
 
 
 def prompt_positions(model: Any, inputs: Inputs) -> Tensor:
-    """Return (3, R, P) int64: the positions that the model's family gives the tokens of prompts,
-    in time, height and width. ``inputs`` are on the CPU."""
+    """Return (3, R, P) int64 on the CPU: the positions that the model's family gives the tokens of
+    prompts, in time, height and width; 0 on padding. The family finds them token by token."""
     places = [place for places in inputs.image_places for place in places]
     positions, _ = model.model.get_rope_index(
-        input_ids=inputs.input_ids,
-        mm_token_type_ids=inputs.mm_token_type_ids,
-        image_grid_thw=inputs.image_grid_thw[places],
-        attention_mask=inputs.attention_mask,
+        input_ids=inputs.input_ids.cpu(),
+        mm_token_type_ids=inputs.mm_token_type_ids.cpu(),
+        image_grid_thw=inputs.image_grid_thw[places].cpu(),
+        attention_mask=inputs.attention_mask.cpu(),
     )
     return positions
 

@@ -206,6 +206,14 @@ def test_completions_without_a_prompt_of_theirs_are_refused(vlm, prompts, prompt
         vlm.packed_hidden(inputs, ids, ids == 0, prompt_of)
 
 
+def test_a_mask_of_another_shape_is_refused(vlm, prompts):
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    with pytest.raises(
+        KepoDataError, match=r"completion_ids \(1, 3\) and completion_mask \(1, 2\)"
+    ):
+        vlm.packed_hidden(vlm.encoder.encode(prompts[:1]), ids, ids[:, 1:] == 0, [0])
+
+
 def test_flash_attention_takes_no_mask(vlm):
     vlm.model.config.get_text_config()._attn_implementation = "flash_attention_2"
     assert not vlm.takes_masks
