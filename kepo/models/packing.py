@@ -69,8 +69,8 @@ def pack(
     """
     if ids.shape != mask.shape:
         raise KepoDataError(
-            f"completion_ids {tuple(ids.shape)} and completion_mask {tuple(mask.shape)}; expected "
-            "equal shapes, a row for each completion"
+            f"mask: {tuple(mask.shape)} beside ids {tuple(ids.shape)}; "
+            "expected equal shapes, a row for each completion"
         )
     if len(prompt_of) != len(ids) or set(prompt_of) != set(range(len(inputs))):
         raise KepoDataError(
