@@ -208,9 +208,7 @@ def test_completions_without_a_prompt_of_theirs_are_refused(vlm, prompts, prompt
 
 def test_a_mask_of_another_shape_is_refused(vlm, prompts):
     ids = torch.zeros(1, 3, dtype=torch.long)
-    with pytest.raises(
-        KepoDataError, match=r"completion_ids \(1, 3\) and completion_mask \(1, 2\)"
-    ):
+    with pytest.raises(KepoDataError, match=r"mask: \(1, 2\) beside ids \(1, 3\)"):
         vlm.packed_hidden(vlm.encoder.encode(prompts[:1]), ids, ids[:, 1:] == 0, [0])
 
 
