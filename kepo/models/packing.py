@@ -31,6 +31,9 @@ PROMPT, PADDING = -1, -2
 TAKES_MASKS = ("sdpa", "eager")
 """The attention implementations of transformers that take a mask for every query and key."""
 
+ALIGNED = 16
+"""A multiple of the numbers from one row of a mask to the next that torch asks for on CUDA."""
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -45,12 +48,25 @@ class Packed:
     def to(self, device: torch.device) -> Packed:
         return Packed(**{name: moved(x, device) for name, x in vars(self).items()})
 
-    def attention(self) -> Tensor:
+    def attends(self) -> Tensor:
         """Return (R, 1, L, L) bool, True where the token of the third index attends to that of the
         fourth. Padding attends to padding: the softmax over nothing would be NaN."""
         mine, other = self.segments[:, :, None], self.segments[:, None, :]
         seen = (mine == other) | ((other == PROMPT) & (mine >= 0))
         return seen.tril_()[:, None]
+
+    def attention_mask(self, dtype: torch.dtype) -> Tensor:
+        """Return what is added to the scores, which are of a model's dtype: 0 where a token attends
+        to another, else -inf.
+
+        Of a boolean mask, or of one whose rows lie otherwise, torch's attention makes a copy in
+        each layer, and keeps it for backward.
+        """
+        attends = self.attends()
+        length = attends.shape[-1]
+        width = -(-length // ALIGNED) * ALIGNED
+        added = attends.new_full((*attends.shape[:-1], width), -torch.inf, dtype=dtype)
+        return added[..., :length].masked_fill_(attends, 0)
 
     def predicting(self, states: Tensor) -> Tensor:
         """Return (B, T, H) of the packed states (R, L, H): the one at t predicts token t."""

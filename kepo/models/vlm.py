@@ -246,19 +246,9 @@ class VLM:
             "input_ids": rows.input_ids,
             "mm_token_type_ids": rows.types,
             "position_ids": rows.positions,
-            "attention_mask": self._mask(rows.attention()),
+            "attention_mask": rows.attention_mask(self.model.dtype),
         }
         return rows.predicting(self.model.model(**given, use_cache=False).last_hidden_state)
-
-    def _mask(self, attends: Tensor) -> Tensor:
-        """Return a mask as the attention implementation takes it: plain attention adds it."""
-        if self.model.config.get_text_config()._attn_implementation != "eager":
-            return attends
-        dtype = self.model.dtype
-        least = torch.finfo(dtype).min
-        return torch.zeros(attends.shape, dtype=dtype, device=attends.device).masked_fill_(
-            ~attends, least
-        )
 
     def completion_hidden(
         self, inputs: Inputs, completion_ids: Tensor, completion_mask: Tensor

@@ -132,10 +132,12 @@ class Anatomy:
     # ---- pieces at work ----
 
     @lru_cache  # noqa: B019  lives as long as the process, as does the model
-    def layer(self, sequences: int, length: int, train: bool) -> Traced:
-        """Trace one decoder layer on (sequences, length) tokens."""
+    def layer(self, sequences: int, length: int, train: bool, packed: bool) -> Traced:
+        """Trace one decoder layer on (sequences, length) tokens, of packed rows or of others."""
         x, layer = self._meta(sequences, length, self.hidden, train=train), self.layers[0]
         rotary, mask = self._rotary(sequences, length), self._mask(sequences, length, length)
+        if packed and mask is not None:  # as kepo.models.packing makes it
+            mask = mask.to(self.dtype)
         return self._run(
             layer, lambda: layer(x, position_embeddings=rotary, attention_mask=mask), train
         )

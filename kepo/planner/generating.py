@@ -40,7 +40,7 @@ def generating(model: Anatomy, what: Generating) -> Iterator[tuple[str, Held]]:
     a_layer = a_token // len(model.layers)
     prompts, logits = what.questions * length, sequences * model.vocab * model.dtype.itemsize
 
-    first = inference(model, what.questions, length, what.images, what.patches)
+    first = inference(model, what.questions, length, what.images, what.patches, packed=False)
     first += placed_bytes(model, what.questions, what.image_tokens)
     yield "prompts", Held(cache=prompts * a_token, activations=first)
     # Layer by layer: the last one's old keys and values stand beside the new ones.
@@ -48,7 +48,10 @@ def generating(model: Anatomy, what: Generating) -> Iterator[tuple[str, Held]]:
     features = image_bytes(model, what.images, what.patches)
     yield "prompts repeated", Held(cache=repeated, activations=features, sampling=logits)
 
-    pixels, cache = pixel_bytes(model, what.images, what.patches), sequences * length * a_token
+    pixels, cache = (
+        pixel_bytes(model, what.images, what.patches),
+        sequences * length * a_token,
+    )
     if what.new_tokens > 1:
         old, room = rooms(length, what.new_tokens - 1)
         grown = _resident(model, old + 1, room) * a_token + old * a_layer

@@ -254,7 +254,8 @@ class _Run:
         micro, checkpointing = self.share.micro, config.gradient_checkpointing
         images, patches = micro.questions * self.prompts.images, self.prompts.patches(student)
         vision = vision_training(student, images, patches, checkpointing)
-        text = text_training(student, micro.rows, micro.length, checkpointing)
+        packed = shares_prompts(config)
+        text = text_training(student, micro.rows, micro.length, checkpointing, packed)
         states = state_bytes(student, micro.rows, micro.length)
         tokens = micro.completions * config.max_completion_length
         own = state_bytes(student, 1, tokens)  # the states that the loss reads
@@ -337,7 +338,8 @@ class _Run:
         """Return the most bytes of a forward that keeps nothing."""
         images, patches = shape.questions * self.prompts.images, self.prompts.patches(model)
         placed = placed_bytes(model, shape.rows, self.prompts.all_images(model))
-        return inference(model, shape.rows, shape.length, images, patches) + placed
+        packed = shares_prompts(self.config)
+        return inference(model, shape.rows, shape.length, images, patches, packed) + placed
 
     def _read_from(self, model: Anatomy, shape: Shape) -> int:
         """Return the bytes of states beside the copy that a loss reads: those of the prompts are

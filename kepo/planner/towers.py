@@ -23,23 +23,26 @@ class Kept(NamedTuple):
     """The most bytes during backward, above ``kept``."""
 
 
-def text_training(model: Anatomy, rows: int, length: int, checkpointing: bool) -> Kept:
+def text_training(
+    model: Anatomy, rows: int, length: int, checkpointing: bool, packed: bool
+) -> Kept:
     """Return the bytes of the language model when it runs with gradients."""
-    layer, norm = model.layer(rows, length, True), model.norm(rows, length, True)
+    layer, norm = model.layer(rows, length, True, packed), model.norm(rows, length, True)
     states = state_bytes(model, rows, length)
-    shared = states + _shared(model, rows, length)
+    shared = states + _shared(model, rows, length, packed)
     last = norm.kept
     if not checkpointing:
         kept = shared + len(model.layers) * layer.kept + last
         return Kept(kept, kept - last + layer.forward - layer.kept, layer.backward)
     kept = shared + len(model.layers) * states + last
-    forward = kept - last + model.layer(rows, length, False).forward
+    forward = kept - last + model.layer(rows, length, False, packed).forward
     return Kept(kept, forward, layer.kept + layer.backward)
 
 
-def _shared(model: Anatomy, rows: int, length: int) -> int:
+def _shared(model: Anatomy, rows: int, length: int, packed: bool) -> int:
     """Return the bytes that all layers share: the mask, and the sines and cosines."""
-    mask = rows * length * length if model.masks else 0
+    width = model.dtype.itemsize if packed else 1
+    mask = width * rows * length * length if model.masks else 0
     return mask + 2 * rows * length * model.head_dim * model.dtype.itemsize
 
 
@@ -101,9 +104,15 @@ def state_bytes(model: Anatomy, rows: int, length: int) -> int:
     return rows * length * model.hidden * model.dtype.itemsize
 
 
-def inference(model: Anatomy, rows: int, length: int, images: int, patches: int) -> int:
+def inference(
+    model: Anatomy, rows: int, length: int, images: int, patches: int, packed: bool
+) -> int:
     """Return the most bytes at a time in a forward without gradients, from images to states."""
     run = _VisionRun.of(model, images, patches, False)
     states = state_bytes(model, rows, length)
-    text = states + _shared(model, rows, length) + model.layer(rows, length, False).forward
+    text = (
+        states
+        + _shared(model, rows, length, packed)
+        + model.layer(rows, length, False, packed).forward
+    )
     return run.outputs + max(run.most, text)

@@ -79,6 +79,24 @@ def test_states_and_gradients_are_those_of_rows(vlm, prompts, completions, atten
     vlm.model.set_attn_implementation("sdpa")
 
 
+def test_one_mask_serves_all_layers(vlm, prompts, completions, monkeypatch):
+    """None of them makes its own of it, as torch does of booleans and of rows that lie otherwise on
+    a GPU."""
+    given = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(*states, attn_mask=None, **others):
+        if attn_mask is not None:
+            given.append(attn_mask)
+        return real(*states, attn_mask=attn_mask, **others)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    both_ways(vlm, prompts, completions)
+    [mask] = {mask.data_ptr(): mask for mask in given if mask.dtype != torch.bool}.values()
+    assert mask.dtype == vlm.model.dtype
+    assert [stride % packing.ALIGNED for stride in mask.stride()] == [0, 0, 0, 1]
+
+
 def test_with_gradient_checkpointing(vlm, prompts, completions):
     checkpointed = VLM(copy.deepcopy(vlm.model).train(), vlm.encoder)
     checkpointed.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -111,22 +129,22 @@ def shifted_positions(patch):
 
 
 def one_completion_sees_another(patch):
-    def attention(self):
+    def attends(self):
         there = self.segments != PADDING
         seen = there[:, :, None] == there[:, None, :]
         return seen.tril_()[:, None]
 
-    patch.setattr(Packed, "attention", attention)
+    patch.setattr(Packed, "attends", attends)
 
 
 def padding_is_seen(patch):
     """Nothing comes after padding, so rows are padded on the left for it to be seen."""
 
-    def attention(self):
+    def attends(self):
         seen = torch.ones_like(self.segments, dtype=torch.bool)
         return (seen[:, :, None] & seen[:, None, :])[:, None]
 
-    patch.setattr(Packed, "attention", attention)
+    patch.setattr(Packed, "attends", attends)
 
 
 def the_first_token_is_predicted_by_the_completion_before(patch):

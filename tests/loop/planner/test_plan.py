@@ -113,7 +113,7 @@ def test_layer_holds_what_it_would(made, masked):
         upstream = torch.ones_like(out)
         live.peak = live.now
         out.backward(upstream)
-    found = traced.layer(rows, length, True)
+    found = traced.layer(rows, length, True, False)
     assert found.kept == pytest.approx(kept, rel=0.02)
     assert found.forward == pytest.approx(forward, rel=0.05)
     assert found.backward == pytest.approx(live.peak - kept, rel=0.1)
