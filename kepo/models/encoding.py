@@ -31,6 +31,8 @@ class Prompt:
     text: str
     images: tuple[Path, ...] = ()
     """Paths of the images; a single path may be given without a tuple."""
+    earlier: tuple[tuple[str, str], ...] = ()
+    """The turns before this one, (role, text) each, without images."""
 
     def __post_init__(self) -> None:
         given = self.images
@@ -251,16 +253,18 @@ class Encoder:
         return closed(self.opened) + text
 
     def _chat_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        self._refuse_control_tokens("encode", "prompt", [prompt.text for prompt in prompts])
+        said = [text for prompt in prompts for _, text in (*prompt.earlier, ("", prompt.text))]
+        self._refuse_control_tokens("encode", "prompt", said)
         chats = [
             [
+                *({"role": role, "content": [_text(text)]} for role, text in prompt.earlier),
                 {
                     "role": "user",
                     "content": [
                         *({"type": "image"} for _ in prompt.images),
-                        {"type": "text", "text": prompt.text},
+                        _text(prompt.text),
                     ],
-                }
+                },
             ]
             for prompt in prompts
         ]
@@ -318,6 +322,10 @@ class Encoder:
                 held -= self._patches.pop(next(iter(self._patches)))[0].nbytes  # oldest first
             self._patches[key] = entry
         return self._patches[key]
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
 
 
 def _key(path: Path) -> tuple:
