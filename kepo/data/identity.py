@@ -109,7 +109,8 @@ def records_identity(
     each = []
     whole = hashlib.sha256()
     for e in examples:
-        facts = [e.id, e.question, e.options, e.answer, e.rationale, e.modality, e.question_type]
+        facts: list[Any] = [e.id, e.question, e.options, e.answer]
+        facts += [e.rationale, e.modality, e.question_type]
         if e.earlier or e.columns:  # what has neither keeps the digest it had before there were any
             facts += [e.earlier, {name: repr(value) for name, value in sorted(e.columns.items())}]
         text = json.dumps([facts, [picture(path) for path in e.images]])
