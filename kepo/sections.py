@@ -296,7 +296,7 @@ class OptimizerConfig:
     micro_tokens: Count | None = None
     """Maximum number of tokens per forward and backward pass, prompts and padding included; with
     share_prompts a prompt counts once for its group. None means no such limit. A group is divided
-    only if it alone exceeds a limit."""
+    only if it alone exceeds a limit, or if processes would wait for the one that has it."""
     lr: Positive = 1e-6
     """Peak learning rate of AdamW."""
     warmup_steps: NonNegativeInt = 0

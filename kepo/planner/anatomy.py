@@ -302,7 +302,7 @@ def anatomy(
             model = AutoModelForImageTextToText.from_config(
                 config,
                 dtype=getattr(torch, dtype),
-                # Flash attention need not be installed: without a mask, sdpa keeps the same tensors.
+                # Flash attention need not be installed: without a mask sdpa keeps the same.
                 attn_implementation="sdpa" if flash else attention,
             )
         except (ValueError, ImportError) as error:
