@@ -114,8 +114,8 @@ class ModelsConfig(TeacherConfig):
     transformers' default."""
     share_prompts: bool = True
     """Compute each prompt once for all its completions, in training and scoring. False computes it
-    again for each. Attention implementations that take no mask, such as flash_attention_2, compute
-    it again too, and the run says so."""
+    again for each. Attention implementations that take no mask, such as flash_attention_2, and
+    models with sliding windows compute it again too, and the run says so."""
     liger_layers: bool = False
     """Use Liger's kernels for norms, rotary embedding and, where it has one, the MLP. Needs CUDA
     and a liger-kernel that fits the installed transformers."""
