@@ -81,7 +81,7 @@ def load_teacher(config: ModelsConfig, device: torch.device) -> VLM:
             device_map={"": device},
         )
         vlm = VLM(_frozen(model), load_encoder(config.teacher, model), device)
-        vlm.share_prompts = config.share_prompts and vlm.takes_masks
+        vlm.share_prompts = config.share_prompts and vlm.why_not_packed is None
         return vlm
     placed = config.teacher_placement
     return _load(
@@ -141,7 +141,7 @@ def _load(
         named = [*model.named_parameters(), *model.named_buffers()]
         source = {name: tensor.detach() for name, tensor in named}
     vlm = VLM(model.eval(), load_encoder(path, model), device, adapters=adapters)
-    vlm.share_prompts = config.share_prompts and vlm.takes_masks
+    vlm.share_prompts = config.share_prompts and vlm.why_not_packed is None
     if sharded_in is None:
         model.to(device)
     else:
