@@ -39,7 +39,7 @@ from kepo.rollout.questions import draw, from_data
 from kepo.rollout.rollouts import demonstrations
 from kepo.run.agreement import agreeing_ranks
 from kepo.run.lock import exclusive
-from kepo.run.metrics import completion_records, peak_gb, step_metrics
+from kepo.run.metrics import completion_records, peak_gb, step_metrics, step_times
 from kepo.run.milestones import begin, draw_curves, is_measured, measure, save
 from kepo.run.open import Run, open_run
 from kepo.run.progress import say, show, step_bar
@@ -69,7 +69,8 @@ def train(config: Config) -> int:
     ):
         run = open_run(config, device, stop)
         if run is not None:
-            take_steps(run)
+            with run.sinks:
+                take_steps(run)
             draw_curves(run)
         return stop.exit_code
 
@@ -109,17 +110,13 @@ def take_steps(run: Run) -> None:
             "learning_rate": run.optimizer.param_groups[0]["lr"],
             "skipped": skipped,
             "kepo/padding": padding(plan),
-            "time/rollout": found.rollout_seconds,
-            "time/hint": found.hint_seconds,
-            "time/teacher": totals.teacher_seconds,
-            "time/update": ended - explored - totals.teacher_seconds,
-            "step_time": ended - started,
+            **step_times(found, totals, after_sampling=ended - explored, whole=ended - started),
             "mem/peak_gb": max(all_gather(peak_gb(run.device))),
         }
-        run.log.write(step, values)
+        run.write(step, values)
         if every and (step == 1 or step % every == 0):
             rollouts = [*itertools.chain(*found.groups), *given]
-            run.completions.write(step, *completion_records(rollouts, batch, config))
+            run.write_completions(step, completion_records(rollouts, batch, config))
         show(bar, values)
         if skipped > config.max_skipped_steps:
             ids = [example.id for example in questions]
