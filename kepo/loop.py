@@ -44,18 +44,20 @@ from kepo.run.milestones import begin, draw_curves, is_measured, measure, save
 from kepo.run.open import Run, open_run
 from kepo.run.progress import say, show, step_bar
 from kepo.run.signals import StopRequest, lasting_output
+from kepo.run.sinks.telling import Sink
 from kepo.sections import ObjectiveConfig, OptimizerConfig
 from kepo.terminal import any_terminal
 
 
-def train(config: Config) -> int:
+def train(config: Config, *, sinks: Sequence[Sink] = ()) -> int:
     """Run (or resume) the training that ``config`` describes; returns the exit code.
 
     The code is 0 when all steps are done, and 128 plus the signal's number when a signal ended the
     run after saving: 130 for Ctrl-C, 143 for SIGTERM.
-    Writes checkpoints, metrics.jsonl, data.json and curves.png under ``config.run_dir``. Every
-    process of torchrun calls it; all see the whole of a step except for the micro-batches, which
-    are divided among them (kepo.distributed.processes).
+    Writes checkpoints, metrics.jsonl, data.json and curves.png under ``config.run_dir``, and tells
+    ``sinks``, objects of the caller's own, what it logs. Every process of torchrun calls it; all
+    see the whole of a step except for the micro-batches, which are divided among them
+    (kepo.distributed.processes).
     """
     any_terminal()
     with errors_end_all_ranks():
@@ -67,7 +69,7 @@ def train(config: Config) -> int:
         StopRequest() as stop,
         exclusive(Path(config.run_dir)),
     ):
-        run = open_run(config, device, stop)
+        run = open_run(config, device, stop, sinks)
         if run is not None:
             with run.sinks:
                 take_steps(run)

@@ -17,8 +17,9 @@ from kepo.run.sinks.tables import table_of
 
 
 class TensorBoard:
-    """A sink that appends to event files. TensorBoard leaves out what they have of steps that a
-    resumed run does again: its purge_step. Each step is in the file before the next begins."""
+    """A sink that appends to event files. TensorBoard's pages leave out what they have of steps
+    that a resumed run does again: its purge_step. Each step is in the file before the next
+    begins."""
 
     def __init__(self, config: Config, done: int):
         folder = Path(config.run_dir) / "tensorboard"

@@ -30,9 +30,7 @@ class Trackio:
         if os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL"):
             name += f"-from-{done}" if done >= 0 else ""
         else:
-            for known in trackio.Api().runs(project):
-                if known.name == name:
-                    known.delete()
+            _forget(project, name)
         self.run = trackio.init(project, name=name, config=dataclasses.asdict(config), embed=False)
         self.lacks_after = -1
 
@@ -41,7 +39,9 @@ class Trackio:
 
     def completions(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         table = table_of(records)
-        images = {name: trackio.Image(x, caption=name) for name, x in table.pictures.items()}
+        images = {
+            name: trackio.Image(x, caption=Path(name).name) for name, x in table.pictures.items()
+        }
         rows = [
             [*row, [images[name] for name in shown if name in images]]
             for row, shown in zip(table.rows, table.shown, strict=True)
@@ -51,3 +51,14 @@ class Trackio:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def _forget(project: str, name: str) -> None:
+    """Delete what the store of this machine has of a run."""
+    try:
+        known = list(trackio.Api().runs(project))
+    except ValueError:  # it does not have the project yet
+        return
+    for run in known:
+        if run.name == name:
+            run.delete()

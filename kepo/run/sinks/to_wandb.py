@@ -44,7 +44,9 @@ class WeightsAndBiases:
 
     def completions(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         table = table_of(records)
-        images = {name: wandb.Image(x, caption=name) for name, x in table.pictures.items()}
+        images = {
+            name: wandb.Image(x, caption=Path(name).name) for name, x in table.pictures.items()
+        }
         columns = [f"picture {number + 1}" for number in range(table.most_shown)]
         rows = [
             [*row, *(images.get(name) for name in shown), *[None] * (len(columns) - len(shown))]
