@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,9 @@ from kepo.disk.files import read_own
 from kepo.distributed.processes import is_rank0, on_rank0
 from kepo.errors import KepoConfigError
 from kepo.run.progress import say
+from kepo.run.sinks.to_tensorboard import TensorBoard
+from kepo.run.sinks.to_trackio import Trackio
+from kepo.run.sinks.to_wandb import WeightsAndBiases
 
 METHODS = ("scalars", "completions")
 
@@ -118,25 +122,17 @@ def _trackers(config: Config, done: int) -> dict[str, Sink]:
 
 
 def _tracker(name: str, config: Config, done: int) -> Sink:
-    # Each is imported when it is named: their packages are large, and may be missing.
     if name == "tensorboard":
-        from kepo.run.sinks.to_tensorboard import TensorBoard
-
         return TensorBoard(config, done)
+    known_as = run_id(Path(config.run_dir))
     if name == "wandb":
-        from kepo.run.sinks.to_wandb import WeightsAndBiases
-
-        return WeightsAndBiases(config, done, run_id(Path(config.run_dir)))
-    from kepo.run.sinks.to_trackio import Trackio
-
-    return Trackio(config, done, run_id(Path(config.run_dir)))
+        return WeightsAndBiases(config, done, known_as)
+    return Trackio(config, done, known_as)
 
 
 def run_id(folder: Path) -> str:
     """Return the id under which trackers know the run in a folder, and find it when it resumes; it
     is made at first use and kept in the folder, as ``run_id``."""
-    import secrets
-
     path = folder / "run_id"
     if path.exists():
         return read_own(path).decode("ascii").strip()

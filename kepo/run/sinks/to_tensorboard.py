@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 
 from kepo.config import Config
 from kepo.run.sinks.tables import table_of
@@ -22,6 +21,8 @@ class TensorBoard:
     begins."""
 
     def __init__(self, config: Config, done: int):
+        from torch.utils.tensorboard import SummaryWriter
+
         folder = Path(config.run_dir) / "tensorboard"
         self.writer = SummaryWriter(str(folder), purge_step=done + 1)
         settings = json.dumps(dataclasses.asdict(config), indent=1)

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import trackio
-
 from kepo.config import Config
 from kepo.run.sinks.tables import table_of
 
@@ -25,6 +23,8 @@ class Trackio:
     """
 
     def __init__(self, config: Config, done: int, run_id: str):
+        import trackio
+
         project = os.environ.get("TRACKIO_PROJECT", "kepo")
         name = f"{Path(config.run_dir).resolve().name}-{run_id}"
         if os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL"):
@@ -38,6 +38,8 @@ class Trackio:
         self.run.log(dict(values), step=step)
 
     def completions(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        import trackio
+
         table = table_of(records)
         images = {
             name: trackio.Image(x, caption=Path(name).name) for name, x in table.pictures.items()
@@ -55,6 +57,8 @@ class Trackio:
 
 def _forget(project: str, name: str) -> None:
     """Delete what the store of this machine has of a run."""
+    import trackio
+
     try:
         known = list(trackio.Api().runs(project))
     except ValueError:  # it does not have the project yet

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import wandb
-
 from kepo.config import Config
 from kepo.run.sinks.tables import table_of
 
@@ -24,6 +22,8 @@ class WeightsAndBiases:
     """
 
     def __init__(self, config: Config, done: int, run_id: str):
+        import wandb
+
         folder = Path(config.run_dir)
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "kepo"),
@@ -43,6 +43,8 @@ class WeightsAndBiases:
         self._log(step, dict(values))
 
     def completions(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        import wandb
+
         table = table_of(records)
         images = {
             name: wandb.Image(x, caption=Path(name).name) for name, x in table.pictures.items()
