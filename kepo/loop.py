@@ -73,7 +73,7 @@ def train(config: Config, *, sinks: Sequence[Sink] = ()) -> int:
         if run is not None:
             with run.sinks:
                 take_steps(run)
-            draw_curves(run)
+                draw_curves(run)
         return stop.exit_code
 
 

@@ -117,7 +117,7 @@ def step_times(
     return {
         **{f"time/{name}": value for name, value in seconds.items()},
         **{f"time/share/{name}": share for name, share in shares.items()},
-        "time/share/other": 1.0 - sum(shares.values()),
+        "time/share/other": max(0.0, 1.0 - sum(shares.values())),
         **{
             f"time/tokens_per_second/{name}": tokens / taken
             for name, (tokens, taken) in worked.items()
