@@ -24,10 +24,11 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = Path(config.run_dir) / "tensorboard"
-        self.writer = SummaryWriter(str(folder), purge_step=done + 1)
+        has = done if any(folder.glob("events.*")) else -1
+        self.lacks_after = has
+        self.writer = SummaryWriter(str(folder), purge_step=has + 1)
         settings = json.dumps(dataclasses.asdict(config), indent=1)
-        # Under a step that is purged with no resume but its own.
-        self.writer.add_text("config", f"```\n{settings}\n```", done + 1)
+        self.writer.add_text("config", f"```\n{settings}\n```", has + 1)
         self.writer.flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

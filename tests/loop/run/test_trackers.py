@@ -65,6 +65,11 @@ def resumed(tmp_path_factory):
     return run_dir
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return toy_run.write_dataset(tmp_path_factory.mktemp("own") / "data")
+
+
 @pytest.fixture(params=TRACKERS)
 def told(request, resumed):
     pytest.importorskip(request.param)
@@ -102,6 +107,22 @@ def test_the_settings_are_there(told):
     assert re.search('student"?: ?"toy"', told.config)
 
 
+def test_a_tracker_that_is_named_later_gets_what_was_before(data, tmp_path):
+    pytest.importorskip("tensorboard")
+    run_dir = tmp_path / "run"
+    with toy_run.toys():
+        toy_run.run(toy_run.config_of(data, run_dir, steps=2))
+        for steps in (3, 4):  # and only once
+            toy_run.run(toy_run.config_of(data, run_dir, steps=steps, report_to=["tensorboard"]))
+    told = told_to("tensorboard", run_dir)
+    logged = read_metrics(run_dir / "metrics.jsonl")
+    assert {*told.numbers} == {(r["step"], key) for r in logged for key in numbers_of(r)}
+    assert {len(values) for values in told.numbers.values()} == {1}
+    assert {step: len(tables) for step, tables in told.tables.items()} == dict.fromkeys(
+        [1, 2, 3, 4], 1
+    )
+
+
 # ---- sinks of one's own ----
 
 
@@ -122,11 +143,6 @@ class Listener:
 
     def close(self):
         self.closed += 1
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return toy_run.write_dataset(tmp_path_factory.mktemp("own") / "data")
 
 
 def test_a_sink_that_fails_is_named_once_and_the_others_hear_all(data, tmp_path):
