@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Mapping
 
@@ -11,9 +12,17 @@ from kepo.distributed.processes import launched
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.models.device import known_device
 from kepo.objective.workspace import check_workspace
-from kepo.sections import ModelsConfig, RewardConfig
+from kepo.run.sinks.telling import first_line
+from kepo.sections import ModelsConfig, RewardConfig, RunConfig
 from kepo.tasks.environment import Environment, environment_of
 from kepo.tasks.rewards import reward_name
+
+TRACKERS = {
+    "tensorboard": "torch.utils.tensorboard",
+    "wandb": "wandb",
+    "trackio": "trackio",
+}
+"""The module that each choice of report_to needs."""
 
 
 def check(config: Config, env: Environment | None = None) -> None:
@@ -31,6 +40,7 @@ def check(config: Config, env: Environment | None = None) -> None:
             except KepoDataError as error:
                 _refuse(f"{name}={folder!r}: {error}")
     _machine(config)
+    _trackers(config)
     check_workspace(config, config)
 
 
@@ -120,6 +130,19 @@ def _machine(config: ModelsConfig) -> None:
             _refuse(
                 f"{name}={getattr(config, name)!r} needs the package {package}; "
                 f"pip install 'kepo[{extra}]'"
+            )
+
+
+def _trackers(config: RunConfig) -> None:
+    """Check that the package of every tracker can be imported: one that is there may still fail,
+    because of another package."""
+    for name in config.report_to:
+        try:
+            importlib.import_module(TRACKERS[name])
+        except Exception as error:
+            _refuse(
+                f"report_to has {name!r}, whose package cannot be imported ({first_line(error)}); "
+                "pip install 'kepo[trackers]', or leave it out"
             )
 
 

@@ -74,7 +74,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "eval_limit",
         "eval_batch",
         "max_skipped_steps",
-        "log_completions_every",
+        *("log_completions_every", "report_to"),
         *("changed_inputs", "rank_timeout_minutes"),
         *("device", "sharding", "rollout_gather", "teacher_placement"),
         *("gradient_checkpointing", "attn_implementation", "liger_layers", "vllm_memory"),

@@ -39,11 +39,12 @@ from kepo.rollout.questions import draw, from_data
 from kepo.rollout.rollouts import demonstrations
 from kepo.run.agreement import agreeing_ranks
 from kepo.run.lock import exclusive
-from kepo.run.metrics import completion_records, peak_gb, step_metrics
+from kepo.run.metrics import completion_records, peak_gb, step_metrics, step_times
 from kepo.run.milestones import begin, draw_curves, is_measured, measure, save
 from kepo.run.open import Run, open_run
 from kepo.run.progress import say, show, step_bar
 from kepo.run.signals import StopRequest, lasting_output
+from kepo.run.sinks.telling import Sink
 from kepo.sections import ObjectiveConfig, OptimizerConfig
 from kepo.tasks.environment import with_own
 from kepo.tasks.rewards import Reward
@@ -56,6 +57,7 @@ def train(
     *,
     task: Task | None = None,
     rewards: Sequence[str | Reward] | None = None,
+    sinks: Sequence[Sink] = (),
 ) -> int:
     """Run (or resume) the training that ``config`` describes; returns the exit code.
 
@@ -63,9 +65,10 @@ def train(
     must be given them again.
     The code is 0 when all steps are done, and 128 plus the signal's number when a signal ended the
     run after saving: 130 for Ctrl-C, 143 for SIGTERM.
-    Writes checkpoints, metrics.jsonl, data.json and curves.png under ``config.run_dir``. Every
-    process of torchrun calls it; all see the whole of a step except for the micro-batches, which
-    are divided among them (kepo.distributed.processes).
+    Writes checkpoints, metrics.jsonl, data.json and curves.png under ``config.run_dir``, and tells
+    ``sinks``, objects of the caller's own, what it logs. Every process of torchrun calls it; all
+    see the whole of a step except for the micro-batches, which are divided among them
+    (kepo.distributed.processes).
     """
     any_terminal()
     with errors_end_all_ranks():
@@ -78,10 +81,11 @@ def train(
         StopRequest() as stop,
         exclusive(Path(config.run_dir)),
     ):
-        run = open_run(config, device, stop, env)
+        run = open_run(config, device, stop, env, sinks)
         if run is not None:
-            take_steps(run)
-            draw_curves(run)
+            with run.sinks:
+                take_steps(run)
+                draw_curves(run)
         return stop.exit_code
 
 
@@ -120,17 +124,13 @@ def take_steps(run: Run) -> None:
             "learning_rate": run.optimizer.param_groups[0]["lr"],
             "skipped": skipped,
             "kepo/padding": padding(plan),
-            "time/rollout": found.rollout_seconds,
-            "time/hint": found.hint_seconds,
-            "time/teacher": totals.teacher_seconds,
-            "time/update": ended - explored - totals.teacher_seconds,
-            "step_time": ended - started,
+            **step_times(found, totals, after_sampling=ended - explored, whole=ended - started),
             "mem/peak_gb": max(all_gather(peak_gb(run.device))),
         }
-        run.log.write(step, values)
+        run.write(step, values)
         if every and (step == 1 or step % every == 0):
             rollouts = [*itertools.chain(*found.groups), *given]
-            run.completions.write(step, *completion_records(rollouts, batch, config))
+            run.write_completions(step, completion_records(rollouts, batch, config))
         show(bar, values)
         if skipped > config.max_skipped_steps:
             ids = [example.id for example in questions]

@@ -348,6 +348,9 @@ class RunConfig:
     """Number of questions answered at once in an evaluation."""
     log_completions_every: NonNegativeInt = 10
     """Write all completions of every so many steps to completions.jsonl. 0 disables it."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers that are told, besides, what goes to metrics.jsonl and completions.jsonl, pictures
+    included: tensorboard, wandb, trackio, or several of them."""
     rank_timeout_minutes: Minutes = 15.0
     """Minutes that one of several ranks may stand still, or be late at the start, before it is
     named and all ranks end. Reading and computing do not count as standing still."""

@@ -95,6 +95,40 @@ def step_metrics(
     }
 
 
+def step_times(
+    found: Exploration, totals: StepTotals, *, after_sampling: float, whole: float
+) -> dict[str, float]:
+    """Return the seconds of a step's phases, their shares of the ``whole`` step, and the tokens of
+    all ranks per second of the phases that work on them. A rate is left out where the step had no
+    such tokens.
+
+    after_sampling: seconds from the end of sampling to the end of the step, the teacher's included.
+    """
+    seconds = {
+        "rollout": found.rollout_seconds,
+        "hint": found.hint_seconds,
+        "teacher": totals.teacher_seconds,
+        "update": after_sampling - totals.teacher_seconds,
+    }
+    worked = {
+        "sampled": (found.sampled_tokens, seconds["rollout"] + seconds["hint"]),
+        "trained": (totals.tokens, seconds["update"]),
+        "teacher": (totals.teacher_tokens, seconds["teacher"]),
+    }
+    shares = {name: value / whole for name, value in seconds.items()}
+    return {
+        **{f"time/{name}": value for name, value in seconds.items()},
+        **{f"time/share/{name}": share for name, share in shares.items()},
+        "time/share/other": max(0.0, 1.0 - sum(shares.values())),
+        **{
+            f"time/tokens_per_second/{name}": tokens / taken
+            for name, (tokens, taken) in worked.items()
+            if tokens and taken > 0
+        },
+        "step_time": whole,
+    }
+
+
 def peak_gb(device: torch.device) -> float:
     """Return the peak memory so far, in GB: allocated on a GPU, resident in the process on a
     CPU."""

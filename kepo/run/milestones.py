@@ -53,7 +53,7 @@ def measure(run: Run, step: int) -> None:
     values = {"eval": means(scores), "eval_items": as_digits(scores)}
     if len(types := by_question_type(run.data.eval, scores)) > 1:
         values["eval_types"] = means(types)
-    run.log.write(step, values)
+    run.write(step, values)
 
 
 def as_digits(scores: dict[str, list[float]]) -> dict[str, str]:

@@ -124,12 +124,12 @@ class Ended(NamedTuple):
     printed: str
 
 
-def run(config: Config) -> Ended:
+def run(config: Config, **others: object) -> Ended:
     """Train as the command does. What is neither an end nor a sentence is raised."""
     out = io.StringIO()
     with redirect_stdout(out), redirect_stderr(out):
         try:
-            code = command(train)(config)
+            code = command(train)(config, **others)
         except SystemExit as end:
             assert str(end.code).startswith("error: "), end.code
             return Ended(str(end.code), out.getvalue())
