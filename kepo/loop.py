@@ -101,6 +101,7 @@ def take_steps(run: Run) -> None:
             add_gradients(models, micros, scores, config, totals)
             norm = update(run, step)
             skipped = 0 if math.isfinite(norm) else skipped + 1
+        del scores  # a rollout needs their memory, and a logged step does not read them
         ended = time.perf_counter()
 
         totals = totals.of_all_ranks()

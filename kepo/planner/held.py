@@ -105,13 +105,11 @@ def standing(
     pages: int,
     several: bool,
     penalised: bool,
-    scores: int,
 ) -> Standing:
     """Return the memory that stays when the models are held as ``config`` says.
 
     pages: bytes that the loss keeps between its calls. several: a step has several micro-batches.
-    penalised: the run has a reference for the k3 penalty. scores: bytes of what the teacher said
-    about a step, which stay until the next step's are there.
+    penalised: the run has a reference for the KL penalty.
     """
     counts, width = student.counts, student.dtype.itemsize
     sharded = config.sharding == "fsdp2"
@@ -128,7 +126,7 @@ def standing(
     held = Held(
         weights=trained + frozen,
         optimiser=2 * trained,
-        teacher=scores + (0 if teacher is None else teacher_bytes(config, machine, teacher)),
+        teacher=0 if teacher is None else teacher_bytes(config, machine, teacher),
         reference=reference if penalised else 0,
     )
     if machine.device != "cpu":

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -355,6 +356,28 @@ def test_the_optimiser_steps_at_the_learning_rate_of_the_step(made, tmp_path, no
     assert train(config) == 0
     rates = [r["learning_rate"] for r in read_metrics(tmp_path / "metrics.jsonl") if "reward" in r]
     assert rates == pytest.approx([0.5e-3, 1e-3, 0.0])
+
+
+def test_what_the_teacher_said_is_gone_when_the_next_rollout_begins(
+    made, tmp_path, monkeypatch, no_picture
+):
+    held, seen = [], []
+    scoring, exploring = train_module.score, train_module.explore
+
+    def scored(*arguments):
+        scores = scoring(*arguments)
+        held.extend(weakref.ref(known.teacher_hidden) for known in scores)
+        return scores
+
+    def explored(*arguments):
+        seen.append([state() is not None for state in held])
+        return exploring(*arguments)
+
+    monkeypatch.setattr(train_module, "score", scored)
+    monkeypatch.setattr(train_module, "explore", explored)
+    settings = dict(steps=2, gate_reward=None, hint_trigger="never", num_iterations=2)
+    assert train(config_of(made, tmp_path, **settings)) == 0
+    assert seen[0] == [] and len(seen[1]) > 1 and not any(seen[1])
 
 
 def test_hints_about_questions_that_have_changed_are_forgotten(tmp_path):
