@@ -53,6 +53,8 @@ def check_settings(config: Config) -> None:
             f"lr={config.lr} vanish; set sharding: fsdp2 (in one process too), which keeps them in "
             "float32 and computes in dtype, or lora_rank"
         )
+    if config.lr_schedule == "constant" and config.lr_end not in (None, 1.0):
+        _refuse(f"lr_end={config.lr_end} is not reached with lr_schedule='constant'; leave one out")
     if config.teacher_bits is not None and config.teacher_placement != "copy":
         _refuse(
             f"teacher_bits={config.teacher_bits} and teacher_placement="

@@ -181,12 +181,23 @@ def update(run: Run, step: int) -> float:
 
 
 def lr_share(step: int, config: OptimizerConfig) -> float:
-    """Return the share of ``lr`` at a step: it rises over ``warmup_steps``, then goes linearly from
-    1 to ``lr_end``."""
+    """Return the share of ``lr`` at a step, which ``lr_schedule`` decides.
+
+        step / warmup_steps                            up to step warmup_steps, and from there
+        1                                              constant
+        1 - (1 - lr_end) t                             linear
+        lr_end + (1 - lr_end) (1 + cos(pi t)) / 2      cosine
+        t = (step - warmup_steps) / (steps - warmup_steps)
+    """
     if step <= config.warmup_steps:
         return step / config.warmup_steps
-    passed = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 1.0 - (1.0 - config.lr_end) * passed
+    form, end = config.decay
+    if form == "constant":
+        return 1.0
+    passed = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    if form == "cosine":
+        return end + (1.0 - end) * (1.0 + math.cos(math.pi * passed)) / 2.0
+    return 1.0 - (1.0 - end) * passed
 
 
 def main(arguments: Sequence[str]) -> int:

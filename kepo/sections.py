@@ -301,8 +301,13 @@ class OptimizerConfig:
     """Peak learning rate of AdamW."""
     warmup_steps: NonNegativeInt = 0
     """Number of steps over which the learning rate rises linearly to lr. 0 disables warm-up."""
-    lr_end: Share = 1.0
-    """Share of lr that is left at the last step, reached linearly. 1 keeps it constant."""
+    lr_schedule: Literal["constant", "linear", "cosine"] | None = None
+    """How the learning rate goes from lr, after the warm-up, to lr_end of it at the last step:
+    constant, linear or cosine (half a wave). None means linear if lr_end is given, else
+    constant."""
+    lr_end: Share | None = None
+    """Share of lr that is left at the last step. None means 0 if lr_schedule is linear or cosine,
+    and 1 if it is constant."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay of AdamW."""
     max_grad_norm: Positive = 1.0
@@ -310,6 +315,14 @@ class OptimizerConfig:
     max_skipped_steps: NonNegativeInt = 3
     """Number of consecutive steps that may be skipped because states, loss or gradient are not
     finite; one more ends the run."""
+
+    @property
+    def decay(self) -> tuple[str, float]:
+        """Return the form of the learning rate's way to the last step, and the share left there; a
+        way that ends at 1 is constant, whatever its form."""
+        form = self.lr_schedule or ("constant" if self.lr_end is None else "linear")
+        end = self.lr_end if self.lr_end is not None else float(form == "constant")
+        return ("constant" if end == 1.0 else form), end
 
 
 @dataclass(frozen=True)

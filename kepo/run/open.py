@@ -178,10 +178,10 @@ def check_same_tokens(policy: VLM, teacher: VLM | None) -> None:
 def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
     """Raise KepoConfigError if a run is resumed with other settings than it was started with, among
     those that the version which started it knew."""
-    known = {RENAMED.get(name, name) for name in saved}
-    before, now = dataclasses.asdict(from_mapping(saved, str(folder))), dataclasses.asdict(config)
+    known = {RENAMED.get(name, name) for name in saved} | {"lr_schedule"}
+    before, now = _compared(from_mapping(saved, str(folder))), _compared(config)
     # A longer run is the same run, unless its length is what the learning rate goes by.
-    may_change = MAY_CHANGE_ON_RESUME | ({"steps"} if config.lr_end == 1.0 else set())
+    may_change = MAY_CHANGE_ON_RESUME | ({"steps"} if config.decay[0] == "constant" else set())
     changed = [
         f"{name}: {before[name]!r} -> {now[name]!r}"
         for name in now
@@ -192,3 +192,10 @@ def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
             f"{folder} was made with other settings ({'; '.join(changed)}); use another run_dir, "
             "or the old settings"
         )
+
+
+def _compared(config: Config) -> dict[str, Any]:
+    """Return the settings with what None means for the learning rate written out, which a run of
+    before they could be None has as numbers."""
+    form, end = config.decay
+    return dataclasses.asdict(config) | {"lr_schedule": form, "lr_end": end}

@@ -111,6 +111,11 @@ REFUSED = {
         {"distill_reduction": "dr_grpo"},
         "distill_reduction='dr_grpo'",
     ),
+    "a constant that ends elsewhere": (
+        {"lr_schedule": "constant", "lr_end": 0.1},
+        "lr_end=0.1 is not reached with lr_schedule='constant'",
+    ),
+    "schedule": ({"lr_schedule": "polynomial"}, "lr_schedule='polynomial'; expected one of"),
     "reduction": ({"policy_reduction": "mean"}, "policy_reduction='mean'"),
 }
 
