@@ -183,11 +183,11 @@ def update(run: Run, step: int) -> float:
 def lr_share(step: int, config: OptimizerConfig) -> float:
     """Return the share of ``lr`` at a step, which ``lr_schedule`` decides.
 
-        step / warmup_steps                            up to step warmup_steps, and from there
-        1                                              constant
-        1 - (1 - lr_end) t                             linear
-        lr_end + (1 - lr_end) (1 + cos(pi t)) / 2      cosine
-        t = (step - warmup_steps) / (steps - warmup_steps)
+    step / warmup_steps                            up to step warmup_steps, and from there
+    1                                              constant
+    1 - (1 - lr_end) t                             linear
+    lr_end + (1 - lr_end) (1 + cos(pi t)) / 2      cosine
+    t = (step - warmup_steps) / (steps - warmup_steps)
     """
     if step <= config.warmup_steps:
         return step / config.warmup_steps
