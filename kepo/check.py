@@ -29,6 +29,8 @@ def check(config: Config) -> None:
             except KepoDataError as error:
                 _refuse(f"{name}={folder!r}: {error}")
     _machine(config)
+    if config.grad_tol and known_device(config.device).type != "cpu":
+        _refuse(f"grad_tol={config.grad_tol} saves time on a CPU only; leave it out on a GPU")
     check_workspace(config, config)
 
 
@@ -72,6 +74,12 @@ def check_settings(config: Config) -> None:
             f"rollout_batch={config.rollout_batch} is less than num_generations="
             f"{config.num_generations}, and the completions of a question are generated at once"
         )
+    if config.delta is not None and config.policy_loss != "clip":
+        _refuse(f"delta={config.delta} bounds the ratio of policy_loss: clip, which is not on")
+    if config.delta is not None and config.delta <= 1 + config.epsilon_high:
+        _refuse(f"delta={config.delta}; expected more than 1 + epsilon_high, to bound more than it")
+    if config.logits_dtype == "bfloat16" and config.dtype != "bfloat16":
+        _refuse(f"logits_dtype='bfloat16' needs dtype: bfloat16, not {config.dtype!r}")
     flash = (config.attn_implementation or "").startswith("flash_attention")
     if flash and config.dtype == "float32":
         _refuse(

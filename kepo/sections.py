@@ -168,8 +168,9 @@ class RewardConfig(SamplingConfig):
     overlong_buffer: NonNegativeInt = 0
     """Over the last overlong_buffer tokens before the length limit, the total reward falls by up to
     1 (DAPO). 0 disables it."""
-    scale_rewards: Literal["group", "none"] = "group"
-    """group: divide advantages by the group's standard deviation. none: leave them unscaled."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """group: divide advantages by the standard deviation of the rewards in their group. batch: by
+    that of all rewards in the step. none: leave them unscaled."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,8 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     """Exclude completions that hit the length limit from the loss."""
     temperature: Positive = 1.0
     """Softmax temperature of the log-probabilities and of the divergence."""
+    teacher_temperature: Positive | None = None
+    """Softmax temperature of the teacher in the divergence. None means that it is temperature."""
     policy_coef: NonNegative = 1.0
     """Weight of the whole policy term, including the KL penalty and the entropy bonus. 0 disables
     it."""
@@ -195,9 +198,19 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     """The policy ratio is clipped below at 1 - epsilon_low."""
     epsilon_high: NonNegative = 0.2
     """The policy ratio is clipped above at 1 + epsilon_high."""
+    delta: Positive | None = None
+    """Upper bound of the policy ratio of clip, for negative advantages too (two-sided clip); more
+    than 1 + epsilon_high. None disables it."""
+    sapo_temperature_pos: Positive = 1.0
+    """Temperature of sapo's sigmoid for tokens with a positive advantage."""
+    sapo_temperature_neg: Positive = 1.05
+    """Temperature of sapo's sigmoid for all other tokens."""
     kl_coef: NonNegative = 0.0
-    """Weight of the k3 KL penalty towards the initial student. 0 disables it, and no reference
-    model is kept."""
+    """Weight of the KL penalty towards the initial student. 0 disables it, and no reference model
+    is kept."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL penalty, with d = reference - policy log-probability: k1 is -d, k2 is
+    d^2 / 2, k3 is e^d - d - 1."""
     entropy_coef: Finite = 0.0
     """Weight of the entropy bonus."""
     policy_reduction: Literal["token_mean", "sequence_mean", "sum", "dr_grpo"] = "sequence_mean"
@@ -239,6 +252,12 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     """Back-end of the fused losses: auto, triton, cpu or torch."""
     workspace_bytes: Count | None = None
     """Memory in bytes for the logits of one chunk. None means the library's default."""
+    logits_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of the logits in the fused losses. None means float32, but bfloat16 where dtype is
+    bfloat16 on a CPU that computes in it."""
+    grad_tol: ShareBelowOne = 0.0
+    """Share of the logits' gradient that may be left out, with the vocabulary's columns that carry
+    it, to save time on a CPU. 0 is exact."""
 
     @property
     def distils(self) -> bool:

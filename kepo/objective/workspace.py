@@ -32,7 +32,9 @@ def check_workspace(models: ModelsConfig, config: ObjectiveConfig) -> None:
             dtype=getattr(torch, models.dtype),
             device=torch.device(models.device).type,
             workspace_bytes=config.workspace_bytes,
+            logits_dtype=config.logits_dtype and getattr(torch, config.logits_dtype),
             impl=config.impl,
+            grad_tol=config.grad_tol,
         )
     except KepoInputError as error:
         raise KepoConfigError(f"workspace_bytes={config.workspace_bytes}: {error}") from error
