@@ -74,6 +74,11 @@ def check_settings(config: Config) -> None:
             f"rollout_batch={config.rollout_batch} is less than num_generations="
             f"{config.num_generations}, and the completions of a question are generated at once"
         )
+    if config.prompts_per_step % config.mini_batches:
+        _refuse(
+            f"mini_batches={config.mini_batches} does not divide prompts_per_step="
+            f"{config.prompts_per_step}: every optimiser step takes equally many questions"
+        )
     if config.delta is not None and config.policy_loss != "clip":
         _refuse(f"delta={config.delta} bounds the ratio of policy_loss: clip, which is not on")
     if config.delta is not None and config.delta <= 1 + config.epsilon_high:

@@ -178,9 +178,12 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     """The loss that is minimised: a policy term, made of rewards, plus distillation from the
     teacher."""
 
+    mini_batches: Count = 1
+    """Parts into which the questions of a step are divided, with an optimiser step on each. From
+    the second on, the policy ratio differs from 1: it is to the policy of before the first."""
     num_iterations: Count = 1
-    """Optimiser steps on the same completions. From the second on, the policy ratio differs from
-    1."""
+    """Passes over the completions of a step, each of mini_batches optimiser steps. From the second
+    on, the policy ratio differs from 1."""
     mask_truncated: bool = False
     """Exclude completions that hit the length limit from the loss."""
     temperature: Positive = 1.0
