@@ -11,7 +11,7 @@ from kepo.distributed.processes import launched
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.models.device import known_device
 from kepo.objective.workspace import check_workspace
-from kepo.sections import ModelsConfig, RewardConfig
+from kepo.sections import RewardConfig
 from kepo.tasks.rewards import REWARDS
 
 
@@ -106,7 +106,7 @@ def check_settings(config: Config) -> None:
                 _refuse(f"{name}={value!r} needs a teacher; set teacher, or {name} to {off}")
 
 
-def _machine(config: ModelsConfig) -> None:
+def _machine(config: Config) -> None:
     """Check that this machine has the configured device and the optional packages that are
     needed."""
     device = known_device(config.device)
@@ -120,6 +120,7 @@ def _machine(config: ModelsConfig) -> None:
             _refuse(f"{name}={getattr(config, name)!r} needs device: cuda, not {config.device!r}")
     needs = [(config.sampler == "vllm", "sampler", "vllm", "vllm")]
     needs += [(config.lora_rank > 0, "lora_rank", "peft", "lora")]
+    needs += [(config.optimizer == "adamw_8bit", "optimizer", "bitsandbytes", "quant")]
     quantises = config.teacher_bits is not None
     needs += [(quantises, "teacher_bits", p, "quant") for p in ("bitsandbytes", "accelerate")]
     needs += [(config.liger_layers, "liger_layers", "liger_kernel", "bench")]

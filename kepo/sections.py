@@ -308,7 +308,7 @@ class HintConfig(RewardConfig, TeacherConfig):
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Settings of the optimiser, AdamW, and of its learning rate."""
+    """Settings of the optimiser and of its learning rate."""
 
     steps: Count = 200
     """Number of optimiser steps."""
@@ -319,6 +319,9 @@ class OptimizerConfig:
     """Maximum number of tokens per forward and backward pass, prompts and padding included; with
     share_prompts a prompt counts once for its group. None means no such limit. A group is divided
     only if it alone exceeds a limit."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw: torch's, with two moments in the dtype of the trained weights. adamw_8bit:
+    bitsandbytes', with moments in 8 bits, a quarter of them or less."""
     lr: Positive = 1e-6
     """Peak learning rate of AdamW."""
     warmup_steps: NonNegativeInt = 0

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from kepo.config import Config
+from kepo.objective.optimizers import BLOCK
 from kepo.planner.anatomy import Anatomy
-from kepo.sections import ModelsConfig, SamplingConfig, TeacherConfig
+from kepo.sections import OptimizerConfig, SamplingConfig, TeacherConfig
 
 GIB = 2**30
 ITEMS = (
@@ -97,7 +99,7 @@ class Standing:
 
 
 def standing(
-    config: ModelsConfig,
+    config: Config,
     machine: Machine,
     student: Anatomy,
     teacher: Anatomy | None,
@@ -125,7 +127,7 @@ def standing(
     reference = (counts.total - counts.adapters) * width // shards + root
     held = Held(
         weights=trained + frozen,
-        optimiser=2 * trained,
+        optimiser=moments_bytes(config, trained // trained_bytes, trained_bytes),
         teacher=0 if teacher is None else teacher_bytes(config, machine, teacher),
         reference=reference if penalised else 0,
     )
@@ -145,6 +147,14 @@ def standing(
         pages=pages,
         device=machine.device,
     )
+
+
+def moments_bytes(config: OptimizerConfig, trained: int, width: int) -> int:
+    """Return the bytes of both moments of so many parameters of ``width`` bytes. In 8 bits they
+    have an fp32 scale for every block; the few that are too small for it are not told apart."""
+    if config.optimizer == "adamw":
+        return 2 * width * trained
+    return 2 * (trained + 4 * trained // BLOCK)
 
 
 def completions_per_process(config: SamplingConfig, machine: Machine) -> int:

@@ -235,12 +235,17 @@ class _Run:
         """Yield the moment of AdamW's step, with its temporaries: sqrt(v) and its quotient.
 
         On a GPU, torch updates all parameters at once (foreach) and holds one such tensor for each
-        of them; on a CPU it updates one after another, and holds two of the largest.
+        of them; on a CPU it updates one after another, and holds two of the largest. With moments
+        in 8 bits a GPU needs none, and a CPU five in fp32, gradient and moments among them.
         """
         counts = self.student.counts
         temporary = self.stays.gradients
         if self.machine.device == "cpu":
             temporary = 2 * self.stays.gradients * counts.largest_trained // counts.trained
+        if self.config.optimizer == "adamw_8bit":
+            shards = self.machine.gpus if self.stays.sharded else 1
+            temporary = 5 * 4 * counts.largest_trained // shards
+            temporary *= self.machine.device == "cpu"
         held = Held(optimiser=temporary, teacher=self.scores)
         yield self._moment("AdamW", held, gradients=self.stays.gradients)
 

@@ -138,6 +138,7 @@ def advice(setup: Setup) -> list[Change]:
         dict(workspace_bytes=2**29),
         dict(share_prompts=True),
         dict(scores_on="host"),
+        dict(optimizer="adamw_8bit"),
     ]
     limits = ("rollout_tokens", "micro_tokens")
     changes += [half(name) for name in limits if getattr(config, name) is not None]

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from kepo.config import MAY_CHANGE_ON_RESUME, RENAMED, Config, from_mapping
+from kepo.config import AS_BEFORE, MAY_CHANGE_ON_RESUME, RENAMED, Config, from_mapping
 from kepo.data.identity import changed_questions, inputs_of
 from kepo.data.run_data import RunData, load_data, write_record
 from kepo.distributed.processes import on_rank0
 from kepo.errors import KepoConfigError
 from kepo.models.conventions import check_same_opening
 from kepo.models.vlm import VLM
+from kepo.objective.optimizers import optimizer_of
 from kepo.rollout.encodable import judge_of
 from kepo.rollout.hints import Hints
 from kepo.rollout.models import Models
@@ -94,9 +95,7 @@ def open_run(config: Config, device: torch.device, stop: StopRequest) -> Run | N
     models = load_models(config, device, files / "policy" if files else None)
     named = models.policy.model.named_parameters()
     parameters = {name: p for name, p in named if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=config.lr, weight_decay=config.weight_decay
-    )
+    optimizer = optimizer_of(parameters.values(), config)
     done, marks = 0, {}
     if saved is not None and files is not None:
         done, marks = saved.state["step"], saved.state.get("logs", {})
@@ -177,8 +176,8 @@ def check_same_tokens(policy: VLM, teacher: VLM | None) -> None:
 
 def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
     """Raise KepoConfigError if a run is resumed with other settings than it was started with, among
-    those that the version which started it knew."""
-    known = {RENAMED.get(name, name) for name in saved} | {"lr_schedule"}
+    those that the version which started it knew, or whose defaults are what it did."""
+    known = {RENAMED.get(name, name) for name in saved} | AS_BEFORE
     before, now = _compared(from_mapping(saved, str(folder))), _compared(config)
     # A longer run is the same run, unless its length is what the learning rate goes by.
     may_change = MAY_CHANGE_ON_RESUME | ({"steps"} if config.decay[0] == "constant" else set())

@@ -146,6 +146,7 @@ def test_refused_by_name_before_anything_loads(good, monkeypatch, settings, mess
     [
         ({"lora_rank": 4}, "peft", "lora"),
         ({"teacher_bits": 8}, "bitsandbytes", "quant"),
+        ({"optimizer": "adamw_8bit"}, "bitsandbytes", "quant"),
         ({"teacher_bits": 4}, "accelerate", "quant"),
     ],
 )
