@@ -57,6 +57,16 @@ def check_settings(config: Config) -> None:
         )
     if config.lr_schedule == "constant" and config.lr_end not in (None, 1.0):
         _refuse(f"lr_end={config.lr_end} is not reached with lr_schedule='constant'; leave one out")
+    if config.student_bits is not None and not config.lora_rank:
+        _refuse(
+            f"student_bits={config.student_bits} needs adapters to train, as quantised weights "
+            "cannot be; set lora_rank"
+        )
+    if config.student_bits is not None and config.sharding != "none":
+        _refuse(
+            f"student_bits={config.student_bits} and sharding={config.sharding!r}: a quantised "
+            "student is a copy in every process"
+        )
     if config.teacher_bits is not None and config.teacher_placement != "copy":
         _refuse(
             f"teacher_bits={config.teacher_bits} and teacher_placement="
@@ -117,12 +127,13 @@ def _machine(config: Config) -> None:
         )
     for name in ("sampler", "liger_layers"):
         if getattr(config, name) in ("vllm", True) and device.type != "cuda":
-            _refuse(f"{name}={getattr(config, name)!r} needs device: cuda, not {config.device!r}")
+            _refuse(f"{name}={getattr(config, name)!r} needs device: cuda, not {str(device)!r}")
     needs = [(config.sampler == "vllm", "sampler", "vllm", "vllm")]
     needs += [(config.lora_rank > 0, "lora_rank", "peft", "lora")]
     needs += [(config.optimizer == "adamw_8bit", "optimizer", "bitsandbytes", "quant")]
-    quantises = config.teacher_bits is not None
-    needs += [(quantises, "teacher_bits", p, "quant") for p in ("bitsandbytes", "accelerate")]
+    for name in ("student_bits", "teacher_bits"):
+        quantises = getattr(config, name) is not None
+        needs += [(quantises, name, p, "quant") for p in ("bitsandbytes", "accelerate")]
     needs += [(config.liger_layers, "liger_layers", "liger_kernel", "bench")]
     for wanted, name, package, extra in needs:
         if wanted and importlib.util.find_spec(package) is None:

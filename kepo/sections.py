@@ -87,9 +87,9 @@ class ModelsConfig(TeacherConfig):
 
     student: str = ""
     """Folder or Hub name of the vision-language model to train."""
-    device: str = "cpu"
-    """Device of student and teacher: cpu, cuda or cuda:<number>. Under torchrun, cuda is each
-    process's own GPU."""
+    device: str = "auto"
+    """Device of student and teacher: cpu, cuda, cuda:<number>, or auto, which is cuda where there
+    is a GPU, else cpu. Under torchrun, cuda is each process's own GPU."""
     dtype: Literal["float32", "bfloat16"] = "float32"  # float16 would need its losses scaled
     """Dtype in which student and teacher compute: float32 or bfloat16. Trained weights are kept in
     float32 if sharding is fsdp2 or if they are LoRA adapters."""
@@ -103,6 +103,9 @@ class ModelsConfig(TeacherConfig):
     """Rank of the LoRA adapters to train on the language model's linear layers; all other weights
     are frozen, in dtype, or under fsdp2 in float32. 0 disables adapters: all weights are
     trained."""
+    student_bits: Literal[8, 4] | None = None
+    """Quantise the student's layers under its adapters, but not its head, to 8 or 4 bits with
+    bitsandbytes (QLoRA), and those of the reference. Needs lora_rank. None disables it."""
     lora_alpha: Positive = 32.0
     """LoRA scaling: the adapters' output is multiplied by lora_alpha / lora_rank."""
     freeze_vision: bool = False

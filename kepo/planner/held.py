@@ -78,9 +78,11 @@ class Standing:
     """The part of a sharded student that is whole from a forward to the end of its backward; 0 if
     it is not sharded."""
     two_layers: int
-    """Two layers of a sharded student, the one at work and the next; 0 if it is not sharded."""
+    """Two layers of a sharded student, the one at work and the next; one unpacked matrix of a
+    quantised one; else 0."""
     whole: int
-    """All of a sharded student made whole, as for a rollout; 0 if it is not sharded."""
+    """All of a sharded student made whole, as for a rollout; one unpacked matrix of a quantised
+    one; else 0."""
     teacher_at_work: int
     reference_at_work: int
     pages: int
@@ -120,13 +122,16 @@ def standing(
     trained_bytes = 4 if sharded or config.lora_rank else width
     trained = counts.trained * trained_bytes // shards
     frozen = (counts.total - counts.trained) * (4 if sharded else width) // shards
+    saved, unpacked = 0, 0
+    if config.student_bits is not None:
+        saved, unpacked = quantised(student, config.student_bits)
     buckets = machine.gpus > 1 and not sharded
     root = counts.root * width if sharded else 0
-    two_layers = 2 * counts.layer * width if sharded else 0
+    two_layers = 2 * counts.layer * width if sharded else unpacked
     # The reference is the student as it began, in the student's dtype, and sharded like it.
-    reference = (counts.total - counts.adapters) * width // shards + root
+    reference = (counts.total - counts.adapters) * width // shards + root - saved
     held = Held(
-        weights=trained + frozen,
+        weights=trained + frozen - saved,
         optimiser=moments_bytes(config, trained // trained_bytes, trained_bytes),
         teacher=0 if teacher is None else teacher_bytes(config, machine, teacher),
         reference=reference if penalised else 0,
@@ -141,7 +146,7 @@ def standing(
         sharded=sharded,
         root=root,
         two_layers=two_layers,
-        whole=counts.total * width if sharded else 0,
+        whole=counts.total * width if sharded else unpacked,
         teacher_at_work=0 if teacher is None else teacher_at_work(config, teacher),
         reference_at_work=two_layers if penalised else 0,
         pages=pages,
@@ -162,14 +167,21 @@ def completions_per_process(config: SamplingConfig, machine: Machine) -> int:
     return -(-config.prompts_per_step * config.num_generations // machine.gpus)
 
 
+def quantised(model: Anatomy, bits: int) -> tuple[int, int]:
+    """Return the bytes that bitsandbytes' quantised layers save, and those of the largest matrix
+    that is unpacked to compute with it."""
+    counts, width = model.counts, model.dtype.itemsize
+    # nf4 with an fp32 scale for every 64 numbers; int8 with one for every row.
+    held = counts.linear * (4.5 / 8 if bits == 4 else 1)
+    return counts.linear * width - int(held), counts.largest_linear * width
+
+
 def teacher_bytes(config: TeacherConfig, machine: Machine, teacher: Anatomy) -> int:
     """Return the bytes of the teacher's weights while it does not run."""
     counts, width = teacher.counts, teacher.dtype.itemsize
     whole = counts.total * width
     if config.teacher_bits is not None:
-        # bitsandbytes: nf4 with an fp32 scale for every 64 numbers; int8 with one for every row.
-        quantised = counts.linear * (4.5 / 8 if config.teacher_bits == 4 else 1)
-        whole = int(quantised) + (counts.total - counts.linear) * width
+        whole -= quantised(teacher, config.teacher_bits)[0]
     if config.teacher_placement == "copy":
         return whole
     root = counts.root * width
@@ -182,4 +194,4 @@ def teacher_at_work(config: TeacherConfig, teacher: Anatomy) -> int:
     width = teacher.dtype.itemsize
     if config.teacher_placement != "copy":
         return 2 * teacher.counts.layer * width
-    return teacher.counts.largest_linear * width if config.teacher_bits else 0
+    return quantised(teacher, config.teacher_bits)[1] if config.teacher_bits else 0

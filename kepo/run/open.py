@@ -80,6 +80,8 @@ def open_run(config: Config, device: torch.device, stop: StopRequest) -> Run | N
     call it, within the lock on the folder.
     """
     folder = Path(config.run_dir)
+    if config.device == "auto":
+        say(f"device: auto is {device.type}")
     data = on_rank0(lambda: load_data(config, judge_of(config)))
     same_images(data)
     say(data.summary)

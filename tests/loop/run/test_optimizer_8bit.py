@@ -7,15 +7,14 @@ import pytest
 import torch
 from several import run_all
 from small import config_of, run_rigged
-from toy_run import run, toys, weights, write_dataset
 from toy_run import config_of as toy_config
+from toy_run import run, toys, weights, write_dataset
 
 pytest.importorskip("bitsandbytes")
 
 from kepo.config import Config
-from kepo.errors import KepoCheckpointError, KepoConfigError
-from kepo.loop import train
-from kepo.objective.optimizers import AdamW8bit, Moment, optimizer_of, quantised, widened
+from kepo.errors import KepoCheckpointError
+from kepo.objective.optimizers import Moment, optimizer_of, quantised, widened
 from kepo.run.optimizer_state import load_optimizer, save_optimizer
 
 CONFIG = Config(optimizer="adamw_8bit", lr=1e-2, weight_decay=0.1)
