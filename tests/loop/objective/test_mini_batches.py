@@ -158,6 +158,17 @@ def test_the_old_log_probabilities_of_later_mini_batches_matter(tmp_path, monkey
     assert differing(config, by_hand(config, batches))
 
 
+def test_a_run_that_is_interrupted_between_steps_goes_on_to_the_same_bits(tmp_path):
+    data, settings = write_dataset(tmp_path / "data"), dict(SETTINGS, mini_batches=2)
+    with toys():
+        assert run(config_of(data, tmp_path / "whole", **settings)).sentence is None
+        for steps in (1, 3):
+            parts = config_of(data, tmp_path / "parts", **{**settings, "steps": steps})
+            assert run(parts).sentence is None
+    whole, parts = weights(tmp_path / "whole", 3), weights(tmp_path / "parts", 3)
+    assert all(torch.equal(x, parts[name]) for name, x in whole.items())
+
+
 def test_metrics_are_of_all_mini_batches(tmp_path, monkeypatch):
     """The policy's first pass: its loss is minus the mean of the advantages, as with one."""
     first = {}
