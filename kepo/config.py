@@ -89,6 +89,14 @@ RENAMED = {"engine": "sampler"}
 """Old names of settings, which runs on disk may still use, and their new names."""
 
 
+AS_BEFORE = frozenset(
+    {"lr_schedule", "optimizer", "mini_batches", "kl_estimator", "delta", "teacher_temperature"}
+    | {"sapo_temperature_pos", "sapo_temperature_neg", "logits_dtype", "grad_tol", "student_bits"}
+)
+"""Settings whose defaults are what versions that did not have them did: a run that such a version
+began is resumed with the defaults only."""
+
+
 def load(*layers: str | Path) -> Config:
     """Build a Config from YAML files and presets (`presets()`); later layers override earlier ones.
 

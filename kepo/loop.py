@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,9 @@ from kepo.errors import KepoError
 from kepo.flags import command_line
 from kepo.models.reading import hide_transformers_bars
 from kepo.objective.batch import Batch, collate
-from kepo.objective.micros import own_micros, padding, plan_micros
+from kepo.objective.micros import lay_out
 from kepo.objective.score import Scores, score
-from kepo.objective.step import kepo_step
+from kepo.objective.step import kepo_step, with_old_logprobs
 from kepo.objective.totals import StepTotals
 from kepo.rollout.explore import explore
 from kepo.rollout.models import Models
@@ -107,14 +107,9 @@ def take_steps(run: Run) -> None:
             found = explore(questions[:own], models, run.env, config, run.hints, examples, step)
         explored = time.perf_counter()
 
-        batch = collate(found.groups, config, given)
-        lengths = models.policy.encoder.lengths(batch.prompts)
-        plan = plan_micros(batch, lengths, config, models.policy.share_prompts)
-        micros, totals = own_micros(batch, plan), StepTotals()
-        scores = score(models.teacher, models.ref, micros, config, totals)
-        for _ in range(config.num_iterations):
-            add_gradients(models, micros, scores, config, totals)
-            norm = update(run, step)
+        batch, totals = collate(found.groups, config, given), StepTotals()
+        minis, wasted = lay_out(batch, models.policy, config)
+        for norm in updates(run, step, minis, totals):
             skipped = 0 if math.isfinite(norm) else skipped + 1
         ended = time.perf_counter()
 
@@ -123,7 +118,7 @@ def take_steps(run: Run) -> None:
             "grad_norm": norm,
             "learning_rate": run.optimizer.param_groups[0]["lr"],
             "skipped": skipped,
-            "kepo/padding": padding(plan),
+            "kepo/padding": wasted,
             **step_times(found, totals, after_sampling=ended - explored, whole=ended - started),
             "mem/peak_gb": max(all_gather(peak_gb(run.device))),
         }
@@ -147,6 +142,30 @@ def take_steps(run: Run) -> None:
             save(run, step)
 
 
+def updates(
+    run: Run, step: int, minis: Sequence[list[Batch]], totals: StepTotals
+) -> Iterator[float]:
+    """Take the optimiser steps of a step: ``num_iterations`` passes over its mini-batches; yield
+    the norm of each gradient.
+
+    ``minis`` are this rank's micro-batches of each mini-batch; equally many on all ranks. What the
+    frozen models say of them is held until the last is taken, and no longer: a rollout needs the
+    memory.
+    """
+    models, config = run.models, run.config
+    asked = [micro for micros in minis for micro in micros]
+    scores = iter(score(models.teacher, models.ref, asked, config, totals))
+    known = [list(itertools.islice(scores, len(micros))) for micros in minis]
+    for micros in minis[1:]:  # they meet a policy that has been updated
+        for place, micro in enumerate(micros):
+            work = partial(with_old_logprobs, models.policy, micro, config, totals)
+            micros[place] = models.policy.run_wrapped(work)
+    for _ in range(config.num_iterations):
+        for micros, said in zip(minis, known, strict=True):
+            add_gradients(models, micros, said, config, totals)
+            yield update(run, step)
+
+
 def add_gradients(
     models: Models,
     micros: list[Batch],
@@ -157,7 +176,7 @@ def add_gradients(
     """Add the gradients of this rank's micro-batches, and add their statistics to ``totals``.
 
     After the first of several iterations, ``micros`` hold the log-probabilities from before any
-    update.
+    update, as those of later mini-batches do from the beginning.
     """
     policy = models.policy
     policy.model.train()
@@ -191,12 +210,23 @@ def update(run: Run, step: int) -> float:
 
 
 def lr_share(step: int, config: OptimizerConfig) -> float:
-    """Return the share of ``lr`` at a step: it rises over ``warmup_steps``, then goes linearly from
-    1 to ``lr_end``."""
+    """Return the share of ``lr`` at a step, which ``lr_schedule`` decides.
+
+    step / warmup_steps                            up to step warmup_steps, and from there
+    1                                              constant
+    1 - (1 - lr_end) t                             linear
+    lr_end + (1 - lr_end) (1 + cos(pi t)) / 2      cosine
+    t = (step - warmup_steps) / (steps - warmup_steps)
+    """
     if step <= config.warmup_steps:
         return step / config.warmup_steps
-    passed = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 1.0 - (1.0 - config.lr_end) * passed
+    form, end = config.decay
+    if form == "constant":
+        return 1.0
+    passed = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    if form == "cosine":
+        return end + (1.0 - end) * (1.0 + math.cos(math.pi * passed)) / 2.0
+    return 1.0 - (1.0 - end) * passed
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -57,7 +57,7 @@ def step_metrics(
         }
     lengths = torch.tensor([len(r.completion_ids) for r in [*rollouts, *data]]).float()
     cut = [r.truncated for r in [*rollouts, *data]]
-    iterations = config.num_iterations
+    iterations, updates = config.num_iterations, config.num_iterations * config.mini_batches
     tokens, teacher_tokens = totals.tokens // iterations, totals.teacher_tokens
     report, asked = found.report, max(1, found.asked)
     return values | {
@@ -73,8 +73,8 @@ def step_metrics(
         / max(1, totals.sampled_tokens),
         "sampling/sampling_logp_difference/max": totals.sampler_gap_max,
         "kepo/completion_tokens": tokens,
-        "kepo/policy_loss": totals.policy_loss / iterations,
-        "kepo/distill_loss": totals.distill_loss / iterations,
+        "kepo/policy_loss": totals.policy_loss / updates,
+        "kepo/distill_loss": totals.distill_loss / updates,
         "kepo/divergence": totals.divergence / max(1, teacher_tokens * iterations),
         "kepo/gate_rate": batch.opened.float().mean().item(),
         "kepo/teacher_tokens": teacher_tokens,

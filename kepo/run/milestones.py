@@ -65,7 +65,7 @@ def save(run: Run, step: int) -> None:
     """Write the checkpoint of a step, from which the run can resume."""
     state = {"step": step, "config": dataclasses.asdict(run.config), "hints": run.hints}
     state["logs"] = {log.path.name: log.mark for log in (run.log, run.completions)}
-    state["inputs"] = run.inputs
+    state |= {"inputs": run.inputs, "device": str(run.device)}
     save_checkpoint(
         run.folder / "checkpoints",
         step,

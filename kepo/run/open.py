@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from kepo.config import MAY_CHANGE_ON_RESUME, RENAMED, Config, from_mapping
+from kepo.config import AS_BEFORE, MAY_CHANGE_ON_RESUME, RENAMED, Config, from_mapping
 from kepo.data.identity import changed_questions, inputs_of
 from kepo.data.run_data import RunData, load_data, write_record
 from kepo.distributed.processes import is_rank0, on_rank0
 from kepo.errors import KepoConfigError
 from kepo.models.conventions import check_same_opening
 from kepo.models.vlm import VLM
+from kepo.objective.optimizers import optimizer_of
 from kepo.rollout.encodable import judge_of
 from kepo.rollout.hints import Hints
 from kepo.rollout.models import Models
@@ -107,6 +108,8 @@ def open_run(
     """
     folder = Path(config.run_dir)
     env = environment_of(config) if env is None else env
+    if config.device == "auto":
+        say(f"device: auto is {device.type}")
     data = on_rank0(lambda: load_data(config, judge_of(config, env.task)))
     same_images(data)
     say(data.summary)
@@ -121,7 +124,7 @@ def open_run(
     with ExitStack() as if_not_opened:
         told = open_sinks(config, saved.state["step"] if saved else -1, sinks)
         if_not_opened.enter_context(told)
-        run = _with_models(config, device, stop, data, inputs, saved, told)
+        run = _with_models(config, device, stop, env, data, inputs, saved, told)
         if run is not None:
             if_not_opened.pop_all()
         return run
@@ -131,6 +134,7 @@ def _with_models(
     config: Config,
     device: torch.device,
     stop: StopRequest,
+    env: Environment,
     data: RunData,
     inputs: dict[str, Any],
     saved: Saved | None,
@@ -143,9 +147,7 @@ def _with_models(
     models = load_models(config, device, files / "policy" if files else None)
     named = models.policy.model.named_parameters()
     parameters = {name: p for name, p in named if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=config.lr, weight_decay=config.weight_decay
-    )
+    optimizer = optimizer_of(parameters.values(), config)
     done, marks = 0, {}
     if saved is not None and files is not None:
         done, marks = saved.state["step"], saved.state.get("logs", {})
@@ -238,11 +240,11 @@ def check_same_tokens(policy: VLM, teacher: VLM | None) -> None:
 
 def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
     """Raise KepoConfigError if a run is resumed with other settings than it was started with, among
-    those that the version which started it knew."""
-    known = {RENAMED.get(name, name) for name in saved}
-    before, now = dataclasses.asdict(from_mapping(saved, str(folder))), dataclasses.asdict(config)
+    those that the version which started it knew, or whose defaults are what it did."""
+    known = {RENAMED.get(name, name) for name in saved} | AS_BEFORE
+    before, now = _compared(from_mapping(saved, str(folder))), _compared(config)
     # A longer run is the same run, unless its length is what the learning rate goes by.
-    may_change = MAY_CHANGE_ON_RESUME | ({"steps"} if config.lr_end == 1.0 else set())
+    may_change = MAY_CHANGE_ON_RESUME | ({"steps"} if config.decay[0] == "constant" else set())
     changed = [
         f"{name}: {before[name]!r} -> {now[name]!r}"
         for name in now
@@ -253,3 +255,10 @@ def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
             f"{folder} was made with other settings ({'; '.join(changed)}); use another run_dir, "
             "or the old settings"
         )
+
+
+def _compared(config: Config) -> dict[str, Any]:
+    """Return the settings with what None means for the learning rate written out, which a run of
+    before they could be None has as numbers."""
+    form, end = config.decay
+    return dataclasses.asdict(config) | {"lr_schedule": form, "lr_end": end}

@@ -94,6 +94,7 @@ def write_dataset(root: Path) -> Path:
 def config_of(data: Path, run_dir: Path, steps: int = STEPS, **settings: object) -> Config:
     values = dict(
         student="toy",
+        device="cpu",
         teacher=None,
         train_data=str(data),
         eval_data=str(data),
