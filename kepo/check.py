@@ -12,13 +12,15 @@ from kepo.errors import KepoConfigError, KepoDataError
 from kepo.models.device import known_device
 from kepo.objective.workspace import check_workspace
 from kepo.sections import ModelsConfig, RewardConfig
-from kepo.tasks.rewards import REWARDS
+from kepo.tasks.environment import Environment, environment_of
+from kepo.tasks.rewards import reward_name
 
 
-def check(config: Config) -> None:
+def check(config: Config, env: Environment | None = None) -> None:
     """Raise KepoConfigError for the first setting that conflicts with another setting, with the
-    data or with this machine."""
-    check_settings(config)
+    data or with this machine. env: the task and the rewards; None means those that the config
+    names."""
+    check_settings(config, env)
     if not config.train_data:
         _refuse("train_data is not set; give a folder in OmniMedVQA's layout, or see --help")
     for name in ("train_data", "eval_data"):
@@ -32,12 +34,12 @@ def check(config: Config) -> None:
     check_workspace(config, config)
 
 
-def check_settings(config: Config) -> None:
+def check_settings(config: Config, env: Environment | None = None) -> None:
     """Run the part of ``check`` that reads only the settings; the data need not exist yet."""
     by_name = {} if config.gate_reward is None else {"gate_reward": config.gate_reward}
     if config.hint_trigger != "never":
         by_name |= {"hint_reward": config.hint_reward, "accept_reward": config.accept_reward}
-    _reward_names(config, by_name)
+    _reward_names(config, environment_of(config) if env is None else env, by_name)
     if not config.student:
         _refuse("student is not set; give the folder of a vision-language model")
     if config.eval_share and config.eval_data is not None:
@@ -81,6 +83,11 @@ def check_settings(config: Config) -> None:
             f"overlong_buffer={config.overlong_buffer} is more than max_completion_length="
             f"{config.max_completion_length}: every completion would be fined"
         )
+    if config.overlong_buffer and "overlong" not in config.rewards:
+        _refuse(
+            f"overlong_buffer={config.overlong_buffer} is read by the reward overlong alone; add "
+            "overlong to rewards, and a weight, or set overlong_buffer: 0"
+        )
     if config.teacher is None:
         for name, value, off in (
             ("hint_trigger", config.hint_trigger, "never"),
@@ -116,22 +123,20 @@ def _machine(config: ModelsConfig) -> None:
             )
 
 
-def _reward_names(config: RewardConfig, by_name: Mapping[str, str]) -> None:
+def _reward_names(config: RewardConfig, env: Environment, by_name: Mapping[str, str]) -> None:
     """Check reward names; ``by_name`` maps each setting that names a reward, or the total, to its
     value."""
-    if not config.rewards or len(set(config.rewards)) != len(config.rewards):
-        _refuse(f"rewards={config.rewards!r}; expected at least one name, each once")
-    for name in config.rewards:
-        if name not in REWARDS:
-            _refuse(f"rewards has {name!r}; known are {', '.join(REWARDS)}")
-    if len(config.reward_weights) != len(config.rewards):
+    if not env.rewards:
+        _refuse("rewards=(); expected at least one name")
+    if len(config.reward_weights) != len(env.rewards):
         _refuse(
-            f"reward_weights has {len(config.reward_weights)} values for "
-            f"{len(config.rewards)} rewards"
+            f"reward_weights has {len(config.reward_weights)} values for {len(env.rewards)} rewards"
         )
-    choices = (*config.rewards, TOTAL)
+    choices = (*env.rewards, TOTAL)
+    if TOTAL in env.rewards:
+        _refuse(f"rewards: {TOTAL!r} is the sum of them all; call the function something else")
     for name, value in by_name.items():
-        if value not in choices:
+        if reward_name(value) not in choices:
             _refuse(f"{name}={value!r}; expected one of {', '.join(choices)}")
 
 

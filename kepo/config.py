@@ -20,6 +20,7 @@ from kepo.sections import (
     RewardConfig,
     RunConfig,
     SamplingConfig,
+    TaskConfig,
 )
 from kepo.words import expanded, guesses, sentence, typed
 
@@ -39,6 +40,7 @@ class Config(
     ObjectiveConfig,
     RewardConfig,
     SamplingConfig,
+    TaskConfig,
     ModelsConfig,
     DataConfig,
 ):
@@ -120,6 +122,10 @@ def from_mapping(values: dict[str, Any], source: str) -> Config:
     Settings of a run on disk may have old names (``RENAMED``), which are read as the new ones.
     """
     values = {RENAMED.get(name, name): value for name, value in values.items()}
+    if values.get("overlong_buffer") and "overlong" not in values.get("rewards", ()):
+        # It was no reward then, and counted by itself.
+        values["rewards"] = [*values.get("rewards", Config.rewards), "overlong"]
+        values["reward_weights"] = [*values.get("reward_weights", Config.reward_weights), 1.0]
     return Config(**_typed(values, source))
 
 

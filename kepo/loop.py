@@ -45,12 +45,22 @@ from kepo.run.open import Run, open_run
 from kepo.run.progress import say, show, step_bar
 from kepo.run.signals import StopRequest, lasting_output
 from kepo.sections import ObjectiveConfig, OptimizerConfig
+from kepo.tasks.environment import with_own
+from kepo.tasks.rewards import Reward
+from kepo.tasks.task import Task
 from kepo.terminal import any_terminal
 
 
-def train(config: Config) -> int:
+def train(
+    config: Config,
+    *,
+    task: Task | None = None,
+    rewards: Sequence[str | Reward] | None = None,
+) -> int:
     """Run (or resume) the training that ``config`` describes; returns the exit code.
 
+    task, rewards: objects and functions in the places of those that the config names; a resumed run
+    must be given them again.
     The code is 0 when all steps are done, and 128 plus the signal's number when a signal ended the
     run after saving: 130 for Ctrl-C, 143 for SIGTERM.
     Writes checkpoints, metrics.jsonl, data.json and curves.png under ``config.run_dir``. Every
@@ -59,7 +69,8 @@ def train(config: Config) -> int:
     """
     any_terminal()
     with errors_end_all_ranks():
-        check(config)
+        config, env = with_own(config, task, rewards)
+        check(config, env)
     hide_transformers_bars()
     with (
         lasting_output(),
@@ -67,7 +78,7 @@ def train(config: Config) -> int:
         StopRequest() as stop,
         exclusive(Path(config.run_dir)),
     ):
-        run = open_run(config, device, stop)
+        run = open_run(config, device, stop, env)
         if run is not None:
             take_steps(run)
             draw_curves(run)
@@ -87,9 +98,9 @@ def take_steps(run: Run) -> None:
         started = time.perf_counter()
         questions = draw(examples, config, step)
         own = len(questions) - from_data(config, step)
-        given = demonstrations(models.policy.encoder, questions[own:], config)
+        given = demonstrations(models.policy.encoder, questions[own:], run.env, config)
         with models.sampler.ready():
-            found = explore(questions[:own], models, config, run.hints, examples, step)
+            found = explore(questions[:own], models, run.env, config, run.hints, examples, step)
         explored = time.perf_counter()
 
         batch = collate(found.groups, config, given)

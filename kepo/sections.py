@@ -157,17 +157,36 @@ class SamplingConfig:
     completion. None means no such limit."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What is asked about an example, and what is a right answer."""
+
+    task: str = "multiple_choice"
+    """multiple_choice: questions with two to 26 options, answered by a letter. open_answer:
+    questions answered by a number, with a unit or without, or by a short text. Or a class of your
+    own, as file.py:Class or package.module:Class."""
+    system_prompt: str = ""
+    """System turn of every question that brings none. Empty means none."""
+    prompt_template: str = ""
+    """The question's turn, with {question}, {instruction} and the names of the data's columns in
+    braces; {{ and }} are braces. Empty means the question and the instruction, a line each."""
+    answer_tolerance: NonNegative = 1e-4
+    """open_answer: how far a number may be from the right one, relative to the right one."""
+
+
 @dataclass(frozen=True)
-class RewardConfig(SamplingConfig):
+class RewardConfig(SamplingConfig, TaskConfig):
     """Rewards of sampled completions, which may also depend on a completion's length."""
 
     rewards: tuple[str, ...] = ("accuracy", "format")
-    """Names of the reward functions, from kepo.tasks.rewards.REWARDS."""
+    """Reward functions: accuracy, format, overlong, or functions of your own with TRL's signature,
+    as file.py:function or package.module:function. Gates, hints and logs call them by the last part
+    of the name."""
     reward_weights: tuple[Finite, ...] = (1.0, 1.0)
     """Weight of each reward in the total reward, from which advantages are computed."""
     overlong_buffer: NonNegativeInt = 0
-    """Over the last overlong_buffer tokens before the length limit, the total reward falls by up to
-    1 (DAPO). 0 disables it."""
+    """The reward overlong falls from 0 to -1 over the last overlong_buffer tokens before the length
+    limit (DAPO). 0 where it is not among the rewards."""
     scale_rewards: Literal["group", "none"] = "group"
     """group: divide advantages by the group's standard deviation. none: leave them unscaled."""
 

@@ -21,6 +21,7 @@ from kepo.data.load import load_examples
 from kepo.digits.tiny import CONTROL_TOKENS, PATCH, build_tokenizer, model_config
 from kepo.models.encoding import Encoder
 from kepo.rollout.prompts import prompt_of
+from kepo.tasks.multiple_choice import MultipleChoice
 
 PADDING = 64  # rows of the head that no token has
 IMAGE = "<|image_pad|>"
@@ -165,7 +166,7 @@ def write_questions(folder: Path, sizes: Sizes, tokenizer: Any) -> None:
         target.write_text(json.dumps(records), encoding="utf-8")
         examples, _ = load_examples(root)
         encoder = Encoder(tokenizer, image_processor(), tokenizer.convert_tokens_to_ids(IMAGE))
-        shown = encoder.encode([prompt_of(example) for example in examples])
+        shown = encoder.encode([prompt_of(MultipleChoice(), example) for example in examples])
         if not bool(shown.attention_mask.all()) or len(shown) != sizes.prompts:
             raise SystemExit("error: the prompts are not all of one length")
         return shown.input_ids.shape[1]

@@ -21,7 +21,6 @@ from kepo.distributed.sharding import whole_tensor
 from kepo.models.sampling import Sampled
 from kepo.models.vlm import VLM
 from kepo.run.metrics import read_metrics
-from kepo.tasks.rewards import REWARDS
 
 NEVER_SAVED = 10**9
 
@@ -45,8 +44,6 @@ def settings(folder: Path, name: str, sizes: Sizes, changed: dict[str, Any]) -> 
         num_generations=sizes.generations,
         max_completion_length=sizes.length,
         micro_batch=sizes.micro_batch,
-        rewards=("crc",),
-        reward_weights=(1.0,),
         steps=NEVER_SAVED,
         save_every=NEVER_SAVED,
         log_completions_every=0,
@@ -91,9 +88,12 @@ def run(folder: Path, name: str, sizes: Sizes, changed: dict[str, Any]) -> None:
     with (
         mock.patch.multiple(kepo.loop, step_bar=steps, show=lambda *_: None, update=updated),
         mock.patch.object(VLM, "sample", sampled),
-        mock.patch.dict(REWARDS, crc=lambda text, answer: reward_of(text)),
     ):
-        kepo.loop.train(config)
+        kepo.loop.train(config, rewards=[crc])
+
+
+def crc(completions: list[str], **columns: Any) -> list[float]:
+    return [reward_of(text) for text in completions]
 
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:

@@ -25,6 +25,7 @@ from kepo.planner.memory import Prompts
 from kepo.rollout.prompts import prompt_of
 from kepo.rollout.types import Rollout
 from kepo.run import roles
+from kepo.tasks.multiple_choice import MultipleChoice
 
 HEAD_SIZE = 32  # of an attention head
 
@@ -86,7 +87,7 @@ class Problem:
         rollouts = [
             Rollout(
                 example=asked[place],
-                prompt=prompt_of(asked[place]),
+                prompt=prompt_of(MultipleChoice(), asked[place]),
                 completion_ids=ids[place],
                 text="",
                 rewards={"accuracy": float(place in opened), "format": float(place % 2)},

@@ -18,6 +18,7 @@ from benchmarks.loop.orders import Orders, Shared, keep_gradients, reward_of
 from kepo.data.load import load_examples
 from kepo.models.reading import hide_transformers_bars
 from kepo.rollout.prompts import prompt_of
+from kepo.tasks.multiple_choice import MultipleChoice
 
 BETA = 0.5  # of the divergence, as ours
 
@@ -119,7 +120,7 @@ def questions(folder: Path, copies: int) -> Any:
     from datasets import Dataset, Features, Image, List, Value
 
     examples, _ = load_examples(folder / "data")
-    asked = [prompt_of(example) for example in examples for _ in range(copies)]
+    asked = [prompt_of(MultipleChoice(), example) for example in examples for _ in range(copies)]
     message = {"role": Value("string"), "content": Value("string")}
     return Dataset.from_dict(
         {

@@ -31,6 +31,7 @@ KINDS = (
     "image outside",
     "image missing",
     "image unreadable",
+    "task",
     "text refused",
     "image refused",
     "prompt too long",

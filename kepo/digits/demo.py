@@ -36,6 +36,7 @@ from kepo.models.vlm import VLM
 from kepo.run.lock import WRITTEN
 from kepo.run.manifest import new_folder, verify, write_manifest
 from kepo.run.metrics import read_metrics
+from kepo.tasks.multiple_choice import MultipleChoice
 from kepo.words import at_home
 
 SOURCE = next(iter(MODALITIES))
@@ -223,9 +224,8 @@ def report(root: Path, teacher: Path, data: Path) -> None:
     picture, table = root / "curves.png", root / "accuracy.json"
     of_teacher = _known_teacher(table, after)
     if of_teacher is None:
-        scores = evaluate(
-            VLM.load(teacher), load_omnimedvqa(data / "test"), max_tokens=COMPLETION_TOKENS
-        )
+        asked, limit = load_omnimedvqa(data / "test"), COMPLETION_TOKENS
+        scores = evaluate(VLM.load(teacher), asked, MultipleChoice(), max_tokens=limit)
         of_teacher = means(scores)
     rows = [(name, before[name], after[name], of_teacher[name]) for name in after]
     unseen = [summary(column, SOURCE)[1] for column in (before, after, of_teacher)]

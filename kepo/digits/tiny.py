@@ -12,7 +12,8 @@ from kepo.data.load import Example
 from kepo.digits.dataset import QUESTION, SMALL_DIGITS
 from kepo.errors import KepoConfigError
 from kepo.models.processors import pillow_processor_class, without_broken_torchvision
-from kepo.tasks.multiple_choice import hint_request, hinted_prompt, question_prompt
+from kepo.rollout.prompts import hint_prompt, prompt_of
+from kepo.tasks.multiple_choice import MultipleChoice
 
 CONTROL_TOKENS = (
     "<|endoftext|>",
@@ -307,10 +308,7 @@ def _prompt_texts() -> list[str]:
         modality="",
         question_type=SMALL_DIGITS,
     )
-    chat = ["user\n", "assistant\n", "3 + 5 = 8"]
-    return chat + [
-        question_prompt(example),
-        hinted_prompt(example, "3 + 5"),
-        hint_request(example, True),
-        hint_request(example, False),
-    ]
+    task = MultipleChoice()
+    prompts = [prompt_of(task, example), prompt_of(task, example, "3 + 5")]
+    prompts += [hint_prompt(task, example, with_answer=told) for told in (True, False)]
+    return ["user\n", "assistant\n", "3 + 5 = 8", *(prompt.text for prompt in prompts)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -13,12 +14,14 @@ from kepo.data.load import Example
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.models.encoding import Prompt
 from kepo.models.vlm import VLM
-from kepo.tasks.multiple_choice import hint_request, hinted_prompt, question_prompt, worked_answer
+from kepo.rollout.prompts import hint_prompt, prompt_of
+from kepo.tasks.multiple_choice import MultipleChoice
 from kepo_kernels import fused_linear_loss
 
 WARMUP_SHARE = 0.05
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
+TASK = MultipleChoice()
 
 
 def train_supervised(
@@ -92,19 +95,16 @@ def _sample(
     hint_examples: Sequence[Example] | None = None,
 ) -> tuple[Prompt, str]:
     kind = draw.random()
-    images = example.images
     if kind >= hint_fraction:
-        text, completion = question_prompt(example), worked_answer(example)
-    elif kind < hint_fraction / 2:
-        text = hint_request(example, with_answer=draw.random() < 0.5)
-        completion = f"<hint>{worked_hint(example)}</hint>"
-    else:
-        if hint_examples is not None:
-            example = draw.choice(hint_examples)
-        text = hinted_prompt(example, worked_hint(example))
-        completion = worked_answer(example)
-        images = draw.choice(examples).images  # if the picture helped, the hint would never be read
-    return Prompt(text, images), completion
+        return prompt_of(TASK, example), TASK.worked_answer(example)
+    if kind < hint_fraction / 2:
+        request = hint_prompt(TASK, example, with_answer=draw.random() < 0.5)
+        return request, f"<hint>{worked_hint(example)}</hint>"
+    if hint_examples is not None:
+        example = draw.choice(hint_examples)
+    prompt = prompt_of(TASK, example, worked_hint(example))
+    images = draw.choice(examples).images  # if the picture helped, the hint would never be read
+    return replace(prompt, images=images), TASK.worked_answer(example)
 
 
 def _loss(vlm: VLM, prompts: list[Prompt], completions: list[str]) -> torch.Tensor:

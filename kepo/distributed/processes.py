@@ -344,13 +344,15 @@ def split_work(
     *,
     collective: bool = False,
     stop: Callable[[], bool] | None = None,
+    finish: Callable[[list[R]], list[R]] = lambda results: results,
 ) -> list[R]:
     """Share the items out over the ranks; return ``work``'s results for all items, on every rank.
 
     portions: cuts a share into what is worked on at once; ``work`` returns one result per item of a
     portion. collective: ``work`` needs the other ranks too (a sharded model), so those with fewer
     portions repeat one for them and drop its results. stop: called before every portion; once it is
-    true on one rank, `Stopped` is raised on all. All ranks call, with the same items.
+    true on one rank, `Stopped` is raised on all. finish: called once, with all results of this
+    rank, before they are gathered. All ranks call, with the same items.
     """
     if not items:
         return []
@@ -367,7 +369,7 @@ def split_work(
             results += work(mine[place])
         else:
             work(mine[0] if mine else items[:1])
-    parts = all_gather((results, ended))
+    parts = all_gather(([] if ended else finish(results), ended))
     if any(ended for _, ended in parts):
         raise Stopped
     return [result for part, _ in parts for result in part]

@@ -15,19 +15,21 @@ from kepo.errors import KepoConfigError, KepoDataError
 from kepo.models.sampling import SamplingParams
 from kepo.rollout.prompts import prompt_of
 from kepo.rollout.sampler import Sampler
-from kepo.tasks.rewards import accuracy
+from kepo.tasks.task import Task
 
 
 def evaluate(
     sampler: Sampler,
     examples: Sequence[Example],
+    task: Task,
     *,
     max_tokens: int,
     batch_size: int = 64,
     progress: bool = False,
     stop: Callable[[], bool] | None = None,
 ) -> dict[str, list[float]]:
-    """Return ``accuracy`` of each example's greedy answer, by modality in order of first sight.
+    """Return for each example 1.0 if its greedy answer is right, else 0.0; by modality in order of
+    first sight.
 
     Draws no random numbers. All ranks call, each answers its share, and all get the whole.
     progress: show a bar. stop: called after every batch on each rank; once it is true on one,
@@ -36,6 +38,7 @@ def evaluate(
     texts = greedy_answers(
         sampler,
         examples,
+        task,
         max_tokens=max_tokens,
         batch_size=batch_size,
         progress=progress,
@@ -43,13 +46,14 @@ def evaluate(
     )
     scores: dict[str, list[float]] = {}
     for example, text in zip(examples, texts, strict=True):
-        scores.setdefault(example.modality, []).append(accuracy(text, example.answer))
+        scores.setdefault(example.modality, []).append(float(task.is_right(text, example)))
     return scores
 
 
 def greedy_answers(
     sampler: Sampler,
     examples: Sequence[Example],
+    task: Task,
     *,
     max_tokens: int,
     batch_size: int = 64,
@@ -65,7 +69,7 @@ def greedy_answers(
 
     def work(batch: Sequence[Example]) -> list[str]:
         ids, mask, _ = sampler.sample(
-            [prompt_of(example) for example in batch],
+            [prompt_of(task, example) for example in batch],
             SamplingParams(max_tokens=max_tokens, temperature=0.0),
         )
         bar.update(len(batch))

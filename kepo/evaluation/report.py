@@ -28,12 +28,14 @@ from kepo.models.device import known_device
 from kepo.models.reading import encoder_of, read_config
 from kepo.models.vlm import VLM
 from kepo.rollout.encodable import Faults, Reader, faults_of, left_out, plain_reader
-from kepo.tasks.rewards import accuracy, parse_answer
+from kepo.sections import TaskConfig
+from kepo.tasks.environment import task_of
+from kepo.tasks.task import Task
 from kepo.words import at_home
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(TaskConfig):
     """Settings of an evaluation."""
 
     model: str
@@ -72,7 +74,7 @@ class Answer(NamedTuple):
     right: bool
     parsed: bool
     chance: float
-    """The chance of guessing it: one over the number of its options."""
+    """The chance of guessing it: of several options, one over their number."""
 
 
 def evaluation(settings: Evaluation) -> dict[str, Any]:
@@ -91,16 +93,18 @@ def evaluation(settings: Evaluation) -> dict[str, Any]:
         raise KepoConfigError(f"dtype={settings.dtype!r}; expected one of {', '.join(dtypes)}")
     known_device(settings.device)
     layout_of(settings.data)  # before a model is looked for, perhaps on the Hub
-    examples, report = questions(settings, reader_of(settings))
+    task = task_of(settings)
+    examples, report = questions(settings, task, reader_of(settings, task))
     vlm = VLM.load(settings.model, dtype=settings.dtype, device=settings.device)
     texts = greedy_answers(
         vlm,
         examples,
+        task,
         max_tokens=settings.max_completion_length,
         batch_size=settings.batch,
         progress=True,
     )
-    answers = [judged(example, text) for example, text in zip(examples, texts, strict=True)]
+    answers = [judged(task, *pair) for pair in zip(examples, texts, strict=True)]
     return {
         "settings": dataclasses.asdict(settings),
         "data": as_record(report),
@@ -108,14 +112,14 @@ def evaluation(settings: Evaluation) -> dict[str, Any]:
     }
 
 
-def reader_of(settings: Evaluation) -> Reader:
+def reader_of(settings: Evaluation, task: Task) -> Reader:
     """Return the model as a reader that is asked; only its config and encoder are read."""
     encoder = encoder_of(settings.model, read_config(settings.model))
-    return plain_reader(encoder, settings.max_completion_length)
+    return plain_reader(encoder, task, settings.max_completion_length)
 
 
 def questions(
-    settings: Evaluation, reader: Reader | None = None
+    settings: Evaluation, task: Task, reader: Reader | None = None
 ) -> tuple[list[Example], DataReport]:
     """Return the questions to ask, every image decoded once, and a report with the others' faults.
 
@@ -145,7 +149,7 @@ def questions(
         if unseen:
             digests |= digests_of(unseen, progress=True)
         elif unjudged and reader is not None:
-            faults |= faults_of(unjudged, [reader], progress=True)
+            faults |= faults_of(unjudged, task, [reader], progress=True)
             judged |= {e.id for e in unjudged}
         else:
             break
@@ -156,13 +160,13 @@ def questions(
     return chosen, dataclasses.replace(report, questions=len(chosen))
 
 
-def judged(example: Example, text: str) -> Answer:
+def judged(task: Task, example: Example, text: str) -> Answer:
     return Answer(
         example.modality,
         example.question_type,
-        right=accuracy(text, example.answer) == 1.0,
-        parsed=parse_answer(text) is not None,
-        chance=1 / len(example.options),
+        right=task.is_right(text, example),
+        parsed=task.answer_of(text) is not None,
+        chance=task.chance(example),
     )
 
 

@@ -25,7 +25,8 @@ from kepo.errors import KepoDataError
 from kepo.models.encoding import Encoder, Prompt
 from kepo.models.reading import encoder_of, read_config
 from kepo.rollout.hints import MAX_HINT_LENGTH
-from kepo.tasks.multiple_choice import hint_request, hinted_prompt, question_prompt, worked_answer
+from kepo.rollout.prompts import hint_prompt, prompt_of
+from kepo.tasks.task import Task
 
 Faults = dict[str, RecordProblem]
 """The problem of each faulty example, by example id."""
@@ -39,32 +40,33 @@ class Reader:
 
     name: str
     encoder: Encoder
-    prompts: Callable[[Example], Sequence[tuple[str, int]]]
-    """A function: example -> the texts that the model reads, and the most tokens that may follow
-    each."""
+    prompts: Callable[[Example], Sequence[tuple[Prompt, int]]]
+    """A function: example -> what the model reads, and the most tokens that may follow each."""
     completions: Callable[[Example], Sequence[str]] = lambda example: ()
     """A function that returns texts that are trained on as if the model had said them."""
 
 
-def judge_of(config: Config) -> Judge:
-    """Return the judge of a run's records: the student's encoder, plus the teacher's for records
-    that are trained on. Raises KepoCheckpointError if one cannot be read."""
+def judge_of(config: Config, task: Task) -> Judge:
+    """Return the judge of a run's records: the task, the student's encoder, and for records that
+    are trained on the teacher's. Raises KepoCheckpointError if one cannot be read."""
     limit = config.max_completion_length
     hint = min(MAX_HINT_LENGTH, limit)
 
-    def asked(example: Example) -> list[tuple[str, int]]:
+    def asked(example: Example) -> list[tuple[Prompt, int]]:
         if not config.hints:
-            return [(question_prompt(example), limit)]
-        return [(hinted_prompt(example, "", config.hint_gives_answer), hint + limit)]
+            return [(prompt_of(task, example), limit)]
+        hinted = prompt_of(task, example, "", gives_answer=config.hint_gives_answer)
+        return [(hinted, hint + limit)]
 
-    def asks_teacher(example: Example) -> list[tuple[str, int]]:
-        prompts = [(question_prompt(example), limit)] if config.distils else []
+    def asks_teacher(example: Example) -> list[tuple[Prompt, int]]:
+        prompts = [(prompt_of(task, example), limit)] if config.distils else []
         if config.hints:
-            prompts.append((hint_request(example, config.hint_with_answer), hint))
+            request = hint_prompt(task, example, with_answer=config.hint_with_answer)
+            prompts.append((request, hint))
         return prompts
 
     def given(example: Example) -> list[str]:
-        return [worked_answer(example)] if config.data_fraction > 0 else []
+        return [task.worked_answer(example)] if config.data_fraction > 0 else []
 
     student = _encoder_at(config.student)
     training = [Reader("student", student, asked, given)]
@@ -74,27 +76,30 @@ def judge_of(config: Config) -> Judge:
     def judge(
         examples: Sequence[Example], report: DataReport, trained: bool
     ) -> tuple[list[Example], DataReport]:
-        readers = training if trained else [plain_reader(student, limit)]
-        faults = faults_of(examples, readers, progress=True)
+        readers = training if trained else [plain_reader(student, task, limit)]
+        faults = faults_of(examples, task, readers, progress=True)
         return left_out(examples, report, faults, config.bad_records)
 
     return judge
 
 
-def plain_reader(encoder: Encoder, limit: int) -> Reader:
+def plain_reader(encoder: Encoder, task: Task, limit: int) -> Reader:
     """Return a reader that is asked the plain question and answers in at most ``limit`` tokens."""
-    return Reader("model", encoder, lambda example: [(question_prompt(example), limit)])
+    return Reader("model", encoder, lambda example: [(prompt_of(task, example), limit)])
 
 
 def faults_of(
-    examples: Sequence[Example], readers: Sequence[Reader], *, progress: bool = False
+    examples: Sequence[Example], task: Task, readers: Sequence[Reader], *, progress: bool = False
 ) -> Faults:
-    """Find the examples that a reader cannot be asked about; return the first fault of each.
+    """Find the examples that are unfit for the task, or that a reader cannot be asked about; return
+    the first fault of each.
 
     progress: show a bar.
     """
+    unfit = [(example, task.check(example)) for example in examples]
+    faults = {e.id: _problem(e, "task", f"it {why}") for e, why in unfit if why is not None}
+    examples = [example for example in examples if example.id not in faults]
     sizes = _sizes(path for example in examples for path in example.images)
-    faults: Faults = {}
     bar = tqdm(
         total=len(examples) * len(readers),
         desc="records",
@@ -144,12 +149,13 @@ def _faults(
     for example in examples:
         prompts = reader.prompts(example)
         fault = _text_fault(
-            [*(text for text, _ in prompts), *reader.completions(example)], reader
+            [*(t for prompt, _ in prompts for t in _texts(prompt)), *reader.completions(example)],
+            reader,
         ) or _image_fault(example, reader, sizes)
         if fault:
             faults.append((example, *fault))
             continue
-        asked += [(example, Prompt(text, example.images), room) for text, room in prompts]
+        asked += [(example, prompt, room) for prompt, room in prompts]
     positions = reader.encoder.positions
     if positions is None or not asked:
         return faults
@@ -165,6 +171,10 @@ def _faults(
             )
             faults.append((example, "prompt too long", message))
     return faults
+
+
+def _texts(prompt: Prompt) -> list[str]:
+    return [*(text for _, text in prompt.earlier), prompt.text]
 
 
 def _text_fault(texts: Sequence[str], reader: Reader) -> tuple[str, str] | None:

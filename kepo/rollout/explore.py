@@ -13,6 +13,7 @@ from kepo.rollout.questions import draw
 from kepo.rollout.rollouts import sample
 from kepo.rollout.types import Group, total_rewards
 from kepo.sections import HintConfig
+from kepo.tasks.environment import Environment
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Exploration:
 def explore(
     questions: Sequence[Example],
     models: Models,
+    env: Environment,
     config: HintConfig,
     hints: Hints,
     examples: Sequence[Example],
@@ -50,12 +52,13 @@ def explore(
     def answered(questions: Sequence[Example], extra_round: int = 0) -> list[Group]:
         started = time.perf_counter()
         stream = (step, extra_round)
+        count = config.num_generations
         groups = sample(
-            models.sampler, questions, config, num_generations=config.num_generations, stream=stream
+            models.sampler, questions, env, config, num_generations=count, stream=stream
         )
         sampled = time.perf_counter()
         if config.hints:
-            groups, report = rescue(groups, models, config, hints, stream)
+            groups, report = rescue(groups, models, env, config, hints, stream)
             found.report += report
             found.sampled += report.sampled
         found.asked += len(groups)

@@ -24,8 +24,8 @@ from kepo.rollout.questions import seed_of
 from kepo.rollout.rollouts import sample
 from kepo.rollout.types import Group, Rollout, reward_of, total_reward
 from kepo.sections import HintConfig
-from kepo.tasks.leaks import states_answer
-from kepo.tasks.multiple_choice import parse_hint
+from kepo.tasks.environment import Environment
+from kepo.tasks.task import Task
 
 MAX_HINT_LENGTH = 256
 
@@ -65,6 +65,7 @@ class RescueReport:
 def rescue(
     groups: Sequence[Group],
     models: Models,
+    env: Environment,
     config: HintConfig,
     hints: Hints,
     stream: tuple[object, ...] = (),
@@ -86,7 +87,7 @@ def rescue(
         return groups, RescueReport()
     assert models.teacher is not None, "a run with hints has a teacher"
     asked = [groups[place][0].example for place in helped]
-    written, retried = _learn_hints(models.teacher, asked, config, hints, stream)
+    written, retried = _learn_hints(models.teacher, asked, env.task, config, hints, stream)
     known = {place: hints[e.id] for place, e in zip(helped, asked, strict=True)}
     hint_of = {place: hint for place, hint in known.items() if hint}
     found: dict[int, Group] = {place: [] for place in hint_of}
@@ -98,6 +99,7 @@ def rescue(
         tries = sample(
             models.sampler,
             [groups[place][0].example for place in lacking],
+            env,
             config,
             num_generations=config.num_hinted,
             stream=(*stream, "hinted", attempt),
@@ -142,6 +144,7 @@ def succeeds(rollout: Rollout, config: HintConfig) -> bool:
 def write_hints(
     teacher: VLM,
     examples: Sequence[Example],
+    task: Task,
     config: HintConfig,
     stream: tuple[object, ...] | None = None,
 ) -> list[str | None]:
@@ -159,7 +162,7 @@ def write_hints(
 
     def work(some: Sequence[Example]) -> list[str]:
         ids, mask, _ = teacher.sample(
-            [hint_prompt(example, with_answer=config.hint_with_answer) for example in some],
+            [hint_prompt(task, one, with_answer=config.hint_with_answer) for one in some],
             params,
             seeds=None
             if stream is None
@@ -172,22 +175,24 @@ def write_hints(
     )
     encoder = teacher.encoder
     return [
-        hint if usable(hint, example, config, encoder) else None
-        for hint, example in zip(map(parse_hint, texts), examples, strict=True)
+        hint if usable(hint, example, task, config, encoder) else None
+        for hint, example in zip(map(task.hint_of, texts), examples, strict=True)
     ]
 
 
-def usable(hint: str | None, example: Example, config: HintConfig, encoder: Encoder) -> bool:
+def usable(
+    hint: str | None, example: Example, task: Task, config: HintConfig, encoder: Encoder
+) -> bool:
     """Return whether a hint may stand in a prompt.
 
     It was written whole, between one pair of tags; it holds no control tokens, which would end the
-    turn it stands in; and it states no answer (`states_answer`), unless ``leak_filter`` is off or
-    the student is told the answer anyway.
+    turn it stands in; and it does not give the answer away (`Task.gives_away`), unless
+    ``leak_filter`` is off or the student is told the answer anyway.
     """
     if hint is None or encoder.control_tokens_in(hint):
         return False
     filtered = config.leak_filter and not config.hint_gives_answer
-    return not (filtered and states_answer(hint, example))
+    return not (filtered and task.gives_away(hint, example))
 
 
 def replace_worst(group: Group, successes: Group, config: HintConfig) -> Group:
@@ -214,6 +219,7 @@ def _room(group: Group, config: HintConfig) -> int:
 def _learn_hints(
     teacher: VLM,
     examples: Sequence[Example],
+    task: Task,
     config: HintConfig,
     hints: Hints,
     stream: tuple[object, ...],
@@ -227,13 +233,13 @@ def _learn_hints(
     unknown = {e.id: e for e in examples if e.id not in hints}
     if not unknown:
         return 0, 0
-    hints |= zip(unknown, write_hints(teacher, list(unknown.values()), config), strict=True)
+    hints |= zip(unknown, write_hints(teacher, list(unknown.values()), task, config), strict=True)
     retried = 0
     for retry in range(config.hint_retries):
         again = [e for e in unknown.values() if hints[e.id] is None]
         if not again:
             break
-        written = write_hints(teacher, again, config, (*stream, "hint", retry))
+        written = write_hints(teacher, again, task, config, (*stream, "hint", retry))
         hints |= zip((e.id for e in again), written, strict=True)
         retried += len(again)
     return len(unknown), retried

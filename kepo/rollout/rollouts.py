@@ -16,13 +16,14 @@ from kepo.rollout.questions import seed_of
 from kepo.rollout.sampler import Sampler
 from kepo.rollout.types import Group, Rollout
 from kepo.sections import HintConfig, RewardConfig, SamplingConfig
-from kepo.tasks.multiple_choice import worked_answer
-from kepo.tasks.rewards import score
+from kepo.tasks.environment import Environment
+from kepo.tasks.task import Task
 
 
 def sample(
     sampler: Sampler,
     examples: Sequence[Example],
+    env: Environment,
     config: HintConfig,
     *,
     num_generations: int,
@@ -34,8 +35,8 @@ def sample(
     All ranks call it with the same examples; each samples its share, and all get the whole. stream:
     names the random numbers; with ``config.seed`` and the places of example and completion, it
     gives the same completion however the work is shared out. hints: one per example, shown with the
-    question. ``config`` gives length limit, temperature, top_p, the rewards, and how much is
-    generated at once.
+    question. The rewards of ``env`` are called once, on what this rank has sampled. ``config``
+    gives length limit, temperature, top_p, and how much is generated at once.
     """
     told: Sequence[str | None] = [None] * len(examples) if hints is None else hints
     asked = [
@@ -43,7 +44,7 @@ def sample(
             place,
             example,
             hint,
-            prompt_of(example, hint, gives_answer=config.hint_gives_answer),
+            prompt_of(env.task, example, hint, gives_answer=config.hint_gives_answer),
         )
         for place, (example, hint) in enumerate(zip(examples, told, strict=True))
     ]
@@ -65,13 +66,17 @@ def sample(
                 for number in range(num_generations)
             ],
         )
-        groups = _scored(some, sampled, sampler.encoder, config, num_generations)
+        groups = _rollouts(some, sampled, sampler.encoder, env.task, num_generations)
         return [(one.place, group) for one, group in zip(some, groups, strict=True)]
+
+    def scored(mine: list[tuple[int, Group]]) -> list[tuple[int, Group]]:
+        judge([rollout for _, group in mine for rollout in group], env)
+        return mine
 
     def portions(share: Sequence[_Asked]) -> Sequence[Sequence[_Asked]]:
         return _portions(share, sampler.encoder, config, num_generations)
 
-    found = dict(split_work(asked, work, portions, collective=sampler.collective))
+    found = dict(split_work(asked, work, portions, collective=sampler.collective, finish=scored))
     return [found[one.place] for one in asked]
 
 
@@ -104,17 +109,18 @@ def _portions(
     return portions
 
 
-def _scored(
+def _rollouts(
     asked: Sequence[_Asked],
     sampled: Sampled,
     encoder: Encoder,
-    config: RewardConfig,
+    task: Task,
     num_generations: int,
 ) -> list[Group]:
+    """Return what was sampled for each question, without rewards yet."""
     ids, mask, logprobs = sampled
     texts = encoder.decode(ids, mask)
     ended = (torch.isin(ids, torch.tensor(encoder.end_ids)) & mask).any(-1).tolist()
-    plain = [prompt_of(one.example) for one in asked]
+    plain = [prompt_of(task, one.example) for one in asked]
     groups: list[Group] = [[] for _ in asked]
     for row, text in enumerate(texts):
         place = row // num_generations
@@ -125,7 +131,6 @@ def _scored(
                 prompt=plain[place],
                 completion_ids=ids[row][mask[row]],
                 text=text,
-                rewards=_rewards(text, int(mask[row].sum()), one.example, config),
                 sampler_logprobs=logprobs[row][mask[row]],
                 hint=one.hint,
                 truncated=not ended[row],
@@ -135,12 +140,12 @@ def _scored(
 
 
 def demonstrations(
-    encoder: Encoder, examples: Sequence[Example], config: RewardConfig
+    encoder: Encoder, examples: Sequence[Example], env: Environment, config: RewardConfig
 ) -> list[Rollout]:
     """Return the dataset's own worked solution of each example, as a scored completion."""
     if not examples:
         return []
-    texts = [worked_answer(example) for example in examples]
+    texts = [env.task.worked_answer(example) for example in examples]
     ids, mask = encoder.encode_completions(texts)
     limit = config.max_completion_length
     rollouts = []
@@ -151,25 +156,22 @@ def demonstrations(
         rollouts.append(
             Rollout(
                 example=example,
-                prompt=prompt_of(example),
+                prompt=prompt_of(env.task, example),
                 completion_ids=kept,
                 text=cut[row],
-                rewards=_rewards(cut[row], len(kept), example, config),
                 truncated=len(tokens) > limit,
             )
         )
+    judge(rollouts, env)
     return rollouts
 
 
-def _rewards(text: str, length: int, example: Example, config: RewardConfig) -> dict[str, float]:
-    rewards = score(config.rewards, text, example.answer, example.id)
-    if config.overlong_buffer:
-        rewards["overlong"] = overlong_penalty(length, config)
-    return rewards
-
-
-def overlong_penalty(length: int, config: RewardConfig) -> float:
-    """Return DAPO's overlong penalty (Yu et al. 2025, eq. 13): 0 up to the buffer, then linear to
-    -1."""
-    start = config.max_completion_length - config.overlong_buffer
-    return -min(1.0, max(0, length - start) / config.overlong_buffer)
+def judge(rollouts: Sequence[Rollout], env: Environment) -> None:
+    """Give the rollouts their rewards."""
+    rewards = env.scores(
+        [rollout.example for rollout in rollouts],
+        [rollout.text for rollout in rollouts],
+        [rollout.completion_ids.tolist() for rollout in rollouts],
+    )
+    for rollout, reward in zip(rollouts, rewards, strict=True):
+        rollout.rewards = reward

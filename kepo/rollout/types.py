@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from kepo.config import TOTAL
 from kepo.data.example import Example
 from kepo.models.encoding import Prompt
 from kepo.sections import RewardConfig
+from kepo.tasks.rewards import reward_name
 
 
 @dataclass
@@ -25,7 +27,8 @@ class Rollout:
     completion_ids: Tensor
     """(T,) int64 sampled tokens, the end token included."""
     text: str
-    rewards: dict[str, float]
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    """The rewards by name; None where one does not apply to this completion."""
     sampler_logprobs: Tensor | None = None
     """(T,) fp32 log-probabilities under the law they were drawn from, prompt and hint included.
     None if it was not sampled."""
@@ -43,15 +46,19 @@ Group = list[Rollout]
 
 
 def total_reward(rollout: Rollout, config: RewardConfig) -> float:
-    """Return the weighted sum of a rollout's rewards, less the penalty for an overlong one."""
+    """Return the weighted sum of the rewards that apply to a rollout."""
     pairs = zip(config.rewards, config.reward_weights, strict=True)
-    total = sum(weight * rollout.rewards[name] for name, weight in pairs)
-    return total + rollout.rewards.get("overlong", 0.0)
+    each = [(rollout.rewards[reward_name(name)], weight) for name, weight in pairs]
+    return sum((weight * reward for reward, weight in each if reward is not None), 0.0)
 
 
 def reward_of(rollout: Rollout, name: str, config: RewardConfig) -> float:
-    """Return the reward of that name, or the total."""
-    return total_reward(rollout, config) if name == TOTAL else rollout.rewards[name]
+    """Return the reward of that name, or the total; -inf if it does not apply, which reaches no
+    threshold."""
+    if name == TOTAL:
+        return total_reward(rollout, config)
+    reward = rollout.rewards[reward_name(name)]
+    return -math.inf if reward is None else reward
 
 
 def total_rewards(groups: Sequence[Group], config: RewardConfig) -> Tensor:

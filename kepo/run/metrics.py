@@ -45,9 +45,11 @@ def step_metrics(
             "frac_reward_zero_std": (deviations == 0).float().mean().item(),
         }
         for name in rollouts[0].rewards:
-            column = torch.tensor([rollout.rewards[name] for rollout in rollouts])
-            values[f"rewards/{name}/mean"] = column.mean().item()
-            values[f"rewards/{name}/std"] = column.std().item()
+            given = [one for r in rollouts if (one := r.rewards[name]) is not None]
+            if len(given) > 1:
+                column = torch.tensor(given)
+                values[f"rewards/{name}/mean"] = column.mean().item()
+                values[f"rewards/{name}/std"] = column.std().item()
     if config.sampler_correction != "none":
         values |= {
             "sampling/importance_sampling_ratio/mean": totals.ratio / max(1, totals.ratio_tokens),

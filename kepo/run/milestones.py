@@ -43,6 +43,7 @@ def measure(run: Run, step: int) -> None:
             scores = evaluate(
                 sampler,
                 run.data.eval,
+                run.env.task,
                 max_tokens=config.max_completion_length,
                 batch_size=config.eval_batch,
                 stop=run.stop.noted,

@@ -27,6 +27,7 @@ from kepo.run.optimizer_state import Parameters, load_optimizer
 from kepo.run.progress import say
 from kepo.run.roles import load_policy, load_reference, load_sampler, load_teacher
 from kepo.run.signals import StopRequest
+from kepo.tasks.environment import Environment, environment_of
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Run:
     data: RunData
     inputs: dict[str, Any]
     """Digests of the teacher and the questions, for checkpoints to remember."""
+    env: Environment
+    """The task and the rewards."""
     models: Models
     parameters: Parameters
     """The parameters of the policy that are trained, by name."""
@@ -72,14 +75,18 @@ class Saved:
         return {name: hint for name, hint in known if name not in self.changed}
 
 
-def open_run(config: Config, device: torch.device, stop: StopRequest) -> Run | None:
+def open_run(
+    config: Config, device: torch.device, stop: StopRequest, env: Environment | None = None
+) -> Run | None:
     """Open a new run, or the one in ``config.run_dir`` as its last checkpoint has it.
 
-    Returns None if a signal asked to stop in the meantime: nothing has been trained then. All ranks
+    env: the task and the rewards; None means those that the config names. Returns None if a signal
+    asked to stop in the meantime: nothing has been trained then. All ranks
     call it, within the lock on the folder.
     """
     folder = Path(config.run_dir)
-    data = on_rank0(lambda: load_data(config, judge_of(config)))
+    env = environment_of(config) if env is None else env
+    data = on_rank0(lambda: load_data(config, judge_of(config, env.task)))
     same_images(data)
     say(data.summary)
     stop.agree()
@@ -115,6 +122,7 @@ def open_run(config: Config, device: torch.device, stop: StopRequest) -> Run | N
         stop=stop,
         data=data,
         inputs=inputs,
+        env=env,
         models=models,
         parameters=parameters,
         optimizer=optimizer,

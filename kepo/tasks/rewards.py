@@ -1,83 +1,237 @@
-"""The rewards of a completion: functions of its text and the right letter, and of nothing else.
+"""Rewards of completions, with TRL's signature, so that functions written for it work unchanged:
 
-The parser reads generated text, so it assumes bad faith: an answer counts only if there is exactly
-one answer block, it is the last thing said, it stands outside the reasoning, and it holds one
-letter.
+    def concise(completions, **columns) -> list[float | None]:
+        return [float(len(text) < 200) for text in completions]
+
+A function is called with lists of one length, by keyword: ``prompts``, ``completions``,
+``completion_ids`` (the tokens), and every field of the examples by its name, ``answer``,
+``options``, ``images``, ``modality`` and the data's own columns among them. It returns a number for
+each completion, or None where it does not apply. It may be ``async``. Where the examples came as
+``messages``, prompts and completions are chats (``completion[0]["content"]``), else texts.
 """
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import math
 import numbers
 import reprlib
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from kepo.data.characters import letter_of, shows_something
-from kepo.errors import KepoRewardError
+from kepo.data.example import Example
+from kepo.errors import KepoConfigError, KepoRewardError
+from kepo.named import found
+from kepo.sections import RewardConfig
+from kepo.tasks.task import Messages, Task
 
-Reward = Callable[[str, str], float]
+BUILT_IN = ("accuracy", "format", "overlong")
+"""The rewards that need no function of your own, by the names that configs, gates and logs use."""
 
 
-def accuracy(text: str, answer: str) -> float:
-    """Return 1.0 if the one answer block of ``text`` holds the letter ``answer``, else 0.0."""
-    return float(parse_answer(text) == answer)
+@dataclass(frozen=True)
+class OfOne:
+    """A reward of one completion by itself, as those of `BUILT_IN` are."""
+
+    of: Callable[[str, Example, list[int]], float]
+    """A function of the completion's text, its example and its tokens."""
 
 
-def format(text: str, answer: str) -> float:
-    """Return 1.0 if ``text`` is ``<think>...</think><answer>X</answer>`` with nothing around it,
-    else 0.0.
+Reward = Callable[..., Any] | OfOne
 
-    The first block must hold something to read: spaces, or characters that show nothing, are no
-    reasoning.
+
+def reward_name(reward: str | Reward) -> str:
+    """Return what a reward is called in gates and logs: the last part of its name in a recipe."""
+    if isinstance(reward, str):
+        return reward.rpartition(":")[2]
+    return getattr(reward, "__name__", None) or type(reward).__name__
+
+
+def rewards_of(
+    given: Sequence[str | Reward], task: Task, config: RewardConfig
+) -> dict[str, Reward]:
+    """Return the reward functions by their names; ``given`` are functions, or names of such.
+
+    Raises KepoConfigError for one that cannot be found or called, and for a name that comes twice.
     """
-    parts = _split(text)
-    if parts is None or letter_of(parts[2]) is None:
+    functions: dict[str, Reward] = {}
+    for reward in given:
+        name = reward_name(reward)
+        if name in functions:
+            raise KepoConfigError(f"rewards: two of them are called {name!r}; rename one")
+        if isinstance(reward, str):
+            reward = _built_in(reward, task, config) or found("rewards", reward)
+        if not (callable(reward) or isinstance(reward, OfOne)):
+            raise KepoConfigError(f"rewards: {name!r} is {reward!r}; expected a function")
+        functions[name] = reward
+    return functions
+
+
+def _built_in(name: str, task: Task, config: RewardConfig) -> Reward | None:
+    """Return the reward of that name among ours; None if the name is a function's, with a colon."""
+    if ":" in name:
+        return None
+    if name not in BUILT_IN:
+        raise KepoConfigError(
+            f"rewards has {name!r}; expected one of {', '.join(BUILT_IN)}, or a function of your "
+            "own as package.module:function or file.py:function"
+        )
+    ours: dict[str, Callable[[str, Example, list[int]], float]] = {
+        "accuracy": lambda text, example, ids: float(task.is_right(text, example)),
+        "format": lambda text, example, ids: float(task.is_formatted(text)),
+        "overlong": lambda text, example, ids: overlong_penalty(len(ids), config),
+    }
+    return OfOne(ours[name])
+
+
+def overlong_penalty(length: int, config: RewardConfig) -> float:
+    """Return DAPO's overlong penalty (Yu et al. 2025, eq. 13): 0 up to the buffer, then linear to
+    -1."""
+    if config.overlong_buffer == 0:
         return 0.0
-    before, reasoning, _ = parts
-    return float(before == "" and reasoning is not None and shows_something(reasoning))
+    start = config.max_completion_length - config.overlong_buffer
+    return -min(1.0, max(0, length - start) / config.overlong_buffer)
 
 
-REWARDS: dict[str, Reward] = {"accuracy": accuracy, "format": format}
-"""The rewards, by the names that configs, gates and logs use. Add your own function here."""
-
-
-def parse_answer(text: str) -> str | None:
-    """Return the upper-case letter of the one well-formed answer block; None if there is none.
-
-    A second or unclosed tag, an answer inside the reasoning, text after the block, and anything in
-    it but one letter A to Z also give None ("b", " B ", "B.", "B)" and "(B)" are the letter B).
-    """
-    parts = _split(text)
-    return None if parts is None else letter_of(parts[2])
-
-
-def score(names: Sequence[str], text: str, answer: str, example_id: str) -> dict[str, float]:
-    """Return the rewards in ``names`` of one completion, by name.
+def scores(
+    rewards: Mapping[str, Reward],
+    task: Task,
+    examples: Sequence[Example],
+    texts: Sequence[str],
+    completion_ids: Sequence[list[int]],
+) -> list[dict[str, float | None]]:
+    """Return the rewards of each completion, by name.
 
     A reward must be a Python, NumPy or torch number, which may be a bool, or an array or tensor
-    without dimensions. Raises KepoRewardError, which names reward and example, if a reward function
-    fails or returns anything else, None, NaN and infinities included: a made-up reward would
-    silently train the model on nonsense.
+    without dimensions; None leaves the completion out. Raises KepoRewardError, which names the
+    reward and the examples, if a function fails or returns anything else, NaN and infinities
+    included: a made-up reward would silently train the model on nonsense.
     """
-    scores = {}
-    for name in names:
+    if not texts:
+        return []
+    given = _arguments(task, examples, texts, completion_ids)
+    each = list(zip(texts, examples, completion_ids, strict=True))
+    pending: dict[str, Any] = {}
+    for name, reward in rewards.items():
         try:
-            value = REWARDS[name](text, answer)
+            if isinstance(reward, OfOne):
+                pending[name] = [reward.of(*one) for one in each]
+            else:
+                pending[name] = reward(**_taken(reward, given))
         except Exception as error:
+            raise _failed(name, examples, error) from error
+    waiting = {name: value for name, value in pending.items() if inspect.isawaitable(value)}
+    for name, result in _awaited(waiting).items():
+        if isinstance(result, Exception):
+            raise _failed(name, examples, result) from result
+        pending[name] = result
+    columns = {name: _numbers(name, value, examples) for name, value in pending.items()}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _arguments(
+    task: Task,
+    examples: Sequence[Example],
+    texts: Sequence[str],
+    completion_ids: Sequence[list[int]],
+) -> dict[str, list[Any]]:
+    """Return the lists that a reward function is given, by name."""
+    chats = [task.messages(example) for example in examples]
+    prompts: list[Messages | str] = [chat[-1]["content"] for chat in chats]
+    completions: list[Messages | str] = list(texts)
+    if _came_as_chat(examples[0]):
+        prompts = list(chats)
+        completions = [[{"role": "assistant", "content": text}] for text in texts]
+    records = [example.fields() for example in examples]
+    names = dict.fromkeys(name for record in records for name in record)
+    columns: dict[str, list[Any]] = {n: [record.get(n) for record in records] for n in names}
+    columns["prompts"], columns["completions"] = list(prompts), list(completions)
+    columns["completion_ids"] = list(completion_ids)
+    return columns
+
+
+def _taken(reward: Callable[..., Any], given: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Return the lists that a function takes: all, unless it has no ``**columns``."""
+    try:
+        parameters = inspect.signature(reward).parameters
+    except ValueError:  # of a function in C
+        return given
+    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        return given
+    return {name: values for name, values in given.items() if name in parameters}
+
+
+def _came_as_chat(example: Example) -> bool:
+    return any(isinstance(example.columns.get(name), list) for name in ("messages", "prompt"))
+
+
+def _awaited(waiting: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the coroutines return, all of them at once; an exception in place of a result.
+
+    They run in a loop of a thread of their own: a notebook has one that is running already.
+    """
+    if not waiting:
+        return {}
+    results: list[Any] = []
+
+    async def together() -> None:
+        results.extend(await asyncio.gather(*waiting.values(), return_exceptions=True))
+
+    thread = threading.Thread(target=_run, args=(together(),), name="rewards")
+    thread.start()
+    thread.join()
+    return dict(zip(waiting, results, strict=True))
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(work)
+
+
+def _failed(name: str, examples: Sequence[Example], error: BaseException) -> KepoRewardError:
+    return KepoRewardError(
+        f"rewards: {name!r} raised {type(error).__name__} on {_named(examples)}: {error}"
+    )
+
+
+def _named(examples: Sequence[Example]) -> str:
+    """Return the ids of examples, the first few of them."""
+    ids = [repr(name) for name in dict.fromkeys(example.id for example in examples)]
+    if len(ids) == 1:
+        return f"example {ids[0]}"
+    return f"examples {', '.join(ids[:3])}{f' and {len(ids) - 3} more' if len(ids) > 3 else ''}"
+
+
+def _numbers(name: str, values: Any, examples: Sequence[Example]) -> list[float | None]:
+    """Return a function's rewards as numbers, one for each completion."""
+    try:
+        found = list(values)
+    except TypeError:
+        raise KepoRewardError(
+            f"rewards: {name!r} returned {_shown(values)}; expected a list of {len(examples)} "
+            "numbers, one for each completion"
+        ) from None
+    if len(found) != len(examples):
+        raise KepoRewardError(
+            f"rewards: {name!r} returned {len(found)} numbers; expected {len(examples)}, one for "
+            "each completion"
+        )
+    checked: list[float | None] = []
+    for value, example in zip(found, examples, strict=True):
+        one = None if value is None else _number(value)
+        if one is None and value is not None:
             raise KepoRewardError(
-                f"rewards: {name!r} raised {type(error).__name__} on example {example_id!r}: "
-                f"{error}"
-            ) from error
-        number = _number(value)
-        if number is None:
-            shown = " ".join(reprlib.repr(value).split())
-            raise KepoRewardError(
-                f"rewards: {name!r} returned {shown} on example {example_id!r}; expected a finite "
-                "number, one for each completion"
+                f"rewards: {name!r} returned {_shown(value)} on example {example.id!r}; expected a "
+                "finite number, or None to leave the completion out"
             )
-        scores[name] = number
-    return scores
+        checked.append(one)
+    return checked
+
+
+def _shown(value: Any) -> str:
+    return " ".join(reprlib.repr(value).split())
 
 
 def _number(value: Any) -> float | None:
@@ -93,25 +247,3 @@ def _number(value: Any) -> float | None:
     except OverflowError:  # an integer too large for a float
         return None
     return number if math.isfinite(number) else None
-
-
-def _split(text: str) -> tuple[str, str | None, str] | None:
-    """Return (text before the first tag, reasoning or None, content of the answer block); None if
-    the text is malformed."""
-    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
-        return None
-    head, _, rest = text.partition("<answer>")
-    content, closed, tail = rest.partition("</answer>")
-    if not closed or tail.strip():
-        return None
-    opens, closes = text.count("<think>"), text.count("</think>")
-    if opens == closes == 0:
-        return head.strip(), None, content
-    if opens == 0 and closes == 1:  # opened elsewhere: no format, but the answer stands outside
-        reasoning, ended, between = head.partition("</think>")
-        return (head.strip(), None, content) if ended and not between.strip() else None
-    before, opened, thought = head.partition("<think>")
-    reasoning, ended, between = thought.partition("</think>")
-    if opens != 1 or closes != 1 or not opened or not ended or between.strip():
-        return None
-    return before.strip(), reasoning, content

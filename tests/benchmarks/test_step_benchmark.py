@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy import TASK
 
 from benchmarks.loop import processes, step, table, variants
 from benchmarks.loop.on_disk import NEVER, Sizes, read_sizes, write
@@ -95,7 +96,7 @@ def test_prompts_and_completions_have_the_lengths_that_were_asked_for(tmp_path):
     assert read_sizes(tmp_path) == sizes
     policy = VLM.load(tmp_path / "student")
     examples, _ = load_examples(tmp_path / "data")
-    shown = policy.encode([prompt_of(example) for example in examples])
+    shown = policy.encode([prompt_of(TASK, example) for example in examples])
     assert shown.input_ids.shape == (3, 131) and bool(shown.attention_mask.all())
     assert shown.mm_token_type_ids.sum(-1).tolist() == [25] * 3
     assert len({tuple(ids) for ids in shown.input_ids.tolist()}) == 3

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from toy import TASK
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +25,7 @@ def made(tmp_path_factory):
     # Untrained, it ends one time in hundreds, and a completion cut off is never a success.
     student = VLM.load(root / "student")
     asked = load_omnimedvqa(root / "data" / "train")[:8]
-    inputs = student.encode([prompt_of(example) for example in asked])
+    inputs = student.encode([prompt_of(TASK, example) for example in asked])
     torch.manual_seed(0)
     ids, mask, _ = student.generate(inputs, SamplingParams(max_tokens=8, temperature=1.0))
     with torch.no_grad():

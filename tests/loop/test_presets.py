@@ -12,11 +12,10 @@ from kepo import loop as train_module
 from kepo.config import load, presets
 from kepo.models.vlm import VLM
 from kepo.objective import step
-from kepo.rollout import hints
 from kepo.run import milestones, roles
 from kepo.run.metrics import read_metrics
-from kepo.tasks import rewards
-from kepo.tasks.multiple_choice import HINT_INSTRUCTION
+from kepo.tasks.multiple_choice import MultipleChoice
+from kepo.tasks.task import Task
 
 RULES = {}
 """By preset: what a run of it must show."""
@@ -60,10 +59,10 @@ def run(made, tmp_path, monkeypatch):
     watch(step, "drift_weights", lambda weights, *rest: seen.drift.append(weights))
     watch(VLM, "encode", lambda r, vlm, prompts: seen.asked.extend(p.text for p in prompts))
     monkeypatch.setattr(milestones, "plot_curves", lambda *_, **__: None)
-    monkeypatch.setattr(hints, "parse_hint", lambda text: "look left")
+    monkeypatch.setattr(MultipleChoice, "hint_of", lambda task, text: "look left")
     code = lambda text: zlib.crc32(text.encode())  # noqa: E731
-    monkeypatch.setitem(rewards.REWARDS, "accuracy", lambda text, _: float(code(text) % 4 == 1))
-    monkeypatch.setitem(rewards.REWARDS, "format", lambda text, _: float(code(text) % 5 in (1, 2)))
+    monkeypatch.setattr(MultipleChoice, "is_right", lambda t, text, e: code(text) % 4 == 1)
+    monkeypatch.setattr(MultipleChoice, "is_formatted", lambda t, text: code(text) % 5 in (1, 2))
 
     def start(name, **settings):
         shared = dict(steps=2, log_completions_every=1, lr=1e-4)
@@ -87,7 +86,7 @@ def total(seen, key):
 
 def about_hints(seen):
     """Prompts that ask the teacher for a hint, and those that show one to the student."""
-    requests = [text for text in seen.asked if text.endswith(HINT_INSTRUCTION)]
+    requests = [text for text in seen.asked if text.endswith(Task.hint_instruction)]
     return requests, [text for text in seen.asked if "\nHint: look left" in text]
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from toy import (
     BARE,
+    ENV,
     MALFORMED,
     RIGHT,
     WRONG,
@@ -20,8 +21,11 @@ from toy import (
     drawn_logprob,
     example,
     group_of,
+    hint_request,
+    hinted_prompt,
     models_of,
     pieces,
+    question_prompt,
     rollout,
 )
 
@@ -36,8 +40,7 @@ from kepo.objective.totals import StepTotals
 from kepo.rollout import hints, prompts
 from kepo.rollout import rollouts as rollout_module
 from kepo.rollout.types import total_reward
-from kepo.tasks import multiple_choice
-from kepo.tasks.multiple_choice import hint_request, hinted_prompt, question_prompt
+from kepo.tasks.task import Task
 from kepo_kernels import loss_weights
 
 CONFIG = Config(teacher="t", num_generations=4, num_hinted=2, max_attempts=3, impl="torch")
@@ -58,7 +61,7 @@ def failed(name="bad"):
 def rescue(groups, policy=None, teacher=None, config=CONFIG, known=None):
     known = {} if known is None else known
     return hints.rescue(
-        groups, models_of(policy or says(RIGHT), teacher or helper()), config, known
+        groups, models_of(policy or says(RIGHT), teacher or helper()), ENV, config, known
     )
 
 
@@ -119,7 +122,7 @@ def hints_several_per_prompt(patch):
 
     def doubled(teacher, examples, config):
         texts = [teacher.answer(hint_request(e, False), 0) for e in examples for _ in range(2)]
-        return [multiple_choice.parse_hint(text) for text in texts][: len(examples)]
+        return [TASK.hint_of(text) for text in texts][: len(examples)]
 
     patch.setattr(hints, "write_hints", doubled)
 
@@ -330,7 +333,9 @@ def odd_hints_do_not_end_the_run():
 
 
 def first_match_or_crash(patch):
-    patch.setattr(hints, "parse_hint", lambda text: re.search("<hint>(.*?)</hint>", text).group(1))
+    patch.setattr(
+        Task, "hint_of", lambda self, text: re.search("<hint>(.*?)</hint>", text).group(1)
+    )
 
 
 def braces_are_text():
@@ -339,14 +344,16 @@ def braces_are_text():
     for text in (
         question_prompt(odd),
         hint_request(odd, True),
-        multiple_choice.hinted_prompt(odd, "{h}"),
+        hinted_prompt(odd, "{h}"),
     ):
         assert text.startswith("Is {x} in {0} or {}?\nA. {a}\nB. %s\n")
-    assert "Hint: {h}" in multiple_choice.hinted_prompt(odd, "{h}")
+    assert "Hint: {h}" in hinted_prompt(odd, "{h}")
 
 
 def prompts_by_format(patch):
-    def formatted(example, hint, gives_answer=False):
-        return (question_prompt(example) + "\nHint: {hint}").format(hint=hint)
+    def formatted(self, messages, hint):
+        *earlier, last = messages
+        said = (last["content"] + "\nHint: {hint}").format(hint=hint)
+        return [*earlier, last | {"content": said}]
 
-    patch.setattr(multiple_choice, "hinted_prompt", formatted)
+    patch.setattr(Task, "with_hint", formatted)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from memory_run import ENVIRONMENT
 from small import config_of
+from toy import TASK
 
 from kepo.config import Config
 from kepo.planner.held import Machine
@@ -171,7 +172,7 @@ def prompts_of(config: Config) -> Prompts:
 
     encoder = VLM.load(config.student).encoder
     examples = load_data(config).train
-    inputs = encoder.encode([prompt_of(example) for example in examples])
+    inputs = encoder.encode([prompt_of(TASK, example) for example in examples])
     image = int(inputs.mm_token_type_ids[0].sum())
     return Prompts(inputs.input_ids.shape[1] - image, image)
 

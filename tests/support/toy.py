@@ -10,13 +10,16 @@ from types import SimpleNamespace
 import torch
 
 from kepo.config import Config
-from kepo.data.load import Example
+from kepo.data.load import LETTERS, Example
 from kepo.models.sampling import Sampled
 from kepo.rollout.models import Models
-from kepo.rollout.prompts import prompt_of
+from kepo.rollout.prompts import hint_prompt, prompt_of
 from kepo.rollout.types import Rollout
-from kepo.tasks.rewards import score
+from kepo.tasks.environment import environment_of
 
+ENV = environment_of(Config())
+TASK = ENV.task
+worked_answer = TASK.worked_answer
 RIGHT = "<think>x</think><answer>A</answer>"
 WRONG = "<think>x</think><answer>B</answer>"
 BARE = "<answer>A</answer>"  # right, but not in the format
@@ -39,11 +42,29 @@ def example(name: str, **fields: object) -> Example:
 
 
 def rollout(text: str, name: str = "q", config: Config | None = None, **facts: object) -> Rollout:
-    names = (config or Config()).rewards
+    env = environment_of(config or Config())
     ids = torch.tensor([*text.encode(), EOS])
     asked = example(name)
-    rewards = score(names, text, "A", name)
-    return Rollout(asked, prompt_of(asked), ids, text, rewards, **facts)
+    [rewards] = env.scores([asked], [text], [ids.tolist()])
+    return Rollout(asked, prompt_of(env.task, asked), ids, text, rewards, **facts)
+
+
+def judged(text: str, answer: str) -> dict[str, float | None]:
+    """The rewards of one completion, whose question has so many options that any letter is one."""
+    asked = example("q1", options=tuple(f"option {letter}" for letter in LETTERS), answer=answer)
+    return ENV.scores([asked], [text], [[1, 2, 3]])[0]
+
+
+def question_prompt(asked: Example) -> str:
+    return prompt_of(TASK, asked).text
+
+
+def hinted_prompt(asked: Example, hint: str, gives_answer: bool = False) -> str:
+    return prompt_of(TASK, asked, hint, gives_answer=gives_answer).text
+
+
+def hint_request(asked: Example, with_answer: bool) -> str:
+    return hint_prompt(TASK, asked, with_answer=with_answer).text
 
 
 def group_of(texts: str | list[str], name: str = "q", **facts: object) -> list[Rollout]:

@@ -11,6 +11,8 @@ from torch.nn.functional import cross_entropy
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
 
+from toy import TASK, hint_request, hinted_prompt, question_prompt, worked_answer
+
 from kepo.data.load import load_omnimedvqa
 from kepo.digits import warm_up
 from kepo.digits.dataset import write_digits
@@ -20,14 +22,12 @@ from kepo.digits.warm_up import (
     _sample,
     _schedule,
     train_supervised,
-    worked_answer,
     worked_hint,
 )
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.evaluation.greedy import evaluate, means, summary
 from kepo.models.encoding import Prompt
 from kepo.models.vlm import VLM
-from kepo.tasks.multiple_choice import hint_request, hinted_prompt, question_prompt
 from kepo_kernels import fused_linear_loss
 
 
@@ -109,18 +109,18 @@ def test_another_loss_would_be_seen(folder, examples, monkeypatch, fault):
 
 def test_training_learns_a_handful_by_heart_and_evaluate_sees_it(folder, examples):
     vlm = VLM.load(folder)
-    before = evaluate(vlm, examples, max_tokens=14)
+    before = evaluate(vlm, examples, TASK, max_tokens=14)
     assert means(before) == {
         example.modality: 0.0 for example in examples
     }  # random weights do not write the format
     losses = train_supervised(vlm, examples, steps=60, seed=0, **SETTINGS)
     assert len(losses) == 60 and losses[0] > 3 and losses[-1] < 0.05
     assert not vlm.model.training
-    table = evaluate(vlm, examples, max_tokens=14, batch_size=3)
+    table = evaluate(vlm, examples, TASK, max_tokens=14, batch_size=3)
     assert table == {example.modality: [1.0] for example in examples}
     wrong = [replace(e, answer="A" if e.answer != "A" else "B") for e in examples]
-    assert evaluate(vlm, wrong, max_tokens=14) == {e.modality: [0.0] for e in examples}
-    cut_off = evaluate(vlm, examples, max_tokens=3)
+    assert evaluate(vlm, wrong, TASK, max_tokens=14) == {e.modality: [0.0] for e in examples}
+    cut_off = evaluate(vlm, examples, TASK, max_tokens=3)
     assert cut_off == {e.modality: [0.0] for e in examples}
     # Every answer by itself, in the order of the questions, under its modality.
     one = [replace(e, modality="CT") for e in (examples[0], wrong[1], examples[2])]
@@ -188,9 +188,9 @@ def test_training_refuses_bad_settings_and_examples(folder, examples):
 
 def test_evaluate_and_summary_refuse_empty_tables(examples):
     with pytest.raises(KepoDataError, match="examples is empty"):
-        evaluate(None, [], max_tokens=4)
+        evaluate(None, [], TASK, max_tokens=4)
     with pytest.raises(KepoConfigError, match="batch_size is 0"):
-        evaluate(None, examples, max_tokens=4, batch_size=0)
+        evaluate(None, examples, TASK, max_tokens=4, batch_size=0)
     with pytest.raises(KepoDataError, match=r"'MRI'.*'CT'"):
         summary({"CT": 1.0}, "MRI")
     with pytest.raises(KepoDataError, match="one other modality"):

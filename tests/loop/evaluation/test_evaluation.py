@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import quirks
-from toy import ScriptedVLM
+from toy import TASK, ScriptedVLM
 
 from kepo.__main__ import main
 from kepo.evaluation import report as command
@@ -37,7 +37,7 @@ def scripted(monkeypatch):
 
     vlm = ScriptedVLM(answer)
     monkeypatch.setattr(command.VLM, "load", lambda path, **how: vlm)
-    monkeypatch.setattr(command, "reader_of", lambda settings: None)
+    monkeypatch.setattr(command, "reader_of", lambda settings, task: None)
     return vlm
 
 
@@ -48,7 +48,7 @@ def run(root, tmp_path, *words):
 
 def test_the_numbers_are_those_of_the_answers(root, scripted, tmp_path, capsys):
     found = run(root, tmp_path, "--batch", "7", "--max-completion-length", "99")
-    asked, _ = questions(Evaluation("", str(root)))
+    asked, _ = questions(Evaluation("", str(root)), TASK)
     assert len(asked) == quirks.GOOD == found["overall"]["questions"] == len(scripted.seen)
     # The same bookkeeping by hand, in the order of the questions.
     parsed = [number % 5 != 4 for number in range(len(asked))]
@@ -100,20 +100,20 @@ def test_a_limit_is_made_up_of_questions_whose_image_can_be_read(root, tmp_path)
     """As a run's eval_limit is; and no more images are decoded than that takes."""
     data = quirks.write_good(root, tmp_path / "data")
     (data / "Images" / "1.png").write_bytes(b"cut short")  # of quirks_02 and quirks_03
-    chosen, report = questions(Evaluation("", str(data), limit=2))
+    chosen, report = questions(Evaluation("", str(data), limit=2), TASK)
     names = sorted(e.id.removeprefix("quirks_") for e in chosen)
     assert names == ["01", "04", "05", "06", "08", "09"]
     assert report.counts() == {"image unreadable": 2} and report.questions == 6
     (data / "Images" / "9.png").write_bytes(b"cut short")
-    assert questions(Evaluation("", str(data), limit=2))[1] == report
-    assert questions(Evaluation("", str(data)))[1].counts() == {"image unreadable": 4}
+    assert questions(Evaluation("", str(data), limit=2), TASK)[1] == report
+    assert questions(Evaluation("", str(data)), TASK)[1].counts() == {"image unreadable": 4}
 
 
 def test_the_scores_of_a_run_are_the_same(root):
-    examples, _ = questions(Evaluation("", str(root)))
-    scores = evaluate(ScriptedVLM(lambda *_: says("A")), examples, max_tokens=99)
-    texts = greedy_answers(ScriptedVLM(lambda *_: says("A")), examples, max_tokens=99)
-    answers = [command.judged(e, text) for e, text in zip(examples, texts, strict=True)]
+    examples, _ = questions(Evaluation("", str(root)), TASK)
+    scores = evaluate(ScriptedVLM(lambda *_: says("A")), examples, TASK, max_tokens=99)
+    texts = greedy_answers(ScriptedVLM(lambda *_: says("A")), examples, TASK, max_tokens=99)
+    answers = [command.judged(TASK, e, text) for e, text in zip(examples, texts, strict=True)]
     table = command.tabulated(answers)
     for name, mine in (
         ("modalities", scores),

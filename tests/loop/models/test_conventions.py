@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 from families import FAMILIES
 from folders import change_json, change_template, change_text_config, make_special
 from small import config_of
+from toy import ENV, judged
 
 from kepo.errors import KepoCheckpointError, KepoConfigError
 from kepo.loop import train
@@ -21,7 +22,6 @@ from kepo.models.sampling import Sampled, SamplingParams
 from kepo.models.vlm import VLM
 from kepo.objective.sod import step_numbers
 from kepo.rollout.rollouts import demonstrations, sample
-from kepo.tasks.rewards import accuracy, format
 
 CPU = torch.device("cpu")
 SAID = "<think>3 + 5 = 8</think><answer>C</answer>"
@@ -59,9 +59,9 @@ def test_an_answer_begins_where_the_template_opened_it(folder, opens):
 
     (text,) = vlm.decode(*rows(vlm, "3 + 5 = 8</think>\n\n<answer>C</answer>"))
     assert text == opened + "3 + 5 = 8</think>\n\n<answer>C</answer>"
-    assert (accuracy(text, "C"), format(text, "C")) == (1.0, 1.0)
+    assert judged(text, "C") == {"accuracy": 1.0, "format": 1.0}
     (never_closed,) = vlm.decode(*rows(vlm, "so <answer>C</answer>"))
-    assert accuracy(never_closed, "C") == 0.0
+    assert judged(never_closed, "C")["accuracy"] == 0.0
 
 
 def test_a_template_that_closes_what_it_opens_says_nothing_for_the_model(folder):
@@ -92,13 +92,13 @@ def test_worked_answers_do_not_open_twice(folder, made):
     ]
     decoded = vlm.decode(ids, mask)
     assert decoded[0] == "<think>\n3 + 5 = 8</think><answer>C</answer>"
-    assert [accuracy(text, "C") for text in decoded[:3]] == [1.0, 1.0, 1.0]
+    assert [judged(text, "C")["accuracy"] for text in decoded[:3]] == [1.0, 1.0, 1.0]
 
     from kepo.data.load import load_omnimedvqa
 
     example = load_omnimedvqa(made / "data" / "train")[0]
     config = config_of(made, made, max_completion_length=64)
-    (given,) = demonstrations(vlm.encoder, [example], config)
+    (given,) = demonstrations(vlm.encoder, [example], ENV, config)
     assert given.rewards["accuracy"] == given.rewards["format"] == 1.0 and not given.truncated
     assert token(vlm, "<think>") not in given.completion_ids
 
@@ -174,7 +174,7 @@ def test_every_end_token_ends_a_completion(folder, made, monkeypatch):
     drawn = Sampled(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(ids.shape))
     monkeypatch.setattr(vlm, "sample", lambda *args, **settings: drawn)
     example = load_omnimedvqa(made / "data" / "train")[0]
-    (group,) = sample(vlm, [example], config_of(made, made), num_generations=3)
+    (group,) = sample(vlm, [example], ENV, config_of(made, made), num_generations=3)
     assert [rollout.truncated for rollout in group] == [False, False, True]
     assert [rollout.text for rollout in group[:2]] == [text, text]
 

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy import MALFORMED, RIGHT, WRONG, example, group_of, pieces, rollout
+from toy import MALFORMED, RIGHT, WRONG, example, group_of, pieces, question_prompt, rollout
 
 from kepo.config import Config
 from kepo.objective.batch import collate, gates
-from kepo.tasks.multiple_choice import question_prompt
 from kepo_kernels import loss_weights
 
 CONFIG = Config(teacher="t", num_generations=2, hint_trigger="never")

@@ -5,7 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy import BARE, MALFORMED, RIGHT, WRONG, TableVLM, drawn_logprob, group_of, pieces, rollout
+from toy import (
+    BARE,
+    ENV,
+    MALFORMED,
+    RIGHT,
+    WRONG,
+    TableVLM,
+    drawn_logprob,
+    group_of,
+    pieces,
+    question_prompt,
+    rollout,
+)
 
 from kepo.config import Config, load
 from kepo.objective import score as score_module
@@ -17,7 +29,6 @@ from kepo.objective.sod import drift_weights
 from kepo.objective.step import kepo_step
 from kepo.objective.totals import StepTotals
 from kepo.rollout.rollouts import demonstrations
-from kepo.tasks.multiple_choice import question_prompt
 from kepo_kernels import reference
 
 CONFIG = Config(teacher="t", num_generations=2, max_completion_length=64, impl="torch")
@@ -140,7 +151,7 @@ def test_sft_has_the_gradient_of_cross_entropy_on_the_worked_answers(models):
     policy, _ = models
     examples = [r.example for r in (rollout(RIGHT, "a"), rollout(RIGHT, "b"), rollout(RIGHT, "c"))]
     examples[1] = replace(examples[1], rationale="because it is so", answer="B")
-    data = demonstrations(policy, examples, config)
+    data = demonstrations(policy, examples, ENV, config)
     batch = collate([], config, data)
     mask = batch.completion_mask
     loss = torch.nn.functional.cross_entropy(policy.logits(batch)[mask], batch.completion_ids[mask])

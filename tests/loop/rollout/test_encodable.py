@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 from families import FAMILIES, pictures
 from folders import change_text_config
 from PIL import Image
+from toy import TASK, hint_request, hinted_prompt, question_prompt
 
 from kepo.__main__ import main
 from kepo.config import Config
@@ -23,7 +24,6 @@ from kepo.loop import train
 from kepo.models.encoding import Prompt
 from kepo.models.vlm import VLM
 from kepo.rollout.encodable import faults_of, judge_of, plain_reader
-from kepo.tasks.multiple_choice import hint_request, hinted_prompt, question_prompt
 
 LIMIT = 8
 
@@ -60,7 +60,7 @@ def settings(student: Path, root: Path, run_dir: Path, **more) -> Config:
 def found(config: Config) -> list[tuple[str, str]]:
     """Kind and place of every record that a run's judge leaves out of training."""
     examples, report = load_examples(config.train_data)
-    kept, report = judge_of(config)(examples, report, True)
+    kept, report = judge_of(config, TASK)(examples, report, True)
     assert report.questions == len(kept) == len(examples) - len(report.problems)
     left = {e.id for e in examples} - {e.id for e in kept}
     assert [p.where for p in report.problems] == [
@@ -87,7 +87,7 @@ def test_control_tokens_in_a_text_make_a_bad_record(tinies, root, tmp_path, fiel
     assert found(config) == [("text refused", "question 'quirks_14'")]
     with pytest.raises(KepoDataError, match=r"'quirks_14': its text has the control tokens <\|\w"):
         load_data(
-            replace(config, bad_records="fail"), judge_of(replace(config, bad_records="fail"))
+            replace(config, bad_records="fail"), judge_of(replace(config, bad_records="fail"), TASK)
         )
 
 
@@ -102,7 +102,7 @@ def test_half_a_character_is_a_bad_record(student, root):
     examples, _ = load_examples(root)
     for changes in ({"question": "a \ud800"}, {"options": ("x", "\udc00 y")}):
         broken = [replace(examples[0], **changes), examples[1]]
-        (fault,) = faults_of(broken, [plain_reader(student.encoder, LIMIT)]).items()
+        (fault,) = faults_of(broken, TASK, [plain_reader(student.encoder, TASK, LIMIT)]).items()
         assert fault[0] == examples[0].id and fault[1].kind == "text refused"
         assert "half a character" in fault[1].message
 
@@ -195,7 +195,7 @@ def test_a_prompt_may_fill_the_positions_and_not_exceed_them(
         model = model_of(tinies, tmp_path / str(positions), positions)
         config = settings(model, root, tmp_path)
         assert found(config) == expected
-    _, report = judge_of(config)(*load_examples(root), True)
+    _, report = judge_of(config, TASK)(*load_examples(root), True)
     assert f"and up to {LIMIT} may follow; the student has {positions} positions" in str(
         report.problems[0]
     )
@@ -219,7 +219,7 @@ def test_room_for_a_hint_is_kept_and_the_teacher_is_asked_too(
         config = settings(
             models[student_has], root, tmp_path, teacher=str(models[teacher_has]), **hinted
         )
-        judge, (examples, report) = judge_of(config), load_examples(root)
+        judge, (examples, report) = judge_of(config, TASK), load_examples(root)
         problems = judge(examples, report, True)[1].problems
         assert [p.where for p in problems] == ([f"question {name!r}"] if whose else [])
         assert all(f"the {whose} has" in p.message for p in problems)
@@ -256,12 +256,12 @@ def test_a_run_that_must_not_leave_any_out_ends_before_it_begins(tinies, root, t
 def test_nothing_left_is_said(tinies, root, tmp_path):
     model = model_of(tinies, tmp_path / "small", 20)
     with pytest.raises(KepoDataError, match=r"(?s)prompt too long 29.*no question is left"):
-        judge_of(settings(model, root, tmp_path))(*load_examples(root), True)
+        judge_of(settings(model, root, tmp_path), TASK)(*load_examples(root), True)
 
 
 def test_a_student_that_cannot_be_read_is_said_before_data_is_judged(root, tmp_path):
     with pytest.raises(KepoCheckpointError, match=r"cannot load .*expected config\.json"):
-        judge_of(settings(tmp_path, root, tmp_path))
+        judge_of(settings(tmp_path, root, tmp_path), TASK)
 
 
 def test_an_evaluation_leaves_them_out_and_asks_others_in_their_place(

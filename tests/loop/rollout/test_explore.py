@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from toy import BARE, RIGHT, WRONG, ScriptedVLM, example, group_of, models_of
+from toy import BARE, ENV, RIGHT, WRONG, ScriptedVLM, example, group_of, models_of
 
 from kepo.config import Config
 from kepo.rollout.explore import explore, is_dull
@@ -25,7 +25,7 @@ def answering(lively):
 def run(policy, config=CONFIG, step=1, teacher=None, hints=None):
     questions = draw(EXAMPLES, config, step)
     hints = {} if hints is None else hints
-    found = explore(questions, models_of(policy, teacher), config, hints, EXAMPLES, step)
+    found = explore(questions, models_of(policy, teacher), ENV, config, hints, EXAMPLES, step)
     return questions, found
 
 
@@ -100,7 +100,7 @@ def test_exchange_depends_on_seed_and_step_alone():
 
 def test_nothing_to_ask_is_nothing_found():
     policy = answering(())
-    found = explore([], models_of(policy), CONFIG, {}, EXAMPLES, 1)
+    found = explore([], models_of(policy), ENV, CONFIG, {}, EXAMPLES, 1)
     assert found.groups == [] and policy.seen == [] and found.sampled == 0
 
 

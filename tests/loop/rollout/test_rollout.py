@@ -6,20 +6,32 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from toy import MALFORMED, RIGHT, WRONG, ScriptedVLM, drawn_logprob, example, rollout
+from toy import (
+    ENV,
+    MALFORMED,
+    RIGHT,
+    WRONG,
+    ScriptedVLM,
+    drawn_logprob,
+    example,
+    hinted_prompt,
+    question_prompt,
+    rollout,
+)
 
 from kepo.config import Config
 from kepo.models.encoding import Prompt
-from kepo.rollout.rollouts import demonstrations, overlong_penalty, sample
+from kepo.rollout.rollouts import demonstrations, sample
 from kepo.rollout.types import reward_of, total_reward, total_rewards
-from kepo.tasks.multiple_choice import hinted_prompt, question_prompt
+from kepo.tasks.environment import environment_of
+from kepo.tasks.rewards import overlong_penalty
 
 CONFIG = Config()
 
 
 def test_every_example_gets_its_group_in_order():
     policy = ScriptedVLM(lambda prompt, nth: RIGHT if "q1" in prompt and nth == 1 else WRONG)
-    groups = sample(policy, [example("q0"), example("q1")], CONFIG, num_generations=3)
+    groups = sample(policy, [example("q0"), example("q1")], ENV, CONFIG, num_generations=3)
     assert [[r.example.id for r in group] for group in groups] == [["q0"] * 3, ["q1"] * 3]
     assert [[r.rewards["accuracy"] for r in group] for group in groups] == [[0, 0, 0], [0, 1, 0]]
     assert (
@@ -36,6 +48,7 @@ def test_batching_of_generation_changes_nothing(rollout_batch):
     groups = sample(
         policy,
         [example(name) for name in names],
+        ENV,
         config,
         num_generations=2,
         hints=[f"hint for {name}" for name in names],
@@ -71,7 +84,7 @@ def test_tokens_generated_at_once_are_bounded(most, rollout_batch):
     lengths = [1, 200, 3, 4, 90, 5, 6, 7, 8]
     examples = [example(f"q{place}", question="x" * n) for place, n in enumerate(lengths)]
     sampler = Measured()
-    groups = sample(sampler, examples, config, num_generations=2)
+    groups = sample(sampler, examples, ENV, config, num_generations=2)
     prompts = sorted(map(question_prompt, examples), key=len)
     asked = [text for call in sampler.calls for text in call]
     assert asked == prompts or len(sampler.calls) == 1  # those of one length class together
@@ -89,7 +102,7 @@ def test_tokens_generated_at_once_are_bounded(most, rollout_batch):
 
 def test_tokens_keep_the_end_and_drop_the_padding():
     policy = ScriptedVLM(lambda prompt, nth: ["abc", "a"][nth])
-    long, short = sample(policy, [example("q")], CONFIG, num_generations=2)[0]
+    long, short = sample(policy, [example("q")], ENV, CONFIG, num_generations=2)[0]
     assert long.completion_ids.tolist() == [*b"abc", 0]
     assert short.completion_ids.tolist() == [*b"a", 0]
     for kept in (long, short):  # a number per token, of the prompt that was shown
@@ -99,7 +112,7 @@ def test_tokens_keep_the_end_and_drop_the_padding():
 
 def test_the_law_with_the_hint_is_what_is_kept_of_a_hinted_completion():
     policy = ScriptedVLM(lambda prompt, nth: "abc")
-    (r,) = sample(policy, [example("q")], CONFIG, num_generations=1, hints=["left"])[0]
+    (r,) = sample(policy, [example("q")], ENV, CONFIG, num_generations=1, hints=["left"])[0]
     told = [drawn_logprob("Hint: left", place) for place in range(4)]
     assert r.hinted and r.sampler_logprobs.tolist() == pytest.approx(told)
 
@@ -107,9 +120,9 @@ def test_the_law_with_the_hint_is_what_is_kept_of_a_hinted_completion():
 def test_a_rollout_carries_the_plain_question_whatever_was_shown():
     asked, policy = example("q"), ScriptedVLM(lambda prompt, nth: "abc")
     plain = Prompt(question_prompt(asked), asked.images)
-    (told,) = sample(policy, [asked], CONFIG, num_generations=1, hints=["left"])[0]
-    (own,) = sample(policy, [asked], CONFIG, num_generations=1)[0]
-    (given,) = demonstrations(policy, [asked], CONFIG)
+    (told,) = sample(policy, [asked], ENV, CONFIG, num_generations=1, hints=["left"])[0]
+    (own,) = sample(policy, [asked], ENV, CONFIG, num_generations=1)[0]
+    (given,) = demonstrations(policy, [asked], ENV, CONFIG)
     assert policy.seen == [hinted_prompt(asked, "left"), plain.text]
     assert told.prompt == own.prompt == given.prompt == plain
 
@@ -122,7 +135,7 @@ def test_every_completion_keeps_its_own_numbers():
             return drawn._replace(logprobs=-rows.expand_as(drawn.ids))
 
     policy = Numbered(lambda prompt, nth: ["abc", "a"][nth])
-    groups = sample(policy, [example("a"), example("b")], CONFIG, num_generations=2)
+    groups = sample(policy, [example("a"), example("b")], ENV, CONFIG, num_generations=2)
     kept = [r.sampler_logprobs.tolist() for group in groups for r in group]
     assert kept == [[-0.0] * 4, [-1.0] * 2, [-2.0] * 4, [-3.0] * 2]
 
@@ -130,7 +143,7 @@ def test_every_completion_keeps_its_own_numbers():
 def test_a_completion_cut_off_is_marked():
     policy = ScriptedVLM(lambda prompt, nth: ["abcdef", "abc"][nth])
     config = replace(CONFIG, max_completion_length=4)
-    cut, whole = sample(policy, [example("q")], config, num_generations=2)[0]
+    cut, whole = sample(policy, [example("q")], ENV, config, num_generations=2)[0]
     assert cut.truncated and cut.completion_ids.tolist() == [*b"abcd"]
     assert not whole.truncated
 
@@ -141,7 +154,7 @@ def test_a_completion_cut_off_is_marked():
 def test_demonstrations_are_the_worked_answers_and_nobody_sampled_them():
     policy = ScriptedVLM(lambda prompt, nth: WRONG)
     first, second = demonstrations(
-        policy, [example("a", rationale="x"), example("b", answer="B")], CONFIG
+        policy, [example("a", rationale="x"), example("b", answer="B")], ENV, CONFIG
     )
     assert (first.text, second.text) == (RIGHT, "<answer>B</answer>")
     assert first.completion_ids.tolist() == [*RIGHT.encode(), 0]
@@ -150,12 +163,12 @@ def test_demonstrations_are_the_worked_answers_and_nobody_sampled_them():
     assert second.rewards == {"accuracy": 1.0, "format": 0.0}
     for r in (first, second):
         assert r.sampler_logprobs is None and not r.hinted and not r.truncated
-    assert policy.seen == [] and demonstrations(policy, [], CONFIG) == []
+    assert policy.seen == [] and demonstrations(policy, [], ENV, CONFIG) == []
 
 
 def test_a_demonstration_too_long_is_cut_and_says_so():
     config = replace(CONFIG, max_completion_length=5)
-    (r,) = demonstrations(ScriptedVLM(lambda p, n: ""), [example("a")], config)
+    (r,) = demonstrations(ScriptedVLM(lambda p, n: ""), [example("a")], ENV, config)
     assert r.truncated and r.completion_ids.tolist() == [*b"<answ"]
     # It is judged by what is left: a gate on accuracy must not open for half an answer.
     assert r.text == "<answ" and r.rewards == {"accuracy": 0.0, "format": 0.0}
@@ -185,12 +198,14 @@ def test_overlong_completions_are_fined_in_a_line_to_one(length, fine):
 
 
 def test_the_fine_counts_tokens_and_is_part_of_the_total_and_only_there():
-    config = replace(CONFIG, max_completion_length=40, overlong_buffer=10)
+    names = ("accuracy", "format", "overlong")
+    config = replace(CONFIG, max_completion_length=40, overlong_buffer=10, rewards=names)
+    config = replace(config, reward_weights=(1.0, 1.0, 1.0))
     policy = ScriptedVLM(lambda prompt, nth: [RIGHT, "<answer>A</answer>"][nth])
-    group = sample(policy, [example("q")], config, num_generations=2)[0]
+    group = sample(policy, [example("q")], environment_of(config), config, num_generations=2)[0]
     assert [len(r.completion_ids) for r in group] == [35, 19]  # the end token counts
     assert [r.rewards["overlong"] for r in group] == [-0.5, 0.0]
     assert total_rewards([group], config).tolist() == [[1.5, 1.0]]
     assert [reward_of(r, "accuracy", config) for r in group] == [1.0, 1.0]
-    (unfined,) = sample(policy, [example("r")], CONFIG, num_generations=1)[0]
+    (unfined,) = sample(policy, [example("r")], ENV, CONFIG, num_generations=1)[0]
     assert "overlong" not in unfined.rewards

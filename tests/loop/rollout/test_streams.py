@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from toy import example
+from toy import ENV, example
 
 pytest.importorskip("transformers")
 
@@ -178,9 +178,8 @@ def test_how_much_is_generated_at_once_changes_no_completion(vlm, images):
     config = Config(max_completion_length=6, seed=5)
 
     def tokens(stream=("a", 1), examples=asked, **settings):
-        groups = sample(
-            vlm, examples, replace(config, **settings), num_generations=2, stream=stream
-        )
+        law = replace(config, **settings)
+        groups = sample(vlm, examples, ENV, law, num_generations=2, stream=stream)
         return [r.completion_ids.tolist() for group in groups for r in group]
 
     whole = tokens()

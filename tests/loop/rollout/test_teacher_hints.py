@@ -3,7 +3,19 @@
 from dataclasses import replace
 
 import pytest
-from toy import MALFORMED, RIGHT, WRONG, ScriptedVLM, example, group_of, models_of
+from toy import (
+    ENV,
+    MALFORMED,
+    RIGHT,
+    TASK,
+    WRONG,
+    ScriptedVLM,
+    example,
+    group_of,
+    hint_request,
+    hinted_prompt,
+    models_of,
+)
 
 from kepo.check import check_settings
 from kepo.config import Config
@@ -17,7 +29,6 @@ from kepo.rollout.hints import (
     write_hints,
 )
 from kepo.tasks.leaks import states_answer
-from kepo.tasks.multiple_choice import hint_request, hinted_prompt
 
 CONFIG = Config(teacher="t", num_generations=2, num_hinted=2, max_attempts=3)
 
@@ -38,7 +49,7 @@ def test_teacher_is_told_the_answer_only_when_asked_to():
     for with_answer in (False, True):
         helper = teacher()
         config = replace(CONFIG, hint_with_answer=with_answer)
-        rescue([failed_group()], models_of(solver(), helper), config, {})
+        rescue([failed_group()], models_of(solver(), helper), ENV, config, {})
         assert helper.seen == [hint_request(example("bad"), with_answer)]
         assert ("The answer is A" in helper.seen[0]) == with_answer
 
@@ -47,7 +58,7 @@ def test_student_is_told_the_answer_only_when_asked_to():
     for gives_answer in (False, True):
         policy = solver()
         config = replace(CONFIG, hint_gives_answer=gives_answer)
-        rescue([failed_group()], models_of(policy, teacher()), config, {})
+        rescue([failed_group()], models_of(policy, teacher()), ENV, config, {})
         assert policy.seen == [hinted_prompt(example("bad"), "look left", gives_answer)] * 2
         assert ("The answer is A" in policy.seen[0]) == gives_answer
 
@@ -55,7 +66,7 @@ def test_student_is_told_the_answer_only_when_asked_to():
 def test_each_group_gets_its_own_hint():
     helper = ScriptedVLM(lambda prompt, nth: f"<hint>{prompt.split('?')[0]}</hint>")
     policy = solver()
-    rescue([failed_group("b1"), failed_group("b2")], models_of(policy, helper), CONFIG, {})
+    rescue([failed_group("b1"), failed_group("b2")], models_of(policy, helper), ENV, CONFIG, {})
     asked = [hinted_prompt(example(name), f"question {name}") for name in ("b1", "b2")]
     assert policy.seen == [asked[0]] * 2 + [asked[1]] * 2
 
@@ -68,6 +79,7 @@ def test_hints_stay_with_their_questions_where_some_are_unusable_or_known():
     groups, report = rescue(
         [failed_group(f"b{i}") for i in range(5)],
         models_of(policy, ScriptedVLM(writes)),
+        ENV,
         CONFIG,
         hints,
     )
@@ -84,7 +96,7 @@ def test_hints_stay_with_their_questions_where_some_are_unusable_or_known():
 )
 def test_an_unusable_hint_leaves_the_group_alone(text):
     policy, group = solver(), failed_group()
-    groups, report = rescue([group], models_of(policy, teacher(text)), CONFIG, {})
+    groups, report = rescue([group], models_of(policy, teacher(text)), ENV, CONFIG, {})
     assert groups == [group] and not policy.seen and report.unhinted == 1
     assert (report.groups, report.attempts, report.rescued) == (1, 0, 0)
 
@@ -92,7 +104,11 @@ def test_an_unusable_hint_leaves_the_group_alone(text):
 def test_a_hint_of_several_lines_is_a_hint():
     policy = solver()
     _, report = rescue(
-        [failed_group()], models_of(policy, teacher("So: <hint>look\nleft </hint>")), CONFIG, {}
+        [failed_group()],
+        models_of(policy, teacher("So: <hint>look\nleft </hint>")),
+        ENV,
+        CONFIG,
+        {},
     )
     assert policy.seen == [hinted_prompt(example("bad"), "look\nleft")] * 2
     assert report.unhinted == 0
@@ -108,7 +124,7 @@ def test_the_teacher_writes_greedily_and_no_longer_than_a_completion_may_be():
 
     helper = Spy(lambda prompt, nth: "<hint>left</hint>")
     for length in (40, 1000):
-        write_hints(helper, [example("a")], replace(CONFIG, max_completion_length=length))
+        write_hints(helper, [example("a")], TASK, replace(CONFIG, max_completion_length=length))
     assert [params.max_tokens for params in asked] == [40, MAX_HINT_LENGTH]
     assert all(params.greedy and params.n == 1 for params in asked)
 
@@ -118,11 +134,11 @@ def test_the_teacher_writes_greedily_and_no_longer_than_a_completion_may_be():
 
 def test_a_known_example_is_not_asked_about_again():
     helper, hints = teacher(), {}
-    _, first = rescue([failed_group("a")], models_of(solver(), helper), CONFIG, hints)
+    _, first = rescue([failed_group("a")], models_of(solver(), helper), ENV, CONFIG, hints)
     assert hints == {"a": "look left"} and first.written == 1
     policy = solver()
     _, again = rescue(
-        [failed_group("a"), failed_group("b")], models_of(policy, helper), CONFIG, hints
+        [failed_group("a"), failed_group("b")], models_of(policy, helper), ENV, CONFIG, hints
     )
     assert helper.seen == [hint_request(example(name), False) for name in "ab"]
     assert again.written == 1 and again.rescued == 2
@@ -133,14 +149,14 @@ def test_a_known_example_is_not_asked_about_again():
 def test_an_unusable_hint_is_remembered_as_such():
     helper, hints = teacher("no tags"), {}
     for written in (1, 0):
-        _, report = rescue([failed_group("a")], models_of(solver(), helper), CONFIG, hints)
+        _, report = rescue([failed_group("a")], models_of(solver(), helper), ENV, CONFIG, hints)
         assert (report.written, report.retried, report.unhinted) == (written, 2 * written, 1)
     assert hints == {"a": None} and len(helper.seen) == 1 + CONFIG.hint_retries
 
 
 def test_one_question_in_two_groups_is_asked_about_once():
     helper = teacher()
-    groups, report = rescue([failed_group("a")] * 2, models_of(solver(), helper), CONFIG, {})
+    groups, report = rescue([failed_group("a")] * 2, models_of(solver(), helper), ENV, CONFIG, {})
     assert len(helper.seen) == report.written == 1 and report.rescued == 2
     assert all(r.hinted for group in groups for r in group)
 
@@ -232,7 +248,7 @@ def test_spaces_and_the_final_period_of_an_option_do_not_hide_it(option):
 def test_a_leaking_hint_is_not_used(settings, usable):
     policy, config = solver(), replace(CONFIG, **settings)
     helper = teacher("<hint>The answer is A</hint>")
-    _, report = rescue([failed_group()], models_of(policy, helper), config, {})
+    _, report = rescue([failed_group()], models_of(policy, helper), ENV, config, {})
     assert bool(policy.seen) == usable and report.unhinted == (not usable)
 
 
@@ -272,12 +288,14 @@ class Scripted(ScriptedVLM):
 def test_an_unusable_hint_is_asked_for_again_so_many_times(texts, retries, asked, hint):
     helper, policy, hints = Scripted(*texts), solver(), {}
     config = replace(CONFIG, hint_retries=retries, hint_temperature=0.6)
-    _, report = rescue([failed_group("a")], models_of(policy, helper), config, hints, stream=(4, 0))
+    _, report = rescue(
+        [failed_group("a")], models_of(policy, helper), ENV, config, hints, stream=(4, 0)
+    )
     assert hints == {"a": hint} and bool(policy.seen) == (hint is not None)
     assert (report.written, report.retried, report.unhinted) == (1, asked - 1, hint is None)
     assert [temperature for temperature, _ in helper.law] == [0.0, *[0.6] * (asked - 1)]
     _, again = rescue(
-        [failed_group("a")], models_of(solver(), helper), config, hints, stream=(5, 0)
+        [failed_group("a")], models_of(solver(), helper), ENV, config, hints, stream=(5, 0)
     )
     assert len(helper.law) == asked and (again.written, again.retried) == (0, 0)
     assert again.unhinted == (hint is None)
@@ -287,7 +305,7 @@ def test_only_the_questions_without_a_hint_are_asked_about_again():
     helper = ScriptedVLM(lambda prompt, nth: GOOD if "fine" in prompt or nth else LEAK)
     hints = {}
     _, report = rescue(
-        [failed_group("fine"), failed_group("b")], models_of(solver(), helper), CONFIG, hints
+        [failed_group("fine"), failed_group("b")], models_of(solver(), helper), ENV, CONFIG, hints
     )
     assert [("question b?" in prompt) for prompt in helper.seen] == [False, True, True]
     assert hints == {"fine": "look left", "b": "look left"}
@@ -299,7 +317,12 @@ def test_random_numbers_of_a_second_hint_go_by_seed_step_and_question():
         helper = Scripted(LEAK)
         config = replace(CONFIG, seed=seed, rollout_batch=2)
         rescue(
-            [failed_group(name) for name in names], models_of(solver(), helper), config, {}, stream
+            [failed_group(name) for name in names],
+            models_of(solver(), helper),
+            ENV,
+            config,
+            {},
+            stream,
         )
         drawn = [numbers for _, numbers in helper.law if numbers is not None]
         flat = [number for numbers in drawn for number in numbers]
@@ -316,9 +339,9 @@ def test_a_hint_with_control_tokens_is_unusable(tinies, part):
     encoder = VLM.load(tinies / "qwen3").encoder
     for filtered in (True, False):
         config = replace(CONFIG, leak_filter=filtered)
-        assert not usable(f"look {part}", example("a"), config, encoder)
-        assert usable("look <|im_en", example("a"), config, encoder)
-        assert usable("<think>look", example("a"), config, encoder)  # a tag is none
+        assert not usable(f"look {part}", example("a"), TASK, config, encoder)
+        assert usable("look <|im_en", example("a"), TASK, config, encoder)
+        assert usable("<think>look", example("a"), TASK, config, encoder)  # a tag is none
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import fake_vllm
 import pytest
 import torch
 from PIL import Image
-from toy import example
+from toy import ENV, example, question_prompt
 
 pytest.importorskip("transformers")
 
@@ -21,7 +21,6 @@ from kepo.models.sampling import SamplingParams
 from kepo.models.vlm import VLM
 from kepo.rollout.rollouts import sample
 from kepo.rollout.vllm import VllmSampler
-from kepo.tasks.multiple_choice import question_prompt
 
 PARAMS = SamplingParams(max_tokens=6, temperature=0.9, top_p=0.8)
 WAKING = ["wake_up weights", "apply_model", "reset_prefix_cache", "reset_encoder_cache"]
@@ -176,7 +175,7 @@ def test_rollouts_keep_the_numbers_of_the_engine(made, images):
     asked = [example(f"q{place}", images=(path,)) for place, path in enumerate(images)]
     sampler = made.sampler()
     with sampler.ready():
-        groups = sample(sampler, asked, config, num_generations=2, stream=("a", 1))
+        groups = sample(sampler, asked, ENV, config, num_generations=2, stream=("a", 1))
     assert sampler._llm.calls.count("generate") == 3
     for place, ((_, params), r) in enumerate(
         zip(sampler._llm.asked, (r for group in groups for r in group), strict=True)

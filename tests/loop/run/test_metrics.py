@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy import BARE, MALFORMED, RIGHT, WRONG, group_of, rollout
+from toy import BARE, MALFORMED, RIGHT, WRONG, group_of, question_prompt, rollout
 
 from kepo.config import Config
 from kepo.objective.batch import collate
@@ -14,7 +14,6 @@ from kepo.rollout.explore import Exploration
 from kepo.rollout.hints import RescueReport
 from kepo.run.curves import plot_curves, points_of
 from kepo.run.metrics import StepLog, completion_records, peak_gb, read_metrics, step_metrics
-from kepo.tasks.multiple_choice import question_prompt
 
 CONFIG = Config(teacher="t", num_generations=2, num_iterations=2)
 GROUPS = [

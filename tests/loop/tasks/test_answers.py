@@ -4,14 +4,13 @@ import json
 
 import pytest
 from datasets_on_disk import ROW, dataset, record, split_file
+from toy import TASK, question_prompt
 
 from kepo.data.example import LETTERS
 from kepo.data.layouts import medr1
 from kepo.data.load import load_examples, load_omnimedvqa
 from kepo.data.records import BadRecord, right_letter
 from kepo.evaluation.report import judged
-from kepo.tasks.multiple_choice import question_prompt
-from kepo.tasks.rewards import parse_answer
 
 FIVE = ("CT", "MR", "X-ray", "PET", "Ultrasound")
 
@@ -31,7 +30,7 @@ def test_every_option_of_a_record_is_asked_and_judged(tmp_path, count):
     assert example.options == options and example.answer == LETTERS[count - 1]
     assert question_prompt(example).splitlines()[count].startswith(f"{example.answer}. finding")
     assert report.quirks == {"more than 4 options": 1}
-    answer = judged(example, f"<answer>{example.answer.lower()}</answer>")
+    answer = judged(TASK, example, f"<answer>{example.answer.lower()}</answer>")
     assert answer.right and answer.chance == 1 / count
 
 
@@ -292,7 +291,7 @@ def test_a_text_that_shows_nothing_is_bad(tmp_path, blank):
 def test_an_answer_is_read_as_a_completion_would_be(tmp_path, answer):
     """But for an option's text, which the parser of completions does not know."""
     assert right_letter(answer, ("CT", "MR", "PET")) == "B"
-    read = parse_answer(f"<answer>{answer}</answer>")
+    read = TASK.answer_of(f"<answer>{answer}</answer>")
     assert read == (None if "mr" in answer.casefold() else "B")
     problem = "What is it? A)CT, B)MR, C)PET"
     solved = ROW | {"problem": problem, "solution": f"<answer>{answer}</answer>"}

@@ -3,12 +3,24 @@
 from dataclasses import replace
 
 import pytest
-from toy import BARE, MALFORMED, RIGHT, WRONG, ScriptedVLM, example, group_of, models_of, rollout
+from toy import (
+    BARE,
+    ENV,
+    MALFORMED,
+    RIGHT,
+    WRONG,
+    ScriptedVLM,
+    example,
+    group_of,
+    hinted_prompt,
+    models_of,
+    question_prompt,
+    rollout,
+)
 
 from kepo.config import Config
 from kepo.objective.batch import collate
 from kepo.rollout.hints import all_failed, replace_worst, rescue, succeeds
-from kepo.tasks.multiple_choice import hinted_prompt, question_prompt
 
 CONFIG = Config(teacher="t", num_generations=4, num_hinted=2, max_attempts=3)
 TEACHER_SAYS = "<hint>look left</hint>"
@@ -36,7 +48,7 @@ def fine_group(name="fine"):
 def test_only_groups_without_any_success_are_touched():
     policy, helper = solver(), teacher()
     fine, bad = fine_group(), failed_group()
-    groups, report = rescue([fine, bad], models_of(policy, helper), CONFIG, {})
+    groups, report = rescue([fine, bad], models_of(policy, helper), ENV, CONFIG, {})
     assert groups[0] == fine and all(a is b for a, b in zip(groups[0], fine, strict=True))
     assert len(helper.seen) == 1 and "question bad?" in helper.seen[0]
     assert policy.seen == [hinted_prompt(example("bad"), "look left")] * 2
@@ -46,7 +58,7 @@ def test_only_groups_without_any_success_are_touched():
 def test_all_failing_but_well_formatted_counts_as_failed():
     group = group_of([WRONG] * 4, "bad")
     policy = ScriptedVLM(lambda prompt, nth: WRONG)
-    _, report = rescue([group], models_of(policy, teacher()), CONFIG, {})
+    _, report = rescue([group], models_of(policy, teacher()), ENV, CONFIG, {})
     assert report.groups == 1
 
 
@@ -68,7 +80,7 @@ def test_a_group_fails_by_the_reward_that_is_named(reward, threshold, texts, fai
     group = group_of(texts)
     assert all_failed(group, config) == failed
     helper = teacher()
-    _, report = rescue([group], models_of(solver(), helper), config, {})
+    _, report = rescue([group], models_of(solver(), helper), ENV, config, {})
     assert report.groups == len(helper.seen) == failed
 
 
@@ -77,7 +89,7 @@ def test_always_helps_every_group_that_has_room():
     full, one_left = group_of([RIGHT] * 4, "a"), group_of([RIGHT] * 3 + [WRONG], "b")
     none = failed_group("c")
     policy, helper = solver(), teacher()
-    groups, report = rescue([full, one_left, none], models_of(policy, helper), config, {})
+    groups, report = rescue([full, one_left, none], models_of(policy, helper), ENV, config, {})
     assert groups[0] == full and len(helper.seen) == 2
     assert [r.hinted for r in groups[1]] == [False, False, False, True]
     assert sum(r.hinted for r in groups[2]) == 3
@@ -89,7 +101,7 @@ def test_a_group_whose_samples_are_all_fine_is_left_alone_whatever_fails():
     # It "fails" on a threshold out of reach, but has no failure that could be replaced.
     config = replace(CONFIG, hint_reward="total", hint_threshold=5.0)
     helper = teacher()
-    _, report = rescue([group_of([RIGHT] * 4)], models_of(solver(), helper), config, {})
+    _, report = rescue([group_of([RIGHT] * 4)], models_of(solver(), helper), ENV, config, {})
     assert helper.seen == [] and report.groups == 0
 
 
@@ -102,16 +114,16 @@ def test_never_and_no_teacher_mean_no_hints():
 def test_nothing_runs_where_no_group_needs_help():
     policy, helper = solver(), teacher()
     fine = fine_group()
-    groups, report = rescue([fine], models_of(policy, helper), CONFIG, {})
+    groups, report = rescue([fine], models_of(policy, helper), ENV, CONFIG, {})
     assert policy.seen == helper.seen == [] and report.groups == report.attempts == 0
-    assert groups == [fine] and rescue([], models_of(policy, helper), CONFIG, {})[0] == []
+    assert groups == [fine] and rescue([], models_of(policy, helper), ENV, CONFIG, {})[0] == []
 
 
 # ---- who is replaced ----
 
 
 def test_successes_replace_the_worst_each_once():
-    groups, _ = rescue([failed_group()], models_of(solver(), teacher()), CONFIG, {})
+    groups, _ = rescue([failed_group()], models_of(solver(), teacher()), ENV, CONFIG, {})
     # the malformed one had reward 0, the others 1 for their format: it goes first, then the last
     assert [r.text for r in groups[0]] == [WRONG, RIGHT, WRONG, RIGHT]
     assert [r.hinted for r in groups[0]] == [False, True, False, True]
@@ -121,7 +133,7 @@ def test_a_success_is_never_replaced():
     # By the total, BARE is as bad as WRONG: it is right, and stays.
     config = replace(CONFIG, hint_trigger="always", num_hinted=4)
     groups, _ = rescue(
-        [group_of([BARE, WRONG, RIGHT, WRONG])], models_of(solver(), teacher()), config, {}
+        [group_of([BARE, WRONG, RIGHT, WRONG])], models_of(solver(), teacher()), ENV, config, {}
     )
     assert [r.text for r in groups[0]] == [BARE, RIGHT, RIGHT, RIGHT]
     assert [r.hinted for r in groups[0]] == [False, True, False, True]
@@ -131,7 +143,7 @@ def test_no_more_are_replaced_than_num_hinted():
     policy = solver()
     for room in (1, 3):
         config = replace(CONFIG, num_hinted=room)
-        groups, report = rescue([failed_group()], models_of(policy, teacher()), config, {})
+        groups, report = rescue([failed_group()], models_of(policy, teacher()), ENV, config, {})
         assert sum(r.hinted for r in groups[0]) == room == report.accepted
 
 
@@ -143,7 +155,7 @@ def test_replacing_more_than_there_are_stops_at_the_group():
 def test_inputs_are_not_changed():
     group = failed_group()
     before = list(group)
-    rescue([group], models_of(solver(), teacher()), CONFIG, {})
+    rescue([group], models_of(solver(), teacher()), ENV, CONFIG, {})
     assert all(a is b for a, b in zip(group, before, strict=True))
 
 
@@ -152,20 +164,20 @@ def test_inputs_are_not_changed():
 
 def test_single_successes_are_kept_and_the_rest_tried_again():
     policy = ScriptedVLM(lambda prompt, nth: RIGHT if nth in (1, 4) else WRONG)
-    groups, report = rescue([failed_group()], models_of(policy, teacher()), CONFIG, {})
+    groups, report = rescue([failed_group()], models_of(policy, teacher()), ENV, CONFIG, {})
     assert sum(r.hinted for r in groups[0]) == 2
     assert (report.attempts, report.sampled, report.accepted) == (3, 6, 2)
 
 
 def test_successes_beyond_the_room_are_counted_but_not_used():
     policy = ScriptedVLM(lambda prompt, nth: WRONG if nth == 0 else RIGHT)
-    _, report = rescue([failed_group()], models_of(policy, teacher()), CONFIG, {})
+    _, report = rescue([failed_group()], models_of(policy, teacher()), ENV, CONFIG, {})
     assert (report.sampled, report.successes, report.accepted) == (4, 3, 2)
 
 
 def test_attempts_are_bounded_and_a_hopeless_group_stays_as_it_was():
     policy, group = ScriptedVLM(lambda prompt, nth: WRONG), failed_group()
-    groups, report = rescue([group], models_of(policy, teacher()), CONFIG, {})
+    groups, report = rescue([group], models_of(policy, teacher()), ENV, CONFIG, {})
     assert groups == [group] and len(policy.seen) == CONFIG.max_attempts * CONFIG.num_hinted
     assert (report.attempts, report.rescued) == (3, 0)
 
@@ -176,7 +188,7 @@ def test_later_rounds_ask_only_the_groups_that_still_lack():
 
     policy = ScriptedVLM(says)
     bad = [failed_group(name) for name in ("easy", "later", "hopeless")]
-    groups, report = rescue(bad, models_of(policy, teacher()), CONFIG, {})
+    groups, report = rescue(bad, models_of(policy, teacher()), ENV, CONFIG, {})
     asked = [sum(f"question {n}?" in p for p in policy.seen) for n in ("easy", "later", "hopeless")]
     assert asked == [2, 4, 6]
     assert [sum(r.hinted for r in group) for group in groups] == [2, 2, 0]
@@ -207,7 +219,7 @@ def test_what_is_refused_replaces_nothing():
     for text, length in (("<think>As hinted</think>" + BARE, 128), (long, 40)):
         config = replace(CONFIG, max_completion_length=length)
         policy, group = ScriptedVLM(lambda prompt, nth, text=text: text), failed_group()
-        groups, report = rescue([group], models_of(policy, teacher()), config, {})
+        groups, report = rescue([group], models_of(policy, teacher()), ENV, config, {})
         assert groups == [group] and len(policy.seen) == 6 and report.successes == 0
 
 
@@ -215,7 +227,7 @@ def test_what_is_refused_replaces_nothing():
 
 
 def test_the_training_batch_never_shows_the_hint():
-    groups, _ = rescue([failed_group()], models_of(solver(), teacher()), CONFIG, {})
+    groups, _ = rescue([failed_group()], models_of(solver(), teacher()), ENV, CONFIG, {})
     batch = collate(groups, CONFIG)
     assert {prompt.text for prompt in batch.prompts} == {question_prompt(example("bad"))}
     assert batch.opened.tolist() == [False, True, False, True]  # successes are distilled on
@@ -224,6 +236,6 @@ def test_the_training_batch_never_shows_the_hint():
 
 
 def test_group_statistics_are_those_after_the_rescue():
-    groups, _ = rescue([failed_group()], models_of(solver(), teacher()), CONFIG, {})
+    groups, _ = rescue([failed_group()], models_of(solver(), teacher()), ENV, CONFIG, {})
     batch = collate(groups, replace(CONFIG, scale_rewards="none"))
     assert batch.advantages.tolist() == [-0.5, 0.5, -0.5, 0.5]  # totals 1, 2, 1, 2

@@ -8,12 +8,12 @@ import hint_texts_newcomer as newcomer
 import pytest
 from hint_texts import LEAKS, QUESTIONS
 from hint_texts_fair import FAIR
+from toy import worked_answer
 
 from kepo.data.example import LETTERS
 from kepo.digits.warm_up import worked_hint
 from kepo.tasks import hint_numbers, leaks, mentions, verdicts
 from kepo.tasks.leaks import states_answer
-from kepo.tasks.multiple_choice import worked_answer
 
 
 def seen(labelled, questions=QUESTIONS):

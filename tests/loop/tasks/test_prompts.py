@@ -3,15 +3,10 @@
 from pathlib import Path
 
 import pytest
+from toy import hint_request, hinted_prompt, question_prompt, worked_answer
 
 from kepo.data.load import Example
-from kepo.tasks.multiple_choice import (
-    hint_request,
-    hinted_prompt,
-    parse_hint,
-    question_prompt,
-    worked_answer,
-)
+from kepo.tasks.blocks import hint_in
 
 BRACES = Example(
     id="q",
@@ -81,5 +76,5 @@ def test_worked_answer_has_reasoning_where_the_dataset_has():
         ("", None),
     ],
 )
-def test_parse_hint(text, hint):
-    assert parse_hint(text) == hint
+def test_the_hint_in_a_text(text, hint):
+    assert hint_in(text) == hint

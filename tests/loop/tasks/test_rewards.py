@@ -5,12 +5,28 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from toy import ENV, example, judged
 
 from kepo.errors import KepoRewardError
-from kepo.tasks import rewards
-from kepo.tasks.rewards import accuracy, format, parse_answer, score
+from kepo.tasks.environment import Environment
 
 GOOD = "<think>3 + 5 = 8</think><answer>C</answer>"
+parse_answer = ENV.task.answer_of
+
+
+def accuracy(text, answer):
+    return judged(text, answer)["accuracy"]
+
+
+def format(text, answer):
+    return judged(text, answer)["format"]
+
+
+def scored_by(name, value):
+    """The rewards of a function that returns ``value`` for its one completion."""
+    env = Environment(ENV.task, {name: lambda **columns: [value()]})
+    return env.scores([example("q7")], [GOOD], [[1]])[0]
+
 
 RIGHT = [
     GOOD,
@@ -140,7 +156,7 @@ def test_parsing_is_linear_in_the_text():
 
 
 def test_score_calls_each_reward_by_name():
-    assert score(("accuracy", "format"), GOOD, "C", "q1") == {"accuracy": 1.0, "format": 1.0}
+    assert judged(GOOD, "C") == {"accuracy": 1.0, "format": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -158,17 +174,16 @@ def test_score_calls_each_reward_by_name():
     ],
     ids=lambda value: f"{type(value).__name__} {value}",
 )
-def test_a_number_of_any_library_is_a_reward(monkeypatch, value, number):
-    monkeypatch.setitem(rewards.REWARDS, "odd", lambda text, answer: value)
-    scores = score(("odd",), GOOD, "C", "q7")
-    assert scores == {"odd": number} and type(scores["odd"]) is float
+def test_a_number_of_any_library_is_a_reward(value, number):
+    found = scored_by("odd", lambda: value)
+    assert found == {"odd": number} and type(found["odd"]) is float
 
 
 @pytest.mark.parametrize(
     "value",
     [
         *(kind(bad) for kind in (float, np.float32, torch.tensor) for bad in (np.nan, -np.inf)),
-        *(None, "1", b"1", np.str_("1"), 1j, 10**400, {}, np.array(None), np.datetime64("2020")),
+        *("1", b"1", np.str_("1"), 1j, 10**400, {}, np.array(None), np.datetime64("2020")),
         *(
             [0.5],
             (0.5,),
@@ -180,14 +195,12 @@ def test_a_number_of_any_library_is_a_reward(monkeypatch, value, number):
     ],
     ids=lambda value: f"{type(value).__name__} {str(value)[:9]}",
 )
-def test_score_refuses_what_is_not_one_finite_number(monkeypatch, value):
-    monkeypatch.setitem(rewards.REWARDS, "odd", lambda text, answer: value)
+def test_score_refuses_what_is_not_one_finite_number(value):
     with pytest.raises(KepoRewardError, match=r"^rewards: 'odd' returned .* 'q7'") as caught:
-        score(("odd",), GOOD, "C", "q7")
+        scored_by("odd", lambda: value)
     assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
 
 
-def test_score_names_the_reward_that_raised(monkeypatch):
-    monkeypatch.setitem(rewards.REWARDS, "broken", lambda text, answer: 1 / 0)
+def test_score_names_the_reward_that_raised():
     with pytest.raises(KepoRewardError, match=r"'broken' raised ZeroDivisionError .* 'q7'"):
-        score(("broken",), GOOD, "C", "q7")
+        scored_by("broken", lambda: 1 / 0)

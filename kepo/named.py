@@ -1,0 +1,58 @@
+"""Find a function or class by the name that a recipe gives it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+from kepo.errors import KepoConfigError
+
+
+def found(setting: str, name: str) -> Any:
+    """Return what ``package.module:name`` or ``folder/file.py:name`` names.
+
+    A file is read once in a process, relative to the working directory. Raises KepoConfigError,
+    which begins with ``setting``, if file, module or name is not there, or if importing it fails.
+    """
+    source, colon, attribute = name.rpartition(":")
+    if not colon or not source or not attribute:
+        raise KepoConfigError(f"{setting}={name!r}; expected package.module:name or file.py:name")
+    try:
+        module = _file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+    except FileNotFoundError:
+        raise KepoConfigError(
+            f"{setting}={name!r}: there is no file {source} in {Path.cwd()}"
+        ) from None
+    except Exception as error:  # of code that is not ours
+        raise KepoConfigError(
+            f"{setting}={name!r}: importing {source} raised {type(error).__name__}: {error}"
+        ) from error
+    if not hasattr(module, attribute):
+        raise KepoConfigError(f"{setting}={name!r}: {source} has no {attribute}")
+    return getattr(module, attribute)
+
+
+def _file(path: Path) -> Any:
+    path = path.expanduser().resolve()
+    name = f"kepo_user_{path.stem}_{zlib.crc32(str(path).encode())}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look their module up
+    sys.path.insert(0, str(path.parent))  # it may import its neighbours
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(str(path.parent))
+    return module

@@ -1,0 +1,85 @@
+"""Environment: the task that a run asks about its examples, and the rewards of what is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from kepo.config import Config
+from kepo.data.example import Example
+from kepo.errors import KepoConfigError
+from kepo.named import found
+from kepo.sections import RewardConfig, TaskConfig
+from kepo.tasks.multiple_choice import MultipleChoice
+from kepo.tasks.open_answer import OpenAnswer
+from kepo.tasks.rewards import Reward, reward_name, rewards_of, scores
+from kepo.tasks.task import Task
+
+TASKS = {"multiple_choice": MultipleChoice, "open_answer": OpenAnswer}
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What completions are asked for, and how they are judged."""
+
+    task: Task
+    rewards: dict[str, Reward]
+    """The reward functions by their names in gates and logs."""
+
+    def scores(
+        self,
+        examples: Sequence[Example],
+        texts: Sequence[str],
+        completion_ids: Sequence[list[int]],
+    ) -> list[dict[str, float | None]]:
+        """Return the rewards of each completion by name (`kepo.tasks.rewards.scores`)."""
+        return scores(self.rewards, self.task, examples, texts, completion_ids)
+
+
+def environment_of(
+    config: RewardConfig,
+    task: Task | None = None,
+    rewards: Sequence[str | Reward] | None = None,
+) -> Environment:
+    """Return the environment that the config names; ``task`` and ``rewards``, where given, take the
+    places of what it names."""
+    task = task_of(config) if task is None else task
+    given = config.rewards if rewards is None else rewards
+    return Environment(task, rewards_of(given, task, config))
+
+
+def with_own(
+    config: Config, task: Task | None, rewards: Sequence[str | Reward] | None
+) -> tuple[Config, Environment]:
+    """Return the environment of a run with a task and rewards from Python, and the config that
+    names them, with a weight of 1 each if it says nothing else. None means what the config names.
+    """
+    if task is not None:
+        config = replace(config, task=type(task).__name__)
+    if rewards is not None:
+        names = tuple(map(reward_name, rewards))
+        weights = config.reward_weights
+        if weights == RewardConfig.reward_weights:
+            weights = (1.0,) * len(names)
+        config = replace(config, rewards=names, reward_weights=weights)
+    return config, environment_of(config, task, rewards)
+
+
+def task_of(config: TaskConfig) -> Task:
+    """Return the task that the config names, one of `TASKS` or a class of the user's."""
+    settings: dict = dict(
+        system_prompt=config.system_prompt, prompt_template=config.prompt_template
+    )
+    if config.task == "open_answer":
+        settings["answer_tolerance"] = config.answer_tolerance
+    if config.task in TASKS:
+        return TASKS[config.task](**settings)
+    if ":" not in config.task:
+        raise KepoConfigError(
+            f"task={config.task!r}; expected one of {', '.join(TASKS)}, or a class of your own as "
+            "package.module:Class or file.py:Class"
+        )
+    kind = found("task", config.task)
+    if not (isinstance(kind, type) and issubclass(kind, Task)):
+        raise KepoConfigError(f"task={config.task!r} is {kind!r}; expected a class of kepo.Task")
+    return kind(**settings)

@@ -1,0 +1,105 @@
+"""Questions without options: answered by a number, perhaps with a unit, or by a short text."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import threading
+import unicodedata
+from dataclasses import replace
+
+from kepo.data.example import LETTERS, Example
+from kepo.tasks.hint_words import number, read
+from kepo.tasks.leaks import states_answer
+from kepo.tasks.quantities import quantity, same_quantity
+from kepo.tasks.task import Task
+
+_ARTICLES = ("a", "an", "the")
+_POLAR = ("yes", "no")
+_SIGNS = re.compile(r"[\\^_{}=+*/<>√π]|[-\u2212](?=\s*[\d(])")
+_MATH = re.compile(r"\\[A-Za-z]+|[\^_=<>√π]")
+
+
+class OpenAnswer(Task):
+    """The task whose answers are numbers or short texts.
+
+    An answer is right if both are numbers, equal within ``answer_tolerance`` times the right one
+    and in the same unit (`kepo.tasks.quantities`); if both are the same words, whatever their case,
+    accents, punctuation and articles; or, where math-verify is installed and the right answer is a
+    formula, if that finds them equal. Of an example with options the right option's text is the
+    answer, and the options are not shown.
+    """
+
+    def __init__(
+        self,
+        *,
+        system_prompt: str = "",
+        prompt_template: str = "",
+        answer_tolerance: float = 1e-4,
+    ) -> None:
+        super().__init__(system_prompt=system_prompt, prompt_template=prompt_template)
+        self.answer_tolerance = answer_tolerance
+
+    def right_answer(self, example: Example) -> str:
+        if not example.options:
+            return example.answer
+        return example.options[LETTERS.index(example.answer)]
+
+    def is_right(self, text: str, example: Example) -> bool:
+        said, right = self.answer_of(text), self.right_answer(example)
+        return said is not None and self.same(said, right)
+
+    def same(self, said: str, right: str) -> bool:
+        """Return whether two answers are the same."""
+        mine, theirs = quantity(said), quantity(right)
+        if mine is not None and theirs is not None:
+            return same_quantity(mine, theirs, self.answer_tolerance)
+        words = plain_words(right)
+        if words and plain_words(said) == words and signs(said) == signs(right):
+            return True
+        return bool(_MATH.search(right)) and same_mathematics(said, right)
+
+    def chance(self, example: Example) -> float:
+        return 0.5 if self.right_answer(example).casefold().strip(". ") in _POLAR else 0.0
+
+    def gives_away(self, hint: str, example: Example) -> bool:
+        """Return whether a hint has the right answer's words, or its number, in it.
+
+        Yes and no are judged as options are: by what is said of them (`kepo.tasks.leaks`).
+        """
+        right = self.right_answer(example)
+        if right.casefold().strip(". ") in _POLAR:
+            letter = LETTERS[_POLAR.index(right.casefold().strip(". "))]
+            return states_answer(hint, replace(example, options=_POLAR, answer=letter))
+        if value := quantity(right):
+            told = (number(word) for word in read(hint).words)
+            return any(one is not None and one == abs(value.value) for one in told)
+        words, said = plain_words(right), plain_words(hint)
+        if not words:
+            return right.casefold() in hint.casefold()
+        places = range(len(said) - len(words) + 1)
+        return any(said[place : place + len(words)] == words for place in places)
+
+
+def plain_words(text: str) -> tuple[str, ...]:
+    """Return the words of a text without case, accents, punctuation and articles."""
+    return tuple(word for word in read(text).words if word not in _ARTICLES)
+
+
+def signs(text: str) -> str:
+    """Return the mathematical signs of a text, which words leave out."""
+    return "".join(_SIGNS.findall(unicodedata.normalize("NFKC", text)))
+
+
+def same_mathematics(said: str, right: str) -> bool:
+    """Return whether math-verify finds two formulas equal; False where it is not installed."""
+    if importlib.util.find_spec("math_verify") is None:
+        return False
+    from math_verify import parse, verify
+
+    # Its time limit is a signal, which only the main thread can have.
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    gold, given = (
+        parse(f"\\boxed{{{text.strip('$ ')}}}", parsing_timeout=limit) for text in (right, said)
+    )
+    return bool(gold) and bool(given) and verify(gold, given, timeout_seconds=limit)

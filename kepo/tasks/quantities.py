@@ -1,0 +1,92 @@
+"""Numbers with units in text: "1,250.5 mm", "1/3", "12 %", "3e-4 mol", "5 cm = 50 mm"."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from typing import NamedTuple
+
+_NUMBER = re.compile(
+    r"(?P<sign>[-+]?)(?P<whole>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?:[eE](?P<power>[-+]?\d+)|\s*(?:[x*×]|\\times)\s*10\^?\{?(?P<ten>[-+]?\d+)\}?)?"
+    r"(?:\s*/\s*(?P<below>\d+(?:\.\d+)?))?"
+)
+_CURRENCY = "$€£"
+_PREFIXES = {"": 1.0, "k": 1e3, "c": 1e-2, "m": 1e-3, "µ": 1e-6, "u": 1e-6, "n": 1e-9}
+_WORDS = {"meter": "m", "metre": "m", "gram": "g", "liter": "l", "litre": "l", "second": "s"}
+_TIMES = {"min": 60.0, "minute": 60.0, "h": 3600.0, "hr": 3600.0, "hour": 3600.0, "day": 86400.0}
+_FACTORS = {
+    **{f"{prefix}{base}": (base, factor)
+       for base in ("m", "g", "l", "s", "mol") for prefix, factor in _PREFIXES.items()},
+    **{f"{word}{name}": (base, factor)
+       for name, base in _WORDS.items()
+       for word, factor in (("", 1.0), ("kilo", 1e3), ("centi", 1e-2), ("milli", 1e-3))},
+    **{name: ("s", seconds) for name, seconds in _TIMES.items()},
+    "percent": ("%", 1.0),
+    "%": ("%", 1.0),
+}  # fmt: skip
+"""Units by name: what they are measured in, and how much of it they are."""
+
+
+ROUNDING = 1e-9
+"""The least tolerance: units are converted in floating point."""
+
+
+class Quantity(NamedTuple):
+    """A number and what it is a number of."""
+
+    value: float
+    unit: str
+    """The words of the unit; "" = a plain number."""
+
+
+def quantity(text: str) -> Quantity | None:
+    """Return the number that a text is, with its unit; None if it is anything else.
+
+    The text is a number, perhaps with a sign of a currency before it and the words of a unit after
+    it; digits may be grouped by commas, and ``1/3`` is a number.
+    """
+    plain = unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u03bc", "µ")
+    plain = re.sub(rf"^([-+]?)[{_CURRENCY}\\ ]+", r"\1", plain.strip()).rstrip(f".{_CURRENCY} ")
+    match = _NUMBER.match(plain)
+    if match is None:
+        return None
+    value = float(match["whole"].replace(",", ""))
+    power = int(match["power"] or match["ten"] or 0)
+    value = value * 10.0**power if abs(power) <= 300 else math.inf
+    if match["below"] is not None:
+        below = float(match["below"])
+        if below == 0:
+            return None
+        value /= below
+    if math.isinf(value):
+        return None
+    unit = plain[match.end() :].strip(" \\")
+    if re.search(r"[\d=<>]", unit.replace("^2", "").replace("^3", "")):
+        return None  # more than one number, or a relation
+    return Quantity(-value if match["sign"] == "-" else value, " ".join(unit.split()))
+
+
+def same_quantity(given: Quantity, right: Quantity, tolerance: float) -> bool:
+    """Return whether |given - right| <= tolerance |right|, in the same unit.
+
+    A number without a unit is read in the other's. Units that are not known must be the same word,
+    but for capitals and a plural s.
+    """
+    (mine, base), (theirs, other) = _in_base(given), _in_base(right)
+    if not (given.unit and right.unit):
+        mine, theirs = given.value, right.value
+    elif base != other:
+        return False
+    return abs(mine - theirs) <= max(tolerance, ROUNDING) * abs(theirs)
+
+
+def _in_base(quantity: Quantity) -> tuple[float, str]:
+    unit = quantity.unit.rstrip(".")
+    folded = unit if len(unit) == 1 and unit != "L" else unit.casefold()  # M is not m
+    for name in (unit, folded, folded.rstrip("s")):
+        if name in _FACTORS:
+            base, factor = _FACTORS[name]
+            return quantity.value * factor, base
+    return quantity.value, folded.rstrip("s")
