@@ -139,7 +139,7 @@ def advice(setup: Setup) -> list[Change]:
         dict(share_prompts=True),
         dict(scores_on="host"),
     ]
-    limits = ("rollout_tokens", "micro_tokens")
+    limits = ("rollout_tokens", "micro_tokens", "max_pixels")
     changes += [half(name) for name in limits if getattr(config, name) is not None]
     if config.sampler == "vllm":
         changes.append(dict(vllm_memory=config.vllm_memory / 2))
@@ -285,7 +285,8 @@ class Arguments:
     prompt_tokens: int = Prompts.text_tokens
     """Tokens of a prompt, without those of its images."""
     image_tokens: int | None = None
-    """Tokens of an image. None means those of 384 x 384 pixels."""
+    """Tokens of an image. None means those of 384 x 384 pixels, within min_pixels and
+    max_pixels."""
     prompt_images: int = 1
     """Images of a prompt."""
     plot: str | None = None

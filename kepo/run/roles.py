@@ -18,6 +18,7 @@ from kepo.distributed.processes import is_rank0, on_rank0, world_size
 from kepo.errors import KepoConfigError
 from kepo.models.adapters import with_adapters
 from kepo.models.conventions import without_dropout
+from kepo.models.picture_size import resize_pictures
 from kepo.models.reading import NO_CODE, base_of, blank_model, load_encoder, read_model
 from kepo.models.vlm import VLM
 from kepo.rollout.sampler import Sampler
@@ -80,7 +81,8 @@ def load_teacher(config: ModelsConfig, device: torch.device) -> VLM:
             quantization_config=_quantization(config.teacher_bits, dtype),
             device_map={"": device},
         )
-        vlm = VLM(_frozen(model), load_encoder(config.teacher, model), device)
+        encoder = resize_pictures(load_encoder(config.teacher, model), config, config.teacher)
+        vlm = VLM(_frozen(model), encoder, device)
         vlm.share_prompts = config.share_prompts and vlm.takes_masks
         return vlm
     placed = config.teacher_placement
@@ -140,7 +142,8 @@ def _load(
         # Other tensors over the same memory: sharding moves the model's own to the device.
         named = [*model.named_parameters(), *model.named_buffers()]
         source = {name: tensor.detach() for name, tensor in named}
-    vlm = VLM(model.eval(), load_encoder(path, model), device, adapters=adapters)
+    encoder = resize_pictures(load_encoder(path, model), config, path)
+    vlm = VLM(model.eval(), encoder, device, adapters=adapters)
     vlm.share_prompts = config.share_prompts and vlm.takes_masks
     if sharded_in is None:
         model.to(device)
