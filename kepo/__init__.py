@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kepo.evaluation.greedy import evaluate as evaluate
     from kepo.loop import train as train
     from kepo.rollout.types import Rollout as Rollout
+    from kepo.tasks.task import Task as Task
 
 _HOME = {
     "Config": "kepo.config",
@@ -32,6 +33,7 @@ _HOME = {
     "evaluate": "kepo.evaluation.greedy",
     "train": "kepo.loop",
     "Rollout": "kepo.rollout.types",
+    "Task": "kepo.tasks.task",
 }
 
 

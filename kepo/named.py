@@ -12,27 +12,27 @@ from typing import Any
 from kepo.errors import KepoConfigError
 
 
-def found(setting: str, name: str) -> Any:
+def found(which: str, name: str) -> Any:
     """Return what ``package.module:name`` or ``folder/file.py:name`` names.
 
     A file is read once in a process, relative to the working directory. Raises KepoConfigError,
-    which begins with ``setting``, if file, module or name is not there, or if importing it fails.
+    which begins with ``which``, if file, module or name is not there, or if importing it fails.
     """
     source, colon, attribute = name.rpartition(":")
     if not colon or not source or not attribute:
-        raise KepoConfigError(f"{setting}={name!r}; expected package.module:name or file.py:name")
+        raise KepoConfigError(f"{which}={name!r}; expected package.module:name or file.py:name")
     try:
         module = _file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
     except FileNotFoundError:
         raise KepoConfigError(
-            f"{setting}={name!r}: there is no file {source} in {Path.cwd()}"
+            f"{which}={name!r}: there is no file {source} in {Path.cwd()}"
         ) from None
     except Exception as error:  # of code that is not ours
         raise KepoConfigError(
-            f"{setting}={name!r}: importing {source} raised {type(error).__name__}: {error}"
+            f"{which}={name!r}: importing {source} raised {type(error).__name__}: {error}"
         ) from error
     if not hasattr(module, attribute):
-        raise KepoConfigError(f"{setting}={name!r}: {source} has no {attribute}")
+        raise KepoConfigError(f"{which}={name!r}: {source} has no {attribute}")
     return getattr(module, attribute)
 
 

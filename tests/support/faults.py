@@ -120,9 +120,9 @@ def hints_shifted_by_one(patch):
 def hints_several_per_prompt(patch):
     """As it was: the teacher samples as many as the student, and they are paired in order."""
 
-    def doubled(teacher, examples, config):
+    def doubled(teacher, examples, task, config):
         texts = [teacher.answer(hint_request(e, False), 0) for e in examples for _ in range(2)]
-        return [TASK.hint_of(text) for text in texts][: len(examples)]
+        return [task.hint_of(text) for text in texts][: len(examples)]
 
     patch.setattr(hints, "write_hints", doubled)
 
@@ -333,9 +333,8 @@ def odd_hints_do_not_end_the_run():
 
 
 def first_match_or_crash(patch):
-    patch.setattr(
-        Task, "hint_of", lambda self, text: re.search("<hint>(.*?)</hint>", text).group(1)
-    )
+    first = re.compile("<hint>(.*?)</hint>")
+    patch.setattr(Task, "hint_of", lambda self, text: first.search(text)[1])
 
 
 def braces_are_text():

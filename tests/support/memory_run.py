@@ -24,6 +24,7 @@ from kepo.loop import train
 from kepo.models.vlm import VLM
 from kepo.rollout import explore, hints
 from kepo.run import milestones
+from kepo.tasks.multiple_choice import MultipleChoice
 from kepo_kernels.compute import pages
 
 ENVIRONMENT = {
@@ -114,7 +115,7 @@ def worst(config):
     ends_too = lambda self: sorted({*never(self), *self.encoder.end_ids})  # noqa: E731
     with (
         patch.object(VLM, "never_sampled", ends_too),
-        patch.object(hints, "parse_hint", lambda text: "7" * longest),
+        patch.object(MultipleChoice, "hint_of", lambda task, text: "7" * longest),
         patch.object(hints, "usable", lambda hint, *_: True),
     ):
         yield

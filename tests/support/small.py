@@ -10,8 +10,7 @@ import torch
 
 from kepo.config import Config, from_mapping, load
 from kepo.loop import train
-from kepo.rollout import hints
-from kepo.tasks import rewards
+from kepo.tasks.multiple_choice import MultipleChoice
 
 
 def config_of(made: Path, run_dir: Path, *layers: str, **settings: object) -> Config:
@@ -45,15 +44,15 @@ def rigged():
     """
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(
-            rewards.REWARDS,
-            "accuracy",
-            lambda text, answer: float(zlib.crc32(text.encode()) % 4 == 1),
+        patch.setattr(
+            MultipleChoice,
+            "is_right",
+            lambda task, text, example: zlib.crc32(text.encode()) % 4 == 1,
         )
         patch.setattr(
-            hints,
-            "parse_hint",
-            lambda text: text[:9] or None if zlib.crc32(text.encode()) % 3 else None,
+            MultipleChoice,
+            "hint_of",
+            lambda task, text: text[:9] or None if zlib.crc32(text.encode()) % 3 else None,
         )
         torch.set_num_threads(1)
         yield

@@ -124,7 +124,7 @@ def test_training_learns_a_handful_by_heart_and_evaluate_sees_it(folder, example
     assert cut_off == {e.modality: [0.0] for e in examples}
     # Every answer by itself, in the order of the questions, under its modality.
     one = [replace(e, modality="CT") for e in (examples[0], wrong[1], examples[2])]
-    scores = evaluate(vlm, [*one, examples[3]], max_tokens=14)
+    scores = evaluate(vlm, [*one, examples[3]], TASK, max_tokens=14)
     assert scores == {"CT": [1.0, 0.0, 1.0], examples[3].modality: [1.0]}
     assert means(scores) == {"CT": 2 / 3, examples[3].modality: 1.0}
 
