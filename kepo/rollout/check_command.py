@@ -1,6 +1,6 @@
 """Read all of a dataset before a run does, and list what is wrong with it.
 
-    kepo data check PATH --model MODEL    # also what the model cannot be asked; no weights are read
+    kepo data check PATH --model MODEL    # what the model refuses, too
 
 The exit code is 1 if something is wrong, or if both datasets have an image in common.
 """

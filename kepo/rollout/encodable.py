@@ -23,8 +23,7 @@ from kepo.data.records import RecordProblem
 from kepo.data.run_data import Judge
 from kepo.errors import KepoDataError
 from kepo.models.encoding import Encoder, Prompt
-from kepo.models.picture_size import resize_pictures
-from kepo.models.reading import encoder_of, read_config
+from kepo.models.reading import encoder_of, read_config, resize_pictures
 from kepo.rollout.hints import MAX_HINT_LENGTH
 from kepo.rollout.prompts import hint_prompt, prompt_of
 from kepo.sections import PicturesConfig

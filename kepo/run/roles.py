@@ -18,8 +18,14 @@ from kepo.distributed.processes import is_rank0, on_rank0, world_size
 from kepo.errors import KepoConfigError
 from kepo.models.adapters import with_adapters
 from kepo.models.conventions import without_dropout
-from kepo.models.picture_size import resize_pictures
-from kepo.models.reading import NO_CODE, base_of, blank_model, load_encoder, read_model
+from kepo.models.reading import (
+    NO_CODE,
+    base_of,
+    blank_model,
+    load_encoder,
+    read_model,
+    resize_pictures,
+)
 from kepo.models.vlm import VLM
 from kepo.rollout.sampler import Sampler
 from kepo.sections import ModelsConfig
