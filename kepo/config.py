@@ -78,7 +78,8 @@ MAY_CHANGE_ON_RESUME = frozenset(
         *("changed_inputs", "rank_timeout_minutes"),
         *("device", "sharding", "rollout_gather", "teacher_placement"),
         *("gradient_checkpointing", "attn_implementation", "liger_layers", "vllm_memory"),
-        *("micro_batch", "rollout_batch", "rollout_tokens", "workspace_bytes"),
+        *("micro_batch", "micro_tokens", "rollout_batch", "rollout_tokens", "workspace_bytes"),
+        *("share_prompts", "scores_on"),
     }
 )
 """Settings that decide what a run writes down, or where and in what portions it computes."""

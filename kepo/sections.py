@@ -128,8 +128,8 @@ class ModelsConfig(TeacherConfig, PicturesConfig):
     transformers' default."""
     share_prompts: bool = True
     """Compute each prompt once for all its completions, in training and scoring. False computes it
-    again for each. Attention implementations that take no mask, such as flash_attention_2, compute
-    it again too, and the run says so."""
+    again for each. Attention implementations that take no mask, such as flash_attention_2, and
+    models with sliding windows compute it again too, and the run says so."""
     liger_layers: bool = False
     """Use Liger's kernels for norms, rotary embedding and, where it has one, the MLP. Needs CUDA
     and a liger-kernel that fits the installed transformers."""
@@ -329,7 +329,7 @@ class OptimizerConfig:
     micro_tokens: Count | None = None
     """Maximum number of tokens per forward and backward pass, prompts and padding included; with
     share_prompts a prompt counts once for its group. None means no such limit. A group is divided
-    only if it alone exceeds a limit."""
+    only if it alone exceeds a limit, or if processes would wait for the one that has it."""
     lr: Positive = 1e-6
     """Peak learning rate of AdamW."""
     warmup_steps: NonNegativeInt = 0

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kepo.data.images import open_rgb
+from kepo.data.images import open_rgb, size_of
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.models.conventions import closed
 from kepo_kernels.compute.devices import moved
@@ -133,6 +133,7 @@ class Encoder:
     positions: int | None = None
     """The number of tokens that the model has positions for, prompt plus completion. None = any."""
     _patches: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _counts: dict[tuple, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.end_ids = tuple(self.end_ids) or (self.tokenizer.eos_token_id,)
@@ -221,12 +222,12 @@ class Encoder:
         return count // self.image_processor.merge_size**2
 
     def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Return each prompt's number of tokens, those of its images included."""
-        known: dict[Prompt, int] = {}
+        """Return each prompt's number of tokens, those of its images included; of an image only the
+        header is read."""
         distinct = list(dict.fromkeys(prompts))
-        for prompt, ids in zip(distinct, self._chat_ids(distinct), strict=True):
-            grids = [self._image(path, _key(path))[1] for path in prompt.images]
-            known[prompt] = len(self._expanded(prompt, ids, grids))
+        known = dict(zip(distinct, self.text_lengths(distinct), strict=True))
+        for prompt in distinct:
+            known[prompt] += sum(self._tokens_of(path) for path in prompt.images)
         return [known[prompt] for prompt in prompts]
 
     def text_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
@@ -304,6 +305,16 @@ class Encoder:
             for token in ([one] * next(counts) if one == self.image_token_id else [one])
         ]
 
+    def _tokens_of(self, path: Path) -> int:
+        key = _key(path)
+        if key not in self._counts:
+            width, height = size_of(path)
+            try:
+                self._counts[key] = self.image_tokens(width, height)
+            except ValueError as error:
+                raise _refused(path, width, height, error) from error
+        return self._counts[key]
+
     def _image(self, path: Path, key: tuple) -> tuple[Tensor, Tensor]:
         """Return patches ``(n, values)`` and grid ``(3,)`` of an image, cached while unchanged."""
         if key not in self._patches:
@@ -311,10 +322,7 @@ class Encoder:
             try:
                 out = self.image_processor(images=[image], return_tensors="pt")
             except ValueError as error:
-                raise KepoDataError(
-                    f"Encoder.encode: the image processor refuses {path}, of {image.width} x "
-                    f"{image.height} pixels: {error}"
-                ) from error
+                raise _refused(path, image.width, image.height, error) from error
             entry = (out["pixel_values"], out["image_grid_thw"][0])
             room = IMAGE_CACHE_BYTES - entry[0].nbytes
             held = sum(patches.nbytes for patches, _ in self._patches.values())
@@ -326,6 +334,12 @@ class Encoder:
 
 def _text(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
+
+
+def _refused(path: Path, width: int, height: int, error: ValueError) -> KepoDataError:
+    return KepoDataError(
+        f"Encoder.encode: the image processor refuses {path}, of {width} x {height} pixels: {error}"
+    )
 
 
 def _key(path: Path) -> tuple:

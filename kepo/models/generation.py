@@ -88,7 +88,7 @@ class _State:
             if isinstance(layer, _RoomyLayer):
                 layer.keep(len(order), to, kept[to])
             else:
-                layer.batch_select_indices(kept)
+                layer.reorder_cache(kept)
         self.positions = self.positions[kept]
         self.mask = None if self.mask is None else self.mask[kept]
 
@@ -114,8 +114,9 @@ def _prefilled(model: Any, inputs: Inputs, how: Generation) -> tuple[Tensor, _St
     device, mask = inputs.input_ids.device, inputs.attention_mask
     out = model(**given, position_ids=positions.to(device), use_cache=True, logits_to_keep=1)
     cache = out[cache_name(model)]
+    repeated = torch.arange(len(inputs), device=device).repeat_interleave(how.n)
     for place, layer in enumerate(cache.layers):
-        layer.batch_repeat_interleave(how.n)
+        layer.reorder_cache(repeated)  # the one way to choose rows that all kinds of layers have
         if type(layer) is DynamicLayer:  # a sliding window keeps few tokens, and its own counsel
             cache.layers[place] = _RoomyLayer(layer.keys, layer.values)
     state = _State(

@@ -31,6 +31,10 @@ PROMPT, PADDING = -1, -2
 TAKES_MASKS = ("sdpa", "eager")
 """The attention implementations of transformers that take a mask for every query and key."""
 
+SEES_ALL = "full_attention"
+"""The kind of layer, in a config's ``layer_types``, in which a token attends to all that the mask
+shows it. A sliding window reaches over the completions between, and a linear layer over all."""
+
 ALIGNED = 16
 """A multiple of the numbers from one row of a mask to the next that torch asks for on CUDA."""
 
@@ -139,6 +143,18 @@ def prompt_positions(model: Any, inputs: Inputs) -> Tensor:
         attention_mask=inputs.attention_mask.cpu(),
     )
     return positions
+
+
+def why_not_packed(text_config: Any) -> str | None:
+    """Return why packed rows are not what a model computes of separate ones, as a clause about its
+    setting; None if they are."""
+    attention = text_config._attn_implementation
+    if attention not in TAKES_MASKS:
+        return f"attn_implementation={attention!r} takes no mask for every query and key"
+    kinds = set(getattr(text_config, "layer_types", None) or ()) - {SEES_ALL}
+    if kinds:
+        return f"layer_types of its config has {min(kinds)}, which goes by no such mask"
+    return None
 
 
 def packed_length(prompt: int, completions: Sequence[int]) -> int:

@@ -52,16 +52,35 @@ def read_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
             **NO_CODE,
             **settings,
         )
-    except ImportError as error:
-        raise KepoConfigError(f"{path} cannot be loaded as asked: {error}") from error
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of broken files its many readers raise anything
+        refused = refused_attention(path, settings.get("attn_implementation"), error)
+        if refused is not None:
+            raise refused from error
+        if isinstance(error, ImportError):
+            raise KepoConfigError(f"{path} cannot be loaded as asked: {error}") from error
         raise _unreadable(path, error) from error
     tensors.check_loaded(path, found)
     tensors.check_values(path, model)
     check_reads_types(model)
     return model
+
+
+def refused_attention(
+    path: str | Path, attention: str | None, error: Exception
+) -> KepoConfigError | None:
+    """Return the error of a model that transformers does not build with this attn_implementation;
+    None if its own error is about something else."""
+    said = " ".join(str(error).split())
+    words = ("attn", "FlashAttention", "attention implementation", "kernels")
+    if attention is None or not any(word in said for word in words):
+        return None
+    reason = said.partition(". ")[0].rstrip(".")
+    return KepoConfigError(
+        f"attn_implementation={attention!r}: {path} cannot be computed with it: {reason}; expected "
+        "sdpa, eager, or another that is installed and that transformers has for this model"
+    )
 
 
 def blank_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:

@@ -17,7 +17,7 @@ from kepo.errors import KepoConfigError, KepoDataError
 from kepo.models.conventions import VISION_TOKENS
 from kepo.models.device import known_device
 from kepo.models.encoding import Encoder, Inputs, Prompt
-from kepo.models.packing import TAKES_MASKS, pack, prompt_positions
+from kepo.models.packing import pack, prompt_positions, why_not_packed
 from kepo.models.reading import load_encoder, read_model
 from kepo.models.sampling import Sampled, SamplingLaw, SamplingParams, greedy
 from kepo.models.vision import check_length, forward_inputs
@@ -200,10 +200,9 @@ class VLM:
         )
 
     @property
-    def takes_masks(self) -> bool:
-        """True if the attention takes the mask that `share_prompts` needs, of every query and
-        key; flash-attention takes none."""
-        return self.model.config.get_text_config()._attn_implementation in TAKES_MASKS
+    def why_not_packed(self) -> str | None:
+        """Why the model cannot `share_prompts`, see `packing.why_not_packed`; None if it can."""
+        return why_not_packed(self.model.config.get_text_config())
 
     def completion_states(
         self, prompts: Sequence[Prompt], completion_ids: Tensor, completion_mask: Tensor

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kepo.errors import KepoConfigError
 from kepo.models.adapters import with_adapters
+from kepo.models.reading import refused_attention
 from kepo.planner.known_models import KNOWN, known_model
 from kepo.planner.trace import Traced, trace_inference, trace_training
 
@@ -308,12 +309,18 @@ def anatomy(
     flash = attention is not None and "flash" in attention
     config = read_config(name)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(
-            config,
-            dtype=getattr(torch, dtype),
-            # Flash attention need not be installed: without a mask, sdpa keeps the same tensors.
-            attn_implementation="sdpa" if flash else attention,
-        )
+        try:
+            model = AutoModelForImageTextToText.from_config(
+                config,
+                dtype=getattr(torch, dtype),
+                # Flash attention need not be installed: without a mask sdpa keeps the same.
+                attn_implementation="sdpa" if flash else attention,
+            )
+        except (ValueError, ImportError) as error:
+            refused = refused_attention(name, attention, error)
+            if refused is None:
+                raise
+            raise refused from error
     model.tie_weights()
     if lora_rank:
         with_adapters(model, lora_rank, alpha=lora_rank, seed=0)

@@ -42,7 +42,7 @@ class Plan(NamedTuple):
     fits."""
     max_completion_length: int
     """The longest max_completion_length that fits, likewise, a multiple of TOKENS_STEP. 0 means
-    that none fits."""
+    that none fits. No longer than the student has positions for."""
 
     @property
     def peak(self) -> Phase:
@@ -65,6 +65,13 @@ def plan(setup: Setup) -> Plan:
         if value <= 0:
             raise KepoConfigError(f"{name} is {value}; expected a number > 0")
     check_settings(config)
+    room = _room(setup)
+    if config.max_completion_length > room:
+        raise KepoConfigError(
+            f"max_completion_length={config.max_completion_length}: the student has positions for "
+            f"{max(0, room)} tokens after such a prompt (max_position_embeddings); expected at "
+            "most that many, or shorter prompts"
+        )
 
     def fits(**change: int) -> bool:
         after = _peak_after(setup, change)
@@ -75,10 +82,16 @@ def plan(setup: Setup) -> Plan:
         phases(setup),
         largest(lambda n: fits(micro_batch=n), completions_per_process(config, machine)),
         TOKENS_STEP
-        * largest(
-            lambda n: fits(max_completion_length=n * TOKENS_STEP), MOST_TOKENS // TOKENS_STEP
-        ),
+        * largest(lambda n: fits(max_completion_length=n * TOKENS_STEP), room // TOKENS_STEP),
     )
+
+
+def _room(setup: Setup) -> int:
+    """Return for how many tokens after a prompt the student has positions, MOST_TOKENS at most."""
+    student = student_of(setup.config, setup.machine)
+    positions = getattr(student.text, "max_position_embeddings", None)
+    longest = MOST_TOKENS if positions is None else positions - setup.prompts.length(student)
+    return min(MOST_TOKENS, longest)
 
 
 def _peak_after(setup: Setup, change: Mapping[str, Any]) -> int | None:

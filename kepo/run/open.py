@@ -158,15 +158,23 @@ def load_models(config: Config, device: torch.device, saved: Path | None) -> Mod
     policy = load_policy(config, device, saved, seed=config.seed)
     teacher = load_teacher(config, device) if config.taught_by else None
     ref = load_reference(config, device) if config.kl_coef else None
-    if config.share_prompts and not policy.share_prompts:
-        say(
-            f"attn_implementation={config.attn_implementation}: takes no mask for every query and "
-            "key, so each completion computes its prompt again (share_prompts needs sdpa or eager)"
-        )
+    if config.share_prompts:
+        say_what_is_not_shared(student=policy, teacher=teacher)
     check_same_tokens(policy, teacher)
     if teacher is not None and config.distils:
         check_same_opening(policy.encoder, teacher.encoder)
     return Models(policy, teacher, ref, load_sampler(config, policy))
+
+
+def say_what_is_not_shared(**models: VLM | None) -> None:
+    """Say which models compute a prompt again for each completion, although ``share_prompts`` is
+    on; the reference is the student's own start."""
+    for role, model in models.items():
+        if model is not None and model.why_not_packed is not None:
+            say(
+                f"share_prompts: the {role} computes a prompt again for each completion, as "
+                f"{model.why_not_packed} (it needs sdpa or eager, and full attention in all layers)"
+            )
 
 
 def check_same_tokens(policy: VLM, teacher: VLM | None) -> None:

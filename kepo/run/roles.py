@@ -89,7 +89,7 @@ def load_teacher(config: ModelsConfig, device: torch.device) -> VLM:
         )
         encoder = resize_pictures(load_encoder(config.teacher, model), config, config.teacher)
         vlm = VLM(_frozen(model), encoder, device)
-        vlm.share_prompts = config.share_prompts and vlm.takes_masks
+        vlm.share_prompts = config.share_prompts and vlm.why_not_packed is None
         return vlm
     placed = config.teacher_placement
     return _load(
@@ -150,7 +150,7 @@ def _load(
         source = {name: tensor.detach() for name, tensor in named}
     encoder = resize_pictures(load_encoder(path, model), config, path)
     vlm = VLM(model.eval(), encoder, device, adapters=adapters)
-    vlm.share_prompts = config.share_prompts and vlm.takes_masks
+    vlm.share_prompts = config.share_prompts and vlm.why_not_packed is None
     if sharded_in is None:
         model.to(device)
     else:

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from families import FAMILIES, pictures
+from families import FAMILIES, pictures, with_a_sliding_window, with_linear_attention
 
 from kepo.models import generation
 from kepo.models.encoding import Prompt
@@ -197,17 +197,20 @@ def test_rows_that_go_on_come_first_and_few_move(going):
 
 def test_a_sliding_window_is_kept(tinies, prompts):
     vlm = ending(VLM.load(tinies / "qwen2.5"))
-    config = copy.deepcopy(vlm.model.config)
-    text = config.get_text_config()
-    text.use_sliding_window, text.sliding_window = True, 8
-    text.layer_types = ["full_attention", "sliding_attention", "full_attention"]
-    model = type(vlm.model)(config).eval()
-    model.load_state_dict(vlm.model.state_dict())
-    vlm.model = model
+    vlm.model = with_a_sliding_window(vlm.model, 8)
     other = agrees_with_transformers(vlm, prompts, "plain")
     whole = ending(VLM.load(tinies / "qwen2.5"))
     assert not torch.equal(
         other.logprobs, whole.generate(whole.encode(prompts), params_of("plain"), SEEDS).logprobs
+    )
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_linear_attention_goes_on_from_the_prompt(tinies, prompts, law):
+    """Such layers keep no keys and values, but a state for each row."""
+    vlm = VLM.load(tinies / "qwen3")
+    agrees_with_transformers(
+        ending(VLM(with_linear_attention(vlm.tokenizer), vlm.encoder)), prompts, law
     )
 
 

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from families import FAMILIES, pictures
+from families import FAMILIES, pictures, with_a_sliding_window, with_linear_attention
 
 from kepo.errors import KepoDataError
 from kepo.models import packing
@@ -74,7 +74,7 @@ def equal(rows, packed) -> bool:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_states_and_gradients_are_those_of_rows(vlm, prompts, completions, attention):
     vlm.model.set_attn_implementation(attention)
-    assert vlm.takes_masks
+    assert vlm.why_not_packed is None
     assert equal(*both_ways(vlm, prompts, completions))
     vlm.model.set_attn_implementation("sdpa")
 
@@ -232,5 +232,26 @@ def test_a_mask_of_another_shape_is_refused(vlm, prompts):
 
 def test_flash_attention_takes_no_mask(vlm):
     vlm.model.config.get_text_config()._attn_implementation = "flash_attention_2"
-    assert not vlm.takes_masks
+    assert "attn_implementation='flash_attention_2'" in vlm.why_not_packed
     vlm.model.set_attn_implementation("sdpa")
+
+
+def test_layers_that_go_by_more_than_the_mask_are_not_packed(tinies, prompts, completions):
+    """In a sliding window or a linear layer a completion would feel those before it in the row."""
+    older, newer = VLM.load(tinies / "qwen2.5"), VLM.load(tinies / "qwen3")
+    kinds = {
+        "sliding_attention": with_a_sliding_window(older.model, 8),
+        "linear_attention": with_linear_attention(newer.tokenizer),
+    }
+    ids, mask = completions
+    asked = [prompts[place] for place in PROMPT_OF]
+    for kind, model in kinds.items():
+        vlm = VLM(
+            model, older.encoder if model.config.model_type == "qwen2_5_vl" else newer.encoder
+        )
+        assert kind in vlm.why_not_packed
+        with torch.no_grad():
+            rows = vlm.completion_states(asked, ids, mask)[mask]
+            vlm.share_prompts = True
+            packed = vlm.completion_states(asked, ids, mask)[mask]
+        assert (packed - rows).norm() > 100 * NEAR * rows.norm()

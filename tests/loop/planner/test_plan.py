@@ -12,7 +12,7 @@ from kepo.planner import plan as plan_module
 from kepo.planner.anatomy import anatomy, read_config
 from kepo.planner.held import GIB, Held, Machine, standing
 from kepo.planner.known_models import KNOWN, known_model
-from kepo.planner.memory import Phase, Setup, moments, peak, phases
+from kepo.planner.memory import Phase, Prompts, Setup, moments, peak, phases
 from kepo.planner.plan import advice, largest, plan
 from kepo.planner.plot import plot_plan
 from kepo.planner.trace import LiveBytes, trace_inference, trace_training
@@ -265,6 +265,17 @@ def test_largest(limit, most):
 
 def test_largest_tries_all_at_once():
     assert largest(lambda n: n <= 3 or n == 9, 9) == 9
+
+
+def test_no_completion_is_longer_than_the_student_has_positions_for(tinies):
+    """A run would leave every question out as too long."""
+    config = Config(student=str(tinies / "qwen3"), hint_trigger="never", gate_reward=None)
+    config = replace(config, distill_coef=0.0, prompts_per_step=2, micro_batch=1)
+    machine, prompts = Machine(1, 80 * GIB), Prompts(text_tokens=100, image_tokens=200)
+    assert plan(Setup(config, machine, prompts)).max_completion_length == 3792  # 4096 positions
+    long = replace(config, max_completion_length=3797)
+    with pytest.raises(KepoConfigError, match=r"^max_completion_length=3797: .* for 3796 tokens"):
+        plan(Setup(long, machine, prompts))
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Models held as the config says: with adapters, sharded, quantised; and what is saved of them."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,13 @@ import pytest
 import torch
 from small import config_of
 
+from kepo.digits.tiny import build_tiny
 from kepo.distributed.processes import processes
 from kepo.errors import KepoCheckpointError, KepoConfigError
 from kepo.loop import train
 from kepo.models.reading import blank_model
 from kepo.models.vlm import VLM, Prompt
+from kepo.run.open import load_models
 from kepo.run.roles import load_policy, load_reference, load_teacher, use_liger_layers
 
 CPU = torch.device("cpu")
@@ -206,3 +209,25 @@ def test_liger_without_the_family_is_refused(made, tmp_path):
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(KepoConfigError, match="liger-kernel has none for 'bert'"):
         use_liger_layers(str(tmp_path))
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_model_whose_prompts_cannot_be_shared_has_rows_and_is_named(made, tmp_path, role, capsys):
+    """By the layers that a token sees the prompt through, too: a sliding window is a setting of the
+    model's, not of the run."""
+    for size in ("student", "teacher"):
+        build_tiny(tmp_path / size, size=size, seed=0, family="qwen2_5_vl")
+    file = tmp_path / role / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"] |= dict(use_sliding_window=True, sliding_window=8, layer_types=None)
+    config["text_config"] |= dict(max_window_layers=1)
+    file.write_text(json.dumps(config))
+    settings = dict(student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"))
+    models = load_models(config_of(made, tmp_path, kl_coef=0.1, **settings), CPU, None)
+    found = {"student": models.policy, "teacher": models.teacher}
+    assert {name for name, vlm in found.items() if not vlm.share_prompts} == {role}
+    assert models.ref.share_prompts == (role == "teacher")
+    said = [line for line in capsys.readouterr().out.splitlines() if "share_prompts" in line]
+    assert len(said) == 1 and role in said[0] and "sliding_attention" in said[0]
+    load_models(config_of(made, tmp_path, share_prompts=False, **settings), CPU, None)
+    assert "share_prompts" not in capsys.readouterr().out
