@@ -56,6 +56,9 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
         _refuse("student is not set; give the folder of a vision-language model")
     if config.eval_share and config.eval_data is not None:
         _refuse(f"eval_share={config.eval_share} and eval_data are two evaluations; give one")
+    least, most = config.min_pixels, config.max_pixels
+    if least is not None and most is not None and least > most:
+        _refuse(f"min_pixels={least} is more than max_pixels={most}; expected at most as many")
     if config.hints and config.num_hinted > config.num_generations:
         _refuse(
             f"num_hinted={config.num_hinted} is more than num_generations="

@@ -31,8 +31,9 @@ class DataConfig:
     """The data that the student is trained and evaluated on."""
 
     train_data: str = ""
-    """Training data: a folder in OmniMedVQA's layout, Med-R1's split files, or a folder written by
-    datasets.save_to_disk."""
+    """Training data: JSON Lines, JSON lists or Parquet, a file or a folder of them; a folder
+    written by datasets.save_to_disk; the name of a dataset on the Hub, as owner/name:split; a
+    folder in OmniMedVQA's layout; Med-R1's split files."""
     train_modalities: tuple[str, ...] | None = None
     """Train only on these modalities. None means all."""
     train_question_types: tuple[str, ...] | None = None
@@ -47,8 +48,8 @@ class DataConfig:
     eval_limit: Count | None = None
     """Maximum number of questions per modality in an evaluation. None means all."""
     image_root: str | None = None
-    """Folder that image paths are relative to. None means the dataset's folder; for Med-R1's files,
-    the nearest parent folder that contains Images."""
+    """Folder that image paths are relative to. None means the dataset's folder, or its file's; for
+    Med-R1's files, the nearest parent folder that contains Images."""
     bad_records: Literal["skip", "fail"] = "skip"
     """skip: leave out records that are wrong, or whose image is missing or outside image_root, and
     count them in data.json. fail: end the run at the first such record."""
@@ -82,7 +83,20 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True)
-class ModelsConfig(TeacherConfig):
+class PicturesConfig:
+    """The size at which the models see pictures."""
+
+    min_pixels: Count | None = None
+    """Fewest pixels, width times height, at which a picture is shown: smaller ones are enlarged, in
+    their own shape, with sides of whole tokens. None means as each model's
+    preprocessor_config.json says."""
+    max_pixels: Count | None = None
+    """Most pixels at which a picture is shown: larger ones are made smaller likewise. None means as
+    each model's preprocessor_config.json says."""
+
+
+@dataclass(frozen=True)
+class ModelsConfig(TeacherConfig, PicturesConfig):
     """The models that take part, where they live and how they are held."""
 
     student: str = ""

@@ -17,9 +17,12 @@ from kepo.models import conventions, tensors
 from kepo.models.encoding import Encoder
 from kepo.models.processors import image_processor_class, without_broken_torchvision
 from kepo.models.vision import check_reads_types
+from kepo.sections import PicturesConfig
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 """A pattern for ``name`` or ``owner/name``."""
+EDGES = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+"""The settings, and what Qwen's image processors call them; all are pixels, width times height."""
 NO_CODE: dict[str, Any] = dict(trust_remote_code=False)
 """Arguments for every function of transformers that could run a model folder's code, or ask to."""
 
@@ -185,6 +188,43 @@ def hide_transformers_bars() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def resize_pictures(encoder: Encoder, config: PicturesConfig, path: str) -> Encoder:
+    """Let an encoder resize pictures as the settings say, and return it; what they leave open stays
+    as the model's preprocessor_config.json has it.
+
+    A processor keeps a picture's shape and rounds its sides to whole tokens, so the pixels may miss
+    the bounds by that rounding. path: the model, for messages. Raises KepoConfigError if its
+    pictures cannot be resized so.
+    """
+    wanted: dict[str, int | None] = {setting: getattr(config, setting) for setting in EDGES}
+    given = {setting: value for setting, value in wanted.items() if value is not None}
+    if not given:
+        return encoder
+    name, processor = next(iter(given)), encoder.image_processor
+    size = dict(getattr(processor, "size", None) or {})
+    if not all(edge in size for edge in EDGES.values()):
+        raise KepoConfigError(
+            f"{name}={given[name]}: {path} does not resize pictures by their number of pixels; "
+            "leave it out"
+        )
+    edges = {edge: given.get(setting) or size[edge] for setting, edge in EDGES.items()}
+    least, most = edges["shortest_edge"], edges["longest_edge"]
+    token = (processor.patch_size * processor.merge_size) ** 2
+    if most < token:
+        raise KepoConfigError(
+            f"max_pixels={most} is less than the {token} pixels of one token of {path}; give more"
+        )
+    if least > most:
+        own = [setting for setting in EDGES if setting not in given]
+        says = f" ({own[0]} as its preprocessor_config.json says)" if own else ""
+        raise KepoConfigError(
+            f"{name}={given[name]}: the smallest picture of {path} would have {least} pixels, "
+            f"the largest {most}{says}; expected min_pixels <= max_pixels, so set both"
+        )
+    processor.size = type(processor.size)(**edges)
+    return encoder
 
 
 def _adapted(path: str | Path, model: Any) -> Any:

@@ -6,6 +6,7 @@ each of them. `kepo.planner.memory` adds up what the parts pass to each other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial
@@ -35,6 +36,8 @@ class Anatomy:
     """The device whose attention kernels are counted: cpu or cuda."""
     masks: bool
     """True if attention is given a mask; flash attention is not."""
+    pixels: tuple[int | None, int | None] = (None, None)
+    """The fewest and most pixels of a picture, as the settings have them."""
 
     # ---- sizes ----
 
@@ -68,10 +71,16 @@ class Anatomy:
 
     @property
     def default_image_tokens(self) -> int:
-        """Tokens of an image of 384 x 384 pixels, its sides rounded to whole tokens."""
+        """Tokens of an image of 384 x 384 pixels, its sides rounded to whole tokens; more or fewer
+        if the settings do not let it be as large."""
         vision = self.model.config.vision_config
         side = vision.patch_size * vision.spatial_merge_size
-        return round(384 / side) ** 2
+        least, most = self.pixels
+        pixels = max(384**2, least or 0)
+        if most is not None and most < pixels:  # rounded down, as image processors do
+            return max(1, math.floor(math.sqrt(most) / side)) ** 2
+        exact = math.sqrt(pixels) / side
+        return (round(exact) if pixels == 384**2 else math.ceil(exact)) ** 2
 
     @property
     def features(self) -> int:
@@ -288,10 +297,12 @@ def anatomy(
     attention: str | None = None,
     lora_rank: int = 0,
     freeze_vision: bool = False,
+    pixels: tuple[int | None, int | None] = (None, None),
 ) -> Anatomy:
     """Return the model of that name as a run with these settings would hold it.
 
     attention: transformers' attn_implementation; None = its default. lora_rank: 0 = no adapters.
+    pixels: the settings min_pixels and max_pixels.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -315,7 +326,7 @@ def anatomy(
         with_adapters(model, lora_rank, alpha=lora_rank, seed=0)
     elif freeze_vision:
         model.model.visual.requires_grad_(False)
-    return Anatomy(model, getattr(torch, dtype), device, masks=not flash)
+    return Anatomy(model, getattr(torch, dtype), device, masks=not flash, pixels=pixels)
 
 
 def read_config(name: str) -> Any:

@@ -45,7 +45,8 @@ class Prompts:
     text_tokens: int = 160
     """Tokens of chat markup, question and options."""
     image_tokens: int | None = None
-    """Tokens of an image. None = those of 384 x 384 pixels."""
+    """Tokens of an image. None = those of 384 x 384 pixels, or of min_pixels or max_pixels where
+    these do not let it be as large."""
     images: int = 1
     """Images of a prompt."""
 
@@ -128,6 +129,7 @@ def student_of(config: ModelsConfig, machine: Machine) -> Anatomy:
         config.attn_implementation,
         config.lora_rank,
         config.freeze_vision,
+        (config.min_pixels, config.max_pixels),
     )
 
 
@@ -135,7 +137,13 @@ def teacher_of(setup: Setup) -> Anatomy | None:
     config = setup.config
     if config.taught_by is None:
         return None
-    return anatomy(config.taught_by, config.dtype, setup.machine.device, config.attn_implementation)
+    return anatomy(
+        config.taught_by,
+        config.dtype,
+        setup.machine.device,
+        config.attn_implementation,
+        pixels=(config.min_pixels, config.max_pixels),
+    )
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def advice(setup: Setup) -> list[Change]:
         dict(scores_on="host"),
         dict(optimizer="adamw_8bit"),
     ]
-    limits = ("rollout_tokens", "micro_tokens")
+    limits = ("rollout_tokens", "micro_tokens", "max_pixels")
     changes += [half(name) for name in limits if getattr(config, name) is not None]
     if config.sampler == "vllm":
         changes.append(dict(vllm_memory=config.vllm_memory / 2))
@@ -300,7 +300,8 @@ class Arguments:
     prompt_tokens: int = Prompts.text_tokens
     """Tokens of a prompt, without those of its images."""
     image_tokens: int | None = None
-    """Tokens of an image. None means those of 384 x 384 pixels."""
+    """Tokens of an image. None means those of 384 x 384 pixels, within min_pixels and
+    max_pixels."""
     prompt_images: int = 1
     """Images of a prompt."""
     plot: str | None = None

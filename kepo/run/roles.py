@@ -18,7 +18,14 @@ from kepo.distributed.processes import is_rank0, on_rank0, world_size
 from kepo.errors import KepoConfigError
 from kepo.models.adapters import with_adapters
 from kepo.models.conventions import without_dropout
-from kepo.models.reading import NO_CODE, base_of, blank_model, load_encoder, read_model
+from kepo.models.reading import (
+    NO_CODE,
+    base_of,
+    blank_model,
+    load_encoder,
+    read_model,
+    resize_pictures,
+)
 from kepo.models.vlm import VLM
 from kepo.rollout.sampler import Sampler
 from kepo.sections import ModelsConfig
@@ -136,7 +143,8 @@ def _load(
         # Other tensors over the same memory: sharding moves the model's own to the device.
         named = [*model.named_parameters(), *model.named_buffers()]
         source = {name: tensor.detach() for name, tensor in named}
-    vlm = VLM(model.eval(), load_encoder(path, model), device, adapters=adapters)
+    encoder = resize_pictures(load_encoder(path, model), config, path)
+    vlm = VLM(model.eval(), encoder, device, adapters=adapters)
     vlm.share_prompts = config.share_prompts and vlm.why_not_packed is None
     if sharded_in is None:
         model.to(device)
@@ -167,7 +175,8 @@ def _load_quantised(
             # and fail where a width is no multiple of 64.
             module.support_avx512bf16_for_cpu = False
     adapters = prepare(model)
-    vlm = VLM(model.eval(), load_encoder(path, model), device, adapters=adapters)
+    encoder = resize_pictures(load_encoder(path, model), config, path)
+    vlm = VLM(model.eval(), encoder, device, adapters=adapters)
     vlm.share_prompts = config.share_prompts and vlm.why_not_packed is None
     return vlm
 
