@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kepo.disk.durable import write_durably
+from kepo.disk.files import expanded
 from kepo.errors import KepoConfigError
 from kepo.flags import command_line, refuse
 from kepo.report.collect import collect
 from kepo.report.page import page
-from kepo.words import at_home, expanded
+from kepo.words import at_home
 
 USAGE = "RUN [RUN ...] [OPTIONS]"
 
@@ -52,7 +53,7 @@ def write_report(runs: Sequence[str | Path], flags: ReportFlags | None = None) -
         raise KepoConfigError(f"picture_mb={flags.picture_mb}; expected a number in [0, 1000]")
     if not runs:
         raise KepoConfigError("runs is empty; expected at least one run folder")
-    folders = [Path(expanded(str(run))) for run in runs]
+    folders = [expanded(run) for run in runs]
     out = Path(flags.out) if flags.out is not None else folders[0] / "report.html"
     found = collect(folders)
     if out.is_dir() or not out.resolve().parent.is_dir():

@@ -187,7 +187,7 @@ function drawAccuracy(table, box) {
   const chance = rows.map((row, place) => [place, row.chance]).filter(([, share]) => share !== null);
   if (chance.length) {
     traces.push({ type: "scatter", mode: "markers", name: "chance", x: chance.map(([, share]) => share), y: chance.map(([place]) => place),
-      marker: { symbol: "line-ns-open", size: 16, color: css("--soft"), line: { width: 2 } }, hoverinfo: "x+name" });
+      marker: { symbol: "line-ns-open", size: 20 * (several ? runs : 1), color: css("--soft"), line: { width: 2 } }, hoverinfo: "x+name" });
   }
   data.runs.forEach((run, number) => {
     const before = several ? `${run.name}, before` : "before";
@@ -198,7 +198,7 @@ function drawAccuracy(table, box) {
   box.setAttribute("aria-label", `Accuracy by ${table.title.toLowerCase()}, as in the table below`);
   Plotly.react(box, traces, layout({
     height, hovermode: "closest", showlegend: true,
-    legend: { orientation: "h", y: 1, yanchor: "bottom", x: 0, font: { color: css("--text") } },
+    legend: { orientation: "h", traceorder: "normal", y: 1, yanchor: "bottom", x: 0, font: { color: css("--text") } },
     margin: { l: 10, r: 16, t: 30, b: 34 },
     xaxis: { tickformat: ".0%", hoverformat: ".1%", range: [0, 1.02] },
     yaxis: { tickvals: rows.map((_, place) => place), ticktext: rows.map((row) => label(row.name, NARROW)), range: [-0.6, rows.length - 0.4], tickfont: { color: css("--text") } },
@@ -221,7 +221,7 @@ function drawMemory(memory, box) {
   box.setAttribute("aria-label", "Planned memory by phase, as in the table below");
   Plotly.react(box, traces, layout({
     height: 110 + 34 * phases.length + 20 * Math.ceil((items.length + measured.length) / 3), barmode: "stack", hovermode: "closest", showlegend: true,
-    legend: { orientation: "h", y: 1, yanchor: "bottom", x: 0, font: { color: css("--text") } },
+    legend: { orientation: "h", traceorder: "normal", y: 1, yanchor: "bottom", x: 0, font: { color: css("--text") } },
     margin: { l: 10, r: 16, t: 30, b: 34 },
     xaxis: { title: { text: "GiB" }, hoverformat: ".2f", rangemode: "tozero" },
     yaxis: { tickvals: phases.map((_, place) => place), ticktext: phases.map((phase) => label(phase.name, NARROW)), tickfont: { color: css("--text") } },

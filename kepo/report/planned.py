@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kepo.config import from_mapping
-from kepo.errors import KepoError, disk_sentence
+from kepo.errors import disk_sentence
 from kepo.report.collect import RunRecord, numbers
 
 GIB = 2**30
@@ -21,30 +21,28 @@ def memory(run: RunRecord) -> dict[str, Any]:
                 name = key.removeprefix("mem/").removesuffix("_gb").replace("_", " ")
                 measured[name] = max(value * 1e9 / GIB, measured.get(name, 0.0))
     phases, why = _plan(run)
-    return {"measured": measured, "phases": phases, "why": why}
+    on_cpu = not str(run.config.get("device")).startswith("cuda")
+    return {"measured": measured, "phases": phases, "why": why, "cpu": on_cpu}
 
 
 def _plan(run: RunRecord) -> tuple[list[dict[str, Any]], str]:
     """Return ``(phases of the plan, why there are none)``; the models' configs are read for it."""
     if not run.config:
         return [], "The settings are not known, so there is no plan."
-    device, sampler = run.config.get("device"), run.config.get("sampler")
-    if not str(device).startswith("cuda"):
-        return [], (
-            f"The run was on {device}: its log has the memory of the whole process, and a plan is "
-            "of a GPU's."
-        )
-    if sampler == "vllm":
+    if run.config.get("sampler") == "vllm":
         return [], "vLLM takes a share of the GPU's memory, whose size the run does not record."
     from kepo.planner.held import ITEMS, Machine
     from kepo.planner.memory import Setup, phases
 
+    device = "cuda" if str(run.config.get("device")).startswith("cuda") else "cpu"
+    processes = run.processes if device == "cuda" else 1
     try:
         config = from_mapping(run.config, str(run.folder))
-        found = phases(Setup(config, Machine(run.processes, 80 * GIB)))
+        # The size of a GPU decides what fits, not what is held.
+        found = phases(Setup(config, Machine(processes, 80 * GIB, device)))
     except OSError as error:
         return [], f"The plan cannot be made here: {disk_sentence(error)}."
-    except (KepoError, ValueError) as error:
+    except Exception as error:  # a config of a model may make transformers raise anything
         return [], f"The plan cannot be made here: {error}."
     return [
         {
