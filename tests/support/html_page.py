@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 PAYLOAD = (
-    "</script></style><xss onload=alert(1)>\"'><xss>&lt;<!--<script>\u2028\u2029{{ 7 * 7 }}${x}"
+    "<a href='#'>y</a></script></style><xss onload=alert(1)>\"'><xss>&lt;<!--<script>"
+    "\u2028\u2029{{ 7 * 7 }}${x}"
 )
 """Text that is an element wherever it is not escaped: in markup, attributes, style or script."""
 
