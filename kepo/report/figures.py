@@ -25,8 +25,9 @@ class Panel(NamedTuple):
     """True if its values lie between 0 and 1."""
 
 
-SPEED = "tokens per second"
-"""A curve that is not in the log: completion tokens that carried loss, over the step's seconds."""
+SPEED = "whole step"
+"""The name of a curve that is not in the log: completion tokens that carried loss, over the seconds
+of the whole step."""
 PANELS = (
     Panel("Reward", ("reward", "rewards/*"), "", "Mean over the completions of a step."),
     Panel(
@@ -75,23 +76,31 @@ PANELS = (
         "End token included.",
     ),
     Panel(
-        "Seconds of a step",
-        ("step_time", "time/*"),
-        "seconds",
-        "The whole step and its phases; evaluation and checkpoints are not in it.",
+        "Tokens per second",
+        (SPEED, "time/tokens_per_second/*"),
+        "",
+        "Completion tokens that carried loss, over the whole step; where the log has them, those "
+        "of each phase, over its own seconds.",
     ),
     Panel(
-        "Tokens per second",
-        (SPEED, "tokens_per_second/*", "kepo/tokens_per_second/*"),
-        "tokens / s",
-        "Completion tokens that carried loss, over the seconds of the whole step.",
+        "Shares of a step's time",
+        ("time/share/*",),
+        "",
+        "The seconds of each phase, over those of the whole step.",
+        True,
+    ),
+    Panel(
+        "Seconds of a step",
+        ("step_time", "time/*"),
+        "",
+        "The whole step and its phases; evaluation and checkpoints are not in it.",
     ),
     Panel("Memory", ("mem/*",), "10⁹ bytes", "The most held since the start, of any process."),
     Panel("Gradient", ("grad_norm",), "", "Before clipping; a gap is a step that was skipped."),
     Panel("Learning rate", ("learning_rate",), "", "Of each step."),
 )
-HIDDEN = frozenset(("step",))
-"""Keys that are no curve."""
+IN_TITLES = ("rewards/", "completions/", "kepo/", "time/", "tokens_per_second/", "share/")
+"""Beginnings of keys that the titles of panels say, in the order in which they are taken off."""
 
 
 def panels(runs: Sequence[RunRecord]) -> dict[str, list[dict[str, Any]]]:
@@ -102,7 +111,7 @@ def panels(runs: Sequence[RunRecord]) -> dict[str, list[dict[str, Any]]]:
     """
     logs = [_with_speed(run.steps) for run in runs]
     known = dict.fromkeys(
-        _today(key) for log in logs for record in log for key in record if key not in HIDDEN
+        _today(key) for log in logs for record in log for key in record if key != "step"
     )
     drawn: set[str] = set()
     main = _accuracy(runs)
@@ -126,7 +135,7 @@ def _accuracy(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     for place, run in enumerate(runs):
         tables = [(record["step"], record["eval"]) for record in run.evaluations]
         mean = [(step, sum(table.values()) / len(table)) for step, table in tables]
-        name = "mean over modalities" if len(tables[:1]) and len(tables[0][1]) > 1 else "accuracy"
+        name = "mean over modalities" if tables and len(tables[0][1]) > 1 else "accuracy"
         series.append((place, name, mean))
         for modality in sorted({name for _, table in tables for name in table}):
             points = [(step, table[modality]) for step, table in tables if modality in table]
@@ -173,9 +182,10 @@ def _series(place: int, key: str, points: Sequence[tuple[int, float | None]]) ->
 
 def _words(key: str) -> str:
     """Return a key of the log as the page names it: without the part that the panel's title has."""
-    for start, end in (("rewards/", "/mean"), ("completions/", ""), ("kepo/", ""), ("time/", "")):
-        if key.startswith(start) and key.endswith(end):
-            key = key.removeprefix(start).removesuffix(end)
+    if key.startswith("rewards/"):
+        key = key.removesuffix("/mean")
+    for start in IN_TITLES:
+        key = key.removeprefix(start)
     return key.replace("_", " ")
 
 

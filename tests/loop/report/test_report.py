@@ -77,7 +77,7 @@ def test_curves_are_those_of_the_log(ended, page):
         assert found["x"] == [1, 2, 3]
         assert found["y"] == pytest.approx([record[key] for record in steps], rel=1e-4), key
     speed = [record["kepo/completion_tokens"] / record["step_time"] for record in steps]
-    assert page.series("Tokens per second", "tokens per second")["y"] == pytest.approx(speed, 1e-4)
+    assert page.series("Tokens per second", "whole step")["y"] == pytest.approx(speed, 1e-4)
 
 
 def test_every_number_of_the_log_is_drawn_once(ended, page):
@@ -85,7 +85,7 @@ def test_every_number_of_the_log_is_drawn_once(ended, page):
     drawn = [s["key"] for kind in ("main", "others") for p in page.data["curves"][kind]
              for s in p["series"] if p["title"] != "Accuracy"]  # fmt: skip
     assert sorted(drawn) == sorted(keys - {"step", "eval", "eval_items", "eval_types"} | {
-        "tokens per second"
+        "whole step"
     })  # fmt: skip
 
 
@@ -205,6 +205,17 @@ def test_keys_of_an_earlier_version_are_drawn():
     assert run.config["sampler"] == "transformers"  # it was `engine`
 
 
+def test_rates_and_shares_of_time_have_panels_of_their_own():
+    [run] = collect([OLD])
+    for record in run.steps:
+        record |= {"time/tokens_per_second/sampled": 9.0, "time/share/update": 0.5}
+    found = {panel["title"]: panel["series"] for panel in panels([run])["main"]}
+    assert [s["name"] for s in found["Tokens per second"]] == ["whole step", "sampled"]
+    assert [s["name"] for s in found["Shares of a step's time"]] == ["update"]
+    names = ["step time", "rollout", "hint", "teacher", "update"]
+    assert [s["name"] for s in found["Seconds of a step"]] == names
+
+
 def test_long_curves_are_means_of_stretches():
     [run] = collect([OLD])
     run.steps[:] = [{"step": n, "reward": float(n), "loss": None} for n in range(1, 3001)]
@@ -221,7 +232,7 @@ def test_two_runs_lie_over_each_other(ended, tmp_path):
     other = shutil.copytree(ended, tmp_path / "b" / "run")
     rewrite(other / "metrics.jsonl", lambda r: "reward" in r and r.update(reward=r["reward"] + 1))
     state = other / "checkpoints" / "step-00000003" / "state.json"
-    state.write_text(state.read_text().replace('"lr": 0.001', '"lr": 0.5'))
+    state.write_text(state.read_text().replace('"lr": 1e-06', '"lr": 0.5'))
     page = written(tmp_path / "b" / "run", ended)
     assert [run["name"] for run in page.data["runs"]] == ["b/run", f"{ended.parent.name}/run"]
     panel = page.panel("Reward: reward")
@@ -231,7 +242,7 @@ def test_two_runs_lie_over_each_other(ended, tmp_path):
     assert len(page.panel("Accuracy")["series"]) == 2  # the means only
     for row in page.data["accuracy"][0]["rows"]:
         assert len(row["cells"]) == 2 and row["cells"][0] == row["cells"][1]
-    assert "lr 0.5 0.001 1e-06" in page.words
+    assert "lr 0.5 1e-06 1e-06" in page.words
     assert {group["run"] for group in page.data["browser"]["groups"]} == {0, 1}
 
 
