@@ -79,9 +79,7 @@ def logprobs_of(
 ) -> Tensor:
     """Score the ids: (B, T) log-probabilities where the mask is, 0 elsewhere. ``states`` and
     ``ids`` are on the model's device; the mask may be on the CPU."""
-    found = fused_linear_logprobs(
-        states, model.lm_head, ids, completion_mask=mask, **softmax(config)
-    )
+    found = fused_linear_logprobs(states, model.head, ids, completion_mask=mask, **softmax(config))
     assert isinstance(found, Tensor)  # entropies were not asked for
     return found
 

@@ -151,10 +151,7 @@ def load_models(config: Config, device: torch.device, saved: Path | None) -> Mod
     teacher = load_teacher(config, device) if config.taught_by else None
     ref = load_reference(config, device) if config.kl_coef else None
     if config.share_prompts and not policy.share_prompts:
-        say(
-            f"attn_implementation={config.attn_implementation}: takes no mask for every query and "
-            "key, so each completion computes its prompt again (share_prompts needs sdpa or eager)"
-        )
+        say(f"share_prompts: {policy.unshareable}; each completion computes its prompt again")
     check_same_tokens(policy, teacher)
     if teacher is not None and config.distils:
         check_same_opening(policy.encoder, teacher.encoder)

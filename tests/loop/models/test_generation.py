@@ -245,7 +245,7 @@ def one_place_late(patch):
     patch.setattr(
         generation._State,
         "__init__",
-        lambda self, cache, positions, mask: made(self, cache, positions + 1, mask),
+        lambda self, cache, axes, positions, mask: made(self, cache, axes, positions + 1, mask),
     )
 
 
