@@ -227,9 +227,8 @@ def _load(path: str | Path, encoder: Encoder, dtype: str, memory_share: float) -
                 f"sampler='vllm' with {path}: it is not known whether vLLM reads this family's "
                 "pictures as the encoder does; set sampler: transformers"
             )
-        pictures = dict(
-            limit_mm_per_prompt={"video": 0}, mm_processor_kwargs=dict(encoder.pictures.vllm)
-        )
+        settings = encoder.pictures.vllm(encoder.pictures.processor)
+        pictures = dict(limit_mm_per_prompt={"video": 0}, mm_processor_kwargs=settings)
     with _launched():
         return _vllm().LLM(
             model=str(path),

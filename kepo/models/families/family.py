@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,8 +39,9 @@ class Pictures:
     """Ids that the model wants before a picture's tokens and its template does not write."""
     after: tuple[int, ...] = ()
     """Ids that it wants after them."""
-    vllm: Mapping[str, Any] | None = None
-    """Settings by which vLLM resizes pictures alike; None if it is not known to read them alike."""
+    vllm: Callable[[Any], dict[str, Any]] | None = None
+    """A function: processor -> settings by which vLLM resizes pictures as it does; None if vLLM is
+    not known to read this family's pictures alike."""
 
     def tokens(self, count: int) -> list[int]:
         """Return the ids that a picture of so many tokens is in a prompt."""

@@ -58,9 +58,12 @@ def pictures(path: str | Path, config: Any, tokenizer: Any) -> Pictures:
 
 def pictures_of(processor: Any, token: int) -> Pictures:
     """Return how an image processor of Qwen's reads pictures."""
+    return Pictures(processor, token, _read, _count, _count_by_size, vllm=_edges)
+
+
+def _edges(processor: Any) -> dict[str, Any]:
     size = processor.size
-    edges = dict(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"])
-    return Pictures(processor, token, _read, _count, _count_by_size, vllm=edges)
+    return dict(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"])
 
 
 def _check_pictures(path: str | Path, image_processor: Any, config: Any) -> None:
