@@ -6,19 +6,35 @@ import torch
 from PIL import Image
 
 from kepo.digits.tiny import build_tiny
+from kepo.models import vlm
+from kepo.models.encoding import Prompt
+from kepo.models.families import registry
 
 FAMILIES = {
     "qwen3": {},
     "qwen3-tied": dict(tied=True),
     "qwen2.5": dict(family="qwen2_5_vl"),
 }
+"""Models whose pictures are Qwen's, by the names of their folders."""
+
+EVERY = FAMILIES | {
+    name: dict(family=name) for name in registry.FAMILIES if name not in ("qwen3_vl", "qwen2_5_vl")
+}
+"""Those, and one of every other family that is registered."""
 
 
 def build(root: Path) -> Path:
     """Write a student of each family below root."""
-    for name, settings in FAMILIES.items():
+    for name, settings in EVERY.items():
         build_tiny(root / name, size="student", seed=0, **settings)
     return root
+
+
+def asked(model: vlm.VLM, prompts: list[Prompt]) -> list[Prompt]:
+    """The prompts, without their pictures where the model sees none."""
+    if model.encoder.pictures is not None:
+        return prompts
+    return [Prompt(prompt.text) for prompt in prompts]
 
 
 def pictures(root: Path, *sizes: tuple[int, int]) -> list[Path]:
