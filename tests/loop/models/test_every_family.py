@@ -28,7 +28,8 @@ from kepo.rollout.encodable import judge_of
 from kepo.run.metrics import read_metrics
 
 STEPS = 3
-SETTINGS = dict(steps=STEPS, prompts_per_step=3, lr=2e-4, seed=2, keep_checkpoints=STEPS + 1)
+LR = 2e-4
+SETTINGS = dict(steps=STEPS, prompts_per_step=3, lr=LR, seed=2, keep_checkpoints=STEPS + 1)
 SETTINGS |= dict(log_completions_every=1)
 
 
@@ -87,7 +88,14 @@ def test_it_resumes(run, home, told, capsys):
 def test_shared_prompts_change_nothing(run, home, told):
     with rigged():
         assert train(config_of(home, home / "rows", **SETTINGS, share_prompts=False)) == 0
-    assert_same_run(run, home / "rows")
+    said = [
+        [(r["step"], r["completion"], r["hint"]) for r in read_metrics(x / "completions.jsonl")]
+        for x in (run, home / "rows")
+    ]
+    assert said[0] == said[1]
+    mine, theirs = weights(run), weights(home / "rows")
+    # Sums of another order: a small part of what AdamW moves an element in one step.
+    assert all((mine[name] - theirs[name]).abs().max() <= LR / 4 for name in mine)
 
 
 def test_what_was_saved_is_read_by_transformers_alone(run, home, told):
