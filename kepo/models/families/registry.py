@@ -13,6 +13,7 @@ from kepo.models.families.family import Family
 NAMES = (
     "qwen3_vl",
     "qwen2_5_vl",
+    "internvl",
     "text_only",
 )
 """The files of this folder that hold a family."""
