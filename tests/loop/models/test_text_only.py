@@ -1,5 +1,6 @@
 """Causal language models of several makers: what was sampled is what is scored, and packed."""
 
+import functools
 import json
 
 import pytest
@@ -118,6 +119,26 @@ def test_what_cannot_be_told_positions_is_refused(maker, says, tmp_path):
     finish_tiny(tmp_path, tokenizer)
     with pytest.raises(KepoCheckpointError, match=says):
         VLM.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("maker", ["Llama", "Cohere", "Phi", "Gemma2"])
+def test_logits_that_the_head_does_not_make_are_refused(maker, dtype, tmp_path, monkeypatch):
+    """Here a factor that no setting names."""
+    build(tmp_path, maker, **MAKERS[maker])
+    VLM.load(tmp_path, dtype=dtype)
+    kind = getattr(transformers, f"{maker}ForCausalLM")
+    forward = kind.forward
+
+    @functools.wraps(forward)
+    def louder(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        out.logits = out.logits * 1.1
+        return out
+
+    monkeypatch.setattr(kind, "forward", louder)
+    with pytest.raises(KepoCheckpointError, match=f"logits of {maker}ForCausalLM are not what its"):
+        VLM.load(tmp_path, dtype=dtype)
 
 
 def test_a_template_that_takes_no_text_is_refused(tmp_path):
