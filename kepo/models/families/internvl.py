@@ -161,7 +161,7 @@ def tower(model: Any) -> Tower:
     side = int(each**0.5)
 
     def tiles(patches: int) -> int:
-        return -(-patches // each)
+        return max(1, patches // each)  # some are those of the tokens around a picture
 
     def block(make: Make, pictures: int, patches: int) -> Piece:
         one = inner.vision_tower.encoder.layer[0]
@@ -184,7 +184,7 @@ def tower(model: Any) -> Tower:
         blocks=inner.vision_tower.encoder.layer,
         patches_per_token=each // config.image_seq_length,
         patch_values=3 * height * width,
-        default_tokens=config.image_seq_length,  # one tile
+        default_tokens=config.image_seq_length + 2,  # one tile
         features=1,
         block=block,
         embed=embed,

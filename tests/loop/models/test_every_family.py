@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from families import pictures
 from same_run import assert_same_run, weights
 from small import config_of, rigged
 
@@ -22,8 +23,11 @@ from kepo.models.encoding import Prompt
 from kepo.models.families.registry import FAMILIES
 from kepo.models.reading import auto_class, read_model
 from kepo.models.vlm import VLM
+from kepo.planner.anatomy import anatomy
 from kepo.planner.held import Machine
 from kepo.planner.memory import Prompts, Setup, phases
+from kepo.planner.towers import inference, pixel_bytes, vision_training
+from kepo.planner.trace import LiveBytes
 from kepo.rollout.encodable import judge_of
 from kepo.run.metrics import read_metrics
 
@@ -133,6 +137,31 @@ def test_its_memory_is_counted(home, family, tmp_path):
     update = next(phase for phase in found if phase.name == "update")
     weight = sum(p.numel() for p in VLM.load(home / "student").model.parameters()) * 4
     assert update.held["weights"] == weight < update.total
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_planner_knows_what_its_pictures_take(home, family, tmp_path, train):
+    """Storages of the vision tower at work on the CPU, counted as they come and go, and traced."""
+    if family.pictures is None:
+        pytest.skip("it sees no pictures")
+    shown, size = pictures(tmp_path, *[(112, 112)] * 6), (112, 112)
+    vlm, traced = VLM.load(home / "student"), anatomy(str(home / "student"), "float32", "cpu")
+    inputs = vlm.encode([Prompt("?", tuple(shown))])
+    patches = vlm.encoder.image_tokens(*size) * traced.patches_per_token
+    family.features(vlm.model, inputs)  # what is made once and kept is there
+    with torch.set_grad_enabled(train), LiveBytes("cpu") as live:
+        found = family.features(vlm.model, inputs)
+        kept, forward = live.now, live.peak
+    assert found is not None
+    pixels = pixel_bytes(traced, len(shown), patches)
+    assert pixels == pytest.approx(inputs.pixel_values.nbytes, rel=0.1)
+    if train:
+        planned = vision_training(traced, len(shown), patches, checkpointing=False)
+        assert planned.kept - pixels == pytest.approx(kept, rel=0.2)
+        assert planned.forward - pixels == pytest.approx(forward, rel=0.25)
+    else:
+        planned = inference(traced, 1, 1, len(shown), patches, packed=False)
+        assert planned - pixels == pytest.approx(forward, rel=0.2)
 
 
 def test_pictures_are_refused_at_the_start_by_what_sees_none(home, family, tmp_path, monkeypatch):
