@@ -7,13 +7,23 @@ import pytest
 import torch
 from PIL import Image
 
-from kepo.digits.tiny import build_tiny, model_config
+from kepo.digits.tiny import build_tiny
+from kepo.models import vlm
+from kepo.models.encoding import Prompt
+from kepo.models.families import qwen3_vl, registry
+from kepo.models.families.family import TinySize
 
 FAMILIES = {
     "qwen3": {},
     "qwen3-tied": dict(tied=True),
     "qwen2.5": dict(family="qwen2_5_vl"),
 }
+"""Models whose pictures are Qwen's, by the names of their folders."""
+
+EVERY = FAMILIES | {
+    name: dict(family=name) for name in registry.FAMILIES if name not in ("qwen3_vl", "qwen2_5_vl")
+}
+"""Those, and one of every other family that is registered."""
 
 SEEN = (
     *("depth", "hidden_size", "intermediate_size", "num_heads", "patch_size"),
@@ -24,9 +34,16 @@ SEEN = (
 
 def build(root: Path) -> Path:
     """Write a student of each family below root."""
-    for name, settings in FAMILIES.items():
+    for name, settings in EVERY.items():
         build_tiny(root / name, size="student", seed=0, **settings)
     return root
+
+
+def asked(model: vlm.VLM, prompts: list[Prompt]) -> list[Prompt]:
+    """The prompts, without their pictures where the model sees none."""
+    if model.encoder.pictures is not None:
+        return prompts
+    return [Prompt(prompt.text) for prompt in prompts]
 
 
 def pictures(root: Path, *sizes: tuple[int, int]) -> list[Path]:
@@ -57,8 +74,7 @@ def with_linear_attention(tokenizer):
     pytest.importorskip("transformers.models.qwen3_5")
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
-    vl = model_config(tokenizer, hidden=64, layers=3, heads=2, vision_hidden=64, vision_depth=1,
-                      tied=False)  # fmt: skip
+    vl = qwen3_vl.tiny_config(tokenizer, TinySize(64, 3, 2, 64, 1))
     text = vl.text_config
     shared = {name: getattr(text, name) for name in ("vocab_size", "pad_token_id", "head_dim")}
     vision = {name: getattr(vl.vision_config, name) for name in SEEN}
