@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from families import EVERY, asked, pictures, with_a_sliding_window, with_linear_attention
+from families import EVERY, asked, pictures, with_a_sliding_window
 
 from kepo.models import generation
 from kepo.models.encoding import Prompt
@@ -203,15 +203,6 @@ def test_a_sliding_window_is_kept(tinies, prompts):
     whole = ending(VLM.load(tinies / "qwen2.5"))
     assert not torch.equal(
         other.logprobs, whole.generate(whole.encode(prompts), params_of("plain"), SEEDS).logprobs
-    )
-
-
-@pytest.mark.parametrize("law", LAWS)
-def test_linear_attention_goes_on_from_the_prompt(tinies, prompts, law):
-    """Such layers keep no keys and values, but a state for each row."""
-    vlm = VLM.load(tinies / "qwen3")
-    agrees_with_transformers(
-        ending(VLM(with_linear_attention(vlm.tokenizer), vlm.encoder)), prompts, law
     )
 
 
