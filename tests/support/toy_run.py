@@ -32,6 +32,7 @@ class ToyPolicy(TableVLM):
     """Weights that are trained, saved and loaded; what it says follows from prompt and seed."""
 
     wrapper = None
+    unshareable = "it has no rows"
 
     def __init__(self, saved: Path | None = None):
         super().__init__(seed=1)
