@@ -90,6 +90,9 @@ CASES = {
     "adapters": Case(
         Shape(hidden=512, layers=6), None, dict(micro_batch=8, lora_rank=16, num_generations=8)
     ),
+    "moments_of_8_bits": Case(
+        Shape(hidden=512, layers=6), None, dict(micro_batch=4, optimizer="adamw_8bit")
+    ),
     "sharded": Case(Shape(hidden=512, layers=6), None, dict(micro_batch=4, sharding="fsdp2")),
     "half_precision": Case(
         Shape(hidden=256, layers=6, vocab=8192),
