@@ -24,6 +24,7 @@ from kepo.distributed.processes import LAUNCH
 from kepo.errors import KepoError
 from kepo.evaluation.report import Evaluation
 from kepo.planner.plan import Arguments
+from kepo.report.command import ReportFlags
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.validate import ENGINE_SETTINGS
 
@@ -31,7 +32,7 @@ PACKAGES = ("kepo", "kepo_kernels", "experiments")
 VARIABLES = {*LAUNCH, "LOCAL_RANK"}
 SETTINGS = {
     field.name
-    for kind in (Config, Demo, Evaluation, Arguments, Compare)
+    for kind in (Config, Demo, Evaluation, Arguments, ReportFlags, Compare)
     for field in dataclasses.fields(kind)
 } | {*ENGINE_SETTINGS}
 

@@ -51,7 +51,7 @@ class VLM:
         """Read a folder or Hub name: config, safetensors, tokenizer, image processor.
 
         Only safetensors are read, and no code of the folder is run. dtype: "float32", "bfloat16" or
-        "float16". device: cpu, cuda or cuda:<number>. Raises KepoConfigError for another dtype or
+        "float16". device: as `known_device` takes it. Raises KepoConfigError for another dtype or
         device, KepoCheckpointError if something is missing or broken, if the files contradict each
         other (kepo.models.conventions), or if the model is not an image-text model.
         """

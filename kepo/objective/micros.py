@@ -12,6 +12,7 @@ from typing import NamedTuple
 from kepo.distributed.processes import rank, world_size
 from kepo.models.encoding import Prompt
 from kepo.models.packing import packed_length
+from kepo.models.vlm import VLM
 from kepo.objective.batch import Batch
 from kepo.sections import OptimizerConfig
 
@@ -32,8 +33,19 @@ Micro = list[Row]
 """The rows of a micro-batch; they are padded to the longest."""
 
 
+def lay_out(batch: Batch, policy: VLM, config: OptimizerConfig) -> tuple[list[list[Batch]], float]:
+    """Return this rank's micro-batches of each mini-batch of a step, and the share of padding in
+    those of all ranks."""
+    minis, plans = batch.mini_batches(), []
+    for mini in minis:
+        lengths = policy.encoder.lengths(mini.prompts)
+        plans.append(plan_micros(mini, lengths, config, policy.share_prompts))
+    own = [own_micros(mini, plan) for mini, plan in zip(minis, plans, strict=True)]
+    return own, padding([share for plan in plans for share in plan])
+
+
 def own_micros(batch: Batch, plan: Sequence[Sequence[Micro]]) -> list[Batch]:
-    """Return this rank's micro-batches of a step, as `plan_micros` laid them out.
+    """Return this rank's micro-batches of a mini-batch, as `plan_micros` laid them out.
 
     Every rank gets equally many, so that all ranks can work on each at once. Where a share has run
     out they are one completion without any loss.

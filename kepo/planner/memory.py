@@ -2,7 +2,7 @@
 
     rollout     the student samples         cache and sampling, beside all that stays
     hints       the teacher writes hints, and the student samples with them
-    scoring     teacher and reference read  activations; the teacher's states, which stay
+    scoring     teacher and reference read  activations; the teacher's states, kept to the update
     update      forward, loss, backward     activations, loss
     optimiser   AdamW                       its temporaries
     evaluation  the student answers         cache and sampling
@@ -156,6 +156,8 @@ class _Run:
     share: Share
     loss: LossMemory
     stays: Standing
+    scores: int
+    """Bytes of the teacher's states of a step, from scoring to the end of the update."""
 
     @classmethod
     def of(cls, setup: Setup) -> _Run:
@@ -179,9 +181,9 @@ class _Run:
             pages=loss.pages,
             several=several,
             penalised=config.kl_coef > 0,
-            scores=_kept_scores(setup, teacher, share.whole),
         )
-        return cls(config, machine, prompts, student, teacher, share, loss, stays)
+        scores = _kept_scores(setup, teacher, share.whole)
+        return cls(config, machine, prompts, student, teacher, share, loss, stays, scores)
 
     # ---- phases ----
 
@@ -216,18 +218,12 @@ class _Run:
 
     def scoring(self) -> Iterator[Moment]:
         """Yield the moments of teacher and reference, which are asked about one micro-batch after
-        another; a teacher in host memory about all at once.
-
-        The teacher's states of the step before are still there.
-        """
+        another; a teacher in host memory about all at once."""
         config, student, teacher, micro = self.config, self.student, self.teacher, self.share.micro
         # A sharded student that was not gathered keeps its root from the rollout.
-        kept, root = 0, 0 if config.rollout_gather else self.stays.root
+        kept, root = self.scores, 0 if config.rollout_gather else self.stays.root
         if teacher is not None and config.distils:
             asked = self.share.whole if config.teacher_placement == "offload" else micro
-            kept = _kept_scores(
-                Setup(config, self.machine, self.prompts), teacher, self.share.whole
-            )
             earlier = kept - kept * asked.completions // self.share.whole.completions
             held = Held(weights=root, teacher=earlier + self.stays.teacher_at_work)
             asked = asked._replace(length=asked.length + self._longer(teacher))
@@ -247,13 +243,18 @@ class _Run:
         """Yield the moment of AdamW's step, with its temporaries: sqrt(v) and its quotient.
 
         On a GPU, torch updates all parameters at once (foreach) and holds one such tensor for each
-        of them; on a CPU it updates one after another, and holds two of the largest.
+        of them; on a CPU it updates one after another, and holds two of the largest. With moments
+        in 8 bits a GPU needs none, and a CPU five in fp32, gradient and moments among them.
         """
         counts = self.student.counts
         temporary = self.stays.gradients
         if self.machine.device == "cpu":
             temporary = 2 * self.stays.gradients * counts.largest_trained // counts.trained
-        held = Held(optimiser=temporary)
+        if self.config.optimizer == "adamw_8bit":
+            shards = self.machine.gpus if self.stays.sharded else 1
+            temporary = 5 * 4 * counts.largest_trained // shards
+            temporary *= self.machine.device == "cpu"
+        held = Held(optimiser=temporary, teacher=self.scores)
         yield self._moment("AdamW", held, gradients=self.stays.gradients)
 
     def update(self) -> Iterator[Moment]:
@@ -269,7 +270,11 @@ class _Run:
         own = state_bytes(student, 1, tokens)  # the states that the loss reads
         brought, flat = self._teacher_states(tokens)
 
-        at_work = Held(weights=stays.root + stays.two_layers, gradients=stays.earlier_gradients)
+        at_work = Held(
+            weights=stays.root + stays.two_layers,
+            gradients=stays.earlier_gradients,
+            teacher=self.scores,
+        )
 
         def moment(name: str, idle: bool = True, **held: int) -> Moment:
             return self._moment(name, at_work + Held(held), idle, gradients=0)

@@ -147,10 +147,12 @@ def advice(setup: Setup) -> list[Change]:
         half("max_completion_length"),
         dict(freeze_vision=True),
         dict(lora_rank=16),
+        *([dict(student_bits=bits) for bits in (8, 4)] if config.lora_rank else []),
         dict(rollout_gather=False),
         dict(workspace_bytes=2**29),
         dict(share_prompts=True),
         dict(scores_on="host"),
+        dict(optimizer="adamw_8bit"),
     ]
     limits = ("rollout_tokens", "micro_tokens", "max_pixels")
     changes += [half(name) for name in limits if getattr(config, name) is not None]

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kepo.config import MAY_CHANGE_ON_RESUME, RENAMED, Config, from_mapping
+from kepo.config import AS_BEFORE, MAY_CHANGE_ON_RESUME, RENAMED, Config, from_mapping
 from kepo.data.identity import changed_questions, inputs_of
 from kepo.data.run_data import RunData, load_data, write_record
-from kepo.distributed.processes import on_rank0
+from kepo.distributed.processes import is_rank0, on_rank0
 from kepo.errors import KepoConfigError
 from kepo.models.conventions import check_same_opening
 from kepo.models.vlm import VLM
+from kepo.objective.optimizers import optimizer_of
 from kepo.rollout.encodable import judge_of
 from kepo.rollout.hints import Hints
 from kepo.rollout.models import Models
 from kepo.run import checkpoint
 from kepo.run.agreement import same_images
 from kepo.run.manifest import as_saved
-from kepo.run.metrics import StepLog
+from kepo.run.metrics import StepLog, read_metrics
 from kepo.run.optimizer_state import Parameters, load_optimizer
 from kepo.run.progress import say
 from kepo.run.roles import load_policy, load_reference, load_sampler, load_teacher
 from kepo.run.signals import StopRequest
+from kepo.run.sinks.telling import Sink, Sinks, open_sinks
 from kepo.tasks.environment import Environment, environment_of
 
 
@@ -49,6 +53,7 @@ class Run:
     hints: Hints
     log: StepLog
     completions: StepLog
+    sinks: Sinks
     done: int
     """The number of steps that were done before."""
     resumed: bool
@@ -57,6 +62,16 @@ class Run:
     @property
     def folder(self) -> Path:
         return Path(self.config.run_dir)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Log the numbers of a step or an evaluation, and tell the sinks."""
+        self.log.write(step, values)
+        self.sinks.scalars(step, values)
+
+    def write_completions(self, step: int, records: Sequence[dict[str, Any]]) -> None:
+        """Log the completions of a step, and tell the sinks."""
+        self.completions.write(step, *records)
+        self.sinks.completions(step, records)
 
 
 @dataclass(frozen=True)
@@ -76,16 +91,25 @@ class Saved:
 
 
 def open_run(
-    config: Config, device: torch.device, stop: StopRequest, env: Environment | None = None
+    config: Config,
+    device: torch.device,
+    stop: StopRequest,
+    env: Environment | None = None,
+    sinks: Sequence[Sink] = (),
 ) -> Run | None:
     """Open a new run, or the one in ``config.run_dir`` as its last checkpoint has it.
 
-    env: the task and the rewards; None means those that the config names. Returns None if a signal
-    asked to stop in the meantime: nothing has been trained then. All ranks
+    env: the task and the rewards; None means those that the config names. sinks: the user's own,
+    beside those of ``config.report_to``. The run holds them all, and whoever trains it closes them:
+    ``with run.sinks``.
+
+    Returns None if a signal asked to stop in the meantime: nothing has been trained then. All ranks
     call it, within the lock on the folder.
     """
     folder = Path(config.run_dir)
     env = environment_of(config) if env is None else env
+    if config.device == "auto":
+        say(f"device: auto is {device.type}")
     data = on_rank0(lambda: load_data(config, judge_of(config, env.task)))
     same_images(data)
     say(data.summary)
@@ -97,13 +121,33 @@ def open_run(
     # A checkpoint with digests has been compared with them.
     by_ids = saved is not None and "inputs" not in saved.state
     on_rank0(lambda: write_record(data, folder, resuming=by_ids))
+    with ExitStack() as if_not_opened:
+        told = open_sinks(config, saved.state["step"] if saved else -1, sinks)
+        if_not_opened.enter_context(told)
+        run = _with_models(config, device, stop, env, data, inputs, saved, told)
+        if run is not None:
+            if_not_opened.pop_all()
+        return run
+
+
+def _with_models(
+    config: Config,
+    device: torch.device,
+    stop: StopRequest,
+    env: Environment,
+    data: RunData,
+    inputs: dict[str, Any],
+    saved: Saved | None,
+    sinks: Sinks,
+) -> Run | None:
+    """Load the models, the optimiser's state and the logs; tell the sinks what they lack of the
+    latter. Returns None if a signal asked to stop."""
+    folder = Path(config.run_dir)
     files = on_rank0(lambda: as_saved(saved.folder)) if saved else None
     models = load_models(config, device, files / "policy" if files else None)
     named = models.policy.model.named_parameters()
     parameters = {name: p for name, p in named if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=config.lr, weight_decay=config.weight_decay
-    )
+    optimizer = optimizer_of(parameters.values(), config)
     done, marks = 0, {}
     if saved is not None and files is not None:
         done, marks = saved.state["step"], saved.state.get("logs", {})
@@ -116,6 +160,8 @@ def open_run(
     stop.agree()
     if stop:
         return None
+    if is_rank0():
+        sinks.catch_up(read_metrics(log.path), read_metrics(completions.path))
     return Run(
         config=config,
         device=device,
@@ -129,6 +175,7 @@ def open_run(
         hints=saved.hints if saved else {},
         log=log,
         completions=completions,
+        sinks=sinks,
         done=done,
         resumed=saved is not None,
     )
@@ -193,11 +240,11 @@ def check_same_tokens(policy: VLM, teacher: VLM | None) -> None:
 
 def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
     """Raise KepoConfigError if a run is resumed with other settings than it was started with, among
-    those that the version which started it knew."""
-    known = {RENAMED.get(name, name) for name in saved}
-    before, now = dataclasses.asdict(from_mapping(saved, str(folder))), dataclasses.asdict(config)
+    those that the version which started it knew, or whose defaults are what it did."""
+    known = {RENAMED.get(name, name) for name in saved} | AS_BEFORE
+    before, now = _compared(from_mapping(saved, str(folder))), _compared(config)
     # A longer run is the same run, unless its length is what the learning rate goes by.
-    may_change = MAY_CHANGE_ON_RESUME | ({"steps"} if config.lr_end == 1.0 else set())
+    may_change = MAY_CHANGE_ON_RESUME | ({"steps"} if config.decay[0] == "constant" else set())
     changed = [
         f"{name}: {before[name]!r} -> {now[name]!r}"
         for name in now
@@ -208,3 +255,10 @@ def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
             f"{folder} was made with other settings ({'; '.join(changed)}); use another run_dir, "
             "or the old settings"
         )
+
+
+def _compared(config: Config) -> dict[str, Any]:
+    """Return the settings with what None means for the learning rate written out, which a run of
+    before they could be None has as numbers."""
+    form, end = config.decay
+    return dataclasses.asdict(config) | {"lr_schedule": form, "lr_end": end}

@@ -94,6 +94,7 @@ def write_dataset(root: Path) -> Path:
 def config_of(data: Path, run_dir: Path, steps: int = STEPS, **settings: object) -> Config:
     values = dict(
         student="toy",
+        device="cpu",
         teacher=None,
         train_data=str(data),
         eval_data=str(data),
@@ -124,12 +125,12 @@ class Ended(NamedTuple):
     printed: str
 
 
-def run(config: Config) -> Ended:
+def run(config: Config, **others: object) -> Ended:
     """Train as the command does. What is neither an end nor a sentence is raised."""
     out = io.StringIO()
     with redirect_stdout(out), redirect_stderr(out):
         try:
-            code = command(train)(config)
+            code = command(train)(config, **others)
         except SystemExit as end:
             assert str(end.code).startswith("error: "), end.code
             return Ended(str(end.code), out.getvalue())

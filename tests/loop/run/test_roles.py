@@ -158,6 +158,77 @@ def test_a_quantised_teacher_is_near_and_its_head_is_as_it_was(made, tmp_path, p
     assert 0 < error < {8: 0.1, 4: 0.5}[bits]
 
 
+@pytest.fixture(scope="module")
+def quantised(made, tmp_path_factory) -> Path:
+    """The folder of a run of two steps with adapters on weights of 4 bits."""
+    pytest.importorskip("bitsandbytes")
+    run_dir = tmp_path_factory.mktemp("quantised")
+    settings = dict(QUANTISED, steps=2, student_bits=4)
+    assert train(config_of(made, run_dir, **settings)) == 0
+    return run_dir
+
+
+QUANTISED = dict(
+    lora_rank=4, gate_reward=None, hint_trigger="never", keep_checkpoints=9, lr=1e-2, kl_coef=0.1
+)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_student_trains_its_adapters_and_nothing_else(made, tmp_path, prompt, bits):
+    pytest.importorskip("bitsandbytes")
+    config = config_of(made, tmp_path, student_bits=bits, **QUANTISED)
+    policy, whole = load_policy(config, CPU), VLM.load(made / "student")
+    assert trained(policy) and all("lora_" in name for name in trained(policy))
+    assert torch.equal(policy.lm_head, whole.lm_head)
+    found, wanted = logits(policy, prompt), logits(whole, prompt)
+    assert 0 < (found - wanted).norm() / wanted.norm() < {8: 0.1, 4: 0.9}[bits]
+    if bits == 4:
+        unpack_into(whole.model, policy.model)
+        torch.testing.assert_close(found, logits(whole, prompt), rtol=1e-4, atol=1e-5)
+    # Before it has learned anything the reference is the policy, quantised as it is.
+    assert torch.equal(logits(load_reference(config, CPU), prompt), found)
+    ids, mask = policy.encode_completions(["3 + 5 = 8"])
+    policy.model.train()
+    states = policy.completion_hidden(policy.encode([prompt]), ids, mask)
+    states.square().sum().backward()
+    named = dict(policy.model.named_parameters())
+    grads = {name: named[name].grad for name in trained(policy)}
+    # New adapters are a product with a zero factor, so only that factor has a gradient.
+    assert all(g is not None and g.isfinite().all() for g in grads.values())
+    assert all(grads[name].any() for name in grads if "lora_B" in name)
+
+
+def unpack_into(whole: torch.nn.Module, quantised: torch.nn.Module) -> None:
+    """Give a model the weights of 4 bits of another as the numbers that they stand for."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    linear = dict(whole.named_modules())
+    packed = [
+        (name.removesuffix(".base_layer"), module.weight)
+        for name, module in quantised.named_modules()
+        if type(module).__name__ == "Linear4bit" and hasattr(module.weight, "quant_state")
+    ]
+    assert len({name for name, _ in packed}) > 10
+    with torch.no_grad():
+        for name, weight in packed:
+            linear[name].weight.copy_(dequantize_4bit(weight.data, weight.quant_state))
+
+
+def test_a_quantised_run_learns_saves_and_resumes_to_the_bit(made, quantised, tmp_path):
+    from safetensors.torch import load_file
+
+    def adapters(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+        folder = run_dir / "checkpoints" / f"step-{step:08d}" / "policy"
+        return load_file(folder / "adapter_model.safetensors")
+
+    for steps in (1, 2):
+        settings = dict(QUANTISED, steps=steps, student_bits=4)
+        assert train(config_of(made, tmp_path, **settings)) == 0
+    whole, parts = adapters(quantised, 2), adapters(tmp_path, 2)
+    assert all(torch.equal(x, parts[name]) for name, x in whole.items())
+    assert any((x - adapters(quantised, 0)[name]).abs().max() > 1e-3 for name, x in whole.items())
+
+
 def test_the_reference_is_frozen(made, tmp_path):
     assert not trained(load_reference(config_of(made, tmp_path, kl_coef=0.1), CPU))
 
