@@ -31,7 +31,7 @@ def check(config: Config, env: Environment | None = None) -> None:
     names."""
     check_settings(config, env)
     if not config.train_data:
-        _refuse("train_data is not set; give a folder in OmniMedVQA's layout, or see --help")
+        _refuse("train_data is not set; give a file or folder of questions, or see --help")
     for name in ("train_data", "eval_data"):
         folder = getattr(config, name)
         if folder is not None:

@@ -43,8 +43,8 @@ class DataConfig:
     disables evaluation."""
     eval_share: ShareBelowOne = 0.0
     """Instead of eval_data: hold out this share of the images of train_data, from all modalities,
-    for evaluation; none of them is trained on. Every seed holds out the same images. 0 disables
-    it."""
+    for evaluation; none of them is trained on. A question without images counts as one. Every seed
+    holds out the same images. 0 disables it."""
     eval_limit: Count | None = None
     """Maximum number of questions per modality in an evaluation. None means all."""
     image_root: str | None = None
