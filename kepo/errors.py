@@ -53,7 +53,7 @@ EXTRAS = {
     "lora": {"peft": "peft"},
     "quant": {"bitsandbytes": "bitsandbytes", "accelerate": "accelerate"},
     "vllm": {"vllm": "vllm"},
-    "hf": {"datasets": "datasets"},
+    "hf": {"datasets": "datasets", "pyarrow": "pyarrow"},
 }
 """The packages of each extra in pyproject.toml that kepo imports: by the name that is imported, the
 name that is installed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ NEARLY_BLACK = 32
 FLAT = 16
 """A picture is flat if all but 0.1 % of its pixels at either end lie in fewer levels, of 256."""
 _DECODERS = 8  # threads; decoding leaves Python's lock
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _turns = Turns(MAX_PIXELS)
 
 
@@ -108,11 +110,9 @@ def locate(sources: Sources, root: Path) -> tuple[Path, ...]:
     exception: a folder directly in root may itself be a link, such as ``Images`` on another disk,
     if its target does not contain root; nothing may lead out of that target in turn.
 
-    Raises BadRecord if there are no images, and for a path that leads out of root or to no file.
+    Raises BadRecord for a path that leads out of root or to no file.
     """
     found = sources() if callable(sources) else sources
-    if not found:
-        raise BadRecord("image missing", "has no images")
     return tuple(_locate(source, root) for source in found)
 
 
@@ -121,6 +121,10 @@ def _locate(source: str | bytes, root: Path) -> Path:
         return _cached(source)
     if not source:
         raise BadRecord("image missing", "has neither the image nor its path")
+    if _ADDRESS.match(source):
+        raise BadRecord(
+            "image missing", f"image {shown(source)} is an address; expected a file: fetch it first"
+        )
     try:
         image = (root / source).resolve()
         inside, exists = _inside(image, source, root), image.exists()

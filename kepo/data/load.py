@@ -1,9 +1,10 @@
-"""Multiple-choice questions about images, read from disk in any of three layouts.
+"""Questions, with options and images or without, read in any of LAYOUTS.
 
-    python -m kepo data check PATH        # reads everything once and lists what is wrong
+    kepo data check PATH        # reads everything once and lists what is wrong
 
-OmniMedVQA as published (``omnimedvqa``), Med-R1's split files (``medr1``), and what
-``datasets.save_to_disk`` wrote (``saved_dataset``).
+OmniMedVQA as published (``omnimedvqa``), Med-R1's split files (``medr1``), JSON Lines and lists
+(``json_records``), Parquet (``parquet``), what ``datasets.save_to_disk`` wrote (``saved_dataset``),
+and names on the Hub (``hub``).
 """
 
 from __future__ import annotations
@@ -19,9 +20,27 @@ from tqdm import tqdm
 
 from kepo.data.example import LETTERS, UNKNOWN, Example
 from kepo.data.images import load_image, locate, open_rgb
-from kepo.data.layouts import medr1, omnimedvqa, saved_dataset
-from kepo.data.records import KINDS, BadRecord, Parsed, RecordProblem, Sources, repeated, shown
-from kepo.disk.files import each_json_file, expanded, is_json, printable
+from kepo.data.layouts import (
+    hub,
+    json_records,
+    medr1,
+    omnimedvqa,
+    parquet,
+    saved_dataset,
+    schema,
+    tables,
+)
+from kepo.data.records import (
+    KINDS,
+    BadRecord,
+    Parsed,
+    RecordProblem,
+    Sources,
+    read_list,
+    repeated,
+    shown,
+)
+from kepo.disk.files import each_data_file, ends, expanded, printable
 from kepo.errors import KepoConfigError, KepoDataError, disk_sentence
 
 __all__ = [
@@ -49,7 +68,11 @@ class Layout:
 
 OMNIMEDVQA = Layout("OmniMedVQA", omnimedvqa.rows, omnimedvqa.parse, omnimedvqa.quirks)
 MEDR1 = Layout("Med-R1 split", medr1.rows, medr1.parse)
-HF = Layout("datasets folder", saved_dataset.rows, medr1.parse)
+RECORDS = Layout("JSON records", json_records.rows, schema.parse, schema.quirks)
+PARQUET = Layout("Parquet", parquet.rows, tables.parse, tables.quirks)
+HF = Layout("datasets folder", saved_dataset.rows, tables.parse, tables.quirks)
+HUB = Layout("Hub dataset", hub.rows, tables.parse, tables.quirks)
+LAYOUTS = (OMNIMEDVQA, MEDR1, RECORDS, PARQUET, HF, HUB)
 
 
 class Found(NamedTuple):
@@ -101,17 +124,23 @@ class DataReport:
 
 
 def layout_of(path: str | Path) -> Layout:
-    """Return the layout of a folder or JSON file; KepoDataError if it has none of the three."""
+    """Return the layout of a folder, a file or a name; KepoDataError if it has none of LAYOUTS, or
+    files of two."""
     path = expanded(path)
     try:
         if (path / omnimedvqa.FOLDER).is_dir():
             return OMNIMEDVQA
         if any((path / name).is_file() for name in (saved_dataset.DICT, saved_dataset.SINGLE)):
             return HF
-        if (is_json(path.name) and path.is_file()) or (
-            path.is_dir() and next(each_json_file(path), None)
-        ):
-            return MEDR1
+        if layouts := _by_files(path):
+            if len(layouts) == 1:
+                return layouts[0]
+            names = " and ".join(layout.name for layout in layouts)
+            raise KepoDataError(
+                f"{printable(path)} holds files of {names}; give the file, or a folder of one kind"
+            )
+        if hub.is_name(path):
+            return HUB
         found = (
             "is not there" if not path.exists() else "is not a dataset in a layout that kepo reads"
         )
@@ -119,8 +148,38 @@ def layout_of(path: str | Path) -> Layout:
         raise KepoDataError(disk_sentence(error)) from error
     raise KepoDataError(
         f"{printable(path)} {found}; expected a folder with {omnimedvqa.FOLDER}, one written by "
-        "datasets.save_to_disk, or JSON files of image, problem, solution"
+        "datasets.save_to_disk, JSON Lines, JSON lists or Parquet files of question and answer (or "
+        "of image, problem, solution), or the name of a dataset on the Hub"
     )
+
+
+def _by_files(path: Path) -> list[Layout]:
+    """Return the layouts whose files a folder holds; a file is taken for one of its kind.
+
+    JSON lists are told apart by the first record: Med-R1's has no question, prompt or messages.
+    """
+
+    def files(*endings: str) -> Iterator[Path]:
+        if path.is_dir():
+            return each_data_file(path, *endings)
+        return iter([path] if ends(path.name, *endings) and path.is_file() else [])
+
+    found = []
+    if next(files(*json_records.LINES), None):
+        found.append(RECORDS)
+    if next(files(*parquet.ENDS), None):
+        found.append(PARQUET)
+    first = next(filter(None, map(_first_record, files(".json"))), {})
+    if {*schema.ASKS} & {*first}:
+        return [RECORDS, *(layout for layout in found if layout is not RECORDS)]
+    if "problem" in first or (not found and next(files(".json"), None)):
+        found.append(MEDR1)
+    return found
+
+
+def _first_record(file: Path) -> dict[str, Any] | None:
+    """Return the first object of a JSON list; None if the file holds none."""
+    return next((record for _, record in read_list(file) if isinstance(record, dict)), None)
 
 
 def load_examples(
@@ -138,8 +197,9 @@ def load_examples(
     modalities, question_types: keep only these; None keeps all.
     limit: keep only the first ``limit`` of these; None keeps all.
     image_root: the folder where image paths begin. They must not leave it, except through a folder
-        in it that is itself a link (``images.locate``). None = the dataset's folder; for Med-R1's
-        files the nearest folder above them that has ``Images``.
+        in it that is itself a link (``images.locate``). None = the dataset's folder, or that of its
+        file; for Med-R1's files the nearest folder above them that has ``Images``; for a name on
+        the Hub the cache of ``datasets``.
     bad_records: "skip" leaves out and reports records with which something is wrong, "fail" raises
         at the first.
     progress: show a bar.
@@ -182,7 +242,7 @@ def _load(
     if bad_records not in ("skip", "fail"):
         raise KepoConfigError(f"bad_records is {bad_records!r}; expected 'skip' or 'fail'")
     root = _image_root(layout, path, image_root)
-    path = path.resolve()
+    path = _place(layout, path)
     problems: list[RecordProblem] = []
 
     def bad(where: str, error: BadRecord, name: object) -> None:
@@ -203,7 +263,8 @@ def _load(
                 raise record
             example, sources = layout.parse(record, where)
         except BadRecord as error:
-            bad(where, error, record.get("question_id") if isinstance(record, dict) else None)
+            fields = record if isinstance(record, dict) else {}
+            bad(where, error, fields.get("question_id", fields.get("id")))
             continue
         parsed.setdefault(example.id, []).append(Found(where, example, sources, record))
     unique = _unique(layout, parsed.values(), bad, quirks)
@@ -268,15 +329,31 @@ def _not_unique(found: Found, same: Sequence[Found]) -> BadRecord:
     )
 
 
+def _place(layout: Layout, path: Path) -> Path:
+    """Return the absolute path of a dataset; a name on the Hub is none.
+
+    A file of records keeps its own name where it is a link, as in the Hub's cache, where the
+    target's has no ending and images lie beside the link.
+    """
+    if layout is HUB:
+        return path
+    if layout in (RECORDS, PARQUET) and path.is_file():
+        return path.parent.resolve() / path.name
+    return path.resolve()
+
+
 def _image_root(layout: Layout, path: Path, given: str | Path | None) -> Path:
     if given is not None:
         folder = expanded(given)
         if not folder.is_dir():
             raise KepoDataError(f"image_root={str(given)!r} is not a folder")
         return folder.resolve()
+    if layout is HUB:
+        return hub.cache(path).resolve()
     resolved = path.resolve()
     if layout is not MEDR1:
-        return resolved
+        place = _place(layout, path)
+        return place if place.is_dir() else place.parent
     # If the file or folder is a link, look beside its target, then beside the link.
     link = Path(os.path.abspath(path))
     for folder in (resolved, *resolved.parents, link, *link.parents):

@@ -41,7 +41,7 @@ KINDS = (
 _UNFIT = re.compile("[\0\ud800-\udfff]")
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
 
-Sources = Sequence[str] | Callable[[], Sequence[str | bytes]]
+Sources = Sequence[str | bytes] | Callable[[], Sequence[str | bytes]]
 Parsed = tuple[Example, Sources]
 
 
@@ -75,8 +75,8 @@ def read_list(file: Path) -> list[tuple[str, Any]]:
     """
     name = printable(file)
     try:
-        content = _parsed(read_regular(file))
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        content = parsed(read_regular(file))
+    except UNPARSED as error:
         return [(name, BadRecord("file", f"not readable JSON: {error}"))]
     if not isinstance(content, list):
         kind = "dict" if isinstance(content, BadRecord) else type(content).__name__
@@ -84,7 +84,13 @@ def read_list(file: Path) -> list[tuple[str, Any]]:
     return [(f"{name}[{index}]", record) for index, record in enumerate(content)]
 
 
-def _parsed(content: bytes) -> Any:
+UNPARSED = (OSError, ValueError, RecursionError, MemoryError)
+"""What reading a file and `parsed` may raise."""
+
+
+def parsed(content: bytes) -> Any:
+    """Parse JSON. An object that has a key twice becomes a BadRecord, and so does every object that
+    such a one stands in."""
     if not content.strip():
         raise ValueError("the file is empty")
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -94,11 +100,22 @@ def _parsed(content: bytes) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | BadRecord:
+    for _, value in pairs:
+        if (bad := _bad_within(value)) is not None:
+            return bad
     record = dict(pairs)
     if len(record) == len(pairs):
         return record
     twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
     return BadRecord("field", f"has the keys {shown(twice)} more than once; expected each once")
+
+
+def _bad_within(value: Any) -> BadRecord | None:
+    if isinstance(value, BadRecord):
+        return value
+    if isinstance(value, list):
+        return next(filter(None, map(_bad_within, value)), None)
+    return None
 
 
 def fields_of(record: Any) -> dict[str, Any]:

@@ -42,22 +42,23 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name.casefold() in SYSTEM
 
 
-def is_json(name: str) -> bool:
-    """Return whether a name ends in .json, in capitals or not."""
-    return name.lower().endswith(".json")
+def ends(name: str, *endings: str) -> bool:
+    """Return whether a name ends in one of these, such as .json, in capitals or not."""
+    return name.lower().endswith(endings)
 
 
-def json_files(folder: Path) -> list[Path]:
-    """Return every JSON file below a folder, sorted; links are followed, hidden names passed over.
+def data_files(folder: Path, *endings: str) -> list[Path]:
+    """Return every file below a folder whose name ends so, sorted; links are followed, hidden names
+    passed over.
 
     A path with such a name that is no file is in the list too, and so is a folder that cannot be
     listed: reading it with `read_regular` says what is wrong, and nothing is left out in silence.
     """
-    return sorted(each_json_file(folder))
+    return sorted(each_data_file(folder, *endings))
 
 
-def each_json_file(folder: Path) -> Iterator[Path]:
-    """Yield the files of `json_files` in the order in which they are found."""
+def each_data_file(folder: Path, *endings: str) -> Iterator[Path]:
+    """Yield the files of `data_files` in the order in which they are found."""
     unlisted: list[OSError] = []
     seen: set[tuple[int, int]] = set()
     for here, folders, files in os.walk(folder, followlinks=True, onerror=unlisted.append):
@@ -67,8 +68,8 @@ def each_json_file(folder: Path) -> Iterator[Path]:
             continue
         seen.add((facts.st_dev, facts.st_ino))
         folders[:] = sorted(name for name in folders if not hidden(name))
-        names = (name for name in (*folders, *files) if is_json(name) and not hidden(name))
-        yield from (Path(here, name) for name in names)
+        found = (name for name in (*folders, *files) if ends(name, *endings) and not hidden(name))
+        yield from (Path(here, name) for name in found)
     yield from (Path(error.filename) for error in unlisted)
 
 

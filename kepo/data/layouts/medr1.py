@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from kepo.data.records import (
     shown,
     text,
 )
-from kepo.disk.files import json_files
+from kepo.disk.files import data_files
 from kepo.errors import KepoDataError
 
 _SUFFIX = re.compile(r"_(train|test)(_[0-9]+)?$")
@@ -77,7 +78,7 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
 
     Hidden files are passed over.
     """
-    files = json_files(path) if path.is_dir() else [path]
+    files = data_files(path, ".json") if path.is_dir() else [path]
     groups = {_group(file) for file in files}
     if len(groups) > 1:
         raise KepoDataError(
@@ -241,7 +242,7 @@ def _sources(record: dict[str, Any]) -> Sources:
     """Return the sources in ``image`` or the list ``images``; ``images`` may be a function."""
     images = record.get("images")
     if callable(images):
-        return images
+        return partial(_some, images)
     if images is None:
         return (text(record, "image"),)
     if record.get("image") is not None:
@@ -251,6 +252,13 @@ def _sources(record: dict[str, Any]) -> Sources:
     for path in images:
         text({"images": path}, "images")
     return tuple(images)
+
+
+def _some(images: Callable[[], Sequence[str | bytes]]) -> Sequence[str | bytes]:
+    found = images()
+    if not found:
+        raise BadRecord("image missing", "has no images")
+    return found
 
 
 def _optional(record: dict[str, Any], *keys: str) -> str:

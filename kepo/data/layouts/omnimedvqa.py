@@ -23,7 +23,7 @@ from kepo.data.records import (
     shown,
     text,
 )
-from kepo.disk.files import json_files
+from kepo.disk.files import data_files
 from kepo.errors import KepoDataError
 
 FOLDER = "QA_information"
@@ -47,7 +47,7 @@ def rows(root: Path) -> Iterator[tuple[str, Any]]:
     folder = root / FOLDER
     if not folder.is_dir():
         raise KepoDataError(f"{root} has no folder {FOLDER}; expected {EXPECTED}")
-    files = json_files(folder)
+    files = data_files(folder, ".json")
     if not files:
         raise KepoDataError(f"{folder} has no *.json in it; expected {EXPECTED}")
     for file in files:

@@ -156,8 +156,13 @@ def test_two_splits_and_other_columns_are_refused(saved):
     import datasets
 
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(saved / "other")
-    with pytest.raises(KepoDataError, match=r"lacks \['image', 'problem', 'solution'\]"):
+    with pytest.raises(
+        KepoDataError, match=r"columns \['text'\]; expected question, prompt or mess"
+    ):
         load_examples(saved / "other")
+    datasets.Dataset.from_dict({"problem": ["a"]}).save_to_disk(saved / "half")
+    with pytest.raises(KepoDataError, match=r"lacks \['solution', 'image'\]"):
+        load_examples(saved / "half")
 
 
 @pytest.mark.parametrize("splits", ["[]", "7", '[["a"]]', "}"])
@@ -177,14 +182,14 @@ def test_a_folder_with_a_broken_file_ends_in_a_sentence(saved, name, harm):
         os.mkfifo(file)
     else:
         file.write_bytes({"empty": b"", "torn": content[: len(content) // 2]}.get(harm, b"[1]"))
-    with pytest.raises(KepoDataError, match=r"hf: .* cannot be read by datasets"):
+    with pytest.raises(KepoDataError, match="cannot be read by datasets"):
         load_examples(saved)
 
 
 def test_without_datasets_the_remedy_is_named(tmp_path, monkeypatch):
     (tmp_path / "state.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(KepoDataError, match="pip install datasets"):
+    with pytest.raises(KepoDataError, match=r"library datasets.*pip install .kepo\[hf\]"):
         load_examples(tmp_path)
 
 
