@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kepo.config import load as load
     from kepo.data.example import Example as Example
     from kepo.evaluation.greedy import evaluate as evaluate
+    from kepo.loop import Result as Result
     from kepo.loop import train as train
     from kepo.rollout.types import Rollout as Rollout
     from kepo.tasks.task import Task as Task
@@ -32,6 +33,7 @@ _HOME = {
     "Example": "kepo.data.example",
     "evaluate": "kepo.evaluation.greedy",
     "train": "kepo.loop",
+    "Result": "kepo.loop",
     "Rollout": "kepo.rollout.types",
     "Task": "kepo.tasks.task",
 }

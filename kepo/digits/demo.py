@@ -109,7 +109,7 @@ def run(demo: Demo) -> int:
         "student", ("warmup_steps", *supervised), lambda to: make_student(to, data, demo)
     )
     print(f"KEPO: training on {SOURCE!r} only", flush=True)
-    code = train(config_of(demo, data, teacher, student))
+    code = train(config_of(demo, data, teacher, student)).exit_code
     if code == 0:
         report(root, teacher, data)
         print(f"whole demonstration: {time.perf_counter() - started:.0f} s in this call")

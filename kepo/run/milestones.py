@@ -66,7 +66,7 @@ def save(run: Run, step: int) -> None:
     state = {"step": step, "config": dataclasses.asdict(run.config), "hints": run.hints}
     state["logs"] = {log.path.name: log.mark for log in (run.log, run.completions)}
     state["inputs"] = run.inputs
-    save_checkpoint(
+    run.newest = save_checkpoint(
         run.folder / "checkpoints",
         step,
         lambda folder: write_policy(run, step, folder),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ class Run:
     completions: StepLog
     done: int
     """The number of steps that were done before."""
+    newest: Path | None
+    """The newest checkpoint."""
     resumed: bool
     """True if the run resumes from a checkpoint, which may be that of step 0."""
 
@@ -76,17 +79,21 @@ class Saved:
 
 
 def open_run(
-    config: Config, device: torch.device, stop: StopRequest, env: Environment | None = None
+    config: Config,
+    device: torch.device,
+    stop: StopRequest,
+    env: Environment | None = None,
+    own: Sequence[Any] | None = None,
 ) -> Run | None:
     """Open a new run, or the one in ``config.run_dir`` as its last checkpoint has it.
 
-    env: the task and the rewards; None means those that the config names. Returns None if a signal
-    asked to stop in the meantime: nothing has been trained then. All ranks
-    call it, within the lock on the folder.
+    env: the task and the rewards; None means those that the config names. own: the questions in the
+    place of ``train_data``, if they came as an argument. Returns None if a signal asked to stop in
+    the meantime: nothing has been trained then. All ranks call it, within the lock on the folder.
     """
     folder = Path(config.run_dir)
     env = environment_of(config) if env is None else env
-    data = on_rank0(lambda: load_data(config, judge_of(config, env.task)))
+    data = on_rank0(lambda: load_data(config, judge_of(config, env.task), own))
     same_images(data)
     say(data.summary)
     stop.agree()
@@ -130,6 +137,7 @@ def open_run(
         log=log,
         completions=completions,
         done=done,
+        newest=saved.folder if saved else None,
         resumed=saved is not None,
     )
 

@@ -129,7 +129,7 @@ def run(config: Config) -> Ended:
     out = io.StringIO()
     with redirect_stdout(out), redirect_stderr(out):
         try:
-            code = command(train)(config)
+            code = command(train)(config).exit_code
         except SystemExit as end:
             assert str(end.code).startswith("error: "), end.code
             return Ended(str(end.code), out.getvalue())

@@ -229,7 +229,7 @@ def test_training_and_evaluation_by_modality_and_question_type(root, tmp_path, c
         num_generations=2,
         max_completion_length=4,
     )
-    assert train(config) == 0
+    assert train(config).exit_code == 0
     out = capsys.readouterr().out
     assert "7 bad records left out" in out and "that are trained on too" in out
     record = json.loads((tmp_path / "run" / "data.json").read_text())

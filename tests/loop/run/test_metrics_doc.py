@@ -48,7 +48,7 @@ def written(tmp_path_factory) -> dict[str, set[str]]:
         max_completion_length=4,
         sampler_correction="truncate",
     )
-    assert train(config) == 0
+    assert train(config).exit_code == 0
 
     def keys(name: str, *, evaluation: bool = False) -> set[str]:
         lines = (root / "run" / name).read_text().splitlines()

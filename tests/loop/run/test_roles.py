@@ -43,7 +43,7 @@ def adapted(made, tmp_path_factory) -> Path:
     pytest.importorskip("peft")
     run_dir = tmp_path_factory.mktemp("adapted")
     settings = dict(steps=2, lora_rank=4, gate_reward=None, hint_trigger="never")
-    assert train(config_of(made, run_dir, **settings)) == 0
+    assert train(config_of(made, run_dir, **settings)).exit_code == 0
     return run_dir
 
 
