@@ -21,7 +21,7 @@ from kepo import loop as train_module
 from kepo.config import Config
 from kepo.data.load import load_omnimedvqa
 from kepo.errors import KepoConfigError, KepoError
-from kepo.evaluation.greedy import evaluate
+from kepo.evaluation.answers import greedy_scores
 from kepo.loop import lr_share, train
 from kepo.models.vlm import VLM
 from kepo.rollout import hints as hints_module
@@ -317,15 +317,15 @@ def test_a_signal_during_an_evaluation_ends_it_at_a_batch(
                 os.kill(os.getpid(), number)
             return stop()
 
-        return evaluate(sampler, examples, stop=asked, **settings | {"batch_size": 1})
+        return greedy_scores(sampler, examples, stop=asked, **settings | {"batch_size": 1})
 
     config = whole_config(made, tmp_path, steps=1)
-    monkeypatch.setattr(milestones, "evaluate", interrupted)
+    monkeypatch.setattr(milestones, "greedy_scores", interrupted)
     assert train(config).exit_code == 128 + number
     assert len(answered) == 2
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000000"]
     assert read_metrics(tmp_path / "metrics.jsonl") == []
-    monkeypatch.setattr(milestones, "evaluate", evaluate)
+    monkeypatch.setattr(milestones, "greedy_scores", greedy_scores)
     assert train(config).exit_code == 0
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in records if "eval" in r] == [0, 1]

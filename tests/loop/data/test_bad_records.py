@@ -16,7 +16,7 @@ from kepo.data.load import load_examples
 from kepo.data.run_data import load_data
 from kepo.digits.tiny import build_tiny
 from kepo.errors import KepoConfigError, KepoDataError
-from kepo.evaluation.greedy import by_question_type
+from kepo.evaluation.answers import by_question_type
 from kepo.loop import train
 from kepo.run.metrics import read_metrics
 
