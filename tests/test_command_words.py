@@ -19,7 +19,9 @@ from kepo.errors import KepoConfigError
 from kepo.flags import command_line
 from kepo.help import flags_of, page
 
-COMMANDS = ("kepo train", "kepo plan", "kepo evaluate", "kepo data check", "kepo demo")
+COMMANDS = (
+    *("kepo train", "kepo plan", "kepo evaluate", "kepo export", "kepo data check", "kepo demo"),
+)
 
 
 def told(capsys, *words: str) -> tuple[int, str]:
