@@ -235,6 +235,14 @@ def _adapted(path: str | Path, model: Any) -> Any:
     return tensors.with_saved_adapters(_peft(path), model, Path(path)).get_base_model()
 
 
+def read_merged(path: str | Path, dtype: torch.dtype) -> Any:
+    """Read a model as `read_model` does, and merge the adapters of a folder into its weights."""
+    if (base := base_of(path)) is None:
+        return read_model(path, dtype)
+    peft, model = _peft(path), read_model(base, dtype)
+    return tensors.with_saved_adapters(peft, model, Path(path)).merge_and_unload()
+
+
 def _peft(path: str | Path) -> Any:
     try:
         import peft

@@ -131,7 +131,7 @@ def run(config: Config, **others: object) -> Ended:
     out = io.StringIO()
     with redirect_stdout(out), redirect_stderr(out):
         try:
-            code = command(train)(config, **others)
+            code = command(train)(config, **others).exit_code
         except SystemExit as end:
             assert str(end.code).startswith("error: "), end.code
             return Ended(str(end.code), out.getvalue())

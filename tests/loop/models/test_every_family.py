@@ -66,7 +66,7 @@ def told(family):
 def run(home, told) -> Path:
     """A run of three steps at a stretch."""
     with rigged():
-        assert train(config_of(home, home / "one", **SETTINGS)) == 0
+        assert train(config_of(home, home / "one", **SETTINGS)).exit_code == 0
     return home / "one"
 
 
@@ -82,8 +82,8 @@ def test_it_trains(run, home):
 def test_it_resumes(run, home, told, capsys):
     config = config_of(home, home / "two", **SETTINGS)
     with rigged():
-        assert train(replace(config, steps=1)) == 0
-        assert train(config) == 0
+        assert train(replace(config, steps=1)).exit_code == 0
+        assert train(config).exit_code == 0
     assert "resuming after step 1" in capsys.readouterr().out
     assert_same_run(run, home / "two")
     assert weights(run).keys() == weights(home / "two").keys()
@@ -91,7 +91,7 @@ def test_it_resumes(run, home, told, capsys):
 
 def test_shared_prompts_change_nothing(run, home, told):
     with rigged():
-        assert train(config_of(home, home / "rows", **SETTINGS, share_prompts=False)) == 0
+        assert train(config_of(home, home / "rows", **SETTINGS, share_prompts=False)).exit_code == 0
     said = [
         [(r["step"], r["completion"], r["hint"]) for r in read_metrics(x / "completions.jsonl")]
         for x in (run, home / "rows")
