@@ -64,7 +64,7 @@ def train_quietly(config: Config) -> int:
     from kepo.loop import train
 
     with quiet(Path(config.run_dir) / "log.txt"):
-        return train(config)
+        return train(config).exit_code
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from experiments.methods import METHODS, Setting
 from experiments.results import Results
 from kepo.digits.demo import SOURCE
 from kepo.disk.durable import make_folder, replacing, write_durably
-from kepo.evaluation.statistics import Interval, bootstrap, over_seeds
+from kepo.evaluation.statistics import Interval, bootstrap, students_t
 
 BASELINE = "grpo"
 OURS = "kepo"
@@ -134,7 +134,7 @@ def _differences(results: Results, methods: list[str]) -> str:
                 row += ["", ""]
                 continue
             difference = final(results, method, _others(results), minus=other)
-            of_seeds = over_seeds(_ood(results, method, seeds) - _ood(results, other, seeds))
+            of_seeds = students_t(_ood(results, method, seeds) - _ood(results, other, seeds))
             row += [_percent(difference, True), _bounds(of_seeds)]
         rows.append(row)
     header = ["OOD, points", f"over `{BASELINE}`", "t over seeds", f"over `{OURS}`", "t over seeds"]
@@ -154,7 +154,7 @@ def _claims(results: Results) -> str:
         (
             "more stable training",
             "fall from the best OOD accuracy of a run to its last, theirs less ours",
-            lambda other: over_seeds(
+            lambda other: students_t(
                 _fall(results, other, results.seeds(OURS, other))
                 - _fall(results, OURS, results.seeds(OURS, other))
             ),

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from kepo.config import Config as Config
     from kepo.config import load as load
     from kepo.data.example import Example as Example
-    from kepo.evaluation.greedy import evaluate as evaluate
+    from kepo.evaluation.report import evaluate as evaluate
+    from kepo.evaluation.scores import Scores as Scores
+    from kepo.loop import Result as Result
     from kepo.loop import train as train
     from kepo.rollout.types import Rollout as Rollout
     from kepo.tasks.task import Task as Task
@@ -30,8 +32,10 @@ _HOME = {
     "Config": "kepo.config",
     "load": "kepo.config",
     "Example": "kepo.data.example",
-    "evaluate": "kepo.evaluation.greedy",
+    "evaluate": "kepo.evaluation.report",
+    "Scores": "kepo.evaluation.scores",
     "train": "kepo.loop",
+    "Result": "kepo.loop",
     "Rollout": "kepo.rollout.types",
     "Task": "kepo.tasks.task",
 }

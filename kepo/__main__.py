@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("kepo.loop", "train a model with a recipe, a preset, flags"),
     "evaluate": ("kepo.evaluation.report", "measure a saved model on a dataset"),
     "plan": ("kepo.planner.plan", "tell the GPU memory that a run takes, without a GPU"),
+    "export": ("kepo.export", "write what a run has trained as a plain model, adapters merged"),
     "report": ("kepo.report.command", "write an HTML page about a run, or about several"),
     "data": ("kepo.rollout.check_command", "check the datasets on disk: kepo data check PATH"),
     "demo": ("kepo.digits.demo", "train a tiny model on scanned digits, from nothing"),

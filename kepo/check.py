@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Mapping
 
 from kepo.config import TOTAL, Config
+from kepo.data.layouts import from_python
 from kepo.data.load import layout_of
 from kepo.distributed.processes import launched
 from kepo.errors import KepoConfigError, KepoDataError
@@ -34,7 +35,7 @@ def check(config: Config, env: Environment | None = None) -> None:
         _refuse("train_data is not set; give a file or folder of questions, or see --help")
     for name in ("train_data", "eval_data"):
         folder = getattr(config, name)
-        if folder is not None:
+        if folder not in (None, from_python.NAME):
             try:
                 layout_of(folder)
             except KepoDataError as error:

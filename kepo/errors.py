@@ -9,6 +9,7 @@ import contextlib
 import errno
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
@@ -113,7 +114,8 @@ def _shown(name: object) -> str:
 
 def command(main: Callable[P, T]) -> Callable[P, T]:
     """Wrap a command so that it prints on any terminal or none, and so that a KepoError, a
-    KepoInputError of the kernels or an OSError ends the process with code 1 and one sentence."""
+    KepoInputError of the kernels or an OSError ends the process with code 1 and one sentence, and
+    Ctrl-C with code 130."""
 
     @functools.wraps(main)
     def ended(*arguments: P.args, **named: P.kwargs) -> T:
@@ -129,6 +131,8 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
             if not _is_of_kernels(error):
                 raise
             sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
         except OSError as error:
             _forget_output()
             # A reader such as `| head` has stopped reading: not worth a message.

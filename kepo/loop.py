@@ -14,16 +14,19 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kepo.check import check
 from kepo.config import RECIPES, Config, load, presets
-from kepo.distributed.processes import all_gather, errors_end_all_ranks, world_size
+from kepo.data.example import Example
+from kepo.data.run_data import with_own_data
+from kepo.distributed.processes import all_gather, errors_end_all_ranks, on_rank0, world_size
 from kepo.distributed.sharding import own_gradients, whole_tensor
 from kepo.errors import KepoError
 from kepo.flags import command_line
@@ -39,7 +42,7 @@ from kepo.rollout.questions import draw, from_data
 from kepo.rollout.rollouts import demonstrations
 from kepo.run.agreement import agreeing_ranks
 from kepo.run.lock import exclusive
-from kepo.run.metrics import completion_records, peak_gb, step_metrics, step_times
+from kepo.run.metrics import completion_records, last_metrics, peak_gb, step_metrics, step_times
 from kepo.run.milestones import begin, draw_curves, is_measured, measure, save
 from kepo.run.open import Run, open_run
 from kepo.run.progress import say, show, step_bar
@@ -52,27 +55,44 @@ from kepo.tasks.task import Task
 from kepo.terminal import any_terminal
 
 
+@dataclass(frozen=True)
+class Result:
+    """What has become of a run when `train` returns."""
+
+    exit_code: int
+    """0 when all steps are done; 128 plus the signal's number when a signal ended the run after
+    saving: 130 for Ctrl-C, 143 for SIGTERM."""
+    folder: Path
+    """The run's folder, ``run_dir``."""
+    checkpoint: Path | None
+    """The policy in the newest checkpoint, to evaluate or to export; None if nothing was saved."""
+    metrics: dict[str, Any]
+    """What metrics.jsonl says of the last step, its evaluation included."""
+
+
 def train(
     config: Config,
     *,
     task: Task | None = None,
     rewards: Sequence[str | Reward] | None = None,
+    data: Iterable[Example | Mapping[str, Any]] | None = None,
     sinks: Sequence[Sink] = (),
-) -> int:
-    """Run (or resume) the training that ``config`` describes; returns the exit code.
+) -> Result:
+    """Run (or resume) the training that ``config`` describes.
 
     task, rewards: objects and functions in the places of those that the config names; a resumed run
-    must be given them again.
-    The code is 0 when all steps are done, and 128 plus the signal's number when a signal ended the
-    run after saving: 130 for Ctrl-C, 143 for SIGTERM.
-    Writes checkpoints, metrics.jsonl, data.json and curves.png under ``config.run_dir``, and tells
-    ``sinks``, objects of the caller's own, what it logs. Every process of torchrun calls it; all
-    see the whole of a step except for the micro-batches, which are divided among them
-    (kepo.distributed.processes).
+    must be given them again. data: the questions in place of ``train_data``: a list of `Example`,
+    or of records as a JSON Lines file has them. sinks: objects that are told what the run logs.
+    It may be called in a notebook, in any thread, and again with another config; signals are only
+    noted in the main thread. Errors are KepoError.
+    Writes checkpoints, metrics.jsonl, data.json and curves.png under ``config.run_dir``. Every
+    process of torchrun calls it; all see the whole of a step except for the micro-batches, which
+    are divided among them (kepo.distributed.processes).
     """
     any_terminal()
     with errors_end_all_ranks():
         config, env = with_own(config, task, rewards)
+        config, own = with_own_data(config, data)
         check(config, env)
     hide_transformers_bars()
     with (
@@ -81,12 +101,14 @@ def train(
         StopRequest() as stop,
         exclusive(Path(config.run_dir)),
     ):
-        run = open_run(config, device, stop, env, sinks)
+        run = open_run(config, device, stop, env, own, sinks)
         if run is not None:
             with run.sinks:
                 take_steps(run)
                 draw_curves(run)
-        return stop.exit_code
+        newest = None if run is None or run.newest is None else run.newest / "policy"
+        folder = Path(config.run_dir)
+        return Result(stop.exit_code, folder, newest, on_rank0(lambda: last_metrics(folder)))
 
 
 def take_steps(run: Run) -> None:
@@ -241,4 +263,4 @@ def main(arguments: Sequence[str]) -> int:
             args=arguments[len(layers) :],
             description=f"{__doc__}\nPresets: {', '.join(presets())}.",
         )
-    return train(config)
+    return train(config).exit_code

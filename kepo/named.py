@@ -15,8 +15,9 @@ from kepo.errors import KepoConfigError
 def found(which: str, name: str) -> Any:
     """Return what ``package.module:name`` or ``folder/file.py:name`` names.
 
-    A file is read once in a process, relative to the working directory. Raises KepoConfigError,
-    which begins with ``which``, if file, module or name is not there, or if importing it fails.
+    A file is read relative to the working directory, and once in a process unless it has changed.
+    Raises KepoConfigError, which begins with ``which``, if file, module or name is not there, or if
+    importing it fails.
     """
     source, colon, attribute = name.rpartition(":")
     if not colon or not source or not attribute:
@@ -38,11 +39,11 @@ def found(which: str, name: str) -> Any:
 
 def _file(path: Path) -> Any:
     path = path.expanduser().resolve()
-    name = f"kepo_user_{path.stem}_{zlib.crc32(str(path).encode())}"
-    if name in sys.modules:
-        return sys.modules[name]
     if not path.is_file():
         raise FileNotFoundError(path)
+    name = f"kepo_user_{path.stem}_{zlib.crc32(bytes(path) + path.read_bytes())}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -100,7 +100,8 @@ class ModelsConfig(TeacherConfig, PicturesConfig):
     """The models that take part, where they live and how they are held."""
 
     student: str = ""
-    """Folder or Hub name of the vision-language model to train."""
+    """Folder or Hub name of the model to train: a vision-language model of a known family, or a
+    text-only causal model for questions without pictures."""
     device: str = "auto"
     """Device of student and teacher: cpu, cuda, cuda:<number>, or auto, which is cuda where there
     is a GPU, else cpu. Under torchrun, cuda is each process's own GPU."""
@@ -123,7 +124,8 @@ class ModelsConfig(TeacherConfig, PicturesConfig):
     lora_alpha: Positive = 32.0
     """LoRA scaling: the adapters' output is multiplied by lora_alpha / lora_rank."""
     freeze_vision: bool = False
-    """Do not train the vision tower. With LoRA adapters it is never trained."""
+    """Do not train the vision tower and what makes tokens of its features. With LoRA adapters it is
+    never trained; a text-only model has none."""
     gradient_checkpointing: bool = False
     """Recompute each layer's activations in backward instead of keeping them."""
     attn_implementation: str | None = None
@@ -132,7 +134,8 @@ class ModelsConfig(TeacherConfig, PicturesConfig):
     share_prompts: bool = True
     """Compute each prompt once for all its completions, in training and scoring. False computes it
     again for each. Attention implementations that take no mask, such as flash_attention_2, and
-    models with sliding windows compute it again too, and the run says so."""
+    models with layers that see a window, such as Gemma 2 and Mistral, compute it again too, and the
+    run says so."""
     liger_layers: bool = False
     """Use Liger's kernels for norms, rotary embedding and, where it has one, the MLP. Needs CUDA
     and a liger-kernel that fits the installed transformers."""

@@ -20,7 +20,8 @@ from kepo.flags import command_line
 from kepo.help import flags_of, page
 
 COMMANDS = (
-    *("kepo train", "kepo plan", "kepo evaluate", "kepo data check", "kepo report", "kepo demo"),
+    *("kepo train", "kepo plan", "kepo evaluate", "kepo export", "kepo data check", "kepo report"),
+    "kepo demo",
 )
 
 

@@ -12,7 +12,8 @@ from places import ROOT
 
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").glob("*.md")]
 COMMAND = re.compile(
-    r"(?:\b(kepo (?:train|evaluate|plan|data check|demo))|python (?:-m )?([\w./]*(?:compare|\.py)))"
+    r"(?:\b(kepo (?:train|evaluate|plan|export|data check|demo))"
+    r"|python (?:-m )?([\w./]*(?:compare|\.py)))"
     r"((?: (?!#)\S+)*)"
 )
 """In a line of a page: a command of ours, or else a script or module, and its arguments."""
@@ -29,7 +30,14 @@ def run(*words: object, cwd: Path = ROOT) -> str:
 @pytest.mark.parametrize(
     "command",
     [
-        *("kepo train", "kepo evaluate", "kepo plan", "kepo data check", "kepo demo"),
+        *(
+            "kepo train",
+            "kepo evaluate",
+            "kepo plan",
+            "kepo export",
+            "kepo data check",
+            "kepo demo",
+        ),
         *("python -m experiments.compare", "python -m kepo_kernels"),
     ],
 )
@@ -42,7 +50,7 @@ def test_the_command_lists_its_commands():
     out = run("-m", "kepo")
     assert out == run("-m", "kepo", "--help") and "usage: kepo {train," in out
     listed = re.findall(r"^  kepo (\w+)", out, re.M)
-    assert listed == ["train", "evaluate", "plan", "data", "demo"]
+    assert listed == ["train", "evaluate", "plan", "export", "data", "demo"]
     unknown = subprocess.run(
         [sys.executable, "-m", "kepo", "trian"], cwd=ROOT, capture_output=True, text=True
     )

@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from kepo.data.example import LETTERS, UNKNOWN, Example
 from kepo.data.images import load_image, locate, open_rgb
 from kepo.data.layouts import (
     arrow,
+    from_python,
     hub,
     json_records,
     medr1,
@@ -73,6 +75,8 @@ PARQUET = Layout("Parquet", parquet.rows, arrow.parse, arrow.quirks)
 HF = Layout("datasets folder", saved_dataset.rows, arrow.parse, arrow.quirks)
 HUB = Layout("Hub dataset", hub.rows, arrow.parse, arrow.quirks)
 LAYOUTS = (OMNIMEDVQA, MEDR1, RECORDS, PARQUET, HF, HUB)
+FROM_PYTHON = "list from Python"
+"""The name of the layout of questions that come as an argument."""
 
 
 class Found(NamedTuple):
@@ -183,7 +187,7 @@ def _first_record(file: Path) -> dict[str, Any] | None:
 
 
 def load_examples(
-    path: str | Path,
+    path: str | Path | Iterable[Any],
     *,
     modalities: Sequence[str] | None = None,
     question_types: Sequence[str] | None = None,
@@ -194,12 +198,14 @@ def load_examples(
 ) -> tuple[list[Example], DataReport]:
     """Read a dataset of any layout, in the order of its sorted files.
 
+    path: a folder, a file or a name on the Hub; or the questions themselves, a list of `Example` or
+        of dicts (``layouts.from_python``).
     modalities, question_types: keep only these; None keeps all.
     limit: keep only the first ``limit`` of these; None keeps all.
     image_root: the folder where image paths begin. They must not leave it, except through a folder
         in it that is itself a link (``images.locate``). None = the dataset's folder, or that of its
         file; for Med-R1's files the nearest folder above them that has ``Images``; for a name on
-        the Hub the cache of ``datasets``.
+        the Hub the cache of ``datasets``; for a list the working directory, which paths may leave.
     bad_records: "skip" leaves out and reports records with which something is wrong, "fail" raises
         at the first.
     progress: show a bar.
@@ -210,10 +216,24 @@ def load_examples(
     ``images.digests_of`` tells whether they can be decoded.
     Raises KepoDataError for an unknown layout, an unknown name in a filter, or if nothing is left.
     """
+    if isinstance(path, (str, Path)):
+        layout, place = layout_of(path), expanded(path)
+    else:
+        layout, place = _of_list(from_python.listed(path), image_root), Path(from_python.NAME)
     return _load(
-        layout_of(path), expanded(path), modalities, question_types, limit, image_root, bad_records,
+        layout, place, modalities, question_types, limit, image_root, bad_records,
         progress,
     )  # fmt: skip
+
+
+def _of_list(data: Sequence[Any], image_root: str | Path | None) -> Layout:
+    folder = Path.cwd() if image_root is None else None
+    return Layout(
+        FROM_PYTHON,
+        lambda path: from_python.rows(data),
+        partial(from_python.parse, folder=folder),
+        from_python.quirks,
+    )
 
 
 def load_omnimedvqa(
@@ -335,7 +355,7 @@ def _place(layout: Layout, path: Path) -> Path:
     A file of records keeps its own name where it is a link, as in the Hub's cache, where the
     target's has no ending and images lie beside the link.
     """
-    if layout is HUB:
+    if layout is HUB or layout.name == FROM_PYTHON:
         return path
     if layout in (RECORDS, PARQUET) and path.is_file():
         return path.parent.resolve() / path.name
@@ -350,6 +370,8 @@ def _image_root(layout: Layout, path: Path, given: str | Path | None) -> Path:
         return folder.resolve()
     if layout is HUB:
         return hub.cache(path).resolve()
+    if layout.name == FROM_PYTHON:
+        return Path(Path.cwd().anchor)
     resolved = path.resolve()
     if layout is not MEDR1:
         place = _place(layout, path)

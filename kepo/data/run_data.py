@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kepo.data.example import Example
 from kepo.data.identity import records_identity
 from kepo.data.images import Look, digests_in, looks_of
+from kepo.data.layouts import from_python
 from kepo.data.load import DataReport, load_examples
 from kepo.data.records import RecordProblem
 from kepo.data.splits import shared_images, split_by_image, without_images_of
 from kepo.disk.durable import as_json, write_durably
 from kepo.disk.files import printable, read_own
-from kepo.errors import KepoDataError
+from kepo.errors import KepoConfigError, KepoDataError
 from kepo.sections import DataConfig
 
 Judge = Callable[[Sequence[Example], DataReport, bool], tuple[list[Example], DataReport]]
@@ -48,17 +49,37 @@ class RunData:
         return {"train_data": self.train, "eval_data": self.eval}
 
 
-def load_data(config: DataConfig, judge: Judge | None = None) -> RunData:
+C = TypeVar("C", bound=DataConfig)
+
+
+def with_own_data(config: C, data: Iterable[Any] | None) -> tuple[C, list[Any] | None]:
+    """Return the questions that came as an argument as a list, and a config whose ``train_data``
+    says that they did; both as they are if ``data`` is None. Raises KepoConfigError if there is
+    ``train_data`` too."""
+    if data is None:
+        return config, None
+    if config.train_data:
+        raise KepoConfigError(
+            f"data is given, and so is train_data={config.train_data!r}; give one"
+        )
+    return replace(config, train_data=from_python.NAME), from_python.listed(data)
+
+
+def load_data(
+    config: DataConfig, judge: Judge | None = None, own: Sequence[Any] | None = None
+) -> RunData:
     """Load ``train_data`` and ``eval_data`` as the config selects them, without bad records.
 
     With ``verify_images`` every image is decoded once: one that cannot be decoded makes its record
     bad, and the images of training and evaluation are compared by content, otherwise by path.
     Images in both are counted, not removed. judge: leaves out what the run's models cannot be asked
-    (kepo.rollout.encodable); None = nothing is left out. Raises KepoDataError if nothing is left to
+    (kepo.rollout.encodable); None = nothing is left out. own: the questions in the place of
+    ``train_data``, if they came as an argument. Raises KepoDataError if nothing is left to
     train on or to evaluate.
     """
+    source = config.train_data if own is None else own
     train, train_report = load_examples(
-        config.train_data,
+        source,
         modalities=config.train_modalities,
         question_types=config.train_question_types,
         image_root=config.image_root,
@@ -66,7 +87,7 @@ def load_data(config: DataConfig, judge: Judge | None = None) -> RunData:
     )
     held_out: list[Example] = []
     eval_report = None
-    eval_path = config.train_data if config.eval_share else config.eval_data
+    eval_path = source if config.eval_share else config.eval_data
     if eval_path is not None:
         held_out, eval_report = load_examples(
             eval_path, image_root=config.image_root, bad_records=config.bad_records

@@ -28,7 +28,7 @@ from kepo.disk.durable import as_json, write_durably
 from kepo.disk.files import read_own, refuse_irregular
 from kepo.distributed.processes import launched
 from kepo.errors import KepoConfigError
-from kepo.evaluation.greedy import evaluate, means, summary
+from kepo.evaluation.answers import greedy_scores, means, summary
 from kepo.flags import command_line
 from kepo.loop import train
 from kepo.models.reading import hide_transformers_bars
@@ -110,7 +110,7 @@ def run(demo: Demo) -> int:
         "student", ("warmup_steps", *supervised), lambda to: make_student(to, data, demo)
     )
     print(f"KEPO: training on {SOURCE!r} only", flush=True)
-    code = train(config_of(demo, data, teacher, student))
+    code = train(config_of(demo, data, teacher, student)).exit_code
     if code == 0:
         report(root, teacher, data)
         print(f"whole demonstration: {time.perf_counter() - started:.0f} s in this call")
@@ -226,7 +226,7 @@ def report(root: Path, teacher: Path, data: Path) -> None:
     of_teacher = _known_teacher(table, after)
     if of_teacher is None:
         asked, limit = load_omnimedvqa(data / "test"), COMPLETION_TOKENS
-        scores = evaluate(VLM.load(teacher), asked, MultipleChoice(), max_tokens=limit)
+        scores = greedy_scores(VLM.load(teacher), asked, MultipleChoice(), max_tokens=limit)
         of_teacher = means(scores)
     rows = [(name, before[name], after[name], of_teacher[name]) for name in after]
     unseen = [summary(column, SOURCE)[1] for column in (before, after, of_teacher)]

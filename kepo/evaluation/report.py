@@ -1,37 +1,43 @@
-"""Count the questions that a saved model answers correctly.
+"""Measure a saved model on questions, with intervals.
 
-It answers a dataset of any layout greedily; the table is by modality and type of question. `chance`
-is what blind guessing would score on the same questions: with four options each it would be 0.25,
-but many have two or three. An answer is unparsed where it holds no single well-formed <answer>; it
-counts as wrong.
+It answers a dataset of any layout, greedily or with several samples of each question; the table is
+by modality and type of question. `chance` is what blind guessing would score on the same questions:
+with four options each it would be 0.25, but many have two or three. An answer is unparsed where it
+holds no single well-formed <answer>; it counts as wrong.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from kepo.data.example import Example
 from kepo.data.images import digests_of
+from kepo.data.layouts import from_python
 from kepo.data.load import DataReport, layout_of, load_examples
 from kepo.data.run_data import as_record, capped, readable
 from kepo.disk.durable import as_json, write_durably
 from kepo.errors import KepoConfigError, KepoDataError
-from kepo.evaluation.greedy import greedy_answers
-from kepo.evaluation.statistics import wilson
+from kepo.evaluation.answers import answers_of
+from kepo.evaluation.scores import Scores, judged, tabulated
 from kepo.flags import command_line
 from kepo.models.device import known_device
-from kepo.models.reading import encoder_of, read_config
+from kepo.models.reading import encoder_of, hide_transformers_bars, read_config
+from kepo.models.sampling import SamplingParams
 from kepo.models.vlm import VLM
 from kepo.rollout.encodable import Faults, Reader, faults_of, left_out, plain_reader
-from kepo.sections import TaskConfig
-from kepo.tasks.environment import task_of
+from kepo.sections import RewardConfig, TaskConfig
+from kepo.tasks.environment import Environment, environment_of
+from kepo.tasks.rewards import Reward, reward_name
 from kepo.tasks.task import Task
 from kepo.words import at_home
+
+IN_MEMORY = "<model>"
+"""What stands for a model that came as an argument."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,19 @@ class Evaluation(TaskConfig):
     model: str
     """Folder or Hub name of a vision-language model; of a run, its checkpoint's policy/."""
     data: str
-    """Folder in OmniMedVQA's layout, Med-R1's split files, or what datasets.save_to_disk wrote."""
+    """Data in any of the layouts of train_data."""
+    rewards: tuple[str, ...] = ("accuracy",)
+    """Rewards whose means are told beside accuracy, which always is: format, or functions of your
+    own, as file.py:function or package.module:function."""
+    samples: int = 1
+    """Completions of each question. With several, pass@k and maj@k are told: the chances that one
+    of k is right, and that the answer most of k give is right."""
+    temperature: float | None = None
+    """Temperature of the samples; 0 is greedy. None means greedy with one sample, else 1."""
+    top_p: float = 1.0
+    """Nucleus sampling threshold. 1 disables it."""
+    seed: int = 0
+    """Seed of the samples."""
     modalities: tuple[str, ...] | None = None
     """Ask about these modalities only. None means all."""
     question_types: tuple[str, ...] | None = None
@@ -52,7 +70,7 @@ class Evaluation(TaskConfig):
     """Folder that image paths are relative to. None means the dataset's folder; for Med-R1's files,
     the nearest parent folder that contains Images."""
     batch: int = 64
-    """Questions answered at once."""
+    """Completions generated at once."""
     max_completion_length: int = 128
     """Tokens per answer, at most."""
     dtype: str = "float32"
@@ -67,50 +85,137 @@ class Evaluation(TaskConfig):
 PATHS = ("model", "data", "image_root", "json")
 
 
-class Answer(NamedTuple):
-    """The answer to one question, and whether it is right."""
+def evaluate(
+    model: str | Path | VLM,
+    data: str | Path | Iterable[Example | Mapping[str, Any]],
+    *,
+    task: Task | str | None = None,
+    rewards: Sequence[str | Reward] = ("accuracy",),
+    samples: int = 1,
+    temperature: float | None = None,
+    **settings: Any,
+) -> Scores:
+    """Measure a model on questions.
 
-    modality: str
-    question_type: str
-    right: bool
-    parsed: bool
-    chance: float
-    """The chance of guessing it: of several options, one over their number."""
+    model: a folder or Hub name; of a run, its checkpoint's ``policy``; or a model that is loaded.
+    data: a dataset of any layout, or a list of `Example` or of records as a JSON Lines file has
+    them. task: an object, or a name as in a recipe; None means multiple_choice. rewards: names or
+    functions, whose means are told beside accuracy, which always is. samples: completions of each
+    question; with several, ``pass@k`` and ``maj@k`` are told. temperature: None means greedy with
+    one sample, else 1. settings: those of ``kepo evaluate``, such as ``limit=100`` or
+    ``max_completion_length=512``; dtype and device are for a model that is not loaded yet.
 
-
-def evaluation(settings: Evaluation) -> dict[str, Any]:
-    """Ask the model; return plain values: settings, data, overall, macro_mean, cells, sums.
-
-    A cell is the questions of one modality and type. Raises KepoConfigError, KepoDataError or
-    KepoCheckpointError where settings, data or model are not usable.
+    Raises KepoConfigError, KepoDataError or KepoCheckpointError where settings, data or model are
+    not usable, and KepoRewardError where a reward is not.
     """
+    if task is not None:
+        settings["task"] = task if isinstance(task, str) else type(task).__name__
+    known = {field.name for field in dataclasses.fields(Evaluation)} - {"json"}
+    if unknown := sorted(settings.keys() - known):
+        raise KepoConfigError(f"evaluate: {unknown} are no settings; see kepo evaluate --help")
+    named = Evaluation(
+        model=IN_MEMORY if isinstance(model, VLM) else str(model),
+        data=str(data) if isinstance(data, (str, Path)) else from_python.NAME,
+        rewards=tuple(map(reward_name, rewards)),
+        samples=samples,
+        temperature=temperature,
+        **settings,
+    )
+    return evaluation(
+        named,
+        vlm=model if isinstance(model, VLM) else None,
+        data=None if isinstance(data, (str, Path)) else data,
+        task=task if isinstance(task, Task) else None,
+        rewards=rewards,
+    )
+
+
+def evaluation(
+    settings: Evaluation,
+    *,
+    vlm: VLM | None = None,
+    data: Iterable[Any] | None = None,
+    task: Task | None = None,
+    rewards: Sequence[str | Reward] | None = None,
+) -> Scores:
+    """Do what ``kepo evaluate`` and `evaluate` do; objects take the places of what the settings
+    name, where they are not None."""
+    hide_transformers_bars()
     settings = at_home(settings, *PATHS)
-    for name in ("limit", "batch", "max_completion_length"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise KepoConfigError(f"{name}={value}; expected a number >= 1")
+    params = sampling(settings)
     dtypes = ("float32", "bfloat16", "float16")
     if settings.dtype not in dtypes:
         raise KepoConfigError(f"dtype={settings.dtype!r}; expected one of {', '.join(dtypes)}")
     known_device(settings.device)
-    layout_of(settings.data)  # before a model is looked for, perhaps on the Hub
-    task = task_of(settings)
-    examples, report = questions(settings, task, reader_of(settings, task))
-    vlm = VLM.load(settings.model, dtype=settings.dtype, device=settings.device)
-    texts = greedy_answers(
+    if data is None:
+        layout_of(settings.data)  # before a model is looked for, perhaps on the Hub
+    else:
+        data = from_python.listed(data)
+    env = environment(settings, task, rewards)
+    reader = reader_of(settings, env.task) if vlm is None else _reader(vlm, settings, env.task)
+    examples, report = questions(settings, env.task, reader, data)
+    if vlm is None:
+        vlm = VLM.load(settings.model, dtype=settings.dtype, device=settings.device)
+    said = answers_of(
         vlm,
         examples,
-        task,
-        max_tokens=settings.max_completion_length,
+        env.task,
+        params,
+        seed=settings.seed,
         batch_size=settings.batch,
         progress=True,
     )
-    answers = [judged(task, *pair) for pair in zip(examples, texts, strict=True)]
-    return {
-        "settings": dataclasses.asdict(settings),
-        "data": as_record(report),
+    each = [(example, one) for example, some in zip(examples, said, strict=True) for one in some]
+    rewarded = env.scores(
+        [example for example, _ in each],
+        [one.text for _, one in each],
+        [one.ids for _, one in each],
+    )
+    answers = [
+        judged(env.task, example, some, rewarded[place * params.n : (place + 1) * params.n])
+        for place, (example, some) in enumerate(zip(examples, said, strict=True))
+    ]
+    return Scores(
+        settings=dataclasses.asdict(settings),
+        data=as_record(report),
         **tabulated(answers),
-    }
+        answers=answers,
+    )
+
+
+def sampling(settings: Evaluation) -> SamplingParams:
+    """Return how completions are drawn. Raises KepoConfigError for numbers out of range."""
+    for name in ("limit", "batch", "max_completion_length", "samples"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise KepoConfigError(f"{name}={value}; expected a number >= 1")
+    temperature = settings.temperature
+    if temperature is None:
+        temperature = 0.0 if settings.samples == 1 else 1.0
+    if settings.samples > 1 and temperature == 0:
+        raise KepoConfigError(
+            f"temperature={settings.temperature} with samples={settings.samples}: greedy answers "
+            "are all the same; give a temperature above 0, or one sample"
+        )
+    return SamplingParams(
+        n=settings.samples,
+        max_tokens=settings.max_completion_length,
+        temperature=temperature,
+        top_p=settings.top_p,
+    )
+
+
+def environment(
+    settings: Evaluation, task: Task | None, rewards: Sequence[str | Reward] | None
+) -> Environment:
+    """Return the task and the rewards. Raises KepoConfigError for one that cannot be used here."""
+    given = settings.rewards if rewards is None else rewards
+    if "overlong" in given:
+        raise KepoConfigError(
+            "rewards has overlong, which fines long completions in training; leave it out here"
+        )
+    named = {field.name: getattr(settings, field.name) for field in dataclasses.fields(TaskConfig)}
+    return environment_of(RewardConfig(**named), task, given)
 
 
 def reader_of(settings: Evaluation, task: Task) -> Reader:
@@ -119,16 +224,23 @@ def reader_of(settings: Evaluation, task: Task) -> Reader:
     return plain_reader(encoder, task, settings.max_completion_length)
 
 
+def _reader(vlm: VLM, settings: Evaluation, task: Task) -> Reader:
+    return plain_reader(vlm.encoder, task, settings.max_completion_length)
+
+
 def questions(
-    settings: Evaluation, task: Task, reader: Reader | None = None
+    settings: Evaluation,
+    task: Task,
+    reader: Reader | None = None,
+    data: Sequence[Any] | None = None,
 ) -> tuple[list[Example], DataReport]:
     """Return the questions to ask, every image decoded once, and a report with the others' faults.
 
     reader: the model they are asked of; questions that it cannot be asked are left out. None means
-    any model.
+    any model. data: the questions, if they came as an argument.
     """
     examples, report = load_examples(
-        settings.data,
+        settings.data if data is None else data,
         modalities=settings.modalities,
         question_types=settings.question_types,
         image_root=settings.image_root,
@@ -161,96 +273,8 @@ def questions(
     return chosen, dataclasses.replace(report, questions=len(chosen))
 
 
-def judged(task: Task, example: Example, text: str) -> Answer:
-    return Answer(
-        example.modality,
-        example.question_type,
-        right=task.is_right(text, example),
-        parsed=task.answer_of(text) is not None,
-        chance=task.chance(example),
-    )
-
-
-def tabulated(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Return the accuracy of every cell (a modality and a type of question), of every modality, of
-    every type, and of all questions; and the mean over modalities."""
-
-    def by(key: Callable[[Answer], Any]) -> dict[Any, dict[str, Any]]:
-        parts: dict[Any, list[Answer]] = {}
-        for answer in answers:
-            parts.setdefault(key(answer), []).append(answer)
-        return {name: summed(parts[name]) for name in sorted(parts)}
-
-    modalities = by(lambda answer: answer.modality)
-    cells = by(lambda answer: (answer.modality, answer.question_type))
-    return {
-        "overall": summed(answers),
-        "macro_mean": {
-            name: sum(part[name] for part in modalities.values()) / len(modalities)
-            for name in ("accuracy", "chance")
-        },
-        "modalities": modalities,
-        "question_types": by(lambda answer: answer.question_type),
-        "cells": [{"modality": m, "question_type": t, **cell} for (m, t), cell in cells.items()],
-    }
-
-
-def summed(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Return counts of questions, their accuracy with its 95 % interval, and the chance level."""
-    right, count = sum(answer.right for answer in answers), len(answers)
-    share, low, high = wilson(right, count)
-    return {
-        "questions": count,
-        "right": right,
-        "unparsed": sum(not answer.parsed for answer in answers),
-        "accuracy": share,
-        "low": low,
-        "high": high,
-        "chance": sum(answer.chance for answer in answers) / count,
-    }
-
-
-def lines(result: dict[str, Any]) -> list[str]:
-    """Return the table: under each modality its types of question, then all modalities by type."""
-    blocks = []
-    for modality, whole in result["modalities"].items():
-        cells = [cell for cell in result["cells"] if cell["modality"] == modality]
-        blocks.append([(modality, "all", whole)])
-        if len(cells) > 1 or len(result["question_types"]) > 1:
-            blocks[-1] += [("", cell["question_type"], cell) for cell in cells]
-    if len(blocks) > 1:
-        types = result["question_types"]
-        blocks.append([("all", "all", result["overall"])])
-        if len(types) > 1:
-            blocks[-1] += [("", name, part) for name, part in types.items()]
-    names = [name for block in blocks for name, _, _ in block]
-    kinds = [kind for block in blocks for _, kind, _ in block]
-    first = max(map(len, [*names, "modality"]))
-    second = max(map(len, [*kinds, "question type"]))
-    found = [
-        f"{'modality':{first}}  {'question type':{second}}  questions  accuracy         95 %  "
-        "chance  unparsed"
-    ]
-    for block in blocks:
-        found.append("")
-        found += [
-            f"{name:{first}}  {kind:{second}}  {part['questions']:9}  {part['accuracy']:8.3f}  "
-            f"{part['low']:.3f}-{part['high']:.3f}  {part['chance']:6.3f}  {part['unparsed']:8}"
-            for name, kind, part in block
-        ]
-    macro = result["macro_mean"]
-    found.append("")
-    found.append(
-        f"mean over modalities, each counting the same: {macro['accuracy']:.3f}, chance "
-        f"{macro['chance']:.3f}"
-    )
-    return found
-
-
 def main(arguments: Sequence[str]) -> None:
     """Run ``kepo evaluate``."""
-    from kepo.models.reading import hide_transformers_bars
-
     [settings] = command_line(
         Evaluation,
         prog="kepo evaluate",
@@ -258,7 +282,6 @@ def main(arguments: Sequence[str]) -> None:
         args=arguments,
         description=__doc__,
     )
-    hide_transformers_bars()
     settings = at_home(settings, *PATHS)
     if settings.json is not None:  # known now, not after an hour of answers
         folder = Path(settings.json).resolve().parent
@@ -266,12 +289,12 @@ def main(arguments: Sequence[str]) -> None:
             raise KepoConfigError(f"json={settings.json!r}: its folder is not there; make it first")
         if Path(settings.json).is_dir() or not os.access(folder, os.W_OK):
             raise KepoConfigError(f"json={settings.json!r} cannot be written; choose another file")
-    result = evaluation(settings)
-    left_out = sum(result["data"]["bad_records"].values())
-    if left_out:
-        kinds = (f"{kind} {count}" for kind, count in result["data"]["bad_records"].items())
-        print(f"left out: {left_out} bad records ({', '.join(kinds)})")
-    print("\n".join(lines(result)))
+    scores = evaluation(settings)
+    bad = scores.data["bad_records"]
+    if bad:
+        kinds = (f"{kind} {count}" for kind, count in bad.items())
+        print(f"left out: {sum(bad.values())} bad records ({', '.join(kinds)})")
+    print(scores)
     if settings.json is not None:
-        text = as_json(result, indent=1, ensure_ascii=False)
+        text = as_json(scores.record(), indent=1, ensure_ascii=False)
         write_durably(Path(settings.json), text + "\n")

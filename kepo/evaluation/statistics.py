@@ -9,7 +9,7 @@ seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -69,9 +69,9 @@ def _shares(draw: np.random.Generator, n: int) -> np.ndarray:
     return np.bincount(drawn.ravel(), minlength=DRAWS * n).reshape(DRAWS, n) / n
 
 
-def over_seeds(values: np.ndarray) -> Interval:
-    """Return the mean of one number per seed with Student's t interval, which is infinite for fewer
-    than two seeds."""
+def students_t(values: Sequence[float] | np.ndarray) -> Interval:
+    """Return the mean of numbers, one per seed or question, with Student's t interval, which is
+    infinite for fewer than two."""
     values = np.asarray(values, dtype=np.float64)
     n, mean = len(values), float(np.mean(values))
     if n < 2:
@@ -80,7 +80,21 @@ def over_seeds(values: np.ndarray) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def wilson(right: int, count: int) -> Interval:
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Return the chance that one of k completions is right, from ``samples`` of which ``right``
+    are; it is unbiased (Chen et al. 2021, eq. 1).
+
+        1 - C(n - c, k) / C(n, k)
+    """
+    if not 0 <= right <= samples or not 1 <= k <= samples:
+        raise ValueError(
+            f"pass_at_k: samples={samples}, right={right}, k={k}; expected 0 <= right <= samples "
+            "and 1 <= k <= samples"
+        )
+    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def wilson(right: float, count: int) -> Interval:
     """Return the share ``right / count`` with Wilson's interval, which stays within 0 and 1.
 
         (p + z^2 / 2n ± z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)

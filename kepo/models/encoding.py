@@ -2,7 +2,8 @@
 
 Their conventions: prompts are padded on the left, completions on the right, a prompt's images come
 before its text, and image tokens are marked in ``mm_token_type_ids``, without which their positions
-are silently wrong in some versions of transformers. Nothing is ever truncated.
+are silently wrong in some versions of transformers. Nothing is ever truncated. How a picture
+becomes numbers and tokens is its family's affair (kepo.models.families).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from kepo.data.images import open_rgb, size_of
 from kepo.errors import KepoConfigError, KepoDataError
-from kepo.models.conventions import closed
+from kepo.models.conventions import closed, turn
+from kepo.models.families.family import Pictures
 from kepo_kernels.compute.devices import moved
 
 IMAGE_CACHE_BYTES = 256 * 2**20
@@ -51,8 +53,8 @@ class Inputs:
     input_ids: Tensor  # (B, L) int64, padded on the left
     attention_mask: Tensor  # (B, L) int64, 0 on padding
     mm_token_type_ids: Tensor  # (B, L) int64, 1 on image tokens
-    pixel_values: Tensor  # (sum of patches, values per patch), the images one after another
-    image_grid_thw: Tensor  # (images, 3) int64, patches of each in time, height, width
+    pixel_values: Tensor  # (sum of rows, values of a row...), the images one after another
+    image_grid_thw: Tensor  # (images, 3) int64, each one's grid; the product is its rows
     image_places: tuple[tuple[int, ...], ...]  # B times the rows of image_grid_thw, in order
 
     def __len__(self) -> int:
@@ -120,8 +122,8 @@ class Encoder:
     text. All tensors are on the CPU."""
 
     tokenizer: Any
-    image_processor: Any
-    image_token_id: int
+    pictures: Pictures | None
+    """How pictures are read; None for a model that sees none."""
     end_ids: tuple[int, ...] = ()
     """Tokens that end a completion, first the one that ends a worked answer. () = the tokenizer's
     own end token."""
@@ -137,8 +139,17 @@ class Encoder:
 
     def __post_init__(self) -> None:
         self.end_ids = tuple(self.end_ids) or (self.tokenizer.eos_token_id,)
-        pad = self.tokenizer.pad_token_id
-        self.control_ids = frozenset({*self.control_ids, *self.end_ids, self.image_token_id, pad})
+        image = () if self.pictures is None else (self.pictures.token,)
+        known = (*self.control_ids, *self.end_ids, *image, self.tokenizer.pad_token_id)
+        self.control_ids = frozenset(known)
+
+    @property
+    def image_token_id(self) -> int | None:
+        return None if self.pictures is None else self.pictures.token
+
+    @property
+    def image_processor(self) -> Any:
+        return None if self.pictures is None else self.pictures.processor
 
     def encode(self, prompts: Sequence[Prompt]) -> Inputs:
         """Apply the chat template, expand image placeholders, pad on the left.
@@ -172,7 +183,7 @@ class Encoder:
         return Inputs(
             input_ids=input_ids,
             attention_mask=mask.long(),
-            mm_token_type_ids=(mask & (input_ids == self.image_token_id)).long(),
+            mm_token_type_ids=(mask & self._is_image(input_ids)).long(),
             pixel_values=torch.cat([p for p, _ in images]) if images else torch.zeros(0, 0),
             image_grid_thw=torch.stack([grid for _, grid in images])
             if images
@@ -217,9 +228,9 @@ class Encoder:
 
         Raises ValueError, the image processor's, for a shape that it refuses.
         """
-        none: dict[str, Any] = {}  # of its settings are changed; transformers 5.5 wants to be told
-        count = self.image_processor.get_number_of_image_patches(height, width, none)
-        return count // self.image_processor.merge_size**2
+        assert self.pictures is not None, "the caller knows that this model sees"
+        count = self.pictures.count_by_size(self.pictures.processor, width, height)
+        return len(self.pictures.tokens(count))
 
     def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
         """Return each prompt's number of tokens, those of its images included; of an image only the
@@ -232,9 +243,14 @@ class Encoder:
 
     def text_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
         """Return each prompt's number of tokens without those of its images; no image is read."""
-        return [len(ids) - ids.count(self.image_token_id) for ids in self._chat_ids(prompts)]
+        image = self.image_token_id
+        return [sum(token != image for token in ids) for ids in self._chat_ids(prompts)]
 
     # ---- private ----
+
+    def _is_image(self, ids: Tensor) -> Tensor:
+        image = self.image_token_id
+        return torch.zeros_like(ids, dtype=torch.bool) if image is None else ids == image
 
     def _refuse_control_tokens(self, function: str, what: str, texts: Sequence[str]) -> None:
         for text, ids in zip(texts, self._ids(texts), strict=True):
@@ -256,16 +272,17 @@ class Encoder:
     def _chat_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         said = [text for prompt in prompts for _, text in (*prompt.earlier, ("", prompt.text))]
         self._refuse_control_tokens("encode", "prompt", said)
+        for prompt in prompts:
+            if prompt.images and self.pictures is None:
+                raise KepoDataError(
+                    f"Encoder.encode: the prompt {prompt.text!r} shows {prompt.images[0]}, and the "
+                    "model sees no pictures; expected text alone, or a vision-language model"
+                )
+        images = self.pictures is not None
         chats = [
             [
-                *({"role": role, "content": [_text(text)]} for role, text in prompt.earlier),
-                {
-                    "role": "user",
-                    "content": [
-                        *({"type": "image"} for _ in prompt.images),
-                        _text(prompt.text),
-                    ],
-                },
+                *(turn(role, text, 0 if images else None) for role, text in prompt.earlier),
+                turn("user", prompt.text, len(prompt.images) if images else None),
             ]
             for prompt in prompts
         ]
@@ -291,18 +308,18 @@ class Encoder:
 
     def _expanded(self, prompt: Prompt, ids: list[int], grids: Sequence[Tensor]) -> list[int]:
         """Return the ids with each image's placeholder as often as the image has tokens."""
-        found = ids.count(self.image_token_id)
+        found = sum(token == self.image_token_id for token in ids)
         if found != len(grids):
             raise KepoDataError(
                 f"Encoder.encode: the prompt {prompt.text!r} gives {found} image placeholders; "
                 f"expected {len(grids)}, one per image: check that the chat template writes them"
             )
-        merge = self.image_processor.merge_size**2
-        counts = iter([int(grid.prod()) // merge for grid in grids])
+        if self.pictures is None:
+            return ids
+        shown = [self.pictures.count(self.pictures.processor, grid) for grid in grids]
+        runs = iter([self.pictures.tokens(count) for count in shown])
         return [
-            token
-            for one in ids
-            for token in ([one] * next(counts) if one == self.image_token_id else [one])
+            token for one in ids for token in (next(runs) if one == self.pictures.token else [one])
         ]
 
     def _tokens_of(self, path: Path) -> int:
@@ -316,14 +333,14 @@ class Encoder:
         return self._counts[key]
 
     def _image(self, path: Path, key: tuple) -> tuple[Tensor, Tensor]:
-        """Return patches ``(n, values)`` and grid ``(3,)`` of an image, cached while unchanged."""
+        """Return rows ``(n, values...)`` and grid ``(3,)`` of an image, cached while unchanged."""
         if key not in self._patches:
+            assert self.pictures is not None, "refused before"
             image = open_rgb(path)
             try:
-                out = self.image_processor(images=[image], return_tensors="pt")
+                entry = self.pictures.read(self.pictures.processor, image)
             except ValueError as error:
                 raise _refused(path, image.width, image.height, error) from error
-            entry = (out["pixel_values"], out["image_grid_thw"][0])
             room = IMAGE_CACHE_BYTES - entry[0].nbytes
             held = sum(patches.nbytes for patches, _ in self._patches.values())
             while self._patches and held > room:

@@ -89,7 +89,7 @@ def logprobs_of(
     ``ids`` are on the model's device; the mask may be on the CPU. temperature: None = the
     student's."""
     how = softmax(config) | ({} if temperature is None else dict(temperature=temperature))
-    found = fused_linear_logprobs(states, model.lm_head, ids, completion_mask=mask, **how)
+    found = fused_linear_logprobs(states, model.head, ids, completion_mask=mask, **how)
     assert isinstance(found, Tensor)  # entropies were not asked for
     return found
 

@@ -48,7 +48,7 @@ def kepo_step(
     distillation = _distillation(policy, teacher, hidden.detach(), micro, there, scores, config)
     loss, stats = fused_kepo_loss(
         hidden,
-        policy.lm_head,
+        policy.head,
         there.completion_ids,
         there.advantages,
         completion_mask=mask,
@@ -166,7 +166,7 @@ def _distillation(
         weights = weights.index_copy(0, opened, weights[opened] * factors)
     return dict(
         teacher_hidden=scores.teacher_hidden,
-        teacher_lm_head=teacher.lm_head,
+        teacher_lm_head=teacher.head,
         distill_weights=weights,
     )
 

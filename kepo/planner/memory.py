@@ -51,6 +51,8 @@ class Prompts:
     """Images of a prompt."""
 
     def image(self, model: Anatomy) -> int:
+        if model.tower is None:
+            return 0
         tokens = self.image_tokens
         return model.default_image_tokens if tokens is None else tokens
 
@@ -163,7 +165,7 @@ class _Run:
     def of(cls, setup: Setup) -> _Run:
         config, machine, prompts = setup
         student, teacher = student_of(config, machine), teacher_of(setup)
-        share = share_of(config, machine, prompts.length(student))
+        share = share_of(config, machine, prompts.length(student), student.shareable)
         several = share.micros > 1
         loss = loss_memory(
             config,
@@ -263,7 +265,7 @@ class _Run:
         micro, checkpointing = self.share.micro, config.gradient_checkpointing
         images, patches = micro.questions * self.prompts.images, self.prompts.patches(student)
         vision = vision_training(student, images, patches, checkpointing)
-        packed = shares_prompts(config)
+        packed = shares_prompts(config, student.shareable)
         text = text_training(student, micro.rows, micro.length, checkpointing, packed)
         states = state_bytes(student, micro.rows, micro.length)
         tokens = micro.completions * config.max_completion_length
@@ -351,13 +353,13 @@ class _Run:
         """Return the most bytes of a forward that keeps nothing."""
         images, patches = shape.questions * self.prompts.images, self.prompts.patches(model)
         placed = placed_bytes(model, shape.rows, self.prompts.all_images(model))
-        packed = shares_prompts(self.config)
+        packed = shares_prompts(self.config, model.shareable)
         return inference(model, shape.rows, shape.length, images, patches, packed) + placed
 
     def _read_from(self, model: Anatomy, shape: Shape) -> int:
         """Return the bytes of states beside the copy that a loss reads: those of the prompts are
         part of the same tensor, unless a packed row has been gathered from."""
-        if shares_prompts(self.config):
+        if shares_prompts(self.config, model.shareable):
             return 0
         return state_bytes(model, shape.rows, shape.length)
 
@@ -373,7 +375,7 @@ class _Run:
         states = state_bytes(self.teacher, 1, tokens)
         if not _scores_stay(self.config, self.machine):
             return states, 0
-        return 0, 0 if shares_prompts(self.config) else states
+        return 0, 0 if shares_prompts(self.config, self.teacher.shareable) else states
 
     def _at_once(self, per_question: int) -> int:
         """Return how many questions a process samples at once, as `rollout._portions` does."""
@@ -434,7 +436,9 @@ def _kept_scores(setup: Setup, teacher: Anatomy | None, whole: Shape) -> int:
     if teacher is None or not config.distils or not _scores_stay(config, machine):
         return 0
     longest = config.max_completion_length
-    length = longest if shares_prompts(config) else prompts.length(teacher) + longest
+    length = (
+        longest if shares_prompts(config, teacher.shareable) else prompts.length(teacher) + longest
+    )
     return state_bytes(teacher, whole.completions, length)
 
 

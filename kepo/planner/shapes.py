@@ -51,15 +51,19 @@ class Share(NamedTuple):
     """The number of micro-batches of an optimiser step."""
 
 
-def shares_prompts(config: ModelsConfig) -> bool:
-    """Return whether a prompt is computed once for all its completions. transformers' own choice of
-    attention, None, takes masks."""
-    return config.share_prompts and config.attn_implementation in (None, *TAKES_MASKS)
+def shares_prompts(config: ModelsConfig, shareable: bool) -> bool:
+    """Return whether a prompt is computed once for all its completions, if the model's family can.
+    transformers' own choice of attention, None, takes masks."""
+    masks = config.attn_implementation in (None, *TAKES_MASKS)
+    return config.share_prompts and masks and shareable
 
 
-def share_of(config: Config, machine: Machine, prompt_tokens: int) -> Share:
-    """Return what one process computes in a step whose prompts all have this many tokens."""
-    shared = shares_prompts(config)
+def share_of(config: Config, machine: Machine, prompt_tokens: int, shareable: bool = True) -> Share:
+    """Return what one process computes in a step whose prompts all have this many tokens.
+
+    shareable: whether the student's family can share a prompt's row.
+    """
+    shared = shares_prompts(config, shareable)
     batch = _full(config, machine, shared)
     questions = config.prompts_per_step // config.mini_batches
     mini = _full(replace(config, prompts_per_step=questions), machine, shared)

@@ -159,11 +159,11 @@ def summary(run: RunRecord) -> list[tuple[str, str, str]]:
     speed = f"{tokens / seconds:,.0f}" if tokens and seconds else NOT_KNOWN
     memory = max((value for _, value in _values(run, "mem/peak_gb")), default=None)
     cards += [
-        ("Tokens per second", speed, "trained on, over the whole step"),
+        ("Tokens per second", speed, "trained on, over the whole step" if tokens else ""),
         (
             "Peak memory",
             f"{memory:.1f} GB" if memory is not None else NOT_KNOWN,
-            "most of any process",
+            "most of any process" if memory is not None else "",
         ),
     ]
     return cards

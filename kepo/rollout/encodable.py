@@ -107,6 +107,8 @@ def faults_of(
     faults = {e.id: _problem(e, "task", f"it {why}") for e, why in unfit if why is not None}
     examples = [example for example in examples if example.id not in faults]
     sizes = _sizes(path for example in examples for path in example.images)
+    for reader in readers:
+        _refuse_pictures(examples, reader)
     bar = tqdm(
         total=len(examples) * len(readers),
         desc="records",
@@ -197,6 +199,18 @@ def _text_fault(texts: Sequence[str], reader: Reader) -> tuple[str, str] | None:
                 "take them out"
             )
     return None
+
+
+def _refuse_pictures(examples: Sequence[Example], reader: Reader) -> None:
+    """Raise KepoDataError if a reader sees no pictures and is asked about some: what is left of
+    such questions without them is nothing that it should learn from."""
+    shown = [example for example in examples if example.images]
+    if shown and reader.encoder.pictures is None:
+        raise KepoDataError(
+            f"examples: the {reader.name} sees no pictures, and {len(shown)} of {len(examples)} "
+            f"questions have some, first {shown[0].id!r}; expected questions without pictures, or "
+            "a vision-language model"
+        )
 
 
 def _image_fault(

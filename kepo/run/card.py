@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,22 @@ def model_card(config: Config, step: int, data: Mapping[str, Any]) -> str:
         _use(config),
     ]
     return "\n".join(parts)
+
+
+def merged_card(card: str, config: Config) -> str:
+    """Return the card of a checkpoint as that of a plain model: with adapters merged, if it has
+    any."""
+    if config.lora_rank == 0:
+        return card
+    held = f"LoRA adapters of rank {config.lora_rank}"
+    for before, now in (
+        ("base_model_relation: adapter", "base_model_relation: finetune"),
+        ("library_name: peft", "library_name: transformers"),
+        (f"{held} for", f"{held}, merged into the weights of"),
+        (_use(config), _use(replace(config, lora_rank=0))),
+    ):
+        card = card.replace(before, now, 1)
+    return card
 
 
 def front_matter(config: ModelsConfig, tags: list[str]) -> str:

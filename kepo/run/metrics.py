@@ -209,6 +209,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return _records(read_own(path)) if path.exists() else []
 
 
+def last_metrics(run_dir: Path) -> dict[str, Any]:
+    """Return what a run's log says of its last step, in one record; {} if it says nothing."""
+    records = read_metrics(run_dir / "metrics.jsonl")
+    last = max((record["step"] for record in records), default=None)
+    found: dict[str, Any] = {}
+    for record in records:
+        if record["step"] == last:
+            found |= record
+    return found
+
+
 def _records(content: bytes, named: Path | None = None) -> list[dict[str, Any]]:
     """Return the records of a log's lines; the numbers of other lines are printed, if ``named``.
 

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from kepo.distributed.processes import Stopped, is_rank0
-from kepo.evaluation.greedy import by_question_type, evaluate, means
+from kepo.evaluation.answers import by_question_type, greedy_scores, means
 from kepo.run.card import model_card
 from kepo.run.checkpoint import save_checkpoint
 from kepo.run.curves import plot_curves
@@ -40,7 +40,7 @@ def measure(run: Run, step: int) -> None:
     config, sampler = run.config, run.models.sampler
     try:
         with sampler.ready():
-            scores = evaluate(
+            scores = greedy_scores(
                 sampler,
                 run.data.eval,
                 run.env.task,
@@ -66,7 +66,7 @@ def save(run: Run, step: int) -> None:
     state = {"step": step, "config": dataclasses.asdict(run.config), "hints": run.hints}
     state["logs"] = {log.path.name: log.mark for log in (run.log, run.completions)}
     state |= {"inputs": run.inputs, "device": str(run.device)}
-    save_checkpoint(
+    run.newest = save_checkpoint(
         run.folder / "checkpoints",
         step,
         lambda folder: write_policy(run, step, folder),

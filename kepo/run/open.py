@@ -56,6 +56,8 @@ class Run:
     sinks: Sinks
     done: int
     """The number of steps that were done before."""
+    newest: Path | None
+    """The newest checkpoint."""
     resumed: bool
     """True if the run resumes from a checkpoint, which may be that of step 0."""
 
@@ -95,13 +97,15 @@ def open_run(
     device: torch.device,
     stop: StopRequest,
     env: Environment | None = None,
+    own: Sequence[Any] | None = None,
     sinks: Sequence[Sink] = (),
 ) -> Run | None:
     """Open a new run, or the one in ``config.run_dir`` as its last checkpoint has it.
 
-    env: the task and the rewards; None means those that the config names. sinks: the user's own,
-    beside those of ``config.report_to``. The run holds them all, and whoever trains it closes them:
-    ``with run.sinks``.
+    env: the task and the rewards; None means those that the config names. own: the questions in the
+    place of ``train_data``, if they came as an argument. sinks: the user's own, beside those of
+    ``config.report_to``. The run holds them all, and whoever trains it closes them: ``with
+    run.sinks``.
 
     Returns None if a signal asked to stop in the meantime: nothing has been trained then. All ranks
     call it, within the lock on the folder.
@@ -110,7 +114,7 @@ def open_run(
     env = environment_of(config) if env is None else env
     if config.device == "auto":
         say(f"device: auto is {device.type}")
-    data = on_rank0(lambda: load_data(config, judge_of(config, env.task)))
+    data = on_rank0(lambda: load_data(config, judge_of(config, env.task), own))
     same_images(data)
     say(data.summary)
     stop.agree()
@@ -177,6 +181,7 @@ def _with_models(
         completions=completions,
         sinks=sinks,
         done=done,
+        newest=saved.folder if saved else None,
         resumed=saved is not None,
     )
 

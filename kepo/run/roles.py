@@ -18,6 +18,8 @@ from kepo.distributed.processes import is_rank0, on_rank0, world_size
 from kepo.errors import KepoConfigError
 from kepo.models.adapters import with_adapters
 from kepo.models.conventions import without_dropout
+from kepo.models.families.family import layers_of
+from kepo.models.families.registry import family_of
 from kepo.models.reading import (
     NO_CODE,
     base_of,
@@ -56,7 +58,8 @@ def load_policy(
         if adapters:
             wrapper = with_adapters(model, config.lora_rank, config.lora_alpha, seed, saved)
         elif config.freeze_vision:
-            model.model.visual.requires_grad_(False)
+            for module in family_of(model.config).vision(model):
+                module.requires_grad_(False)
         dropped = without_dropout(model)
         if dropped and is_rank0():
             print(
@@ -149,7 +152,9 @@ def _load(
     if sharded_in is None:
         model.to(device)
     else:
-        vlm.wrapper = sharding.shard(model, device, sharded_in, offload=offload)
+        vlm.wrapper = sharding.shard(
+            model, layers_of(vlm.family, model), device, sharded_in, offload=offload
+        )
         vlm.sharded = True
     if world_size() > 1:
         sharding.fill(model, source, device)

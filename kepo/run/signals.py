@@ -81,7 +81,8 @@ class StopRequest:
             if is_rank0():
                 _tell("stopping after this step; once more to stop at once without saving")
         else:
-            raise SystemExit(128 + number)
+            # Python's own end for Ctrl-C: a notebook knows it, and goes on.
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def _tell(text: str) -> None:

@@ -45,12 +45,7 @@ class OpenAnswer(Task):
             return example.answer
         return example.options[LETTERS.index(example.answer)]
 
-    def is_right(self, text: str, example: Example) -> bool:
-        said, right = self.answer_of(text), self.right_answer(example)
-        return said is not None and self.same(said, right)
-
     def same(self, said: str, right: str) -> bool:
-        """Return whether two answers are the same."""
         mine, theirs = quantity(said), quantity(right)
         if mine is not None and theirs is not None:
             return same_quantity(mine, theirs, self.answer_tolerance)

@@ -115,7 +115,12 @@ class Task:
 
     def is_right(self, text: str, example: Example) -> bool:
         """Return whether a completion gives the right answer."""
-        return self.answer_of(text) == self.right_answer(example)
+        said = self.answer_of(text)
+        return said is not None and self.same(said, self.right_answer(example))
+
+    def same(self, said: str, right: str) -> bool:
+        """Return whether two answers are the same."""
+        return said == right
 
     def is_formatted(self, text: str) -> bool:
         """Return whether a completion is ``<think>...</think><answer>...</answer>`` with nothing

@@ -184,7 +184,7 @@ def test_auto_is_a_gpu_where_there_is_one(monkeypatch, there):
 def test_a_run_says_and_records_what_auto_became(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = config_of(made, tmp_path, "grpo", steps=1, device="auto")
-    assert train(config) == 0
+    assert train(config).exit_code == 0
     assert "device: auto is cpu\n" in capsys.readouterr().out
     state = json.loads((tmp_path / "checkpoints/step-00000001/state.json").read_text())
     assert state["device"] == "cpu" and state["config"]["device"] == "auto"

@@ -67,7 +67,7 @@ def run(made, tmp_path, monkeypatch):
     def start(name, **settings):
         shared = dict(steps=2, log_completions_every=1, lr=1e-4)
         seen.config = config_of(made, tmp_path, name, **{**shared, **settings})
-        assert train_module.train(seen.config) == 0
+        assert train_module.train(seen.config).exit_code == 0
         seen.steps = read_metrics(tmp_path / "metrics.jsonl")
         seen.lines = read_metrics(tmp_path / "completions.jsonl")
         before = load_file(made / "student" / "model.safetensors")

@@ -22,7 +22,7 @@ from kepo import loop as train_module
 from kepo.config import Config
 from kepo.data.load import load_omnimedvqa
 from kepo.errors import KepoConfigError, KepoError
-from kepo.evaluation.greedy import evaluate
+from kepo.evaluation.answers import greedy_scores
 from kepo.loop import lr_share, train
 from kepo.models.vlm import VLM
 from kepo.rollout import hints as hints_module
@@ -200,10 +200,10 @@ def test_an_evaluation_that_a_signal_prevented_is_made_up_for(
         return whole(*arguments)
 
     monkeypatch.setattr(train_module, "step_metrics", interrupted)
-    assert train(config) == 143
+    assert train(config).exit_code == 143
     monkeypatch.setattr(train_module, "step_metrics", whole)
     for _ in range(2):  # once, and not again
-        assert train(config) == 0
+        assert train(config).exit_code == 0
         records = read_metrics(tmp_path / "metrics.jsonl")
         assert [r["step"] for r in records if "eval" in r] == [0, 1]
         assert [r["step"] for r in records if "reward" in r] == [1]
@@ -220,7 +220,7 @@ def test_two_runs_cannot_share_a_folder(made, tmp_path):
 
 
 def test_plain_grpo_runs_without_a_teacher(made, tmp_path, no_picture):
-    assert train(config_of(made, tmp_path, "grpo", kl_coef=0.1, steps=1)) == 0
+    assert train(config_of(made, tmp_path, "grpo", kl_coef=0.1, steps=1)).exit_code == 0
     record = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert record["kepo/teacher_tokens"] == 0 and record["kl"] == pytest.approx(0.0, abs=1e-6)
 
@@ -245,11 +245,11 @@ def test_hints_survive_a_checkpoint_and_are_not_written_twice(
     monkeypatch.setattr(hints_module, "write_hints", write)
     monkeypatch.setattr(hints_module, "sample", sample)
     settings = dict(distill_coef=0.0, gate_reward=None, max_attempts=1)  # nobody ever succeeds
-    assert train(config_of(made, tmp_path, steps=3, **settings)) == 0
+    assert train(config_of(made, tmp_path, steps=3, **settings)).exit_code == 0
     assert len(written) == len(set(written)) == 6
     assert hints_at(tmp_path, 3) == {name: f"look at {name}" for name in written}
     shown.clear()
-    assert train(config_of(made, tmp_path, steps=4, **settings)) == 0
+    assert train(config_of(made, tmp_path, steps=4, **settings)).exit_code == 0
     config = config_of(made, tmp_path)
     examples = load_omnimedvqa(config.train_data, modalities=config.train_modalities)
     assert shown == [f"look at {example.id}" for example in draw(examples, config, 4)]
@@ -277,7 +277,7 @@ def test_the_teacher_is_asked_once_however_many_iterations_follow(made, tmp_path
     for iterations in (1, 4):
         run_dir = tmp_path / str(iterations)
         settings = dict(steps=1, num_iterations=iterations, kl_coef=0.1, gate_reward=None)
-        assert train(config_of(made, run_dir, **settings)) == 0
+        assert train(config_of(made, run_dir, **settings)).exit_code == 0
         (record,) = read_metrics(run_dir / "metrics.jsonl")
         found.append((asked.copy(), record["kepo/teacher_tokens"]))
         asked.clear()
@@ -318,16 +318,16 @@ def test_a_signal_during_an_evaluation_ends_it_at_a_batch(
                 os.kill(os.getpid(), number)
             return stop()
 
-        return evaluate(sampler, examples, stop=asked, **settings | {"batch_size": 1})
+        return greedy_scores(sampler, examples, stop=asked, **settings | {"batch_size": 1})
 
     config = whole_config(made, tmp_path, steps=1)
-    monkeypatch.setattr(milestones, "evaluate", interrupted)
-    assert train(config) == 128 + number
+    monkeypatch.setattr(milestones, "greedy_scores", interrupted)
+    assert train(config).exit_code == 128 + number
     assert len(answered) == 2
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000000"]
     assert read_metrics(tmp_path / "metrics.jsonl") == []
-    monkeypatch.setattr(milestones, "evaluate", evaluate)
-    assert train(config) == 0
+    monkeypatch.setattr(milestones, "greedy_scores", greedy_scores)
+    assert train(config).exit_code == 0
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in records if "eval" in r] == [0, 1]
 
@@ -340,7 +340,7 @@ def test_a_signal_while_models_are_read_ends_the_run_before_it_begins(made, tmp_
         return whole(*arguments)
 
     monkeypatch.setattr(opening, "load_sampler", interrupted)
-    assert train(config_of(made, tmp_path, "grpo", steps=1)) == 128 + signal.SIGUSR1
+    assert train(config_of(made, tmp_path, "grpo", steps=1)).exit_code == 128 + signal.SIGUSR1
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -395,7 +395,7 @@ def test_a_learning_rate_that_was_written_otherwise_resumes(tmp_path):
 
 def test_the_optimiser_steps_at_the_learning_rate_of_the_step(made, tmp_path, no_picture):
     config = config_of(made, tmp_path, "grpo", steps=3, warmup_steps=2, lr_end=0.0, lr=1e-3)
-    assert train(config) == 0
+    assert train(config).exit_code == 0
     rates = [r["learning_rate"] for r in read_metrics(tmp_path / "metrics.jsonl") if "reward" in r]
     assert rates == pytest.approx([0.5e-3, 1e-3, 0.0])
 
@@ -418,7 +418,7 @@ def test_what_the_teacher_said_is_gone_when_the_next_rollout_begins(
     monkeypatch.setattr(train_module, "score", scored)
     monkeypatch.setattr(train_module, "explore", explored)
     settings = dict(steps=2, gate_reward=None, hint_trigger="never", num_iterations=2)
-    assert train(config_of(made, tmp_path, **settings)) == 0
+    assert train(config_of(made, tmp_path, **settings)).exit_code == 0
     assert seen[0] == [] and len(seen[1]) > 1 and not any(seen[1])
 
 

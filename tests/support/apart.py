@@ -24,7 +24,7 @@ def main() -> None:
         for pair in json.loads(Path(sys.argv[1]).read_text()):
             started = time.perf_counter()
             try:
-                end = f"exit code {train(from_mapping(pair[rank], 'pair'))}"
+                end = f"exit code {train(from_mapping(pair[rank], 'pair')).exit_code}"
             except KepoError as error:
                 end = str(error)
             ends.append([end, time.perf_counter() - started])

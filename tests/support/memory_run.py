@@ -40,7 +40,7 @@ WATCHED = (
     (explore, "rescue", "hints"),
     (loop, "score", "scoring"),
     (loop, "add_gradients", "update"),
-    (milestones, "evaluate", "evaluation"),
+    (milestones, "greedy_scores", "evaluation"),
 )
 """The calls that are phases: where they are, their names, and the phases'."""
 NAMED = {phase for *_, phase in WATCHED}

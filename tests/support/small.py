@@ -63,4 +63,4 @@ def rigged():
 def run_rigged(settings: dict) -> int:
     """Train with a recorded config; returns the exit code."""
     with rigged():
-        return train(from_mapping(settings, "record"))
+        return train(from_mapping(settings, "record")).exit_code

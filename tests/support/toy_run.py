@@ -32,6 +32,7 @@ class ToyPolicy(TableVLM):
     """Weights that are trained, saved and loaded; what it says follows from prompt and seed."""
 
     wrapper = None
+    unshareable = "it has no rows"
 
     def __init__(self, saved: Path | None = None):
         super().__init__(seed=1)
@@ -130,7 +131,7 @@ def run(config: Config, **others: object) -> Ended:
     out = io.StringIO()
     with redirect_stdout(out), redirect_stderr(out):
         try:
-            code = command(train)(config, **others)
+            code = command(train)(config, **others).exit_code
         except SystemExit as end:
             assert str(end.code).startswith("error: "), end.code
             return Ended(str(end.code), out.getvalue())

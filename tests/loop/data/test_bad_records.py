@@ -16,7 +16,7 @@ from kepo.data.load import load_examples
 from kepo.data.run_data import load_data
 from kepo.digits.tiny import build_tiny
 from kepo.errors import KepoConfigError, KepoDataError
-from kepo.evaluation.greedy import by_question_type
+from kepo.evaluation.answers import by_question_type
 from kepo.loop import train
 from kepo.run.metrics import read_metrics
 
@@ -229,7 +229,7 @@ def test_training_and_evaluation_by_modality_and_question_type(root, tmp_path, c
         num_generations=2,
         max_completion_length=4,
     )
-    assert train(config) == 0
+    assert train(config).exit_code == 0
     out = capsys.readouterr().out
     assert "7 bad records left out" in out and "that are trained on too" in out
     record = json.loads((tmp_path / "run" / "data.json").read_text())

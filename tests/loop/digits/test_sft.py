@@ -25,7 +25,7 @@ from kepo.digits.warm_up import (
     worked_hint,
 )
 from kepo.errors import KepoConfigError, KepoDataError
-from kepo.evaluation.greedy import evaluate, means, summary
+from kepo.evaluation.answers import greedy_scores, means, summary
 from kepo.models.encoding import Prompt
 from kepo.models.vlm import VLM
 from kepo_kernels import fused_linear_loss
@@ -109,22 +109,22 @@ def test_another_loss_would_be_seen(folder, examples, monkeypatch, fault):
 
 def test_training_learns_a_handful_by_heart_and_evaluate_sees_it(folder, examples):
     vlm = VLM.load(folder)
-    before = evaluate(vlm, examples, TASK, max_tokens=14)
+    before = greedy_scores(vlm, examples, TASK, max_tokens=14)
     assert means(before) == {
         example.modality: 0.0 for example in examples
     }  # random weights do not write the format
     losses = train_supervised(vlm, examples, steps=60, seed=0, **SETTINGS)
     assert len(losses) == 60 and losses[0] > 3 and losses[-1] < 0.05
     assert not vlm.model.training
-    table = evaluate(vlm, examples, TASK, max_tokens=14, batch_size=3)
+    table = greedy_scores(vlm, examples, TASK, max_tokens=14, batch_size=3)
     assert table == {example.modality: [1.0] for example in examples}
     wrong = [replace(e, answer="A" if e.answer != "A" else "B") for e in examples]
-    assert evaluate(vlm, wrong, TASK, max_tokens=14) == {e.modality: [0.0] for e in examples}
-    cut_off = evaluate(vlm, examples, TASK, max_tokens=3)
+    assert greedy_scores(vlm, wrong, TASK, max_tokens=14) == {e.modality: [0.0] for e in examples}
+    cut_off = greedy_scores(vlm, examples, TASK, max_tokens=3)
     assert cut_off == {e.modality: [0.0] for e in examples}
     # Every answer by itself, in the order of the questions, under its modality.
     one = [replace(e, modality="CT") for e in (examples[0], wrong[1], examples[2])]
-    scores = evaluate(vlm, [*one, examples[3]], TASK, max_tokens=14)
+    scores = greedy_scores(vlm, [*one, examples[3]], TASK, max_tokens=14)
     assert scores == {"CT": [1.0, 0.0, 1.0], examples[3].modality: [1.0]}
     assert means(scores) == {"CT": 2 / 3, examples[3].modality: 1.0}
 
@@ -188,9 +188,9 @@ def test_training_refuses_bad_settings_and_examples(folder, examples):
 
 def test_evaluate_and_summary_refuse_empty_tables(examples):
     with pytest.raises(KepoDataError, match="examples is empty"):
-        evaluate(None, [], TASK, max_tokens=4)
+        greedy_scores(None, [], TASK, max_tokens=4)
     with pytest.raises(KepoConfigError, match="batch_size is 0"):
-        evaluate(None, examples, TASK, max_tokens=4, batch_size=0)
+        greedy_scores(None, examples, TASK, max_tokens=4, batch_size=0)
     with pytest.raises(KepoDataError, match=r"'MRI'.*'CT'"):
         summary({"CT": 1.0}, "MRI")
     with pytest.raises(KepoDataError, match="one other modality"):

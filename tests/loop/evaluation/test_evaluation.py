@@ -11,9 +11,11 @@ from toy import TASK, ScriptedVLM
 
 from kepo.__main__ import main
 from kepo.evaluation import report as command
-from kepo.evaluation.greedy import by_question_type, evaluate, greedy_answers, means
-from kepo.evaluation.report import Evaluation, evaluation, lines, questions
+from kepo.evaluation.answers import answers_of, by_question_type, greedy_scores, means
+from kepo.evaluation.report import Evaluation, evaluation, questions
+from kepo.evaluation.scores import judged, tabulated
 from kepo.evaluation.statistics import wilson
+from kepo.models.sampling import SamplingParams
 
 
 def says(letter):
@@ -111,10 +113,10 @@ def test_a_limit_is_made_up_of_questions_whose_image_can_be_read(root, tmp_path)
 
 def test_the_scores_of_a_run_are_the_same(root):
     examples, _ = questions(Evaluation("", str(root)), TASK)
-    scores = evaluate(ScriptedVLM(lambda *_: says("A")), examples, TASK, max_tokens=99)
-    texts = greedy_answers(ScriptedVLM(lambda *_: says("A")), examples, TASK, max_tokens=99)
-    answers = [command.judged(TASK, e, text) for e, text in zip(examples, texts, strict=True)]
-    table = command.tabulated(answers)
+    scores = greedy_scores(ScriptedVLM(lambda *_: says("A")), examples, TASK, max_tokens=99)
+    params = SamplingParams(max_tokens=99, temperature=0.0)
+    said = answers_of(ScriptedVLM(lambda *_: says("A")), examples, TASK, params)
+    table = tabulated([judged(TASK, *pair) for pair in zip(examples, said, strict=True)])
     for name, mine in (
         ("modalities", scores),
         ("question_types", by_question_type(examples, scores)),
@@ -126,7 +128,7 @@ def test_one_modality_and_type_make_one_line(root, scripted):
     settings = Evaluation(
         "m", str(root), modalities=quirks.MODALITIES[:1], question_types=quirks.TYPES[:1]
     )
-    shown = [line for line in lines(evaluation(settings)) if line]
+    shown = [line for line in str(evaluation(settings)).splitlines() if line]
     assert len(shown) == 3 and shown[1].startswith(quirks.MODALITIES[0])
 
 
@@ -137,6 +139,12 @@ def test_one_modality_and_type_make_one_line(root, scripted):
         (["--batch", "0"], "batch=0"),
         (["--max-completion-length", "-1"], "max_completion_length=-1"),
         (["--modalities", "PET"], r"modalities names \['PET'\]"),
+        (["--samples", "0"], "samples=0; expected a number >= 1"),
+        (["--samples", "2", "--temperature", "0"], "temperature=0.0 with samples=2: greedy"),
+        (["--temperature", "-1"], "temperature=-1.0 and top_p=1.0; expected"),
+        (["--rewards", "nice"], "rewards has 'nice'; expected one of accuracy"),
+        (["--rewards", "overlong"], "rewards has overlong, which fines"),
+        (["--task", "essay"], "task='essay'; expected one of multiple_choice, open_answer"),
         (["--json", "/nowhere/out.json"], "json='/nowhere/out.json': its folder is not there"),
         (["--image-root", "/nowhere"], "image_root='/nowhere' is not a folder"),
     ],
@@ -149,7 +157,7 @@ def test_what_cannot_be_done_is_refused(root, scripted, words, message):
 
 def test_a_model_that_is_not_there_is_named(root, tmp_path):
     pytest.importorskip("transformers")
-    with pytest.raises(SystemExit, match=r"error: .*/no-model: cannot load a vision-lang"):
+    with pytest.raises(SystemExit, match=r"error: .*/no-model: cannot load a model"):
         main(["evaluate", str(tmp_path / "no-model"), str(root)])
     with pytest.raises(SystemExit, match=r"/no-model: .*: there is no such folder"):
         main(["evaluate", str(tmp_path / "no-model"), str(root)])

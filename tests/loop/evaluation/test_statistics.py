@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kepo.evaluation.statistics import bootstrap, over_seeds
+from kepo.evaluation.statistics import bootstrap, students_t
 
 
 def draws(probability, shape, seed=0):
@@ -66,13 +66,13 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("n", [2, 5, 11, 12, 40])
-def test_students_t_over_seeds(n):
+def test_students_t(n):
     stats = pytest.importorskip("scipy.stats")
     values = np.random.default_rng(n).normal(1.0, 2.0, n)
     low, high = stats.t.interval(0.95, n - 1, loc=values.mean(), scale=stats.sem(values))
-    assert over_seeds(values) == pytest.approx((values.mean(), low, high), abs=2e-3 * (high - low))
+    assert students_t(values) == pytest.approx((values.mean(), low, high), abs=2e-3 * (high - low))
 
 
 def test_one_seed_says_nothing_about_seeds():
-    found = over_seeds([0.3])
+    found = students_t([0.3])
     assert found.mean == 0.3 and found.sign == 0 and np.isinf(found.high)

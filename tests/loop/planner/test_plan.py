@@ -81,8 +81,8 @@ def test_unknown_model():
 
 
 def test_model_of_another_family(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(KepoConfigError, match=r"of type 'llama'.*expected one of qwen3_vl"):
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(KepoConfigError, match=r"of type 'llava'.*expected one of qwen3_vl"):
         read_config(str(tmp_path))
 
 

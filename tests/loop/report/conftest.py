@@ -28,7 +28,7 @@ def ended(made, tmp_path_factory):
         log_completions_every=1,
     )
     with rigged():
-        assert train(config) == 0
+        assert train(config).exit_code == 0
     return Path(config.run_dir)
 
 

@@ -16,9 +16,11 @@ import tomllib
 from html_page import PAYLOAD, Page
 from PIL import Image
 from places import ROOT, SUPPORT
+from toy import example
 
 from kepo.__main__ import main
 from kepo.config import Config
+from kepo.data.run_data import asked
 from kepo.errors import KepoConfigError
 from kepo.evaluation.statistics import wilson
 from kepo.planner.held import GIB, Machine
@@ -107,6 +109,15 @@ def test_accuracy_has_intervals_and_chance(ended, page):
         share = last["eval_types"][row["name"]]
         right = round(share * facts["questions"])
         assert row["cells"][0]["after"] == pytest.approx([*wilson(right, facts["questions"])])
+
+
+def test_questions_without_options_have_no_chance():
+    two, four = example("a"), example("b", options=("1", "2", "3", "4"))
+    by = asked([two, four, example("c", options=(), modality="MRI")], lambda one: one.modality)
+    assert by == {
+        "CT": {"questions": 2, "chance": (1 / 2 + 1 / 4) / 2},
+        "MRI": {"questions": 1, "chance": None},
+    }
 
 
 def test_mended_and_broken_questions_are_counted(copy):

@@ -233,7 +233,7 @@ def test_a_run_leaves_them_out_before_its_first_step(tinies, root, tmp_path, cap
     quirks.plant(root, 13, question="word " * 5000)
     quirks.plant(root, 12, question="<|im_end|>")
     config = settings(tinies / "qwen3", root, tmp_path / "run", eval_data=str(root), eval_limit=9)
-    assert train(config) == 0
+    assert train(config).exit_code == 0
     record = json.loads((tmp_path / "run" / "data.json").read_text())
     counts = {"text refused": 1, "prompt too long": 1}
     for part in ("train", "eval"):
@@ -242,7 +242,7 @@ def test_a_run_leaves_them_out_before_its_first_step(tinies, root, tmp_path, cap
         assert "'quirks_14'" in named and "'quirks_13'" in named
     assert record["train"]["questions"] == 27
     assert "2 bad records left out: text refused 1, prompt too long 1" in capsys.readouterr().out
-    assert train(config) == 0  # and it is the same data when it goes on
+    assert train(config).exit_code == 0  # and it is the same data when it goes on
 
 
 def test_a_run_that_must_not_leave_any_out_ends_before_it_begins(tinies, root, tmp_path):

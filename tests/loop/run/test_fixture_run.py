@@ -54,7 +54,7 @@ def some_right():
 
 @pytest.fixture(scope="module")
 def finished(config, some_right):
-    assert train(config) == 0
+    assert train(config).exit_code == 0
     return Path(config.run_dir)
 
 

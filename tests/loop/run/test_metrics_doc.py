@@ -49,7 +49,7 @@ def written(tmp_path_factory) -> dict[str, set[str]]:
         sampler_correction="truncate",
         gate_reward=None,  # an untrained student never opens one
     )
-    assert train(config) == 0
+    assert train(config).exit_code == 0
 
     def keys(name: str, *, evaluation: bool = False) -> set[str]:
         lines = (root / "run" / name).read_text().splitlines()

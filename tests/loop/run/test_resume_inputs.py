@@ -48,7 +48,7 @@ def other_answers(file):
 
 
 def test_a_resume_with_another_teacher_is_refused_or_said(own, tmp_path, capsys):
-    assert train(own()) == 0
+    assert train(own()).exit_code == 0
     weights = tmp_path / "teacher" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -56,15 +56,15 @@ def test_a_resume_with_another_teacher_is_refused_or_said(own, tmp_path, capsys)
     with pytest.raises(KepoCheckpointError, match=r"teacher has other files .*model\.safetensors"):
         train(own(steps=2))
     capsys.readouterr()
-    assert train(own(steps=2, changed_inputs="accept")) == 0
+    assert train(own(steps=2, changed_inputs="accept")).exit_code == 0
     assert "changed_inputs: accept: teacher has other files" in capsys.readouterr().out
-    assert train(own(steps=3)) == 0  # from now on it is this run's teacher
+    assert train(own(steps=3)).exit_code == 0  # from now on it is this run's teacher
     assert "other files" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_a_resume_with_other_answers_under_the_same_ids_is_refused(own, tmp_path, capsys, part):
-    assert train(own()) == 0
+    assert train(own()).exit_code == 0
     file = sorted((tmp_path / "data" / part / "QA_information").rglob("scanned*.json"))[0]
     name = other_answers(file)
     setting = {"train": "train_data", "test": "eval_data"}[part]
@@ -73,7 +73,7 @@ def test_a_resume_with_other_answers_under_the_same_ids_is_refused(own, tmp_path
         KepoDataError, match=rf"{setting} has a question that is new, .*began: '{name}'"
     ):
         train(own(steps=2))
-    assert train(own(steps=2, changed_inputs="accept")) == 0
+    assert train(own(steps=2, changed_inputs="accept")).exit_code == 0
     assert f"changed_inputs: accept: {setting} has" in capsys.readouterr().out
 
 
@@ -83,20 +83,20 @@ def test_the_first_model_counts_where_a_resume_reads_it(own, tmp_path, made):
     settings = dict(student=str(tmp_path / "student"), teacher=None, distill_coef=0.0)
     settings |= dict(gate_reward=None, eval_data=None)
     for name, kl_coef in (("with", 0.1), ("without", 0.0)):
-        assert train(own(**settings, kl_coef=kl_coef, run_dir=tmp_path / name)) == 0
+        assert train(own(**settings, kl_coef=kl_coef, run_dir=tmp_path / name)).exit_code == 0
     weights = tmp_path / "student" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(KepoCheckpointError, match="student has other files"):
         train(own(**settings, kl_coef=0.1, run_dir=tmp_path / "with", steps=2))
-    assert train(own(**settings, run_dir=tmp_path / "without", steps=2)) == 0
+    assert train(own(**settings, run_dir=tmp_path / "without", steps=2)).exit_code == 0
 
 
 def test_a_resume_may_compute_in_other_portions(own, tmp_path, capsys):
     """As after a run that ended for want of memory."""
-    assert train(own()) == 0
+    assert train(own()).exit_code == 0
     capsys.readouterr()
     portions = dict(micro_batch=1, micro_tokens=100, share_prompts=False, scores_on="device")
-    assert train(own(steps=2, **portions)) == 0
+    assert train(own(steps=2, **portions)).exit_code == 0
     assert "resuming after step 1" in capsys.readouterr().out

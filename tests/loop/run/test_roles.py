@@ -46,7 +46,7 @@ def adapted(made, tmp_path_factory) -> Path:
     pytest.importorskip("peft")
     run_dir = tmp_path_factory.mktemp("adapted")
     settings = dict(steps=2, lora_rank=4, gate_reward=None, hint_trigger="never")
-    assert train(config_of(made, run_dir, **settings)) == 0
+    assert train(config_of(made, run_dir, **settings)).exit_code == 0
     return run_dir
 
 
@@ -164,7 +164,7 @@ def quantised(made, tmp_path_factory) -> Path:
     pytest.importorskip("bitsandbytes")
     run_dir = tmp_path_factory.mktemp("quantised")
     settings = dict(QUANTISED, steps=2, student_bits=4)
-    assert train(config_of(made, run_dir, **settings)) == 0
+    assert train(config_of(made, run_dir, **settings)).exit_code == 0
     return run_dir
 
 
@@ -223,7 +223,7 @@ def test_a_quantised_run_learns_saves_and_resumes_to_the_bit(made, quantised, tm
 
     for steps in (1, 2):
         settings = dict(QUANTISED, steps=steps, student_bits=4)
-        assert train(config_of(made, tmp_path, **settings)) == 0
+        assert train(config_of(made, tmp_path, **settings)).exit_code == 0
     whole, parts = adapters(quantised, 2), adapters(tmp_path, 2)
     assert all(torch.equal(x, parts[name]) for name, x in whole.items())
     assert any((x - adapters(quantised, 0)[name]).abs().max() > 1e-3 for name, x in whole.items())

@@ -10,7 +10,8 @@ from kepo.data.example import LETTERS
 from kepo.data.layouts import medr1
 from kepo.data.load import load_examples, load_omnimedvqa
 from kepo.data.records import BadRecord, right_letter
-from kepo.evaluation.report import judged
+from kepo.evaluation.answers import Said
+from kepo.evaluation.scores import judged
 
 FIVE = ("CT", "MR", "X-ray", "PET", "Ultrasound")
 
@@ -30,8 +31,8 @@ def test_every_option_of_a_record_is_asked_and_judged(tmp_path, count):
     assert example.options == options and example.answer == LETTERS[count - 1]
     assert question_prompt(example).splitlines()[count].startswith(f"{example.answer}. finding")
     assert report.quirks == {"more than 4 options": 1}
-    answer = judged(TASK, example, f"<answer>{example.answer.lower()}</answer>")
-    assert answer.right and answer.chance == 1 / count
+    answer = judged(TASK, example, [Said(f"<answer>{example.answer.lower()}</answer>", [])])
+    assert answer.right == (True,) and answer.chance == 1 / count
 
 
 @pytest.mark.parametrize(
