@@ -14,7 +14,7 @@ from kepo.errors import KepoConfigError, KepoDataError
 from kepo.models.device import known_device
 from kepo.objective.workspace import check_workspace
 from kepo.run.sinks.telling import first_line
-from kepo.sections import RewardConfig, RunConfig
+from kepo.sections import PicturesConfig, RewardConfig, RunConfig
 from kepo.tasks.environment import Environment, environment_of
 from kepo.tasks.rewards import reward_name
 
@@ -57,9 +57,7 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
         _refuse("student is not set; give the folder of a vision-language model")
     if config.eval_share and config.eval_data is not None:
         _refuse(f"eval_share={config.eval_share} and eval_data are two evaluations; give one")
-    least, most = config.min_pixels, config.max_pixels
-    if least is not None and most is not None and least > most:
-        _refuse(f"min_pixels={least} is more than max_pixels={most}; expected at most as many")
+    _pictures(config)
     if config.hints and config.num_hinted > config.num_generations:
         _refuse(
             f"num_hinted={config.num_hinted} is more than num_generations="
@@ -135,6 +133,12 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
         ):
             if value != off:
                 _refuse(f"{name}={value!r} needs a teacher; set teacher, or {name} to {off}")
+
+
+def _pictures(config: PicturesConfig) -> None:
+    least, most = config.min_pixels, config.max_pixels
+    if least is not None and most is not None and least > most:
+        _refuse(f"min_pixels={least} is more than max_pixels={most}; expected at most as many")
 
 
 def _machine(config: Config) -> None:
