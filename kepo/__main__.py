@@ -19,7 +19,8 @@ COMMANDS = {
     "evaluate": ("kepo.evaluation.report", "measure a saved model on a dataset"),
     "plan": ("kepo.planner.plan", "tell the GPU memory that a run takes, without a GPU"),
     "export": ("kepo.export", "write what a run has trained as a plain model, adapters merged"),
-    "data": ("kepo.data.check_command", "check the datasets on disk: kepo data check PATH"),
+    "report": ("kepo.report.command", "write an HTML page about a run, or about several"),
+    "data": ("kepo.rollout.check_command", "check the datasets on disk: kepo data check PATH"),
     "demo": ("kepo.digits.demo", "train a tiny model on scanned digits, from nothing"),
 }
 USAGE = f"usage: kepo {{{','.join(COMMANDS)}}} ... | --version (each has --help)"

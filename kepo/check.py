@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Mapping
 
@@ -12,9 +13,17 @@ from kepo.distributed.processes import launched
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.models.device import known_device
 from kepo.objective.workspace import check_workspace
-from kepo.sections import ModelsConfig, RewardConfig
+from kepo.run.sinks.telling import first_line
+from kepo.sections import RewardConfig, RunConfig
 from kepo.tasks.environment import Environment, environment_of
 from kepo.tasks.rewards import reward_name
+
+TRACKERS = {
+    "tensorboard": "torch.utils.tensorboard",
+    "wandb": "wandb",
+    "trackio": "trackio",
+}
+"""The module that each choice of report_to needs."""
 
 
 def check(config: Config, env: Environment | None = None) -> None:
@@ -23,7 +32,7 @@ def check(config: Config, env: Environment | None = None) -> None:
     names."""
     check_settings(config, env)
     if not config.train_data:
-        _refuse("train_data is not set; give a folder in OmniMedVQA's layout, or see --help")
+        _refuse("train_data is not set; give a file or folder of questions, or see --help")
     for name in ("train_data", "eval_data"):
         folder = getattr(config, name)
         if folder not in (None, from_python.NAME):
@@ -32,6 +41,9 @@ def check(config: Config, env: Environment | None = None) -> None:
             except KepoDataError as error:
                 _refuse(f"{name}={folder!r}: {error}")
     _machine(config)
+    _trackers(config)
+    if config.grad_tol and known_device(config.device).type != "cpu":
+        _refuse(f"grad_tol={config.grad_tol} saves time on a CPU only; leave it out on a GPU")
     check_workspace(config, config)
 
 
@@ -45,6 +57,9 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
         _refuse("student is not set; give the folder of a vision-language model")
     if config.eval_share and config.eval_data is not None:
         _refuse(f"eval_share={config.eval_share} and eval_data are two evaluations; give one")
+    least, most = config.min_pixels, config.max_pixels
+    if least is not None and most is not None and least > most:
+        _refuse(f"min_pixels={least} is more than max_pixels={most}; expected at most as many")
     if config.hints and config.num_hinted > config.num_generations:
         _refuse(
             f"num_hinted={config.num_hinted} is more than num_generations="
@@ -55,6 +70,18 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
             f"dtype={config.dtype!r} would keep the trained weights in 16 bits, where steps of "
             f"lr={config.lr} vanish; set sharding: fsdp2 (in one process too), which keeps them in "
             "float32 and computes in dtype, or lora_rank"
+        )
+    if config.lr_schedule == "constant" and config.lr_end not in (None, 1.0):
+        _refuse(f"lr_end={config.lr_end} is not reached with lr_schedule='constant'; leave one out")
+    if config.student_bits is not None and not config.lora_rank:
+        _refuse(
+            f"student_bits={config.student_bits} needs adapters to train, as quantised weights "
+            "cannot be; set lora_rank"
+        )
+    if config.student_bits is not None and config.sharding != "none":
+        _refuse(
+            f"student_bits={config.student_bits} and sharding={config.sharding!r}: a quantised "
+            "student is a copy in every process"
         )
     if config.teacher_bits is not None and config.teacher_placement != "copy":
         _refuse(
@@ -73,6 +100,17 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
             f"rollout_batch={config.rollout_batch} is less than num_generations="
             f"{config.num_generations}, and the completions of a question are generated at once"
         )
+    if config.prompts_per_step % config.mini_batches:
+        _refuse(
+            f"mini_batches={config.mini_batches} does not divide prompts_per_step="
+            f"{config.prompts_per_step}: every optimiser step takes equally many questions"
+        )
+    if config.delta is not None and config.policy_loss != "clip":
+        _refuse(f"delta={config.delta} bounds the ratio of policy_loss: clip, which is not on")
+    if config.delta is not None and config.delta <= 1 + config.epsilon_high:
+        _refuse(f"delta={config.delta}; expected more than 1 + epsilon_high, to bound more than it")
+    if config.logits_dtype == "bfloat16" and config.dtype != "bfloat16":
+        _refuse(f"logits_dtype='bfloat16' needs dtype: bfloat16, not {config.dtype!r}")
     flash = (config.attn_implementation or "").startswith("flash_attention")
     if flash and config.dtype == "float32":
         _refuse(
@@ -99,7 +137,7 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
                 _refuse(f"{name}={value!r} needs a teacher; set teacher, or {name} to {off}")
 
 
-def _machine(config: ModelsConfig) -> None:
+def _machine(config: Config) -> None:
     """Check that this machine has the configured device and the optional packages that are
     needed."""
     device = known_device(config.device)
@@ -110,17 +148,32 @@ def _machine(config: ModelsConfig) -> None:
         )
     for name in ("sampler", "liger_layers"):
         if getattr(config, name) in ("vllm", True) and device.type != "cuda":
-            _refuse(f"{name}={getattr(config, name)!r} needs device: cuda, not {config.device!r}")
+            _refuse(f"{name}={getattr(config, name)!r} needs device: cuda, not {str(device)!r}")
     needs = [(config.sampler == "vllm", "sampler", "vllm", "vllm")]
     needs += [(config.lora_rank > 0, "lora_rank", "peft", "lora")]
-    quantises = config.teacher_bits is not None
-    needs += [(quantises, "teacher_bits", p, "quant") for p in ("bitsandbytes", "accelerate")]
+    needs += [(config.optimizer == "adamw_8bit", "optimizer", "bitsandbytes", "quant")]
+    for name in ("student_bits", "teacher_bits"):
+        quantises = getattr(config, name) is not None
+        needs += [(quantises, name, p, "quant") for p in ("bitsandbytes", "accelerate")]
     needs += [(config.liger_layers, "liger_layers", "liger_kernel", "bench")]
     for wanted, name, package, extra in needs:
         if wanted and importlib.util.find_spec(package) is None:
             _refuse(
                 f"{name}={getattr(config, name)!r} needs the package {package}; "
                 f"pip install 'kepo[{extra}]'"
+            )
+
+
+def _trackers(config: RunConfig) -> None:
+    """Check that the package of every tracker can be imported: one that is there may still fail,
+    because of another package."""
+    for name in config.report_to:
+        try:
+            importlib.import_module(TRACKERS[name])
+        except Exception as error:
+            _refuse(
+                f"report_to has {name!r}, whose package cannot be imported ({first_line(error)}); "
+                "pip install 'kepo[trackers]', or leave it out"
             )
 
 

@@ -74,11 +74,12 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "eval_limit",
         "eval_batch",
         "max_skipped_steps",
-        "log_completions_every",
+        *("log_completions_every", "report_to"),
         *("changed_inputs", "rank_timeout_minutes"),
         *("device", "sharding", "rollout_gather", "teacher_placement"),
         *("gradient_checkpointing", "attn_implementation", "liger_layers", "vllm_memory"),
-        *("micro_batch", "rollout_batch", "rollout_tokens", "workspace_bytes"),
+        *("micro_batch", "micro_tokens", "rollout_batch", "rollout_tokens", "workspace_bytes"),
+        *("share_prompts", "scores_on"),
     }
 )
 """Settings that decide what a run writes down, or where and in what portions it computes."""
@@ -86,6 +87,14 @@ MAY_CHANGE_ON_RESUME = frozenset(
 
 RENAMED = {"engine": "sampler"}
 """Old names of settings, which runs on disk may still use, and their new names."""
+
+
+AS_BEFORE = frozenset(
+    {"lr_schedule", "optimizer", "mini_batches", "kl_estimator", "delta", "teacher_temperature"}
+    | {"sapo_temperature_pos", "sapo_temperature_neg", "logits_dtype", "grad_tol", "student_bits"}
+)
+"""Settings whose defaults are what versions that did not have them did: a run that such a version
+began is resumed with the defaults only."""
 
 
 def load(*layers: str | Path) -> Config:

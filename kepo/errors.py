@@ -55,6 +55,7 @@ EXTRAS = {
     "quant": {"bitsandbytes": "bitsandbytes", "accelerate": "accelerate"},
     "vllm": {"vllm": "vllm"},
     "hf": {"datasets": "datasets", "pyarrow": "pyarrow"},
+    "report": {"jinja2": "jinja2", "plotly": "plotly"},
 }
 """The packages of each extra in pyproject.toml that kepo imports: by the name that is imported, the
 name that is installed."""

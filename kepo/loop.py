@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,9 +32,9 @@ from kepo.errors import KepoError
 from kepo.flags import command_line
 from kepo.models.reading import hide_transformers_bars
 from kepo.objective.batch import Batch, collate
-from kepo.objective.micros import own_micros, padding, plan_micros
+from kepo.objective.micros import lay_out
 from kepo.objective.score import Scores, score
-from kepo.objective.step import kepo_step
+from kepo.objective.step import kepo_step, with_old_logprobs
 from kepo.objective.totals import StepTotals
 from kepo.rollout.explore import explore
 from kepo.rollout.models import Models
@@ -42,11 +42,12 @@ from kepo.rollout.questions import draw, from_data
 from kepo.rollout.rollouts import demonstrations
 from kepo.run.agreement import agreeing_ranks
 from kepo.run.lock import exclusive
-from kepo.run.metrics import completion_records, last_metrics, peak_gb, step_metrics
+from kepo.run.metrics import completion_records, last_metrics, peak_gb, step_metrics, step_times
 from kepo.run.milestones import begin, draw_curves, is_measured, measure, save
 from kepo.run.open import Run, open_run
 from kepo.run.progress import say, show, step_bar
 from kepo.run.signals import StopRequest, lasting_output
+from kepo.run.sinks.telling import Sink
 from kepo.sections import ObjectiveConfig, OptimizerConfig
 from kepo.tasks.environment import with_own
 from kepo.tasks.rewards import Reward
@@ -75,12 +76,13 @@ def train(
     task: Task | None = None,
     rewards: Sequence[str | Reward] | None = None,
     data: Iterable[Example | Mapping[str, Any]] | None = None,
+    sinks: Sequence[Sink] = (),
 ) -> Result:
     """Run (or resume) the training that ``config`` describes.
 
     task, rewards: objects and functions in the places of those that the config names; a resumed run
     must be given them again. data: the questions in place of ``train_data``: a list of `Example`,
-    or of records as a JSON Lines file has them.
+    or of records as a JSON Lines file has them. sinks: objects that are told what the run logs.
     It may be called in a notebook, in any thread, and again with another config; signals are only
     noted in the main thread. Errors are KepoError.
     Writes checkpoints, metrics.jsonl, data.json and curves.png under ``config.run_dir``. Every
@@ -99,10 +101,11 @@ def train(
         StopRequest() as stop,
         exclusive(Path(config.run_dir)),
     ):
-        run = open_run(config, device, stop, env, own)
+        run = open_run(config, device, stop, env, own, sinks)
         if run is not None:
-            take_steps(run)
-            draw_curves(run)
+            with run.sinks:
+                take_steps(run)
+                draw_curves(run)
         newest = None if run is None or run.newest is None else run.newest / "policy"
         folder = Path(config.run_dir)
         return Result(stop.exit_code, folder, newest, on_rank0(lambda: last_metrics(folder)))
@@ -126,14 +129,9 @@ def take_steps(run: Run) -> None:
             found = explore(questions[:own], models, run.env, config, run.hints, examples, step)
         explored = time.perf_counter()
 
-        batch = collate(found.groups, config, given)
-        lengths = models.policy.encoder.lengths(batch.prompts)
-        plan = plan_micros(batch, lengths, config, models.policy.share_prompts)
-        micros, totals = own_micros(batch, plan), StepTotals()
-        scores = score(models.teacher, models.ref, micros, config, totals)
-        for _ in range(config.num_iterations):
-            add_gradients(models, micros, scores, config, totals)
-            norm = update(run, step)
+        batch, totals = collate(found.groups, config, given), StepTotals()
+        minis, wasted = lay_out(batch, models.policy, config)
+        for norm in updates(run, step, minis, totals):
             skipped = 0 if math.isfinite(norm) else skipped + 1
         ended = time.perf_counter()
 
@@ -142,18 +140,14 @@ def take_steps(run: Run) -> None:
             "grad_norm": norm,
             "learning_rate": run.optimizer.param_groups[0]["lr"],
             "skipped": skipped,
-            "kepo/padding": padding(plan),
-            "time/rollout": found.rollout_seconds,
-            "time/hint": found.hint_seconds,
-            "time/teacher": totals.teacher_seconds,
-            "time/update": ended - explored - totals.teacher_seconds,
-            "step_time": ended - started,
+            "kepo/padding": wasted,
+            **step_times(found, totals, after_sampling=ended - explored, whole=ended - started),
             "mem/peak_gb": max(all_gather(peak_gb(run.device))),
         }
-        run.log.write(step, values)
+        run.write(step, values)
         if every and (step == 1 or step % every == 0):
             rollouts = [*itertools.chain(*found.groups), *given]
-            run.completions.write(step, *completion_records(rollouts, batch, config))
+            run.write_completions(step, completion_records(rollouts, batch, config))
         show(bar, values)
         if skipped > config.max_skipped_steps:
             ids = [example.id for example in questions]
@@ -170,6 +164,30 @@ def take_steps(run: Run) -> None:
             save(run, step)
 
 
+def updates(
+    run: Run, step: int, minis: Sequence[list[Batch]], totals: StepTotals
+) -> Iterator[float]:
+    """Take the optimiser steps of a step: ``num_iterations`` passes over its mini-batches; yield
+    the norm of each gradient.
+
+    ``minis`` are this rank's micro-batches of each mini-batch; equally many on all ranks. What the
+    frozen models say of them is held until the last is taken, and no longer: a rollout needs the
+    memory.
+    """
+    models, config = run.models, run.config
+    asked = [micro for micros in minis for micro in micros]
+    scores = iter(score(models.teacher, models.ref, asked, config, totals))
+    known = [list(itertools.islice(scores, len(micros))) for micros in minis]
+    for micros in minis[1:]:  # they meet a policy that has been updated
+        for place, micro in enumerate(micros):
+            work = partial(with_old_logprobs, models.policy, micro, config, totals)
+            micros[place] = models.policy.run_wrapped(work)
+    for _ in range(config.num_iterations):
+        for micros, said in zip(minis, known, strict=True):
+            add_gradients(models, micros, said, config, totals)
+            yield update(run, step)
+
+
 def add_gradients(
     models: Models,
     micros: list[Batch],
@@ -180,7 +198,7 @@ def add_gradients(
     """Add the gradients of this rank's micro-batches, and add their statistics to ``totals``.
 
     After the first of several iterations, ``micros`` hold the log-probabilities from before any
-    update.
+    update, as those of later mini-batches do from the beginning.
     """
     policy = models.policy
     policy.model.train()
@@ -214,12 +232,23 @@ def update(run: Run, step: int) -> float:
 
 
 def lr_share(step: int, config: OptimizerConfig) -> float:
-    """Return the share of ``lr`` at a step: it rises over ``warmup_steps``, then goes linearly from
-    1 to ``lr_end``."""
+    """Return the share of ``lr`` at a step, which ``lr_schedule`` decides.
+
+    step / warmup_steps                            up to step warmup_steps, and from there
+    1                                              constant
+    1 - (1 - lr_end) t                             linear
+    lr_end + (1 - lr_end) (1 + cos(pi t)) / 2      cosine
+    t = (step - warmup_steps) / (steps - warmup_steps)
+    """
     if step <= config.warmup_steps:
         return step / config.warmup_steps
-    passed = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 1.0 - (1.0 - config.lr_end) * passed
+    form, end = config.decay
+    if form == "constant":
+        return 1.0
+    passed = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    if form == "cosine":
+        return end + (1.0 - end) * (1.0 + math.cos(math.pi * passed)) / 2.0
+    return 1.0 - (1.0 - end) * passed
 
 
 def main(arguments: Sequence[str]) -> int:

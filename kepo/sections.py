@@ -31,8 +31,9 @@ class DataConfig:
     """The data that the student is trained and evaluated on."""
 
     train_data: str = ""
-    """Training data: a folder in OmniMedVQA's layout, Med-R1's split files, or a folder written by
-    datasets.save_to_disk."""
+    """Training data: JSON Lines, JSON lists or Parquet, a file or a folder of them; a folder
+    written by datasets.save_to_disk; the name of a dataset on the Hub, as owner/name:split; a
+    folder in OmniMedVQA's layout; Med-R1's split files."""
     train_modalities: tuple[str, ...] | None = None
     """Train only on these modalities. None means all."""
     train_question_types: tuple[str, ...] | None = None
@@ -42,13 +43,13 @@ class DataConfig:
     disables evaluation."""
     eval_share: ShareBelowOne = 0.0
     """Instead of eval_data: hold out this share of the images of train_data, from all modalities,
-    for evaluation; none of them is trained on. Every seed holds out the same images. 0 disables
-    it."""
+    for evaluation; none of them is trained on. A question without images counts as one. Every seed
+    holds out the same images. 0 disables it."""
     eval_limit: Count | None = None
     """Maximum number of questions per modality in an evaluation. None means all."""
     image_root: str | None = None
-    """Folder that image paths are relative to. None means the dataset's folder; for Med-R1's files,
-    the nearest parent folder that contains Images."""
+    """Folder that image paths are relative to. None means the dataset's folder, or its file's; for
+    Med-R1's files, the nearest parent folder that contains Images."""
     bad_records: Literal["skip", "fail"] = "skip"
     """skip: leave out records that are wrong, or whose image is missing or outside image_root, and
     count them in data.json. fail: end the run at the first such record."""
@@ -82,14 +83,28 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True)
-class ModelsConfig(TeacherConfig):
+class PicturesConfig:
+    """The size at which the models see pictures."""
+
+    min_pixels: Count | None = None
+    """Fewest pixels, width times height, at which a picture is shown: smaller ones are enlarged, in
+    their own shape, with sides of whole tokens. None means as each model's
+    preprocessor_config.json says."""
+    max_pixels: Count | None = None
+    """Most pixels at which a picture is shown: larger ones are made smaller likewise. None means as
+    each model's preprocessor_config.json says."""
+
+
+@dataclass(frozen=True)
+class ModelsConfig(TeacherConfig, PicturesConfig):
     """The models that take part, where they live and how they are held."""
 
     student: str = ""
-    """Folder or Hub name of the vision-language model to train."""
-    device: str = "cpu"
-    """Device of student and teacher: cpu, cuda or cuda:<number>. Under torchrun, cuda is each
-    process's own GPU."""
+    """Folder or Hub name of the model to train: a vision-language model of a known family, or a
+    text-only causal model for questions without pictures."""
+    device: str = "auto"
+    """Device of student and teacher: cpu, cuda, cuda:<number>, or auto, which is cuda where there
+    is a GPU, else cpu. Under torchrun, cuda is each process's own GPU."""
     dtype: Literal["float32", "bfloat16"] = "float32"  # float16 would need its losses scaled
     """Dtype in which student and teacher compute: float32 or bfloat16. Trained weights are kept in
     float32 if sharding is fsdp2 or if they are LoRA adapters."""
@@ -103,10 +118,14 @@ class ModelsConfig(TeacherConfig):
     """Rank of the LoRA adapters to train on the language model's linear layers; all other weights
     are frozen, in dtype, or under fsdp2 in float32. 0 disables adapters: all weights are
     trained."""
+    student_bits: Literal[8, 4] | None = None
+    """Quantise the student's layers under its adapters, but not its head, to 8 or 4 bits with
+    bitsandbytes (QLoRA), and those of the reference. Needs lora_rank. None disables it."""
     lora_alpha: Positive = 32.0
     """LoRA scaling: the adapters' output is multiplied by lora_alpha / lora_rank."""
     freeze_vision: bool = False
-    """Do not train the vision tower. With LoRA adapters it is never trained."""
+    """Do not train the vision tower and what makes tokens of its features. With LoRA adapters it is
+    never trained; a text-only model has none."""
     gradient_checkpointing: bool = False
     """Recompute each layer's activations in backward instead of keeping them."""
     attn_implementation: str | None = None
@@ -114,8 +133,9 @@ class ModelsConfig(TeacherConfig):
     transformers' default."""
     share_prompts: bool = True
     """Compute each prompt once for all its completions, in training and scoring. False computes it
-    again for each. Attention implementations that take no mask, such as flash_attention_2, compute
-    it again too, and the run says so."""
+    again for each. Attention implementations that take no mask, such as flash_attention_2, and
+    models with layers that see a window, such as Gemma 2 and Mistral, compute it again too, and the
+    run says so."""
     liger_layers: bool = False
     """Use Liger's kernels for norms, rotary embedding and, where it has one, the MLP. Needs CUDA
     and a liger-kernel that fits the installed transformers."""
@@ -187,8 +207,9 @@ class RewardConfig(SamplingConfig, TaskConfig):
     overlong_buffer: NonNegativeInt = 0
     """The reward overlong falls from 0 to -1 over the last overlong_buffer tokens before the length
     limit (DAPO). 0 where it is not among the rewards."""
-    scale_rewards: Literal["group", "none"] = "group"
-    """group: divide advantages by the group's standard deviation. none: leave them unscaled."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """group: divide advantages by the standard deviation of the rewards in their group. batch: by
+    that of all rewards in the step. none: leave them unscaled."""
 
 
 @dataclass(frozen=True)
@@ -196,13 +217,18 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     """The loss that is minimised: a policy term, made of rewards, plus distillation from the
     teacher."""
 
+    mini_batches: Count = 1
+    """Parts into which the questions of a step are divided, with an optimiser step on each. From
+    the second on, the policy ratio differs from 1: it is to the policy of before the first."""
     num_iterations: Count = 1
-    """Optimiser steps on the same completions. From the second on, the policy ratio differs from
-    1."""
+    """Passes over the completions of a step, each of mini_batches optimiser steps. From the second
+    on, the policy ratio differs from 1."""
     mask_truncated: bool = False
     """Exclude completions that hit the length limit from the loss."""
     temperature: Positive = 1.0
     """Softmax temperature of the log-probabilities and of the divergence."""
+    teacher_temperature: Positive | None = None
+    """Softmax temperature of the teacher in the divergence. None means that it is temperature."""
     policy_coef: NonNegative = 1.0
     """Weight of the whole policy term, including the KL penalty and the entropy bonus. 0 disables
     it."""
@@ -214,9 +240,19 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     """The policy ratio is clipped below at 1 - epsilon_low."""
     epsilon_high: NonNegative = 0.2
     """The policy ratio is clipped above at 1 + epsilon_high."""
+    delta: Positive | None = None
+    """Upper bound of the policy ratio of clip, for negative advantages too (two-sided clip); more
+    than 1 + epsilon_high. None disables it."""
+    sapo_temperature_pos: Positive = 1.0
+    """Temperature of sapo's sigmoid for tokens with a positive advantage."""
+    sapo_temperature_neg: Positive = 1.05
+    """Temperature of sapo's sigmoid for all other tokens."""
     kl_coef: NonNegative = 0.0
-    """Weight of the k3 KL penalty towards the initial student. 0 disables it, and no reference
-    model is kept."""
+    """Weight of the KL penalty towards the initial student. 0 disables it, and no reference model
+    is kept."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL penalty, with d = reference - policy log-probability: k1 is -d, k2 is
+    d^2 / 2, k3 is e^d - d - 1."""
     entropy_coef: Finite = 0.0
     """Weight of the entropy bonus."""
     policy_reduction: Literal["token_mean", "sequence_mean", "sum", "dr_grpo"] = "sequence_mean"
@@ -258,6 +294,12 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     """Back-end of the fused losses: auto, triton, cpu or torch."""
     workspace_bytes: Count | None = None
     """Memory in bytes for the logits of one chunk. None means the library's default."""
+    logits_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of the logits in the fused losses. None means float32, but bfloat16 where dtype is
+    bfloat16 on a CPU that computes in it."""
+    grad_tol: ShareBelowOne = 0.0
+    """Share of the logits' gradient that may be left out, with the vocabulary's columns that carry
+    it, to save time on a CPU. 0 is exact."""
 
     @property
     def distils(self) -> bool:
@@ -305,7 +347,7 @@ class HintConfig(RewardConfig, TeacherConfig):
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Settings of the optimiser, AdamW, and of its learning rate."""
+    """Settings of the optimiser and of its learning rate."""
 
     steps: Count = 200
     """Number of optimiser steps."""
@@ -315,13 +357,21 @@ class OptimizerConfig:
     micro_tokens: Count | None = None
     """Maximum number of tokens per forward and backward pass, prompts and padding included; with
     share_prompts a prompt counts once for its group. None means no such limit. A group is divided
-    only if it alone exceeds a limit."""
+    only if it alone exceeds a limit, or if processes would wait for the one that has it."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw: torch's, with two moments in the dtype of the trained weights. adamw_8bit:
+    bitsandbytes', with moments in 8 bits, a quarter of them or less."""
     lr: Positive = 1e-6
     """Peak learning rate of AdamW."""
     warmup_steps: NonNegativeInt = 0
     """Number of steps over which the learning rate rises linearly to lr. 0 disables warm-up."""
-    lr_end: Share = 1.0
-    """Share of lr that is left at the last step, reached linearly. 1 keeps it constant."""
+    lr_schedule: Literal["constant", "linear", "cosine"] | None = None
+    """How the learning rate goes from lr, after the warm-up, to lr_end of it at the last step:
+    constant, linear or cosine (half a wave). None means linear if lr_end is given, else
+    constant."""
+    lr_end: Share | None = None
+    """Share of lr that is left at the last step. None means 0 if lr_schedule is linear or cosine,
+    and 1 if it is constant."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay of AdamW."""
     max_grad_norm: Positive = 1.0
@@ -329,6 +379,14 @@ class OptimizerConfig:
     max_skipped_steps: NonNegativeInt = 3
     """Number of consecutive steps that may be skipped because states, loss or gradient are not
     finite; one more ends the run."""
+
+    @property
+    def decay(self) -> tuple[str, float]:
+        """Return the form of the learning rate's way to the last step, and the share left there; a
+        way that ends at 1 is constant, whatever its form."""
+        form = self.lr_schedule or ("constant" if self.lr_end is None else "linear")
+        end = self.lr_end if self.lr_end is not None else float(form == "constant")
+        return ("constant" if end == 1.0 else form), end
 
 
 @dataclass(frozen=True)
@@ -348,6 +406,9 @@ class RunConfig:
     """Number of questions answered at once in an evaluation."""
     log_completions_every: NonNegativeInt = 10
     """Write all completions of every so many steps to completions.jsonl. 0 disables it."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers that are told, besides, what goes to metrics.jsonl and completions.jsonl, pictures
+    included: tensorboard, wandb, trackio, or several of them."""
     rank_timeout_minutes: Minutes = 15.0
     """Minutes that one of several ranks may stand still, or be late at the start, before it is
     named and all ranks end. Reading and computing do not count as standing still."""

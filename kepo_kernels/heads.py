@@ -4,9 +4,11 @@
     logits = softcap tanh(y / softcap)
 
 Every public function takes a plain weight tensor (V, H) or a `Head` for `lm_head` and
-`teacher_lm_head`; the bias is an argument of its own.
+`teacher_lm_head`; `head_of` reads one off a model of transformers.
 """
 
+import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +51,8 @@ class Head:
     """Factor of the logits before the softcap (Cohere's logit_scale; 1/x for Granite's)."""
     lora: LoRA | None = None
     """Low-rank update of the weight. None means there is none."""
+    bias: Tensor | None = None
+    """(V,) bias. None means there is none, or that it is the argument `bias` of the call."""
 
     @classmethod
     def of(cls, lm_head: "Tensor | Head") -> "Head":
@@ -78,8 +82,8 @@ def lm_head_weight(model: nn.Module) -> Iterator[Tensor]:
     gradients by then. `fused_linear_logprobs` reads the weight in backward: run it inside, or torch
     raises for a storage of size 0. A head that is whole on entry is left as it is.
 
-    Softcap, logit scale and bias are not part of the weight: to apply them, wrap the weight in a
-    `Head`, and read the layer's bias inside of the block.
+    Softcap, logit scale and bias are not part of the weight: inside of the block, `head_of(model)`
+    is the whole head with them.
 
     Raises KepoInputError for a model without a head, a head that PEFT has adapted (not one in its
     `modules_to_save`), and FSDP1, ZeRO-3 and tensor-parallel heads; each error says what to do
@@ -96,6 +100,82 @@ def lm_head_weight(model: nn.Module) -> Iterator[Tensor]:
             holder.reshard()
 
 
+SOFTCAPS = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "softcap",
+)
+"""Settings of transformers' models that cap logits; None or 0 is no cap."""
+
+FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+"""Settings of transformers' models that multiply logits, or divide them (`DIVIDES`)."""
+
+DIVIDES = ("logits_scaling",)
+MULTIPLIES_ALL_THE_SAME = ("hyperclovax", "hyperclovax_vision_v2")
+"""Model types in which a name of `DIVIDES` is a factor."""
+
+_CHANGES = re.compile(r"soft_?cap|logits?_scal|multiplier", re.IGNORECASE)
+"""A pattern for names of settings that change logits."""
+
+
+def head_of(model: nn.Module) -> Head:
+    """Return the LM head of a model of transformers with all that its forward does to logits: bias,
+    scale and softcap.
+
+        hidden = model.base_model(ids).last_hidden_state
+        loss = fused_grpo_loss(hidden, head_of(model), targets, advantages, weights=weights)
+
+    `model` is a causal or an image-text model, plain or wrapped as `lm_head_weight` takes it; call
+    it inside of `lm_head_weight` where the head is sharded. A setting counts where the forward
+    reads it: the configs of some models have one that only their text-only sisters obey.
+
+    Raises KepoInputError for what `lm_head_weight` refuses, for a head that is no linear layer, and
+    for a forward that changes logits by a setting that is not known here.
+    """
+    layer = _output_layer(model)
+    if not isinstance(layer, nn.Linear | nn.Embedding):
+        _refuse(
+            f"the LM head is a {type(layer).__name__}, which may do more than multiply; expected a "
+            "linear layer: build the Head yourself"
+        )
+    inner: Any = _unwrapped(model)
+    while hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()  # PEFT
+    softcap, factor = None, 1.0
+    if (config := getattr(inner, "config", None)) is not None:
+        softcap, factor = _changes(type(inner), config)
+    return Head(_whole_weight(layer), softcap, factor, bias=getattr(layer, "bias", None))
+
+
+def _changes(kind: type, config: Any) -> tuple[float | None, float]:
+    """Return the softcap of a model's logits, and the factor that they have before it."""
+    forward: Any = inspect.unwrap(kind.forward)  # type: ignore[attr-defined]
+    named = {name for name in forward.__code__.co_names if _CHANGES.search(name)}
+    unknown = sorted(named - {*SOFTCAPS, *FACTORS})
+    if unknown:
+        _refuse(
+            f"the forward of {kind.__name__} reads {', '.join(unknown)}, which may change logits "
+            "in a way not known here; build the Head yourself"
+        )
+    softcap, factor = None, 1.0
+    for name in named:
+        value = _setting(config, name)
+        if value is not None and name in SOFTCAPS:
+            softcap = value or None
+        elif value is not None:
+            divides = name in DIVIDES and config.model_type not in MULTIPLIES_ALL_THE_SAME
+            factor *= 1.0 / value if divides else value
+    return softcap, factor
+
+
+def _setting(config: Any, name: str) -> float | None:
+    """Return a setting of a model's config, or of its text model's."""
+    own = getattr(config, name, None)
+    value = getattr(config.get_text_config(), name, None) if own is None else own
+    return None if value is None else float(value)
+
+
 def _refuse(message: str) -> NoReturn:
     raise KepoInputError(f"lm_head_weight: {message}")
 
@@ -104,11 +184,7 @@ def _output_layer(model: nn.Module) -> nn.Module:
     """Return the LM head of the unwrapped model: `get_output_embeddings()`, else `lm_head`."""
     if not isinstance(model, nn.Module):
         _refuse(f"model is {type(model).__name__}; expected a torch.nn.Module with an LM head")
-    inner: Any = model  # a wrapper's or a model's own attributes, which nn.Module does not declare
-    while not hasattr(inner, "lm_head") and not hasattr(inner, "get_output_embeddings"):
-        if not isinstance(getattr(inner, "module", None), nn.Module):
-            break
-        inner = inner.module  # DDP
+    inner = _unwrapped(model)
     head = None
     if hasattr(inner, "get_output_embeddings"):
         head = inner.get_output_embeddings()
@@ -121,6 +197,16 @@ def _output_layer(model: nn.Module) -> nn.Module:
         )
     _refuse_fsdp1(model, head)
     return _without_peft(head)
+
+
+def _unwrapped(model: nn.Module) -> Any:
+    """Return the module below DDP's wrapper."""
+    inner: Any = model  # a wrapper's or a model's own attributes, which nn.Module does not declare
+    while not hasattr(inner, "lm_head") and not hasattr(inner, "get_output_embeddings"):
+        if not isinstance(getattr(inner, "module", None), nn.Module):
+            break
+        inner = inner.module
+    return inner
 
 
 def _without_peft(head: nn.Module) -> nn.Module:

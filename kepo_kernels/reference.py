@@ -46,9 +46,9 @@ def project(hidden: Tensor, lm_head: Tensor | HeadLike, bias: Tensor | None = No
         y = logit_scale (hidden @ weight^T + scale (hidden @ a^T) @ b^T + bias)
 
     lm_head: the weight (V, H), or anything with `.weight`, `.softcap` (None = no cap),
-    `.logit_scale` and `.lora` (None, or with `.a` (r, H), `.b` (V, r) and `.scale`). A logit of
-    -inf, a token ruled out, stays -inf under a softcap. If dtypes differ, the product is in the
-    wider.
+    `.logit_scale`, `.lora` (None, or with `.a` (r, H), `.b` (V, r) and `.scale`) and `.bias` (None,
+    or (V,)), which the argument `bias` replaces. A logit of -inf, a token ruled out, stays -inf
+    under a softcap. If dtypes differ, the product is in the wider.
     """
     lora = None if isinstance(lm_head, Tensor) else lm_head.lora
     given = [hidden, lm_head if isinstance(lm_head, Tensor) else lm_head.weight]
@@ -59,6 +59,8 @@ def project(hidden: Tensor, lm_head: Tensor | HeadLike, bias: Tensor | None = No
     logits = hidden @ weight.T
     if lora is not None:
         logits = logits + lora.scale * (hidden @ low[0].T) @ low[1].T
+    if bias is None:
+        bias = getattr(lm_head, "bias", None)
     if bias is not None:
         logits = logits + bias
     if isinstance(lm_head, Tensor):

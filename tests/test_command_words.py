@@ -20,7 +20,8 @@ from kepo.flags import command_line
 from kepo.help import flags_of, page
 
 COMMANDS = (
-    *("kepo train", "kepo plan", "kepo evaluate", "kepo export", "kepo data check", "kepo demo"),
+    *("kepo train", "kepo plan", "kepo evaluate", "kepo export", "kepo data check", "kepo report"),
+    "kepo demo",
 )
 
 
@@ -80,8 +81,8 @@ def test_help_tells_of_recipes_presets_and_sections(capsys, monkeypatch, command
     text = " ".join(" ".join(lines).split())
     assert f"Presets: {', '.join(presets())}." in text
     headings = [line.partition(":")[0] for line in lines if re.match(r"[A-Z]\w+: ", line)]
-    sections = ["Data", "Teacher", "Models", "Sampling", "Reward", "Objective", "Hint"]
-    assert headings[headings.index("Data") :] == [*sections, "Optimizer", "Run"]
+    sections = ["Data", "Pictures", "Teacher", "Models", "Task", "Sampling", "Reward", "Objective"]
+    assert headings[headings.index("Data") :] == [*sections, "Hint", "Optimizer", "Run"]
     assert text.index("Optimizer:") < text.index("--lr FLOAT") < text.index("Run:")
     assert ("--table" in text.partition("Options")[0]) == (command == "kepo plan")
 

@@ -25,6 +25,7 @@ from kepo.errors import KepoError
 from kepo.evaluation.report import Evaluation
 from kepo.export import Export
 from kepo.planner.plan import Arguments
+from kepo.report.command import ReportFlags
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.validate import ENGINE_SETTINGS
 
@@ -32,7 +33,7 @@ PACKAGES = ("kepo", "kepo_kernels", "experiments")
 VARIABLES = {*LAUNCH, "LOCAL_RANK"}
 SETTINGS = {
     field.name
-    for kind in (Config, Demo, Evaluation, Export, Arguments, Compare)
+    for kind in (Config, Demo, Evaluation, Export, Arguments, ReportFlags, Compare)
     for field in dataclasses.fields(kind)
 } | {*ENGINE_SETTINGS}
 

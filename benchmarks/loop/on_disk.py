@@ -18,8 +18,11 @@ import torch
 
 from benchmarks.loop.problem import HEAD_SIZE, Size, image_processor, picture
 from kepo.data.load import load_examples
-from kepo.digits.tiny import CONTROL_TOKENS, PATCH, build_tokenizer, model_config
+from kepo.digits.tiny import CONTROL_TOKENS, build_tokenizer
 from kepo.models.encoding import Encoder
+from kepo.models.families.family import TinySize
+from kepo.models.families.qwen3_vl import PATCH, tiny_config
+from kepo.models.families.qwen_vl import pictures_of
 from kepo.rollout.prompts import prompt_of
 from kepo.tasks.multiple_choice import MultipleChoice
 
@@ -106,14 +109,16 @@ def write_model(path: Path, size: Size, tokenizer: Any, vocab: int, seed: int) -
     """Write a random Qwen3-VL with an untied head that never gives a control token."""
     import transformers
 
-    config = model_config(
+    config = tiny_config(
         tokenizer,
-        hidden=size.hidden,
-        layers=size.layers,
-        heads=size.hidden // HEAD_SIZE,
-        vision_hidden=size.hidden // 2,
-        vision_depth=1,
-        tied=False,
+        TinySize(
+            hidden=size.hidden,
+            layers=size.layers,
+            heads=size.hidden // HEAD_SIZE,
+            vision_hidden=size.hidden // 2,
+            vision_depth=1,
+            tied=False,
+        ),
     )
     config.text_config.vocab_size = vocab
     with torch.random.fork_rng(devices=[]):
@@ -165,7 +170,8 @@ def write_questions(folder: Path, sizes: Sizes, tokenizer: Any) -> None:
         ]
         target.write_text(json.dumps(records), encoding="utf-8")
         examples, _ = load_examples(root)
-        encoder = Encoder(tokenizer, image_processor(), tokenizer.convert_tokens_to_ids(IMAGE))
+        image = tokenizer.convert_tokens_to_ids(IMAGE)
+        encoder = Encoder(tokenizer, pictures_of(image_processor(), image))
         shown = encoder.encode([prompt_of(MultipleChoice(), example) for example in examples])
         if not bool(shown.attention_mask.all()) or len(shown) != sizes.prompts:
             raise SystemExit("error: the prompts are not all of one length")

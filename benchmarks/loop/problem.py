@@ -15,9 +15,12 @@ from PIL import Image
 from kepo.config import Config
 from kepo.data.example import Example
 from kepo.digits.dataset import QUESTION
-from kepo.digits.tiny import CONTROL_TOKENS, PATCH, build_tokenizer, model_config
+from kepo.digits.tiny import CONTROL_TOKENS, build_tokenizer
 from kepo.models.encoding import Encoder
-from kepo.models.processors import pillow_processor_class
+from kepo.models.families.family import TinySize
+from kepo.models.families.processors import pillow_processor_class
+from kepo.models.families.qwen3_vl import PATCH, tiny_config
+from kepo.models.families.qwen_vl import pictures_of
 from kepo.models.vlm import VLM
 from kepo.objective.batch import Batch, collate
 from kepo.planner.known_models import known_model
@@ -114,7 +117,8 @@ def build(folder: Path, args: argparse.Namespace) -> Problem:
             model.config.save_pretrained(path)
     rows = len(models["student"].get_output_embeddings().weight)
     encoder = Encoder(
-        Vocabulary(tokenizer, rows), image_processor(), models["student"].config.image_token_id
+        Vocabulary(tokenizer, rows),
+        pictures_of(image_processor(), models["student"].config.image_token_id),
     )
     with mock.patch.multiple(
         roles,
@@ -180,14 +184,16 @@ def random_model(
             token = f"<|{name}{'' if name.startswith('vision') else '_pad'}|>"
             setattr(config, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
     else:
-        config = model_config(
+        config = tiny_config(
             tokenizer,
-            hidden=shape.hidden,
-            layers=shape.layers,
-            heads=shape.hidden // HEAD_SIZE,
-            vision_hidden=shape.hidden // 2,
-            vision_depth=1,
-            tied=args.tied,
+            TinySize(
+                hidden=shape.hidden,
+                layers=shape.layers,
+                heads=shape.hidden // HEAD_SIZE,
+                vision_hidden=shape.hidden // 2,
+                vision_depth=1,
+                tied=args.tied,
+            ),
         )
         config.text_config.vocab_size = args.vocab
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

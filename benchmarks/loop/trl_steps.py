@@ -100,7 +100,7 @@ def processor(path: Path) -> Any:
     from transformers import AutoTokenizer
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
-    from kepo.models.processors import image_processor_class
+    from kepo.models.families.processors import image_processor_class
 
     class Still(Qwen3VLProcessor):
         @classmethod

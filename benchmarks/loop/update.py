@@ -28,6 +28,7 @@ from kepo.objective.score import score
 from kepo.objective.step import kepo_step
 from kepo.objective.totals import StepTotals
 from kepo.rollout.rollouts import sample
+from kepo.tasks.environment import environment_of
 
 UNFELT = 1e-20  # a weight next to which the others, about 1e-3, round to themselves
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -225,16 +226,13 @@ class Bench:
 
     def rollout(self) -> tuple[Taken, int]:
         """Sampling a step's completions as the loop does, and how many tokens they have."""
-        problem, config, count = (
-            self.problem,
-            self.problem.config,
-            self.problem.config.num_generations,
-        )
+        problem, config = self.problem, self.problem.config
+        env, count = environment_of(config), config.num_generations
         problem.policy.model.eval()
         few = replace(config, max_completion_length=WARM_UP_TOKENS)
-        sample(problem.policy, problem.examples, few, num_generations=count)
+        sample(problem.policy, problem.examples, env, few, num_generations=count)
         held, started = self.gauge.settle(), self.now()
-        groups = sample(problem.policy, problem.examples, config, num_generations=count)
+        groups = sample(problem.policy, problem.examples, env, config, num_generations=count)
         taken = Taken(self.now() - started, held, self.gauge.most(), self.gauge.reserved())
         return taken, sum(len(rollout.completion_ids) for group in groups for rollout in group)
 

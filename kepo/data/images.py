@@ -62,6 +62,16 @@ def open_rgb(path: Path) -> Image.Image:
         raise _unreadable(path, error) from error
 
 
+def size_of(path: Path) -> tuple[int, int]:
+    """Return width and height of an image file as its header says, before any turning; raises
+    KepoDataError, which names the file, if it cannot be read."""
+    try:
+        with _opened(path) as image:
+            return image.size
+    except Exception as error:  # broken bytes may make a decoder raise anything
+        raise _unreadable(path, error) from error
+
+
 def _in_turn(path: Path, work: Callable[[Image.Image], Any]) -> Any:
     """Wait for this thread's turn, decode the image as RGB, and return ``work(image)``."""
     with _opened(path) as image:

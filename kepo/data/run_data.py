@@ -127,6 +127,10 @@ def load_data(
     if eval_report is not None:
         images, questions = shared_images(train, held_out, digests)
         record["eval"] = as_record(replace(eval_report, questions=len(held_out)))
+        record["eval"] |= {
+            "modalities": asked(held_out, lambda example: example.modality),
+            "question_types": asked(held_out, lambda example: example.question_type),
+        }
         record["shared"] = {
             "images": images,
             "eval_questions": questions,
@@ -212,6 +216,25 @@ def as_record(report: DataReport) -> dict[str, Any]:
         "bad_records": report.counts(),
         "first_problems": [str(problem) for problem in report.problems[:NAMED]],
         "quirks": report.quirks,
+    }
+
+
+def asked(
+    examples: Sequence[Example], key: Callable[[Example], str]
+) -> dict[str, dict[str, float | None]]:
+    """Return the number of questions by ``key``, and the chance of guessing one: the mean of one
+    over the number of options, None where a question has no options."""
+    parts: dict[str, list[Example]] = {}
+    for example in examples:
+        parts.setdefault(key(example), []).append(example)
+    return {
+        name: {
+            "questions": len(part),
+            "chance": sum(1 / len(example.options) for example in part) / len(part)
+            if all(example.options for example in part)
+            else None,
+        }
+        for name, part in parts.items()
     }
 
 

@@ -1,4 +1,5 @@
 """Split training and test by image, so that they share none, and find images that two sets share.
+Questions without images are split by their text.
 
 The published 80/20 split of OmniMedVQA is by question: at least 1,836 of its images are on both
 sides.
@@ -42,20 +43,21 @@ def split_by_image(
     """Return ``(train, test)``, each in the order given, such that no image is on both sides.
 
     ``test_share`` in (0, 1) is the share of images that go to the test. Images that are shown
-    together, in one question or by way of others, stay on one side. The same examples in the
-    same order with the same seed are split alike on every machine, wherever the images lie.
+    together, in one question or by way of others, stay on one side, and a question without images
+    counts as one. The same examples in the same order with the same seed are split alike on every
+    machine, wherever the images lie.
     digests: as for ``shared_images``.
     """
     if not 0 < test_share < 1:
         raise KepoConfigError(
             f"split_by_image: test_share is {test_share}; expected a number between 0 and 1"
         )
-    families = _families([_keys(example, digests) for example in examples])
+    families = _families([_subjects(example, digests) for example in examples])
     images = sum(map(len, families))
     if len(families) < 2:
         raise KepoDataError(
             f"split_by_image: {len(examples)} examples have {images} images; expected at least 2 "
-            "that no question links, one for each side"
+            "that no question links, or other questions without any: one for each side"
         )
     random.Random(seed).shuffle(families)
     wanted = max(1, round(test_share * images))
@@ -64,21 +66,27 @@ def split_by_image(
         if len(held_out) >= wanted:
             break
         held_out.update(family)
-    train = [e for e in examples if held_out.isdisjoint(_keys(e, digests))]
-    test = [e for e in examples if not held_out.isdisjoint(_keys(e, digests))]
+    train = [e for e in examples if held_out.isdisjoint(_subjects(e, digests))]
+    test = [e for e in examples if not held_out.isdisjoint(_subjects(e, digests))]
     return train, test
 
 
 def without_images_of(
     left: Sequence[Example], right: Sequence[Example], digests: Digests | None = None
 ) -> list[Example]:
-    """Return the examples of ``right`` none of whose images occurs in ``left``."""
-    seen = {key for example in left for key in _keys(example, digests)}
-    return [example for example in right if seen.isdisjoint(_keys(example, digests))]
+    """Return the examples of ``right`` none of whose images occurs in ``left``; of those without
+    images the ones whose text does not."""
+    seen = {key for example in left for key in _subjects(example, digests)}
+    return [example for example in right if seen.isdisjoint(_subjects(example, digests))]
 
 
 def _keys(example: Example, digests: Digests | None) -> list[Key]:
     return [path if digests is None else digests[path] for path in example.images]
+
+
+def _subjects(example: Example, digests: Digests | None) -> list[Key]:
+    """Return what an example is split by: its images, or its text if it has none."""
+    return _keys(example, digests) or [f"question: {example.question}"]
 
 
 def _families(shown: Sequence[Sequence[Key]]) -> list[list[Key]]:

@@ -1,8 +1,7 @@
-"""Tiny random Qwen-VL models with their tokenizer, written in the layout of the released ones."""
+"""Tiny random models of every family with their tokenizer, in the layout of released ones."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +10,9 @@ import torch
 from kepo.data.load import Example
 from kepo.digits.dataset import QUESTION, SMALL_DIGITS
 from kepo.errors import KepoConfigError
-from kepo.models.processors import pillow_processor_class, without_broken_torchvision
+from kepo.models.families.family import TinySize
+from kepo.models.families.processors import without_broken_torchvision
+from kepo.models.families.registry import FAMILIES
 from kepo.rollout.prompts import hint_prompt, prompt_of
 from kepo.tasks.multiple_choice import MultipleChoice
 
@@ -25,9 +26,6 @@ CONTROL_TOKENS = (
     "<|video_pad|>",
 )
 FORMAT_TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<hint>", "</hint>")
-PATCH = 16  # the patch size of Qwen3-VL
-OLDER_PATCH = 14  # the patch size of Qwen2.5-VL
-INITIALIZER_RANGE = 0.06  # with the usual 0.02 a model this narrow is slow to see the image
 
 # Qwen's own template without its tool and video branches: one user turn, image before text.
 CHAT_TEMPLATE = (
@@ -39,21 +37,9 @@ CHAT_TEMPLATE = (
     "{% endfor %}{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# Qwen2.5-VL's template first says who the model is.
-OLDER_CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
-    "{{ message['content'] }}<|im_end|>\n{% else %}{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' or 'image' in content %}"
-    "<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-_SIZES: dict[str, dict[str, Any]] = {
-    "student": dict(hidden=96, layers=3, heads=4, vision_hidden=64, vision_depth=1),
-    "teacher": dict(hidden=128, layers=3, heads=4, vision_hidden=96, vision_depth=1),
+_SIZES = {
+    "student": TinySize(hidden=96, layers=3, heads=4, vision_hidden=64, vision_depth=1),
+    "teacher": TinySize(hidden=128, layers=3, heads=4, vision_hidden=96, vision_depth=1),
 }
 # The sampling settings in the released models' files; nothing here uses them (see VLM.generate).
 _GENERATION = dict(
@@ -66,31 +52,31 @@ def build_tiny(
     *,
     size: Literal["student", "teacher"],
     seed: int,
-    family: Literal["qwen3_vl", "qwen2_5_vl"] = "qwen3_vl",
+    family: str = "qwen3_vl",
     tied: bool = False,
 ) -> None:
-    """Write a random fp32 Qwen3-VL or Qwen2.5-VL that ``VLM.load`` can read.
+    """Write a random fp32 model that ``VLM.load`` can read.
 
-    The folder gets config, generation config, safetensors, tokenizer and preprocessor files, as the
-    released models of the family have them. All sizes and families share the tokenizer, hence the
-    vocabulary. tied: output and input embedding are one matrix. The same seed gives the same bits;
-    the caller's random state is left as it was. Raises KepoConfigError for another size or family.
+    family: a name in kepo.models.families.registry. The folder gets config, generation config,
+    safetensors, tokenizer and preprocessor files, as the released models of the family have them.
+    All sizes share the tokenizer, hence the vocabulary. tied: output and input embedding are one
+    matrix. The same seed gives the same bits; the caller's random state is left as it was. Raises
+    KepoConfigError for another size or family.
     """
     without_broken_torchvision()
     import transformers
 
     if size not in _SIZES:
         raise KepoConfigError(f"build_tiny: size is {size!r}; expected one of {sorted(_SIZES)}")
-    if family not in _FAMILIES:
-        raise KepoConfigError(
-            f"build_tiny: family is {family!r}; expected one of {sorted(_FAMILIES)}"
-        )
-    name, config_of, finish = _FAMILIES[family]
-    tokenizer = build_tokenizer()
-    config = config_of(tokenizer, **_SIZES[size], tied=tied)
+    tinies = {name: one.tiny for name, one in FAMILIES.items() if one.tiny is not None}
+    if family not in tinies:
+        raise KepoConfigError(f"build_tiny: family is {family!r}; expected one of {sorted(tinies)}")
+    tiny, tokenizer = tinies[family], build_tokenizer()
+    tokenizer.add_tokens(list(tiny.control_tokens), special_tokens=True)
+    config = tiny.config(tokenizer, _SIZES[size]._replace(tied=tied))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(transformers, name)(config).float()
+        model = getattr(transformers, tiny.loads)(config).float()
     model.generation_config = transformers.GenerationConfig(
         bos_token_id=tokenizer.pad_token_id,
         eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
@@ -98,42 +84,7 @@ def build_tiny(
         **_GENERATION,
     )
     model.save_pretrained(path)
-    finish(Path(path), tokenizer)
-
-
-def _finish(path: Path, tokenizer: Any) -> None:
-    """Write the tokenizer, its chat template in a file of its own, and the preprocessor, as in
-    Qwen3-VL."""
-    tokenizer.save_pretrained(path)
-    pillow_processor_class()(
-        patch_size=PATCH,
-        merge_size=2,
-        temporal_patch_size=2,
-        size={"shortest_edge": (2 * PATCH) ** 2, "longest_edge": 256 * 256},
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
-    ).save_pretrained(path)
-
-
-def _finish_older(path: Path, tokenizer: Any) -> None:
-    """Write the same files as in Qwen2.5-VL: the chat template is among the tokenizer's settings,
-    and the preprocessor's have their older names."""
-    tokenizer.chat_template = OLDER_CHAT_TEMPLATE
-    tokenizer.save_pretrained(path, save_jinja_files=False)
-    settings = {
-        "min_pixels": (2 * OLDER_PATCH) ** 2,
-        "max_pixels": 256 * 256,
-        "patch_size": OLDER_PATCH,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
-    }
-    (path / "preprocessor_config.json").write_text(
-        json.dumps(settings, indent=2) + "\n", encoding="utf-8"
-    )
+    tiny.finish(Path(path), tokenizer)
 
 
 def build_tokenizer() -> Any:
@@ -170,132 +121,6 @@ def build_tokenizer() -> Any:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
-
-
-def model_config(
-    tokenizer: Any,
-    *,
-    hidden: int,
-    layers: int,
-    heads: int,
-    vision_hidden: int,
-    vision_depth: int,
-    tied: bool,
-) -> Any:
-    """Return the ``Qwen3VLConfig`` of a tiny model; the vocabulary's rows are padded to 64."""
-    from transformers import Qwen3VLConfig
-
-    head_dim = hidden // heads
-    quarter = head_dim // 8
-    return Qwen3VLConfig(
-        text_config=dict(
-            vocab_size=-(-len(tokenizer) // 64) * 64,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads // 2,
-            head_dim=head_dim,
-            max_position_embeddings=4096,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": 100.0,  # prompts are some fifty tokens long
-                # The frequencies that time, height and width get; together half a head.
-                "mrope_section": [head_dim // 2 - 2 * quarter, quarter, quarter],
-                "mrope_interleaved": True,
-            },
-            pad_token_id=tokenizer.pad_token_id,
-            tie_word_embeddings=tied,
-            initializer_range=INITIALIZER_RANGE,
-        ),
-        vision_config=dict(
-            depth=vision_depth,
-            hidden_size=vision_hidden,
-            intermediate_size=2 * vision_hidden,
-            num_heads=4,
-            patch_size=PATCH,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            out_hidden_size=hidden,
-            num_position_embeddings=16,
-            deepstack_visual_indexes=[0],
-            initializer_range=INITIALIZER_RANGE,
-        ),
-        tie_word_embeddings=tied,
-        **_token_ids(tokenizer),
-    )
-
-
-def older_model_config(
-    tokenizer: Any,
-    *,
-    hidden: int,
-    layers: int,
-    heads: int,
-    vision_hidden: int,
-    vision_depth: int,
-    tied: bool,
-) -> Any:
-    """Return the ``Qwen2_5_VLConfig`` of a tiny model.
-
-    Its vision tower has one more block, so that some see windows of the image and some all of it.
-    """
-    from transformers import Qwen2_5_VLConfig
-
-    head_dim = hidden // heads
-    quarter = head_dim // 8
-    return Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=-(-len(tokenizer) // 64) * 64,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads // 2,
-            max_position_embeddings=4096,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": 100.0,
-                "mrope_section": [head_dim // 2 - 2 * quarter, quarter, quarter],
-            },
-            bos_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            tie_word_embeddings=tied,
-            initializer_range=INITIALIZER_RANGE,
-        ),
-        vision_config=dict(
-            depth=vision_depth + 1,
-            hidden_size=vision_hidden,
-            intermediate_size=2 * vision_hidden,
-            num_heads=4,
-            patch_size=OLDER_PATCH,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            out_hidden_size=hidden,
-            window_size=4 * OLDER_PATCH,
-            fullatt_block_indexes=[vision_depth],
-            initializer_range=INITIALIZER_RANGE,
-        ),
-        tie_word_embeddings=tied,
-        **_token_ids(tokenizer),
-    )
-
-
-def _token_ids(tokenizer: Any) -> dict[str, int]:
-    names = {
-        "image_token_id": "<|image_pad|>",
-        "video_token_id": "<|video_pad|>",
-        "vision_start_token_id": "<|vision_start|>",
-        "vision_end_token_id": "<|vision_end|>",
-    }
-    return {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
-
-
-_FAMILIES = {
-    "qwen3_vl": ("Qwen3VLForConditionalGeneration", model_config, _finish),
-    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", older_model_config, _finish_older),
-}
 
 
 def _prompt_texts() -> list[str]:

@@ -112,7 +112,7 @@ def _loss(vlm: VLM, prompts: list[Prompt], completions: list[str]) -> torch.Tens
     hidden = vlm.completion_hidden(vlm.encode(prompts), ids, mask)
     return fused_linear_loss(
         hidden,
-        vlm.lm_head,
+        vlm.head,
         ids,
         lambda stats, rows: -stats.logprobs,
         completion_mask=mask,

@@ -8,7 +8,7 @@ it: it is generation, or backbone, teacher and loss at once. So the module they 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -56,15 +56,21 @@ def replicate(model: nn.Module) -> nn.Module:
 
 
 def shard(
-    model: Any, device: torch.device, compute: torch.dtype, *, offload: bool = False
+    model: Any,
+    layers: Iterable[nn.Module],
+    device: torch.device,
+    compute: torch.dtype,
+    *,
+    offload: bool = False,
 ) -> nn.Module:
     """Leave this rank its share of every parameter, in rows; return the root of the groups.
 
-    Each decoder layer and each block of the vision tower is gathered by itself, in ``compute``,
-    when it runs. Embedding, head and everything else are one group, gathered from a forward to the
-    end of its backward, or from then on if there is none: a tied head is one parameter there,
-    and an untied one can be read as a plain tensor. Gradients are averaged in float32. offload:
-    shares stay in host memory. Raises KepoConfigError on CPUs where torch is too old for that.
+    layers: the decoder layers and the blocks of the vision tower. Each is gathered by itself, in
+    ``compute``, when it runs. Embedding, head and everything else are one group, gathered from a
+    forward to the end of its backward, or from then on if there is none: a tied head is one
+    parameter there, and an untied one can be read as a plain tensor. Gradients are averaged in
+    float32. offload: shares stay in host memory. Raises KepoConfigError on CPUs where torch is too
+    old for that.
     """
     if device.type == "cpu" and world_size() > 1 and (reason := refuse_sharding_on_cpu()):
         raise KepoConfigError(f"sharding: {reason}")
@@ -79,7 +85,7 @@ def shard(
         if offload
         else OffloadPolicy(),
     )
-    for layer in [*model.model.language_model.layers, *model.model.visual.blocks]:
+    for layer in layers:
         fully_shard(layer, **settings)
     root = ForwardWrapper(model)
     fully_shard(root, reshard_after_forward=False, **settings)

@@ -75,8 +75,9 @@ class Evaluation(TaskConfig):
     """Tokens per answer, at most."""
     dtype: str = "float32"
     """The dtype in which the model computes: float32, bfloat16 or float16."""
-    device: str = "cpu"
-    """The device that the model is on: cpu, cuda or cuda:<number>."""
+    device: str = "auto"
+    """The device that the model is on: cpu, cuda, cuda:<number>, or auto, which is cuda where there
+    is a GPU, else cpu."""
     json: str | None = None
     """Write settings, counts and all numbers of the table into this file. None disables it."""
 

@@ -1,1 +1,1 @@
-"""Vision-language models: loading, checking, encoding, states and samples."""
+"""Models: loading, checking, encoding, states and samples."""

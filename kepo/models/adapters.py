@@ -8,11 +8,8 @@ from typing import Any
 import torch
 
 from kepo.errors import KepoConfigError
+from kepo.models.families.registry import family_of
 from kepo.models.tensors import quiet_peft, with_saved_adapters
-
-TARGETS = r".*language_model\.layers\..*_proj"
-"""A pattern for every linear layer of the language model: not the head, which the losses read as
-one matrix, and not the vision tower."""
 
 
 def with_adapters(model: Any, rank: int, alpha: float, seed: int, saved: Path | None = None) -> Any:
@@ -34,7 +31,7 @@ def with_adapters(model: Any, rank: int, alpha: float, seed: int, saved: Path | 
         r=rank,
         lora_alpha=alpha,
         lora_dropout=0.0,  # what trains is what sampled
-        target_modules=TARGETS,
+        target_modules=family_of(model.config).adapted,
     )
     with torch.random.fork_rng(devices=[]), quiet_peft():
         torch.manual_seed(seed)

@@ -7,30 +7,34 @@ it would show as rewards of 0 or as log-probabilities that are slightly wrong.
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
+import torch
 from torch import nn
 
 from kepo.errors import KepoCheckpointError, KepoConfigError
+from kepo_kernels import KepoInputError, head_of
+from kepo_kernels.reference import project
 
-VISION_TOKENS = (
-    "image_token_id",
-    "video_token_id",
-    "vision_start_token_id",
-    "vision_end_token_id",
-)
-"""Names in a model's config of the tokens that stand for images and videos, or enclose them."""
 _TAG = re.compile(r"<(/?)([A-Za-z]\w*)>")
 _MARKED = re.compile(r"<\|.+\|>")
 _MARK = 'A question?\nA.  1 < 2 & "so"\nB. it\'s > é'  # stands in for what a turn says
 
 
-def end_ids(path: str | Path, tokenizer: Any, config: Any) -> tuple[int, ...]:
+def turn(role: str, text: str, images: int | None = None) -> dict[str, Any]:
+    """Return a message for a chat template, its images before its text. images: None = the model
+    sees none, and its template takes a text in place of a list of parts."""
+    if images is None:
+        return {"role": role, "content": text}
+    shown = [{"type": "image"} for _ in range(images)]
+    return {"role": role, "content": [*shown, {"type": "text", "text": text}]}
+
+
+def end_ids(path: str | Path, tokenizer: Any, config: Any, sees: bool) -> tuple[int, ...]:
     """Return every token that ends a completion, first the one that the template ends answers with.
 
     They are those of generation_config.json, or else of config.json, and the tokenizer's own.
@@ -39,14 +43,14 @@ def end_ids(path: str | Path, tokenizer: Any, config: Any) -> tuple[int, ...]:
     """
     known = set(tokenizer.get_vocab().values())
     ends = [*_stated_ends(path, config, known), tokenizer.eos_token_id]
-    closing = _closing_token(path, tokenizer)
+    closing = _closing_token(path, tokenizer, sees)
     if closing not in {*ends, *_special(tokenizer)}:
         closing = tokenizer.eos_token_id
     return tuple(dict.fromkeys([closing, *ends]))
 
 
-def control_ids(tokenizer: Any, config: Any, ends: Iterable[int]) -> frozenset[int]:
-    """Return the tokens that are no text: ends, padding, the places of images, all that are written
+def control_ids(tokenizer: Any, marks: set[int], ends: Iterable[int]) -> frozenset[int]:
+    """Return the tokens that are no text: ends, padding, the marks of images, all that are written
     like ``<|im_start|>``, and all special tokens but tags. Tags (``<think>``) are part of an
     answer, whatever the tokenizer calls them."""
     added = tokenizer.added_tokens_decoder
@@ -57,15 +61,14 @@ def control_ids(tokenizer: Any, config: Any, ends: Iterable[int]) -> frozenset[i
         if _TAG.fullmatch(what.content) and token not in roles
     }
     marked = {token for token, what in added.items() if _MARKED.fullmatch(what.content)}
-    named = (getattr(config, name, None) for name in VISION_TOKENS)
-    vision = {token for token in named if token is not None}
-    return frozenset((_special(tokenizer) | roles | marked) - tags | set(ends) | vision)
+    return frozenset((_special(tokenizer) | roles | marked) - tags | set(ends) | marks)
 
 
-def opened_by(path: str | Path, tokenizer: Any) -> str:
+def opened_by(path: str | Path, tokenizer: Any, sees: bool) -> str:
     """Return the text that the template starts an answer with: all from the first tag that it
     leaves open (``<think>\\n``); "" if it opens none."""
-    asked = _rendered(path, tokenizer, [_user(_MARK)], add_generation_prompt=True)
+    question = turn("user", _MARK, 0 if sees else None)
+    asked = _rendered(path, tokenizer, [question], add_generation_prompt=True)
     begun = asked.rpartition(_MARK)[2]
     left_open = _open_tags(begun)
     return begun[left_open[0].start() :] if left_open else ""
@@ -76,14 +79,20 @@ def closed(opened: str) -> str:
     return "".join(f"</{tag[2]}>" for tag in reversed(_open_tags(opened)))
 
 
-def check_template(path: str | Path, tokenizer: Any, image_token_id: int) -> None:
+def check_template(path: str | Path, tokenizer: Any, image_token_id: int | None) -> None:
     """Raise KepoCheckpointError if the chat template fails, leaves the question or its image out,
-    changes its text, or depends on chance or on the date."""
+    changes its text, or depends on chance or on the date. None: the model sees no images."""
+    question = turn("user", _MARK, None if image_token_id is None else 1)
     asked, again = (
-        _rendered(path, tokenizer, [_user(_MARK, images=1)], add_generation_prompt=True)
-        for _ in range(2)
+        _rendered(path, tokenizer, [question], add_generation_prompt=True) for _ in range(2)
     )
-    images = tokenizer(asked, add_special_tokens=False)["input_ids"].count(image_token_id)
+    ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
+    images = 1 if image_token_id is None else ids.count(image_token_id)
+    if image_token_id is None and _MARK not in asked:
+        raise KepoCheckpointError(
+            f"{path}: of a message with text the chat template makes no text as it was written; "
+            "expected the text, unchanged (as |e and |upper do not leave it)"
+        )
     if _MARK not in asked or images != 1:
         found = f"{images} image placeholders" if _MARK in asked else "no text as it was written"
         raise KepoCheckpointError(
@@ -107,7 +116,7 @@ def check_template(path: str | Path, tokenizer: Any, image_token_id: int) -> Non
 
 def check_head(path: str | Path, model: Any, tokenizer: Any) -> None:
     """Raise KepoCheckpointError for a tokenizer with ids beyond the head or the embedding, and for
-    logits that are not ``hidden @ lm_head.T``, which the losses assume."""
+    a head whose logits the losses cannot form (kepo_kernels.head_of)."""
     largest = max(tokenizer.get_vocab().values())
     head = model.get_output_embeddings()
     for name, module in (("head", head), ("embedding", model.get_input_embeddings())):
@@ -124,29 +133,27 @@ def check_head(path: str | Path, model: Any, tokenizer: Any) -> None:
             f"{path}: the tokenizer has {len(tokenizer)} tokens and ids up to {largest}; "
             "expected ids without holes, as rows of the head beyond them are never sampled"
         )
-    if getattr(head, "bias", None) is not None:
+    try:
+        head_of(model)
+    except KepoInputError as error:
+        raise KepoCheckpointError(f"{path}: the model's head cannot be read: {error}") from error
+
+
+@torch.no_grad()
+def check_logits(path: str | Path, model: Any) -> None:
+    """Raise KepoCheckpointError for a model whose logits are not those that its head makes of its
+    states: what it sampled would not be what is trained. Runs two tokens."""
+    ids = torch.tensor([[0, 1]], device=model.device)
+    own = model(input_ids=ids, use_cache=False).logits[0].double()
+    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    off = project(states, head_of(model)).double() - own
+    rounding = 1e-4 if states.dtype == torch.float32 else 5e-2
+    if not off.norm() <= rounding * own.norm():
         raise KepoCheckpointError(
-            f"{path}: the model's head has a bias, which the losses would leave out; expected a "
-            "head without"
+            f"{path}: the logits of {type(model).__name__} are not what its head makes of its "
+            f"states, but off by {off.norm() / own.norm():.1e} of themselves; expected a model "
+            "that does no more to them than a bias, a scale and a softcap"
         )
-    text = model.config.get_text_config()
-    for name, plain in _SCALES.items():
-        value = getattr(text, name, None)
-        if value not in (None, plain, False):
-            raise KepoCheckpointError(
-                f"{path}: the config says {name}={value}, which the losses would leave out; "
-                "expected a model whose logits are its states times the head"
-            )
-
-
-_SCALES = {
-    "final_logit_softcapping": None,
-    "logits_soft_cap": None,
-    "logit_scale": 1,
-    "logits_scaling": 1,
-    "lm_head_multiplier": 1,
-}
-"""Settings by which other families change logits, each with the value at which it does nothing."""
 
 
 def check_positions(path: str | Path, config: Any) -> None:
@@ -172,70 +179,6 @@ def check_padding(path: str | Path, config: Any) -> None:
             f"{path}: config.json says pad_token_id={pad!r}; expected null or the id of a token, "
             f"a whole number from 0 to {rows - 1}"
         )
-
-
-def check_pictures(path: str | Path, image_processor: Any, config: Any) -> None:
-    """Raise KepoCheckpointError if the image processor cuts pictures differently from how the
-    vision tower reads them."""
-    vision = config.vision_config
-    pairs = (
-        ("patch_size", "patch_size"),
-        ("temporal_patch_size", "temporal_patch_size"),
-        ("merge_size", "spatial_merge_size"),
-    )
-    for mine, theirs in pairs:
-        cut, read = getattr(image_processor, mine), getattr(vision, theirs, None)
-        if read is not None and cut != read:
-            raise KepoCheckpointError(
-                f"{path}: preprocessor_config.json says {mine}={cut}, the vision tower "
-                f"{theirs}={read}; expected the preprocessor that the model came with"
-            )
-    if not image_processor.do_resize:
-        raise KepoCheckpointError(
-            f"{path}: preprocessor_config.json says do_resize=false; expected true, as pictures "
-            "whose sides are no multiple of a patch cannot be read"
-        )
-    _check_sizes(path, image_processor)
-    _check_colours(path, image_processor)
-
-
-def _check_sizes(path: str | Path, image_processor: Any) -> None:
-    """Check that a resized picture's least and most pixels are numbers, 0 < least <= most."""
-    edges = ("shortest_edge", "longest_edge")
-    least, most = (dict(image_processor.size).get(name) for name in edges)
-    if not (_is_number(least) and _is_number(most) and 0 < least <= most):
-        raise KepoCheckpointError(
-            f"{path}: preprocessor_config.json says size with shortest_edge={least!r} and "
-            f"longest_edge={most!r}; expected 0 < shortest_edge <= longest_edge, the pixels of the "
-            "smallest and the largest picture"
-        )
-
-
-def _check_colours(path: str | Path, image_processor: Any) -> None:
-    """Check that each of the three colours comes out as a finite number."""
-    wanted = []
-    if image_processor.do_rescale:
-        factor = image_processor.rescale_factor
-        wanted += [("rescale_factor", factor, _is_number(factor) and factor > 0, "a number > 0")]
-    if image_processor.do_normalize:
-        mean, std = image_processor.image_mean, image_processor.image_std
-        good = _are_colours(std) and min([std] if _is_number(std) else std) > 0
-        wanted += [("image_mean", mean, _are_colours(mean), "a number or three")]
-        wanted += [("image_std", std, good, "a number > 0 or three")]
-    for name, value, good, expected in wanted:
-        if not good:
-            raise KepoCheckpointError(
-                f"{path}: preprocessor_config.json says {name}={value!r}; expected {expected}"
-            )
-
-
-def _are_colours(values: Any) -> bool:
-    several = values if isinstance(values, list | tuple) else [values] * 3
-    return len(several) == 3 and all(map(_is_number, several))
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_same_opening(student: Any, teacher: Any) -> None:
@@ -277,11 +220,6 @@ def _open_tags(text: str) -> list[re.Match]:
     return left_open
 
 
-def _user(text: str, images: int = 0) -> dict[str, Any]:
-    shown = [{"type": "image"} for _ in range(images)]
-    return {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
-
-
 def _rendered(path: str | Path, tokenizer: Any, chat: list[dict[str, Any]], **settings: Any) -> str:
     """Render a chat with the template; KepoCheckpointError if it fails or asks for chance.
 
@@ -292,7 +230,7 @@ def _rendered(path: str | Path, tokenizer: Any, chat: list[dict[str, Any]], **se
         text = tokenizer.apply_chat_template(chat, tokenize=False, **settings)
     except Exception as error:  # a template is a program, and may fail in any way
         raise KepoCheckpointError(
-            f"{path}: the chat template fails on a message with text and image: {error}"
+            f"{path}: the chat template fails on a message with {_kinds(chat)}: {error}"
         ) from error
     if random.getstate() != before:
         random.setstate(before)
@@ -303,11 +241,16 @@ def _rendered(path: str | Path, tokenizer: Any, chat: list[dict[str, Any]], **se
     return text
 
 
-def _closing_token(path: str | Path, tokenizer: Any) -> int | None:
+def _kinds(chat: list[dict[str, Any]]) -> str:
+    return "text" if isinstance(chat[0]["content"], str) else "text and image"
+
+
+def _closing_token(path: str | Path, tokenizer: Any, sees: bool) -> int | None:
     """Return the token that the template writes after an answer; None if it takes no answers."""
-    answer = {"role": "assistant", "content": [{"type": "text", "text": _MARK}]}
+    images = 0 if sees else None
+    answer = turn("assistant", _MARK, images)
     try:
-        said = _rendered(path, tokenizer, [_user("?"), answer])
+        said = _rendered(path, tokenizer, [turn("user", "?", images), answer])
     except KepoCheckpointError:
         return None
     after = said.rpartition(_MARK)[2]

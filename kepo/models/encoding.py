@@ -2,7 +2,8 @@
 
 Their conventions: prompts are padded on the left, completions on the right, a prompt's images come
 before its text, and image tokens are marked in ``mm_token_type_ids``, without which their positions
-are silently wrong in some versions of transformers. Nothing is ever truncated.
+are silently wrong in some versions of transformers. Nothing is ever truncated. How a picture
+becomes numbers and tokens is its family's affair (kepo.models.families).
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kepo.data.images import open_rgb
+from kepo.data.images import open_rgb, size_of
 from kepo.errors import KepoConfigError, KepoDataError
-from kepo.models.conventions import closed
+from kepo.models.conventions import closed, turn
+from kepo.models.families.family import Pictures
 from kepo_kernels.compute.devices import moved
 
 IMAGE_CACHE_BYTES = 256 * 2**20
@@ -51,8 +53,8 @@ class Inputs:
     input_ids: Tensor  # (B, L) int64, padded on the left
     attention_mask: Tensor  # (B, L) int64, 0 on padding
     mm_token_type_ids: Tensor  # (B, L) int64, 1 on image tokens
-    pixel_values: Tensor  # (sum of patches, values per patch), the images one after another
-    image_grid_thw: Tensor  # (images, 3) int64, patches of each in time, height, width
+    pixel_values: Tensor  # (sum of rows, values of a row...), the images one after another
+    image_grid_thw: Tensor  # (images, 3) int64, each one's grid; the product is its rows
     image_places: tuple[tuple[int, ...], ...]  # B times the rows of image_grid_thw, in order
 
     def __len__(self) -> int:
@@ -120,8 +122,8 @@ class Encoder:
     text. All tensors are on the CPU."""
 
     tokenizer: Any
-    image_processor: Any
-    image_token_id: int
+    pictures: Pictures | None
+    """How pictures are read; None for a model that sees none."""
     end_ids: tuple[int, ...] = ()
     """Tokens that end a completion, first the one that ends a worked answer. () = the tokenizer's
     own end token."""
@@ -133,11 +135,21 @@ class Encoder:
     positions: int | None = None
     """The number of tokens that the model has positions for, prompt plus completion. None = any."""
     _patches: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _counts: dict[tuple, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.end_ids = tuple(self.end_ids) or (self.tokenizer.eos_token_id,)
-        pad = self.tokenizer.pad_token_id
-        self.control_ids = frozenset({*self.control_ids, *self.end_ids, self.image_token_id, pad})
+        image = () if self.pictures is None else (self.pictures.token,)
+        known = (*self.control_ids, *self.end_ids, *image, self.tokenizer.pad_token_id)
+        self.control_ids = frozenset(known)
+
+    @property
+    def image_token_id(self) -> int | None:
+        return None if self.pictures is None else self.pictures.token
+
+    @property
+    def image_processor(self) -> Any:
+        return None if self.pictures is None else self.pictures.processor
 
     def encode(self, prompts: Sequence[Prompt]) -> Inputs:
         """Apply the chat template, expand image placeholders, pad on the left.
@@ -171,7 +183,7 @@ class Encoder:
         return Inputs(
             input_ids=input_ids,
             attention_mask=mask.long(),
-            mm_token_type_ids=(mask & (input_ids == self.image_token_id)).long(),
+            mm_token_type_ids=(mask & self._is_image(input_ids)).long(),
             pixel_values=torch.cat([p for p, _ in images]) if images else torch.zeros(0, 0),
             image_grid_thw=torch.stack([grid for _, grid in images])
             if images
@@ -216,24 +228,29 @@ class Encoder:
 
         Raises ValueError, the image processor's, for a shape that it refuses.
         """
-        none: dict[str, Any] = {}  # of its settings are changed; transformers 5.5 wants to be told
-        count = self.image_processor.get_number_of_image_patches(height, width, none)
-        return count // self.image_processor.merge_size**2
+        assert self.pictures is not None, "the caller knows that this model sees"
+        count = self.pictures.count_by_size(self.pictures.processor, width, height)
+        return len(self.pictures.tokens(count))
 
     def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Return each prompt's number of tokens, those of its images included."""
-        known: dict[Prompt, int] = {}
+        """Return each prompt's number of tokens, those of its images included; of an image only the
+        header is read."""
         distinct = list(dict.fromkeys(prompts))
-        for prompt, ids in zip(distinct, self._chat_ids(distinct), strict=True):
-            grids = [self._image(path, _key(path))[1] for path in prompt.images]
-            known[prompt] = len(self._expanded(prompt, ids, grids))
+        known = dict(zip(distinct, self.text_lengths(distinct), strict=True))
+        for prompt in distinct:
+            known[prompt] += sum(self._tokens_of(path) for path in prompt.images)
         return [known[prompt] for prompt in prompts]
 
     def text_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
         """Return each prompt's number of tokens without those of its images; no image is read."""
-        return [len(ids) - ids.count(self.image_token_id) for ids in self._chat_ids(prompts)]
+        image = self.image_token_id
+        return [sum(token != image for token in ids) for ids in self._chat_ids(prompts)]
 
     # ---- private ----
+
+    def _is_image(self, ids: Tensor) -> Tensor:
+        image = self.image_token_id
+        return torch.zeros_like(ids, dtype=torch.bool) if image is None else ids == image
 
     def _refuse_control_tokens(self, function: str, what: str, texts: Sequence[str]) -> None:
         for text, ids in zip(texts, self._ids(texts), strict=True):
@@ -255,16 +272,17 @@ class Encoder:
     def _chat_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         said = [text for prompt in prompts for _, text in (*prompt.earlier, ("", prompt.text))]
         self._refuse_control_tokens("encode", "prompt", said)
+        for prompt in prompts:
+            if prompt.images and self.pictures is None:
+                raise KepoDataError(
+                    f"Encoder.encode: the prompt {prompt.text!r} shows {prompt.images[0]}, and the "
+                    "model sees no pictures; expected text alone, or a vision-language model"
+                )
+        images = self.pictures is not None
         chats = [
             [
-                *({"role": role, "content": [_text(text)]} for role, text in prompt.earlier),
-                {
-                    "role": "user",
-                    "content": [
-                        *({"type": "image"} for _ in prompt.images),
-                        _text(prompt.text),
-                    ],
-                },
+                *(turn(role, text, 0 if images else None) for role, text in prompt.earlier),
+                turn("user", prompt.text, len(prompt.images) if images else None),
             ]
             for prompt in prompts
         ]
@@ -290,32 +308,39 @@ class Encoder:
 
     def _expanded(self, prompt: Prompt, ids: list[int], grids: Sequence[Tensor]) -> list[int]:
         """Return the ids with each image's placeholder as often as the image has tokens."""
-        found = ids.count(self.image_token_id)
+        found = sum(token == self.image_token_id for token in ids)
         if found != len(grids):
             raise KepoDataError(
                 f"Encoder.encode: the prompt {prompt.text!r} gives {found} image placeholders; "
                 f"expected {len(grids)}, one per image: check that the chat template writes them"
             )
-        merge = self.image_processor.merge_size**2
-        counts = iter([int(grid.prod()) // merge for grid in grids])
+        if self.pictures is None:
+            return ids
+        shown = [self.pictures.count(self.pictures.processor, grid) for grid in grids]
+        runs = iter([self.pictures.tokens(count) for count in shown])
         return [
-            token
-            for one in ids
-            for token in ([one] * next(counts) if one == self.image_token_id else [one])
+            token for one in ids for token in (next(runs) if one == self.pictures.token else [one])
         ]
 
+    def _tokens_of(self, path: Path) -> int:
+        key = _key(path)
+        if key not in self._counts:
+            width, height = size_of(path)
+            try:
+                self._counts[key] = self.image_tokens(width, height)
+            except ValueError as error:
+                raise _refused(path, width, height, error) from error
+        return self._counts[key]
+
     def _image(self, path: Path, key: tuple) -> tuple[Tensor, Tensor]:
-        """Return patches ``(n, values)`` and grid ``(3,)`` of an image, cached while unchanged."""
+        """Return rows ``(n, values...)`` and grid ``(3,)`` of an image, cached while unchanged."""
         if key not in self._patches:
+            assert self.pictures is not None, "refused before"
             image = open_rgb(path)
             try:
-                out = self.image_processor(images=[image], return_tensors="pt")
+                entry = self.pictures.read(self.pictures.processor, image)
             except ValueError as error:
-                raise KepoDataError(
-                    f"Encoder.encode: the image processor refuses {path}, of {image.width} x "
-                    f"{image.height} pixels: {error}"
-                ) from error
-            entry = (out["pixel_values"], out["image_grid_thw"][0])
+                raise _refused(path, image.width, image.height, error) from error
             room = IMAGE_CACHE_BYTES - entry[0].nbytes
             held = sum(patches.nbytes for patches, _ in self._patches.values())
             while self._patches and held > room:
@@ -326,6 +351,12 @@ class Encoder:
 
 def _text(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
+
+
+def _refused(path: Path, width: int, height: int, error: ValueError) -> KepoDataError:
+    return KepoDataError(
+        f"Encoder.encode: the image processor refuses {path}, of {width} x {height} pixels: {error}"
+    )
 
 
 def _key(path: Path) -> tuple:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from kepo.models.encoding import Inputs
-from kepo.models.packing import prompt_positions
+from kepo.models.packing import on_their_axes, prompt_positions
 from kepo.models.vision import cache_name, forward_inputs
 
 BLOCK = 64
@@ -73,9 +73,10 @@ def generate(model: Any, inputs: Inputs, draw: Draw, how: Generation) -> tuple[T
 class _State:
     """What the rows of a batch go on from: their cache, the next position, and the padding."""
 
-    def __init__(self, cache: Any, positions: Tensor, mask: Tensor | None):
+    def __init__(self, cache: Any, axes: int, positions: Tensor, mask: Tensor | None):
         self.cache = cache
-        self.positions = positions  # (rows,) of the next token, the same on all three axes
+        self.axes = axes
+        self.positions = positions  # (rows,) of the next token, the same on all axes
         self.mask = mask  # (rows, tokens in the cache), or None if nothing is padding
 
     def keep(self, order: Sequence[int]) -> None:
@@ -88,7 +89,7 @@ class _State:
             if isinstance(layer, _RoomyLayer):
                 layer.keep(len(order), to, kept[to])
             else:
-                layer.batch_select_indices(kept)
+                layer.reorder_cache(kept)
         self.positions = self.positions[kept]
         self.mask = None if self.mask is None else self.mask[kept]
 
@@ -99,7 +100,7 @@ class _State:
         out = model(
             input_ids=tokens[:, None],
             attention_mask=self.mask,
-            position_ids=self.positions.expand(3, -1)[..., None],
+            position_ids=on_their_axes(self.positions.expand(self.axes, -1)[..., None]),
             use_cache=True,
             **{cache_name(model): self.cache},
         )
@@ -109,17 +110,20 @@ class _State:
 
 def _prefilled(model: Any, inputs: Inputs, how: Generation) -> tuple[Tensor, _State]:
     """Return the logits of all first tokens, and what the completions go on from."""
-    given = forward_inputs(model, inputs)
     positions = prompt_positions(model, inputs)
     device, mask = inputs.input_ids.device, inputs.attention_mask
-    out = model(**given, position_ids=positions.to(device), use_cache=True, logits_to_keep=1)
+    given = forward_inputs(model, inputs)
+    given["position_ids"] = on_their_axes(positions).to(device)
+    out = model(**given, use_cache=True, logits_to_keep=1)
     cache = out[cache_name(model)]
+    repeated = torch.arange(len(inputs), device=device).repeat_interleave(how.n)
     for place, layer in enumerate(cache.layers):
-        layer.batch_repeat_interleave(how.n)
+        layer.reorder_cache(repeated)  # the one way to choose rows that all kinds of layers have
         if type(layer) is DynamicLayer:  # a sliding window keeps few tokens, and its own counsel
             cache.layers[place] = _RoomyLayer(layer.keys, layer.values)
     state = _State(
         cache,
+        len(positions),
         (positions.amax((0, 2)) + 1).to(device).repeat_interleave(how.n),
         None if bool(mask.all()) else mask.repeat_interleave(how.n, dim=0),
     )

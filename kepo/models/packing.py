@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kepo.errors import KepoDataError
 from kepo.models.encoding import Inputs
+from kepo.models.families.registry import family_of
 from kepo_kernels.compute.devices import moved
 
 PROMPT, PADDING = -1, -2
@@ -41,7 +42,7 @@ class Packed:
 
     input_ids: Tensor  # (R, L) int64
     types: Tensor  # (R, L) int64, 1 on image tokens
-    positions: Tensor  # (3, R, L) int64: time, height, width
+    positions: Tensor  # (axes, R, L) int64
     segments: Tensor  # (R, L) int64: PROMPT, PADDING or the number of a completion
     states_at: Tensor  # (B, T) int64: which of the R * L states predicts a token; 0 where masked
 
@@ -79,7 +80,7 @@ def pack(
 ) -> Packed:
     """Return the packed rows of R prompts and B completions; all tensors are on the CPU.
 
-    positions ``(3, R, P)``: those of the prompts (`prompt_positions`). ids, mask ``(B, T)``: the
+    positions ``(axes, R, P)``: those of the prompts (`prompt_positions`). ids, mask ``(B, T)``: the
     completions, without what stands where the mask is False. prompt_of: for each completion the
     number of its prompt among ``inputs``; every prompt has a completion.
     """
@@ -105,7 +106,7 @@ def pack(
     packed = Packed(
         input_ids=torch.zeros(size, dtype=torch.long),
         types=torch.zeros(size, dtype=torch.long),
-        positions=torch.zeros(3, *size, dtype=torch.long),
+        positions=torch.zeros(len(positions), *size, dtype=torch.long),
         segments=torch.full(size, PADDING),
         states_at=torch.zeros(ids.shape, dtype=torch.long),
     )
@@ -129,16 +130,23 @@ def pack(
 
 
 def prompt_positions(model: Any, inputs: Inputs) -> Tensor:
-    """Return (3, R, P) int64 on the CPU: the positions that the model's family gives the tokens of
-    prompts, in time, height and width; 0 on padding. The family finds them token by token."""
-    places = [place for places in inputs.image_places for place in places]
-    positions, _ = model.model.get_rope_index(
-        input_ids=inputs.input_ids.cpu(),
-        mm_token_type_ids=inputs.mm_token_type_ids.cpu(),
-        image_grid_thw=inputs.image_grid_thw[places].cpu(),
-        attention_mask=inputs.attention_mask.cpu(),
-    )
-    return positions
+    """Return (axes, R, P) int64 on the CPU: the positions that the model's family gives the tokens
+    of prompts, on one axis or on three (time, height, width); 0 on padding."""
+    return family_of(model.config).positions(model, inputs)
+
+
+def on_their_axes(positions: Tensor) -> Tensor:
+    """Return positions (axes, rows, tokens) as forwards take them: without an axis if it is one."""
+    return positions if len(positions) > 1 else positions[0]
+
+
+def why_not_packed(text_config: Any) -> str | None:
+    """Return why attention computes of packed rows something else than of separate ones, as a
+    clause about its setting; None if it does not."""
+    attention = text_config._attn_implementation
+    if attention not in TAKES_MASKS:
+        return f"attn_implementation={attention!r} takes no mask for every query and key"
+    return None
 
 
 def packed_length(prompt: int, completions: Sequence[int]) -> int:

@@ -15,11 +15,14 @@ import torch
 from kepo.errors import KepoCheckpointError, KepoConfigError, KepoError
 from kepo.models import conventions, tensors
 from kepo.models.encoding import Encoder
-from kepo.models.processors import image_processor_class, without_broken_torchvision
-from kepo.models.vision import check_reads_types
+from kepo.models.families.processors import without_broken_torchvision
+from kepo.models.families.registry import family_of
+from kepo.sections import PicturesConfig
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 """A pattern for ``name`` or ``owner/name``."""
+EDGES = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+"""The settings, and what Qwen's image processors call them; all are pixels, width times height."""
 NO_CODE: dict[str, Any] = dict(trust_remote_code=False)
 """Arguments for every function of transformers that could run a model folder's code, or ask to."""
 
@@ -28,19 +31,16 @@ def read_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
     """Read the model at a folder or Hub name, on the CPU unless ``settings``, which are
     from_pretrained's, say otherwise.
 
-    Raises KepoCheckpointError if it is not there or not a Qwen-VL model, brings code of its own,
+    Raises KepoCheckpointError if it is not there or of no family, brings code of its own,
     or if its weights are not all there, of the right shapes and finite, in safetensors.
     """
-    without_broken_torchvision()
-    from transformers import AutoModelForImageTextToText
-
     config = read_config(path)
     if (base := base_of(path)) is not None:
         return _adapted(path, read_model(base, dtype, **settings))
     quantized = bool(getattr(config, "quantization_config", None))
     tensors.check_files(path, quantized)
     try:
-        model, found = AutoModelForImageTextToText.from_pretrained(
+        model, found = auto_class(config).from_pretrained(
             path,
             dtype=dtype,
             use_safetensors=True,
@@ -49,26 +49,44 @@ def read_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
             **NO_CODE,
             **settings,
         )
-    except ImportError as error:
-        raise KepoConfigError(f"{path} cannot be loaded as asked: {error}") from error
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of broken files its many readers raise anything
+        refused = refused_attention(path, settings.get("attn_implementation"), error)
+        if refused is not None:
+            raise refused from error
+        if isinstance(error, ImportError):
+            raise KepoConfigError(f"{path} cannot be loaded as asked: {error}") from error
         raise _unreadable(path, error) from error
     tensors.check_loaded(path, found)
     tensors.check_values(path, model)
-    check_reads_types(model)
+    family_of(config).check(model)
+    if not family_of(config).model_types:  # it takes models of any make
+        conventions.check_logits(path, model)
     return model
+
+
+def refused_attention(
+    path: str | Path, attention: str | None, error: Exception
+) -> KepoConfigError | None:
+    """Return the error of a model that transformers does not build with this attn_implementation;
+    None if its own error is about something else."""
+    said = " ".join(str(error).split())
+    words = ("attn", "FlashAttention", "attention implementation", "kernels")
+    if attention is None or not any(word in said for word in words):
+        return None
+    reason = said.partition(". ")[0].rstrip(".")
+    return KepoConfigError(
+        f"attn_implementation={attention!r}: {path} cannot be computed with it: {reason}; expected "
+        "sdpa, eager, or another that is installed and that transformers has for this model"
+    )
 
 
 def blank_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
     """Return the same model on the CPU, still empty: memory that is not touched is not taken."""
-    without_broken_torchvision()
-    from transformers import AutoModelForImageTextToText
-
     with torch.device("meta"):
         config = read_config(path)
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, **NO_CODE, **settings)
+        model = auto_class(config).from_config(config, dtype=dtype, **NO_CODE, **settings)
     model.to_empty(device="cpu").tie_weights()
     if base_of(path) is not None:
         peft = _peft(path)
@@ -78,8 +96,16 @@ def blank_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
     return model
 
 
+def auto_class(config: Any) -> Any:
+    """Return the auto class of transformers that loads the family of a config."""
+    without_broken_torchvision()
+    import transformers
+
+    return getattr(transformers, family_of(config).loads)
+
+
 def read_config(path: str | Path) -> Any:
-    """Read a Qwen-VL model's config at a folder or Hub name; KepoCheckpointError if it is none."""
+    """Read a model's config at a folder or Hub name; KepoCheckpointError if it is of no family."""
     without_broken_torchvision()
     from transformers import AutoConfig
 
@@ -88,11 +114,10 @@ def read_config(path: str | Path) -> Any:
         config = AutoConfig.from_pretrained(whole, **NO_CODE)
     except Exception as error:
         raise _unreadable(path, error) from error
-    if getattr(config, "image_token_id", None) is None:
-        raise KepoCheckpointError(
-            f"{path}: {type(config).__name__} has no image_token_id; expected the config of a "
-            "Qwen2-VL, Qwen2.5-VL or Qwen3-VL model"
-        )
+    try:
+        family_of(config)
+    except LookupError as error:
+        raise KepoCheckpointError(f"{path} {error.args[0]}") from error
     if (other := getattr(config, "transformers_weights", None)) is not None:
         raise KepoCheckpointError(
             f"{path}: config.json says transformers_weights={other!r}; expected it "
@@ -117,9 +142,10 @@ def encoder_of(path: str | Path, config: Any) -> Encoder:
     """Load an encoder as `load_encoder` does, for a model of which only the config is at hand."""
     from transformers import AutoTokenizer
 
+    family = family_of(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **NO_CODE)
-        image_processor = _image_processor(path)
+        pictures = family.pictures(path, config, tokenizer) if family.pictures else None
     except KepoError:
         raise
     except Exception as error:
@@ -127,16 +153,15 @@ def encoder_of(path: str | Path, config: Any) -> Encoder:
     for name in ("pad_token_id", "eos_token_id", "chat_template"):
         if getattr(tokenizer, name, None) is None:
             raise KepoCheckpointError(f"{path}: the tokenizer has no {name}; set it and save")
-    conventions.check_template(path, tokenizer, config.image_token_id)
-    conventions.check_pictures(path, image_processor, config)
-    ends = conventions.end_ids(base_of(path) or path, tokenizer, config)
+    sees = pictures is not None
+    conventions.check_template(path, tokenizer, pictures.token if pictures else None)
+    ends = conventions.end_ids(base_of(path) or path, tokenizer, config, sees)
     return Encoder(
         tokenizer,
-        image_processor,
-        config.image_token_id,
+        pictures,
         end_ids=ends,
-        control_ids=conventions.control_ids(tokenizer, config, ends),
-        opened=conventions.opened_by(path, tokenizer),
+        control_ids=conventions.control_ids(tokenizer, family.marks(config, tokenizer), ends),
+        opened=conventions.opened_by(path, tokenizer, sees),
         positions=getattr(config.get_text_config(), "max_position_embeddings", None),
     )
 
@@ -168,6 +193,43 @@ def hide_transformers_bars() -> None:
     logging.disable_progress_bar()
 
 
+def resize_pictures(encoder: Encoder, config: PicturesConfig, path: str) -> Encoder:
+    """Let an encoder resize pictures as the settings say, and return it; what they leave open stays
+    as the model's preprocessor_config.json has it.
+
+    A processor keeps a picture's shape and rounds its sides to whole tokens, so the pixels may miss
+    the bounds by that rounding. path: the model, for messages. Raises KepoConfigError if its
+    pictures cannot be resized so.
+    """
+    wanted: dict[str, int | None] = {setting: getattr(config, setting) for setting in EDGES}
+    given = {setting: value for setting, value in wanted.items() if value is not None}
+    if not given:
+        return encoder
+    name, processor = next(iter(given)), encoder.image_processor
+    size = dict(getattr(processor, "size", None) or {})
+    if not all(edge in size for edge in EDGES.values()):
+        raise KepoConfigError(
+            f"{name}={given[name]}: {path} does not resize pictures by their number of pixels; "
+            "leave it out"
+        )
+    edges = {edge: given.get(setting) or size[edge] for setting, edge in EDGES.items()}
+    least, most = edges["shortest_edge"], edges["longest_edge"]
+    token = (processor.patch_size * processor.merge_size) ** 2
+    if most < token:
+        raise KepoConfigError(
+            f"max_pixels={most} is less than the {token} pixels of one token of {path}; give more"
+        )
+    if least > most:
+        own = [setting for setting in EDGES if setting not in given]
+        says = f" ({own[0]} as its preprocessor_config.json says)" if own else ""
+        raise KepoConfigError(
+            f"{name}={given[name]}: the smallest picture of {path} would have {least} pixels, "
+            f"the largest {most}{says}; expected min_pixels <= max_pixels, so set both"
+        )
+    processor.size = type(processor.size)(**edges)
+    return encoder
+
+
 def _adapted(path: str | Path, model: Any) -> Any:
     """Return the model with the adapters of a folder in it."""
     return tensors.with_saved_adapters(_peft(path), model, Path(path)).get_base_model()
@@ -191,17 +253,6 @@ def _peft(path: str | Path) -> Any:
     return peft
 
 
-def _image_processor(path: str | Path) -> Any:
-    kind = image_processor_class()
-    stated = kind.get_image_processor_dict(path)[0].get("image_processor_type")
-    if stated is not None and not re.match(r"Qwen\w*VLImageProcessor", stated):
-        raise KepoCheckpointError(
-            f"{path}: preprocessor_config.json names the image processor {stated}; expected "
-            "Qwen2VLImageProcessor, which belongs to the Qwen-VL models that kepo can train"
-        )
-    return kind.from_pretrained(path)
-
-
 def _unreadable(path: str | Path, error: Exception) -> KepoCheckpointError:
     if "trust_remote_code" in str(error):
         return KepoCheckpointError(
@@ -215,10 +266,10 @@ def _unreadable(path: str | Path, error: Exception) -> KepoCheckpointError:
         # transformers takes it for a name on the Hub, and may have tried to reach it.
         hub = f"; as a name on the Hub: {said}" if HUB_NAME.fullmatch(str(path)) else ""
         return KepoCheckpointError(
-            f"{path}: cannot load a vision-language model from it: {kind}{hub}; expected the "
+            f"{path}: cannot load a model from it: {kind}{hub}; expected the "
             "folder of one, or its name on the Hub"
         )
     return KepoCheckpointError(
-        f"{path}: cannot load a vision-language model from it: {said}; expected "
-        "config.json, *.safetensors, tokenizer files and preprocessor_config.json"
+        f"{path}: cannot load a model from it: {said}; expected "
+        "config.json, *.safetensors, tokenizer files and, if it sees, preprocessor_config.json"
     )

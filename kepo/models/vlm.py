@@ -1,4 +1,4 @@
-"""A Qwen-VL model with its encoder: generate, hidden states, save and load."""
+"""A model with its encoder: generate, hidden states, save and load."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from kepo.distributed.processes import any_rank, is_rank0, world_size
 from kepo.distributed.sharding import gathered, whole_state, whole_tensor
 from kepo.errors import KepoConfigError, KepoDataError
-from kepo.models.conventions import VISION_TOKENS
 from kepo.models.device import known_device
 from kepo.models.encoding import Encoder, Inputs, Prompt
-from kepo.models.packing import TAKES_MASKS, pack, prompt_positions
+from kepo.models.families.family import Family
+from kepo.models.families.registry import family_of
+from kepo.models.packing import on_their_axes, pack, prompt_positions, why_not_packed
 from kepo.models.reading import load_encoder, read_model
 from kepo.models.sampling import Sampled, SamplingLaw, SamplingParams, greedy
 from kepo.models.vision import check_length, forward_inputs
+from kepo_kernels import Head, head_of
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -51,9 +53,9 @@ class VLM:
         """Read a folder or Hub name: config, safetensors, tokenizer, image processor.
 
         Only safetensors are read, and no code of the folder is run. dtype: "float32", "bfloat16" or
-        "float16". device: cpu, cuda or cuda:<number>. Raises KepoConfigError for another dtype or
+        "float16". device: as `known_device` takes it. Raises KepoConfigError for another dtype or
         device, KepoCheckpointError if something is missing or broken, if the files contradict each
-        other (kepo.models.conventions), or if the model is not an image-text model.
+        other (kepo.models.conventions), or if the model is of no family (kepo.models.families).
         """
         dtypes = ("float32", "bfloat16", "float16")
         if dtype not in dtypes:
@@ -79,7 +81,8 @@ class VLM:
             settings["save_embedding_layers"] = False
         saved.save_pretrained(path, **settings)
         for part in (self.encoder.tokenizer, self.encoder.image_processor):
-            part.save_pretrained(path)
+            if part is not None:
+                part.save_pretrained(path)
 
     def run_wrapped(self, work: Callable[[], T]) -> T:
         """Return ``work()``, with the weights there for it and the gradients shared afterwards.
@@ -90,9 +93,18 @@ class VLM:
         return work() if self.wrapper is None else self.wrapper(work)
 
     @property
+    def family(self) -> Family:
+        return family_of(self.model.config)
+
+    @property
+    def head(self) -> Head:
+        """The head with all that the model does to its logits, as the losses take it."""
+        return head_of(self.model)
+
+    @property
     def lm_head(self) -> Tensor:
-        """The output embedding ``(V, H)``; V may exceed the tokenizer's length (padding rows)."""
-        return self.model.get_output_embeddings().weight
+        """The weight ``(V, H)`` of `head`; V may exceed the tokenizer's length (padding rows)."""
+        return self.head.weight
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every parameter unsharded, one at a time, with its name. All ranks iterate."""
@@ -102,10 +114,10 @@ class VLM:
     def never_sampled(self) -> list[int]:
         """Return the ids that are no text and no end: placeholders, padding, rows of the head that
         the tokenizer has no token for."""
-        marks = (getattr(self.model.config, name, None) for name in VISION_TOKENS)
-        ids = {mark for mark in marks if mark is not None}
+        ids = self.family.marks(self.model.config, self.tokenizer)
         ids |= {self.tokenizer.pad_token_id} - set(self.encoder.end_ids)
-        return sorted(ids | set(range(len(self.tokenizer), self.lm_head.shape[0])))
+        rows = self.model.get_output_embeddings().weight.shape[0]  # perhaps of a sharded weight
+        return sorted(ids | set(range(len(self.tokenizer), rows)))
 
     # ---- prompts and text: the encoder's, on the model's device ----
 
@@ -200,10 +212,10 @@ class VLM:
         )
 
     @property
-    def takes_masks(self) -> bool:
-        """True if the attention takes the mask that `share_prompts` needs, of every query and
-        key; flash-attention takes none."""
-        return self.model.config.get_text_config()._attn_implementation in TAKES_MASKS
+    def why_not_packed(self) -> str | None:
+        """Why the model cannot `share_prompts`, by its attention or its family; None if it can."""
+        config = self.model.config
+        return why_not_packed(config.get_text_config()) or self.family.unshareable(config)
 
     def completion_states(
         self, prompts: Sequence[Prompt], completion_ids: Tensor, completion_mask: Tensor
@@ -211,7 +223,8 @@ class VLM:
         """Return last hidden states ``(B, T, H)`` of B completions under B prompts, on the model's
         device; the one at t predicts ``completion_ids[:, t]``.
 
-        ``completion_states @ lm_head.T`` are the model's logits. completion_ids ``(B, T)``,
+        `head` makes the model's logits of them (``completion_states @ lm_head.T`` of most models).
+        completion_ids ``(B, T)``,
         completion_mask ``(B, T)`` bool, both on the CPU; what stands at masked places does not
         matter, and the states there mean nothing. Equal prompts are computed once if
         `share_prompts`, else each time. Carries gradients unless the caller turned them off.
@@ -244,18 +257,19 @@ class VLM:
         rows = rows.to(self.device)
         given = forward_inputs(self.model, inputs.to(self.device)) | {
             "input_ids": rows.input_ids,
-            "mm_token_type_ids": rows.types,
-            "position_ids": rows.positions,
+            "position_ids": on_their_axes(rows.positions),
             "attention_mask": rows.attention_mask(self.model.dtype),
         }
-        return rows.predicting(self.model.model(**given, use_cache=False).last_hidden_state)
+        if "mm_token_type_ids" in given:
+            given["mm_token_type_ids"] = rows.types
+        return rows.predicting(self.model.base_model(**given, use_cache=False).last_hidden_state)
 
     def completion_hidden(
         self, inputs: Inputs, completion_ids: Tensor, completion_mask: Tensor
     ) -> Tensor:
         """Return last hidden states ``(B, T, H)``; the one at t predicts ``completion_ids[:, t]``.
 
-        ``completion_hidden @ lm_head.T`` are the model's logits. completion_ids ``(B, T)``,
+        `head` makes the model's logits of them. completion_ids ``(B, T)``,
         completion_mask ``(B, T)`` bool; what stands at masked places does not matter, and the
         states there mean nothing. Carries gradients unless the caller turned them off.
         """
@@ -270,7 +284,7 @@ class VLM:
         keep = completion_mask.bool()
         pad = completion_ids.new_tensor(self.tokenizer.pad_token_id)
         filled = torch.where(keep, completion_ids, pad)
-        states = self.model.model(
+        states = self.model.base_model(
             **forward_inputs(self.model, inputs.followed_by(filled, keep)),
             use_cache=False,
         ).last_hidden_state

@@ -20,7 +20,7 @@ from kepo_kernels.compute.devices import moved
 
 @dataclass(frozen=True)
 class Batch:
-    """B completions of one optimiser step, or of one micro-batch of it."""
+    """B completions of one step, of a mini-batch of it, or of a micro-batch of that."""
 
     prompts: tuple[Prompt, ...]
     """The plain questions, one per completion: hints never reach the training forward."""
@@ -31,14 +31,16 @@ class Batch:
     advantages: Tensor
     """(B,) fp32 advantage of each completion."""
     policy_weights: Tensor
-    """(B, T) weights of the policy term, normalised over the whole step."""
+    """(B, T) weights of the policy term, normalised over the whole mini-batch."""
     distill_weights: Tensor
     """(B, T) weights of the divergence, the gate among their factors, normalised over the whole
-    step."""
+    mini-batch."""
     sampler_logprobs: Tensor
     """(B, T) fp32 log-probabilities under the law that sampled; NaN where none did."""
     hinted: Tensor
     """(B,) bool, sampled with a hint."""
+    mini: Tensor
+    """(B,) int64 number of the mini-batch that a completion is part of, from 0."""
     old_logprobs: Tensor | None = None
     """(B, T) fp32, of the policy before the step's first update; None in the first iteration."""
 
@@ -63,6 +65,13 @@ class Batch:
         }
         return replace(self, prompts=tuple(self.prompts[place] for place in places), **cut)
 
+    def mini_batches(self) -> list[Batch]:
+        """Return the mini-batches, each for an optimiser step of its own."""
+        count = int(self.mini.max()) + 1
+        if count == 1:
+            return [self]
+        return [self.select((self.mini == n).nonzero().squeeze(-1).tolist()) for n in range(count)]
+
     def lossless(self) -> Batch:
         """Return one completion without any loss."""
         row = self.select([0])
@@ -84,9 +93,11 @@ def collate(
     """Return advantages, masks and weights of all rollouts of one step.
 
     Every group must have the same number of samples; ``data`` are the dataset's own solutions, each
-    by itself with advantage 1. With ``mask_truncated`` a completion that hit the length limit keeps
-    its place in the group statistics but carries no loss. The gate reads ``gate_reward``; without a
-    teacher to distil from, every gate is closed.
+    by itself with advantage 1. Groups and solutions are dealt out to the mini-batches one by one,
+    whole; a mini-batch's weights are what they would be if it were all of the step. With
+    ``mask_truncated`` a completion that hit the length limit keeps its place in the group
+    statistics but carries no loss. The gate reads ``gate_reward``; without a teacher to distil
+    from, every gate is closed.
     """
     rollouts = [rollout for group in groups for rollout in group] + list(data)
     advantages = torch.ones(len(data))
@@ -99,10 +110,8 @@ def collate(
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     if config.mask_truncated:
         mask &= ~torch.tensor([r.truncated for r in rollouts])[:, None]
-    if config.policy_reduction == "dr_grpo":
-        policy_weights = dr_grpo_weights(mask, config.max_completion_length)
-    else:
-        policy_weights = loss_weights(mask, None, config.policy_reduction)
+    mini = _dealt_out([*map(len, groups), *[1] * len(data)], config.mini_batches)
+    policy_weights, distill_weights = _weights(mask, gates(rollouts, config), mini, config)
     unknown = [torch.full((len(r.completion_ids),), torch.nan) for r in rollouts]
     drawn = [
         nan if r.sampler_logprobs is None else r.sampler_logprobs
@@ -114,10 +123,32 @@ def collate(
         completion_mask=mask,
         advantages=advantages,
         policy_weights=config.policy_coef * policy_weights,
-        distill_weights=loss_weights(mask, gates(rollouts, config), config.distill_reduction),
+        distill_weights=distill_weights,
         sampler_logprobs=pad_sequence(drawn, batch_first=True, padding_value=torch.nan),
         hinted=torch.tensor([r.hinted for r in rollouts]),
+        mini=mini,
     )
+
+
+def _dealt_out(sizes: Sequence[int], count: int) -> Tensor:
+    """(B,) int64 number of the mini-batch of each completion, for questions with these numbers of
+    completions."""
+    return torch.arange(len(sizes)).remainder(count).repeat_interleave(torch.tensor(sizes))
+
+
+def _weights(
+    mask: Tensor, gate: Tensor, mini: Tensor, config: ObjectiveConfig
+) -> tuple[Tensor, Tensor]:
+    """(B, T) weights of the policy term and of the divergence, each mini-batch's by itself."""
+    policy, distillation = torch.zeros((2, *mask.shape), dtype=torch.float64)
+    for number in mini.unique():
+        own = mini == number
+        if config.policy_reduction == "dr_grpo":
+            policy[own] = dr_grpo_weights(mask[own], config.max_completion_length)
+        else:
+            policy[own] = loss_weights(mask[own], None, config.policy_reduction)
+        distillation[own] = loss_weights(mask[own], gate[own], config.distill_reduction)
+    return policy, distillation
 
 
 def gates(rollouts: Sequence[Rollout], config: ObjectiveConfig) -> Tensor:

@@ -16,8 +16,10 @@ def group_advantages(rewards: Tensor, scale_rewards: str = "group") -> Tensor:
     """(P, G) rewards -> (P, G) advantages (r - mean) / (std + 1e-4), std with G - 1 degrees of
     freedom.
 
-    A group of equal rewards gets exactly 0. scale_rewards "none" leaves out the division. (GRPO,
-    Shao et al. 2024; constants as in KEPO. Without division: Dr. GRPO, Liu et al. 2025.)
+    A group of equal rewards gets exactly 0. scale_rewards "batch" divides by the std of all P G
+    rewards instead, with P G - 1 degrees of freedom; "none" leaves out the division. (GRPO, Shao et
+    al. 2024; constants as in KEPO. By the batch: Lite PPO, Liu et al. 2025; without division: Dr.
+    GRPO, Liu et al. 2025.)
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(
@@ -27,6 +29,8 @@ def group_advantages(rewards: Tensor, scale_rewards: str = "group") -> Tensor:
     advantages = rewards - rewards.mean(-1, keepdim=True)
     if scale_rewards == "group":
         advantages = advantages / (rewards.std(-1, keepdim=True) + STD_FLOOR)
+    elif scale_rewards == "batch":
+        advantages = advantages / (rewards.std() + STD_FLOOR)
     equal = (rewards == rewards[:, :1]).all(-1, keepdim=True)
     return torch.where(equal, 0.0, advantages)
 

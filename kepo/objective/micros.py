@@ -6,14 +6,19 @@ prompt with its completions (kepo.models.packing), without it a prompt with one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from kepo.distributed.processes import rank, world_size
 from kepo.models.encoding import Prompt
 from kepo.models.packing import packed_length
+from kepo.models.vlm import VLM
 from kepo.objective.batch import Batch
 from kepo.sections import OptimizerConfig
+
+WORTH_A_CUT = 0.95
+"""A group is cut for the sake of equal work if the rank with the most tokens gets at most this
+share of them."""
 
 
 class Row(NamedTuple):
@@ -28,8 +33,19 @@ Micro = list[Row]
 """The rows of a micro-batch; they are padded to the longest."""
 
 
+def lay_out(batch: Batch, policy: VLM, config: OptimizerConfig) -> tuple[list[list[Batch]], float]:
+    """Return this rank's micro-batches of each mini-batch of a step, and the share of padding in
+    those of all ranks."""
+    minis, plans = batch.mini_batches(), []
+    for mini in minis:
+        lengths = policy.encoder.lengths(mini.prompts)
+        plans.append(plan_micros(mini, lengths, config, policy.share_prompts))
+    own = [own_micros(mini, plan) for mini, plan in zip(minis, plans, strict=True)]
+    return own, padding([share for plan in plans for share in plan])
+
+
 def own_micros(batch: Batch, plan: Sequence[Sequence[Micro]]) -> list[Batch]:
-    """Return this rank's micro-batches of a step, as `plan_micros` laid them out.
+    """Return this rank's micro-batches of a mini-batch, as `plan_micros` laid them out.
 
     Every rank gets equally many, so that all ranks can work on each at once. Where a share has run
     out they are one completion without any loss.
@@ -45,12 +61,19 @@ def plan_micros(
 
     The longest rows come first, each to the rank that has the fewest tokens so far; rows of similar
     length then fill a micro-batch up to ``micro_batch`` completions and ``micro_tokens`` tokens,
-    padding included.
+    padding included. Groups that are left when all ranks have equally many are cut, if the rank
+    with the most tokens gets fewer that way.
     """
-    shares: list[list[Row]] = [[] for _ in range(world_size())]
-    for row in sorted(_rows(batch, prompt_lengths, config, share_prompts), key=_longest_first):
-        min(shares, key=_tokens).append(row)
-    return [_filled(share, config) for share in shares]
+    lengths = batch.completion_mask.sum(-1).tolist()
+
+    def row(places: Sequence[int]) -> Row:
+        own = [lengths[place] for place in places]
+        if not share_prompts:
+            return Row(tuple(places), prompt_lengths[places[0]] + own[0])
+        return Row(tuple(places), packed_length(prompt_lengths[places[0]], own))
+
+    rows = sorted(_rows(batch, row, config, share_prompts), key=_longest_first)
+    return [_filled(share, config) for share in _evened(rows, row)]
 
 
 def padding(plan: Sequence[Sequence[Micro]]) -> float:
@@ -61,16 +84,12 @@ def padding(plan: Sequence[Sequence[Micro]]) -> float:
 
 
 def _rows(
-    batch: Batch, prompt_lengths: Sequence[int], config: OptimizerConfig, share_prompts: bool
+    batch: Batch,
+    row: Callable[[Sequence[int]], Row],
+    config: OptimizerConfig,
+    share_prompts: bool,
 ) -> list[Row]:
     """Return the rows of a step, in the order of the batch."""
-    lengths = batch.completion_mask.sum(-1).tolist()
-
-    def row(places: Sequence[int]) -> Row:
-        own = [lengths[place] for place in places]
-        if not share_prompts:
-            return Row(tuple(places), prompt_lengths[places[0]] + own[0])
-        return Row(tuple(places), packed_length(prompt_lengths[places[0]], own))
 
     def fitting(places: Sequence[int]) -> list[Row]:
         """Cut a group in halves until it fits, or is one completion."""
@@ -79,8 +98,7 @@ def _rows(
         short = config.micro_tokens is None or whole.tokens <= config.micro_tokens
         if len(places) == 1 or (few and short):
             return [whole]
-        half = (len(places) + 1) // 2
-        return [*fitting(places[:half]), *fitting(places[half:])]
+        return [part for half in _in_parts(whole, 2, row) for part in fitting(half.places)]
 
     if not share_prompts:
         return [row([place]) for place in range(len(batch))]
@@ -88,6 +106,35 @@ def _rows(
     for place, prompt in enumerate(batch.prompts):
         groups.setdefault(prompt, []).append(place)
     return [part for places in groups.values() for part in fitting(places)]
+
+
+def _in_parts(one: Row, parts: int, row: Callable[[Sequence[int]], Row]) -> list[Row]:
+    """Cut a row into so many, or into single completions."""
+    each = -(-len(one.places) // parts)
+    return [row(one.places[first : first + each]) for first in range(0, len(one.places), each)]
+
+
+def _evened(rows: Sequence[Row], row: Callable[[Sequence[int]], Row]) -> list[list[Row]]:
+    """Share rows out, the longest first in ``rows``; cut those left over when all ranks have
+    equally many, into so few parts as it takes."""
+    whole = len(rows) // world_size() * world_size()
+    longest = max((len(one.places) for one in rows[whole:]), default=1)
+    shares, parts = _shared_out(rows), 2
+    while parts < 2 * longest:
+        cut = [part for one in rows[whole:] for part in _in_parts(one, parts, row)]
+        other = _shared_out([*rows[:whole], *cut])
+        if _most(other) < WORTH_A_CUT * _most(shares):
+            shares = other
+        parts *= 2
+    return shares
+
+
+def _shared_out(rows: Sequence[Row]) -> list[list[Row]]:
+    """Give each row, the longest first, to the rank that has the fewest tokens so far."""
+    shares: list[list[Row]] = [[] for _ in range(world_size())]
+    for row in sorted(rows, key=_longest_first):
+        min(shares, key=_tokens).append(row)
+    return shares
 
 
 def _filled(rows: Sequence[Row], config: OptimizerConfig) -> list[Micro]:
@@ -107,6 +154,11 @@ def _filled(rows: Sequence[Row], config: OptimizerConfig) -> list[Micro]:
 
 def _longest_first(row: Row) -> tuple[int, tuple[int, ...]]:
     return -row.tokens, row.places
+
+
+def _most(shares: Sequence[Sequence[Row]]) -> int:
+    """Return the tokens of the rank that has the most: the others wait for it."""
+    return max(map(_tokens, shares))
 
 
 def _tokens(rows: Sequence[Row]) -> int:

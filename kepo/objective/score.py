@@ -69,19 +69,27 @@ def softmax(config: ObjectiveConfig) -> dict[str, Any]:
     """Return the settings by which every call of the kernels reads logits, and the
     implementation."""
     return dict(
-        temperature=config.temperature, impl=config.impl, workspace_bytes=config.workspace_bytes
+        temperature=config.temperature,
+        impl=config.impl,
+        workspace_bytes=config.workspace_bytes,
+        logits_dtype=config.logits_dtype and getattr(torch, config.logits_dtype),
     )
 
 
 @torch.no_grad()
 def logprobs_of(
-    model: VLM, states: Tensor, ids: Tensor, mask: Tensor, config: ObjectiveConfig
+    model: VLM,
+    states: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    config: ObjectiveConfig,
+    temperature: float | None = None,
 ) -> Tensor:
     """Score the ids: (B, T) log-probabilities where the mask is, 0 elsewhere. ``states`` and
-    ``ids`` are on the model's device; the mask may be on the CPU."""
-    found = fused_linear_logprobs(
-        states, model.lm_head, ids, completion_mask=mask, **softmax(config)
-    )
+    ``ids`` are on the model's device; the mask may be on the CPU. temperature: None = the
+    student's."""
+    how = softmax(config) | ({} if temperature is None else dict(temperature=temperature))
+    found = fused_linear_logprobs(states, model.head, ids, completion_mask=mask, **how)
     assert isinstance(found, Tensor)  # entropies were not asked for
     return found
 
@@ -141,7 +149,8 @@ def _kept(teacher: VLM, asked: _Asked, hidden: Tensor | None, config: ObjectiveC
     logprobs = None
     if config.step_weights:
         ids = asked.ids.to(hidden.device)
-        logprobs = logprobs_of(teacher, hidden, ids, asked.mask, config)
+        asked_at = config.teacher_temperature
+        logprobs = logprobs_of(teacher, hidden, ids, asked.mask, config, asked_at)
     if config.scores_on == "host" and hidden.is_cuda:
         host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
         hidden = host.copy_(hidden, non_blocking=True)  # `_now` waits for it

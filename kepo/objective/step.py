@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def kepo_step(
     distillation = _distillation(policy, teacher, hidden.detach(), micro, there, scores, config)
     loss, stats = fused_kepo_loss(
         hidden,
-        policy.lm_head,
+        policy.head,
         there.completion_ids,
         there.advantages,
         completion_mask=mask,
@@ -59,10 +60,16 @@ def kepo_step(
         sampler_weights=sampler_weights,
         epsilon_low=config.epsilon_low,
         epsilon_high=config.epsilon_high,
+        delta=config.delta,
         kl_coef=config.kl_coef,
+        kl_estimator=config.kl_estimator,
         entropy_coef=config.entropy_coef,
         policy_loss=config.policy_loss,
         importance_level=config.importance_level,
+        sapo_temperature_pos=config.sapo_temperature_pos,
+        sapo_temperature_neg=config.sapo_temperature_neg,
+        teacher_temperature=config.teacher_temperature,
+        grad_tol=config.grad_tol,
         return_stats=True,
         **distillation,
         **softmax(config),
@@ -77,6 +84,19 @@ def kepo_step(
         loss = loss * torch.nan
     _add(totals, loss, stats, distillation, micro, there, scores, config)
     return loss, stats.logprobs
+
+
+@torch.no_grad()
+def with_old_logprobs(
+    policy: VLM, micro: Batch, config: ObjectiveConfig, totals: StepTotals
+) -> Batch:
+    """Return a micro-batch that is trained on after other updates, with the log-probabilities from
+    before them: call it before the first. Adds its distance from the sampler to ``totals``."""
+    there, mask = micro.to(policy.device), micro.completion_mask
+    states = policy.completion_states(micro.prompts, micro.completion_ids, mask)
+    logprobs = logprobs_of(policy, finite(states, mask)[0], there.completion_ids, mask, config)
+    _add_sampler_gap(totals, logprobs, micro, there)
+    return replace(micro, old_logprobs=logprobs)
 
 
 def _sampler_weights(
@@ -146,7 +166,7 @@ def _distillation(
         weights = weights.index_copy(0, opened, weights[opened] * factors)
     return dict(
         teacher_hidden=scores.teacher_hidden,
-        teacher_lm_head=teacher.lm_head,
+        teacher_lm_head=teacher.head,
         distill_weights=weights,
     )
 
@@ -192,11 +212,16 @@ def _add(
         down = mask & (there.advantages < 0)[:, None]
         totals.add("clipped_high", up & (ratio > 1 + config.epsilon_high))
         totals.add("clipped_low", down & (ratio < 1 - config.epsilon_low))
-        return
-    # The first iteration: what trains is what sampled, up to top_p, temperatures and rounding.
+    else:
+        _add_sampler_gap(totals, stats.logprobs, micro, there)
+
+
+def _add_sampler_gap(totals: StepTotals, logprobs: Tensor, micro: Batch, there: Batch) -> None:
+    """Add the distance of the policy's log-probabilities, from before any update, from those of the
+    sampler: what trains is what sampled, up to top_p, temperatures and rounding."""
     sampled = micro.completion_mask & ~micro.hinted[:, None] & ~micro.sampler_logprobs.isnan()
     if bool(sampled.any()):
-        gap = (stats.logprobs - there.sampler_logprobs).abs()
+        gap = (logprobs - there.sampler_logprobs).abs()
         gap = torch.where(moved(sampled, gap.device), gap, 0.0)
         totals.add("sampler_gap", gap)
         totals.reach("sampler_gap_max", gap)

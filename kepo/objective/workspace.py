@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kepo.errors import KepoConfigError
+from kepo.models.device import known_device
 from kepo.models.reading import read_config
 from kepo.sections import ModelsConfig, ObjectiveConfig
 from kepo_kernels.compute.chunks import chunking
@@ -30,9 +31,11 @@ def check_workspace(models: ModelsConfig, config: ObjectiveConfig) -> None:
             1,
             **sizes,
             dtype=getattr(torch, models.dtype),
-            device=torch.device(models.device).type,
+            device=known_device(models.device).type,
             workspace_bytes=config.workspace_bytes,
+            logits_dtype=config.logits_dtype and getattr(torch, config.logits_dtype),
             impl=config.impl,
+            grad_tol=config.grad_tol,
         )
     except KepoInputError as error:
         raise KepoConfigError(f"workspace_bytes={config.workspace_bytes}: {error}") from error

@@ -6,7 +6,7 @@ each of them. `kepo.planner.memory` adds up what the parts pass to each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from kepo.errors import KepoConfigError
 from kepo.models.adapters import with_adapters
+from kepo.models.families.family import Family, Tower
+from kepo.models.families.registry import family_of
+from kepo.models.reading import auto_class, refused_attention
 from kepo.planner.known_models import KNOWN, known_model
 from kepo.planner.trace import Traced, trace_inference, trace_training
-
-FAMILIES = ("qwen3_vl", "qwen2_5_vl")
-"""The model types, as transformers names them, that this module can take apart."""
 
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """A vision-language model without its weights."""
+    """A model without its weights."""
 
     model: Any
     dtype: torch.dtype
@@ -34,6 +34,8 @@ class Anatomy:
     """The device whose attention kernels are counted: cpu or cuda."""
     masks: bool
     """True if attention is given a mask; flash attention is not."""
+    pixels: tuple[int | None, int | None] = (None, None)
+    """The fewest and most pixels of a picture, as the settings have them."""
 
     # ---- sizes ----
 
@@ -55,32 +57,44 @@ class Anatomy:
 
     @property
     def layers(self) -> nn.ModuleList:
-        return self.model.model.language_model.layers
+        return self.family.decoder(self.model).layers
+
+    @cached_property
+    def family(self) -> Family:
+        return family_of(self.model.config)
 
     @property
-    def blocks(self) -> nn.ModuleList:
-        return self.model.model.visual.blocks
+    def shareable(self) -> bool:
+        """Whether a prompt can be computed once for all its completions, the masks apart."""
+        return self.family.unshareable(self.model.config) is None
+
+    @cached_property
+    def tower(self) -> Tower | None:
+        """The vision tower; None if the model sees no pictures."""
+        return self.family.tower(self.model) if self.family.tower else None
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.tower.blocks) if self.tower else []
 
     @property
     def patches_per_token(self) -> int:
-        return self.model.config.vision_config.spatial_merge_size**2
+        return self.tower.patches_per_token if self.tower else 0
 
     @property
     def default_image_tokens(self) -> int:
-        """Tokens of an image of 384 x 384 pixels, its sides rounded to whole tokens."""
-        vision = self.model.config.vision_config
-        side = vision.patch_size * vision.spatial_merge_size
-        return round(384 / side) ** 2
+        """Tokens of an image of 384 x 384 pixels; more or fewer if the settings do not let it be as
+        large."""
+        return self.tower.default_tokens(*self.pixels) if self.tower else 0
 
     @property
     def features(self) -> int:
         """Copies of an image's tokens: one for the first layer, and one for each of DeepStack's."""
-        return 1 + len(getattr(self.model.model.visual, "deepstack_merger_list", []))
+        return self.tower.features if self.tower else 1
 
     @property
     def patch_values(self) -> int:
-        vision = self.model.config.vision_config
-        return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return self.tower.patch_values if self.tower else 0
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -91,8 +105,7 @@ class Anatomy:
     @cached_property
     def counts(self) -> Counts:
         """The numbers of the model's parameters, in all and by part."""
-        layers, blocks = self.layers.parameters(), self.blocks.parameters()
-        inside = {id(parameter) for parameter in [*layers, *blocks]}
+        inside = {id(p) for layer in [*self.layers, *self.blocks] for p in layer.parameters()}
         named = dict(self.model.named_parameters())
         root = [p for p in named.values() if id(p) not in inside]
         return Counts(
@@ -111,7 +124,8 @@ class Anatomy:
 
     @property
     def trains_vision(self) -> bool:
-        return any(True for _ in trained(self.model.model.visual.parameters()))
+        modules = self.family.vision(self.model)
+        return any(True for module in modules for _ in trained(module.parameters()))
 
     @property
     def trains_head(self) -> bool:
@@ -120,7 +134,7 @@ class Anatomy:
     def _inner_linears(self) -> list[nn.Linear]:
         return [
             module
-            for name, module in self.model.model.named_modules()
+            for name, module in self.model.base_model.named_modules()
             if isinstance(module, nn.Linear) and "lora_" not in name
         ]
 
@@ -164,7 +178,7 @@ class Anatomy:
     def norm(self, sequences: int, length: int, train: bool) -> Traced:
         """Trace the norm after the last layer."""
         x = self._meta(sequences, length, self.hidden, train=train)
-        norm = self.model.model.language_model.norm
+        norm = self.family.decoder(self.model).norm
         return self._run(norm, lambda: norm(x), train)
 
     def block(self, images: int, patches: int, train: bool) -> Traced:
@@ -177,30 +191,21 @@ class Anatomy:
 
     @lru_cache  # noqa: B019
     def _block(self, images: int, patches: int, train: bool) -> Traced:
-        vision = self.model.config.vision_config
-        x = self._meta(images * patches, vision.hidden_size, train=train)
-        width = vision.hidden_size // vision.num_heads
-        rotary = tuple(self._meta(images * patches, width) for _ in range(2))
-        ends = torch.arange(images + 1, dtype=torch.int32) * patches
-        block = self.blocks[0]
-        return self._run(
-            block, lambda: block(x, cu_seqlens=ends, position_embeddings=rotary), train
-        )
+        assert self.tower is not None, "the caller asks models that see"
+        make = partial(self._meta, train=train)
+        return self._run(*self.tower.block(make, images, patches), train)
 
     @lru_cache  # noqa: B019
     def mergers(self, patches: int, train: bool) -> list[Traced]:
-        """Trace the mergers, which turn patches into tokens: DeepStack's first, if the model has
-        any, then the one after the last block."""
-        vision = self.model.model.visual
-        modules = [*getattr(vision, "deepstack_merger_list", []), vision.merger]
-        x = self._meta(patches, self.model.config.vision_config.hidden_size, train=train)
-        return [self._run(module, partial(module, x), train) for module in modules]
+        """Trace the parts that turn patches into tokens, the one after the last block last."""
+        assert self.tower is not None, "the caller asks models that see"
+        pieces = self.tower.mergers(partial(self._meta, train=train), patches)
+        return [self._run(*piece, train) for piece in pieces]
 
     @lru_cache  # noqa: B019
     def patch_embedding(self, patches: int, train: bool) -> Traced:
-        pixels = torch.empty(patches, self.patch_values, device="meta")
-        embed = self.model.model.visual.patch_embed
-        return self._run(embed, lambda: embed(pixels), train)
+        assert self.tower is not None, "the caller asks models that see"
+        return self._run(*self.tower.embed(partial(self._meta, train=train), patches), train)
 
     @lru_cache  # noqa: B019
     def drawing(self, sequences: int, temperature: float, top_p: float) -> int:
@@ -287,34 +292,47 @@ def anatomy(
     attention: str | None = None,
     lora_rank: int = 0,
     freeze_vision: bool = False,
+    pixels: tuple[int | None, int | None] = (None, None),
 ) -> Anatomy:
     """Return the model of that name as a run with these settings would hold it.
 
     attention: transformers' attn_implementation; None = its default. lora_rank: 0 = no adapters.
+    pixels: the settings min_pixels and max_pixels.
     """
-    from transformers import AutoModelForImageTextToText
-
     flash = attention is not None and "flash" in attention
     config = read_config(name)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(
-            config,
-            dtype=getattr(torch, dtype),
-            # Flash attention need not be installed: without a mask, sdpa keeps the same tensors.
-            attn_implementation="sdpa" if flash else attention,
-        )
+        try:
+            model = auto_class(config).from_config(
+                config,
+                dtype=getattr(torch, dtype),
+                # Flash attention need not be installed: without a mask sdpa keeps the same.
+                attn_implementation="sdpa" if flash else attention,
+            )
+        except (ValueError, ImportError) as error:
+            refused = refused_attention(name, attention, error)
+            if refused is None:
+                raise
+            raise refused from error
     model.tie_weights()
     if lora_rank:
         with_adapters(model, lora_rank, alpha=lora_rank, seed=0)
     elif freeze_vision:
-        model.model.visual.requires_grad_(False)
-    return Anatomy(model, getattr(torch, dtype), device, masks=not flash)
+        for module in family_of(config).vision(model):
+            module.requires_grad_(False)
+    decoder = family_of(config).decoder(model)
+    if not (hasattr(decoder, "layers") and hasattr(decoder, "norm")):
+        raise KepoConfigError(
+            f"{name}: a {type(model).__name__} cannot be planned; expected a decoder with layers "
+            "and a norm after them, as Qwen3 and Llama have"
+        )
+    return Anatomy(model, getattr(torch, dtype), device, masks=not flash, pixels=pixels)
 
 
 def read_config(name: str) -> Any:
     """Return the config of a model: from a folder, a bundled record, or the Hub, in this order.
 
-    Raises KepoConfigError if the config cannot be read or its model type is not in FAMILIES.
+    Raises KepoConfigError if the config cannot be read or is of no family that can be planned.
     """
     from transformers import AutoConfig
 
@@ -328,10 +346,14 @@ def read_config(name: str) -> Any:
             f"{name}: its config cannot be read: {error}; expected a model's folder, a Hub "
             f"name that can be reached, or one of {', '.join(KNOWN)}"
         ) from error
-    if config.model_type not in FAMILIES:
+    try:
+        unplanned = family_of(config).unplanned
+    except LookupError as error:
+        raise KepoConfigError(f"{name} {error.args[0]}") from error
+    if config.model_type in unplanned:
         raise KepoConfigError(
-            f"{name} is a model of type {config.model_type!r}, whose parts are not known here; "
-            f"expected one of {', '.join(FAMILIES)}"
+            f"{name} is a model of type {config.model_type!r}, which trains but whose memory "
+            "cannot be counted here"
         )
     return config
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from kepo.config import Config
+from kepo.objective.optimizers import BLOCK
 from kepo.planner.anatomy import Anatomy
-from kepo.sections import ModelsConfig, SamplingConfig, TeacherConfig
+from kepo.sections import OptimizerConfig, SamplingConfig, TeacherConfig
 
 GIB = 2**30
 ITEMS = (
@@ -76,9 +78,11 @@ class Standing:
     """The part of a sharded student that is whole from a forward to the end of its backward; 0 if
     it is not sharded."""
     two_layers: int
-    """Two layers of a sharded student, the one at work and the next; 0 if it is not sharded."""
+    """Two layers of a sharded student, the one at work and the next; one unpacked matrix of a
+    quantised one; else 0."""
     whole: int
-    """All of a sharded student made whole, as for a rollout; 0 if it is not sharded."""
+    """All of a sharded student made whole, as for a rollout; one unpacked matrix of a quantised
+    one; else 0."""
     teacher_at_work: int
     reference_at_work: int
     pages: int
@@ -97,7 +101,7 @@ class Standing:
 
 
 def standing(
-    config: ModelsConfig,
+    config: Config,
     machine: Machine,
     student: Anatomy,
     teacher: Anatomy | None,
@@ -105,13 +109,11 @@ def standing(
     pages: int,
     several: bool,
     penalised: bool,
-    scores: int,
 ) -> Standing:
     """Return the memory that stays when the models are held as ``config`` says.
 
     pages: bytes that the loss keeps between its calls. several: a step has several micro-batches.
-    penalised: the run has a reference for the k3 penalty. scores: bytes of what the teacher said
-    about a step, which stay until the next step's are there.
+    penalised: the run has a reference for the KL penalty.
     """
     counts, width = student.counts, student.dtype.itemsize
     sharded = config.sharding == "fsdp2"
@@ -120,15 +122,18 @@ def standing(
     trained_bytes = 4 if sharded or config.lora_rank else width
     trained = counts.trained * trained_bytes // shards
     frozen = (counts.total - counts.trained) * (4 if sharded else width) // shards
+    saved, unpacked = 0, 0
+    if config.student_bits is not None:
+        saved, unpacked = quantised(student, config.student_bits)
     buckets = machine.gpus > 1 and not sharded
     root = counts.root * width if sharded else 0
-    two_layers = 2 * counts.layer * width if sharded else 0
+    two_layers = 2 * counts.layer * width if sharded else unpacked
     # The reference is the student as it began, in the student's dtype, and sharded like it.
-    reference = (counts.total - counts.adapters) * width // shards + root
+    reference = (counts.total - counts.adapters) * width // shards + root - saved
     held = Held(
-        weights=trained + frozen,
-        optimiser=2 * trained,
-        teacher=scores + (0 if teacher is None else teacher_bytes(config, machine, teacher)),
+        weights=trained + frozen - saved,
+        optimiser=moments_bytes(config, trained // trained_bytes, trained_bytes),
+        teacher=0 if teacher is None else teacher_bytes(config, machine, teacher),
         reference=reference if penalised else 0,
     )
     if machine.device != "cpu":
@@ -141,7 +146,7 @@ def standing(
         sharded=sharded,
         root=root,
         two_layers=two_layers,
-        whole=counts.total * width if sharded else 0,
+        whole=counts.total * width if sharded else unpacked,
         teacher_at_work=0 if teacher is None else teacher_at_work(config, teacher),
         reference_at_work=two_layers if penalised else 0,
         pages=pages,
@@ -149,9 +154,26 @@ def standing(
     )
 
 
+def moments_bytes(config: OptimizerConfig, trained: int, width: int) -> int:
+    """Return the bytes of both moments of so many parameters of ``width`` bytes. In 8 bits they
+    have an fp32 scale for every block; the few that are too small for it are not told apart."""
+    if config.optimizer == "adamw":
+        return 2 * width * trained
+    return 2 * (trained + 4 * trained // BLOCK)
+
+
 def completions_per_process(config: SamplingConfig, machine: Machine) -> int:
     """Return the completions that one process has in a step, rounded up."""
     return -(-config.prompts_per_step * config.num_generations // machine.gpus)
+
+
+def quantised(model: Anatomy, bits: int) -> tuple[int, int]:
+    """Return the bytes that bitsandbytes' quantised layers save, and those of the largest matrix
+    that is unpacked to compute with it."""
+    counts, width = model.counts, model.dtype.itemsize
+    # nf4 with an fp32 scale for every 64 numbers; int8 with one for every row.
+    held = counts.linear * (4.5 / 8 if bits == 4 else 1)
+    return counts.linear * width - int(held), counts.largest_linear * width
 
 
 def teacher_bytes(config: TeacherConfig, machine: Machine, teacher: Anatomy) -> int:
@@ -159,9 +181,7 @@ def teacher_bytes(config: TeacherConfig, machine: Machine, teacher: Anatomy) -> 
     counts, width = teacher.counts, teacher.dtype.itemsize
     whole = counts.total * width
     if config.teacher_bits is not None:
-        # bitsandbytes: nf4 with an fp32 scale for every 64 numbers; int8 with one for every row.
-        quantised = counts.linear * (4.5 / 8 if config.teacher_bits == 4 else 1)
-        whole = int(quantised) + (counts.total - counts.linear) * width
+        whole -= quantised(teacher, config.teacher_bits)[0]
     if config.teacher_placement == "copy":
         return whole
     root = counts.root * width
@@ -174,4 +194,4 @@ def teacher_at_work(config: TeacherConfig, teacher: Anatomy) -> int:
     width = teacher.dtype.itemsize
     if config.teacher_placement != "copy":
         return 2 * teacher.counts.layer * width
-    return teacher.counts.largest_linear * width if config.teacher_bits else 0
+    return quantised(teacher, config.teacher_bits)[1] if config.teacher_bits else 0

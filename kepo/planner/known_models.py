@@ -78,6 +78,7 @@ def _qwen3_config(model: KnownModel) -> Any:
     return Qwen3VLConfig(
         text_config=dict(
             **_text(model),
+            max_position_embeddings=262_144,
             head_dim=128,
             rope_parameters={
                 "rope_type": "default",
@@ -103,6 +104,7 @@ def _qwen25_config(model: KnownModel) -> Any:
     return Qwen2_5_VLConfig(
         text_config=dict(
             **_text(model),
+            max_position_embeddings=128_000,
             rope_parameters={
                 "rope_type": "default",
                 "rope_theta": 1e6,

@@ -79,6 +79,8 @@ def _sizes(
 ) -> Sizes:
     place = torch.device(device)
     logits_dtype = gemm.default_logits_dtype(student.dtype, place)
+    if config.logits_dtype is not None:
+        logits_dtype = getattr(torch, config.logits_dtype)
     return Sizes(
         rows=tokens,
         hidden_size=student.hidden,
@@ -91,6 +93,7 @@ def _sizes(
         shared_vocab=0 if teacher is None else min(student.vocab, teacher.vocab),
         tokens=tokens,
         torch_impl=device == "cpu" and pick_rows(config.impl, place, logits_dtype) is torch_rows,
+        compacts=config.grad_tol > 0,
     )
 
 

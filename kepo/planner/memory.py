@@ -2,7 +2,7 @@
 
     rollout     the student samples         cache and sampling, beside all that stays
     hints       the teacher writes hints, and the student samples with them
-    scoring     teacher and reference read  activations; the teacher's states, which stay
+    scoring     teacher and reference read  activations; the teacher's states, kept to the update
     update      forward, loss, backward     activations, loss
     optimiser   AdamW                       its temporaries
     evaluation  the student answers         cache and sampling
@@ -45,11 +45,14 @@ class Prompts:
     text_tokens: int = 160
     """Tokens of chat markup, question and options."""
     image_tokens: int | None = None
-    """Tokens of an image. None = those of 384 x 384 pixels."""
+    """Tokens of an image. None = those of 384 x 384 pixels, or of min_pixels or max_pixels where
+    these do not let it be as large."""
     images: int = 1
     """Images of a prompt."""
 
     def image(self, model: Anatomy) -> int:
+        if model.tower is None:
+            return 0
         tokens = self.image_tokens
         return model.default_image_tokens if tokens is None else tokens
 
@@ -128,6 +131,7 @@ def student_of(config: ModelsConfig, machine: Machine) -> Anatomy:
         config.attn_implementation,
         config.lora_rank,
         config.freeze_vision,
+        (config.min_pixels, config.max_pixels),
     )
 
 
@@ -135,7 +139,13 @@ def teacher_of(setup: Setup) -> Anatomy | None:
     config = setup.config
     if config.taught_by is None:
         return None
-    return anatomy(config.taught_by, config.dtype, setup.machine.device, config.attn_implementation)
+    return anatomy(
+        config.taught_by,
+        config.dtype,
+        setup.machine.device,
+        config.attn_implementation,
+        pixels=(config.min_pixels, config.max_pixels),
+    )
 
 
 @dataclass(frozen=True)
@@ -148,12 +158,14 @@ class _Run:
     share: Share
     loss: LossMemory
     stays: Standing
+    scores: int
+    """Bytes of the teacher's states of a step, from scoring to the end of the update."""
 
     @classmethod
     def of(cls, setup: Setup) -> _Run:
         config, machine, prompts = setup
         student, teacher = student_of(config, machine), teacher_of(setup)
-        share = share_of(config, machine, prompts.length(student))
+        share = share_of(config, machine, prompts.length(student), student.shareable)
         several = share.micros > 1
         loss = loss_memory(
             config,
@@ -171,9 +183,9 @@ class _Run:
             pages=loss.pages,
             several=several,
             penalised=config.kl_coef > 0,
-            scores=_kept_scores(setup, teacher, share.whole),
         )
-        return cls(config, machine, prompts, student, teacher, share, loss, stays)
+        scores = _kept_scores(setup, teacher, share.whole)
+        return cls(config, machine, prompts, student, teacher, share, loss, stays, scores)
 
     # ---- phases ----
 
@@ -208,18 +220,12 @@ class _Run:
 
     def scoring(self) -> Iterator[Moment]:
         """Yield the moments of teacher and reference, which are asked about one micro-batch after
-        another; a teacher in host memory about all at once.
-
-        The teacher's states of the step before are still there.
-        """
+        another; a teacher in host memory about all at once."""
         config, student, teacher, micro = self.config, self.student, self.teacher, self.share.micro
         # A sharded student that was not gathered keeps its root from the rollout.
-        kept, root = 0, 0 if config.rollout_gather else self.stays.root
+        kept, root = self.scores, 0 if config.rollout_gather else self.stays.root
         if teacher is not None and config.distils:
             asked = self.share.whole if config.teacher_placement == "offload" else micro
-            kept = _kept_scores(
-                Setup(config, self.machine, self.prompts), teacher, self.share.whole
-            )
             earlier = kept - kept * asked.completions // self.share.whole.completions
             held = Held(weights=root, teacher=earlier + self.stays.teacher_at_work)
             asked = asked._replace(length=asked.length + self._longer(teacher))
@@ -239,13 +245,18 @@ class _Run:
         """Yield the moment of AdamW's step, with its temporaries: sqrt(v) and its quotient.
 
         On a GPU, torch updates all parameters at once (foreach) and holds one such tensor for each
-        of them; on a CPU it updates one after another, and holds two of the largest.
+        of them; on a CPU it updates one after another, and holds two of the largest. With moments
+        in 8 bits a GPU needs none, and a CPU five in fp32, gradient and moments among them.
         """
         counts = self.student.counts
         temporary = self.stays.gradients
         if self.machine.device == "cpu":
             temporary = 2 * self.stays.gradients * counts.largest_trained // counts.trained
-        held = Held(optimiser=temporary)
+        if self.config.optimizer == "adamw_8bit":
+            shards = self.machine.gpus if self.stays.sharded else 1
+            temporary = 5 * 4 * counts.largest_trained // shards
+            temporary *= self.machine.device == "cpu"
+        held = Held(optimiser=temporary, teacher=self.scores)
         yield self._moment("AdamW", held, gradients=self.stays.gradients)
 
     def update(self) -> Iterator[Moment]:
@@ -254,14 +265,18 @@ class _Run:
         micro, checkpointing = self.share.micro, config.gradient_checkpointing
         images, patches = micro.questions * self.prompts.images, self.prompts.patches(student)
         vision = vision_training(student, images, patches, checkpointing)
-        packed = shares_prompts(config)
+        packed = shares_prompts(config, student.shareable)
         text = text_training(student, micro.rows, micro.length, checkpointing, packed)
         states = state_bytes(student, micro.rows, micro.length)
         tokens = micro.completions * config.max_completion_length
         own = state_bytes(student, 1, tokens)  # the states that the loss reads
         brought, flat = self._teacher_states(tokens)
 
-        at_work = Held(weights=stays.root + stays.two_layers, gradients=stays.earlier_gradients)
+        at_work = Held(
+            weights=stays.root + stays.two_layers,
+            gradients=stays.earlier_gradients,
+            teacher=self.scores,
+        )
 
         def moment(name: str, idle: bool = True, **held: int) -> Moment:
             return self._moment(name, at_work + Held(held), idle, gradients=0)
@@ -338,13 +353,13 @@ class _Run:
         """Return the most bytes of a forward that keeps nothing."""
         images, patches = shape.questions * self.prompts.images, self.prompts.patches(model)
         placed = placed_bytes(model, shape.rows, self.prompts.all_images(model))
-        packed = shares_prompts(self.config)
+        packed = shares_prompts(self.config, model.shareable)
         return inference(model, shape.rows, shape.length, images, patches, packed) + placed
 
     def _read_from(self, model: Anatomy, shape: Shape) -> int:
         """Return the bytes of states beside the copy that a loss reads: those of the prompts are
         part of the same tensor, unless a packed row has been gathered from."""
-        if shares_prompts(self.config):
+        if shares_prompts(self.config, model.shareable):
             return 0
         return state_bytes(model, shape.rows, shape.length)
 
@@ -360,7 +375,7 @@ class _Run:
         states = state_bytes(self.teacher, 1, tokens)
         if not _scores_stay(self.config, self.machine):
             return states, 0
-        return 0, 0 if shares_prompts(self.config) else states
+        return 0, 0 if shares_prompts(self.config, self.teacher.shareable) else states
 
     def _at_once(self, per_question: int) -> int:
         """Return how many questions a process samples at once, as `rollout._portions` does."""
@@ -421,7 +436,9 @@ def _kept_scores(setup: Setup, teacher: Anatomy | None, whole: Shape) -> int:
     if teacher is None or not config.distils or not _scores_stay(config, machine):
         return 0
     longest = config.max_completion_length
-    length = longest if shares_prompts(config) else prompts.length(teacher) + longest
+    length = (
+        longest if shares_prompts(config, teacher.shareable) else prompts.length(teacher) + longest
+    )
     return state_bytes(teacher, whole.completions, length)
 
 

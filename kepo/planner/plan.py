@@ -42,7 +42,7 @@ class Plan(NamedTuple):
     fits."""
     max_completion_length: int
     """The longest max_completion_length that fits, likewise, a multiple of TOKENS_STEP. 0 means
-    that none fits."""
+    that none fits. No longer than the student has positions for."""
 
     @property
     def peak(self) -> Phase:
@@ -65,6 +65,13 @@ def plan(setup: Setup) -> Plan:
         if value <= 0:
             raise KepoConfigError(f"{name} is {value}; expected a number > 0")
     check_settings(config)
+    room = _room(setup)
+    if config.max_completion_length > room:
+        raise KepoConfigError(
+            f"max_completion_length={config.max_completion_length}: the student has positions for "
+            f"{max(0, room)} tokens after such a prompt (max_position_embeddings); expected at "
+            "most that many, or shorter prompts"
+        )
 
     def fits(**change: int) -> bool:
         after = _peak_after(setup, change)
@@ -75,10 +82,16 @@ def plan(setup: Setup) -> Plan:
         phases(setup),
         largest(lambda n: fits(micro_batch=n), completions_per_process(config, machine)),
         TOKENS_STEP
-        * largest(
-            lambda n: fits(max_completion_length=n * TOKENS_STEP), MOST_TOKENS // TOKENS_STEP
-        ),
+        * largest(lambda n: fits(max_completion_length=n * TOKENS_STEP), room // TOKENS_STEP),
     )
+
+
+def _room(setup: Setup) -> int:
+    """Return for how many tokens after a prompt the student has positions, MOST_TOKENS at most."""
+    student = student_of(setup.config, setup.machine)
+    positions = getattr(student.text, "max_position_embeddings", None)
+    longest = MOST_TOKENS if positions is None else positions - setup.prompts.length(student)
+    return min(MOST_TOKENS, longest)
 
 
 def _peak_after(setup: Setup, change: Mapping[str, Any]) -> int | None:
@@ -134,12 +147,14 @@ def advice(setup: Setup) -> list[Change]:
         half("max_completion_length"),
         dict(freeze_vision=True),
         dict(lora_rank=16),
+        *([dict(student_bits=bits) for bits in (8, 4)] if config.lora_rank else []),
         dict(rollout_gather=False),
         dict(workspace_bytes=2**29),
         dict(share_prompts=True),
         dict(scores_on="host"),
+        dict(optimizer="adamw_8bit"),
     ]
-    limits = ("rollout_tokens", "micro_tokens")
+    limits = ("rollout_tokens", "micro_tokens", "max_pixels")
     changes += [half(name) for name in limits if getattr(config, name) is not None]
     if config.sampler == "vllm":
         changes.append(dict(vllm_memory=config.vllm_memory / 2))
@@ -285,7 +300,8 @@ class Arguments:
     prompt_tokens: int = Prompts.text_tokens
     """Tokens of a prompt, without those of its images."""
     image_tokens: int | None = None
-    """Tokens of an image. None means those of 384 x 384 pixels."""
+    """Tokens of an image. None means those of 384 x 384 pixels, within min_pixels and
+    max_pixels."""
     prompt_images: int = 1
     """Images of a prompt."""
     plot: str | None = None

@@ -5,6 +5,7 @@ The micro-batches are those that the loop itself would lay out (kepo.objective.m
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -47,33 +48,39 @@ class Share(NamedTuple):
     whole: Shape
     """All completions of the process in one forward."""
     micros: int
-    """The number of micro-batches."""
+    """The number of micro-batches of an optimiser step."""
 
 
-def shares_prompts(config: ModelsConfig) -> bool:
-    """Return whether a prompt is computed once for all its completions. transformers' own choice of
-    attention, None, takes masks."""
-    return config.share_prompts and config.attn_implementation in (None, *TAKES_MASKS)
+def shares_prompts(config: ModelsConfig, shareable: bool) -> bool:
+    """Return whether a prompt is computed once for all its completions, if the model's family can.
+    transformers' own choice of attention, None, takes masks."""
+    masks = config.attn_implementation in (None, *TAKES_MASKS)
+    return config.share_prompts and masks and shareable
 
 
-def share_of(config: Config, machine: Machine, prompt_tokens: int) -> Share:
-    """Return what one process computes in a step whose prompts all have this many tokens."""
-    shared = shares_prompts(config)
+def share_of(config: Config, machine: Machine, prompt_tokens: int, shareable: bool = True) -> Share:
+    """Return what one process computes in a step whose prompts all have this many tokens.
+
+    shareable: whether the student's family can share a prompt's row.
+    """
+    shared = shares_prompts(config, shareable)
     batch = _full(config, machine, shared)
+    questions = config.prompts_per_step // config.mini_batches
+    mini = _full(replace(config, prompts_per_step=questions), machine, shared)
     plan = [
         micro
-        for own in plan_micros(batch, [prompt_tokens] * len(batch), config, shared)
+        for own in plan_micros(mini, [prompt_tokens] * len(mini), config, shared)
         for micro in own
     ]
     # Rows of one question come in any order, as their completions differ in length.
-    shapes = [Shape.of(micro, config.prompts_per_step) for micro in plan]
+    shapes = [Shape.of(micro, questions) for micro in plan]
     group = config.num_generations if shared else 1
-    questions = len(set(batch.prompts))
+    asked = len(set(batch.prompts))
     whole = Shape(
-        rows=questions if shared else len(batch),
+        rows=asked if shared else len(batch),
         length=prompt_tokens + group * (config.max_completion_length - shared),
         completions=len(batch),
-        questions=questions,
+        questions=asked,
     )
     return Share(max(shapes, key=_tokens), whole, len(shapes))
 
@@ -99,4 +106,5 @@ def _full(config: SamplingConfig, machine: Machine, shared: bool) -> Batch:
         distill_weights=zeros,
         sampler_logprobs=zeros,
         hinted=zeros[:, 0].bool(),
+        mini=zeros[:, 0].long(),
     )

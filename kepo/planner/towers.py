@@ -47,7 +47,10 @@ def _shared(model: Anatomy, rows: int, length: int, packed: bool) -> int:
 
 
 def vision_training(model: Anatomy, images: int, patches: int, checkpointing: bool) -> Kept:
-    """Return the bytes of the vision tower, which keeps only its outputs if it is not trained."""
+    """Return the bytes of the vision tower, which keeps only its outputs if it is not trained; none
+    without pictures."""
+    if not images * patches:
+        return Kept(0, 0, 0)
     train = model.trains_vision
     run = _VisionRun.of(model, images, patches, train)
     if not train:
@@ -86,6 +89,8 @@ class _VisionRun(NamedTuple):
 def image_bytes(model: Anatomy, images: int, patches: int, train: bool = False) -> int:
     """Return the bytes of the pixels, in fp32, and of what the mergers keep: without gradients,
     only the tokens made of the pixels."""
+    if not images * patches:
+        return 0
     tokens = sum(merger.kept for merger in model.mergers(images * patches, train))
     return pixel_bytes(model, images, patches) + tokens
 
@@ -108,11 +113,14 @@ def inference(
     model: Anatomy, rows: int, length: int, images: int, patches: int, packed: bool
 ) -> int:
     """Return the most bytes at a time in a forward without gradients, from images to states."""
-    run = _VisionRun.of(model, images, patches, False)
+    seen = most = 0
+    if images * patches:
+        run = _VisionRun.of(model, images, patches, False)
+        seen, most = run.outputs, run.most
     states = state_bytes(model, rows, length)
     text = (
         states
         + _shared(model, rows, length, packed)
         + model.layer(rows, length, False, packed).forward
     )
-    return run.outputs + max(run.most, text)
+    return seen + max(most, text)

@@ -23,9 +23,10 @@ from kepo.data.records import RecordProblem
 from kepo.data.run_data import Judge
 from kepo.errors import KepoDataError
 from kepo.models.encoding import Encoder, Prompt
-from kepo.models.reading import encoder_of, read_config
+from kepo.models.reading import encoder_of, read_config, resize_pictures
 from kepo.rollout.hints import MAX_HINT_LENGTH
 from kepo.rollout.prompts import hint_prompt, prompt_of
+from kepo.sections import PicturesConfig
 from kepo.tasks.task import Task
 
 Faults = dict[str, RecordProblem]
@@ -68,10 +69,10 @@ def judge_of(config: Config, task: Task) -> Judge:
     def given(example: Example) -> list[str]:
         return [task.worked_answer(example)] if config.data_fraction > 0 else []
 
-    student = _encoder_at(config.student)
+    student = encoder_at(config.student, config)
     training = [Reader("student", student, asked, given)]
     if config.taught_by is not None:
-        training.append(Reader("teacher", _encoder_at(config.taught_by), asks_teacher))
+        training.append(Reader("teacher", encoder_at(config.taught_by, config), asks_teacher))
 
     def judge(
         examples: Sequence[Example], report: DataReport, trained: bool
@@ -81,6 +82,12 @@ def judge_of(config: Config, task: Task) -> Judge:
         return left_out(examples, report, faults, config.bad_records)
 
     return judge
+
+
+def encoder_at(path: str, config: PicturesConfig) -> Encoder:
+    """Return a model's encoder, with pictures of the size that the settings say; of its files only
+    the config, tokenizer and image processor are read."""
+    return resize_pictures(encoder_of(path, read_config(path)), config, path)
 
 
 def plain_reader(encoder: Encoder, task: Task, limit: int) -> Reader:
@@ -100,6 +107,8 @@ def faults_of(
     faults = {e.id: _problem(e, "task", f"it {why}") for e, why in unfit if why is not None}
     examples = [example for example in examples if example.id not in faults]
     sizes = _sizes(path for example in examples for path in example.images)
+    for reader in readers:
+        _refuse_pictures(examples, reader)
     bar = tqdm(
         total=len(examples) * len(readers),
         desc="records",
@@ -192,6 +201,18 @@ def _text_fault(texts: Sequence[str], reader: Reader) -> tuple[str, str] | None:
     return None
 
 
+def _refuse_pictures(examples: Sequence[Example], reader: Reader) -> None:
+    """Raise KepoDataError if a reader sees no pictures and is asked about some: what is left of
+    such questions without them is nothing that it should learn from."""
+    shown = [example for example in examples if example.images]
+    if shown and reader.encoder.pictures is None:
+        raise KepoDataError(
+            f"examples: the {reader.name} sees no pictures, and {len(shown)} of {len(examples)} "
+            f"questions have some, first {shown[0].id!r}; expected questions without pictures, or "
+            "a vision-language model"
+        )
+
+
 def _image_fault(
     example: Example, reader: Reader, sizes: dict[Path, tuple[int, int] | str]
 ) -> tuple[str, str] | None:
@@ -211,10 +232,6 @@ def _image_fault(
 
 def _problem(example: Example, kind: str, message: str) -> RecordProblem:
     return RecordProblem(kind, f"question {example.id!r}", message)
-
-
-def _encoder_at(path: str) -> Encoder:
-    return encoder_of(path, read_config(path))
 
 
 def _sizes(paths: Iterable[Path]) -> dict[Path, tuple[int, int] | str]:

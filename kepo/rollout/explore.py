@@ -11,7 +11,7 @@ from kepo.rollout.hints import Hints, RescueReport, rescue
 from kepo.rollout.models import Models
 from kepo.rollout.questions import draw
 from kepo.rollout.rollouts import sample
-from kepo.rollout.types import Group, total_rewards
+from kepo.rollout.types import Group, tokens_of, total_rewards
 from kepo.sections import HintConfig
 from kepo.tasks.environment import Environment
 
@@ -28,6 +28,8 @@ class Exploration:
     """The number of groups whose question was exchanged for another."""
     sampled: int = 0
     """The number of completions sampled in all, those with a hint included."""
+    sampled_tokens: int = 0
+    """The number of their tokens."""
     rollout_seconds: float = 0.0
     hint_seconds: float = 0.0
 
@@ -57,10 +59,12 @@ def explore(
             models.sampler, questions, env, config, num_generations=count, stream=stream
         )
         sampled = time.perf_counter()
+        found.sampled_tokens += tokens_of(groups)
         if config.hints:
             groups, report = rescue(groups, models, env, config, hints, stream)
             found.report += report
             found.sampled += report.sampled
+            found.sampled_tokens += report.tokens
         found.asked += len(groups)
         found.sampled += len(groups) * config.num_generations
         found.rollout_seconds += sampled - started

@@ -22,7 +22,7 @@ from kepo.rollout.models import Models
 from kepo.rollout.prompts import hint_prompt
 from kepo.rollout.questions import seed_of
 from kepo.rollout.rollouts import sample
-from kepo.rollout.types import Group, Rollout, reward_of, total_reward
+from kepo.rollout.types import Group, Rollout, reward_of, tokens_of, total_reward
 from kepo.sections import HintConfig
 from kepo.tasks.environment import Environment
 from kepo.tasks.task import Task
@@ -52,6 +52,8 @@ class RescueReport:
     """The number of rounds of sampling with hints, over all groups."""
     sampled: int = 0
     """The number of completions sampled with a hint."""
+    tokens: int = 0
+    """The number of their tokens."""
     successes: int = 0
     """The number of completions sampled with a hint that succeeded."""
     accepted: int = 0
@@ -91,7 +93,7 @@ def rescue(
     known = {place: hints[e.id] for place, e in zip(helped, asked, strict=True)}
     hint_of = {place: hint for place, hint in known.items() if hint}
     found: dict[int, Group] = {place: [] for place in hint_of}
-    attempts = sampled = successes = 0
+    attempts = sampled = tokens = successes = 0
     for attempt in range(config.max_attempts):
         lacking = [place for place in hint_of if len(found[place]) < room[place]]
         if not lacking:
@@ -107,6 +109,7 @@ def rescue(
         )
         attempts += len(lacking)
         sampled += len(lacking) * config.num_hinted
+        tokens += tokens_of(tries)
         for place, group in zip(lacking, tries, strict=True):
             good = [rollout for rollout in group if succeeds(rollout, config)]
             successes += len(good)
@@ -121,6 +124,7 @@ def rescue(
         rescued=sum(bool(good) for good in found.values()),
         attempts=attempts,
         sampled=sampled,
+        tokens=tokens,
         successes=successes,
         accepted=sum(map(len, found.values())),
     )

@@ -45,6 +45,11 @@ class Rollout:
 Group = list[Rollout]
 
 
+def tokens_of(groups: Sequence[Group]) -> int:
+    """Return the number of completion tokens in all groups."""
+    return sum(len(rollout.completion_ids) for group in groups for rollout in group)
+
+
 def total_reward(rollout: Rollout, config: RewardConfig) -> float:
     """Return the weighted sum of the rewards that apply to a rollout."""
     pairs = zip(config.rewards, config.reward_weights, strict=True)

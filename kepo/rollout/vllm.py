@@ -220,7 +220,15 @@ class VllmSampler:
 
 
 def _load(path: str | Path, encoder: Encoder, dtype: str, memory_share: float) -> Any:
-    size = encoder.image_processor.size
+    pictures: dict[str, Any] = {}
+    if encoder.pictures is not None:
+        if encoder.pictures.vllm is None:
+            raise KepoConfigError(
+                f"sampler='vllm' with {path}: it is not known whether vLLM reads this family's "
+                "pictures as the encoder does; set sampler: transformers"
+            )
+        settings = encoder.pictures.vllm(encoder.pictures.processor)
+        pictures = dict(limit_mm_per_prompt={"video": 0}, mm_processor_kwargs=settings)
     with _launched():
         return _vllm().LLM(
             model=str(path),
@@ -236,10 +244,7 @@ def _load(path: str | Path, encoder: Encoder, dtype: str, memory_share: float) -
             generation_config="vllm",  # and not the model's own defaults
             trust_remote_code=False,
             load_format="safetensors",
-            limit_mm_per_prompt={"video": 0},
-            mm_processor_kwargs=dict(
-                min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]
-            ),
+            **pictures,
         )
 
 

@@ -9,7 +9,7 @@ import hashlib
 import os
 import platform
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -20,8 +20,16 @@ import torch
 from kepo.config import Config
 from kepo.data.identity import is_weights, model_files, sha256
 from kepo.data.run_data import RunData
-from kepo.distributed.processes import all_gather, is_rank0, processes, ranks, world_size
+from kepo.distributed.processes import (
+    all_gather,
+    errors_end_all_ranks,
+    is_rank0,
+    processes,
+    ranks,
+    world_size,
+)
 from kepo.errors import KepoConfigError, KepoDataError
+from kepo.models.device import known_device
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "peft")
 NAMED = 8
@@ -37,12 +45,16 @@ def agreeing_ranks(config: Config) -> Iterator[torch.device]:
     them; yields this rank's device. Raises KepoConfigError on all ranks otherwise."""
     shards = config.sharding == "fsdp2" or config.teacher_placement != "copy"
     timeout = config.rank_timeout_minutes * 60
-    with processes(config.device, alone=shards, timeout=timeout) as device:
+    with errors_end_all_ranks():
+        wanted = known_device(config.device)
+    with processes(str(wanted), alone=shards, timeout=timeout) as device:
         if world_size() > 1:
+            refuse_different("devices", {"device": device.type})
             refuse_different("settings", dataclasses.asdict(config))
             refuse_different("installed code", software())
             models = {"student": config.student, "teacher": config.taught_by}
-            whole = None if config.teacher_bits is None else "teacher"
+            bits = {"student": config.student_bits, "teacher": config.teacher_bits}
+            whole = {role for role, each in bits.items() if each is not None}
             refuse_different("files of models", read_by_each(models, whole))
         yield device
 
@@ -87,10 +99,10 @@ def software() -> dict[str, str]:
     return found
 
 
-def read_by_each(models: Mapping[str, str | None], whole: str | None = None) -> dict[str, str]:
+def read_by_each(models: Mapping[str, str | None], whole: Collection[str] = ()) -> dict[str, str]:
     """Return short digests of the files of ``models``, by role, that every rank reads by itself.
 
-    whole: the role whose weights every rank reads too, as those of a quantised teacher. They are
+    whole: the roles whose weights every rank reads too, as those of quantised models. They are
     compared by size, header and samples: to read all of them would take as long as loading them.
     """
     found = {}
@@ -102,7 +114,7 @@ def read_by_each(models: Mapping[str, str | None], whole: str | None = None) -> 
             found[role] = files
             continue
         for file in files:
-            if role == whole or not is_weights(file):
+            if role in whole or not is_weights(file):
                 digest = sampled if is_weights(file) else sha256
                 try:
                     found[f"{role}/{file.name}"] = digest(file)[:12]

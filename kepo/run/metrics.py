@@ -57,7 +57,7 @@ def step_metrics(
         }
     lengths = torch.tensor([len(r.completion_ids) for r in [*rollouts, *data]]).float()
     cut = [r.truncated for r in [*rollouts, *data]]
-    iterations = config.num_iterations
+    iterations, updates = config.num_iterations, config.num_iterations * config.mini_batches
     tokens, teacher_tokens = totals.tokens // iterations, totals.teacher_tokens
     report, asked = found.report, max(1, found.asked)
     return values | {
@@ -73,8 +73,8 @@ def step_metrics(
         / max(1, totals.sampled_tokens),
         "sampling/sampling_logp_difference/max": totals.sampler_gap_max,
         "kepo/completion_tokens": tokens,
-        "kepo/policy_loss": totals.policy_loss / iterations,
-        "kepo/distill_loss": totals.distill_loss / iterations,
+        "kepo/policy_loss": totals.policy_loss / updates,
+        "kepo/distill_loss": totals.distill_loss / updates,
         "kepo/divergence": totals.divergence / max(1, teacher_tokens * iterations),
         "kepo/gate_rate": batch.opened.float().mean().item(),
         "kepo/teacher_tokens": teacher_tokens,
@@ -92,6 +92,40 @@ def step_metrics(
         "kepo/hint_accepted": report.accepted,
         "kepo/rescue_rate": report.rescued / asked,
         "kepo/hinted_rate": batch.hinted.float().mean().item(),
+    }
+
+
+def step_times(
+    found: Exploration, totals: StepTotals, *, after_sampling: float, whole: float
+) -> dict[str, float]:
+    """Return the seconds of a step's phases, their shares of the ``whole`` step, and the tokens of
+    all ranks per second of the phases that work on them. A rate is left out where the step had no
+    such tokens.
+
+    after_sampling: seconds from the end of sampling to the end of the step, the teacher's included.
+    """
+    seconds = {
+        "rollout": found.rollout_seconds,
+        "hint": found.hint_seconds,
+        "teacher": totals.teacher_seconds,
+        "update": after_sampling - totals.teacher_seconds,
+    }
+    worked = {
+        "sampled": (found.sampled_tokens, seconds["rollout"] + seconds["hint"]),
+        "trained": (totals.tokens, seconds["update"]),
+        "teacher": (totals.teacher_tokens, seconds["teacher"]),
+    }
+    shares = {name: value / whole for name, value in seconds.items()}
+    return {
+        **{f"time/{name}": value for name, value in seconds.items()},
+        **{f"time/share/{name}": share for name, share in shares.items()},
+        "time/share/other": max(0.0, 1.0 - sum(shares.values())),
+        **{
+            f"time/tokens_per_second/{name}": tokens / taken
+            for name, (tokens, taken) in worked.items()
+            if tokens and taken > 0
+        },
+        "step_time": whole,
     }
 
 

@@ -53,7 +53,7 @@ def measure(run: Run, step: int) -> None:
     values = {"eval": means(scores), "eval_items": as_digits(scores)}
     if len(types := by_question_type(run.data.eval, scores)) > 1:
         values["eval_types"] = means(types)
-    run.log.write(step, values)
+    run.write(step, values)
 
 
 def as_digits(scores: dict[str, list[float]]) -> dict[str, str]:
@@ -65,7 +65,7 @@ def save(run: Run, step: int) -> None:
     """Write the checkpoint of a step, from which the run can resume."""
     state = {"step": step, "config": dataclasses.asdict(run.config), "hints": run.hints}
     state["logs"] = {log.path.name: log.mark for log in (run.log, run.completions)}
-    state["inputs"] = run.inputs
+    state |= {"inputs": run.inputs, "device": str(run.device)}
     run.newest = save_checkpoint(
         run.folder / "checkpoints",
         step,

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kepo.config import MAY_CHANGE_ON_RESUME, RENAMED, Config, from_mapping
+from kepo.config import AS_BEFORE, MAY_CHANGE_ON_RESUME, RENAMED, Config, from_mapping
 from kepo.data.identity import changed_questions, inputs_of
 from kepo.data.run_data import RunData, load_data, write_record
-from kepo.distributed.processes import on_rank0
+from kepo.distributed.processes import is_rank0, on_rank0
 from kepo.errors import KepoConfigError
 from kepo.models.conventions import check_same_opening
 from kepo.models.vlm import VLM
+from kepo.objective.optimizers import optimizer_of
 from kepo.rollout.encodable import judge_of
 from kepo.rollout.hints import Hints
 from kepo.rollout.models import Models
 from kepo.run import checkpoint
 from kepo.run.agreement import same_images
 from kepo.run.manifest import as_saved
-from kepo.run.metrics import StepLog
+from kepo.run.metrics import StepLog, read_metrics
 from kepo.run.optimizer_state import Parameters, load_optimizer
 from kepo.run.progress import say
 from kepo.run.roles import load_policy, load_reference, load_sampler, load_teacher
 from kepo.run.signals import StopRequest
+from kepo.run.sinks.telling import Sink, Sinks, open_sinks
 from kepo.tasks.environment import Environment, environment_of
 
 
@@ -50,6 +53,7 @@ class Run:
     hints: Hints
     log: StepLog
     completions: StepLog
+    sinks: Sinks
     done: int
     """The number of steps that were done before."""
     newest: Path | None
@@ -60,6 +64,16 @@ class Run:
     @property
     def folder(self) -> Path:
         return Path(self.config.run_dir)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Log the numbers of a step or an evaluation, and tell the sinks."""
+        self.log.write(step, values)
+        self.sinks.scalars(step, values)
+
+    def write_completions(self, step: int, records: Sequence[dict[str, Any]]) -> None:
+        """Log the completions of a step, and tell the sinks."""
+        self.completions.write(step, *records)
+        self.sinks.completions(step, records)
 
 
 @dataclass(frozen=True)
@@ -84,15 +98,22 @@ def open_run(
     stop: StopRequest,
     env: Environment | None = None,
     own: Sequence[Any] | None = None,
+    sinks: Sequence[Sink] = (),
 ) -> Run | None:
     """Open a new run, or the one in ``config.run_dir`` as its last checkpoint has it.
 
     env: the task and the rewards; None means those that the config names. own: the questions in the
-    place of ``train_data``, if they came as an argument. Returns None if a signal asked to stop in
-    the meantime: nothing has been trained then. All ranks call it, within the lock on the folder.
+    place of ``train_data``, if they came as an argument. sinks: the user's own, beside those of
+    ``config.report_to``. The run holds them all, and whoever trains it closes them: ``with
+    run.sinks``.
+
+    Returns None if a signal asked to stop in the meantime: nothing has been trained then. All ranks
+    call it, within the lock on the folder.
     """
     folder = Path(config.run_dir)
     env = environment_of(config) if env is None else env
+    if config.device == "auto":
+        say(f"device: auto is {device.type}")
     data = on_rank0(lambda: load_data(config, judge_of(config, env.task), own))
     same_images(data)
     say(data.summary)
@@ -104,13 +125,33 @@ def open_run(
     # A checkpoint with digests has been compared with them.
     by_ids = saved is not None and "inputs" not in saved.state
     on_rank0(lambda: write_record(data, folder, resuming=by_ids))
+    with ExitStack() as if_not_opened:
+        told = open_sinks(config, saved.state["step"] if saved else -1, sinks)
+        if_not_opened.enter_context(told)
+        run = _with_models(config, device, stop, env, data, inputs, saved, told)
+        if run is not None:
+            if_not_opened.pop_all()
+        return run
+
+
+def _with_models(
+    config: Config,
+    device: torch.device,
+    stop: StopRequest,
+    env: Environment,
+    data: RunData,
+    inputs: dict[str, Any],
+    saved: Saved | None,
+    sinks: Sinks,
+) -> Run | None:
+    """Load the models, the optimiser's state and the logs; tell the sinks what they lack of the
+    latter. Returns None if a signal asked to stop."""
+    folder = Path(config.run_dir)
     files = on_rank0(lambda: as_saved(saved.folder)) if saved else None
     models = load_models(config, device, files / "policy" if files else None)
     named = models.policy.model.named_parameters()
     parameters = {name: p for name, p in named if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=config.lr, weight_decay=config.weight_decay
-    )
+    optimizer = optimizer_of(parameters.values(), config)
     done, marks = 0, {}
     if saved is not None and files is not None:
         done, marks = saved.state["step"], saved.state.get("logs", {})
@@ -123,6 +164,8 @@ def open_run(
     stop.agree()
     if stop:
         return None
+    if is_rank0():
+        sinks.catch_up(read_metrics(log.path), read_metrics(completions.path))
     return Run(
         config=config,
         device=device,
@@ -136,6 +179,7 @@ def open_run(
         hints=saved.hints if saved else {},
         log=log,
         completions=completions,
+        sinks=sinks,
         done=done,
         newest=saved.folder if saved else None,
         resumed=saved is not None,
@@ -166,15 +210,23 @@ def load_models(config: Config, device: torch.device, saved: Path | None) -> Mod
     policy = load_policy(config, device, saved, seed=config.seed)
     teacher = load_teacher(config, device) if config.taught_by else None
     ref = load_reference(config, device) if config.kl_coef else None
-    if config.share_prompts and not policy.share_prompts:
-        say(
-            f"attn_implementation={config.attn_implementation}: takes no mask for every query and "
-            "key, so each completion computes its prompt again (share_prompts needs sdpa or eager)"
-        )
+    if config.share_prompts:
+        say_what_is_not_shared(student=policy, teacher=teacher)
     check_same_tokens(policy, teacher)
     if teacher is not None and config.distils:
         check_same_opening(policy.encoder, teacher.encoder)
     return Models(policy, teacher, ref, load_sampler(config, policy))
+
+
+def say_what_is_not_shared(**models: VLM | None) -> None:
+    """Say which models compute a prompt again for each completion, although ``share_prompts`` is
+    on; the reference is the student's own start."""
+    for role, model in models.items():
+        if model is not None and model.why_not_packed is not None:
+            say(
+                f"share_prompts: the {role} computes a prompt again for each completion, as "
+                f"{model.why_not_packed} (it needs sdpa or eager, and full attention in all layers)"
+            )
 
 
 def check_same_tokens(policy: VLM, teacher: VLM | None) -> None:
@@ -193,11 +245,11 @@ def check_same_tokens(policy: VLM, teacher: VLM | None) -> None:
 
 def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
     """Raise KepoConfigError if a run is resumed with other settings than it was started with, among
-    those that the version which started it knew."""
-    known = {RENAMED.get(name, name) for name in saved}
-    before, now = dataclasses.asdict(from_mapping(saved, str(folder))), dataclasses.asdict(config)
+    those that the version which started it knew, or whose defaults are what it did."""
+    known = {RENAMED.get(name, name) for name in saved} | AS_BEFORE
+    before, now = _compared(from_mapping(saved, str(folder))), _compared(config)
     # A longer run is the same run, unless its length is what the learning rate goes by.
-    may_change = MAY_CHANGE_ON_RESUME | ({"steps"} if config.lr_end == 1.0 else set())
+    may_change = MAY_CHANGE_ON_RESUME | ({"steps"} if config.decay[0] == "constant" else set())
     changed = [
         f"{name}: {before[name]!r} -> {now[name]!r}"
         for name in now
@@ -208,3 +260,10 @@ def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
             f"{folder} was made with other settings ({'; '.join(changed)}); use another run_dir, "
             "or the old settings"
         )
+
+
+def _compared(config: Config) -> dict[str, Any]:
+    """Return the settings with what None means for the learning rate written out, which a run of
+    before they could be None has as numbers."""
+    form, end = config.decay
+    return dataclasses.asdict(config) | {"lr_schedule": form, "lr_end": end}

@@ -1,7 +1,7 @@
 """Models from disk, held as the config says: whole, with adapters, sharded, quantised, offloaded.
 
 Rank 0 reads a model and the other ranks receive it, so a node holds it once in host memory however
-many GPUs it has. A quantised teacher is read by every rank.
+many GPUs it has. A quantised model is read by every rank.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ from kepo.distributed.processes import is_rank0, on_rank0, world_size
 from kepo.errors import KepoConfigError
 from kepo.models.adapters import with_adapters
 from kepo.models.conventions import without_dropout
-from kepo.models.reading import NO_CODE, base_of, blank_model, load_encoder, read_model
+from kepo.models.families.family import layers_of
+from kepo.models.families.registry import family_of
+from kepo.models.reading import (
+    NO_CODE,
+    base_of,
+    blank_model,
+    load_encoder,
+    read_model,
+    resize_pictures,
+)
 from kepo.models.vlm import VLM
 from kepo.rollout.sampler import Sampler
 from kepo.sections import ModelsConfig
@@ -49,7 +58,8 @@ def load_policy(
         if adapters:
             wrapper = with_adapters(model, config.lora_rank, config.lora_alpha, seed, saved)
         elif config.freeze_vision:
-            model.model.visual.requires_grad_(False)
+            for module in family_of(model.config).vision(model):
+                module.requires_grad_(False)
         dropped = without_dropout(model)
         if dropped and is_rank0():
             print(
@@ -62,27 +72,21 @@ def load_policy(
     if config.sharding == "fsdp2":
         policy = _load(path, torch.float32, device, config, prepare, sharded_in=compute)
         policy.gathers = config.rollout_gather
+        return policy
+    if config.student_bits is not None:
+        policy = _load_quantised(path, config.student_bits, device, config, prepare)
     else:
         policy = _load(path, compute, device, config, prepare)
-        policy.wrapper = sharding.replicate(policy.model)
+    policy.wrapper = sharding.replicate(policy.model)
     return policy
 
 
 def load_teacher(config: ModelsConfig, device: torch.device) -> VLM:
     """Load the frozen teacher where, and in how many bits, the config says. All ranks call."""
     assert config.teacher is not None, "only a run that is taught loads a teacher"
-    dtype = getattr(torch, config.dtype)
     if config.teacher_bits is not None:
-        model = read_model(
-            config.teacher,
-            dtype,
-            attn_implementation=config.attn_implementation,
-            quantization_config=_quantization(config.teacher_bits, dtype),
-            device_map={"": device},
-        )
-        vlm = VLM(_frozen(model), load_encoder(config.teacher, model), device)
-        vlm.share_prompts = config.share_prompts and vlm.takes_masks
-        return vlm
+        return _load_quantised(config.teacher, config.teacher_bits, device, config, _freeze)
+    dtype = getattr(torch, config.dtype)
     placed = config.teacher_placement
     return _load(
         config.teacher,
@@ -112,7 +116,9 @@ def load_sampler(config: ModelsConfig, policy: VLM) -> Sampler:
 
 
 def load_reference(config: ModelsConfig, device: torch.device) -> VLM:
-    """Load the frozen start point for the k3 penalty, held as the policy is. All ranks call."""
+    """Load the frozen start point for the KL penalty, held as the policy is. All ranks call."""
+    if config.student_bits is not None:
+        return _load_quantised(config.student, config.student_bits, device, config, _freeze)
     dtype = getattr(torch, config.dtype)
     sharded_in = dtype if config.sharding == "fsdp2" else None
     return _load(config.student, dtype, device, config, _freeze, sharded_in=sharded_in)
@@ -140,24 +146,48 @@ def _load(
         # Other tensors over the same memory: sharding moves the model's own to the device.
         named = [*model.named_parameters(), *model.named_buffers()]
         source = {name: tensor.detach() for name, tensor in named}
-    vlm = VLM(model.eval(), load_encoder(path, model), device, adapters=adapters)
-    vlm.share_prompts = config.share_prompts and vlm.takes_masks
+    encoder = resize_pictures(load_encoder(path, model), config, path)
+    vlm = VLM(model.eval(), encoder, device, adapters=adapters)
+    vlm.share_prompts = config.share_prompts and vlm.why_not_packed is None
     if sharded_in is None:
         model.to(device)
     else:
-        vlm.wrapper = sharding.shard(model, device, sharded_in, offload=offload)
+        vlm.wrapper = sharding.shard(
+            model, layers_of(vlm.family, model), device, sharded_in, offload=offload
+        )
         vlm.sharded = True
     if world_size() > 1:
         sharding.fill(model, source, device)
     return vlm
 
 
+def _load_quantised(
+    path: str, bits: int, device: torch.device, config: ModelsConfig, prepare: Prepare
+) -> VLM:
+    """Load a model whose layers, but not its head, are quantised while they are read. All ranks
+    call, and each reads it."""
+    dtype = getattr(torch, config.dtype)
+    model = read_model(
+        path,
+        dtype,
+        attn_implementation=config.attn_implementation,
+        quantization_config=_quantization(bits, dtype),
+        device_map={"": device},
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On such CPUs it would round weights of 4 bits to bfloat16 to sample, but not to train,
+            # and fail where a width is no multiple of 64.
+            module.support_avx512bf16_for_cpu = False
+    adapters = prepare(model)
+    encoder = resize_pictures(load_encoder(path, model), config, path)
+    vlm = VLM(model.eval(), encoder, device, adapters=adapters)
+    vlm.share_prompts = config.share_prompts and vlm.why_not_packed is None
+    return vlm
+
+
 def _freeze(model: Any) -> None:
     model.requires_grad_(False)
-
-
-def _frozen(model: Any) -> Any:
-    return model.requires_grad_(False).eval()
 
 
 def _quantization(bits: int, dtype: torch.dtype) -> Any:

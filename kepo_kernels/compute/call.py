@@ -50,6 +50,7 @@ class Call:
         opened: Tensor | None,
         temperature: float,
     ) -> Teacher:
+        bias = merged_bias(self.check, "teacher_", Head.of(lm_head), bias)
         hidden, head, bias = autocast(hidden, Head.of(lm_head), bias)
         teacher = Teacher(hidden, head, bias, opened, temperature)
         teacher.check(self.check, self.hidden)
@@ -120,6 +121,7 @@ def begin(
     check = Validator(function)
     needs = engine.pop("_needs", None)
     settings = check.engine(engine)
+    bias = merged_bias(check, "", Head.of(lm_head), bias)
     refuse_transforms(check, hidden, Head.of(lm_head), bias)
     hidden, head, bias = autocast(hidden, Head.of(lm_head), bias)
     check.head(("hidden", "lm_head", "bias"), hidden, head, bias)
@@ -130,6 +132,16 @@ def begin(
     cpu = torch.device("cpu")
     found_on = cpu if hidden.is_cuda and all(x == cpu for x in given) else hidden.device
     return Call(check, hidden, head, bias, completion_mask, found_on, settings, needs)
+
+
+def merged_bias(check: Validator, prefix: str, head: Head, bias: Tensor | None) -> Tensor | None:
+    """Return the bias of a head, which is its own or an argument of the call; refuse both."""
+    check.require(
+        bias is None or head.bias is None,
+        f"{prefix}bias is given beside {prefix}lm_head.bias; expected one of them: a Head with a "
+        f"bias needs no {prefix}bias",
+    )
+    return head.bias if bias is None else bias
 
 
 def refuse_transforms(check: Validator, hidden: Tensor, head: Head, bias: Tensor | None) -> None:

@@ -71,7 +71,12 @@ def _flattened(arguments: dict[str, Any]) -> dict[str, Any]:
         if flat.get(head_name) is None or states_name not in flat:
             continue
         given = flat[head_name]
-        cast = autocast(flat[states_name], Head.of(given), flat.get(bias_name))
+        bias = flat.get(bias_name)
+        if isinstance(given, Head) and given.bias is not None:
+            if bias is not None:
+                continue  # two biases: a Head fits no schema, so that the loss itself refuses them
+            bias = given.bias
+        cast = autocast(flat[states_name], Head.of(given), bias)
         flat[states_name], head, flat[bias_name] = cast
         flat[head_name] = head.weight
         if not isinstance(given, Head):

@@ -135,4 +135,4 @@ def test_the_loop_refuses_it_too(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.8.0")
     monkeypatch.setattr(sharding, "world_size", lambda: 2)
     with pytest.raises(ValueError, match=r"needs torch >= 2\.9"):
-        sharding.shard(torch.nn.Linear(2, 2), torch.device("cpu"), torch.float32)
+        sharding.shard(torch.nn.Linear(2, 2), [], torch.device("cpu"), torch.float32)

@@ -2,15 +2,18 @@
 
 import dataclasses
 import importlib.util
+import json
 from dataclasses import replace
 
 import pytest
+import torch
 from small import config_of
 
 from kepo.check import check
 from kepo.config import Config, from_mapping, load, presets
 from kepo.errors import KepoConfigError
 from kepo.loop import train
+from kepo.models.device import known_device
 from kepo.run import open as opening
 
 
@@ -61,6 +64,14 @@ REFUSED = {
         {"teacher_bits": 4, "teacher_placement": "fsdp2"},
         "a quantised teacher is a copy",
     ),
+    "quantised weights cannot be trained": (
+        {"student_bits": 4},
+        "student_bits=4 needs adapters to train, .* set lora_rank",
+    ),
+    "a quantised student that is sharded": (
+        {"student_bits": 4, "lora_rank": 4, "sharding": "fsdp2"},
+        "student_bits=4 and sharding='fsdp2': a quantised student is a copy",
+    ),
     "adapters in vllm": ({"sampler": "vllm", "lora_rank": 4}, "not adapters"),
     "half precision without scaling": ({"dtype": "float16"}, "dtype='float16'"),
     "a question that does not fit": ({"rollout_batch": 3}, "rollout_batch=3 is less than"),
@@ -71,7 +82,7 @@ REFUSED = {
     **{
         f"device {name}": (
             {"device": name},
-            f"device='{name}'; expected cpu, cuda or cuda:<number>",
+            f"device='{name}'; expected auto, cpu, cuda or cuda:<number>",
         )
         for name in ("banana", "mps", "meta", "", "xpu:0")
     },
@@ -98,7 +109,18 @@ REFUSED = {
     "gamma": ({"hinted_gamma": -0.1}, "hinted_gamma=-0.1"),
     "accept_threshold": ({"accept_threshold": float("inf")}, "accept_threshold=inf"),
     "no hinted": ({"num_hinted": 0}, "num_hinted=0"),
-    "scale": ({"scale_rewards": "batch"}, "scale_rewards='batch'"),
+    "scale": ({"scale_rewards": "step"}, "scale_rewards='step'"),
+    "estimator": ({"kl_estimator": "k4"}, "kl_estimator='k4'; expected one of k1, k2, k3"),
+    "delta of another loss": (
+        {"delta": 4.0, "policy_loss": "cispo"},
+        "delta=4.0 bounds the ratio of policy_loss: clip",
+    ),
+    "delta within the clip": ({"delta": 1.2}, r"delta=1.2; expected more than 1 \+ epsilon_high"),
+    "logits narrower than states": (
+        {"logits_dtype": "bfloat16"},
+        "logits_dtype='bfloat16' needs dtype: bfloat16",
+    ),
+    "tolerance": ({"grad_tol": 1.0}, "grad_tol=1.0"),
     "data_fraction": ({"data_fraction": 1.1}, "data_fraction=1.1"),
     "iterations": ({"num_iterations": 0}, "num_iterations=0"),
     "dynamic sampling": ({"dynamic_sampling": -1}, "dynamic_sampling=-1"),
@@ -111,6 +133,11 @@ REFUSED = {
         {"distill_reduction": "dr_grpo"},
         "distill_reduction='dr_grpo'",
     ),
+    "a constant that ends elsewhere": (
+        {"lr_schedule": "constant", "lr_end": 0.1},
+        "lr_end=0.1 is not reached with lr_schedule='constant'",
+    ),
+    "schedule": ({"lr_schedule": "polynomial"}, "lr_schedule='polynomial'; expected one of"),
     "reduction": ({"policy_reduction": "mean"}, "policy_reduction='mean'"),
 }
 
@@ -130,6 +157,9 @@ def test_refused_by_name_before_anything_loads(good, monkeypatch, settings, mess
     [
         ({"lora_rank": 4}, "peft", "lora"),
         ({"teacher_bits": 8}, "bitsandbytes", "quant"),
+        ({"optimizer": "adamw_8bit"}, "bitsandbytes", "quant"),
+        ({"student_bits": 4, "lora_rank": 4}, "bitsandbytes", "quant"),
+        ({"student_bits": 8, "lora_rank": 4}, "accelerate", "quant"),
         ({"teacher_bits": 4}, "accelerate", "quant"),
     ],
 )
@@ -142,6 +172,22 @@ def test_a_package_that_is_missing_is_named(good, monkeypatch, settings, package
     )
     with pytest.raises(KepoConfigError, match=rf"{package}; pip install 'kepo\[{extra}\]'"):
         check(replace(good, **settings))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_auto_is_a_gpu_where_there_is_one(monkeypatch, there):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert Config().device == "auto"
+    assert known_device("auto") == torch.device("cuda" if there else "cpu")
+
+
+def test_a_run_says_and_records_what_auto_became(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = config_of(made, tmp_path, "grpo", steps=1, device="auto")
+    assert train(config).exit_code == 0
+    assert "device: auto is cpu\n" in capsys.readouterr().out
+    state = json.loads((tmp_path / "checkpoints/step-00000001/state.json").read_text())
+    assert state["device"] == "cpu" and state["config"]["device"] == "auto"
 
 
 def test_one_device_for_several_processes_is_refused(good, monkeypatch):

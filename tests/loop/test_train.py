@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -348,6 +349,48 @@ def test_learning_rate_rises_then_falls_in_a_line():
     shares = [lr_share(step, config) for step in (1, 2, 6, 10)]
     assert shares == pytest.approx([0.5, 1.0, 0.6, 0.2])
     assert lr_share(7, Config(steps=10)) == 1.0
+    assert lr_share(7, Config(steps=10, lr_end=1.0)) == 1.0  # as it stands in older checkpoints
+
+
+@pytest.mark.parametrize(
+    ("settings", "shares"),
+    [
+        ({"lr_schedule": "constant"}, [0.5, 1.0, 1.0, 1.0, 1.0]),
+        ({"lr_schedule": "linear"}, [0.5, 1.0, 0.75, 0.5, 0.0]),
+        ({"lr_schedule": "linear", "lr_end": 0.2}, [0.5, 1.0, 0.8, 0.6, 0.2]),
+        ({"lr_schedule": "cosine"}, [0.5, 1.0, 0.8535533906, 0.5, 0.0]),
+        ({"lr_schedule": "cosine", "lr_end": 0.2}, [0.5, 1.0, 0.8828427125, 0.6, 0.2]),
+        ({"lr_schedule": "cosine", "lr_end": 1.0}, [0.5, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_the_learning_rate_goes_by_its_schedule(settings, shares):
+    config = Config(steps=10, warmup_steps=2, **settings)
+    assert [lr_share(step, config) for step in (1, 2, 4, 6, 10)] == pytest.approx(shares)
+
+
+def test_the_cosine_is_that_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = transformers.get_cosine_schedule_with_warmup(optimizer, 3, 20)
+    config = Config(steps=20, warmup_steps=3, lr_schedule="cosine")
+    for step in range(1, 21):
+        optimizer.step()
+        theirs.step()  # its first step has rate 0, ours the first share of the way
+        assert lr_share(step, config) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+
+
+def test_a_learning_rate_that_was_written_otherwise_resumes(tmp_path):
+    before = dataclasses.asdict(Config()) | {"lr_end": 1.0}
+    del before["lr_schedule"]  # as versions without it wrote it
+    opening.refuse_other_config(Config(steps=300), before, tmp_path)
+    with pytest.raises(KepoConfigError, match="lr_schedule: 'constant' -> 'cosine'"):
+        opening.refuse_other_config(Config(lr_schedule="cosine"), before, tmp_path)
+    before["lr_end"] = 0.1
+    opening.refuse_other_config(Config(lr_end=0.1, lr_schedule="linear"), before, tmp_path)
+    with pytest.raises(KepoConfigError, match="steps: 200 -> 300"):
+        opening.refuse_other_config(Config(lr_end=0.1, steps=300), before, tmp_path)
+    with pytest.raises(KepoConfigError, match="lr_schedule: 'linear' -> 'cosine'"):
+        opening.refuse_other_config(Config(lr_end=0.1, lr_schedule="cosine"), before, tmp_path)
 
 
 def test_the_optimiser_steps_at_the_learning_rate_of_the_step(made, tmp_path, no_picture):
@@ -355,6 +398,28 @@ def test_the_optimiser_steps_at_the_learning_rate_of_the_step(made, tmp_path, no
     assert train(config).exit_code == 0
     rates = [r["learning_rate"] for r in read_metrics(tmp_path / "metrics.jsonl") if "reward" in r]
     assert rates == pytest.approx([0.5e-3, 1e-3, 0.0])
+
+
+def test_what_the_teacher_said_is_gone_when_the_next_rollout_begins(
+    made, tmp_path, monkeypatch, no_picture
+):
+    held, seen = [], []
+    scoring, exploring = train_module.score, train_module.explore
+
+    def scored(*arguments):
+        scores = scoring(*arguments)
+        held.extend(weakref.ref(known.teacher_hidden) for known in scores)
+        return scores
+
+    def explored(*arguments):
+        seen.append([state() is not None for state in held])
+        return exploring(*arguments)
+
+    monkeypatch.setattr(train_module, "score", scored)
+    monkeypatch.setattr(train_module, "explore", explored)
+    settings = dict(steps=2, gate_reward=None, hint_trigger="never", num_iterations=2)
+    assert train(config_of(made, tmp_path, **settings)).exit_code == 0
+    assert seen[0] == [] and len(seen[1]) > 1 and not any(seen[1])
 
 
 def test_hints_about_questions_that_have_changed_are_forgotten(tmp_path):

@@ -90,6 +90,9 @@ CASES = {
     "adapters": Case(
         Shape(hidden=512, layers=6), None, dict(micro_batch=8, lora_rank=16, num_generations=8)
     ),
+    "moments_of_8_bits": Case(
+        Shape(hidden=512, layers=6), None, dict(micro_batch=4, optimizer="adamw_8bit")
+    ),
     "sharded": Case(Shape(hidden=512, layers=6), None, dict(micro_batch=4, sharding="fsdp2")),
     "half_precision": Case(
         Shape(hidden=256, layers=6, vocab=8192),
@@ -123,18 +126,22 @@ def write(folder: Path, shape: Shape, seed: int) -> None:
     """A random model of this shape, with tokenizer and image processor."""
     from transformers import Qwen3VLForConditionalGeneration
 
-    from kepo.digits.tiny import PATCH, build_tokenizer, model_config
-    from kepo.models.processors import pillow_processor_class
+    from kepo.digits.tiny import build_tokenizer
+    from kepo.models.families.family import TinySize
+    from kepo.models.families.processors import pillow_processor_class
+    from kepo.models.families.qwen3_vl import PATCH, tiny_config
 
     tokenizer = build_tokenizer()
-    config = model_config(
+    config = tiny_config(
         tokenizer,
-        hidden=shape.hidden,
-        layers=shape.layers,
-        heads=4,
-        vision_hidden=shape.vision_hidden,
-        vision_depth=2,
-        tied=shape.tied,
+        TinySize(
+            hidden=shape.hidden,
+            layers=shape.layers,
+            heads=4,
+            vision_hidden=shape.vision_hidden,
+            vision_depth=2,
+            tied=shape.tied,
+        ),
     )
     config.text_config.vocab_size = shape.vocab
     torch.manual_seed(seed)

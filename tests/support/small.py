@@ -24,6 +24,7 @@ def config_of(made: Path, run_dir: Path, *layers: str, **settings: object) -> Co
         train_data=str(made / "data" / "train"),
         train_modalities=("scanned",),
         run_dir=str(run_dir),
+        device="cpu",
         prompts_per_step=2,
         num_generations=4,
         micro_batch=3,

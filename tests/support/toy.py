@@ -184,6 +184,10 @@ class TableVLM(ScriptedVLM):
         return self.weights["head"]
 
     @property
+    def head(self):
+        return self.lm_head
+
+    @property
     def device(self):
         return self.lm_head.device
 

@@ -32,6 +32,7 @@ class ToyPolicy(TableVLM):
     """Weights that are trained, saved and loaded; what it says follows from prompt and seed."""
 
     wrapper = None
+    unshareable = "it has no rows"
 
     def __init__(self, saved: Path | None = None):
         super().__init__(seed=1)
@@ -94,6 +95,7 @@ def write_dataset(root: Path) -> Path:
 def config_of(data: Path, run_dir: Path, steps: int = STEPS, **settings: object) -> Config:
     values = dict(
         student="toy",
+        device="cpu",
         teacher=None,
         train_data=str(data),
         eval_data=str(data),
@@ -124,12 +126,12 @@ class Ended(NamedTuple):
     printed: str
 
 
-def run(config: Config) -> Ended:
+def run(config: Config, **others: object) -> Ended:
     """Train as the command does. What is neither an end nor a sentence is raised."""
     out = io.StringIO()
     with redirect_stdout(out), redirect_stderr(out):
         try:
-            code = command(train)(config).exit_code
+            code = command(train)(config, **others).exit_code
         except SystemExit as end:
             assert str(end.code).startswith("error: "), end.code
             return Ended(str(end.code), out.getvalue())

@@ -70,10 +70,12 @@ def build(arch: str, tied: bool, seed: int) -> nn.Module:
         return Toy(tied)
     from transformers import Qwen3VLForConditionalGeneration
 
-    from kepo.digits.tiny import build_tokenizer, model_config
+    from kepo.digits.tiny import build_tokenizer
+    from kepo.models.families.family import TinySize
+    from kepo.models.families.qwen3_vl import tiny_config
 
-    sizes = dict(hidden=32, layers=2, heads=2, vision_hidden=32, vision_depth=1, tied=tied)
-    model = Qwen3VLForConditionalGeneration(model_config(build_tokenizer(), **sizes)).float()
+    size = TinySize(hidden=32, layers=2, heads=2, vision_hidden=32, vision_depth=1, tied=tied)
+    model = Qwen3VLForConditionalGeneration(tiny_config(build_tokenizer(), size)).float()
     for p in model.parameters():
         # Biases of 0 would after the step be their gradients alone, which cancellation rounds
         # far more coarsely than a weight.

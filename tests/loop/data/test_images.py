@@ -113,6 +113,19 @@ def test_images_that_questions_link_stay_on_one_side():
         split_by_image(linked, test_share=0.5)
 
 
+def test_questions_without_images_are_split_by_their_text():
+    """Two ask the same, 1 and 2, and stay together; a picture's name is no text."""
+    texts = ["3 + 4?", "3 + 4?", "5 + 6?", "7 + 8?"]
+    plain = [example(str(n), question=text, images=()) for n, text in enumerate(texts, 1)]
+    examples = [*plain, about("5", "3 + 4?"), about("6", "b")]
+    for seed in range(20):
+        train, test = split_by_image(examples, test_share=0.4, seed=seed)
+        assert train and test and sorted(e.id for e in [*train, *test]) == list("123456")
+        assert (plain[0] in test) == (plain[1] in test)
+        assert without_images_of(test, examples) == train
+    assert shared_images(plain, plain) == (0, 0)  # of which there are none
+
+
 def test_one_image_in_common_is_enough():
     left, right = [about("1", "a", "b")], [about("2", "b", "c"), about("3", "c"), about("4", "b")]
     assert shared_images(left, right) == (1, 2)

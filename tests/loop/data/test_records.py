@@ -232,6 +232,10 @@ def test_fields_that_are_no_pictures_are_bad(fields):
     bad("field", "image", question="?", answer="1", **fields)
 
 
+def test_one_field_of_pictures_is_enough():
+    bad("field", "both image and images", question="?", answer="1", image="a", images=["b"])
+
+
 # ---- JSON Lines
 
 

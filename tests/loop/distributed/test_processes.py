@@ -88,6 +88,19 @@ def test_a_fault_in_sharing_the_loss_would_be_seen(runs):
     assert all(r["grad_norm"] > 100 * CLOSE for r in steps)
 
 
+def test_mini_batches_are_one_run_in_two_processes(made, tmp_path):
+    """A mini-batch of one question leaves a rank with nothing but a completion without loss."""
+    data = str(made / "data" / "test")
+    configs = {
+        name: config_of(made, tmp_path / name, **WHOLE, **held, mini_batches=3, eval_data=data)
+        for name, held in {"one": {}, "ddp": {}, "fsdp2": dict(sharding="fsdp2")}.items()
+    }
+    assert run_rigged(dataclasses.asdict(configs["one"])) == 0
+    run_all([configs["ddp"], configs["fsdp2"]], tmp_path / "configs.json")
+    for name in ("ddp", "fsdp2"):
+        assert_same_run(tmp_path / "one", tmp_path / name)
+
+
 # ---- resumption ----
 
 RECIPE = dict(

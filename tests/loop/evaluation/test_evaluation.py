@@ -157,7 +157,7 @@ def test_what_cannot_be_done_is_refused(root, scripted, words, message):
 
 def test_a_model_that_is_not_there_is_named(root, tmp_path):
     pytest.importorskip("transformers")
-    with pytest.raises(SystemExit, match=r"error: .*/no-model: cannot load a vision-lang"):
+    with pytest.raises(SystemExit, match=r"error: .*/no-model: cannot load a model"):
         main(["evaluate", str(tmp_path / "no-model"), str(root)])
     with pytest.raises(SystemExit, match=r"/no-model: .*: there is no such folder"):
         main(["evaluate", str(tmp_path / "no-model"), str(root)])

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL, tied and untied, from disk: one process, copies, shares; and back."""
+"""Families that see, tied and untied, from disk: one process, copies, shares; and back."""
 
 import dataclasses
 
@@ -15,6 +15,7 @@ FAMILIES = {
     "qwen3_vl untied": dict(family="qwen3_vl", tied=False),
     "qwen3_vl tied": dict(family="qwen3_vl", tied=True),
     "qwen2_5_vl untied": dict(family="qwen2_5_vl", tied=False),
+    "internvl tied": dict(family="internvl", tied=True),
 }
 HELD = {"ddp": {}, "fsdp2": dict(sharding="fsdp2", teacher_placement="fsdp2")}
 SETTINGS = dict(
@@ -88,14 +89,17 @@ def test_what_was_saved_is_the_model_that_was_trained(runs, name, held, made):
     theirs = AutoModelForImageTextToText.from_pretrained(policy).eval()
     assert theirs.dtype == torch.float32 and type(theirs).__name__ == type(ours.model).__name__
     ids, mask = ours.encode_completions(["3 + 5 = 8"])
+    of_qwen = dict(
+        mm_token_type_ids=torch.cat([inputs.mm_token_type_ids, torch.zeros_like(ids)], 1),
+        image_grid_thw=inputs.image_grid_thw,
+    )
     with torch.no_grad():
         states = ours.completion_hidden(inputs, ids, mask)
         logits = theirs(
             input_ids=torch.cat([inputs.input_ids, ids], 1),
             attention_mask=torch.ones(1, inputs.input_ids.shape[1] + ids.shape[1]).long(),
-            mm_token_type_ids=torch.cat([inputs.mm_token_type_ids, torch.zeros_like(ids)], 1),
             pixel_values=inputs.pixel_values,
-            image_grid_thw=inputs.image_grid_thw,
+            **(of_qwen if name.startswith("qwen") else {}),
         ).logits[:, inputs.input_ids.shape[1] - 1 : -1]
     assert torch.equal(states @ ours.lm_head.T, logits)
     tied = FAMILIES[name]["tied"]

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from families import FAMILIES, pictures
+from families import EVERY, asked, pictures, with_a_sliding_window
 
 from kepo.models import generation
 from kepo.models.encoding import Prompt
@@ -23,7 +23,7 @@ LONG = 70  # tokens: more than a cache has room for at once
 SEEDS = range(20, 32)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EVERY)
 def vlm(request, tinies) -> VLM:
     return ending(VLM.load(tinies / request.param))
 
@@ -74,9 +74,11 @@ def by_transformers(vlm: VLM, inputs, params: SamplingParams, seeds) -> Sampled:
         temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0,
     )  # fmt: skip
     own, vlm.model.generation_config = vlm.model.generation_config, settings
+    given = forward_inputs(vlm.model, inputs.repeat(params.n))
+    given.pop("position_ids", None)  # it counts them itself
     with torch.no_grad():
         sequences = vlm.model.generate(
-            **forward_inputs(vlm.model, inputs.repeat(params.n)),
+            **given,
             generation_config=settings,
             logits_processor=[] if params.greedy else [drawn],
         )
@@ -95,7 +97,7 @@ def same(ours: Sampled, theirs: Sampled) -> None:
 
 
 def agrees_with_transformers(vlm: VLM, shown: list[Prompt], law: str) -> Sampled:
-    inputs, params = vlm.encode(shown), params_of(law)
+    inputs, params = vlm.encode(asked(vlm, shown)), params_of(law)
     seeds = SEEDS[: params.n * len(shown)]
     ours = vlm.generate(inputs, params, seeds)
     same(ours, by_transformers(vlm, inputs, params, seeds))
@@ -127,9 +129,8 @@ def test_the_room_of_a_cache_grows(student, prompts):
 
 def rows_of_forwards(vlm: VLM, call) -> list[int]:
     seen = []
-    hook = vlm.model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(len(kwargs["inputs_embeds"])), with_kwargs=True
-    )
+    layer = vlm.family.decoder(vlm.model).layers[0]
+    hook = layer.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     try:
         call()
     finally:
@@ -138,7 +139,7 @@ def rows_of_forwards(vlm: VLM, call) -> list[int]:
 
 
 def test_a_prompt_is_one_row_and_a_row_that_ended_is_none(vlm, prompts):
-    inputs, params, found = vlm.encode(prompts), params_of("plain"), []
+    inputs, params, found = vlm.encode(asked(vlm, prompts)), params_of("plain"), []
     rows = rows_of_forwards(vlm, lambda: found.append(vlm.generate(inputs, params, SEEDS)))
     lengths = found[0].mask.sum(-1)
     going = [int((lengths > place).sum()) for place in range(1, int(lengths.max()))]
@@ -197,13 +198,7 @@ def test_rows_that_go_on_come_first_and_few_move(going):
 
 def test_a_sliding_window_is_kept(tinies, prompts):
     vlm = ending(VLM.load(tinies / "qwen2.5"))
-    config = copy.deepcopy(vlm.model.config)
-    text = config.get_text_config()
-    text.use_sliding_window, text.sliding_window = True, 8
-    text.layer_types = ["full_attention", "sliding_attention", "full_attention"]
-    model = type(vlm.model)(config).eval()
-    model.load_state_dict(vlm.model.state_dict())
-    vlm.model = model
+    vlm.model = with_a_sliding_window(vlm.model, 8)
     other = agrees_with_transformers(vlm, prompts, "plain")
     whole = ending(VLM.load(tinies / "qwen2.5"))
     assert not torch.equal(
@@ -227,7 +222,7 @@ def test_eager_attention_and_checkpointing_agree(student, prompts, attention):
 
 def test_bf16_logprobs_are_those_of_a_full_forward(vlm, prompts):
     half = VLM(copy.deepcopy(vlm.model).bfloat16(), vlm.encoder)
-    inputs = half.encode(prompts)
+    inputs = half.encode(asked(vlm, prompts))
     ids, mask, logprobs = half.generate(inputs, params_of("plain"), SEEDS)
     assert logprobs.dtype == torch.float32
     with torch.no_grad():
@@ -245,7 +240,7 @@ def one_place_late(patch):
     patch.setattr(
         generation._State,
         "__init__",
-        lambda self, cache, positions, mask: made(self, cache, positions + 1, mask),
+        lambda self, cache, axes, positions, mask: made(self, cache, axes, positions + 1, mask),
     )
 
 

@@ -298,7 +298,7 @@ def test_code_of_a_model_is_not_run_and_not_asked_about(folder, tmp_path, monkey
 def test_a_config_that_is_nonsense_is_refused(folder):
     for odd in ({"hidden_size": "wide"}, {"num_attention_heads": 0}):
         change_text_config(folder, **odd)
-        assert "cannot load a vision-language model" in refused(folder)
+        assert "cannot load a model" in refused(folder)
 
 
 # ---- adapters ----

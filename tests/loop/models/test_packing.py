@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from families import FAMILIES, pictures
+from families import EVERY, asked, pictures, with_a_sliding_window
 
 from kepo.errors import KepoDataError
 from kepo.models import packing
@@ -21,19 +21,20 @@ PROMPT_OF = [0, 2, 1, 2, 0, 2, 0, 2]
 LENGTHS = [0, 1, 9, 4, 9, 2, 7, 3]  # masked out, nothing but an end, full, ...
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EVERY)
 def vlm(request, tinies) -> VLM:
     return VLM.load(tinies / request.param)
 
 
 @pytest.fixture(scope="module")
-def prompts(tmp_path_factory) -> list[Prompt]:
+def prompts(vlm, tmp_path_factory) -> list[Prompt]:
     shown = pictures(tmp_path_factory.mktemp("images"), (64, 32), (32, 32), (96, 64))
-    return [
+    texts = [
         Prompt("Which?", shown[0]),
         Prompt("What is the sum of the two digits?", (shown[1], shown[2])),
         Prompt("No picture"),
     ]
+    return asked(vlm, texts)
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def equal(rows, packed) -> bool:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_states_and_gradients_are_those_of_rows(vlm, prompts, completions, attention):
     vlm.model.set_attn_implementation(attention)
-    assert vlm.takes_masks
+    assert vlm.why_not_packed is None
     assert equal(*both_ways(vlm, prompts, completions))
     vlm.model.set_attn_implementation("sdpa")
 
@@ -107,13 +108,13 @@ def test_with_gradient_checkpointing(vlm, prompts, completions):
 
 def test_in_bfloat16_they_differ_by_its_rounding(vlm, prompts, completions):
     ids, mask = completions
-    asked = [prompts[place] for place in PROMPT_OF]
+    shown = [prompts[place] for place in PROMPT_OF]
     with torch.no_grad():
-        truth = vlm.completion_states(asked, ids, mask)[mask]
+        truth = vlm.completion_states(shown, ids, mask)[mask]
         short = VLM(copy.deepcopy(vlm.model).bfloat16(), vlm.encoder)
-        rows = short.completion_states(asked, ids, mask)[mask].float()
+        rows = short.completion_states(shown, ids, mask)[mask].float()
         short.share_prompts = True
-        packed = short.completion_states(asked, ids, mask)[mask].float()
+        packed = short.completion_states(shown, ids, mask)[mask].float()
     assert 0 < (packed - truth).norm() <= 1.2 * (rows - truth).norm()
 
 
@@ -177,17 +178,18 @@ def test_a_fault_is_seen(vlm, prompts, completions, fault, monkeypatch):
 def test_a_prompt_and_its_pictures_are_computed_once(vlm, prompts, completions, monkeypatch):
     ids, mask = completions
     seen, tower = [], []
-    forward, features = vlm.model.model.language_model.forward, vlm.model.model.visual.forward
+    layer, shown = vlm.family.decoder(vlm.model).layers[0], vlm.family.vision(vlm.model)[:1]
+    forward = layer.forward
     monkeypatch.setattr(
-        vlm.model.model.language_model,
-        "forward",
-        lambda *a, **k: seen.append(k["inputs_embeds"].shape[:2]) or forward(*a, **k),
+        layer, "forward", lambda *a, **k: seen.append(a[0].shape[:2]) or forward(*a, **k)
     )
-    monkeypatch.setattr(
-        vlm.model.model.visual,
-        "forward",
-        lambda *a, **k: tower.append(len(a[0] if a else k["hidden_states"])) or features(*a, **k),
-    )
+    for module in shown:
+        real = module.forward
+        monkeypatch.setattr(
+            module,
+            "forward",
+            lambda *a, real=real, **k: tower.append(len([*a, *k.values()][0])) or real(*a, **k),
+        )
     vlm.share_prompts = True
     with torch.no_grad():
         vlm.completion_states([prompts[place] for place in PROMPT_OF], ids, mask)
@@ -197,7 +199,7 @@ def test_a_prompt_and_its_pictures_are_computed_once(vlm, prompts, completions, 
         [n for n, p in zip(LENGTHS, PROMPT_OF, strict=True) if p == prompt] for prompt in range(3)
     ]
     assert seen == [(3, max(map(packed_length, lengths, own)))]
-    assert tower == [len(vlm.encoder.encode(prompts).pixel_values)]
+    assert tower == [len(vlm.encoder.encode(prompts).pixel_values)] * len(shown)
 
 
 def test_the_layout_of_a_row(vlm, prompts):
@@ -211,7 +213,7 @@ def test_the_layout_of_a_row(vlm, prompts):
     assert packed.input_ids[0].tolist() == [*inputs.input_ids[0].tolist(), 7, 8, 5]
     assert packed.segments[0].tolist() == [PROMPT] * p + [0, 0, 1]
     follows = int(positions.max()) + 1
-    assert packed.positions[:, 0, p:].tolist() == [[follows, follows + 1, follows]] * 3
+    assert packed.positions[:, 0, p:].tolist() == [[follows, follows + 1, follows]] * len(positions)
     assert packed.states_at.tolist() == [[p - 1, p, p + 1], [p - 1, p + 2, 0]]
     assert packed.input_ids.shape[1] == packed_length(p, [3, 2])
 
@@ -232,5 +234,20 @@ def test_a_mask_of_another_shape_is_refused(vlm, prompts):
 
 def test_flash_attention_takes_no_mask(vlm):
     vlm.model.config.get_text_config()._attn_implementation = "flash_attention_2"
-    assert not vlm.takes_masks
+    assert "attn_implementation='flash_attention_2'" in vlm.why_not_packed
     vlm.model.set_attn_implementation("sdpa")
+
+
+def test_layers_with_a_sliding_window_are_not_packed(tinies, completions):
+    """A completion would feel those before it in the row."""
+    plain = VLM.load(tinies / "qwen2.5")
+    vlm = VLM(with_a_sliding_window(plain.model, 8), plain.encoder)
+    assert "sliding_attention" in vlm.why_not_packed
+    ids, mask = completions
+    texts = [Prompt("Which?"), Prompt("What is the sum of the two digits?"), Prompt("No picture")]
+    given = [texts[place] for place in PROMPT_OF]
+    with torch.no_grad():
+        rows = vlm.completion_states(given, ids, mask)[mask]
+        vlm.share_prompts = True
+        packed = vlm.completion_states(given, ids, mask)[mask]
+    assert (packed - rows).norm() > 100 * NEAR * rows.norm()

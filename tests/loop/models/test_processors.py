@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +16,8 @@ pytest.importorskip("transformers")
 from families import FAMILIES, pictures
 
 from kepo.data.images import open_rgb
-from kepo.models import processors
 from kepo.models.encoding import Prompt
+from kepo.models.families import processors
 from kepo.models.vlm import VLM
 
 THEIRS = {"qwen3": "qwen3_vl.Qwen3VLProcessor", "qwen2.5": "qwen2_5_vl.Qwen2_5_VLProcessor"}
@@ -175,7 +176,8 @@ print(vlm.generate(inputs, SamplingParams(max_tokens=2, temperature=0.0)).ids.sh
 def test_both_processors_see_the_same(tinies, shown):
     folder = tinies / "qwen3"
     vlm, pillow = VLM.load(folder), VLM.load(folder)
-    pillow.encoder.image_processor = processors.pillow_processor_class().from_pretrained(folder)
+    processor = processors.pillow_processor_class().from_pretrained(folder)
+    pillow.encoder.pictures = replace(pillow.encoder.pictures, processor=processor)
     for path, near in zip(shown, (1e-6, 1e-6, 0.2, 0.2), strict=True):
         a, b = vlm.encode([Prompt("?", path)]), pillow.encode([Prompt("?", path)])
         assert torch.equal(a.input_ids, b.input_ids)

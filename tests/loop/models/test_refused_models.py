@@ -14,10 +14,11 @@ pytest.importorskip("transformers")
 from folders import change_json, change_template, change_text_config
 from small import config_of
 
-from kepo.errors import KepoCheckpointError
+from kepo.errors import KepoCheckpointError, KepoConfigError
 from kepo.models.conventions import without_dropout
 from kepo.models.encoding import Prompt
 from kepo.models.vlm import VLM
+from kepo.planner.anatomy import anatomy
 from kepo.run.roles import load_policy
 
 CPU = torch.device("cpu")
@@ -87,13 +88,9 @@ def test_files_of_different_models_are_refused(folder, file, settings, says):
         VLM.load(folder)
 
 
-@pytest.mark.parametrize(
-    "setting, value", [("final_logit_softcapping", 30.0), ("logit_scale", 0.0625)]
-)
-def test_a_head_that_does_more_than_multiply_is_refused(folder, setting, value):
-    change_text_config(folder, **{setting: value})
-    with pytest.raises(KepoCheckpointError, match=f"{setting}={value}, which the losses would"):
-        VLM.load(folder)
+def test_a_softcap_that_the_forward_leaves_out_is_none(folder):
+    change_text_config(folder, final_logit_softcapping=30.0)
+    assert VLM.load(folder).head.softcap is None
 
 
 def test_positions_that_depend_on_the_length_are_refused(folder):
@@ -197,3 +194,13 @@ def test_dropout_is_found_in_layers_and_in_settings():
     assert without_dropout(module) == ["attention_dropout=0.1", "dropout=0.2"]
     assert without_dropout(module) == []
     assert module[0].attention_dropout == 0.0 and module[0].resid.p == 0.0
+
+
+@pytest.mark.parametrize("attention", ["foo", "flex_attention"])
+def test_attention_that_the_model_cannot_be_computed_with_is_named(made, tmp_path, attention):
+    """The setting is, and not the model's files: they are as they should be."""
+    config = config_of(made, tmp_path, attn_implementation=attention)
+    with pytest.raises(KepoConfigError, match=f"^attn_implementation='{attention}'.*sdpa, eager"):
+        load_policy(config, CPU)
+    with pytest.raises(KepoConfigError, match=f"^attn_implementation='{attention}'.*sdpa, eager"):
+        anatomy(str(made / "student"), "float32", attention=attention, device="cpu")

@@ -13,6 +13,7 @@ from families import FAMILIES, pictures
 
 from kepo.digits.tiny import FORMAT_TAGS, build_tiny, build_tokenizer
 from kepo.errors import KepoCheckpointError, KepoConfigError, KepoDataError
+from kepo.models import encoding
 from kepo.models.encoding import Inputs, Prompt
 from kepo.models.sampling import SamplingParams
 from kepo.models.vlm import VLM
@@ -108,6 +109,30 @@ def test_encode_expands_images_and_pads_left(vlm, prompts):
         assert text.startswith("<|im_start|>")
         assert "<|im_start|>user\n<|vision_start|><|image_pad|>" in text
         assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_lengths_are_those_of_encode_and_no_picture_is_decoded(vlm, tmp_path, monkeypatch):
+    """All ranks ask for the lengths of a whole step, and each then decodes its own share."""
+    sizes = [(64, 32), (32, 32), (300, 41), (41, 300), (640, 480)]
+    shown = pictures(tmp_path, *sizes)
+    turned = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[274] = 6  # a quarter turn
+    Image.new("RGB", (300, 41)).save(turned, exif=exif)
+    several = [Prompt("Which?", path) for path in (*shown, turned)]
+    several += [Prompt("Which of them, or none?", (shown[0], shown[4], shown[0])), Prompt("None")]
+    truth = vlm.encode(several).attention_mask.sum(-1).tolist()
+    vlm.encoder._patches.clear()
+    monkeypatch.setattr(encoding, "open_rgb", None)
+    assert vlm.encoder.lengths([*several, several[0]]) == [*truth, truth[0]]
+
+
+def test_lengths_of_what_is_no_picture_are_refused(vlm, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    Image.new("RGB", (2000, 2)).save(tmp_path / "thin.png")
+    for name, says in (("broken", "broken.png: cannot identify"), ("thin", "refuses .*2000 x 2")):
+        with pytest.raises(KepoDataError, match=says):
+            vlm.encoder.lengths([Prompt("Which?", tmp_path / f"{name}.png")])
 
 
 def test_encode_sees_a_file_that_changed(vlm, prompts, tmp_path):

@@ -39,6 +39,15 @@ def test_unscaled_advantages_are_the_distance_from_the_mean():
     assert torch.equal(group_advantages(equal, "none"), torch.zeros(1, 7))
 
 
+def test_advantages_scaled_by_the_batch():
+    # means 1 and 4; the squared distances of all six from their mean, 2.5, sum to 21.5
+    rewards = torch.tensor([[0.0, 1.0, 2.0], [5.0, 2.0, 5.0]])
+    expected = torch.tensor([[-1.0, 0.0, 1.0], [1.0, -2.0, 1.0]]) / ((21.5 / 5) ** 0.5 + 1e-4)
+    torch.testing.assert_close(group_advantages(rewards, "batch"), expected)
+    equal = torch.tensor([[0.1] * 3, [0.0, 1.0, 0.0]])
+    assert torch.equal(group_advantages(equal, "batch")[0], torch.zeros(3))
+
+
 def test_gate_opens_at_the_threshold():
     quality = torch.tensor([0.0, 0.999, 1.0, 2.0])
     gate = quality_gate(quality, 1.0)

@@ -85,15 +85,40 @@ def test_ranks_get_equal_tokens_and_equally_many_micro_batches():
     assert max(tokens) <= 1.05 * min(tokens)
 
 
-def test_a_rank_without_work_left_gets_completions_without_loss(monkeypatch):
+@pytest.mark.parametrize("groups, world", [(1, 2), (1, 4), (3, 2), (9, 8), (5, 4)])
+def test_no_rank_waits_for_one_that_has_a_group_more(groups, world):
+    """A group is cut where ranks would have a whole one less to do, and into no more than it
+    takes."""
+    batch = batch_of(groups)
+    plan = plan_of(batch, world=world)
+    alone = plan_of(batch)
+    tokens = [sum(row.tokens for micro in share for row in micro) for share in plan]
+    rows = [row for share in plan for micro in share for row in micro]
+    longest = max(row.tokens for micro in alone[0] for row in micro)
+    assert sorted(places(plan)) == list(range(len(batch))) and min(tokens) > 0
+    assert max(tokens) < 0.95 * -(-groups // world) * longest
+    assert sum(len(row.places) == 4 for row in rows) == groups // world * world
+    for rank in range(world):  # the same on every rank
+        assert plan_of(batch, world=world)[rank] == plan[rank]
+
+
+def test_a_cut_that_gains_nothing_is_not_made(monkeypatch):
+    """Of long prompts each part costs almost what the whole does."""
     batch = batch_of(3)
-    plan = plan_of(batch, world=2, micro_batch=4)
-    assert sorted(map(len, plan)) == [1, 2]
+    monkeypatch.setattr(micros, "world_size", lambda: 2)
+    plan = plan_micros(batch, [10_000] * len(batch), CONFIG, share_prompts=True)
+    assert {len(row.places) for share in plan for micro in share for row in micro} == {4}
+
+
+def test_a_rank_without_work_left_gets_completions_without_loss(monkeypatch):
+    batch = batch_of(1)
+    plan = plan_of(batch, world=5)
+    assert sorted(map(len, plan)) == [0, 1, 1, 1, 1]
     parts = []
-    for rank in range(2):
+    for rank in range(5):
         monkeypatch.setattr(micros, "rank", lambda rank=rank: rank)
         parts.append(own_micros(batch, plan))
-    assert [len(part) for part in parts] == [2, 2]
+    assert [len(part) for part in parts] == [1] * 5
     empty = next(p for part in parts for p in part if not p.completion_mask.any())
     assert len(empty) == 1 and not empty.policy_weights.any() and not empty.opened.any()
     total = sum(float(micro.policy_weights.sum()) for part in parts for micro in part)

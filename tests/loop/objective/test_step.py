@@ -1,5 +1,6 @@
 """One micro-step against the whole-matrix oracle: what it adds up, and what the teacher reads."""
 
+import inspect
 import math
 from dataclasses import replace
 
@@ -29,7 +30,8 @@ from kepo.objective.sod import drift_weights
 from kepo.objective.step import kepo_step
 from kepo.objective.totals import StepTotals
 from kepo.rollout.rollouts import demonstrations
-from kepo_kernels import reference
+from kepo_kernels import fused_grpo_loss, fused_kepo_loss, reference
+from kepo_kernels.validate import ENGINE_SETTINGS
 
 CONFIG = Config(teacher="t", num_generations=2, max_completion_length=64, impl="torch")
 CLOSE = dict(rtol=1e-5, atol=1e-7)
@@ -202,6 +204,106 @@ def test_closed_gates_are_a_case_and_the_teacher_does_not_run(models):
 def test_no_signal_at_all_is_zero_and_finite(models):
     loss, grads, _ = step(models, [group_of([WRONG, WRONG])], CONFIG)
     assert loss == 0 and all(not grad.any() for grad in grads.values())
+
+
+# ---- every option of the losses ----
+
+OPTIONS = {
+    "bounds": {"epsilon_low": 0.05, "epsilon_high": 0.1},
+    "delta": {"delta": 1.3},
+    "sapo": {"policy_loss": "sapo", "sapo_temperature_pos": 0.5, "sapo_temperature_neg": 3.0},
+    "sequence": {"importance_level": "sequence"},
+    "k1": {"kl_coef": 0.3, "kl_estimator": "k1"},
+    "k2": {"kl_coef": 0.3, "kl_estimator": "k2"},
+    "k3": {"kl_coef": 0.3, "kl_estimator": "k3"},
+    "entropy": {"entropy_coef": 0.2},
+    "temperature": {"temperature": 1.5},
+    "teacher_temperature": {"teacher_temperature": 2.0},
+}
+
+
+@pytest.mark.parametrize("settings", OPTIONS.values(), ids=OPTIONS)
+def test_an_option_does_what_the_reference_says(models, settings):
+    policy, _ = models
+    ref = TableVLM(3) if "kl_coef" in settings else None
+    batch = collate(GROUPS, CONFIG)
+    old = policy.logprobs(batch).detach()
+    old += 0.3 * torch.randn(old.shape, generator=torch.Generator().manual_seed(0))
+    config = replace(CONFIG, **settings)
+    mine = step(models, GROUPS, config, ref=ref, old=[old])
+    truth = settings | ({} if ref is None else dict(ref_logprobs=ref.logprobs(batch).detach()))
+    same(mine, oracle(models, GROUPS, config, old_logprobs=old, **truth))
+    plain = step(models, GROUPS, CONFIG, old=[old])
+    assert not torch.allclose(mine[1]["head"], plain[1]["head"], rtol=1e-3)
+
+
+def test_the_teacher_of_step_weights_has_its_own_temperature(models):
+    config = replace(CONFIG, step_weights=True, teacher_temperature=2.0)
+    batch = collate(GROUPS, config)
+    [known] = score(models[1], None, [batch], config, StepTotals())
+    chosen = (models[1].logits(batch) / 2.0).log_softmax(-1)
+    chosen = chosen.gather(-1, batch.completion_ids[..., None]).squeeze(-1)
+    mask = batch.completion_mask[batch.opened]
+    torch.testing.assert_close(known.teacher_logprobs[mask], chosen[batch.opened][mask].detach())
+
+
+NOT_SET = {
+    **dict.fromkeys(("hidden", "lm_head", "targets", "advantages"), "a step's tensors"),
+    **dict.fromkeys(("teacher_hidden", "teacher_lm_head", "completion_mask"), "a step's tensors"),
+    **dict.fromkeys(("old_logprobs", "ref_logprobs", "sampler_weights"), "a step's tensors"),
+    **dict.fromkeys(("bias", "teacher_bias"), "belong to the heads of the models"),
+    "gate": "a factor of distill_weights, by gate_reward and gate_threshold",
+    "weights": "policy_weights, in fused_grpo_loss",
+    "reduction": "policy_reduction, in fused_grpo_loss",
+    **dict.fromkeys(("policy_weights", "policy_reduction"), "collate, by policy_reduction"),
+    **dict.fromkeys(("distill_weights", "distill_reduction"), "collate, by distill_reduction"),
+    "chunk_rows": "workspace_bytes says it in bytes",
+    "return_stats": "metrics need them",
+}
+"""Arguments of the losses that no setting of the same name is passed to, and why."""
+
+
+def test_every_other_argument_of_the_losses_is_a_setting_that_arrives(models, monkeypatch):
+    functions = (fused_kepo_loss, fused_grpo_loss)
+    names = {name for f in functions for name in inspect.signature(f).parameters} - {"engine"}
+    names = (names | {*ENGINE_SETTINGS}) - NOT_SET.keys()
+    settings = dict(
+        distill_coef=0.7,
+        beta=0.3,
+        epsilon_low=0.11,
+        epsilon_high=0.12,
+        delta=3.5,
+        kl_coef=0.13,
+        kl_estimator="k2",
+        entropy_coef=0.14,
+        policy_loss="clip",
+        importance_level="sequence",
+        sapo_temperature_pos=1.5,
+        sapo_temperature_neg=1.6,
+        temperature=1.7,
+        teacher_temperature=1.8,
+        impl="cpu",
+        workspace_bytes=2**25,
+        logits_dtype="float32",
+        grad_tol=0.01,
+    )
+    assert names == settings.keys()  # a new argument needs a setting, or its reason above
+    config = replace(CONFIG, **settings)
+    defaults = Config()
+    same_as_default = {n for n, value in settings.items() if getattr(defaults, n) == value}
+    assert same_as_default == {"policy_loss"}
+    given = {}
+
+    def recorded(*arguments, **named):
+        given.update(named)
+        return fused_kepo_loss(*arguments, **named)
+
+    monkeypatch.setattr(step_module, "fused_kepo_loss", recorded)
+    step(models, GROUPS, config, ref=TableVLM(3))
+    expected = settings | {"logits_dtype": torch.float32}
+    assert {name: given[name] for name in names} == expected
+    step(models, GROUPS, replace(config, policy_loss="cispo", delta=None), ref=TableVLM(3))
+    assert given["policy_loss"] == "cispo"
 
 
 # ---- ratios ----

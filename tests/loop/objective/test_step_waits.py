@@ -31,9 +31,9 @@ class OnAGpu(TableVLM):
 
     @property
     def lm_head(self):
-        if not hasattr(self, "head"):
-            self.head = on_device(super().lm_head).requires_grad_()
-        return self.head
+        if not hasattr(self, "there"):
+            self.there = on_device(super().lm_head).requires_grad_()
+        return self.there
 
     @property
     def device(self):

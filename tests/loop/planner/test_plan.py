@@ -12,7 +12,7 @@ from kepo.planner import plan as plan_module
 from kepo.planner.anatomy import anatomy, read_config
 from kepo.planner.held import GIB, Held, Machine, standing
 from kepo.planner.known_models import KNOWN, known_model
-from kepo.planner.memory import Phase, Setup, moments, peak, phases
+from kepo.planner.memory import Phase, Prompts, Setup, moments, peak, phases
 from kepo.planner.plan import advice, largest, plan
 from kepo.planner.plot import plot_plan
 from kepo.planner.trace import LiveBytes, trace_inference, trace_training
@@ -81,8 +81,8 @@ def test_unknown_model():
 
 
 def test_model_of_another_family(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(KepoConfigError, match=r"of type 'llama'.*expected one of qwen3_vl"):
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(KepoConfigError, match=r"of type 'llava'.*expected one of qwen3_vl"):
         read_config(str(tmp_path))
 
 
@@ -160,12 +160,14 @@ def test_each_setting_takes_or_saves():
     assert offloaded < shared < whole / 2
     four, eight = (held("rollout", "teacher", teacher_bits=bits, **TEACHER) for bits in (4, 8))
     assert four < eight < whole
-    # What the teacher said waits in host memory, or on the device from one step to the next.
+    # What the teacher said waits in host memory, or on the device until the update is over.
     states = 2 * 4096 * 32 * 256  # of a process's 32 completions
     stays = TEACHER | dict(scores_on="device")
-    for name in ("rollout", "update", "optimiser"):
+    for name in ("update", "optimiser"):
         assert held(name, "teacher", **stays) == held(name, "teacher", **TEACHER) + states
-    assert held("scoring", "teacher", **stays) > held("rollout", "teacher", **stays) + states // 2
+    assert held("rollout", "teacher", **stays) == held("rollout", "teacher", **TEACHER) == whole
+    before = held("scoring", "teacher", **stays) - whole  # the last micro-batch's are to come
+    assert states // 2 < before < states
     alone = held("update", "activations", share_prompts=False)
     assert alone > 1.5 * held("update", "activations")
     unmasked = held("update", "activations", attn_implementation="flash_attention_2")
@@ -184,6 +186,48 @@ def test_each_setting_takes_or_saves():
     assert held("rollout", "cache", rollout_tokens=8000) < held("rollout", "cache")
     plain = held("update", "activations", gradient_checkpointing=False)
     assert plain > 3 * held("update", "activations")
+
+
+def test_a_plan_is_for_the_named_machine_whatever_is_here(monkeypatch):
+    setup = Setup(replace(SMALL, device="cuda"), Machine(4, 80 * GIB))
+    truth = phases(setup)
+    for here in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda here=here: here)
+        assert phases(setup._replace(config=replace(SMALL, device="auto"))) == truth
+
+
+def test_mini_batches_are_planned_as_they_are_laid_out():
+    """A step in four parts is as four steps of a quarter of the questions, but for what the
+    teacher said of all of them."""
+    machine = Machine(1, 80 * GIB)
+    config = replace(SMALL, **TEACHER, scores_on="device", rollout_batch=8, micro_batch=64)
+    quarter = replace(config, prompts_per_step=config.prompts_per_step // 4)
+
+    def update(config):
+        return next(p for p in phases(Setup(config, machine)) if p.name == "update").held
+
+    parts, alone = update(replace(config, mini_batches=4)), update(quarter)
+    assert all(parts[item] == alone[item] for item in parts if item not in ("teacher", "reserve"))
+    assert parts["activations"] < update(config)["activations"]
+    states = 2 * 4096 * 256 * quarter.prompts_per_step * config.num_generations
+    assert parts["teacher"] - alone["teacher"] == 3 * states
+
+
+def test_moments_of_8_bits_and_a_student_of_4_take_less():
+    def held(**change):
+        return phases(Setup(replace(SMALL, **change), Machine(4, 80 * GIB)))[0].held
+
+    trained = anatomy(SMALL.student, "bfloat16", "cuda").counts.trained
+    assert held()["optimiser"] == 2 * 4 * trained // 4
+    eight = held(optimizer="adamw_8bit")["optimiser"]
+    assert eight == pytest.approx(2 * (1 + 4 / 256) * trained / 4, rel=1e-6)
+    adapters = dict(lora_rank=16, sharding="none", kl_coef=0.1)
+    counts = anatomy(SMALL.student, "bfloat16", "cuda", lora_rank=16).counts
+    whole, four = held(**adapters), held(**adapters, student_bits=4)
+    saved = counts.linear * (2 - 4.5 / 8)
+    unpacked = 2 * counts.largest_linear
+    assert whole["weights"] - four["weights"] == pytest.approx(saved - unpacked, rel=1e-6)
+    assert whole["reference"] - four["reference"] == pytest.approx(saved, rel=1e-6)
 
 
 def test_the_loss_takes_more_with_a_teacher():
@@ -228,7 +272,6 @@ def test_gradients_beside_the_buckets(gpus, micro_batch, sets):
         pages=0,
         several=micro_batch < 128 // gpus,
         penalised=False,
-        scores=0,
     )
     assert stays.earlier_gradients == sets * 4 * student.counts.trained
     update = next(p for p in phases(Setup(config, machine)) if p.name == "update")
@@ -265,6 +308,17 @@ def test_largest(limit, most):
 
 def test_largest_tries_all_at_once():
     assert largest(lambda n: n <= 3 or n == 9, 9) == 9
+
+
+def test_no_completion_is_longer_than_the_student_has_positions_for(tinies):
+    """A run would leave every question out as too long."""
+    config = Config(student=str(tinies / "qwen3"), hint_trigger="never", gate_reward=None)
+    config = replace(config, distill_coef=0.0, prompts_per_step=2, micro_batch=1)
+    machine, prompts = Machine(1, 80 * GIB), Prompts(text_tokens=100, image_tokens=200)
+    assert plan(Setup(config, machine, prompts)).max_completion_length == 3792  # 4096 positions
+    long = replace(config, max_completion_length=3797)
+    with pytest.raises(KepoConfigError, match=r"^max_completion_length=3797: .* for 3796 tokens"):
+        plan(Setup(long, machine, prompts))
 
 
 @pytest.mark.slow
@@ -308,7 +362,8 @@ def test_advice_is_not_refused():
     large = dict(rollout_batch=8, micro_batch=64, micro_tokens=20000)
     assert "micro_tokens" in settings(**large, gradient_checkpointing=False)
     assert "share_prompts" in settings(**large, share_prompts=False)
-    assert "scores_on" in settings(**TEACHER, scores_on="device", max_completion_length=4096)
+    long = TEACHER | dict(rollout_batch=8, max_completion_length=4096)
+    assert "scores_on" in settings(**long, scores_on="device")
 
 
 def test_what_train_refuses_is_not_planned():

@@ -13,6 +13,7 @@ from kepo.planner.memory import Setup, phases
 from kepo_kernels.compute import gemm
 
 BOOKKEEPING = 12e6
+NEEDS = {"lora_rank": "peft", "optimizer": "bitsandbytes"}
 
 
 @pytest.mark.slow
@@ -20,8 +21,9 @@ BOOKKEEPING = 12e6
 def test_planned_is_measured(name, made, tmp_path, monkeypatch):
     monkeypatch.setattr(gemm, "fast_bf16", lambda device: device.type != "cpu")
     case = CASES[name]
-    if "lora_rank" in case.settings:
-        pytest.importorskip("peft")
+    for setting, package in NEEDS.items():
+        if setting in case.settings:
+            pytest.importorskip(package)
     config = config_for(case, made, tmp_path)
     planned = {p.name: p.total for p in phases(Setup(config, CPU, prompts_of(config)))}
     held = measured(case, config, made, tmp_path)

@@ -122,8 +122,10 @@ def test_never_means_the_teacher_is_not_met():
 
 
 def test_rescued_groups_are_lively_and_stay():
+    longer = RIGHT.replace("</think>", ", seen</think>")
+
     def says(prompt, nth):
-        return RIGHT if "Hint:" in prompt else WRONG
+        return longer if "Hint:" in prompt else WRONG
 
     policy, teacher, hints = ScriptedVLM(says), hint_writer(), {}
     config = replace(HINTED, dynamic_sampling=2)
@@ -132,6 +134,8 @@ def test_rescued_groups_are_lively_and_stay():
     assert [[r.hinted for r in group] for group in found.groups] == [[False, True]] * 4
     assert hints == {q.id: "left" for q in questions}
     assert found.sampled == len(policy.seen) == 8 + 4
+    wrong, right = (len(rollout.completion_ids) for rollout in found.groups[0])
+    assert found.sampled_tokens == 8 * wrong + 4 * right and wrong != right
 
 
 def test_exchanged_questions_are_rescued_too_and_all_is_counted():

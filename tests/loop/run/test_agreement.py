@@ -75,12 +75,12 @@ def test_files_that_every_process_reads_are_compared(made, tmp_path):
     plain = models | {"teacher": None}
     assert all(name.startswith("student/") for name in read_by_each(plain))
     # A quantised teacher is read by all.
-    before = read_by_each(models, whole="teacher")
+    before = read_by_each(models, whole={"teacher"})
     weights = tmp_path / "teacher" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    after = read_by_each(models, whole="teacher")
+    after = read_by_each(models, whole={"teacher"})
     assert {n for n in before if before[n] != after[n]} == {"teacher/model.safetensors"}
     assert read_by_each({"student": str(tmp_path / "none")}) == {}  # whoever reads it says so
 

@@ -13,7 +13,14 @@ from kepo.objective.totals import StepTotals
 from kepo.rollout.explore import Exploration
 from kepo.rollout.hints import RescueReport
 from kepo.run.curves import plot_curves, points_of
-from kepo.run.metrics import StepLog, completion_records, peak_gb, read_metrics, step_metrics
+from kepo.run.metrics import (
+    StepLog,
+    completion_records,
+    peak_gb,
+    read_metrics,
+    step_metrics,
+    step_times,
+)
 
 CONFIG = Config(teacher="t", num_generations=2, num_iterations=2)
 GROUPS = [
@@ -100,6 +107,36 @@ def test_a_step_of_the_dataset_alone_has_no_rewards_and_is_finite():
     assert not any(key.startswith("reward") for key in values)
     assert values["kepo/data_completions"] == 1 and values["kepo/gate_rate"] == 1.0
     json.dumps(values, allow_nan=False)
+
+
+def test_times_shares_and_rates_by_hand():
+    found = Exploration(rollout_seconds=2.0, hint_seconds=1.0, sampled_tokens=600)
+    totals = StepTotals(tokens=900, teacher_tokens=100, teacher_seconds=0.5)
+    assert step_times(found, totals, after_sampling=5.0, whole=10.0) == pytest.approx(
+        {
+            "time/rollout": 2.0,
+            "time/hint": 1.0,
+            "time/teacher": 0.5,
+            "time/update": 4.5,
+            "time/share/rollout": 0.2,
+            "time/share/hint": 0.1,
+            "time/share/teacher": 0.05,
+            "time/share/update": 0.45,
+            "time/share/other": 0.2,
+            "time/tokens_per_second/sampled": 200.0,
+            "time/tokens_per_second/trained": 200.0,
+            "time/tokens_per_second/teacher": 200.0,
+            "step_time": 10.0,
+        }
+    )
+
+
+def test_a_phase_that_did_not_happen_has_no_rate_and_no_share():
+    values = step_times(Exploration(), StepTotals(tokens=8), after_sampling=1.0, whole=2.0)
+    rates = {key: x for key, x in values.items() if "per_second" in key}
+    assert rates == {"time/tokens_per_second/trained": 8.0}
+    assert values["time/share/teacher"] == values["time/share/rollout"] == 0.0
+    assert values["time/share/other"] == 0.5
 
 
 def test_completions_are_recorded_as_they_were_judged():

@@ -91,3 +91,12 @@ def test_the_first_model_counts_where_a_resume_reads_it(own, tmp_path, made):
     with pytest.raises(KepoCheckpointError, match="student has other files"):
         train(own(**settings, kl_coef=0.1, run_dir=tmp_path / "with", steps=2))
     assert train(own(**settings, run_dir=tmp_path / "without", steps=2)).exit_code == 0
+
+
+def test_a_resume_may_compute_in_other_portions(own, tmp_path, capsys):
+    """As after a run that ended for want of memory."""
+    assert train(own()).exit_code == 0
+    capsys.readouterr()
+    portions = dict(micro_batch=1, micro_tokens=100, share_prompts=False, scores_on="device")
+    assert train(own(steps=2, **portions)).exit_code == 0
+    assert "resuming after step 1" in capsys.readouterr().out

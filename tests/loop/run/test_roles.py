@@ -1,5 +1,6 @@
 """Models held as the config says: with adapters, sharded, quantised; and what is saved of them."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,13 @@ import pytest
 import torch
 from small import config_of
 
+from kepo.digits.tiny import build_tiny
 from kepo.distributed.processes import processes
 from kepo.errors import KepoCheckpointError, KepoConfigError
 from kepo.loop import train
 from kepo.models.reading import blank_model
 from kepo.models.vlm import VLM, Prompt
+from kepo.run.open import load_models
 from kepo.run.roles import load_policy, load_reference, load_teacher, use_liger_layers
 
 CPU = torch.device("cpu")
@@ -155,6 +158,77 @@ def test_a_quantised_teacher_is_near_and_its_head_is_as_it_was(made, tmp_path, p
     assert 0 < error < {8: 0.1, 4: 0.5}[bits]
 
 
+@pytest.fixture(scope="module")
+def quantised(made, tmp_path_factory) -> Path:
+    """The folder of a run of two steps with adapters on weights of 4 bits."""
+    pytest.importorskip("bitsandbytes")
+    run_dir = tmp_path_factory.mktemp("quantised")
+    settings = dict(QUANTISED, steps=2, student_bits=4)
+    assert train(config_of(made, run_dir, **settings)).exit_code == 0
+    return run_dir
+
+
+QUANTISED = dict(
+    lora_rank=4, gate_reward=None, hint_trigger="never", keep_checkpoints=9, lr=1e-2, kl_coef=0.1
+)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_student_trains_its_adapters_and_nothing_else(made, tmp_path, prompt, bits):
+    pytest.importorskip("bitsandbytes")
+    config = config_of(made, tmp_path, student_bits=bits, **QUANTISED)
+    policy, whole = load_policy(config, CPU), VLM.load(made / "student")
+    assert trained(policy) and all("lora_" in name for name in trained(policy))
+    assert torch.equal(policy.lm_head, whole.lm_head)
+    found, wanted = logits(policy, prompt), logits(whole, prompt)
+    assert 0 < (found - wanted).norm() / wanted.norm() < {8: 0.1, 4: 0.9}[bits]
+    if bits == 4:
+        unpack_into(whole.model, policy.model)
+        torch.testing.assert_close(found, logits(whole, prompt), rtol=1e-4, atol=1e-5)
+    # Before it has learned anything the reference is the policy, quantised as it is.
+    assert torch.equal(logits(load_reference(config, CPU), prompt), found)
+    ids, mask = policy.encode_completions(["3 + 5 = 8"])
+    policy.model.train()
+    states = policy.completion_hidden(policy.encode([prompt]), ids, mask)
+    states.square().sum().backward()
+    named = dict(policy.model.named_parameters())
+    grads = {name: named[name].grad for name in trained(policy)}
+    # New adapters are a product with a zero factor, so only that factor has a gradient.
+    assert all(g is not None and g.isfinite().all() for g in grads.values())
+    assert all(grads[name].any() for name in grads if "lora_B" in name)
+
+
+def unpack_into(whole: torch.nn.Module, quantised: torch.nn.Module) -> None:
+    """Give a model the weights of 4 bits of another as the numbers that they stand for."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    linear = dict(whole.named_modules())
+    packed = [
+        (name.removesuffix(".base_layer"), module.weight)
+        for name, module in quantised.named_modules()
+        if type(module).__name__ == "Linear4bit" and hasattr(module.weight, "quant_state")
+    ]
+    assert len({name for name, _ in packed}) > 10
+    with torch.no_grad():
+        for name, weight in packed:
+            linear[name].weight.copy_(dequantize_4bit(weight.data, weight.quant_state))
+
+
+def test_a_quantised_run_learns_saves_and_resumes_to_the_bit(made, quantised, tmp_path):
+    from safetensors.torch import load_file
+
+    def adapters(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+        folder = run_dir / "checkpoints" / f"step-{step:08d}" / "policy"
+        return load_file(folder / "adapter_model.safetensors")
+
+    for steps in (1, 2):
+        settings = dict(QUANTISED, steps=steps, student_bits=4)
+        assert train(config_of(made, tmp_path, **settings)).exit_code == 0
+    whole, parts = adapters(quantised, 2), adapters(tmp_path, 2)
+    assert all(torch.equal(x, parts[name]) for name, x in whole.items())
+    assert any((x - adapters(quantised, 0)[name]).abs().max() > 1e-3 for name, x in whole.items())
+
+
 def test_the_reference_is_frozen(made, tmp_path):
     assert not trained(load_reference(config_of(made, tmp_path, kl_coef=0.1), CPU))
 
@@ -206,3 +280,25 @@ def test_liger_without_the_family_is_refused(made, tmp_path):
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(KepoConfigError, match="liger-kernel has none for 'bert'"):
         use_liger_layers(str(tmp_path))
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_model_whose_prompts_cannot_be_shared_has_rows_and_is_named(made, tmp_path, role, capsys):
+    """By the layers that a token sees the prompt through, too: a sliding window is a setting of the
+    model's, not of the run."""
+    for size in ("student", "teacher"):
+        build_tiny(tmp_path / size, size=size, seed=0, family="qwen2_5_vl")
+    file = tmp_path / role / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"] |= dict(use_sliding_window=True, sliding_window=8, layer_types=None)
+    config["text_config"] |= dict(max_window_layers=1)
+    file.write_text(json.dumps(config))
+    settings = dict(student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"))
+    models = load_models(config_of(made, tmp_path, kl_coef=0.1, **settings), CPU, None)
+    found = {"student": models.policy, "teacher": models.teacher}
+    assert {name for name, vlm in found.items() if not vlm.share_prompts} == {role}
+    assert models.ref.share_prompts == (role == "teacher")
+    said = [line for line in capsys.readouterr().out.splitlines() if "share_prompts" in line]
+    assert len(said) == 1 and role in said[0] and "sliding_attention" in said[0]
+    load_models(config_of(made, tmp_path, share_prompts=False, **settings), CPU, None)
+    assert "share_prompts" not in capsys.readouterr().out

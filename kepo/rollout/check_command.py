@@ -1,5 +1,7 @@
 """Read all of a dataset before a run does, and list what is wrong with it.
 
+    kepo data check PATH --model MODEL    # what the model refuses, too
+
 The exit code is 1 if something is wrong, or if both datasets have an image in common.
 """
 
@@ -19,6 +21,10 @@ from kepo.data.splits import shared_images
 from kepo.disk.files import printable
 from kepo.errors import KepoDataError
 from kepo.flags import command_line, refuse
+from kepo.rollout.encodable import Reader, encoder_at, faults_of, left_out, plain_reader
+from kepo.sections import Count, PicturesConfig, TaskConfig
+from kepo.tasks.environment import task_of
+from kepo.tasks.task import Task
 from kepo.words import at_home
 
 NAMED = 5
@@ -36,14 +42,37 @@ class Checked:
     """A look at each image, or the error that says why it could not be decoded."""
 
 
+Asked = tuple[Task, Reader]
+"""A task, and a model that is asked its questions."""
+
+
 def check_data(
-    path: str | Path, *, image_root: str | Path | None = None, progress: bool = False
+    path: str | Path,
+    *,
+    image_root: str | Path | None = None,
+    asked: Asked | None = None,
+    progress: bool = False,
 ) -> Checked:
-    """Read every record and decode every image. Raises KepoDataError if none of them is right."""
+    """Read every record and decode every image. Raises KepoDataError if none of them is right.
+
+    asked: also find what this model cannot be asked.
+    """
     examples, report = load_examples(path, image_root=image_root, progress=progress)
     looks = looks_of((path for e in examples for path in e.images), progress=progress)
     examples, report = readable(examples, report, digests_in(looks))
+    if asked is not None:
+        task, reader = asked
+        faults = faults_of(examples, task, [reader], progress=progress)
+        examples, report = left_out(examples, report, faults)
     return Checked(examples, with_faint(report, examples, looks), looks)
+
+
+def asked_of(settings: Check) -> Asked | None:
+    """Return the task and the model that the flags name; None without a model."""
+    if settings.model is None:
+        return None
+    task, encoder = task_of(settings), encoder_at(settings.model, settings)
+    return task, plain_reader(encoder, task, settings.max_completion_length)
 
 
 def table(examples: Sequence[Example]) -> list[str]:
@@ -136,18 +165,23 @@ def compare(checked: Checked, other: Checked) -> tuple[int, list[str]]:
     return images, lines
 
 
-@dataclass(frozen=True)
-class CheckFlags:
+@dataclass(frozen=True, kw_only=True)
+class Check(TaskConfig, PicturesConfig):
     """What is checked, and how much of it is listed."""
 
     path: str
-    """Folder in OmniMedVQA's layout, Med-R1's split files or one of them, or what
-    datasets.save_to_disk wrote."""
+    """JSON Lines, JSON lists, Parquet, what datasets.save_to_disk wrote, a name on the Hub,
+    OmniMedVQA's layout or Med-R1's split files: a file or a folder."""
+    model: str | None = None
+    """Folder or Hub name of a model that will be asked: find the records that its tokenizer, image
+    processor or length of context refuse. None checks the records alone."""
+    max_completion_length: Count = 128
+    """Tokens of an answer that must fit behind a question."""
     against: str | None = None
     """Count the images that this dataset has too. None disables it."""
     image_root: str | None = None
-    """Folder that image paths are relative to. None means the dataset's folder; for Med-R1's files,
-    the nearest parent folder that contains Images."""
+    """Folder that image paths are relative to. None means the dataset's folder, or its file's; for
+    Med-R1's files, the nearest parent folder that contains Images."""
     all: bool = False
     """List all that is wrong, not only the first few of each kind."""
 
@@ -163,16 +197,17 @@ def main(arguments: Sequence[str]) -> int:
             named = repr(arguments[0]) if arguments else "nothing"
             refuse(f"kepo data has {named}; expected kepo data check {usage}")
     [given] = command_line(
-        CheckFlags,
+        Check,
         prog="kepo data check",
         usage=usage,
         args=arguments[1:],
         description=__doc__,
     )
-    given = at_home(given, "path", "against", "image_root")
+    given = at_home(given, "path", "against", "image_root", "model")
     for path in filter(None, (given.path, given.against)):  # before hours of reading
         layout_of(path)
-    checked = check_data(given.path, image_root=given.image_root, progress=True)
+    asked = asked_of(given)
+    checked = check_data(given.path, image_root=given.image_root, asked=asked, progress=True)
     print("\n".join(describe(checked, given.all)))
     wrong = len(checked.report.problems)
     if given.against is not None:
