@@ -76,7 +76,7 @@ def train(
     task: Task | None = None,
     rewards: Sequence[str | Reward] | None = None,
     data: Iterable[Example | Mapping[str, Any]] | None = None,
-    sinks: Sequence[Sink] = (),
+    sinks: Sequence[Sink] | None = None,
 ) -> Result:
     """Run (or resume) the training that ``config`` describes.
 
@@ -101,7 +101,7 @@ def train(
         StopRequest() as stop,
         exclusive(Path(config.run_dir)),
     ):
-        run = open_run(config, device, stop, env, own, sinks)
+        run = open_run(config, device, stop, env, own, sinks or ())
         if run is not None:
             with run.sinks:
                 take_steps(run)

@@ -231,7 +231,7 @@ def test_hints_survive_a_checkpoint_and_are_not_written_twice(
     """Six questions in three steps: from the fourth on, in a resumed run, all hints are known."""
     written = []
 
-    def write(teacher, examples, config):
+    def write(teacher, examples, task, config):
         written.extend(example.id for example in examples)
         return [f"look at {example.id}" for example in examples]
 
@@ -311,14 +311,14 @@ def test_a_signal_during_an_evaluation_ends_it_at_a_batch(
     """However long it would take; a resumed run begins with it."""
     answered = []
 
-    def interrupted(sampler, examples, *, stop, **settings):
+    def interrupted(sampler, examples, task, *, stop, **settings):
         def asked():
             answered.append(stop())
             if len(answered) == 2:
                 os.kill(os.getpid(), number)
             return stop()
 
-        return greedy_scores(sampler, examples, stop=asked, **settings | {"batch_size": 1})
+        return greedy_scores(sampler, examples, task, stop=asked, **settings | {"batch_size": 1})
 
     config = whole_config(made, tmp_path, steps=1)
     monkeypatch.setattr(milestones, "greedy_scores", interrupted)
