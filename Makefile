@@ -18,7 +18,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment
-.PHONY: help demo test test-slow lint docs bench tritons matrix matrix-quick torches torches-test installs gpu gpu-quick clean
+.PHONY: help demo test test-slow extras-test lint docs bench tritons matrix matrix-quick torches torches-test installs gpu gpu-quick clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -32,6 +32,11 @@ test: $(VENV)/test.stamp  ## the test suite
 
 test-slow: $(VENV)/test.stamp  ## the slow tests, those that install the package included
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow
+
+# In an environment on top of the first: they ask for older versions of what is there.
+EXTRAS_TESTS = tests/loop/run/test_trackers.py tests/loop/run/test_optimizer_8bit.py tests/loop/run/test_roles.py
+extras-test: $(VENV)/extras/.stamp  ## the tests of trackers, and of models and moments in 8 and 4 bits
+	OMP_NUM_THREADS=1 $(VENV)/extras/bin/python -m pytest -q -n auto $(EXTRAS_TESTS)
 
 lint: $(VENV)/test.stamp  ## ruff check, ruff format --check, mypy
 	$(PY) -m ruff check .
@@ -97,6 +102,13 @@ $(VENV)/triton-%/.stamp: | $(VENV)/torch.txt
 $(VENV)/torch-%/.stamp: | $(VENV)/test.stamp
 	rm -rf $(@D)
 	$(PY) tools/fetch_torch.py $(@D)
+	touch $@
+
+$(VENV)/extras/.stamp: | $(VENV)/test.stamp
+	$(PY) -m venv --without-pip $(@D)
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth
+	$(@D)/bin/python -m pip install -c $(VENV)/torch.txt "kepo[trackers,quant]"
 	touch $@
 
 # The package by itself, so that the C++ is compiled once and again only when it changes.

@@ -32,7 +32,7 @@ class ToyPolicy(TableVLM):
     """Weights that are trained, saved and loaded; what it says follows from prompt and seed."""
 
     wrapper = None
-    unshareable = "it has no rows"
+    why_not_packed = "it has no rows"
 
     def __init__(self, saved: Path | None = None):
         super().__init__(seed=1)
@@ -71,7 +71,7 @@ def toys():
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(opening, "load_policy", lambda config, device, saved, seed: ToyPolicy(saved))
-        patch.setattr(opening, "judge_of", lambda config: None)  # it has no encoder to ask
+        patch.setattr(opening, "judge_of", lambda config, task: None)  # it has no encoder to ask
         patch.setattr(opening, "load_sampler", lambda config, policy: policy)
         patch.setattr(milestones, "plot_curves", draw_nothing)
         torch.set_num_threads(1)

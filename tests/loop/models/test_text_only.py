@@ -96,9 +96,9 @@ def test_packed_rows_are_rows_or_are_refused(vlm):
     assert len(PROMPT_OF) == len(ids)
     same = equal(*both_ways(vlm, PROMPTS, completions))
     if "sliding_window" in MAKERS[type(vlm.model).__name__.removesuffix("ForCausalLM")]:
-        assert "has layers of sliding_attention" in vlm.unshareable and not same
+        assert "has layers of sliding_attention" in vlm.why_not_packed and not same
     else:
-        assert vlm.unshareable is None and same
+        assert vlm.why_not_packed is None and same
 
 
 def test_a_run_says_at_its_start_that_rows_are_not_packed(made, tmp_path, capsys):
