@@ -14,7 +14,7 @@ from kepo.errors import KepoConfigError, KepoDataError
 from kepo.models.device import known_device
 from kepo.objective.workspace import check_workspace
 from kepo.run.sinks.telling import first_line
-from kepo.sections import RewardConfig, RunConfig
+from kepo.sections import PicturesConfig, RewardConfig, RunConfig
 from kepo.tasks.environment import Environment, environment_of
 from kepo.tasks.rewards import reward_name
 
@@ -57,37 +57,16 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
         _refuse("student is not set; give the folder of a vision-language model")
     if config.eval_share and config.eval_data is not None:
         _refuse(f"eval_share={config.eval_share} and eval_data are two evaluations; give one")
-    least, most = config.min_pixels, config.max_pixels
-    if least is not None and most is not None and least > most:
-        _refuse(f"min_pixels={least} is more than max_pixels={most}; expected at most as many")
+    _pictures(config)
+    _weights(config)
+    _objective(config)
     if config.hints and config.num_hinted > config.num_generations:
         _refuse(
             f"num_hinted={config.num_hinted} is more than num_generations="
             f"{config.num_generations}: a group has no more samples to replace"
         )
-    if config.dtype != "float32" and config.sharding == "none" and not config.lora_rank:
-        _refuse(
-            f"dtype={config.dtype!r} would keep the trained weights in 16 bits, where steps of "
-            f"lr={config.lr} vanish; set sharding: fsdp2 (in one process too), which keeps them in "
-            "float32 and computes in dtype, or lora_rank"
-        )
     if config.lr_schedule == "constant" and config.lr_end not in (None, 1.0):
         _refuse(f"lr_end={config.lr_end} is not reached with lr_schedule='constant'; leave one out")
-    if config.student_bits is not None and not config.lora_rank:
-        _refuse(
-            f"student_bits={config.student_bits} needs adapters to train, as quantised weights "
-            "cannot be; set lora_rank"
-        )
-    if config.student_bits is not None and config.sharding != "none":
-        _refuse(
-            f"student_bits={config.student_bits} and sharding={config.sharding!r}: a quantised "
-            "student is a copy in every process"
-        )
-    if config.teacher_bits is not None and config.teacher_placement != "copy":
-        _refuse(
-            f"teacher_bits={config.teacher_bits} and teacher_placement="
-            f"{config.teacher_placement!r}: a quantised teacher is a copy in every process"
-        )
     if config.sampler == "vllm" and config.lora_rank:
         _refuse("sampler='vllm' takes whole weights, not adapters; set lora_rank: 0")
     if config.sampler == "vllm" and not 0.01 <= config.sampling_temperature <= 2:
@@ -104,18 +83,6 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
         _refuse(
             f"mini_batches={config.mini_batches} does not divide prompts_per_step="
             f"{config.prompts_per_step}: every optimiser step takes equally many questions"
-        )
-    if config.delta is not None and config.policy_loss != "clip":
-        _refuse(f"delta={config.delta} bounds the ratio of policy_loss: clip, which is not on")
-    if config.delta is not None and config.delta <= 1 + config.epsilon_high:
-        _refuse(f"delta={config.delta}; expected more than 1 + epsilon_high, to bound more than it")
-    if config.logits_dtype == "bfloat16" and config.dtype != "bfloat16":
-        _refuse(f"logits_dtype='bfloat16' needs dtype: bfloat16, not {config.dtype!r}")
-    flash = (config.attn_implementation or "").startswith("flash_attention")
-    if flash and config.dtype == "float32":
-        _refuse(
-            f"attn_implementation={config.attn_implementation!r} computes in 16 bits, not in "
-            "dtype='float32'"
         )
     if config.overlong_buffer > config.max_completion_length:
         _refuse(
@@ -135,6 +102,52 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
         ):
             if value != off:
                 _refuse(f"{name}={value!r} needs a teacher; set teacher, or {name} to {off}")
+
+
+def _weights(config: Config) -> None:
+    """Check how the models' weights are held, and in which dtype they compute."""
+    if config.dtype != "float32" and config.sharding == "none" and not config.lora_rank:
+        _refuse(
+            f"dtype={config.dtype!r} would keep the trained weights in 16 bits, where steps of "
+            f"lr={config.lr} vanish; set sharding: fsdp2 (in one process too), which keeps them in "
+            "float32 and computes in dtype, or lora_rank"
+        )
+    if config.student_bits is not None and not config.lora_rank:
+        _refuse(
+            f"student_bits={config.student_bits} needs adapters to train, as quantised weights "
+            "cannot be; set lora_rank"
+        )
+    if config.student_bits is not None and config.sharding != "none":
+        _refuse(
+            f"student_bits={config.student_bits} and sharding={config.sharding!r}: a quantised "
+            "student is a copy in every process"
+        )
+    if config.teacher_bits is not None and config.teacher_placement != "copy":
+        _refuse(
+            f"teacher_bits={config.teacher_bits} and teacher_placement="
+            f"{config.teacher_placement!r}: a quantised teacher is a copy in every process"
+        )
+    flash = (config.attn_implementation or "").startswith("flash_attention")
+    if flash and config.dtype == "float32":
+        _refuse(
+            f"attn_implementation={config.attn_implementation!r} computes in 16 bits, not in "
+            "dtype='float32'"
+        )
+
+
+def _objective(config: Config) -> None:
+    if config.delta is not None and config.policy_loss != "clip":
+        _refuse(f"delta={config.delta} bounds the ratio of policy_loss: clip, which is not on")
+    if config.delta is not None and config.delta <= 1 + config.epsilon_high:
+        _refuse(f"delta={config.delta}; expected more than 1 + epsilon_high, to bound more than it")
+    if config.logits_dtype == "bfloat16" and config.dtype != "bfloat16":
+        _refuse(f"logits_dtype='bfloat16' needs dtype: bfloat16, not {config.dtype!r}")
+
+
+def _pictures(config: PicturesConfig) -> None:
+    least, most = config.min_pixels, config.max_pixels
+    if least is not None and most is not None and least > most:
+        _refuse(f"min_pixels={least} is more than max_pixels={most}; expected at most as many")
 
 
 def _machine(config: Config) -> None:

@@ -92,19 +92,19 @@ def checkpoint_of(run: Path) -> Path:
     return newest
 
 
-def refuse_other_base(checkpoint: Path, state: Mapping[str, Any]) -> None:
+def refuse_other_base(folder: Path, state: Mapping[str, Any]) -> None:
     """Raise KepoCheckpointError if the model that adapters belong to is not as it was."""
-    base = base_of(checkpoint / "policy")
+    base = base_of(folder / "policy")
     assert base is not None, "a checkpoint of adapters"
     before = state.get("inputs", {}).get("student")
     if before is None:
-        print(f"{checkpoint} has no digest of {base}: it is taken to be the model it was")
+        print(f"{folder} has no digest of {base}: it is taken to be the model it was")
         return
     now = model_identity(base)
     if now != before:
         other = sorted(name for name in {*now, *before} if now.get(name) != before.get(name))
         raise KepoCheckpointError(
-            f"{checkpoint} holds adapters for {base}, which has changed since: "
+            f"{folder} holds adapters for {base}, which has changed since: "
             f"{', '.join(other[:3])}; bring back the model that they were trained on"
         )
 

@@ -50,7 +50,7 @@ def test_the_command_lists_its_commands():
     out = run("-m", "kepo")
     assert out == run("-m", "kepo", "--help") and "usage: kepo {train," in out
     listed = re.findall(r"^  kepo (\w+)", out, re.M)
-    assert listed == ["train", "evaluate", "plan", "export", "data", "demo"]
+    assert listed == ["train", "evaluate", "plan", "export", "report", "data", "demo"]
     unknown = subprocess.run(
         [sys.executable, "-m", "kepo", "trian"], cwd=ROOT, capture_output=True, text=True
     )

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from kepo.data.example import LETTERS, UNKNOWN, Example
 from kepo.data.images import load_image, locate, open_rgb
 from kepo.data.layouts import (
+    arrow,
     from_python,
     hub,
     json_records,
@@ -30,7 +31,6 @@ from kepo.data.layouts import (
     parquet,
     saved_dataset,
     schema,
-    tables,
 )
 from kepo.data.records import (
     KINDS,
@@ -71,9 +71,9 @@ class Layout:
 OMNIMEDVQA = Layout("OmniMedVQA", omnimedvqa.rows, omnimedvqa.parse, omnimedvqa.quirks)
 MEDR1 = Layout("Med-R1 split", medr1.rows, medr1.parse)
 RECORDS = Layout("JSON records", json_records.rows, schema.parse, schema.quirks)
-PARQUET = Layout("Parquet", parquet.rows, tables.parse, tables.quirks)
-HF = Layout("datasets folder", saved_dataset.rows, tables.parse, tables.quirks)
-HUB = Layout("Hub dataset", hub.rows, tables.parse, tables.quirks)
+PARQUET = Layout("Parquet", parquet.rows, arrow.parse, arrow.quirks)
+HF = Layout("datasets folder", saved_dataset.rows, arrow.parse, arrow.quirks)
+HUB = Layout("Hub dataset", hub.rows, arrow.parse, arrow.quirks)
 LAYOUTS = (OMNIMEDVQA, MEDR1, RECORDS, PARQUET, HF, HUB)
 FROM_PYTHON = "list from Python"
 """The name of the layout of questions that come as an argument."""

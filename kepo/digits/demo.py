@@ -43,7 +43,6 @@ SOURCE = next(iter(MODALITIES))
 COMPLETION_TOKENS = 24
 
 DIGITS_RUN: dict[str, Any] = dict(
-    device="cpu",  # whose runs are the same bit for bit, and fast enough for so small a model
     # More questions and fewer answers to each than usual: the model has to learn to see, and for
     # that the number of different images counts.
     prompts_per_step=32,
@@ -147,6 +146,7 @@ def config_of(demo: Demo, data: Path, teacher: Path, student: Path) -> Config:
         seed=demo.seed,
         save_every=10,
         eval_every=0,
+        device="cpu",  # whose runs are the same bit for bit, and fast enough for so small a model
         **{**DIGITS_RUN, "lr": demo.lr},
     )
 

@@ -120,7 +120,7 @@ def test_text_alone_trains(tmp_path, monkeypatch):
 
 
 NEWCOMER = {
-    "recipe.yaml": (
+    "own.yaml": (
         "student: tiny\n"
         "train_data: my.jsonl\n"
         "task: open_answer\n"
@@ -144,9 +144,12 @@ def test_own_data_and_own_reward_in_twelve_lines(tmp_path):
         "build_tiny('tiny', size='student', seed=0, family='text_only')\n"
     )
     assert sum(len(text.splitlines()) for text in [*NEWCOMER.values(), made]) <= 12
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(text in readme for text in NEWCOMER.values())
+    assert "; ".join(made.splitlines()) in readme
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
     started = time.perf_counter()
-    for words in (["-c", made], ["-m", "kepo", "train", "recipe.yaml", "grpo"]):
+    for words in (["-c", made], ["-m", "kepo", "train", "own.yaml", "grpo"]):
         ended = subprocess.run(
             [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
         )

@@ -2,8 +2,11 @@
 
 import functools
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+
+from PIL import Image
 
 PAYLOAD = (
     "<a href='#'>y</a></script></style><xss onload=alert(1)>\"'><xss>&lt;<!--<script>"
@@ -65,3 +68,34 @@ class Page(HTMLParser):
     @property
     def completions(self) -> list[dict]:
         return [item for group in self.data["browser"]["groups"] for item in group["items"]]
+
+
+def rewrite(file, change):
+    """Change every record of a log."""
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for record in records:
+        change(record)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def hostile_run(ended, tmp_path):
+    """The run with PAYLOAD in every text that it holds, its folder's name among them."""
+    run = shutil.copytree(ended, tmp_path / PAYLOAD.replace("/", "|")[:80])
+    picture = tmp_path / f"{PAYLOAD.replace('/', '|')[:80]}.png"
+    Image.new("RGB", (8, 8), "red").save(picture)
+    rewrite(run / "metrics.jsonl", lambda r: r.update(
+        {key: {PAYLOAD: 0.5, "CT": 0.25} for key in ("eval", "eval_types") if key in r}
+        | {PAYLOAD: 1.0, f"rewards/{PAYLOAD}/mean": 1.0, f"mem/{PAYLOAD}": 1.0}))  # fmt: skip
+    rewrite(run / "completions.jsonl", lambda r: r.update(
+        prompt=PAYLOAD, completion=PAYLOAD, hint=PAYLOAD, answer=PAYLOAD, images=[str(picture)],
+        rewards={"accuracy": 1.0, PAYLOAD: 2.0}))  # fmt: skip
+    data = json.loads((run / "data.json").read_text())
+    data["train"] |= {"path": PAYLOAD, "layout": PAYLOAD, "bad_records": {PAYLOAD: 1},
+                      "first_problems": [PAYLOAD], "quirks": {PAYLOAD: 1}}  # fmt: skip
+    (run / "data.json").write_text(json.dumps(data))
+    for state in run.glob("checkpoints/*/state.json"):
+        values = json.loads(state.read_text())
+        values["config"] |= {"student": PAYLOAD, "teacher": PAYLOAD, PAYLOAD: PAYLOAD}
+        values["config"]["train_modalities"] = [PAYLOAD]
+        state.write_text(json.dumps(values))
+    return run

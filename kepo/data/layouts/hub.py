@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kepo.data.layouts.tables import dataset_table, required, rows_of
+from kepo.data.layouts.arrow import dataset_table, required, rows_of
 from kepo.disk.files import ends
 from kepo.errors import KepoDataError
 

@@ -1,4 +1,4 @@
-"""Parquet files, or a folder of them, with the columns that `tables` names."""
+"""Parquet files, or a folder of them, with the columns that `arrow` names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kepo.data.layouts.tables import Table, required, rows_of
+from kepo.data.layouts.arrow import Table, required, rows_of
 from kepo.data.records import BadRecord
 from kepo.disk.files import data_files, printable, read_regular, require_regular
 

@@ -1,4 +1,4 @@
-"""Folders that ``datasets.save_to_disk`` wrote, with the columns that `tables` names."""
+"""Folders that ``datasets.save_to_disk`` wrote, with the columns that `arrow` names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kepo.data.layouts.tables import dataset_table, required, rows_of
+from kepo.data.layouts.arrow import dataset_table, required, rows_of
 from kepo.disk.files import printable, read_regular, require_regular
 from kepo.errors import KepoDataError
 

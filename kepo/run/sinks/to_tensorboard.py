@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kepo.config import Config
-from kepo.run.sinks.tables import table_of
+from kepo.run.sinks.cells import table_of
 
 
 class TensorBoard:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kepo.config import Config
-from kepo.run.sinks.tables import table_of
+from kepo.run.sinks.cells import table_of
 
 
 class WeightsAndBiases:

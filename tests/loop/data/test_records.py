@@ -12,7 +12,7 @@ from PIL import Image
 from kepo.check import check
 from kepo.config import Config
 from kepo.data.example import UNKNOWN
-from kepo.data.layouts import schema, tables
+from kepo.data.layouts import arrow, schema
 from kepo.data.load import LAYOUTS, layout_of, load_examples, load_image
 from kepo.data.records import BadRecord
 from kepo.data.solutions import final_answer
@@ -362,6 +362,25 @@ def test_only_pictures_of_kept_records_are_fetched(tmp_path):
     assert len([p for p in (tmp_path / "caches" / "kepo").rglob("*") if p.is_file()]) == 1
 
 
+def test_pictures_of_several_pieces_are_each_its_own(tmp_path, monkeypatch):
+    """Of Parquet a piece is a group of rows, of datasets so many rows."""
+    datasets = pytest.importorskip("datasets")
+    from pyarrow import parquet
+
+    monkeypatch.setattr(arrow, "_ROWS", 2)
+    rows = [
+        {"question": f"{grey}?", "answer": "1", "image": {"bytes": png(grey), "path": None}}
+        for grey in (10, 20, 30, 40, 50)
+    ]
+    made = datasets.Dataset.from_list(rows)
+    made.save_to_disk(tmp_path / "set")
+    parquet.write_table(made.data.table, tmp_path / "a.parquet", row_group_size=2)
+    for path, name in ((tmp_path / "set", "set"), (tmp_path / "a.parquet", "a.parquet")):
+        examples, _ = load_examples(path)
+        assert [load_image(e).getpixel((0, 0))[0] for e in examples] == [10, 20, 30, 40, 50]
+        assert [e.id for e in examples] == [f"{name}[{place}]" for place in range(5)]
+
+
 def test_a_table_in_med_r1s_shape(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -396,7 +415,7 @@ def test_columns_of_bytes_are_told_from_others():
     pa = pytest.importorskip("pyarrow")
     sounds = pa.struct([("path", pa.string()), ("bytes", pa.large_binary())])
     for kind in (pa.binary(), pa.binary(4), sounds, pa.list_(sounds), pa.map_(pa.string(), sounds)):
-        assert tables._has_bytes(kind), kind
+        assert arrow._has_bytes(kind), kind
     flags = pa.struct([("binary", pa.bool_())])
     for kind in (
         pa.string(),
@@ -405,7 +424,7 @@ def test_columns_of_bytes_are_told_from_others():
         pa.int8(),
         pa.dictionary(pa.int8(), pa.string()),
     ):
-        assert not tables._has_bytes(kind), kind
+        assert not arrow._has_bytes(kind), kind
 
 
 def test_text_of_a_table_that_is_no_text_is_one_bad_record(tmp_path):
@@ -506,4 +525,4 @@ def test_what_is_odd_is_counted(tmp_path):
     odd = {"question": "<image>What?", "answer": "It is\nlong"}
     _, report = load_examples(lines(tmp_path, odd, odd, {"question": "?", "answer": "1"}))
     assert set(report.quirks.values()) == {2} and len(report.quirks) == 2
-    assert tables.quirks({"problem": "p"}, load_examples(tmp_path)[0][0]) == []
+    assert arrow.quirks({"problem": "p"}, load_examples(tmp_path)[0][0]) == []

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
+from small import config_of
 from test_packing import LENGTHS, PROMPT_OF, both_ways, equal
 
 from kepo.digits.tiny import build_tokenizer
@@ -17,6 +18,9 @@ from kepo.models.encoding import Prompt
 from kepo.models.families.text_only import finish_tiny
 from kepo.models.sampling import SamplingParams
 from kepo.models.vlm import VLM
+from kepo.planner.anatomy import anatomy
+from kepo.planner.shapes import shares_prompts
+from kepo.run.open import load_models
 from kepo_kernels import fused_linear_logprobs
 
 WINDOW = dict(sliding_window=6)
@@ -95,6 +99,19 @@ def test_packed_rows_are_rows_or_are_refused(vlm):
         assert "has layers of sliding_attention" in vlm.unshareable and not same
     else:
         assert vlm.unshareable is None and same
+
+
+def test_a_run_says_at_its_start_that_rows_are_not_packed(made, tmp_path, capsys):
+    build(tmp_path / "mistral", "Mistral", **WINDOW)
+    config = config_of(
+        made, tmp_path, "grpo", student=str(tmp_path / "mistral"), share_prompts=True
+    )
+    models = load_models(config, torch.device("cpu"), None)
+    assert not models.policy.share_prompts
+    said = "share_prompts: mistral has layers of sliding_attention, which take masks of their own"
+    assert said in capsys.readouterr().out
+    student = anatomy(config.student, "float32", "cpu")
+    assert not student.shareable and shares_prompts(config, True)
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,14 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("transformers")
-pytest.importorskip("jinja2")
-pytest.importorskip("plotly")
-
-from small import config_of, rigged
-
 
 @pytest.fixture(scope="session")
 def ended(made, tmp_path_factory):
     """The folder of a run that did its three steps; some answers are right, some hints accepted."""
+    for name in ("transformers", "jinja2", "plotly"):
+        pytest.importorskip(name)
+    from small import config_of, rigged
+
     from kepo.loop import train
 
     config = config_of(

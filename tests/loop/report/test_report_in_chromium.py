@@ -5,9 +5,13 @@ import re
 import shutil
 
 import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("jinja2")
+pytest.importorskip("plotly")
+
 from chromium import chromium
-from html_page import PAYLOAD, Page
-from test_report import hostile_run
+from html_page import PAYLOAD, Page, hostile_run
 
 from kepo.report.command import ReportFlags, write_report
 

@@ -18,7 +18,7 @@ from tracker_files import TRACKERS, told_to
 
 from kepo.run import open as opening
 from kepo.run.metrics import read_metrics
-from kepo.run.sinks.tables import SIDE, small, table_of
+from kepo.run.sinks.cells import SIDE, small, table_of
 from kepo.run.sinks.telling import Sinks, numbers_of, open_sinks
 
 KILLED = """
