@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kepo_kernels import TokenStats
+from kepo_kernels import Head, TokenStats
 
 SLICE = 128  # tokens whose entropy is taken at once
 Result = tuple[Tensor, TokenStats]
@@ -29,11 +29,11 @@ Result = tuple[Tensor, TokenStats]
 
 def kepo_loss(
     hidden: Tensor,
-    lm_head: Tensor,
+    lm_head: Tensor | Head,
     targets: Tensor,
     advantages: Tensor,
     teacher_hidden: Tensor | None = None,
-    teacher_lm_head: Tensor | None = None,
+    teacher_lm_head: Tensor | Head | None = None,
     *,
     completion_mask: Tensor,
     policy_weights: Tensor,
@@ -66,9 +66,9 @@ def kepo_loss(
     return loss + distill_coef * weighted(divergence, distill_weights[opened]), stats
 
 
-def log_softmax(states: Tensor, lm_head: Tensor) -> Tensor:
+def log_softmax(states: Tensor, lm_head: Tensor | Head) -> Tensor:
     """(n, H), (V, H) -> (n, V); the logits are gone when it returns."""
-    return (states @ lm_head.T).float().log_softmax(-1)
+    return (states @ Head.of(lm_head).weight.T).float().log_softmax(-1)
 
 
 def jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:

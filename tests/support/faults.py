@@ -37,9 +37,10 @@ from kepo.objective.batch import collate
 from kepo.objective.score import Scores, score
 from kepo.objective.step import kepo_step
 from kepo.objective.totals import StepTotals
-from kepo.rollout import hints, prompts
+from kepo.rollout import hints
 from kepo.rollout import rollouts as rollout_module
 from kepo.rollout.types import total_reward
+from kepo.tasks.multiple_choice import MultipleChoice
 from kepo.tasks.task import Task
 from kepo_kernels import loss_weights
 
@@ -250,12 +251,16 @@ def the_answer_does_not_reach_the_student():
 
 
 def prompt_gives_the_answer(patch):
-    whole = prompts.hinted_prompt
-    patch.setattr(prompts, "hinted_prompt", lambda e, hint, gives: whole(e, hint, True))
+    whole = rollout_module.prompt_of
+
+    def telling(task, asked, hint=None, *, gives_answer=False):
+        return whole(task, asked, hint, gives_answer=hint is not None)
+
+    patch.setattr(rollout_module, "prompt_of", telling)
 
 
 def no_leak_filter(patch):
-    patch.setattr(hints, "states_answer", lambda hint, example: False)
+    patch.setattr(MultipleChoice, "gives_away", lambda task, hint, example: False)
 
 
 def accepted_samples_are_whole_and_silent_about_the_hint():
@@ -334,7 +339,7 @@ def odd_hints_do_not_end_the_run():
 
 def first_match_or_crash(patch):
     first = re.compile("<hint>(.*?)</hint>")
-    patch.setattr(Task, "hint_of", lambda self, text: first.search(text)[1])
+    patch.setattr(Task, "hint_of", lambda self, text: first.search(text).group(1))
 
 
 def braces_are_text():

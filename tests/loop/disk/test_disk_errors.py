@@ -14,6 +14,7 @@ import toy_run
 from kepo.disk import durable
 from kepo.errors import REMEDIES, KepoDataError, command, disk_sentence
 from kepo.evaluation import report
+from kepo.evaluation.scores import Scores
 from kepo.planner import plot
 from kepo_kernels.compute.chunks import chunking
 
@@ -51,14 +52,17 @@ def canned(monkeypatch):
     """An evaluation without a model, and a picture without matplotlib."""
     monkeypatch.setattr(plot, "plot_plan", lambda _, __, to: durable.write_durably(to, "x"))
     numbers = dict(questions=1, right=1, unparsed=0, accuracy=1.0, low=0.2, high=1.0, chance=0.5)
-    result = {
-        "data": {"bad_records": {}},
-        "overall": numbers,
-        "macro_mean": {"accuracy": 1.0, "chance": float("nan")},
-        "modalities": {"CT": numbers},
-        "question_types": {"x": numbers},
-        "cells": [{"modality": "CT", "question_type": "x", **numbers}],
-    }
+    numbers["rewards"] = {}
+    result = Scores(
+        settings={},
+        data={"bad_records": {}},
+        overall=numbers,
+        macro_mean={"accuracy": 1.0, "chance": float("nan")},
+        modalities={"CT": numbers},
+        question_types={"x": numbers},
+        cells=[{"modality": "CT", "question_type": "x", **numbers}],
+        answers=[],
+    )
     monkeypatch.setattr(report, "evaluation", lambda settings: result)
 
 

@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 from families import pictures
 from same_run import assert_same_run, weights
 from small import config_of, rigged
+from toy import TASK
 
 from kepo.data.images import locate
 from kepo.data.run_data import load_data
@@ -171,6 +172,6 @@ def test_pictures_are_refused_at_the_start_by_what_sees_none(home, family, tmp_p
     config = config_of(home, tmp_path, **SETTINGS)
     said = r"examples: the student sees no pictures, and \d+ of \d+ questions have some, first"
     with pytest.raises(KepoDataError, match=said):
-        load_data(config, judge_of(config))
+        load_data(config, judge_of(config, TASK))
     with pytest.raises(KepoDataError, match=r"shows .*png, and the model sees no pictures"):
         VLM.load(home / "student").encode([Prompt("Which?", "a.png")])

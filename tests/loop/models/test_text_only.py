@@ -108,7 +108,7 @@ def test_a_run_says_at_its_start_that_rows_are_not_packed(made, tmp_path, capsys
     )
     models = load_models(config, torch.device("cpu"), None)
     assert not models.policy.share_prompts
-    said = "share_prompts: mistral has layers of sliding_attention, which take masks of their own"
+    said = "as mistral has layers of sliding_attention, which take masks of their own"
     assert said in capsys.readouterr().out
     student = anatomy(config.student, "float32", "cpu")
     assert not student.shareable and shares_prompts(config, True)
