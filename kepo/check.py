@@ -10,10 +10,9 @@ from kepo.config import TOTAL, Config
 from kepo.data.layouts import from_python
 from kepo.data.load import layout_of
 from kepo.distributed.processes import launched
-from kepo.errors import KepoConfigError, KepoDataError
+from kepo.errors import KepoConfigError, KepoDataError, first_line
 from kepo.models.device import known_device
 from kepo.objective.workspace import check_workspace
-from kepo.run.sinks.telling import first_line
 from kepo.sections import PicturesConfig, RewardConfig, RunConfig
 from kepo.tasks.environment import Environment, environment_of
 from kepo.tasks.rewards import reward_name

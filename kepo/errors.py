@@ -108,6 +108,15 @@ def disk_sentence(error: OSError) -> str:
     return f"{where} cannot be read or written: {said}{f'; {remedy}' if remedy else ''}"
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error says first, cut if it is long; its code may not even be able to say."""
+    try:
+        line = next(iter(str(error).strip().splitlines()), "no reason given")
+    except Exception:
+        return "no reason given"
+    return line if len(line) <= 500 else f"{line[:450]} ... {line[-40:]}"
+
+
 def _shown(name: object) -> str:
     return os.fsdecode(name) if isinstance(name, (str, bytes)) else str(name)
 

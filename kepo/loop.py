@@ -28,7 +28,7 @@ from kepo.data.example import Example
 from kepo.data.run_data import with_own_data
 from kepo.distributed.processes import all_gather, errors_end_all_ranks, on_rank0, world_size
 from kepo.distributed.sharding import own_gradients, whole_tensor
-from kepo.errors import KepoError
+from kepo.errors import KepoConfigError, KepoError
 from kepo.flags import command_line
 from kepo.models.reading import hide_transformers_bars
 from kepo.objective.batch import Batch, collate
@@ -74,7 +74,7 @@ def train(
     config: Config,
     *,
     task: Task | None = None,
-    rewards: Sequence[str | Reward] | None = None,
+    rewards: Sequence[str | Reward] | str | Reward | None = None,
     data: Iterable[Example | Mapping[str, Any]] | None = None,
     sinks: Sequence[Sink] | None = None,
 ) -> Result:
@@ -91,6 +91,10 @@ def train(
     """
     any_terminal()
     with errors_end_all_ranks():
+        if not isinstance(config, Config):
+            raise KepoConfigError(
+                f"kepo.train takes a kepo.Config, not {config!r}; kepo.load reads one"
+            )
         config, env = with_own(config, task, rewards)
         config, own = with_own_data(config, data)
         check(config, env)
