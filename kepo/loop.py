@@ -93,7 +93,7 @@ def train(
     with errors_end_all_ranks():
         if not isinstance(config, Config):
             raise KepoConfigError(
-                f"kepo.train takes a kepo.Config, not {config!r}; kepo.load reads one"
+                f"train: expected a kepo.Config, not {config!r}; kepo.load reads one"
             )
         config, env = with_own(config, task, rewards)
         config, own = with_own_data(config, data)

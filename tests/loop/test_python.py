@@ -278,5 +278,5 @@ def test_an_error_is_an_exception_and_leaves_nothing_behind(made, tmp_path, no_p
 
 
 def test_a_file_is_no_config():
-    with pytest.raises(KepoConfigError, match=r"^kepo.train takes a kepo.Config, not 'own.yaml'"):
+    with pytest.raises(KepoConfigError, match=r"^train: expected a kepo.Config, not 'own.yaml'"):
         kepo.train("own.yaml")
