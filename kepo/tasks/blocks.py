@@ -25,7 +25,8 @@ def said_answer(text: str) -> str | None:
         if parts is None:
             return None
         content = parts[2].strip()
-        return boxed(content) if _BOX.match(content) else content
+        alone = content.strip("$. \n")
+        return boxed(alone) if _BOX.match(alone) and alone.endswith("}") else content
     spoken = _after_reasoning(text)
     return None if spoken is None else boxed(spoken)
 

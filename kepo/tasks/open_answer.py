@@ -16,8 +16,8 @@ from kepo.tasks.task import Task
 
 _ARTICLES = ("a", "an", "the")
 _POLAR = ("yes", "no")
-_SIGNS = re.compile(r"[\\^_{}=+*/<>√π]|[-\u2212](?=\s*[\d(])")
-_MATH = re.compile(r"\\[A-Za-z]+|[\^_=<>√π]")
+_SIGNS = re.compile(r"[\\^_{}=+*/<>√π]|[-\u2212](?=\s*[\d(])|(?<=[\d)])!")
+_MATH = re.compile(r"\\[A-Za-z]+|[\^_=<>√π]|\d\s?[A-Za-z]\b")
 
 
 class OpenAnswer(Task):
@@ -68,7 +68,8 @@ class OpenAnswer(Task):
             return states_answer(hint, replace(example, options=_POLAR, answer=letter))
         if value := quantity(right):
             told = (number(word) for word in read(hint).words)
-            return any(one is not None and one == abs(value.value) for one in told)
+            if any(one is not None and one == abs(value.value) for one in told):
+                return True
         words, said = plain_words(right), plain_words(hint)
         if not words:
             return right.casefold() in hint.casefold()
