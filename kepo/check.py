@@ -53,7 +53,7 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
         by_name |= {"hint_reward": config.hint_reward, "accept_reward": config.accept_reward}
     _reward_names(config, environment_of(config) if env is None else env, by_name)
     if not config.student:
-        _refuse("student is not set; give the folder of a vision-language model")
+        _refuse("student is not set; give the folder of a model, or its name on the Hub")
     if config.eval_share and config.eval_data is not None:
         _refuse(f"eval_share={config.eval_share} and eval_data are two evaluations; give one")
     _pictures(config)

@@ -329,9 +329,9 @@ class HintConfig(RewardConfig, TeacherConfig):
     max_attempts: Count = 5
     """Maximum number of rounds of sampling with a hint."""
     hint_with_answer: bool = False
-    """Tell the teacher the right letter when it writes the hint."""
+    """Tell the teacher the right answer when it writes the hint."""
     hint_gives_answer: bool = False
-    """Tell the student the right letter along with the hint."""
+    """Tell the student the right answer along with the hint."""
     leak_filter: bool = True
     """Discard hints that state an answer, as decided by kepo.tasks.leaks."""
     hint_retries: NonNegativeInt = 2

@@ -45,7 +45,7 @@ class Evaluation(TaskConfig):
     """Settings of an evaluation."""
 
     model: str
-    """Folder or Hub name of a vision-language model; of a run, its checkpoint's policy/."""
+    """Folder or Hub name of a model that kepo trains; of a run, its checkpoint's policy/."""
     data: str
     """Data in any of the layouts of train_data."""
     rewards: tuple[str, ...] = ("accuracy",)

@@ -11,7 +11,7 @@ from kepo.tasks.hint_words import NUMBERS
 
 _NUMBER = re.compile(
     r"(?P<sign>[-+]?)(?P<whole>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
-    r"(?:[eE](?P<power>[-+]?\d+)|\s*(?:[x*×]|\\times)\s*10\^?\{?(?P<ten>[-+]?\d+)\}?)?"
+    r"(?:[eE](?P<power>[-+]?\d{1,4})(?!\d)|\s*(?:[x*×]|\\times)\s*10\^?\{?(?P<ten>[-+]?\d{1,4})(?!\d)\}?)?"
     r"(?:\s*/\s*(?P<below>\d+(?:\.\d+)?))?"
 )
 _CURRENCY = "$€£"
@@ -81,7 +81,7 @@ def quantity(text: str) -> Quantity | None:
     value = value * 10.0**power if abs(power) <= 300 else math.inf
     if match["below"] is not None:
         below = float(match["below"])
-        if below == 0:
+        if below == 0 or math.isinf(below):
             return None
         value /= below
     if math.isinf(value):

@@ -526,3 +526,13 @@ def test_what_is_odd_is_counted(tmp_path):
     _, report = load_examples(lines(tmp_path, odd, odd, {"question": "?", "answer": "1"}))
     assert set(report.quirks.values()) == {2} and len(report.quirks) == 2
     assert arrow.quirks({"problem": "p"}, load_examples(tmp_path)[0][0]) == []
+
+
+def test_columns_whose_names_rewards_take_otherwise_are_counted_as_odd(tmp_path):
+    record = {"question": "q?", "answer": "1", "prompts": "p", "completion_ids": [1], "fine": 2}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record))
+    _, report = load_examples(tmp_path / "data.jsonl")
+    assert [words.split(",")[0] for words in report.quirks] == [
+        "a column called completion_ids",
+        "a column called prompts",
+    ]

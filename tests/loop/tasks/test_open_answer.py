@@ -112,7 +112,18 @@ def test_the_tolerance_is_relative_to_the_right_answer():
     assert is_right("0.5", "1", half) and is_right("-1.5", "-1", half)
 
 
-@pytest.mark.parametrize("text", ["", "pi", "1 2", "3 < 4", "1e999", "--1", "1/0", "one"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "pi", "1 2", "3 < 4", "1e999", "--1", "1/0", "one"]
+    + [
+        "1e" + "9" * 5000,
+        "1 x 10^" + "9" * 5000,
+        "1/" + "9" * 5000,
+        "9" * 5000,
+        "1 " + "a " * 9999,
+    ],
+    ids=lambda text: text[:8],
+)
 def test_what_is_no_number_is_none(text):
     assert quantity(text) is None
 
@@ -162,3 +173,8 @@ def test_without_it_formulas_are_texts(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert not same_mathematics("1 + x^2", "x^2 + 1")
     assert is_right("x^2 + 1", "x^2 + 1") and not is_right("x^2 - 1", "x^2 + 1")
+
+
+def test_an_endless_formula_is_no_answer_and_costs_nothing(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: pytest.fail("it was looked at"))
+    assert not is_right("{" * 5000, "x^2 + 1")
