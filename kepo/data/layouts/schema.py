@@ -160,7 +160,7 @@ def stored(image: Any) -> str | bytes:
     """Return the path or the bytes of one picture, however a dataset stores it; "" for neither."""
     if isinstance(image, dict) and {*image} & {"bytes", "path"}:
         image = image.get("bytes") or image.get("path")
-    if image is None or image == "":
+    if image is None or (isinstance(image, str) and not image):
         return ""
     if isinstance(image, bytes):
         return image
