@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 
 from kepo.data.characters import shows_something
+from kepo.data.solutions import in_words
 
 _HINT = re.compile(r"<hint>(.*?)</hint>", re.DOTALL)
 _BOX = re.compile(r"\\boxed\s*\{")
@@ -43,7 +44,7 @@ def boxed(text: str) -> str | None:
             continue
         depth += {"{": 1, "}": -1}.get(text[place], 0)
         if depth == 0:
-            return text[start:place].strip()
+            return in_words(text[start:place].strip())
     return None
 
 

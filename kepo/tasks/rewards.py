@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kepo.data.example import Example
-from kepo.errors import KepoConfigError, KepoRewardError, first_line
+from kepo.errors import KepoConfigError, KepoRewardError, first_line, line_of
 from kepo.named import found
 from kepo.sections import RewardConfig
 from kepo.tasks.task import Messages, Task
@@ -228,7 +228,7 @@ def _named_errors(name: str, examples: Sequence[Example]) -> Iterator[None]:
     except (Exception, SystemExit, asyncio.CancelledError) as error:
         raise KepoRewardError(
             f"rewards: {name!r} raised {type(error).__name__} on {_named(examples)}: "
-            f"{first_line(error)}"
+            f"{first_line(error)} ({line_of(error)})"
         ) from error
 
 

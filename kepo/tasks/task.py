@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-import traceback
 from collections.abc import Iterator
 from typing import Any
 
 from kepo.data.characters import shows_something
 from kepo.data.example import Example
-from kepo.errors import KepoConfigError, KepoDataError, KepoError, first_line
+from kepo.errors import KepoConfigError, KepoDataError, KepoError, first_line, line_of
 from kepo.tasks.blocks import hint_in, said_answer, split_blocks
 
 Messages = list[dict[str, str]]
@@ -164,8 +163,7 @@ def errors_of(task: Task, example: Example) -> Iterator[None]:
     except KepoError:
         raise
     except Exception as error:
-        code = traceback.extract_tb(error.__traceback__)[-1]
         raise KepoConfigError(
-            f"task={type(task).__name__!r} raised {type(error).__name__} in {code.name} on example "
-            f"{example.id!r}: {first_line(error)}"
+            f"task={type(task).__name__!r} raised {type(error).__name__} on example "
+            f"{example.id!r}: {first_line(error)} ({line_of(error)})"
         ) from error

@@ -1,6 +1,7 @@
 """Reward functions with TRL's signature: what they are given, what they may return, by name."""
 
 import asyncio
+import re
 import sys
 import threading
 
@@ -120,7 +121,8 @@ def test_an_exception_names_the_reward_and_the_examples(kind):
     words = f"rewards: '{function.__name__}' raised TimeoutError on examples 'a', 'b': no judge"
     with pytest.raises(KepoRewardError) as caught:
         scores(function)
-    assert str(caught.value) == words
+    said, _, line = str(caught.value).rpartition(" (")
+    assert said == words and re.fullmatch(r"test_own_rewards.py, line \d+\)", line)
 
 
 # ---- by name ----

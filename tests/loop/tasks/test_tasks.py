@@ -19,6 +19,8 @@ from kepo.tasks.task import Task
     "text",
     [
         "So \\boxed{B}.",
+        "So \\boxed{\\text{B}}.",
+        "<answer>$\\boxed{\\textbf{ B }}$</answer>",
         "<think>maybe \\boxed{A}</think>So \\boxed{B}",
         "thought</think>\\boxed{B}",
         "<answer>\\boxed{B}</answer>",
@@ -170,7 +172,7 @@ def test_a_chat_that_is_none_is_said_with_the_task(said):
         prompt_of(Odd(), example("q"))
 
 
-def test_what_a_task_raises_is_said_with_the_task_the_method_and_the_example():
+def test_what_a_task_raises_is_said_with_the_task_the_example_and_the_line():
     class Odd(Task):
         def messages(self, example, **_):
             return example.columns["ward"]
@@ -178,7 +180,7 @@ def test_what_a_task_raises_is_said_with_the_task_the_method_and_the_example():
         hint_request = check = is_right = gives_away = messages
 
     def words(name):
-        return f"^task='Odd' raised KeyError in messages on example 'q': '{name}'"
+        return rf"^task='Odd' raised KeyError on example 'q': '{name}' \(test_tasks.py, line \d+\)$"
 
     asked, odd = example("q"), Odd()
     for call in (
