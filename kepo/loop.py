@@ -73,16 +73,17 @@ class Result:
 def train(
     config: Config,
     *,
-    task: Task | None = None,
+    task: Task | str | None = None,
     rewards: Sequence[str | Reward] | str | Reward | None = None,
     data: Iterable[Example | Mapping[str, Any]] | None = None,
     sinks: Sequence[Sink] | None = None,
 ) -> Result:
     """Run (or resume) the training that ``config`` describes.
 
-    task, rewards: objects and functions in the places of those that the config names; a resumed run
-    must be given them again. data: the questions in place of ``train_data``: a list of `Example`,
-    or of records as a JSON Lines file has them. sinks: objects that are told what the run logs.
+    task, rewards: objects and functions, or names, in the places of those that the config names; a
+    resumed run must be given them again. data: the questions in place of ``train_data``: a list of
+    `Example`, or of records as a JSON Lines file has them. sinks: objects that are told what the
+    run logs.
     It may be called in a notebook, in any thread, and again with another config; signals are only
     noted in the main thread. Errors are KepoError.
     Writes checkpoints, metrics.jsonl, data.json and curves.png under ``config.run_dir``. Every

@@ -49,19 +49,18 @@ def environment_of(
 
 
 def with_own(
-    config: Config, task: Task | None, rewards: Sequence[str | Reward] | str | Reward | None
+    config: Config, task: Task | str | None, rewards: Sequence[str | Reward] | str | Reward | None
 ) -> tuple[Config, Environment]:
     """Return the environment of a run with a task and rewards from Python, and the config that
     names them, with a weight of 1 each if it says nothing else. None means what the config names.
     """
     if task is not None:
         config = replace(config, task=type(task).__name__)
+    rewards = listed(rewards)
+    if isinstance(task, str):
+        config, task = replace(config, task=task), None
     if not (task is None or isinstance(task, Task)):
-        raise KepoConfigError(
-            f"task={task!r}; expected an object of kepo.Task; its name, as a text, stands in config"
-        )
-    if isinstance(rewards, str | OfOne) or callable(rewards):
-        rewards = [rewards]  # as TRL takes one alone
+        raise KepoConfigError(f"task={task!r}; expected an object of kepo.Task, or its name")
     if rewards is not None:
         names = tuple(map(reward_name, rewards))
         weights = config.reward_weights
@@ -69,6 +68,11 @@ def with_own(
             weights = (1.0,) * len(names)
         config = replace(config, rewards=names, reward_weights=weights)
     return config, environment_of(config, task, rewards)
+
+
+def listed(rewards: Sequence[str | Reward] | str | Reward | None) -> Sequence[str | Reward] | None:
+    """Return rewards as a list, which may come as one alone, as TRL takes it."""
+    return [rewards] if isinstance(rewards, str | OfOne) or callable(rewards) else rewards
 
 
 def task_of(config: TaskConfig) -> Task:

@@ -6,8 +6,8 @@
 A function is called with lists of one length, by keyword: ``prompts``, ``completions``,
 ``completion_ids`` (the tokens), and every field of the examples by its name, ``answer``,
 ``options``, ``images``, ``modality`` and the data's own columns among them. It returns a number for
-each completion, or None where it does not apply. It may be ``async``. Where the examples came as
-``messages``, prompts and completions are chats (``completion[0]["content"]``), else texts.
+each completion, or None where it does not apply. It may be ``async``. Of an example that came as
+``messages``, prompt and completion are chats (``completion[0]["content"]``), else texts.
 """
 
 from __future__ import annotations
@@ -152,15 +152,16 @@ def _arguments(
 ) -> dict[str, list[Any]]:
     """Return the lists that a reward function is given, by name."""
     chats = [task.messages(example) for example in examples]
-    prompts: list[Messages | str] = [chat[-1]["content"] for chat in chats]
-    completions: list[Messages | str] = list(texts)
-    if _came_as_chat(examples[0]):
-        prompts = list(chats)
-        completions = [[{"role": "assistant", "content": text}] for text in texts]
+    prompts: list[Messages | str] = []
+    completions: list[Messages | str] = []
+    for example, chat, text in zip(examples, chats, texts, strict=True):
+        as_chat = _came_as_chat(example)
+        prompts.append(chat if as_chat else chat[-1]["content"])
+        completions.append([{"role": "assistant", "content": text}] if as_chat else text)
     records = [example.fields() for example in examples]
     names = dict.fromkeys(name for record in records for name in record)
     columns: dict[str, list[Any]] = {n: [record.get(n) for record in records] for n in names}
-    columns["prompts"], columns["completions"] = list(prompts), list(completions)
+    columns["prompts"], columns["completions"] = prompts, completions
     columns["completion_ids"] = [list(ids) for ids in completion_ids]
     return columns
 

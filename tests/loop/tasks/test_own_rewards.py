@@ -301,3 +301,14 @@ def test_what_a_file_does_wrong_is_not_taken_for_a_file_that_is_missing(tmp_path
     (tmp_path / "wrong.py").write_text(code)
     with pytest.raises(KepoConfigError, match=f"importing {tmp_path}/wrong.py {words}"):
         scores(f"{tmp_path}/wrong.py:f")
+
+
+def test_each_completion_has_the_form_of_its_own_record():
+    def forms(prompts, completions, **columns):
+        kinds = zip(prompts, completions, strict=True)
+        return [10 * isinstance(one, list) + isinstance(two, list) for one, two in kinds]
+
+    chat = example("a", columns={"messages": [{"role": "user", "content": "?"}]})
+    env = Environment(TASK, {"forms": forms})
+    for asked, said in (([chat, EXAMPLES[1]], [11.0, 0.0]), ([EXAMPLES[1], chat], [0.0, 11.0])):
+        assert [one["forms"] for one in env.scores(asked, TEXTS, IDS)] == said

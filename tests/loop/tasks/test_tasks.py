@@ -5,6 +5,7 @@ from toy import ENV, TASK, example
 
 from kepo.config import Config
 from kepo.errors import KepoConfigError
+from kepo.evaluation.report import evaluate
 from kepo.rollout.encodable import faults_of
 from kepo.rollout.prompts import hint_prompt, prompt_of
 from kepo.tasks.environment import task_of, with_own
@@ -200,7 +201,14 @@ def test_a_class_that_cannot_be_made_is_said_with_the_setting(tmp_path):
         task_of(Config(task=f"{tmp_path}/own.py:Bare"))
 
 
-@pytest.mark.parametrize("task", ["open_answer", OpenAnswer, 3])
+@pytest.mark.parametrize("task", [OpenAnswer, 3])
 def test_what_is_no_task_is_refused_from_python(task):
     with pytest.raises(KepoConfigError, match=r"^task=.*; expected an object of kepo.Task"):
+        evaluate("no model", [], task=task)
+    with pytest.raises(KepoConfigError, match=r"^task=.*; expected an object of kepo.Task"):
         with_own(Config(), task, None)
+
+
+def test_a_task_from_python_may_be_named():
+    config, env = with_own(Config(), "open_answer", None)
+    assert config.task == "open_answer" and type(env.task) is OpenAnswer
