@@ -10,10 +10,9 @@ from kepo.config import TOTAL, Config
 from kepo.data.layouts import from_python
 from kepo.data.load import layout_of
 from kepo.distributed.processes import launched
-from kepo.errors import KepoConfigError, KepoDataError
+from kepo.errors import KepoConfigError, KepoDataError, first_line
 from kepo.models.device import known_device
 from kepo.objective.workspace import check_workspace
-from kepo.run.sinks.telling import first_line
 from kepo.sections import PicturesConfig, RewardConfig, RunConfig
 from kepo.tasks.environment import Environment, environment_of
 from kepo.tasks.rewards import reward_name
@@ -54,7 +53,7 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
         by_name |= {"hint_reward": config.hint_reward, "accept_reward": config.accept_reward}
     _reward_names(config, environment_of(config) if env is None else env, by_name)
     if not config.student:
-        _refuse("student is not set; give the folder of a vision-language model")
+        _refuse("student is not set; give the folder of a model, or its name on the Hub")
     if config.eval_share and config.eval_data is not None:
         _refuse(f"eval_share={config.eval_share} and eval_data are two evaluations; give one")
     _pictures(config)

@@ -51,6 +51,8 @@ class Config(
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name, value in _typed(values, "Config").items():
             object.__setattr__(self, name, value)
+        if self.reward_weights == Config.reward_weights:  # not set: 1 each, of however many
+            object.__setattr__(self, "reward_weights", (1.0,) * len(self.rewards))
 
     @property
     def taught_by(self) -> str | None:

@@ -11,6 +11,7 @@ import functools
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
@@ -106,6 +107,21 @@ def disk_sentence(error: OSError) -> str:
     remedy = REMEDIES.get(error.errno)
     said = error.strerror or os.strerror(error.errno)
     return f"{where} cannot be read or written: {said}{f'; {remedy}' if remedy else ''}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says first, cut if it is long; its code may not even be able to say."""
+    try:
+        line = next(iter(str(error).strip().splitlines()), "no reason given")
+    except Exception:
+        return "no reason given"
+    return line if len(line) <= 500 else f"{line[:450]} ... {line[-40:]}"
+
+
+def line_of(error: BaseException) -> str:
+    """Return the file and line in which an error was raised, by the file's own name."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}" if frames else ""
 
 
 def _shown(name: object) -> str:

@@ -28,7 +28,7 @@ from kepo.data.example import Example
 from kepo.data.run_data import with_own_data
 from kepo.distributed.processes import all_gather, errors_end_all_ranks, on_rank0, world_size
 from kepo.distributed.sharding import own_gradients, whole_tensor
-from kepo.errors import KepoError
+from kepo.errors import KepoConfigError, KepoError
 from kepo.flags import command_line
 from kepo.models.reading import hide_transformers_bars
 from kepo.objective.batch import Batch, collate
@@ -73,16 +73,17 @@ class Result:
 def train(
     config: Config,
     *,
-    task: Task | None = None,
-    rewards: Sequence[str | Reward] | None = None,
+    task: Task | str | None = None,
+    rewards: Sequence[str | Reward] | str | Reward | None = None,
     data: Iterable[Example | Mapping[str, Any]] | None = None,
     sinks: Sequence[Sink] | None = None,
 ) -> Result:
     """Run (or resume) the training that ``config`` describes.
 
-    task, rewards: objects and functions in the places of those that the config names; a resumed run
-    must be given them again. data: the questions in place of ``train_data``: a list of `Example`,
-    or of records as a JSON Lines file has them. sinks: objects that are told what the run logs.
+    task, rewards: objects and functions, or names, in the places of those that the config names; a
+    resumed run must be given them again. data: the questions in place of ``train_data``: a list of
+    `Example`, or of records as a JSON Lines file has them. sinks: objects that are told what the
+    run logs.
     It may be called in a notebook, in any thread, and again with another config; signals are only
     noted in the main thread. Errors are KepoError.
     Writes checkpoints, metrics.jsonl, data.json and curves.png under ``config.run_dir``. Every
@@ -91,6 +92,10 @@ def train(
     """
     any_terminal()
     with errors_end_all_ranks():
+        if not isinstance(config, Config):
+            raise KepoConfigError(
+                f"train: expected a kepo.Config, not {config!r}; kepo.load reads one"
+            )
         config, env = with_own(config, task, rewards)
         config, own = with_own_data(config, data)
         check(config, env)

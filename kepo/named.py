@@ -9,38 +9,49 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from kepo.errors import KepoConfigError
+from kepo.errors import KepoConfigError, first_line
 
 
 def found(which: str, name: str) -> Any:
     """Return what ``package.module:name`` or ``folder/file.py:name`` names.
 
-    A file is read relative to the working directory, and once in a process unless it has changed.
+    A file is read relative to the working directory, and once in a process unless it has changed;
+    so is a package, if it is not installed. They may import their neighbours, at once or later.
     Raises KepoConfigError, which begins with ``which``, if file, module or name is not there, or if
     importing it fails.
     """
     source, colon, attribute = name.rpartition(":")
     if not colon or not source or not attribute:
         raise KepoConfigError(f"{which}={name!r}; expected package.module:name or file.py:name")
+    if source.endswith(".py") and not Path(source).expanduser().is_file():
+        raise KepoConfigError(f"{which}={name!r}: there is no file {source} in {Path.cwd()}")
     try:
-        module = _file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-    except FileNotFoundError:
+        module = _file(Path(source)) if source.endswith(".py") else _module(source)
+    except (Exception, SystemExit) as error:  # of code that is not ours
         raise KepoConfigError(
-            f"{which}={name!r}: there is no file {source} in {Path.cwd()}"
-        ) from None
-    except Exception as error:  # of code that is not ours
-        raise KepoConfigError(
-            f"{which}={name!r}: importing {source} raised {type(error).__name__}: {error}"
+            f"{which}={name!r}: importing {source} raised {type(error).__name__}: "
+            f"{first_line(error)}"
         ) from error
     if not hasattr(module, attribute):
         raise KepoConfigError(f"{which}={name!r}: {source} has no {attribute}")
     return getattr(module, attribute)
 
 
+def _module(name: str) -> Any:
+    if name.startswith("."):
+        raise ImportError("a relative name; expected a package's name from its first part on")
+    _neighbours(Path.cwd())  # a command, unlike `python -m`, does not look there
+    return importlib.import_module(name)
+
+
+def _neighbours(folder: Path) -> None:
+    """Let functions import what lies in the folder also when they are called: after all else."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
 def _file(path: Path) -> Any:
     path = path.expanduser().resolve()
-    if not path.is_file():
-        raise FileNotFoundError(path)
     name = f"kepo_user_{path.stem}_{zlib.crc32(bytes(path) + path.read_bytes())}"
     if name in sys.modules:
         return sys.modules[name]
@@ -56,4 +67,5 @@ def _file(path: Path) -> Any:
         raise
     finally:
         sys.path.remove(str(path.parent))
+    _neighbours(path.parent)
     return module

@@ -203,7 +203,8 @@ class RewardConfig(SamplingConfig, TaskConfig):
     as file.py:function or package.module:function. Gates, hints and logs call them by the last part
     of the name."""
     reward_weights: tuple[Finite, ...] = (1.0, 1.0)
-    """Weight of each reward in the total reward, from which advantages are computed."""
+    """Weight of each reward in the total reward, from which advantages are computed. Where it is
+    not set, each has 1."""
     overlong_buffer: NonNegativeInt = 0
     """The reward overlong falls from 0 to -1 over the last overlong_buffer tokens before the length
     limit (DAPO). 0 where it is not among the rewards."""
@@ -328,9 +329,9 @@ class HintConfig(RewardConfig, TeacherConfig):
     max_attempts: Count = 5
     """Maximum number of rounds of sampling with a hint."""
     hint_with_answer: bool = False
-    """Tell the teacher the right letter when it writes the hint."""
+    """Tell the teacher the right answer when it writes the hint."""
     hint_gives_answer: bool = False
-    """Tell the student the right letter along with the hint."""
+    """Tell the student the right answer along with the hint."""
     leak_filter: bool = True
     """Discard hints that state an answer, as decided by kepo.tasks.leaks."""
     hint_retries: NonNegativeInt = 2

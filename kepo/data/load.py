@@ -176,8 +176,10 @@ def _by_files(path: Path) -> list[Layout]:
     first = next(filter(None, map(_first_record, files(".json"))), {})
     if {*schema.ASKS} & {*first}:
         return [RECORDS, *(layout for layout in found if layout is not RECORDS)]
-    if "problem" in first or (not found and next(files(".json"), None)):
+    if "problem" in first or (first and not found):
         found.append(MEDR1)
+    elif not found and next(files(".json"), None):
+        found.append(RECORDS)  # which says what is wrong with them
     return found
 
 

@@ -61,9 +61,14 @@ def _last_box(words: str) -> tuple[int, int, str] | None:
         depth += {"{": 1, "}": -1}.get(words[place], 0)
         if depth == 0:
             inside = words[start:place].strip()
-            match = _WORDS.fullmatch(inside)
-            return boxes[-1].start(), place + 1, match[1].strip() if match else inside
+            return boxes[-1].start(), place + 1, in_words(inside)
     raise BadRecord("answer", f"solution={shown(words)} has a \\boxed{{ that is not closed")
+
+
+def in_words(inside: str) -> str:
+    r"""Return what a box means to say: ``CT`` of ``\text{CT}``."""
+    match = _WORDS.fullmatch(inside)
+    return match[1].strip() if match else inside
 
 
 def _reasoning(words: str) -> str:

@@ -14,7 +14,7 @@ from kepo.models.sampling import SamplingParams
 from kepo.rollout.prompts import prompt_of
 from kepo.rollout.questions import seed_of
 from kepo.rollout.sampler import Sampler
-from kepo.tasks.task import Task
+from kepo.tasks.task import Task, errors_of
 
 
 class Said(NamedTuple):
@@ -84,7 +84,8 @@ def greedy_scores(
     said = answers_of(sampler, examples, task, params, batch_size=batch_size, stop=stop)
     scores: dict[str, list[float]] = {}
     for example, [answer] in zip(examples, said, strict=True):
-        right = float(task.is_right(answer.text, example))
+        with errors_of(task, example):
+            right = float(bool(task.is_right(answer.text, example)))
         scores.setdefault(example.modality, []).append(right)
     return scores
 

@@ -31,7 +31,7 @@ from kepo.models.sampling import SamplingParams
 from kepo.models.vlm import VLM
 from kepo.rollout.encodable import Faults, Reader, faults_of, left_out, plain_reader
 from kepo.sections import RewardConfig, TaskConfig
-from kepo.tasks.environment import Environment, environment_of
+from kepo.tasks.environment import Environment, environment_of, listed
 from kepo.tasks.rewards import Reward, reward_name
 from kepo.tasks.task import Task
 from kepo.words import at_home
@@ -45,7 +45,7 @@ class Evaluation(TaskConfig):
     """Settings of an evaluation."""
 
     model: str
-    """Folder or Hub name of a vision-language model; of a run, its checkpoint's policy/."""
+    """Folder or Hub name of a model that kepo trains; of a run, its checkpoint's policy/."""
     data: str
     """Data in any of the layouts of train_data."""
     rewards: tuple[str, ...] = ("accuracy",)
@@ -90,7 +90,7 @@ def evaluate(
     data: str | Path | Iterable[Example | Mapping[str, Any]],
     *,
     task: Task | str | None = None,
-    rewards: Sequence[str | Reward] = ("accuracy",),
+    rewards: Sequence[str | Reward] | str | Reward = ("accuracy",),
     samples: int = 1,
     temperature: float | None = None,
     **settings: Any,
@@ -108,6 +108,9 @@ def evaluate(
     Raises KepoConfigError, KepoDataError or KepoCheckpointError where settings, data or model are
     not usable, and KepoRewardError where a reward is not.
     """
+    if not (task is None or isinstance(task, Task | str)):
+        raise KepoConfigError(f"task={task!r}; expected an object of kepo.Task, or its name")
+    rewards = listed(rewards) or ()
     if task is not None:
         settings["task"] = task if isinstance(task, str) else type(task).__name__
     known = {field.name for field in dataclasses.fields(Evaluation)} - {"json"}

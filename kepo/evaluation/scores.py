@@ -14,7 +14,7 @@ from typing import Any
 from kepo.data.example import Example
 from kepo.evaluation.answers import Said
 from kepo.evaluation.statistics import Interval, pass_at_k, students_t, wilson
-from kepo.tasks.task import Task
+from kepo.tasks.task import Task, errors_of
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ def judged(
 ) -> Answered:
     """Return how a task judges the completions of a question; ``rewards`` are already known."""
     texts = tuple(one.text for one in said)
-    answers = [task.answer_of(text) for text in texts]
-    right = tuple(task.is_right(text, example) for text in texts)
+    with errors_of(task, example):
+        answers = [task.answer_of(text) for text in texts]
+        right = tuple(bool(task.is_right(text, example)) for text in texts)
     return Answered(
         example,
         texts,

@@ -27,7 +27,7 @@ from kepo.models.reading import encoder_of, read_config, resize_pictures
 from kepo.rollout.hints import MAX_HINT_LENGTH
 from kepo.rollout.prompts import hint_prompt, prompt_of
 from kepo.sections import PicturesConfig
-from kepo.tasks.task import Task
+from kepo.tasks.task import Task, errors_of
 
 Faults = dict[str, RecordProblem]
 """The problem of each faulty example, by example id."""
@@ -103,7 +103,7 @@ def faults_of(
 
     progress: show a bar.
     """
-    unfit = [(example, task.check(example)) for example in examples]
+    unfit = [(example, _why_unfit(task, example)) for example in examples]
     faults = {e.id: _problem(e, "task", f"it {why}") for e, why in unfit if why is not None}
     examples = [example for example in examples if example.id not in faults]
     sizes = _sizes(path for example in examples for path in example.images)
@@ -247,3 +247,8 @@ def _size(path: Path) -> tuple[int, int] | str:
             return image.size
     except Exception as error:  # of broken bytes a decoder may raise anything
         return str(error)
+
+
+def _why_unfit(task: Task, example: Example) -> str | None:
+    with errors_of(task, example):
+        return task.check(example)

@@ -25,7 +25,7 @@ from kepo.rollout.rollouts import sample
 from kepo.rollout.types import Group, Rollout, reward_of, tokens_of, total_reward
 from kepo.sections import HintConfig
 from kepo.tasks.environment import Environment
-from kepo.tasks.task import Task
+from kepo.tasks.task import Task, errors_of
 
 MAX_HINT_LENGTH = 256
 
@@ -196,7 +196,8 @@ def usable(
     if hint is None or encoder.control_tokens_in(hint):
         return False
     filtered = config.leak_filter and not config.hint_gives_answer
-    return not (filtered and task.gives_away(hint, example))
+    with errors_of(task, example):
+        return not (filtered and task.gives_away(hint, example))
 
 
 def replace_worst(group: Group, successes: Group, config: HintConfig) -> Group:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 
 from kepo.data.characters import shows_something
+from kepo.data.solutions import in_words
 
 _HINT = re.compile(r"<hint>(.*?)</hint>", re.DOTALL)
 _BOX = re.compile(r"\\boxed\s*\{")
@@ -25,7 +26,8 @@ def said_answer(text: str) -> str | None:
         if parts is None:
             return None
         content = parts[2].strip()
-        return boxed(content) if _BOX.match(content) else content
+        alone = content.strip("$. \n")
+        return boxed(alone) if _BOX.match(alone) and alone.endswith("}") else content
     spoken = _after_reasoning(text)
     return None if spoken is None else boxed(spoken)
 
@@ -42,7 +44,7 @@ def boxed(text: str) -> str | None:
             continue
         depth += {"{": 1, "}": -1}.get(text[place], 0)
         if depth == 0:
-            return text[start:place].strip()
+            return in_words(text[start:place].strip())
     return None
 
 

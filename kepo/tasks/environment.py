@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 from kepo.config import Config
 from kepo.data.example import Example
-from kepo.errors import KepoConfigError
+from kepo.errors import KepoConfigError, KepoError, first_line
 from kepo.named import found
 from kepo.sections import RewardConfig, TaskConfig
 from kepo.tasks.multiple_choice import MultipleChoice
 from kepo.tasks.open_answer import OpenAnswer
-from kepo.tasks.rewards import Reward, reward_name, rewards_of, scores
+from kepo.tasks.rewards import OfOne, Reward, reward_name, rewards_of, scores
 from kepo.tasks.task import Task
 
 TASKS = {"multiple_choice": MultipleChoice, "open_answer": OpenAnswer}
@@ -49,20 +49,30 @@ def environment_of(
 
 
 def with_own(
-    config: Config, task: Task | None, rewards: Sequence[str | Reward] | None
+    config: Config, task: Task | str | None, rewards: Sequence[str | Reward] | str | Reward | None
 ) -> tuple[Config, Environment]:
     """Return the environment of a run with a task and rewards from Python, and the config that
     names them, with a weight of 1 each if it says nothing else. None means what the config names.
     """
     if task is not None:
         config = replace(config, task=type(task).__name__)
+    rewards = listed(rewards)
+    if isinstance(task, str):
+        config, task = replace(config, task=task), None
+    if not (task is None or isinstance(task, Task)):
+        raise KepoConfigError(f"task={task!r}; expected an object of kepo.Task, or its name")
     if rewards is not None:
         names = tuple(map(reward_name, rewards))
         weights = config.reward_weights
-        if weights == RewardConfig.reward_weights:
+        if set(weights) == {1.0}:
             weights = (1.0,) * len(names)
         config = replace(config, rewards=names, reward_weights=weights)
     return config, environment_of(config, task, rewards)
+
+
+def listed(rewards: Sequence[str | Reward] | str | Reward | None) -> Sequence[str | Reward] | None:
+    """Return rewards as a list, which may come as one alone, as TRL takes it."""
+    return [rewards] if isinstance(rewards, str | OfOne) or callable(rewards) else rewards
 
 
 def task_of(config: TaskConfig) -> Task:
@@ -82,4 +92,12 @@ def task_of(config: TaskConfig) -> Task:
     kind = found("task", config.task)
     if not (isinstance(kind, type) and issubclass(kind, Task)):
         raise KepoConfigError(f"task={config.task!r} is {kind!r}; expected a class of kepo.Task")
-    return kind(**settings)
+    try:
+        return kind(**settings)
+    except KepoError:
+        raise
+    except Exception as error:  # of code that is not ours
+        raise KepoConfigError(
+            f"task={config.task!r}: making it with {' and '.join(settings)} raised "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error

@@ -16,8 +16,10 @@ from kepo.tasks.task import Task
 
 _ARTICLES = ("a", "an", "the")
 _POLAR = ("yes", "no")
-_SIGNS = re.compile(r"[\\^_{}=+*/<>√π]|[-\u2212](?=\s*[\d(])")
-_MATH = re.compile(r"\\[A-Za-z]+|[\^_=<>√π]")
+_SIGNS = re.compile(r"[\\^_{}=+*/<>√π]|[-\u2212](?=\s*[\d(])|(?<=[\d)])!")
+_MATH = re.compile(r"\\[A-Za-z]+|[\^_=<>√π]|\d\s?[A-Za-z]\b")
+_LONGEST = 1000
+"""The characters of the longest answer that is read as a formula."""
 
 
 class OpenAnswer(Task):
@@ -68,7 +70,8 @@ class OpenAnswer(Task):
             return states_answer(hint, replace(example, options=_POLAR, answer=letter))
         if value := quantity(right):
             told = (number(word) for word in read(hint).words)
-            return any(one is not None and one == abs(value.value) for one in told)
+            if any(one is not None and one == abs(value.value) for one in told):
+                return True
         words, said = plain_words(right), plain_words(hint)
         if not words:
             return right.casefold() in hint.casefold()
@@ -88,7 +91,7 @@ def signs(text: str) -> str:
 
 def same_mathematics(said: str, right: str) -> bool:
     """Return whether math-verify finds two formulas equal; False where it is not installed."""
-    if importlib.util.find_spec("math_verify") is None:
+    if len(said) > _LONGEST or importlib.util.find_spec("math_verify") is None:
         return False
     from math_verify import parse, verify
 

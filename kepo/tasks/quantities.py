@@ -7,12 +7,35 @@ import re
 import unicodedata
 from typing import NamedTuple
 
+from kepo.tasks.hint_words import NUMBERS
+
 _NUMBER = re.compile(
     r"(?P<sign>[-+]?)(?P<whole>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
-    r"(?:[eE](?P<power>[-+]?\d+)|\s*(?:[x*×]|\\times)\s*10\^?\{?(?P<ten>[-+]?\d+)\}?)?"
+    r"(?:[eE](?P<power>[-+]?\d{1,4})(?!\d)|\s*(?:[x*×]|\\times)\s*10\^?\{?(?P<ten>[-+]?\d{1,4})(?!\d)\}?)?"
     r"(?:\s*/\s*(?P<below>\d+(?:\.\d+)?))?"
 )
 _CURRENCY = "$€£"
+_SET = tuple(
+    (re.compile(pattern), words)
+    for pattern, words in (
+        (r"\\(?:text|textrm|textbf|mathrm|mbox)\s*\{([^{}\\]*)\}", r" \1 "),
+        (r"\\[()\[\]]", ""),  # around a formula
+        (r"\\[,;: !]|~|\\(?=[%$])", " "),
+        (r"\^\s*(?:\\circ\b|\{\s*\\circ\s*\})|\\degree\b|\bdegrees?\b", "°"),
+        (r"\s*°\s*", "°"),
+        (r"\^\{(-?\d)\}", r"^\1"),
+    )
+)
+"""How numbers and units are set, and what is meant."""
+_NAME = r"[^\W\d_]+(?:\^-?[1-3])?"
+_UNIT = re.compile(rf"(?:%|°[CFK]?|{_NAME}(?:(?:\s*[/·]\s*|[ -]){_NAME}){{0,5}})\.?")
+_LETTERS = "mgslhLNJWVAKCFTMΩ"
+"""The units of one letter; any other letter behind a number is a variable."""
+_SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
+_NO_UNITS = frozenset(
+    (*NUMBERS, *_SCALES, "or", "and", "not", "plus", "minus", "times", "divided", "is", "equals")
+    + ("pi", "dozen", "half")
+)
 _PREFIXES = {"": 1.0, "k": 1e3, "c": 1e-2, "m": 1e-3, "µ": 1e-6, "u": 1e-6, "n": 1e-9}
 _WORDS = {"meter": "m", "metre": "m", "gram": "g", "liter": "l", "litre": "l", "second": "s"}
 _TIMES = {"min": 60.0, "minute": 60.0, "h": 3600.0, "hr": 3600.0, "hour": 3600.0, "day": 86400.0}
@@ -45,9 +68,10 @@ def quantity(text: str) -> Quantity | None:
     """Return the number that a text is, with its unit; None if it is anything else.
 
     The text is a number, perhaps with a sign of a currency before it and the words of a unit after
-    it; digits may be grouped by commas, and ``1/3`` is a number.
+    it; digits may be grouped by commas, ``1/3`` and ``5 million`` are numbers. ``5 or six``,
+    ``5x`` and ``5^2`` are something else.
     """
-    plain = unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u03bc", "µ")
+    plain = _written_out(text)
     plain = re.sub(rf"^([-+]?)[{_CURRENCY}\\ ]+", r"\1", plain.strip()).rstrip(f".{_CURRENCY} ")
     match = _NUMBER.match(plain)
     if match is None:
@@ -57,15 +81,40 @@ def quantity(text: str) -> Quantity | None:
     value = value * 10.0**power if abs(power) <= 300 else math.inf
     if match["below"] is not None:
         below = float(match["below"])
-        if below == 0:
+        if below == 0 or math.isinf(below):
             return None
         value /= below
     if math.isinf(value):
         return None
-    unit = plain[match.end() :].strip(" \\")
-    if re.search(r"[\d=<>]", unit.replace("^2", "").replace("^3", "")):
-        return None  # more than one number, or a relation
+    unit = plain[match.end() :].strip()
+    scale, _, of = unit.partition(" ")
+    if scale.casefold() in _SCALES:
+        value, unit = value * _SCALES[scale.casefold()], of.strip()
+    if unit and not _is_unit(unit):
+        return None
     return Quantity(-value if match["sign"] == "-" else value, " ".join(unit.split()))
+
+
+def _written_out(text: str) -> str:
+    """Return a text without LaTeX's and Markdown's ways to set numbers and units."""
+    plain = text.replace("\u00b2", "^2").replace("\u00b3", "^3")
+    plain = unicodedata.normalize("NFKC", plain).replace("\u2212", "-").replace("\u03bc", "µ")
+    for pattern, words in _SET:
+        plain = pattern.sub(words, plain)
+    return plain.strip(" \n\t*`")
+
+
+def _is_unit(words: str) -> bool:
+    """Return whether what stands behind a number is what it is a number of, and no formula, no
+    relation and no other number."""
+    if not _UNIT.fullmatch(words):
+        return False
+    names = re.findall(r"[^\W\d_]+", words)
+    return not (
+        {name.casefold() for name in names} & _NO_UNITS
+        or names[:1] in (["squared"], ["cubed"])
+        or (len(names) == 1 and len(names[0]) == 1 and names[0] not in _LETTERS)
+    )
 
 
 def same_quantity(given: Quantity, right: Quantity, tolerance: float) -> bool:

@@ -6,24 +6,34 @@
 A function is called with lists of one length, by keyword: ``prompts``, ``completions``,
 ``completion_ids`` (the tokens), and every field of the examples by its name, ``answer``,
 ``options``, ``images``, ``modality`` and the data's own columns among them. It returns a number for
-each completion, or None where it does not apply. It may be ``async``. Where the examples came as
-``messages``, prompts and completions are chats (``completion[0]["content"]``), else texts.
+each completion, or None where it does not apply. It may be ``async``. Of an example that came as
+``messages``, prompt and completion are chats (``completion[0]["content"]``), else texts.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import math
 import numbers
 import reprlib
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Set,
+)
 from dataclasses import dataclass
 from typing import Any
 
 from kepo.data.example import Example
-from kepo.errors import KepoConfigError, KepoRewardError
+from kepo.errors import KepoConfigError, KepoRewardError, first_line, line_of
 from kepo.named import found
 from kepo.sections import RewardConfig
 from kepo.tasks.task import Messages, Task
@@ -41,6 +51,8 @@ class OfOne:
 
 
 Reward = Callable[..., Any] | OfOne
+
+_BOUND = frozenset(("self", "cls"))
 
 
 def reward_name(reward: str | Reward) -> str:
@@ -80,7 +92,7 @@ def _built_in(name: str, task: Task, config: RewardConfig) -> Reward | None:
             "own as package.module:function or file.py:function"
         )
     ours: dict[str, Callable[[str, Example, list[int]], float]] = {
-        "accuracy": lambda text, example, ids: float(task.is_right(text, example)),
+        "accuracy": lambda text, example, ids: float(bool(task.is_right(text, example))),
         "format": lambda text, example, ids: float(task.is_formatted(text)),
         "overlong": lambda text, example, ids: overlong_penalty(len(ids), config),
     }
@@ -112,21 +124,21 @@ def scores(
     """
     if not texts:
         return []
-    given = _arguments(task, examples, texts, completion_ids)
     each = list(zip(texts, examples, completion_ids, strict=True))
     pending: dict[str, Any] = {}
     for name, reward in rewards.items():
-        try:
+        with _named_errors(name, examples):
             if isinstance(reward, OfOne):
                 pending[name] = [reward.of(*one) for one in each]
             else:
+                # Its own lists: what it does to them is not seen by the next, nor trained on.
+                given = _arguments(task, examples, texts, completion_ids)
                 pending[name] = reward(**_taken(reward, given))
-        except Exception as error:
-            raise _failed(name, examples, error) from error
     waiting = {name: value for name, value in pending.items() if inspect.isawaitable(value)}
     for name, result in _awaited(waiting).items():
-        if isinstance(result, Exception):
-            raise _failed(name, examples, result) from result
+        with _named_errors(name, examples):
+            if isinstance(result, BaseException):
+                raise result
         pending[name] = result
     columns = {name: _numbers(name, value, examples) for name, value in pending.items()}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -140,27 +152,40 @@ def _arguments(
 ) -> dict[str, list[Any]]:
     """Return the lists that a reward function is given, by name."""
     chats = [task.messages(example) for example in examples]
-    prompts: list[Messages | str] = [chat[-1]["content"] for chat in chats]
-    completions: list[Messages | str] = list(texts)
-    if _came_as_chat(examples[0]):
-        prompts = list(chats)
-        completions = [[{"role": "assistant", "content": text}] for text in texts]
+    prompts: list[Messages | str] = []
+    completions: list[Messages | str] = []
+    for example, chat, text in zip(examples, chats, texts, strict=True):
+        as_chat = _came_as_chat(example)
+        prompts.append(chat if as_chat else chat[-1]["content"])
+        completions.append([{"role": "assistant", "content": text}] if as_chat else text)
     records = [example.fields() for example in examples]
     names = dict.fromkeys(name for record in records for name in record)
     columns: dict[str, list[Any]] = {n: [record.get(n) for record in records] for n in names}
-    columns["prompts"], columns["completions"] = list(prompts), list(completions)
-    columns["completion_ids"] = list(completion_ids)
+    columns["prompts"], columns["completions"] = prompts, completions
+    columns["completion_ids"] = [list(ids) for ids in completion_ids]
     return columns
 
 
 def _taken(reward: Callable[..., Any], given: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Return the lists that a function takes: all, unless it has no ``**columns``."""
+    """Return the lists that a function takes: all, unless it has no ``**columns``.
+
+    A column called self goes to no object: its method has an argument of that name already.
+    """
     try:
         parameters = inspect.signature(reward).parameters
     except ValueError:  # of a function in C
         return given
+    needed = [
+        name
+        for name, one in parameters.items()
+        if one.default is one.empty and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
+    ]
+    if lacking := [name for name in needed if name not in given]:
+        raise LookupError(
+            f"it asks for {', '.join(lacking)}; the data have {', '.join(map(str, given))}"
+        )
     if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
-        return given
+        return {name: values for name, values in given.items() if name not in _BOUND - {*needed}}
     return {name: values for name, values in given.items() if name in parameters}
 
 
@@ -177,8 +202,14 @@ def _awaited(waiting: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     results: list[Any] = []
 
+    async def one(work: Awaitable[Any]) -> Any:
+        try:
+            return await work
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            return error
+
     async def together() -> None:
-        results.extend(await asyncio.gather(*waiting.values(), return_exceptions=True))
+        results.extend(await asyncio.gather(*map(one, waiting.values())))
 
     thread = threading.Thread(target=_run, args=(together(),), name="rewards")
     thread.start()
@@ -190,10 +221,16 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(work)
 
 
-def _failed(name: str, examples: Sequence[Example], error: BaseException) -> KepoRewardError:
-    return KepoRewardError(
-        f"rewards: {name!r} raised {type(error).__name__} on {_named(examples)}: {error}"
-    )
+@contextlib.contextmanager
+def _named_errors(name: str, examples: Sequence[Example]) -> Iterator[None]:
+    """Turn what the function raises, ``sys.exit`` too, into an error that names it."""
+    try:
+        yield
+    except (Exception, SystemExit, asyncio.CancelledError) as error:
+        raise KepoRewardError(
+            f"rewards: {name!r} raised {type(error).__name__} on {_named(examples)}: "
+            f"{first_line(error)} ({line_of(error)})"
+        ) from error
 
 
 def _named(examples: Sequence[Example]) -> str:
@@ -206,13 +243,15 @@ def _named(examples: Sequence[Example]) -> str:
 
 def _numbers(name: str, values: Any, examples: Sequence[Example]) -> list[float | None]:
     """Return a function's rewards as numbers, one for each completion."""
-    try:
-        found = list(values)
-    except TypeError:
+    found = None
+    if isinstance(values, Iterable) and not isinstance(values, Mapping | Set | str | bytes):
+        with _named_errors(name, examples):  # it may be a generator; an array of no dimension
+            found = None if getattr(values, "shape", None) == () else list(values)
+    if found is None:
         raise KepoRewardError(
             f"rewards: {name!r} returned {_shown(values)}; expected a list of {len(examples)} "
             "numbers, one for each completion"
-        ) from None
+        )
     if len(found) != len(examples):
         raise KepoRewardError(
             f"rewards: {name!r} returned {len(found)} numbers; expected {len(examples)}, one for "

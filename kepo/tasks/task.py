@@ -10,12 +10,14 @@ from `Task`, whose answers are texts that must be equal, and changes what differ
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from kepo.data.characters import shows_something
 from kepo.data.example import Example
-from kepo.errors import KepoConfigError, KepoDataError
+from kepo.errors import KepoConfigError, KepoDataError, KepoError, first_line, line_of
 from kepo.tasks.blocks import hint_in, said_answer, split_blocks
 
 Messages = list[dict[str, str]]
@@ -56,7 +58,7 @@ class Task:
         try:
             self.messages(example)
         except KepoDataError as error:
-            return str(error)
+            return f"does not fit {error}"
         return None if shows_something(self.right_answer(example)) else "has no answer"
 
     def question(self, example: Example) -> str:
@@ -151,3 +153,17 @@ class Task:
             turns.insert(0, ("system", self.system_prompt))
         said: list[tuple[str, Any]] = [*turns, ("user", text)]
         return [{"role": role, "content": content} for role, content in said]
+
+
+@contextlib.contextmanager
+def errors_of(task: Task, example: Example) -> Iterator[None]:
+    """Turn what the code of a task raises into an error that names the task and the example."""
+    try:
+        yield
+    except KepoError:
+        raise
+    except Exception as error:
+        raise KepoConfigError(
+            f"task={type(task).__name__!r} raised {type(error).__name__} on example "
+            f"{example.id!r}: {first_line(error)} ({line_of(error)})"
+        ) from error

@@ -275,3 +275,8 @@ def test_an_error_is_an_exception_and_leaves_nothing_behind(made, tmp_path, no_p
     # The folder is free again.
     with rigged():
         assert kepo.train(short(made, tmp_path / "again")).exit_code == 0
+
+
+def test_a_file_is_no_config():
+    with pytest.raises(KepoConfigError, match=r"^train: expected a kepo.Config, not 'own.yaml'"):
+        kepo.train("own.yaml")

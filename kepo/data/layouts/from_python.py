@@ -18,7 +18,7 @@ from PIL import Image
 
 from kepo.data.example import Example
 from kepo.data.layouts import schema
-from kepo.data.records import Parsed, Sources, shown
+from kepo.data.records import BadRecord, Parsed, Sources, shown
 from kepo.errors import KepoDataError
 
 NAME = "<data>"
@@ -31,6 +31,11 @@ def listed(data: Iterable[Any]) -> list[Any]:
         raise KepoDataError(
             f"data is {shown(data)}; expected a list of kepo.Example, or of dicts with question "
             "and answer"
+        )
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):
+        raise KepoDataError(
+            f"data is a {type(data).__name__}, a list of its columns' names; give "
+            "data.to_dict('records')"
         )
     return list(data)
 
@@ -48,7 +53,7 @@ def parse(record: Any, where: str, *, folder: Path | None) -> Parsed:
         # What an example says of itself is kept; the record's shape was ours.
         example = replace(parsed, columns=record.columns)
     else:
-        example, sources = schema.parse(_with_stored_pictures(record), where)
+        example, sources = schema.parse(_with_stored_pictures(_plain(record)), where)
     return example, _from(folder, sources)
 
 
@@ -70,6 +75,23 @@ def _as_record(example: Example) -> dict[str, Any]:
         return record | {"question": example.question}
     turns = [*example.earlier, ("user", example.question)]
     return record | {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+def _plain(record: Any) -> Any:
+    """Return the record with the fields that are read as JSON has them: NumPy's numbers and arrays,
+    and tuples, are numbers and lists."""
+    if not isinstance(record, dict):
+        return record
+    if odd := [key for key in record if not isinstance(key, str)]:
+        raise BadRecord("field", f"has the key {shown(odd[0])}; expected texts")
+    found = dict(record)
+    for name in ({*schema.READ} - {*schema.IMAGES}) & {*record}:
+        value = record[name]
+        if hasattr(value, "tolist"):
+            found[name] = value.tolist()
+        elif isinstance(value, tuple):
+            found[name] = list(value)
+    return found
 
 
 def _with_stored_pictures(record: Any) -> Any:

@@ -42,6 +42,8 @@ OWN = frozenset(
     + ("question_type", "rationale")
 )
 """The fields that an Example holds itself; all others are its columns."""
+TAKEN = frozenset(("prompts", "completions", "completion_ids", "earlier"))
+"""What rewards are given by these names is of the run, not of the record."""
 READ = OWN | {"prompt", "messages", "answer", "solution"}
 
 
@@ -80,6 +82,10 @@ def quirks(record: dict[str, Any], example: Example) -> list[str]:
     found = []
     if "<image>" in example.question:
         found.append("<image> in the question, which is read as text")
+    found += [
+        f"a column called {name}, which rewards are given as something else; rename it"
+        for name in sorted(TAKEN & {*example.columns})
+    ]
     if not example.options and "\n" in example.answer.strip():
         found.append("an open answer of several lines: no final answer is marked in it")
     return found
@@ -154,7 +160,7 @@ def stored(image: Any) -> str | bytes:
     """Return the path or the bytes of one picture, however a dataset stores it; "" for neither."""
     if isinstance(image, dict) and {*image} & {"bytes", "path"}:
         image = image.get("bytes") or image.get("path")
-    if image is None or image == "":
+    if image is None or (isinstance(image, str) and not image):
         return ""
     if isinstance(image, bytes):
         return image

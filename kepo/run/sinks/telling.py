@@ -12,7 +12,7 @@ from kepo.config import Config
 from kepo.disk.durable import write_durably
 from kepo.disk.files import read_own
 from kepo.distributed.processes import is_rank0, on_rank0
-from kepo.errors import KepoConfigError
+from kepo.errors import KepoConfigError, first_line
 from kepo.run.progress import say
 from kepo.run.sinks.to_tensorboard import TensorBoard
 from kepo.run.sinks.to_trackio import Trackio
@@ -150,11 +150,6 @@ def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
         elif key != "step" and isinstance(value, (int, float)) and math.isfinite(value):
             found[key] = value
     return found
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error says first."""
-    return next(iter(str(error).strip().splitlines()), "no reason given")
 
 
 def _by_step(records: Sequence[Mapping[str, Any]], after: float) -> dict[int, list[dict[str, Any]]]:

@@ -200,6 +200,15 @@ def test_no_layout(tmp_path):
         layout_of(tmp_path / "none")
 
 
+@pytest.mark.parametrize("content", ['{"question": "q?", "answer": "1"}', "[]", "[1]", "{", ""])
+def test_a_json_file_without_records_is_not_taken_for_a_split_file(tmp_path, content):
+    file = tmp_path / "data.json"
+    file.write_text(content)
+    with pytest.raises(KepoDataError) as caught:
+        load_examples(file)
+    assert "Images" not in str(caught.value) and "no question is left" in str(caught.value)
+
+
 # ---- several images a question
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets_on_disk import png
 from every_layout import offline, plain, write
@@ -12,7 +13,7 @@ from PIL import Image
 from kepo.check import check
 from kepo.config import Config
 from kepo.data.example import UNKNOWN
-from kepo.data.layouts import arrow, schema
+from kepo.data.layouts import arrow, from_python, schema
 from kepo.data.load import LAYOUTS, layout_of, load_examples, load_image
 from kepo.data.records import BadRecord
 from kepo.data.solutions import final_answer
@@ -526,3 +527,55 @@ def test_what_is_odd_is_counted(tmp_path):
     _, report = load_examples(lines(tmp_path, odd, odd, {"question": "?", "answer": "1"}))
     assert set(report.quirks.values()) == {2} and len(report.quirks) == 2
     assert arrow.quirks({"problem": "p"}, load_examples(tmp_path)[0][0]) == []
+
+
+def test_columns_whose_names_rewards_take_otherwise_are_counted_as_odd(tmp_path):
+    record = {"question": "q?", "answer": "1", "prompts": "p", "completion_ids": [1], "fine": 2}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record))
+    _, report = load_examples(tmp_path / "data.jsonl")
+    assert [words.split(",")[0] for words in report.quirks] == [
+        "a column called completion_ids",
+        "a column called prompts",
+    ]
+
+
+def test_records_from_python_may_hold_numpy_numbers_arrays_and_tuples():
+    records = [
+        {"question": "q?", "answer": np.int64(4), "id": np.int64(3), "level": np.float32(2)},
+        {"question": "q?", "answer": "b", "options": np.array(["a", "b"])},
+        {"question": "q?", "answer": "b", "options": ("a", "b")},
+    ]
+    examples, report = load_examples(records)
+    assert [(one.answer, one.options) for one in examples] == [
+        ("4", ()),
+        ("B", ("a", "b")),
+        ("B", ("a", "b")),
+    ]
+    assert examples[0].id == "3" and isinstance(examples[0].columns["level"], np.float32)
+    assert not report.problems
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ([{"question": "q?", "answer": "1", "image": np.zeros((4, 4, 3))}], "image=array"),
+        ([{"question": "q?", "answer": "1", 7: 1}], "has the key 7; expected texts"),
+    ],
+)
+def test_odd_records_from_python_are_bad_records(data, words):
+    with pytest.raises(KepoDataError, match=words):
+        load_examples(data)
+
+
+def test_a_table_of_pandas_is_refused_with_the_remedy():
+    class Table:
+        columns = ("question", "answer")
+
+        def to_dict(self):
+            pytest.fail("it was read")
+
+        def __iter__(self):
+            return iter(self.columns)
+
+    with pytest.raises(KepoDataError, match=r"data is a Table, .* give data.to_dict\('records'\)"):
+        from_python.listed(Table())

@@ -38,6 +38,18 @@ SAME = [
     ("caf\u00e9", "cafe"),
     ("x-ray", "X-ray"),
     ("\\boxed{42}", "42"),
+    ("$\\boxed{42}$", "42"),
+    ("\\boxed{42}.", "42"),
+    ("**42**", "42"),
+    ("\\(42\\)", "42"),
+    ("42 apples left in the basket", "42"),
+    ("5\\text{ cm}", "50 mm"),
+    ("5\\,\\mathrm{cm}", "5 cm"),
+    ("5 m\u00b2", "5 m^{2}"),
+    ("90^\\circ", "90 degrees"),
+    ("37\u00b0C", "37 degrees C"),
+    ("5 million", "5,000,000"),
+    ("2\\pi", "2\\pi"),
 ]
 OTHER = [
     ("41", "42"),
@@ -50,6 +62,24 @@ OTHER = [
     ("5 kg", "5 m"),
     ("3 pears", "3 apples"),
     ("42 or 43", "42"),
+    ("42 or forty", "42"),
+    ("\\boxed{42} or 43", "42"),
+    ("42^2", "42"),
+    ("42!", "42"),
+    ("42\\pi", "42"),
+    ("42\u03c0", "42"),
+    ("42x", "42"),
+    ("42 + x", "42"),
+    ("42 minus one", "42"),
+    ("42 squared", "42"),
+    ("42 dozen", "42"),
+    ("42 million", "42"),
+    ("2", "2\\pi"),
+    ("2", "2\u03c0"),
+    ("3", "3x"),
+    ("3", "3!"),
+    ("5 feet", "5 feet and 6 inches"),
+    ("37 \u00b0F", "37 \u00b0C"),
     ("41 = 42", "42"),
     ("1/0", "1"),
     ("9" * 400, "1"),
@@ -82,7 +112,18 @@ def test_the_tolerance_is_relative_to_the_right_answer():
     assert is_right("0.5", "1", half) and is_right("-1.5", "-1", half)
 
 
-@pytest.mark.parametrize("text", ["", "pi", "1 2", "3 < 4", "1e999", "--1", "1/0", "one"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "pi", "1 2", "3 < 4", "1e999", "--1", "1/0", "one"]
+    + [
+        "1e" + "9" * 5000,
+        "1 x 10^" + "9" * 5000,
+        "1/" + "9" * 5000,
+        "9" * 5000,
+        "1 " + "a " * 9999,
+    ],
+    ids=lambda text: text[:8],
+)
 def test_what_is_no_number_is_none(text):
     assert quantity(text) is None
 
@@ -101,6 +142,7 @@ def test_of_an_example_with_options_the_right_text_is_the_answer():
         ("It is 42.", "42"),
         ("count to forty-two, i.e. 42", "42"),
         ("seven nodules", "7"),
+        ("they are 5 million", "5 million"),
         ("Think of pneumonia", "Pneumonia"),
         ("The answer is yes", "yes"),
     ],
@@ -131,3 +173,8 @@ def test_without_it_formulas_are_texts(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert not same_mathematics("1 + x^2", "x^2 + 1")
     assert is_right("x^2 + 1", "x^2 + 1") and not is_right("x^2 - 1", "x^2 + 1")
+
+
+def test_an_endless_formula_is_no_answer_and_costs_nothing(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: pytest.fail("it was looked at"))
+    assert not is_right("{" * 5000, "x^2 + 1")

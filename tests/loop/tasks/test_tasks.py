@@ -5,8 +5,10 @@ from toy import ENV, TASK, example
 
 from kepo.config import Config
 from kepo.errors import KepoConfigError
+from kepo.evaluation.report import evaluate
+from kepo.rollout.encodable import faults_of
 from kepo.rollout.prompts import hint_prompt, prompt_of
-from kepo.tasks.environment import task_of
+from kepo.tasks.environment import task_of, with_own
 from kepo.tasks.multiple_choice import MultipleChoice
 from kepo.tasks.open_answer import OpenAnswer
 from kepo.tasks.task import Task
@@ -18,6 +20,8 @@ from kepo.tasks.task import Task
     "text",
     [
         "So \\boxed{B}.",
+        "So \\boxed{\\text{B}}.",
+        "<answer>$\\boxed{\\textbf{ B }}$</answer>",
         "<think>maybe \\boxed{A}</think>So \\boxed{B}",
         "thought</think>\\boxed{B}",
         "<answer>\\boxed{B}</answer>",
@@ -77,7 +81,9 @@ def test_a_template_is_filled_with_the_question_and_columns():
     first, *_, last = task.messages(asked)[-1]["content"].split("\n")
     assert first == "[{question}] Is {ward} here?"  # what is filled in is not filled again
     assert last == "{x} {1} Reply as <think>reasoning</think><answer>letter</answer>."
-    assert "prompt_template: {ward} is no column of question 'q'" in task.check(example("q"))
+    assert task.check(example("q")).startswith(
+        "does not fit prompt_template: {ward} is no column of question 'q'; it has question"
+    )
 
 
 def test_a_template_without_the_question_is_refused():
@@ -152,3 +158,57 @@ def test_a_name_that_leads_nowhere_is_said(own, name, words):
 
 def test_the_environment_is_that_of_the_config():
     assert isinstance(ENV.task, MultipleChoice) and list(ENV.rewards) == ["accuracy", "format"]
+
+
+# ---- a task of one's own that is wrong ----
+
+
+@pytest.mark.parametrize("said", ["hello", None, [], [{"role": "user"}], [("user", "x")]])
+def test_a_chat_that_is_none_is_said_with_the_task(said):
+    class Odd(Task):
+        def messages(self, example):
+            return said
+
+    with pytest.raises(KepoConfigError, match=r"^task='Odd' asks .* of example 'q'; expected a"):
+        prompt_of(Odd(), example("q"))
+
+
+def test_what_a_task_raises_is_said_with_the_task_the_example_and_the_line():
+    class Odd(Task):
+        def messages(self, example, **_):
+            return example.columns["ward"]
+
+        hint_request = check = is_right = gives_away = messages
+
+    def words(name):
+        return rf"^task='Odd' raised KeyError on example 'q': '{name}' \(test_tasks.py, line \d+\)$"
+
+    asked, odd = example("q"), Odd()
+    for call in (
+        lambda: prompt_of(odd, asked),
+        lambda: hint_prompt(odd, asked, with_answer=False),
+        lambda: faults_of([asked], odd, []),
+    ):
+        with pytest.raises(KepoConfigError, match=words("ward")):
+            call()
+
+
+def test_a_class_that_cannot_be_made_is_said_with_the_setting(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import kepo\n\n\nclass Bare(kepo.Task):\n    def __init__(self):\n        pass\n"
+    )
+    with pytest.raises(KepoConfigError, match=r"^task='.*Bare': making it with system_prompt and"):
+        task_of(Config(task=f"{tmp_path}/own.py:Bare"))
+
+
+@pytest.mark.parametrize("task", [OpenAnswer, 3])
+def test_what_is_no_task_is_refused_from_python(task):
+    with pytest.raises(KepoConfigError, match=r"^task=.*; expected an object of kepo.Task"):
+        evaluate("no model", [], task=task)
+    with pytest.raises(KepoConfigError, match=r"^task=.*; expected an object of kepo.Task"):
+        with_own(Config(), task, None)
+
+
+def test_a_task_from_python_may_be_named():
+    config, env = with_own(Config(), "open_answer", None)
+    assert config.task == "open_answer" and type(env.task) is OpenAnswer
