@@ -15,7 +15,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"),
-    *("recipes/*", "benchmarks/results/*", "kepo/presets/*"),
+    *("recipes/*", "benchmarks/results/*", "kepo/presets/*", "examples/*"),
 )
 LINK = re.compile(r"(?<=\]\()(?!#|[a-z]+:)([^)#\s]+)")  # [text](path), [text](path#place)
 
