@@ -39,6 +39,7 @@ def test_no_example_is_forgotten():
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == RUN_BY_A_TEST
 
 
+@pytest.mark.slow
 def test_one_file_learns(tmp_path):
     started = os.times()
     out = run("one_file.py", folder=tmp_path)
@@ -60,11 +61,13 @@ def test_one_file_is_short_and_needs_the_losses_alone():
     }
 
 
+@pytest.mark.slow
 def test_own_reward_sees_its_columns(tmp_path):
     out = run("own_reward.py", "--steps", "2", folder=tmp_path)
     assert re.search(r"concise \d\.\d\d\n$", out)
 
 
+@pytest.mark.slow
 def test_own_task_judges(tmp_path):
     out = run("own_task.py", "--steps", "1", folder=tmp_path)
     assert "pass@4" in out and re.search(r"^unknown +all +2 ", out, re.M)
@@ -79,6 +82,7 @@ def test_own_task_judges(tmp_path):
     assert task.gives_away("Gray, I think", grey) and not task.gives_away("not dark", grey)
 
 
+@pytest.mark.slow
 def test_quickstart_runs_cell_by_cell(tmp_path):
     """In one name space, as a notebook has it; and while a loop runs, as one does there."""
     text = (EXAMPLES / "quickstart.py").read_text(encoding="utf-8")
@@ -134,6 +138,7 @@ NEWCOMER = {
 }
 
 
+@pytest.mark.slow
 def test_own_data_and_own_reward_in_twelve_lines(tmp_path):
     """From nothing to a running GRPO, as the README has it."""
     files = NEWCOMER | {"my.jsonl": '{"question": "What is 6 * 7?", "answer": "42"}\n'}

@@ -189,6 +189,7 @@ assert run_rigged(json.loads(sys.argv[1])) == 0
 """
 
 
+@pytest.mark.slow
 def test_twice_in_a_process_gives_the_bits_of_two(made, tmp_path, no_picture):
     """And leaves nothing behind: no model, no handler, no stream, no thread."""
 
