@@ -3,7 +3,7 @@
 It answers a dataset of any layout, greedily or with several samples of each question; the table is
 by modality and type of question. `chance` is what blind guessing would score on the same questions:
 with four options each it would be 0.25, but many have two or three. An answer is unparsed where it
-holds no single well-formed <answer>; it counts as wrong.
+holds no single well-formed <answer>, or box without one; it counts as wrong.
 """
 
 from __future__ import annotations
