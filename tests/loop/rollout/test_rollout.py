@@ -1,5 +1,6 @@
 """Sampling: who is asked how often, and what is kept of the answer; worked solutions; rewards."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -185,6 +186,14 @@ def test_total_reward_is_the_weighted_sum():
 def test_a_reward_is_read_by_its_name_or_as_the_total():
     r = rollout(WRONG)
     assert [reward_of(r, name, CONFIG) for name in ("accuracy", "format", "total")] == [0, 1, 1]
+
+
+def test_a_reward_that_does_not_apply_is_in_no_sum_and_reaches_no_threshold():
+    r = rollout(RIGHT)
+    r.rewards = {"accuracy": None, "format": 1.0}
+    assert total_reward(r, CONFIG) == 1.0 and reward_of(r, "accuracy", CONFIG) == -math.inf
+    r.rewards = {"accuracy": None, "format": None}
+    assert total_reward(r, CONFIG) == 0.0
 
 
 @pytest.mark.parametrize(
