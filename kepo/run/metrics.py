@@ -46,10 +46,10 @@ def step_metrics(
         }
         for name in rollouts[0].rewards:
             given = [one for r in rollouts if (one := r.rewards[name]) is not None]
+            if given:  # a reward may apply to no completion of a step
+                values[f"rewards/{name}/mean"] = torch.tensor(given).mean().item()
             if len(given) > 1:
-                column = torch.tensor(given)
-                values[f"rewards/{name}/mean"] = column.mean().item()
-                values[f"rewards/{name}/std"] = column.std().item()
+                values[f"rewards/{name}/std"] = torch.tensor(given).std().item()
     if config.sampler_correction != "none":
         values |= {
             "sampling/importance_sampling_ratio/mean": totals.ratio / max(1, totals.ratio_tokens),

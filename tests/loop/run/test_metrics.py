@@ -39,6 +39,16 @@ def metrics(groups, data=(), **totals):
     return step_metrics(found, data, batch, StepTotals(**totals), CONFIG)
 
 
+def test_the_mean_of_a_reward_leaves_out_what_it_does_not_apply_to():
+    group = group_of([RIGHT, WRONG])
+    group[0].rewards["format"], group[1].rewards["format"] = None, 0.25
+    values = metrics([group], [])
+    assert values["rewards/format/mean"] == 0.25 and "rewards/format/std" not in values
+    assert values["rewards/accuracy/mean"] == 0.5 and values["reward"] == (1.0 + 0.25) / 2
+    group[1].rewards["format"] = None
+    assert "rewards/format/mean" not in metrics([group], [])
+
+
 def test_metrics_by_hand():
     data = [rollout(RIGHT, "d")]
     lengths = [len(r.completion_ids) for group in GROUPS for r in group] + [35]
