@@ -39,7 +39,7 @@ SECTIONS = (
     Section("losses_llama-8b", TIMINGS),
     Section("losses_small", TIMINGS),
     Section("step", limit=150, needs=50),
-    Section("train", TRAIN, limit=120, needs=20, process="train"),
+    Section("train", TRAIN, limit=150, needs=20, process="train"),
     Section("fp16_range", CHECKS),
     Section("correct_fp16", CHECKS),
     Section("correct_fp32", CHECKS),

@@ -57,6 +57,12 @@ BF16 = dict(dtype="bfloat16", lora_rank=8)
 WAYS = (
     Way("float32"),
     Way("rows", dict(share_prompts=False)),
+    Way("student_bits 4", BF16 | dict(student_bits=4), needs="bitsandbytes"),
+    Way("teacher_bits 8", BF16 | dict(teacher_bits=8), needs="bitsandbytes"),
+    Way("adamw_8bit", dict(optimizer="adamw_8bit"), needs="bitsandbytes"),
+    Way("reference, two iterations", dict(kl_coef=0.1, num_iterations=2, mini_batches=2)),
+    Way("scores on the device", dict(scores_on="device", micro_tokens=1500)),
+    Way("sapo, entropy", BF16 | dict(policy_loss="sapo", entropy_coef=0.01)),
     Way("bfloat16", BF16),
     Way("bfloat16, checkpointing", BF16 | dict(gradient_checkpointing=True)),
     Way("fsdp2", dict(dtype="bfloat16", sharding="fsdp2", teacher_placement="fsdp2")),
@@ -64,12 +70,6 @@ WAYS = (
     Way("qwen2_5_vl", BF16, family="qwen2_5_vl"),
     Way("internvl", BF16, family="internvl"),
     Way("text_only", BF16, family="text_only"),
-    Way("reference, two iterations", dict(kl_coef=0.1, num_iterations=2, mini_batches=2)),
-    Way("scores on the device", dict(scores_on="device", micro_tokens=1500)),
-    Way("sapo, entropy", BF16 | dict(policy_loss="sapo", entropy_coef=0.01)),
-    Way("adamw_8bit", dict(optimizer="adamw_8bit"), needs="bitsandbytes"),
-    Way("student_bits 4", BF16 | dict(student_bits=4), needs="bitsandbytes"),
-    Way("teacher_bits 8", BF16 | dict(teacher_bits=8), needs="bitsandbytes"),
 )
 
 
