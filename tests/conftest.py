@@ -5,14 +5,14 @@ import functools
 import os
 import signal
 
+import pytest
+import torch
+
 # What is tested does not depend on the machine: `make gpu` is for the device. KEPO_TEST_GPU=1 shows
-# it to these tests all the same; those that pretend one then fail.
+# it to these tests all the same; those that pretend to have one then fail.
 if os.environ.get("KEPO_TEST_GPU") != "1":
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this when it is first imported
-
-import pytest
-import torch
 
 import checks
 import interpret

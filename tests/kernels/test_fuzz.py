@@ -49,7 +49,7 @@ def fuzzer(tmp_path_factory) -> Path:
 
 
 def fuzz(fuzzer: Path, *arguments: str, timeout: int = 250) -> subprocess.CompletedProcess:
-    # Sanitizers before GCC 14 and Clang 18 die of the random addresses of newer kernels, now and then.
+    # Older sanitizers die, now and then, of the more random addresses of newer kernels.
     steady = ["setarch", "-R"] if shutil.which("setarch") else []
     command = [*steady, fuzzer, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
