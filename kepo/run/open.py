@@ -148,6 +148,8 @@ def _with_models(
     latter. Returns None if a signal asked to stop."""
     folder = Path(config.run_dir)
     files = on_rank0(lambda: as_saved(saved.folder)) if saved else None
+    if device.type == "cuda":  # or an earlier run of this process would be in this one's peak
+        torch.cuda.reset_peak_memory_stats(device)
     models = load_models(config, device, files / "policy" if files else None)
     named = models.policy.model.named_parameters()
     parameters = {name: p for name, p in named if p.requires_grad}
