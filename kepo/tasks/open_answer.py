@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import threading
 import unicodedata
 from dataclasses import replace
 
 from kepo.data.example import LETTERS, Example
+from kepo.tasks.formulas import same_formula
 from kepo.tasks.hint_words import number, read
 from kepo.tasks.leaks import states_answer
 from kepo.tasks.quantities import quantity, same_quantity
@@ -93,11 +93,4 @@ def same_mathematics(said: str, right: str) -> bool:
     """Return whether math-verify finds two formulas equal; False where it is not installed."""
     if len(said) > _LONGEST or importlib.util.find_spec("math_verify") is None:
         return False
-    from math_verify import parse, verify
-
-    # Its time limit is a signal, which only the main thread can have.
-    limit = 5 if threading.current_thread() is threading.main_thread() else None
-    gold, given = (
-        parse(f"\\boxed{{{text.strip('$ ')}}}", parsing_timeout=limit) for text in (right, said)
-    )
-    return bool(gold) and bool(given) and verify(gold, given, timeout_seconds=limit)
+    return same_formula(said, right)
