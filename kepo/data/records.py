@@ -166,7 +166,6 @@ def shown(value: object) -> str:
 
 def right_letter(answer: str | int, options: tuple[str, ...]) -> str:
     """Return the letter of the option that the dataset's answer means by text, letter, or both.
-
     A number that is no option's text is the place of one: 0 is option A.
 
     Texts are compared without case, spaces and a final period. A letter alone is read as in a

@@ -25,7 +25,7 @@ from kepo.errors import KepoDataError
 from kepo.models.encoding import Encoder, Prompt
 from kepo.models.reading import encoder_of, read_config, resize_pictures
 from kepo.rollout.hints import MAX_HINT_LENGTH
-from kepo.rollout.prompts import hint_prompt, prompt_of
+from kepo.rollout.prompts import hint_prompt, prompt_of, worked_answer
 from kepo.sections import PicturesConfig
 from kepo.tasks.task import Task, errors_of
 
@@ -67,7 +67,7 @@ def judge_of(config: Config, task: Task) -> Judge:
         return prompts
 
     def given(example: Example) -> list[str]:
-        return [task.worked_answer(example)] if config.data_fraction > 0 else []
+        return [worked_answer(task, example)] if config.data_fraction > 0 else []
 
     student = encoder_at(config.student, config)
     training = [Reader("student", student, asked, given)]
@@ -104,7 +104,7 @@ def faults_of(
     progress: show a bar.
     """
     unfit = [(example, _why_unfit(task, example)) for example in examples]
-    faults = {e.id: _problem(e, "task", f"it {why}") for e, why in unfit if why is not None}
+    faults = {e.id: problem(e, "task", f"it {why}") for e, why in unfit if why is not None}
     examples = [example for example in examples if example.id not in faults]
     sizes = _sizes(path for example in examples for path in example.images)
     for reader in readers:
@@ -121,7 +121,7 @@ def faults_of(
             for start in range(0, len(examples), _AT_ONCE):
                 some = examples[start : start + _AT_ONCE]
                 for fault in _faults(some, reader, sizes):
-                    faults.setdefault(fault[0].id, _problem(*fault))
+                    faults.setdefault(fault[0].id, problem(*fault))
                 bar.update(len(some))
     return faults
 
@@ -230,7 +230,8 @@ def _image_fault(
     return None
 
 
-def _problem(example: Example, kind: str, message: str) -> RecordProblem:
+def problem(example: Example, kind: str, message: str) -> RecordProblem:
+    """Return a problem of an example, by its id."""
     return RecordProblem(kind, f"question {example.id!r}", message)
 
 

@@ -16,7 +16,7 @@ from kepo.tasks.task import Task
 
 _ARTICLES = ("a", "an", "the")
 _POLAR = ("yes", "no")
-_AS_POLAR = {("true",): ("yes",), ("false",): ("no",)}
+_AS_POLAR: dict[tuple[str, ...], tuple[str, ...]] = {("true",): ("yes",), ("false",): ("no",)}
 _SIGNS = re.compile(r"[\\^_{}=+*/<>√π]|[-\u2212](?=\s*[\d(])|(?<=[\d)])!")
 _MATH = re.compile(r"\\[A-Za-z]+|[\^_=<>√π]|\d\s?[A-Za-z]\b")
 _LONGEST = 1000
@@ -49,6 +49,8 @@ class OpenAnswer(Task):
         return example.options[LETTERS.index(example.answer)]
 
     def same(self, said: str, right: str) -> bool:
+        if said.strip() == right.strip():  # of signs alone, too
+            return True
         mine, theirs = quantity(said), quantity(right)
         if mine is not None and theirs is not None:
             return same_quantity(mine, theirs, self.answer_tolerance)
