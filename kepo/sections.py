@@ -189,7 +189,8 @@ class TaskConfig:
     """System turn of every question that brings none. Empty means none."""
     prompt_template: str = ""
     """The question's turn, with {question}, {instruction} and the names of the data's columns in
-    braces; {{ and }} are braces. Empty means the question and the instruction, a line each."""
+    braces; {{ and }} are braces. A column that is the right answer is refused. Empty means the
+    question and the instruction, a line each."""
     answer_tolerance: NonNegative = 1e-4
     """open_answer: how far a number may be from the right one, relative to the right one."""
 

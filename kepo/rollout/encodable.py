@@ -27,7 +27,7 @@ from kepo.models.reading import encoder_of, read_config, resize_pictures
 from kepo.rollout.hints import MAX_HINT_LENGTH
 from kepo.rollout.prompts import hint_prompt, prompt_of, worked_answer
 from kepo.sections import PicturesConfig
-from kepo.tasks.task import Task, errors_of
+from kepo.tasks.task import Task, errors_of, refuse_told
 
 Faults = dict[str, RecordProblem]
 """The problem of each faulty example, by example id."""
@@ -99,10 +99,11 @@ def faults_of(
     examples: Sequence[Example], task: Task, readers: Sequence[Reader], *, progress: bool = False
 ) -> Faults:
     """Find the examples that are unfit for the task, or that a reader cannot be asked about; return
-    the first fault of each.
+    the first fault of each. Raises KepoConfigError for a template that shows the answer.
 
     progress: show a bar.
     """
+    refuse_told(task, examples)
     unfit = [(example, _why_unfit(task, example)) for example in examples]
     faults = {e.id: problem(e, "task", f"it {why}") for e, why in unfit if why is not None}
     examples = [example for example in examples if example.id not in faults]
