@@ -58,9 +58,9 @@ class DataConfig:
     instead of an error in mid-run, and images are compared by content. False only checks that the
     image files exist."""
     changed_inputs: Literal["refuse", "accept"] = "refuse"
-    """Whether a run may be resumed with a different teacher, or with different questions, answers
-    or images, than it began with. refuse: name the changes and end the run. accept: name them and
-    continue."""
+    """Whether a run may be resumed with a different teacher, with different questions, answers or
+    images, or with other files of rewards and task of your own, than it began with. refuse: name
+    the changes and end the run. accept: name them and continue."""
 
 
 @dataclass(frozen=True)
