@@ -13,7 +13,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from kepo.disk.files import printable, read_regular
 
 KINDS = (
     "file",
+    "line",
     "field",
     "options",
     "answer",
@@ -36,7 +37,8 @@ KINDS = (
     "image refused",
     "prompt too long",
 )
-"""The kinds of problems that a record can have, in the order in which they are looked for."""
+"""The kinds of problems that a record can have, in the order in which they are looked for; a file
+that cannot be read, or that holds nothing, is no record."""
 
 _UNFIT = re.compile("[\0\ud800-\udfff]")
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
@@ -65,6 +67,13 @@ class RecordProblem:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}"
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Return how many bad records and files there are, by the number of each kind."""
+    files = counts.get("file", 0)
+    numbers = {"records": sum(counts.values()) - files, "files": files}
+    return " and ".join(f"{count} bad {name}" for name, count in numbers.items() if count)
 
 
 def read_list(file: Path) -> list[tuple[str, Any]]:

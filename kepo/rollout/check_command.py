@@ -16,7 +16,7 @@ from pathlib import Path
 from kepo.data.example import Example
 from kepo.data.images import Look, digests_in, looks_of
 from kepo.data.load import DataReport, layout_of, load_examples
-from kepo.data.records import KINDS
+from kepo.data.records import KINDS, counted
 from kepo.data.run_data import readable, with_faint
 from kepo.data.splits import shared_images
 from kepo.disk.files import printable
@@ -127,7 +127,7 @@ def describe(checked: Checked, every: bool) -> list[str]:
     lines += _faint_pictures(checked, every)
     if not report.problems:
         return [*lines, "", "nothing is wrong"]
-    lines += ["", f"wrong: {len(report.problems)} records"]
+    lines += ["", f"wrong: {counted(report.counts()).replace('bad ', '')}"]
     for kind in KINDS:
         found = [problem for problem in report.problems if problem.kind == kind]
         shown = found if every else found[:NAMED]

@@ -298,10 +298,26 @@ def test_lines_that_are_no_records_are_bad(tmp_path):
     good = {"question": "?", "answer": "1"}
     odd = ("{", "[1]", "null", "\0\0", '"x"', twice, within, turns, "{'a': 1}", '{"a": 1')
     _, report = load_examples(lines(tmp_path, good, *odd))
-    assert report.records == 11 and report.counts() == {"file": 4, "field": 6}
+    assert report.records == 11 and report.counts() == {"line": 4, "field": 6}
     assert [p.where.rpartition(":")[2] for p in report.problems] == [str(n) for n in range(2, 12)]
     with pytest.raises(KepoDataError, match=r"data.jsonl:2: not readable JSON"):
         load_examples(tmp_path / "data.jsonl", bad_records="fail")
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.parquet"])
+def test_a_file_that_holds_nothing_is_no_record(tmp_path, name):
+    pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(KepoDataError) as caught:
+        load_examples(tmp_path / name)
+    said = str(caught.value)
+    assert ": 0 of 0 questions" in said and "\n  1 bad files left out: file 1; first: " in said
+    (tmp_path / name).rename(tmp_path / f"empty{Path(name).suffix}")
+    if name == "data.parquet":
+        return  # beside others it would be another layout
+    _, report = load_examples(lines(tmp_path, {"question": "?", "answer": "1"}, "{").parent)
+    assert report.records == 2 and report.questions == 1
+    assert "\n  1 bad records and 1 bad files left out: file 1, line 1; first" in report.summary()
 
 
 def test_files_of_other_encodings(tmp_path):
@@ -311,7 +327,7 @@ def test_files_of_other_encodings(tmp_path):
     (tmp_path / "c.JSONL").write_text(record, encoding="latin-1")
     examples, report = load_examples(tmp_path)
     assert [e.question for e in examples] == ["Größe?"] * 2
-    assert report.counts()["file"] >= 2
+    assert report.counts()["line"] >= 2
     assert {Path(p.where.rpartition(":")[0]).name for p in report.problems} == {
         "b.jsonl",
         "c.JSONL",
