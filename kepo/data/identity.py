@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kepo.data.example import Example
+from kepo.data.network import look_for_hub
 from kepo.errors import KepoCheckpointError, KepoDataError
 from kepo.named import source_of
 from kepo.sections import DataConfig
@@ -42,6 +43,7 @@ def model_files(name: str) -> list[Path] | str:
         return sorted(file for file in files if not file.name.startswith("."))
     from transformers.utils import cached_file
 
+    look_for_hub(name)
     try:
         config = cached_file(name, "config.json")
     except (OSError, ValueError):
