@@ -89,8 +89,10 @@ def test_what_ends_a_run_softly_does_not_end_its_judge():
 def test_a_fork_has_a_judge_of_its_own():
     assert same_formula("x + 1", "1 + x")
     code = (
-        "import os; from kepo.tasks.formulas import _JUDGES, same_formula as s; s('x + 1', '1 + x')"
-        "\nif (child := os.fork()) == 0: os._exit(7 if s('x + 3', '3 + x') else 8)"
+        "import os; from kepo.tasks import formulas as f; s = f.same_formula; s('x + 1', '1 + x')"
+        "\npids = lambda: {judge.process.pid for judge in f._JUDGES.values()}; before = pids()"
+        "\nif (child := os.fork()) == 0:"
+        "\n    os._exit(7 if s('x + 3', '3 + x') and pids() > before else 8)"
         "\nassert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7 and s('y + 2', '2 + y')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
