@@ -4,6 +4,9 @@ line."""
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -102,13 +105,32 @@ began is resumed with the defaults only."""
 def load(*layers: str | Path) -> Config:
     """Build a Config from YAML files and presets (`presets()`); later layers override earlier ones.
 
-    Each layer is a path to a YAML mapping, or a preset's name. KepoConfigError names unreadable
-    files, unknown keys and wrong types.
+    Each layer is a path to a YAML mapping, or a preset's name. A list of rewards that replaces
+    another is said. KepoConfigError names unreadable files, unknown keys and wrong types.
     """
     values: dict[str, Any] = {}
+    rewarded: str | Path = ""
     for layer in layers:
-        values |= read_layer(layer)
+        given = read_layer(layer)
+        if "rewards" in given:
+            if values.get("rewards", given["rewards"]) != given["rewards"]:
+                _say_replaced(rewarded, values["rewards"], layer, given["rewards"])
+            if set(values.get("reward_weights", ())) == {1.0}:  # 1 each, of however many
+                del values["reward_weights"]
+            rewarded = layer
+        values |= given
     return Config(**values)
+
+
+def _say_replaced(
+    earlier: str | Path, old: Sequence[str], later: str | Path, new: Sequence[str]
+) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"rewards: {later} replaces {', '.join(old)}, which {earlier} gives, by "
+            f"{', '.join(new)}: the later file or preset counts, and a flag over all",
+            file=sys.stderr,
+        )
 
 
 def read_layer(layer: str | Path) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def train(
     hide_transformers_bars()
     with (
         lasting_output(),
-        agreeing_ranks(config) as device,
+        agreeing_ranks(config, env.code) as device,
         StopRequest() as stop,
         exclusive(Path(config.run_dir)),
     ):

@@ -58,9 +58,9 @@ class DataConfig:
     instead of an error in mid-run, and images are compared by content. False only checks that the
     image files exist."""
     changed_inputs: Literal["refuse", "accept"] = "refuse"
-    """Whether a run may be resumed with a different teacher, or with different questions, answers
-    or images, than it began with. refuse: name the changes and end the run. accept: name them and
-    continue."""
+    """Whether a run may be resumed with a different teacher, with different questions, answers or
+    images, or with other files of rewards and task of your own, than it began with. refuse: name
+    the changes and end the run. accept: name them and continue."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,8 @@ class TaskConfig:
     """System turn of every question that brings none. Empty means none."""
     prompt_template: str = ""
     """The question's turn, with {question}, {instruction} and the names of the data's columns in
-    braces; {{ and }} are braces. Empty means the question and the instruction, a line each."""
+    braces; {{ and }} are braces. A column that is the right answer is refused. Empty means the
+    question and the instruction, a line each."""
     answer_tolerance: NonNegative = 1e-4
     """open_answer: how far a number may be from the right one, relative to the right one."""
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kepo.data.network import look_for_hub
 from kepo.errors import KepoConfigError
 from kepo.models.adapters import with_adapters
 from kepo.models.families.family import Family, Tower
@@ -339,6 +340,7 @@ def read_config(name: str) -> Any:
     known = known_model(name)
     if not Path(name).is_dir() and known is not None:
         return known.config()
+    look_for_hub(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -25,9 +25,9 @@ from kepo.errors import KepoDataError
 from kepo.models.encoding import Encoder, Prompt
 from kepo.models.reading import encoder_of, read_config, resize_pictures
 from kepo.rollout.hints import MAX_HINT_LENGTH
-from kepo.rollout.prompts import hint_prompt, prompt_of
+from kepo.rollout.prompts import hint_prompt, prompt_of, worked_answer
 from kepo.sections import PicturesConfig
-from kepo.tasks.task import Task, errors_of
+from kepo.tasks.task import Task, errors_of, refuse_told
 
 Faults = dict[str, RecordProblem]
 """The problem of each faulty example, by example id."""
@@ -67,7 +67,7 @@ def judge_of(config: Config, task: Task) -> Judge:
         return prompts
 
     def given(example: Example) -> list[str]:
-        return [task.worked_answer(example)] if config.data_fraction > 0 else []
+        return [worked_answer(task, example)] if config.data_fraction > 0 else []
 
     student = encoder_at(config.student, config)
     training = [Reader("student", student, asked, given)]
@@ -99,12 +99,13 @@ def faults_of(
     examples: Sequence[Example], task: Task, readers: Sequence[Reader], *, progress: bool = False
 ) -> Faults:
     """Find the examples that are unfit for the task, or that a reader cannot be asked about; return
-    the first fault of each.
+    the first fault of each. Raises KepoConfigError for a template that shows the answer.
 
     progress: show a bar.
     """
+    refuse_told(task, examples)
     unfit = [(example, _why_unfit(task, example)) for example in examples]
-    faults = {e.id: _problem(e, "task", f"it {why}") for e, why in unfit if why is not None}
+    faults = {e.id: problem(e, "task", f"it {why}") for e, why in unfit if why is not None}
     examples = [example for example in examples if example.id not in faults]
     sizes = _sizes(path for example in examples for path in example.images)
     for reader in readers:
@@ -121,7 +122,7 @@ def faults_of(
             for start in range(0, len(examples), _AT_ONCE):
                 some = examples[start : start + _AT_ONCE]
                 for fault in _faults(some, reader, sizes):
-                    faults.setdefault(fault[0].id, _problem(*fault))
+                    faults.setdefault(fault[0].id, problem(*fault))
                 bar.update(len(some))
     return faults
 
@@ -230,7 +231,8 @@ def _image_fault(
     return None
 
 
-def _problem(example: Example, kind: str, message: str) -> RecordProblem:
+def problem(example: Example, kind: str, message: str) -> RecordProblem:
+    """Return a problem of an example, by its id."""
     return RecordProblem(kind, f"question {example.id!r}", message)
 
 

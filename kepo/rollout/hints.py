@@ -178,10 +178,12 @@ def write_hints(
         examples, work, batches_of(config.rollout_batch), collective=teacher.collective
     )
     encoder = teacher.encoder
-    return [
-        hint if usable(hint, example, task, config, encoder) else None
-        for hint, example in zip(map(task.hint_of, texts), examples, strict=True)
-    ]
+    found: list[str | None] = []
+    for text, example in zip(texts, examples, strict=True):
+        with errors_of(task, example):
+            hint = task.hint_of(text)
+        found.append(hint if usable(hint, example, task, config, encoder) else None)
+    return found
 
 
 def usable(

@@ -120,7 +120,7 @@ def open_run(
     stop.agree()
     if stop:  # reading the images may have taken long
         return None
-    inputs = on_rank0(lambda: inputs_of(config.read_again, data.identity))
+    inputs = on_rank0(lambda: inputs_of(config.read_again, data.identity, env.code))
     saved = last_saved(config, data, inputs)
     # A checkpoint with digests has been compared with them.
     by_ids = saved is not None and "inputs" not in saved.state
