@@ -37,6 +37,7 @@ test-slow: $(VENV)/test.stamp  ## the slow tests, those that install the package
 EXTRAS_TESTS = tests/loop/run/test_trackers.py tests/loop/run/test_optimizer_8bit.py tests/loop/run/test_roles.py
 extras-test: $(VENV)/extras/.stamp  ## the tests of trackers, and of models and moments in 8 and 4 bits
 	OMP_NUM_THREADS=1 $(VENV)/extras/bin/python -m pytest -q -n auto $(EXTRAS_TESTS)
+	OMP_NUM_THREADS=1 $(VENV)/extras/bin/python -m pytest -q -m processes -k quantised tests/loop/distributed/test_processes.py
 
 lint: $(VENV)/test.stamp  ## ruff check, ruff format --check, mypy
 	$(PY) -m ruff check .

@@ -214,8 +214,7 @@ class VLM:
     @property
     def why_not_packed(self) -> str | None:
         """Why the model cannot `share_prompts`, by its attention or its family; None if it can."""
-        config = self.model.config
-        return why_not_packed(config.get_text_config()) or self.family.unshareable(config)
+        return why_not_packed(self.model.config)
 
     def completion_states(
         self, prompts: Sequence[Prompt], completion_ids: Tensor, completion_mask: Tensor

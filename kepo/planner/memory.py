@@ -23,7 +23,7 @@ from kepo.planner.anatomy import Anatomy, anatomy
 from kepo.planner.generating import Generating, generating
 from kepo.planner.held import Held, Machine, Standing, standing
 from kepo.planner.loss_memory import LossMemory, loss_memory, scoring_workspace
-from kepo.planner.shapes import Shape, Share, share_of, shares_prompts
+from kepo.planner.shapes import Shape, Share, share_of
 from kepo.planner.towers import (
     Kept,
     inference,
@@ -165,7 +165,7 @@ class _Run:
     def of(cls, setup: Setup) -> _Run:
         config, machine, prompts = setup
         student, teacher = student_of(config, machine), teacher_of(setup)
-        share = share_of(config, machine, prompts.length(student), student.shareable)
+        share = share_of(config, machine, prompts.length(student), student.shares_prompts(config))
         several = share.micros > 1
         loss = loss_memory(
             config,
@@ -265,7 +265,7 @@ class _Run:
         micro, checkpointing = self.share.micro, config.gradient_checkpointing
         images, patches = micro.questions * self.prompts.images, self.prompts.patches(student)
         vision = vision_training(student, images, patches, checkpointing)
-        packed = shares_prompts(config, student.shareable)
+        packed = student.shares_prompts(config)
         text = text_training(student, micro.rows, micro.length, checkpointing, packed)
         states = state_bytes(student, micro.rows, micro.length)
         tokens = micro.completions * config.max_completion_length
@@ -353,13 +353,13 @@ class _Run:
         """Return the most bytes of a forward that keeps nothing."""
         images, patches = shape.questions * self.prompts.images, self.prompts.patches(model)
         placed = placed_bytes(model, shape.rows, self.prompts.all_images(model))
-        packed = shares_prompts(self.config, model.shareable)
+        packed = model.shares_prompts(self.config)
         return inference(model, shape.rows, shape.length, images, patches, packed) + placed
 
     def _read_from(self, model: Anatomy, shape: Shape) -> int:
         """Return the bytes of states beside the copy that a loss reads: those of the prompts are
         part of the same tensor, unless a packed row has been gathered from."""
-        if shares_prompts(self.config, model.shareable):
+        if model.shares_prompts(self.config):
             return 0
         return state_bytes(model, shape.rows, shape.length)
 
@@ -375,7 +375,7 @@ class _Run:
         states = state_bytes(self.teacher, 1, tokens)
         if not _scores_stay(self.config, self.machine):
             return states, 0
-        return 0, 0 if shares_prompts(self.config, self.teacher.shareable) else states
+        return 0, 0 if self.teacher.shares_prompts(self.config) else states
 
     def _at_once(self, per_question: int) -> int:
         """Return how many questions a process samples at once, as `rollout._portions` does."""
@@ -436,9 +436,7 @@ def _kept_scores(setup: Setup, teacher: Anatomy | None, whole: Shape) -> int:
     if teacher is None or not config.distils or not _scores_stay(config, machine):
         return 0
     longest = config.max_completion_length
-    length = (
-        longest if shares_prompts(config, teacher.shareable) else prompts.length(teacher) + longest
-    )
+    length = longest if teacher.shares_prompts(config) else prompts.length(teacher) + longest
     return state_bytes(teacher, whole.completions, length)
 
 

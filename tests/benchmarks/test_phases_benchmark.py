@@ -188,8 +188,13 @@ def test_a_teacher_that_scores_other_sequences_is_noticed(asked, words, tmp_path
 TOY = ["--device", "cpu", "--gate", "1", "--rounds", "0"]
 
 
-@pytest.mark.parametrize("error, status", [(torch.OutOfMemoryError, 0), (RuntimeError, 1)])
-@pytest.mark.parametrize("phase", ["rollout", "whole", "plan"])
+@pytest.mark.parametrize(
+    "phase, error, status",
+    [
+        *((phase, torch.OutOfMemoryError, 0) for phase in ("rollout", "whole", "plan")),
+        ("rollout", RuntimeError, 1),
+    ],
+)
 def test_a_phase_that_raises_costs_no_other(phase, error, status, tmp_path, monkeypatch):
     pytest.importorskip("peft")
 

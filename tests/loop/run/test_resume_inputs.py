@@ -8,13 +8,6 @@ from small import config_of
 
 from kepo.errors import KepoCheckpointError, KepoDataError
 from kepo.loop import train
-from kepo.run import milestones
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """Drawing takes longer than the steps."""
-    monkeypatch.setattr(milestones, "plot_curves", lambda *_, **__: None)
 
 
 @pytest.fixture
