@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import peft
+import two_processes
 from tiny_heads import KINDS, batch, build, error, gradients, plain_numbers
 
 from kepo_kernels import (
@@ -121,6 +122,25 @@ def test_the_joint_loss_has_two_heads():
         model, lambda: model(input_ids=x["ids"], loss=joint(fused_kepo_loss))
     )
     assert error(found, oracle) <= 5 * TOLERANCE
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_pictures_go_the_way_they_go(tied):
+    model = two_processes.build("vlm", tied, seed=0)
+    inputs, x = two_processes.inputs_of(model), batch()
+    inputs["pixel_values"] = inputs["pixel_values"].flatten(0, 1)
+
+    def expected():
+        numbers = plain_numbers(model(**inputs).logits, x["targets"])
+        return sum((each * u).sum() for each, u in zip(numbers, x["upstream"], strict=True))
+
+    oracle = value_and_gradients(model, expected)
+    assert any("visual" in name for name in oracle)
+    FusedHead.install(model)
+    found = value_and_gradients(
+        model, lambda: model(**inputs, loss=lambda h, head: numbers_upstream(h, head, x))
+    )
+    assert error(found, oracle, least=1e-2) <= TOLERANCE
 
 
 def test_it_returns_what_the_function_returns():
