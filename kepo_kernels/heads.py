@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
+from kepo_kernels.adapters import Factors, computing, factors_of, is_adapted
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.versions import refuse_sharding_on_cpu
 
@@ -89,7 +90,7 @@ def lm_head_weight(model: nn.Module) -> Iterator[Tensor]:
     `modules_to_save`), and FSDP1, ZeRO-3 and tensor-parallel heads; each error says what to do
     instead.
     """
-    head = _output_layer(model)
+    head = _without_peft(output_layer(model))
     holder = _fsdp2_holder(model, head)
     if holder is not None:
         holder.unshard()
@@ -121,7 +122,7 @@ _CHANGES = re.compile(r"soft_?cap|logits?_scal|multiplier", re.IGNORECASE)
 
 def head_of(model: nn.Module) -> Head:
     """Return the LM head of a model of transformers with all that its forward does to logits: bias,
-    scale and softcap.
+    scale, softcap, and PEFT's LoRA on the head.
 
         hidden = model.base_model(ids).last_hidden_state
         loss = fused_grpo_loss(hidden, head_of(model), targets, advantages, weights=weights)
@@ -133,19 +134,43 @@ def head_of(model: nn.Module) -> Head:
     Raises KepoInputError for what `lm_head_weight` refuses, for a head that is no linear layer, and
     for a forward that changes logits by a setting that is not known here.
     """
-    layer = _output_layer(model)
-    if not isinstance(layer, nn.Linear | nn.Embedding):
+    return layer_head(output_layer(model), *logit_changes(innermost(model)))
+
+
+def layer_head(layer: nn.Module, softcap: float | None, factor: float) -> Head:
+    """Return the head that an output layer is, with its bias and the LoRA that PEFT has put there;
+    softcap and factor are those of its model."""
+    base, factors = layer_parts(layer)
+    lora = None
+    if len(factors) == 1:
+        a, b, scale = factors[0]
+        lora = LoRA(_whole_weight(a), _whole_weight(b), scale)
+    elif factors:  # several adapters at once are one of the sum of their ranks
+        down = torch.cat([_whole_weight(a) * scale for a, _, scale in factors])
+        lora = LoRA(down, torch.cat([_whole_weight(b) for _, b, _ in factors], dim=1))
+    return Head(_whole_weight(base), softcap, factor, lora, getattr(base, "bias", None))
+
+
+def layer_parts(layer: nn.Module) -> tuple[nn.Module, list[Factors]]:
+    """Return the linear layer that computes the logits, and the LoRAs on it."""
+    layer = computing(layer)
+    base, factors = layer, []
+    if is_adapted(layer):
+        factors = factors_of(layer)
+        base = layer.base_layer  # type: ignore[assignment]
+    if not isinstance(base, nn.Linear | nn.Embedding):
         _refuse(
-            f"the LM head is a {type(layer).__name__}, which may do more than multiply; expected a "
+            f"the LM head is a {type(base).__name__}, which may do more than multiply; expected a "
             "linear layer: build the Head yourself"
         )
-    inner: Any = _unwrapped(model)
-    while hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()  # PEFT
-    softcap, factor = None, 1.0
-    if (config := getattr(inner, "config", None)) is not None:
-        softcap, factor = _changes(type(inner), config)
-    return Head(_whole_weight(layer), softcap, factor, bias=getattr(layer, "bias", None))
+    return base, factors
+
+
+def logit_changes(model: nn.Module) -> tuple[float | None, float]:
+    """Return the softcap of an unwrapped model's logits, and the factor that they have before
+    it."""
+    config = getattr(model, "config", None)
+    return (None, 1.0) if config is None else _changes(type(model), config)
 
 
 def _changes(kind: type, config: Any) -> tuple[float | None, float]:
@@ -180,7 +205,7 @@ def _refuse(message: str) -> NoReturn:
     raise KepoInputError(f"lm_head_weight: {message}")
 
 
-def _output_layer(model: nn.Module) -> nn.Module:
+def output_layer(model: nn.Module) -> nn.Module:
     """Return the LM head of the unwrapped model: `get_output_embeddings()`, else `lm_head`."""
     if not isinstance(model, nn.Module):
         _refuse(f"model is {type(model).__name__}; expected a torch.nn.Module with an LM head")
@@ -196,33 +221,39 @@ def _output_layer(model: nn.Module) -> nn.Module:
             "give no module; pass the model that holds it, e.g. ...ForCausalLM, not its backbone"
         )
     _refuse_fsdp1(model, head)
-    return _without_peft(head)
+    return head
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """Return the model below DDP's, torch.compile's and PEFT's wrappers."""
+    inner = _unwrapped(model)
+    while hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()  # PEFT
+    return inner
 
 
 def _unwrapped(model: nn.Module) -> Any:
-    """Return the module below DDP's wrapper."""
+    """Return the module below the wrappers of DDP and of torch.compile."""
     inner: Any = model  # a wrapper's or a model's own attributes, which nn.Module does not declare
-    while not hasattr(inner, "lm_head") and not hasattr(inner, "get_output_embeddings"):
-        if not isinstance(getattr(inner, "module", None), nn.Module):
-            break
-        inner = inner.module
-    return inner
+    while True:
+        has_head = hasattr(inner, "lm_head") or hasattr(inner, "get_output_embeddings")
+        if "_orig_mod" in getattr(inner, "_modules", {}):  # of torch.compile, which passes on names
+            inner = inner._orig_mod
+        elif not has_head and isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module
+        else:
+            return inner
 
 
 def _without_peft(head: nn.Module) -> nn.Module:
     """Return the layer whose weight alone produces the logits."""
-    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
-        wrapper: Any = head  # PEFT's, whose attributes nn.Module does not declare
-        if wrapper.disable_adapters or not wrapper.active_adapters:
-            return wrapper.original_module
-        return wrapper.modules_to_save[wrapper.active_adapters[0]]
-    # Every tuner layer wraps the layer it adapts, as does the one that trains single tokens.
-    if hasattr(head, "base_layer") or hasattr(head, "token_adapter"):
+    head = computing(head)
+    if is_adapted(head):
         _refuse(
             f"PEFT has adapted the LM head ({type(head).__module__}.{type(head).__name__}): its "
-            "weight alone does not make the logits; for LoRA pass Head(head.base_layer.weight, "
-            "lora=LoRA(a, b, scale)) with its lora_A, lora_B and scaling to the loss, else leave "
-            "lm_head out of the adapter's targets or train it in full by modules_to_save"
+            "weight alone does not make the logits; for LoRA compute the loss by FusedHead, or "
+            "pass head_of(model) to it, else leave lm_head out of the adapter's targets or train "
+            "it in full by modules_to_save"
         )
     return head
 
@@ -246,7 +277,7 @@ def _fsdp2_holder(model: nn.Module, head: nn.Module) -> "FSDPModule | None":
     """Return the module whose FSDP2 group holds the head's shards; None if the weight is not
     sharded now."""
     weight: Any = getattr(head, "weight", None)
-    if not _is_dtensor(weight):
+    if not is_dtensor(weight):
         return None
     sharded: list[Any] = [module for module in _holders(model, head) if hasattr(module, "unshard")]
     if not sharded:
@@ -266,15 +297,16 @@ def _whole_weight(head: nn.Module) -> Tensor:
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor):
         _refuse(f"the LM head ({type(head).__name__}) has no weight; expected a linear layer")
-    if _is_dtensor(weight):
+    if is_dtensor(weight):
         _refuse(
             f"lm_head.weight is still a DTensor {list(weight.shape)} after unshard(): the head is "
             "tensor-parallel, which is not supported; leave lm_head out of the plan"
         )
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         _refuse(
-            "lm_head.weight is a parameter that DeepSpeed ZeRO-3 has partitioned; run the loss "
-            "and its backward inside deepspeed.zero.GatheredParameters([lm_head.weight])"
+            "lm_head.weight is a parameter that DeepSpeed ZeRO-3 has partitioned; compute the loss "
+            "by FusedHead, or run it and its backward inside "
+            "deepspeed.zero.GatheredParameters([lm_head.weight])"
         )
     if weight.dim() != 2 or not weight.is_floating_point():
         _refuse(
@@ -284,7 +316,7 @@ def _whole_weight(head: nn.Module) -> Tensor:
     return weight
 
 
-def _is_dtensor(x: object) -> bool:
+def is_dtensor(x: object) -> bool:
     """Return whether `x` is a DTensor, judged by its type's name: torch may lack
     torch.distributed."""
     return type(x).__name__ == "DTensor"
