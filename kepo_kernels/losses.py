@@ -143,7 +143,9 @@ def fused_grpo_loss(
     delta: float | None = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
+    kl_bias_correction: bool = False,
     entropy_coef: float = 0.0,
+    entropy_weights: Tensor | None = None,
     policy_loss: str | Callable[[Tensor, Tensor, Tensor], Tensor] = "clip",
     importance_level: str = "token",
     sapo_temperature_pos: float = 1.0,
@@ -155,7 +157,7 @@ def fused_grpo_loss(
 ) -> Result:
     """Compute the GRPO objective, or one of its relatives, on sampled tokens.
 
-        loss = sum_t w_t [ s_t L(r_t, A_t) + kl_coef K(d_t) - entropy_coef H(q_t) ]
+        loss = sum_t w_t [ s_t L(r_t, A_t) + kl_coef K(d_t) ] - entropy_coef sum_t h_t H(q_t)
         r_t = exp(min(log q(target_t) - old_logprobs_t, 20)), d_t = ref_logprobs_t - log q(target_t)
 
         "clip"       L = -min( min(r, delta) A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A )
@@ -179,6 +181,10 @@ def fused_grpo_loss(
         delta: upper bound of the ratio, also for negative advantages (dual clip), > 1 +
             epsilon_high. None disables it.
         kl_coef, entropy_coef: 0 disables the term. The entropy bonus lowers the loss.
+        kl_bias_correction: True multiplies K by r, gradient included, which corrects the estimate
+            for tokens that another policy sampled (TRL's use_bias_correction_kl).
+        entropy_weights: h, one per token, still multiplied by the mask. None means that the bonus
+            has the policy's weights w.
         policy_loss: a name, or a callable of your own: (logprobs, log_ratio, advantages) of n
             tokens, the first two with gradient, the log-ratio unbounded -> n losses, in any
             differentiable PyTorch.
@@ -189,7 +195,8 @@ def fused_grpo_loss(
 
     Equals, holding whole matrices: `reference.grpo_loss`.
     """
-    call = begin("fused_grpo_loss", hidden, lm_head, bias, completion_mask, engine, weights)
+    deciding = weights, entropy_weights
+    call = begin("fused_grpo_loss", hidden, lm_head, bias, completion_mask, engine, *deciding)
     policy = PolicyPart(
         targets,
         advantages,
@@ -198,6 +205,7 @@ def fused_grpo_loss(
         sampler_weights,
         PolicySettings.among(locals()),
         weights,
+        entropy_weights,
         reduction,
     )
     return _loss(call, policy, None, temperature=temperature)
@@ -226,7 +234,9 @@ def fused_kepo_loss(
     delta: float | None = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
+    kl_bias_correction: bool = False,
     entropy_coef: float = 0.0,
+    entropy_weights: Tensor | None = None,
     policy_loss: str | Callable[[Tensor, Tensor, Tensor], Tensor] = "clip",
     importance_level: str = "token",
     sapo_temperature_pos: float = 1.0,
@@ -265,7 +275,7 @@ def fused_kepo_loss(
 
     Equals, holding whole matrices: `reference.kepo_loss`.
     """
-    deciding = gate, policy_weights, distill_weights
+    deciding = gate, policy_weights, distill_weights, entropy_weights
     call = begin("fused_kepo_loss", hidden, lm_head, bias, completion_mask, engine, *deciding)
     check = call.check
     distill_coef = check.number(
@@ -289,6 +299,7 @@ def fused_kepo_loss(
         sampler_weights,
         PolicySettings.among(locals()),
         policy_weights,
+        entropy_weights,
         policy_reduction,
         prefix="policy_",
     )
@@ -380,18 +391,14 @@ def _loss(
     """Compute any of the losses from the parts that were given: at least one of the two."""
     check = call.check
     teacher_temperature = check.softmax(temperature, beta, teacher_temperature)
-    targets = teacher = rewarded = rows = distilled = None
+    targets = teacher = rows = distilled = None
     if distillation is not None:
         teacher, distill_weights, distilled = distillation.checked(call, teacher_temperature)
     if policy is not None:
-        policy_weights, rewarded = call.weights(
-            None, policy.weights, policy.reduction, policy.prefix
-        )
-        term = policy_term(check, policy, rewarded, call.hidden)
-        targets = policy.targets
-        check.targets(targets, call.hidden, _either(rewarded, distilled), len(call.head.weight))
-        # With return_stats all tokens are computed, since their numbers are returned.
-        rows = rewarded if call.engine.get("return_stats") else term.alive
+        objective = _objective(call, policy)
+        targets, rows = policy.targets, objective.rows
+        used = _either(objective.active, distilled)
+        check.targets(targets, call.hidden, used, len(call.head.weight))
     student, problem = call.problem(
         targets,
         _either(rows, distilled),
@@ -401,16 +408,13 @@ def _loss(
         temperature=temperature,
     )
 
-    def of_policy(stats: TokenStats, rows: Tensor) -> Tensor:
-        return at(policy_weights, rows) * term.token_loss(stats, rows)
-
     def divergence_part(stats: TokenStats, rows: Tensor) -> Tensor:
         return at(distill_weights, rows) * stats.divergence
 
     if policy is None:
         return call.run(student, problem, divergence_part)
-    policy_part: TokenLoss = of_policy
-    if term.whole_sequences:
+    policy_part = objective.token_loss
+    if objective.whole_sequences:
         assert rows is not None, "a policy part has rows"
         problem, policy_part = with_whole_sequences(student, problem, call.lead, rows, policy_part)
     if distillation is None:
@@ -420,6 +424,39 @@ def _loss(
         return policy_part(stats, rows) + divergence_part(stats, rows)
 
     return call.run(student, problem, both_parts)
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """The policy part of a loss: policy term and entropy bonus, each with its weights."""
+
+    token_loss: TokenLoss
+    active: Tensor  # bool of shape lead: the tokens of either
+    rows: Tensor  # those of them that must be computed
+    whole_sequences: bool
+
+
+def _objective(call: Call, policy: PolicyPart) -> _Objective:
+    """Check the policy's arguments and weigh its terms."""
+    weights, rewarded = call.weights(None, policy.weights, policy.reduction, policy.prefix)
+    term = policy_term(call.check, policy, rewarded, call.hidden)
+    entropy_coef = float(policy.settings.entropy_coef)
+    bonus_weights, with_bonus = weights, rewarded
+    if policy.entropy_weights is not None:
+        bonus_weights, with_bonus = call.weights(None, policy.entropy_weights, "sum", "entropy_")
+    active, rows = rewarded, term.alive
+    if entropy_coef != 0.0:
+        active, rows = active | with_bonus, rows | with_bonus
+
+    def token_loss(stats: TokenStats, rows: Tensor) -> Tensor:
+        loss = at(weights, rows) * term.token_loss(stats, rows)
+        if entropy_coef != 0.0:
+            loss = loss - entropy_coef * at(bonus_weights, rows) * stats.entropy
+        return loss
+
+    # With return_stats all tokens are computed, since their numbers are returned.
+    rows = active if call.engine.get("return_stats") else rows
+    return _Objective(token_loss, active, rows, term.whole_sequences)
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor:

@@ -278,7 +278,9 @@ def grpo_loss(
     ref_logprobs: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
+    kl_bias_correction: bool = False,
     entropy_coef: float = 0.0,
+    entropy_weights: Tensor | None = None,
     policy_loss: str | Callable[[Tensor, Tensor, Tensor], Tensor] = "clip",
     importance_level: str = "token",
     sampler_weights: Tensor | None = None,
@@ -289,12 +291,14 @@ def grpo_loss(
 ) -> Tensor:
     """The oracle of `kepo_kernels.fused_grpo_loss`.
 
-        sum_t w_t [ s_t policy_term_t + kl_coef kl_estimate_t - entropy_coef entropy_t ]
+        sum_t w_t [ s_t policy_term_t + kl_coef kl_estimate_t ] - entropy_coef sum_t h_t entropy_t
 
-    s: sampler_weights, (B,) or per token; None = 1. The log-ratio of `policy_term` is l = logprob -
-    old_logprobs (None: its own detached value). importance_level "sequence" puts in its place the
-    mean of l over the sequence's tokens of non-zero weight, for each of them (GSPO, Zheng et al.
-    2025, eq. 4-7). `policy`: epsilon_low, epsilon_high, delta, sapo_temperature_pos and _neg.
+    s: sampler_weights, (B,) or per token; None = 1. h: entropy_weights * mask; None = w. The
+    log-ratio of `policy_term` is l = logprob - old_logprobs (None: its own detached value).
+    importance_level "sequence" puts in its place the mean of l over the sequence's tokens of
+    non-zero weight, for each of them (GSPO, Zheng et al. 2025, eq. 4-7). With kl_bias_correction
+    the estimate is multiplied by exp(min(l, 20)). `policy`: epsilon_low, epsilon_high, delta,
+    sapo_temperature_pos and _neg.
     """
     lead = hidden.shape[:-1]
     mask = torch.ones(lead, device=hidden.device) if completion_mask is None else completion_mask
@@ -319,10 +323,20 @@ def grpo_loss(
         if sampler_weights is not None:
             loss = loss * pick(sampler_weights)
         if ref_logprobs is not None and kl_coef != 0.0:
-            loss = loss + kl_coef * kl_estimate(logprobs, pick(ref_logprobs), kl_estimator)
-        return loss - entropy_coef * token_entropy(logits, temperature)
+            estimate = kl_estimate(logprobs, pick(ref_logprobs), kl_estimator)
+            if kl_bias_correction:
+                estimate = estimate * log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
+            loss = loss + kl_coef * estimate
+        return loss
 
-    return _total(weights, term, hidden)
+    def bonus(rows: Tensor) -> Tensor:
+        return token_entropy(project(flat[rows], lm_head, bias), temperature)
+
+    total = _total(weights, term, hidden)
+    if entropy_coef == 0.0:
+        return total
+    of_entropy = weights if entropy_weights is None else entropy_weights * mask
+    return total - entropy_coef * _total(of_entropy, bonus, hidden)
 
 
 def kepo_loss(

@@ -109,6 +109,11 @@ BAD_VALUES = {
         {"weights": at(torch.ones(BATCH, LENGTH), (1, 0), INF)},
         ["weights holds inf at [1, 0]"],
     ),
+    "NaN bonus weight": (
+        POLICY,
+        {"entropy_weights": at(torch.ones(BATCH, LENGTH), (1, 0), NAN)},
+        ["entropy_weights holds nan at [1, 0]"],
+    ),
     "NaN policy weight": (
         (KEPO,),
         {"policy_weights": at(torch.ones(BATCH, LENGTH), (1, 0), NAN)},
@@ -211,6 +216,11 @@ BAD_SETTINGS = {
         ["kl_coef=-1.0"],
     ),
     "kl_coef without reference": (POLICY, {"kl_coef": 0.1}, ["kl_coef=0.1 needs ref_logprobs"]),
+    "kl_bias_correction 1": (
+        POLICY,
+        {"kl_bias_correction": 1},
+        ["kl_bias_correction=1; expected True or False"],
+    ),
     "entropy_coef inf": (POLICY, {"entropy_coef": INF}, ["entropy_coef=inf"]),
     "policy_loss": (POLICY, {"policy_loss": "ppo"}, ["policy_loss='ppo'"]),
     "importance_level": (POLICY, {"importance_level": "word"}, ["importance_level='word'"]),
@@ -381,6 +391,7 @@ BAD_PARTS = (
             "sampler_weights": torch.ones(BATCH),
             "kl_coef": 0.1,
             "entropy_coef": -0.1,
+            "entropy_weights": WEIGHTS,
         }.items()
     }
     | {

@@ -50,7 +50,9 @@ POLICY = {
     "policy_loss": ("clip", "cispo", "sapo", "reinforce", own_policy_loss),
     "importance_level": ("token", "sequence"),
     "kl_estimator": (None, "k1", "k2", "k3"),
+    "kl_bias_correction": (False, True),
     "entropy_coef": (0.0, 0.1, -0.1),
+    "entropy_weights": (False, True),
     "delta": (None, 1.6),
     "old": (False, True),
     "sampler": (None, "sequence", "token"),
@@ -85,6 +87,7 @@ def drawn(number: int) -> KernelCase:
         settings["delta"] = chosen["delta"]
     if chosen.get("kl_estimator"):
         settings |= {"kl_estimator": chosen["kl_estimator"], "kl_coef": 0.2}
+        settings["kl_bias_correction"] = chosen["kl_bias_correction"]
     if chosen["dtype"] in (torch.bfloat16, torch.float16):
         settings["logits_dtype"] = torch.float32
     biases = [name for name in ("bias", "teacher_bias") if chosen.get(name)]
@@ -181,12 +184,15 @@ def policies(
     if chosen["sampler"] is not None:
         weights = normal(lead[0] if chosen["sampler"] == "sequence" else lead)
         given["sampler_weights"] = weights.clamp(min=0.0)
+    if chosen["entropy_weights"]:
+        given["entropy_weights"] = normal(lead) * (normal(lead) > 0.0)
     return given
 
 
 def one_part(kept: str | None, call: Arguments) -> Arguments:
     """The joint loss without its policy, or without its teacher."""
     of_policy = ("targets", "advantages", "old_logprobs", "ref_logprobs", "sampler_weights")
+    of_policy += ("entropy_weights",)
     gone = {
         "teacher": (*of_policy, "policy_weights", "policy_reduction", "kl_coef", "entropy_coef"),
         "policy": ("teacher_hidden", "teacher_lm_head", "teacher_bias", "gate", "distill_weights")
@@ -247,7 +253,10 @@ def poisoned(call: Arguments) -> Arguments:
     """NaN, and no token ids, wherever a tensor belongs to a token that takes no part."""
     weights = weights_of(call)
     active = {term: w != 0 for term, w in weights.items()}
-    anywhere = torch.stack(tuple(active.values())).any(0)
+    everywhere = [*active.values()]
+    if call.get("entropy_coef") and call.get("entropy_weights") is not None:
+        everywhere.append(call["entropy_weights"] != 0)
+    anywhere = torch.stack(everywhere).any(0)
     of_policy, of_teacher = active.get("policy_"), active.get("distill_")
     where = {"hidden": anywhere, "targets": anywhere, "teacher_hidden": of_teacher}
     of_tokens = ("advantages", "old_logprobs", "ref_logprobs", "sampler_weights")

@@ -85,6 +85,15 @@ def token_weights(call: Arguments) -> Arguments:
     return call | {"weights": weights * 3.0}
 
 
+def bonus_weights(call: Arguments) -> Arguments:
+    """The bonus on other tokens than the policy term: some have one of them, some both."""
+    weights = torch.randn(2, *call["hidden"].shape[:2], dtype=torch.float64)
+    weights[0, :, 1::3] = 0.0
+    weights[1, :, ::3] = 0.0
+    name = "weights" if "gate" not in call else "policy_weights"
+    return call | {name: weights[0], "entropy_weights": weights[1]}
+
+
 def token_advantages(call: Arguments) -> Arguments:
     lead = call["hidden"].shape[:2]
     return call | {"advantages": torch.randn(lead).to(call["hidden"].dtype)}
@@ -296,6 +305,40 @@ CASES = {
     # Reference log-probabilities that no coefficient asks for; an entropy that is lowered.
     "grpo unused reference": KernelCase(
         "grpo", "old_logprobs ref_logprobs", {"kl_coef": 0.0, "entropy_coef": -0.1}
+    ),
+    # The penalty times the ratio, also where it is clipped or flat; the bonus on tokens of its own.
+    "grpo corrected penalty": KernelCase(
+        "grpo",
+        ALL_POLICY,
+        {"kl_coef": 0.3, "kl_bias_correction": True, "chunk_rows": 3},
+        {},
+        far_ratios,
+    ),
+    "grpo corrected penalty, on policy": KernelCase(
+        "grpo", "ref_logprobs", {"kl_coef": 0.3, "kl_bias_correction": True, "kl_estimator": "k1"}
+    ),
+    "grpo corrected penalty of sequences": KernelCase(
+        "grpo",
+        ALL_POLICY,
+        {
+            "kl_coef": 0.3,
+            "kl_bias_correction": True,
+            "importance_level": "sequence",
+            "policy_loss": "reinforce",  # the ratio is that of the penalty alone
+        },
+    ),
+    "grpo bonus of its own weights": KernelCase(
+        "grpo", "completion_mask old_logprobs", {"entropy_coef": 0.2}, {}, bonus_weights
+    ),
+    "grpo unused bonus weights": KernelCase(
+        "grpo", "completion_mask old_logprobs", {"entropy_coef": 0.0}, {}, bonus_weights
+    ),
+    "kepo bonus of its own weights": KernelCase(
+        "kepo",
+        ALL,
+        {"entropy_coef": 0.2, "importance_level": "sequence", "chunk_rows": 2},
+        {},
+        bonus_weights,
     ),
     "grpo weights": KernelCase("grpo", "completion_mask old_logprobs", {}, {}, token_weights),
     "grpo flat": KernelCase(

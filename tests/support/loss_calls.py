@@ -40,6 +40,7 @@ PER_TOKEN = (
     "weights",
     "policy_weights",
     "distill_weights",
+    "entropy_weights",
     "old_logprobs",
     "ref_logprobs",
 )
