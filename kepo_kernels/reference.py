@@ -127,6 +127,34 @@ def _expectation(log_a: Tensor, log_b: Tensor | None = None) -> Tensor:
     return torch.where(alive, safe_a.exp() * (safe_a - safe_b), 0)
 
 
+def linear_divergence(
+    hidden: Tensor,
+    lm_head: Tensor | HeadLike,
+    teacher_hidden: Tensor,
+    teacher_lm_head: Tensor | HeadLike,
+    *,
+    completion_mask: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+) -> Tensor:
+    """The oracle of `kepo_kernels.fused_linear_divergence`: (B, T) or (N,), 0 outside the mask."""
+    lead = hidden.shape[:-1]
+    mask = torch.ones(lead, device=hidden.device) if completion_mask is None else completion_mask
+    rows = mask.reshape(-1).nonzero().squeeze(-1)
+    student, teacher = hidden.flatten(0, -2)[rows], teacher_hidden.flatten(0, -2)[rows]
+    found = token_divergence(
+        project(student, lm_head, bias),
+        project(teacher, teacher_lm_head, teacher_bias).detach(),
+        beta,
+        temperature,
+        teacher_temperature,
+    )
+    return found.new_zeros(mask.numel()).index_put((rows,), found).reshape(lead)
+
+
 def reduction_weights(
     completion_mask: Tensor, gate: Tensor | None = None, reduction: str = "token_mean"
 ) -> Tensor:

@@ -3,7 +3,7 @@
 It decides which rows take part, and in which chunks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from kepo_kernels.compute import gemm
 from kepo_kernels.compute.chunks import Sizes, chunk_length, gpu_at_hand
 from kepo_kernels.compute.devices import moved
+from kepo_kernels.compute.sparsity import live_rows
 from kepo_kernels.compute.sweep import ActiveRows, LinearProblem, Student
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.heads import Head, LoRA
@@ -267,6 +268,25 @@ def even_chunks(split: int, rows: int, longest: int) -> tuple[tuple[int, int], .
         size = -(-(stop - begin) // max(1, count))
         chunks += [(start, min(start + size, stop)) for start in range(begin, stop, max(1, size))]
     return tuple(chunks)
+
+
+def restricted(problem: LinearProblem, upstream: Tensor) -> LinearProblem:
+    """Return the problem of the rows alone whose upstream gradient, (3, N), is not 0.
+
+    On a GPU that is the whole problem: looking would make the host wait.
+    """
+    here = problem.active_rows
+    live = live_rows(upstream[:, here.rows])
+    if len(live) == len(here.rows):
+        return problem
+    split = int((live < len(here.teacher_rows)).sum())
+    active_rows = ActiveRows(
+        here.rows[live],
+        here.teacher_rows[live[:split]],
+        even_chunks(split, len(live), problem.chunk_rows),
+        here.found_rows[live],
+    )
+    return replace(problem, active_rows=active_rows)
 
 
 def whole_sequence_chunks(
