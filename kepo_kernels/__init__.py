@@ -12,6 +12,7 @@ from kepo_kernels.linear import (
     fused_linear_loss,
 )
 from kepo_kernels.losses import fused_gated_kd_loss, fused_grpo_loss, fused_kepo_loss
+from kepo_kernels.rows.top_k_rows import TopK
 from kepo_kernels.weights import (
     bnpo_weights,
     dapo_weights,
@@ -27,6 +28,7 @@ __all__ = [
     "KepoInputError",
     "LoRA",
     "TokenStats",
+    "TopK",
     "bnpo_weights",
     "dapo_weights",
     "dr_grpo_weights",

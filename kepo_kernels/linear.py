@@ -10,6 +10,8 @@ from kepo_kernels.compute.call import Call, Result, at, begin
 from kepo_kernels.compute.devices import moved
 from kepo_kernels.compute.graph_breaks import breaks_graph
 from kepo_kernels.heads import Head
+from kepo_kernels.rows.top_k_rows import TopK
+from kepo_kernels.teachers import teacher_given, teacher_required
 from kepo_kernels.validate import describe
 from kepo_kernels.weights import per_token
 
@@ -49,8 +51,8 @@ def fused_linear_logprobs(
 def fused_linear_divergence(
     hidden: Tensor,
     lm_head: Tensor | Head,
-    teacher_hidden: Tensor,
-    teacher_lm_head: Tensor | Head,
+    teacher_hidden: Tensor | TopK,
+    teacher_lm_head: Tensor | Head | None = None,
     *,
     completion_mask: Tensor | None = None,
     beta: float = 0.5,
@@ -79,14 +81,14 @@ def fused_linear_divergence(
     Equals, holding whole matrices: `reference.linear_divergence`, in any upstream gradient.
     """
     call = begin("fused_linear_divergence", hidden, lm_head, bias, completion_mask, engine)
-    teacher_temperature = call.check.softmax(temperature, beta, teacher_temperature)
+    of_teacher = call.check.softmax(temperature, beta, teacher_temperature)
+    teacher_required(call.check, teacher_hidden, teacher_lm_head)
     _, active = call.weights(None, weights=None, reduction="sum")
     opened = None
     if completion_mask is not None:
         opened = active.any(-1) if active.dim() == 2 else active
-    teacher = call.teacher(
-        teacher_hidden, teacher_lm_head, teacher_bias, opened, teacher_temperature
-    )
+    states = teacher_hidden, teacher_lm_head, teacher_bias
+    teacher = call.teacher(*states, opened, of_teacher, teacher_temperature)
     student, problem = call.problem(
         None, active, teacher=teacher, distilled=active, beta=beta, temperature=temperature
     )
@@ -115,7 +117,7 @@ def fused_linear_loss(
     targets: Tensor | None,
     token_loss: TokenLoss,
     *,
-    teacher_hidden: Tensor | None = None,
+    teacher_hidden: Tensor | TopK | None = None,
     teacher_lm_head: Tensor | Head | None = None,
     gate: Tensor | None = None,
     completion_mask: Tensor | None = None,
@@ -150,19 +152,18 @@ def fused_linear_loss(
     deciding = gate, weights
     call = begin("fused_linear_loss", hidden, lm_head, bias, completion_mask, engine, *deciding)
     check, lead = call.check, call.lead
-    teacher_temperature = check.softmax(temperature, beta, teacher_temperature)
+    of_teacher = check.softmax(temperature, beta, teacher_temperature)
     check.require(
         callable(token_loss), f"token_loss is {type(token_loss).__name__}; expected a callable"
     )
-    if not check.given_together(teacher_hidden=teacher_hidden, teacher_lm_head=teacher_lm_head):
+    if not teacher_given(check, teacher_hidden, teacher_lm_head):
         check.unused("teacher_hidden and teacher_lm_head", gate=gate, teacher_bias=teacher_bias)
     check.gate(gate, lead)
     weights, active = call.weights(None, weights=weights, reduction=reduction)
     teacher = distilled = None
-    if teacher_hidden is not None and teacher_lm_head is not None:
-        teacher = call.teacher(
-            teacher_hidden, teacher_lm_head, teacher_bias, gate, teacher_temperature
-        )
+    if teacher_hidden is not None:
+        states = teacher_hidden, teacher_lm_head, teacher_bias
+        teacher = call.teacher(*states, gate, of_teacher, teacher_temperature)
         distilled = active
         if gate is not None:
             distilled = active & per_token(moved(gate, active.device) != 0, lead)

@@ -62,10 +62,11 @@ from torch import Tensor
 from kepo_kernels.compute.autograd import TokenLoss, TokenStats
 from kepo_kernels.compute.call import Call, Result, at, begin
 from kepo_kernels.compute.compiled import one_operator
-from kepo_kernels.compute.problem import Teacher
 from kepo_kernels.heads import Head
 from kepo_kernels.objectives.policy import PolicyPart, PolicySettings, policy_term
 from kepo_kernels.objectives.sequences import with_whole_sequences
+from kepo_kernels.rows.top_k_rows import TopK
+from kepo_kernels.teachers import Teacher, teacher_given, teacher_required
 from kepo_kernels.validate import Validator
 
 
@@ -73,8 +74,8 @@ from kepo_kernels.validate import Validator
 def fused_gated_kd_loss(
     hidden: Tensor,
     lm_head: Tensor | Head,
-    teacher_hidden: Tensor,
-    teacher_lm_head: Tensor | Head,
+    teacher_hidden: Tensor | TopK,
+    teacher_lm_head: Tensor | Head | None = None,
     *,
     gate: Tensor | None = None,
     completion_mask: Tensor | None = None,
@@ -108,6 +109,7 @@ def fused_gated_kd_loss(
     """
     deciding = gate, weights
     call = begin("fused_gated_kd_loss", hidden, lm_head, bias, completion_mask, engine, *deciding)
+    teacher_required(call.check, teacher_hidden, teacher_lm_head)
     distillation = DistillationPart(
         teacher_hidden,
         teacher_lm_head,
@@ -217,7 +219,7 @@ def fused_kepo_loss(
     lm_head: Tensor | Head,
     targets: Tensor | None = None,
     advantages: Tensor | None = None,
-    teacher_hidden: Tensor | None = None,
+    teacher_hidden: Tensor | TopK | None = None,
     teacher_lm_head: Tensor | Head | None = None,
     *,
     gate: Tensor | None = None,
@@ -282,9 +284,7 @@ def fused_kepo_loss(
         "distill_coef", distill_coef, lambda x: x >= 0, "a finite number >= 0"
     )
     has_policy = check.given_together(targets=targets, advantages=advantages)
-    has_teacher = check.given_together(
-        teacher_hidden=teacher_hidden, teacher_lm_head=teacher_lm_head
-    )
+    has_teacher = teacher_given(check, teacher_hidden, teacher_lm_head)
     check.require(
         has_policy or has_teacher,
         "neither targets and advantages (a policy part) nor teacher_hidden and teacher_lm_head (a "
@@ -304,8 +304,8 @@ def fused_kepo_loss(
         prefix="policy_",
     )
     distillation = DistillationPart(
-        cast(Tensor, teacher_hidden),
-        cast(Tensor | Head, teacher_lm_head),
+        cast(Tensor | TopK, teacher_hidden),
+        teacher_lm_head,
         teacher_bias,
         gate,
         distill_weights,
@@ -331,8 +331,8 @@ def fused_kepo_loss(
 class DistillationPart:
     """The teacher's arguments of a loss; none is checked except the coefficient."""
 
-    teacher_hidden: Tensor
-    teacher_lm_head: Tensor | Head
+    teacher_hidden: Tensor | TopK
+    teacher_lm_head: Tensor | Head | None
     teacher_bias: Tensor | None
     gate: Tensor | None
     weights: Tensor | None
@@ -352,9 +352,11 @@ class DistillationPart:
             **{f"{self.prefix}weights": self.weights},
         )
 
-    def checked(self, call: Call, temperature: float) -> tuple[Teacher, Tensor, Tensor]:
+    def checked(
+        self, call: Call, temperature: float, teacher_temperature: float | None
+    ) -> tuple[Teacher, Tensor, Tensor]:
         """Return the teacher, each token's weight of the divergence, and a mask of where it is not
-        0."""
+        0. `temperature` is that of the teacher's logits; see `Call.teacher`."""
         call.check.gate(self.gate, call.lead)
         weights, present = call.weights(self.gate, self.weights, self.reduction, self.prefix)
         teacher = call.teacher(
@@ -363,6 +365,7 @@ class DistillationPart:
             self.teacher_bias,
             self.opened(present),
             temperature,
+            teacher_temperature,
         )
         if self.coefficient == 0.0:
             present = torch.zeros_like(present)
@@ -390,10 +393,12 @@ def _loss(
 ) -> Result:
     """Compute any of the losses from the parts that were given: at least one of the two."""
     check = call.check
-    teacher_temperature = check.softmax(temperature, beta, teacher_temperature)
+    of_teacher = check.softmax(temperature, beta, teacher_temperature)
     targets = teacher = rows = distilled = None
     if distillation is not None:
-        teacher, distill_weights, distilled = distillation.checked(call, teacher_temperature)
+        teacher, distill_weights, distilled = distillation.checked(
+            call, of_teacher, teacher_temperature
+        )
     if policy is not None:
         objective = _objective(call, policy)
         targets, rows = policy.targets, objective.rows

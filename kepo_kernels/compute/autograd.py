@@ -191,7 +191,8 @@ class RowNumbers(torch.autograd.Function):
         student = Student(hidden, lm_head, bias, lora_a, lora_b)
         # The problem's own are saved beside them so that torch refuses those changed in place.
         constants = problem.teacher_hidden, problem.teacher_lm_head, problem.teacher_bias
-        ctx.save_for_backward(*student, problem.targets, *constants)
+        listed = problem.top_k or ()
+        ctx.save_for_backward(*student, problem.targets, *constants, *listed)
         ctx.problem = problem
         return sweep(student, problem, None, None).numbers
 

@@ -9,7 +9,7 @@ import random
 from functools import partial
 
 import torch
-from cases import HUGE, KernelCase, open_sequences, own_policy_loss
+from cases import HUGE, KernelCase, listed, open_sequences, own_policy_loss
 from loss_calls import LOSSES, Arguments, each_tensor, flat
 from torch import Tensor
 
@@ -42,6 +42,7 @@ TEACHER = {
     "teacher_bias": (False, True),
     "teacher_head": HEADS,
     "teacher_temperature": (None, 0.5, 2.0),
+    "listed": (None, None, None, 1, 3, 40),
     "beta": (0.0, 0.1, 0.5, 1.0),
     "gate": ("none", "bool", "float", "closed", "left out"),
     "compact": (False, True),
@@ -111,6 +112,8 @@ def finish(chosen: dict[str, object], number: int, call: Arguments) -> Arguments
         kind = chosen.get(name.replace("lm_head", "head"))
         if kind is not None:
             call = call | {name: head(call[name], kind, normal)}
+    if chosen.get("listed"):
+        call = listed(chosen["listed"])(call)
     call = call | masks(chosen["mask"], lead, normal)
     call = call | gates(chosen.get("gate"), lead[0], normal)
     call = call | weightings(chosen, lead, normal)
@@ -119,7 +122,7 @@ def finish(chosen: dict[str, object], number: int, call: Arguments) -> Arguments
     if chosen["strides"] == "expanded":
         for name in ("hidden", "teacher_hidden"):
             if name in call:
-                call = call | {name: call[name][:1].expand_as(call[name])}
+                call = call | {name: each_tensor(call[name], lambda x: x[:1].expand_as(x))}
     if "old" in chosen:
         call = call | earlier(chosen, call, normal)
     if chosen["flat"]:
@@ -128,7 +131,8 @@ def finish(chosen: dict[str, object], number: int, call: Arguments) -> Arguments
     if chosen.get("compact") and "teacher_hidden" in call:
         opened = open_sequences(call)
         if opened is not None:
-            call = call | {"teacher_hidden": call["teacher_hidden"][opened]}
+            teacher = each_tensor(call["teacher_hidden"], lambda x: x[opened])
+            call = call | {"teacher_hidden": teacher}
     return {name: each_tensor(x, partial(strided, chosen["strides"])) for name, x in call.items()}
 
 
@@ -264,10 +268,16 @@ def poisoned(call: Arguments) -> Arguments:
 
     def spoil(name: str, x: object) -> object:
         live = where.get(name)
-        # Not what is per sequence, or of the open sequences only.
-        if live is None or x is None or x.shape[: live.dim()] != live.shape:
+        if live is None:
             return x
-        live = live.reshape(*live.shape, *[1] * (x.dim() - live.dim()))
-        return torch.where(live, x, -(10**6) if name == "targets" else torch.nan)
+
+        def change(x: Tensor) -> Tensor:
+            # Not what is per sequence, or of the open sequences only.
+            if x.shape[: live.dim()] != live.shape:
+                return x
+            of_tokens = live.reshape(*live.shape, *[1] * (x.dim() - live.dim()))
+            return torch.where(of_tokens, x, torch.nan if x.is_floating_point() else -(10**6))
+
+        return each_tensor(x, change)
 
     return {name: spoil(name, x) for name, x in call.items()}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import exact_logits, heads
+from cases import exact_logits, heads, listed
 from checks import assert_close_to_oracle, device_of, make_problem
 from loss_calls import Arguments, each_tensor, evaluate, flat, number_dtype
 from torch import Tensor
@@ -117,6 +117,16 @@ def test_teacher_of_the_sequences_that_have_tokens(impl):
     judge(call, impl, call | {"teacher_hidden": call["teacher_hidden"][some]})
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_teacher_of_tokens(impl, beta):
+    call = listed(6)(call_of(beta=beta, chunk_rows=4, temperature=0.7, return_entropy=True))
+    judge(call, impl)
+    judge(flat(call), impl)
+    some = call["completion_mask"].any(-1)
+    fewer = each_tensor(call["teacher_hidden"], lambda x: x[some])
+    judge(call, impl, call | {"teacher_hidden": fewer})
+
+
 def test_what_comes_back():
     call = call_of()
     call["hidden"].requires_grad_()
@@ -149,14 +159,17 @@ def test_twice_on_a_retained_graph():
         assert one.any() and torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", ["hidden", "lm_head", "teacher_hidden", "teacher_lm_head"])
+STUDENT_AND_TEACHER = ("hidden", "lm_head", "teacher_hidden", "teacher_lm_head", "logprobs")
+
+
+@pytest.mark.parametrize("name", STUDENT_AND_TEACHER)
 def test_what_was_changed_in_between_is_refused(name):
     """Backward computes logits again: of other tensors they would be others."""
-    call = call_of()
+    call = listed(6)(call_of()) if name == "logprobs" else call_of()
     x = call["hidden"].requires_grad_()
     total = kepo_kernels.fused_linear_divergence(**call).sum()
     with torch.no_grad():
-        call[name].mul_(2.0)
+        (call["teacher_hidden"].logprobs if name == "logprobs" else call[name]).mul_(2.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(total, x)
 
@@ -188,18 +201,20 @@ def products(monkeypatch) -> Counter:
     return count
 
 
-@pytest.mark.parametrize("function", ["divergence", "logprobs"])
+@pytest.mark.parametrize("function", ["divergence", "tokens", "logprobs"])
 def test_no_upstream_gradient_no_product(products, function):
     """Neither for masked tokens nor, in backward, for those whose gradient is 0."""
     call = call_of(chunk_rows=4)
-    if function == "logprobs":
+    if function == "tokens":
+        call, function = listed(6)(call), "divergence"
+    elif function == "logprobs":
         call = {x: call[x] for x in ("hidden", "lm_head", "completion_mask", "chunk_rows")}
         call["targets"] = torch.randint(67, (5, 5))
     mask, upstream = call["completion_mask"], upstream_of(call)
     evaluate(totals(getattr(kepo_kernels, f"fused_linear_{function}"), upstream), call)
-    live, heads = int((mask & (upstream != 0)).sum()), 2 if function == "divergence" else 1
+    live, sides = int((mask & (upstream != 0)).sum()), 1 + ("teacher_lm_head" in call)
     assert 0 < live < mask.sum()
-    forward_and_backward = heads * (int(mask.sum()) + live)
+    forward_and_backward = sides * (int(mask.sum()) + live)
     assert products == {
         "project_": forward_and_backward,
         "hidden_gradient": live,
