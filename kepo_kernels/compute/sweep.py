@@ -13,16 +13,19 @@ This module knows nothing of masks, gates, advantages or clipping.
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kepo_kernels.compute import forks, gemm, low_rank, pages
+from kepo_kernels.compute.devices import moved
 from kepo_kernels.compute.sparsity import LightColumns, keep_rows_, live_rows
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.heads import LoRA
 from kepo_kernels.rows.contract import NUM_COEFFICIENTS, RowSettings, RowStats, accumulate_dtype
+from kepo_kernels.rows.top_k_rows import TopK, TopKRows
+from kepo_kernels.teachers import refuse_bad_tokens
 
 Coefficients = Callable[[Tensor, Tensor], Tensor]  # (rows (n,), numbers (3, n)) -> (3, n)
 
@@ -118,7 +121,9 @@ class ActiveRows:
     """The rows that take part, those with a teacher first: indices into the flattened (B * T)."""
 
     rows: Tensor  # (n,) int64
-    teacher_rows: Tensor  # (n_teacher,) int64: where rows[:n_teacher] stand in `teacher_hidden`
+    teacher_rows: (
+        Tensor  # (n_teacher,) int64: where rows[:n_teacher] stand in the teacher, and there
+    )
     chunks: tuple[tuple[int, int], ...]  # [start, end) in `rows`; none holds both kinds of row
     found_rows: (
         Tensor  # `rows` on the device where they were found, perhaps the CPU, where reading is free
@@ -136,6 +141,7 @@ class LinearProblem:
     teacher_lm_head: Tensor | None  # (V_t, H_t), cut to the shared rows, as are the next two
     teacher_bias: Tensor | None
     teacher_lora: LoRA | None
+    top_k: TopK | None  # (M, K) each, in place of teacher_hidden
     settings: RowSettings
     lora_scale: float
     operand_dtype: torch.dtype  # of the student's states in products; may be wider than theirs
@@ -162,7 +168,7 @@ def sweep(
     gradients: Gradients | None,
 ) -> Swept:
     """Run the chunk loop; gradients that the coefficients send back are added to `gradients`."""
-    kernels, settings = problem.row_kernels, problem.settings
+    settings = problem.settings
     hidden = student.hidden
     forks.in_use()
     numbers = hidden.new_zeros(
@@ -177,7 +183,7 @@ def sweep(
     with torch.autocast(hidden.device.type, enabled=False):
         for start, end in problem.active_rows.chunks:
             rows = problem.active_rows.rows[start:end]
-            x = _gather(problem, hidden, rows, "hidden").to(problem.operand_dtype)
+            x = _gather(problem, hidden, rows, "hidden", hidden.device).to(problem.operand_dtype)
             logits = buffers.get("student", len(rows), len(student.lm_head))
             head, bias = student.lm_head, student.bias
             gemm.project_(logits, x, head, bias, strip_rows=problem.strip_rows)
@@ -185,7 +191,10 @@ def sweep(
             if student.lora_a is not None and student.lora_b is not None:
                 ab = student.lora_a, student.lora_b
                 low = low_rank.project_(logits, x, *ab, problem.lora_scale, problem.strip_rows)
-            teacher = _teacher_logits(problem, buffers, start, end)
+            teacher = _teacher(problem, buffers, start, end, len(student.lm_head))
+            kernels: Any = problem.row_kernels
+            if isinstance(teacher, TopK):
+                kernels = TopKRows(kernels)
             targets = None if problem.targets is None else problem.targets[rows]
 
             table = kernels.row_forward(logits, targets, teacher, settings)
@@ -216,16 +225,21 @@ def sweep(
     return Swept(numbers, light.share, light.kept)
 
 
-def _teacher_logits(
-    problem: LinearProblem, buffers: "_Buffers", start: int, end: int
-) -> Tensor | None:
+def _teacher(
+    problem: LinearProblem, buffers: "_Buffers", start: int, end: int, vocab: int
+) -> Tensor | TopK | None:
+    """Return the teacher's logits of these rows, or its K tokens; None if they have no teacher."""
     rows = problem.active_rows.teacher_rows[start:end]
     if len(rows) == 0:
         return None
+    if problem.top_k is not None:
+        listed = TopK(*(x[rows] for x in problem.top_k))
+        refuse_bad_tokens(problem.function, listed, rows, vocab)
+        return TopK(*(moved(x, buffers.device) for x in listed))
     states, head = problem.teacher_hidden, problem.teacher_lm_head
     assert states is not None and head is not None, "rows have a teacher"
     logits = buffers.get("teacher", len(rows), len(head))
-    x = _gather(problem, states, rows, "teacher_hidden")
+    x = moved(_gather(problem, states, rows, "teacher_hidden", buffers.device), buffers.device)
     strip_rows = problem.teacher_strip_rows
     gemm.project_(logits, x, head, problem.teacher_bias, strip_rows=strip_rows)
     if problem.teacher_lora is not None:
@@ -293,18 +307,20 @@ class _Buffers:
         return self.get("dlogits", rows, columns, self.gradient_dtype)
 
 
-def _gather(problem: LinearProblem, states: Tensor, rows: Tensor, name: str) -> Tensor:
-    """Return the states of these rows.
+def _gather(
+    problem: LinearProblem, states: Tensor, rows: Tensor, name: str, device: torch.device
+) -> Tensor:
+    """Return the states of these rows, where they are; `device` is where they are multiplied.
 
-    NaN and Inf are refused on a CPU, where checking costs no synchronisation: the states' sum is
-    finite only if each of them is.
+    NaN and Inf are refused if that is a CPU, where checking costs no synchronisation: the states'
+    sum is finite only if each of them is.
     """
     x = (
         states[rows]
         if states.dim() == 2
         else states[rows // states.shape[1], rows % states.shape[1]]
     )
-    if x.device.type == "cpu" and not x.sum(dtype=torch.float64).isfinite():
+    if device.type == "cpu" and not x.sum(dtype=torch.float64).isfinite():
         bad = torch.isfinite(x).all(-1).logical_not().nonzero()
         if len(bad) == 0:
             return x

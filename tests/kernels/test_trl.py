@@ -5,11 +5,12 @@ reads. All in fp64 but TRL's kernels, which compute in fp32.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
-from checks import Problem, assert_close_to_oracle, make_problem
+from checks import Problem, assert_close_to_oracle, make_problem, make_row_problem
 from torch import Tensor
 
 from kepo_kernels import reference, weights
@@ -50,6 +51,7 @@ def trl_policy_loss(
     delta: float | None = None,
     beta: float = 0.0,
     entropy_coef: float = 0.0,
+    corrects_kl: bool = False,
     processes: int = 1,
 ) -> Tensor:
     """GRPOTrainer._compute_loss on these log-probabilities."""
@@ -64,7 +66,7 @@ def trl_policy_loss(
             sync_gradients=True,
         ),
         args=SimpleNamespace(
-            delta=delta, use_bias_correction_kl=False, steps_per_generation=1, **SAPO
+            delta=delta, use_bias_correction_kl=corrects_kl, steps_per_generation=1, **SAPO
         ),
         aux_loss_enabled=False,
         beta=beta,
@@ -239,6 +241,36 @@ def test_entropy_bonus(loss_type):
     compare(x, mask, trl_inputs(x, mask), {"entropy_coef": 0.1}, loss_type, entropy_coef=0.1)
 
 
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_entropy_bonus_of_its_own_weights(loss_type):
+    """A mean over tokens beside any normalisation of the policy."""
+    x, mask = problem()
+    ours = {"entropy_coef": 0.1, "entropy_weights": weights.bnpo_weights(mask)}
+    compare(x, mask, trl_inputs(x, mask), ours, loss_type, entropy_coef=0.1)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_corrected_penalty(level, old, loss_type):
+    """TRL's default: k3 times the ratio, before that is bounded by delta."""
+    x, mask = problem()
+    if (level, loss_type) == ("sequence", "cispo"):
+        pytest.skip("TRL multiplies (B, 1) by (B, T) log-probabilities; ours is the same per token")
+    given = {"ref_per_token_logps": x.ref_logprobs} | (
+        {"old_per_token_logps": x.old_logprobs} if old else {}
+    )
+    ours = {
+        "ref_logprobs": x.ref_logprobs,
+        "old_logprobs": x.old_logprobs if old else None,
+        "kl_coef": 0.3,
+        "kl_bias_correction": True,
+        "importance_level": level,
+    }
+    how = {"beta": 0.3, "corrects_kl": True, "level": level}
+    compare(x, mask, trl_inputs(x, mask, **given), ours, loss_type, **how)
+
+
 # ------------------------------------------------------------------------------- TRL's kernels
 
 HEADS = {
@@ -293,6 +325,50 @@ def test_divergence(beta, options):
     oracle = torch.autograd.grad(expected, exact, upstream.double())
     for name, *pair in zip(names, gradients, oracle, strict=True):
         assert_close_to_oracle(*pair, name=name)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_divergence_over_the_students_tokens(beta):
+    """SDPO's, whose K are the student's most likely ones."""
+    loss = pytest.importorskip("trl.experimental.sdpo.loss_utils")
+    rows = make_row_problem(6, 37, 37, dtype=FLOAT64)
+    ids = rows.logits.topk(5).indices
+    logprobs = rows.teacher.log_softmax(-1).gather(-1, ids)
+    options = {"distillation_topk": 5, "distillation_alpha": beta, "distillation_add_tail": True}
+    same_divergence(
+        rows.logits,
+        lambda x: loss.compute_topk_self_distillation_loss(x, rows.teacher, **options),
+        lambda x: reference.top_k_divergence(x, ids, logprobs, beta),
+    )
+
+
+def test_divergence_over_a_servers_tokens():
+    """Rows that list fewer, which TRL pads with log-probabilities of -inf."""
+    module = "trl.experimental.server_distillation.server_distillation_trainer"
+    server = pytest.importorskip(module)
+    rows = make_row_problem(6, 37, 37, dtype=FLOAT64)
+    logprobs, ids = rows.teacher.log_softmax(-1).topk(5)
+    logprobs[2:, 3:] = -torch.inf
+
+    def theirs(logits: Tensor) -> Tensor:
+        listed = logprobs > -torch.inf
+        student = torch.where(listed, logits.log_softmax(-1).gather(-1, ids), -torch.inf)
+        q, _ = server._add_tail_bucket(student, listed)
+        p, there = server._add_tail_bucket(logprobs, listed)
+        return torch.where(there, p.exp() * (p - q), 0.0).nan_to_num(0.0).sum(-1)
+
+    ours = ids.masked_fill(logprobs == -torch.inf, -1)
+    same_divergence(
+        rows.logits, theirs, lambda x: reference.top_k_divergence(x, ours, logprobs, 0.0)
+    )
+
+
+def same_divergence(logits: Tensor, theirs: Callable, ours: Callable) -> None:
+    leaf = logits.clone().requires_grad_()
+    expected, actual = private(theirs, leaf), ours(leaf)
+    assert_close_to_oracle(actual, expected.detach(), name="divergence")
+    gradients = (torch.autograd.grad(x.sum(), leaf)[0] for x in (actual, expected))
+    assert_close_to_oracle(*gradients, name="logits")
 
 
 @pytest.mark.parametrize("options", HEADS)
