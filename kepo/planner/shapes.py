@@ -106,5 +106,6 @@ def _full(config: SamplingConfig, machine: Machine, shared: bool) -> Batch:
         distill_weights=zeros,
         sampler_logprobs=zeros,
         hinted=zeros[:, 0].bool(),
+        teacher=zeros[:, 0].long(),
         mini=zeros[:, 0].long(),
     )

@@ -268,7 +268,7 @@ def test_gradients_beside_the_buckets(gpus, micro_batch, sets):
         config,
         machine,
         student,
-        None,
+        (),
         pages=0,
         several=micro_batch < 128 // gpus,
         penalised=False,
