@@ -31,6 +31,7 @@ KINDS = (
     "image outside",
     "image missing",
     "image unreadable",
+    "no teacher",
     "task",
     "text refused",
     "image refused",

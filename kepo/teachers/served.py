@@ -49,7 +49,7 @@ class ServedTeacher:
     def say(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[Said]:
         """Return what the teacher says at each token of the completions' ids, each under its
         prompt; of an empty completion nothing may be asked."""
-        rows = self.encoder.chat_ids(prompts)
+        rows = self.encoder.chat_ids(prompts) if prompts else []
         return self.server.ask_all(
             [
                 partial(self.law, ids, tokens, [partial(data_url, path) for path in prompt.images])
