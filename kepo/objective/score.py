@@ -19,10 +19,10 @@ from kepo.models.vlm import CPU, VLM
 from kepo.objective.batch import Batch
 from kepo.objective.totals import StepTotals
 from kepo.sections import ObjectiveConfig
-from kepo.teachers.said import TopK, laid_out
+from kepo.teachers.said import laid_out
 from kepo.teachers.served import ServedTeacher
 from kepo.teachers.several import Teachers, each_of
-from kepo_kernels import fused_linear_logprobs
+from kepo_kernels import TopK, fused_linear_logprobs
 from kepo_kernels.compute.devices import moved
 
 

@@ -15,8 +15,8 @@ from kepo.objective.score import Scores, finite, logprobs_of, softmax
 from kepo.objective.sod import drift_weights
 from kepo.objective.totals import StepTotals
 from kepo.sections import ObjectiveConfig
-from kepo.teachers.said import TopK
-from kepo.teachers.several import Teachers, each_of
+from kepo.teachers.served import ServedTeacher
+from kepo.teachers.several import Teacher, Teachers, each_of
 from kepo_kernels import TokenStats, fused_kepo_loss
 from kepo_kernels.compute.devices import moved
 from kepo_kernels.objectives.policy import ESTIMATORS
@@ -71,7 +71,6 @@ def kepo_step(
         importance_level=config.importance_level,
         sapo_temperature_pos=config.sapo_temperature_pos,
         sapo_temperature_neg=config.sapo_temperature_neg,
-        teacher_temperature=config.teacher_temperature,
         grad_tol=config.grad_tol,
         return_stats=True,
         **distillation,
@@ -171,9 +170,16 @@ def _distillation(
         weights = weights.index_copy(0, opened, weights[opened] * factors)
     return dict(
         teacher_hidden=scores.teacher_hidden,
-        teacher_lm_head=None if isinstance(scores.teacher_hidden, TopK) else teacher.head,
+        **_head(teacher, config),
         distill_weights=weights,
     )
+
+
+def _head(teacher: Teacher, config: ObjectiveConfig) -> dict[str, Any]:
+    """Return how the loss makes a law of a teacher's states; what a server says is one."""
+    if isinstance(teacher, ServedTeacher):
+        return {}
+    return dict(teacher_lm_head=teacher.head, teacher_temperature=config.teacher_temperature)
 
 
 def _to_correct(micro: Batch, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:

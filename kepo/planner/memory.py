@@ -98,7 +98,7 @@ class Phase:
 def phases(setup: Setup) -> list[Phase]:
     """Return the phases of a step of this run, each at the moment when it holds most."""
     found = moments(setup)
-    return [Phase(name, *max(found[name], key=_total)) for name in PHASES if name in found]
+    return [Phase(name, *max(found[name], key=_total)) for name in PHASES if found.get(name)]
 
 
 def moments(setup: Setup) -> dict[str, list[Moment]]:

@@ -114,7 +114,7 @@ def _meet(which: str, url: str, policy: VLM, config: Config, shown: Prompt | Non
 
     def teacher(offer: Offer) -> ServedTeacher:
         encoder = replace(policy.encoder, positions=offer.positions)
-        return ServedTeacher(server, offer.model, encoder, rows, config)
+        return ServedTeacher(server, offer.model, encoder, rows, config, offer.make)
 
     def asked() -> Offer:
         offer = offer_of(server, config)

@@ -21,7 +21,7 @@ from kepo.errors import KepoConfigError, KepoTeacherError
 from kepo.models.encoding import Prompt
 from kepo.sections import TeacherConfig
 from kepo.teachers.said import Said
-from kepo.teachers.served import ServedTeacher, messages_of, url_of
+from kepo.teachers.served import SGLANG, ServedTeacher, messages_of, url_of
 from kepo.teachers.transport import Refused, Server
 
 SENTENCE = "The quick brown fox jumps over the lazy dog: 3 + 5 = 8, so the answer is B."
@@ -40,6 +40,8 @@ class Offer(NamedTuple):
     """The name of its model."""
     positions: int | None
     """The number of tokens that a prompt and what follows may have; None if it does not say."""
+    make: str = "vllm"
+    """Whose server it is, as far as that matters: vllm or sglang."""
 
 
 def offer_of(server: Server, config: TeacherConfig) -> Offer:
@@ -68,7 +70,8 @@ def offer_of(server: Server, config: TeacherConfig) -> Offer:
         )
     length = found[name].get("max_model_len")
     # One token always follows: a server must generate something.
-    return Offer(name, length - 1 if isinstance(length, int) else None)
+    make = SGLANG if found[name].get("owned_by") == SGLANG else "vllm"
+    return Offer(name, length - 1 if isinstance(length, int) else None, make)
 
 
 def check_tokenizer(teacher: ServedTeacher) -> str | None:
@@ -93,10 +96,12 @@ def check_tokenizer(teacher: ServedTeacher) -> str | None:
             "distillation needs models that share a tokenizer"
         )
     prompt = Prompt("3 + 5?")
-    if (
-        _tokens(teacher, asked | dict(messages=messages_of(prompt)))
-        != teacher.encoder.chat_ids([prompt]).pop()
-    ):
+    [written] = teacher.encoder.chat_ids([prompt])
+    try:
+        same = _tokens(teacher, asked | dict(messages=messages_of(prompt))) == written
+    except Refused:  # it tokenises texts alone
+        same = True
+    if not same:
         return (
             f"{which}={url!r} has another chat template than the student: it scores completions "
             "under the student's, and writes hints under its own"
@@ -139,6 +144,11 @@ def check_sight(teacher: ServedTeacher, prompt: Prompt) -> None:
     """Check that the server takes token ids together with pictures, and that what it says depends
     on them. prompt: a question with a picture."""
     which, url, encoder = teacher.server.which, teacher.server.url, teacher.encoder
+    if teacher.make == SGLANG:
+        raise KepoConfigError(
+            f"{which}={url!r} is SGLang's, which takes no token ids with pictures: it makes text "
+            "of them, and other ids of that; serve the teacher with vLLM"
+        )
     if encoder.pictures is None or encoder.pictures.vllm is None:
         raise KepoConfigError(
             f"{which}={url!r} and pictures: it is not known whether a server reads this family's "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kepo.errors import KepoTeacherError
+from kepo_kernels import TopK
 
 ABOVE_ONE = 1e-3
 """By how much probabilities that were rounded may add up to more than 1."""
@@ -24,25 +25,19 @@ class Said(NamedTuple):
     own: Tensor  # (T,) fp32 log-probability of the completion's own token
 
 
-class TopK(NamedTuple):
-    """A stand-in until kepo_kernels has it."""
-
-    ids: Tensor
-    logprobs: Tensor
-
-
 def laid_out(said: Sequence[Said], length: int) -> tuple[TopK, Tensor]:
     """Return what was said of N completions as the losses take it, (N, length, K), and the
-    (N, length) log-probabilities of their own tokens; 0 where a completion is over."""
+    (N, length) log-probabilities of their own tokens. Where a completion is over there are no ids
+    (-1), and the log-probabilities are 0."""
 
-    def rows(name: str) -> Tensor:
-        parts = [getattr(one, name) for one in said]
-        whole = parts[0].new_zeros(len(parts), length, *parts[0].shape[1:])
+    def rows(parts: Sequence[Tensor], filling: int) -> Tensor:
+        whole = parts[0].new_full((len(parts), length, *parts[0].shape[1:]), filling)
         for row, part in zip(whole, parts, strict=True):
             row[: len(part)] = part
         return whole
 
-    return TopK(rows("ids"), rows("logprobs")), rows("own")
+    ids, logprobs, own = zip(*said, strict=True)
+    return TopK(rows(ids, -1), rows(logprobs, 0)), rows(own, 0)
 
 
 def read(answer: Any, tokens: Sequence[int], k: int, vocabulary: int, source: str) -> Said:
@@ -73,6 +68,22 @@ def read(answer: Any, tokens: Sequence[int], k: int, vocabulary: int, source: st
         torch.tensor([logprobs for _, logprobs, _ in rows]),
         torch.tensor([own for _, _, own in rows]),
     )
+
+
+def as_of_vllm(answer: Any, source: str) -> dict[str, Any]:
+    """Return an answer of SGLang's as `read` takes it: its places have lists of log-probability, id
+    and text, of the likeliest tokens and of the prompt's own."""
+    try:
+        facts = answer["meta_info"]
+        own = [(one[0], int(one[1])) for one in facts["input_token_logprobs"]]
+        best = [[(x[0], int(x[1])) for x in one or ()] for one in facts["input_top_logprobs"]]
+        places = [
+            {str(token): {"logprob": logprob} for logprob, token in [*some, mine]}
+            for some, mine in zip(best, own, strict=True)
+        ]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise _wrong(source, f"answers /generate without its laws: {str(answer)[:200]}") from error
+    return dict(prompt_logprobs=places, prompt_token_ids=[token for _, token in own])
 
 
 def _row(

@@ -1,9 +1,10 @@
 """A teacher behind an OpenAI-compatible server: it scores completions and writes hints, and nothing
 of it is held here.
 
-The interface is vLLM's (read in 0.32). ``/v1/completions`` takes token ids and gives
-``prompt_logprobs``; with pictures ``/inference/v1/generate`` does, which a server has that was
-started with ``--enable-scale-out``. Hints come from ``/v1/chat/completions``.
+Of vLLM (0.32) ``/v1/completions`` takes token ids and gives ``prompt_logprobs``; with pictures
+``/inference/v1/generate`` does, which a server has that was started with ``--enable-scale-out``. Of
+SGLang it is ``/generate``, for text only: with pictures it makes text of ids, and of that other
+ids. Hints come from ``/v1/chat/completions`` of both.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from kepo.errors import KepoTeacherError
 from kepo.models.encoding import Encoder, Prompt
 from kepo.models.sampling import SamplingParams
 from kepo.sections import TeacherConfig
-from kepo.teachers.said import Said, read
+from kepo.teachers.said import Said, as_of_vllm, read
 from kepo.teachers.transport import Server
 
 PLAIN = dict(top_p=1.0, top_k=-1, repetition_penalty=1.0)
 """Settings by which a server draws from the model's own law, whatever its generation_config."""
+SGLANG = "sglang"  # as its list of models names its owner
 PICTURES_AT_HAND = 64
 """The number of pictures whose data URLs are kept: a group's completions show the same ones."""
 
@@ -37,13 +39,20 @@ class ServedTeacher:
     collective = False  # each rank asks for itself
 
     def __init__(
-        self, server: Server, model: str, encoder: Encoder, vocabulary: int, config: TeacherConfig
+        self,
+        server: Server,
+        model: str,
+        encoder: Encoder,
+        vocabulary: int,
+        config: TeacherConfig,
+        make: str = "vllm",
     ):
         """Make the teacher; nothing is asked yet.
 
-        model: the server's name for it. vocabulary: the number of rows of the student's head.
+        model: the server's name for it. vocabulary: the number of rows of the student's head. make:
+        whose server it is, vllm or sglang.
         """
-        self.server, self.model, self.encoder = server, model, encoder
+        self.server, self.model, self.encoder, self.make = server, model, encoder, make
         self._vocabulary, self._config = vocabulary, config
 
     def say(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[Said]:
@@ -61,6 +70,12 @@ class ServedTeacher:
         """Return what the teacher says of ``tokens`` after the ids of a prompt, which have one
         placeholder for each picture. pictures: calls that return their data URLs."""
         k, ids = self._config.teacher_top_k, [*prompt, *tokens]
+        if self.make == SGLANG:
+            law = dict(max_new_tokens=1, temperature=1.0)
+            facts = dict(return_logprob=True, logprob_start_len=len(prompt) - 1)
+            body = dict(input_ids=ids, sampling_params=law, top_logprobs_num=k, **facts)
+            answer = as_of_vllm(self.server.ask("/generate", body), self.source)
+            return read(answer, tokens, k, self._vocabulary, self.source)
         asked: dict[str, Any] = dict(max_tokens=1, temperature=0.0, prompt_logprobs=k)
         whole: dict[str, Any] = dict(model=self.model, return_token_ids=True)
         if pictures:

@@ -40,6 +40,7 @@ class ModelServer:
 
     def __init__(self, vlm: VLM, pictures: Path):
         self.vlm, self.name, self.limit = vlm, "tiny", LIMIT
+        self.owner = "vllm"
         self.asked: list[tuple[str, Any]] = []
         self.script: Callable[[str, Any, Callable[[], Answer]], Answer] | None = None
         self._pictures, self._lock = pictures, threading.Lock()
@@ -73,8 +74,9 @@ class ModelServer:
 
     def answer(self, path: str, body: Any) -> Answer:
         if path == "/v1/models":
-            return 200, {"data": [{"id": self.name, "max_model_len": 4096}]}
-        if body.get("model") != self.name:
+            model = {"id": self.name, "max_model_len": 4096, "owned_by": self.owner}
+            return 200, {"data": [model]}
+        if path != "/generate" and body.get("model") != self.name:
             return 404, {"error": {"message": f"no model {body.get('model')!r}"}}
         with self._lock, torch.no_grad():
             if path == "/tokenize":
@@ -83,6 +85,8 @@ class ModelServer:
                 return 200, {"choices": [{"message": {"content": self._chat(body)}}]}
             if path == "/v1/completions":
                 return self._scored(body["prompt"], body, [], lambda said: {"choices": [said]})
+            if path == "/generate":  # SGLang's
+                return 200, {"meta_info": self._of_sglang(body)}
             if path == "/inference/v1/generate":
                 urls = [part["url"] for part in body["content_parts"]]
                 return self._scored(body["token_ids"], body["sampling_params"], urls, dict)
@@ -115,6 +119,23 @@ class ModelServer:
         if not path.exists():
             Image.open(io.BytesIO(content)).save(path)
         return path
+
+    def _of_sglang(self, body: Any) -> Any:
+        assert body["return_logprob"] and body["sampling_params"]["temperature"] == 1
+        k, first = body["top_logprobs_num"], body["logprob_start_len"]
+        asked = dict(max_tokens=1, prompt_logprobs=k)
+        _, said = self._scored(body["input_ids"], asked, [], dict)
+        places = [
+            [(x["logprob"], int(n), None) for n, x in p.items()]
+            for p in said["prompt_logprobs"][1:]
+        ]
+        ids = body["input_ids"]
+        own = [next(x for x in p if x[1] == n) for p, n in zip(places, ids[1:], strict=True)]
+        best = [sorted(p, reverse=True)[:k] for p in places]
+        return dict(
+            input_token_logprobs=[(None, ids[first], None), *own[first:]],
+            input_top_logprobs=[None, *best[first:]],
+        )
 
     def _scored(self, ids: Any, asked: Any, urls: Any, wrap: Any) -> Answer:
         assert asked["max_tokens"] == 1

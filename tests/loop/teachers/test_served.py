@@ -84,6 +84,25 @@ def test_it_says_what_the_local_model_says(server, teacher, examples, pictures):
     assert paths == {"/inference/v1/generate" if pictures else "/v1/completions"}
 
 
+def test_sglang_says_it_by_its_own_interface(server, teacher, examples):
+    server.owner = "sglang"
+    offer = offer_of(Server("teacher", server.url, CONFIG), CONFIG)
+    assert offer == ("tiny", 4095, "sglang")
+    vllm, sglang = client(server, teacher), client(server, teacher)
+    sglang.make = offer.make
+    prompts, completions = [Prompt("3 + 5?"), Prompt("7?")], [[5, 17, 300, 2], [40]]
+    for one, other in zip(
+        vllm.say(prompts, completions), sglang.say(prompts, completions), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    check_law(sglang, 7)
+    with pytest.raises(KepoConfigError, match="is SGLang's, which takes no token ids"):
+        check_sight(sglang, prompt_of(TASK, examples[0]))
+    server.script = lambda path, body, answer: (200, {"meta_info": {}})
+    with pytest.raises(KepoTeacherError, match=r"^teacher=\S+ answers /generate without its laws"):
+        sglang.say(prompts, completions)
+
+
 def test_hints_are_the_texts_of_the_local_model(server, teacher, examples):
     prompts = [hint_prompt(TASK, example, with_answer=False) for example in examples]
     assert prompts[0].images
@@ -282,7 +301,7 @@ def test_an_answer_that_is_no_json_is_an_error(server, teacher):
 
 def test_a_true_server_passes_the_checks(server, teacher, examples):
     served = client(server, teacher)
-    assert offer_of(served.server, CONFIG) == ("tiny", 4095)
+    assert offer_of(served.server, CONFIG) == ("tiny", 4095, "vllm")
     assert check_tokenizer(served) is None
     check_law(served, 7)
     check_sight(served, prompt_of(TASK, examples[0]))
@@ -305,7 +324,7 @@ def test_which_of_several_models_must_be_said(server, models):
         offer_of(Server("teacher", server.url, CONFIG), replace(CONFIG, teacher_model="m9"))
     if models:
         found = offer_of(Server("teacher", server.url, CONFIG), replace(CONFIG, teacher_model="m1"))
-        assert found == ("m1", None)
+        assert found == ("m1", None, "vllm")
 
 
 def test_a_server_without_a_list_is_told_the_name(server):
@@ -313,7 +332,7 @@ def test_a_server_without_a_list_is_told_the_name(server):
     with pytest.raises(KepoTeacherError, match="404, Not Found"):
         offer_of(Server("teacher", server.url, CONFIG), CONFIG)
     named = replace(CONFIG, teacher_model="m")
-    assert offer_of(Server("teacher", server.url, named), named) == ("m", None)
+    assert offer_of(Server("teacher", server.url, named), named) == ("m", None, "vllm")
 
 
 def test_another_tokenizer_is_refused(server, teacher):
