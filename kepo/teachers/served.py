@@ -58,11 +58,14 @@ class ServedTeacher:
     def say(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[Said]:
         """Return what the teacher says at each token of the completions' ids, each under its
         prompt; of an empty completion nothing may be asked."""
-        rows = self.encoder.chat_ids(prompts) if prompts else []
+        distinct = list(dict.fromkeys(prompts))
+        known = dict(
+            zip(distinct, self.encoder.chat_ids(distinct) if distinct else (), strict=True)
+        )
         return self.server.ask_all(
             [
-                partial(self.law, ids, tokens, [partial(data_url, path) for path in prompt.images])
-                for prompt, ids, tokens in zip(prompts, rows, completions, strict=True)
+                partial(self.law, known[one], tokens, [partial(data_url, p) for p in one.images])
+                for one, tokens in zip(prompts, completions, strict=True)
             ]
         )
 
