@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from served_model import Gone, serving
 
 from kepo.config import Config
@@ -65,10 +66,16 @@ def law_of(vlm, prompt, tokens):
 # ---- what it says ----
 
 
-@pytest.mark.parametrize("pictures", [True, False])
-def test_it_says_what_the_local_model_says(server, teacher, examples, pictures):
+@pytest.mark.parametrize("pictures", ["one", "two", "none"])
+def test_it_says_what_the_local_model_says(server, teacher, examples, pictures, tmp_path):
     prompts = [prompt_of(TASK, example) for example in examples]
-    if not pictures:
+    if pictures == "two":  # of different sizes, and a turn before them
+        for number, size in enumerate([(64, 96), (160, 64)]):
+            Image.new("RGB", size, (200 * number, 80, 9)).save(tmp_path / f"{number}.png")
+        both = tuple(tmp_path / f"{number}.png" for number in range(2))
+        turns = (("system", "Look."),)
+        prompts = [replace(prompt, images=both, earlier=turns) for prompt in prompts]
+    if pictures == "none":
         prompts = [replace(prompt, images=()) for prompt in prompts]
     completions = [[5, 17, 300, 2], [40], [7, 7, 9]]
     found = client(server, teacher).say(prompts, completions)
@@ -81,7 +88,7 @@ def test_it_says_what_the_local_model_says(server, teacher, examples, pictures):
         own = law.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         torch.testing.assert_close(said.own, own, rtol=1e-5, atol=1e-5)
     paths = {path for path, _ in server.asked}
-    assert paths == {"/inference/v1/generate" if pictures else "/v1/completions"}
+    assert paths == {"/v1/completions" if pictures == "none" else "/inference/v1/generate"}
 
 
 def test_sglang_says_it_by_its_own_interface(server, teacher, examples):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from several import free_port
 from small import config_of, rigged
 
@@ -111,10 +112,16 @@ def examples(made):
     return load_omnimedvqa(made / "data" / "train")[:3]
 
 
-@pytest.mark.parametrize("pictures", [True, False])
-def test_it_says_what_the_local_model_says(teacher, local, examples, pictures):
+@pytest.mark.parametrize("pictures", ["one", "two", "none"])
+def test_it_says_what_the_local_model_says(teacher, local, examples, pictures, tmp_path):
     prompts = [prompt_of(TASK, example) for example in examples]
-    if not pictures:
+    if pictures == "two":  # of different sizes, and a turn before them
+        for number, size in enumerate([(64, 96), (160, 64)]):
+            Image.new("RGB", size, (200 * number, 80, 9)).save(tmp_path / f"{number}.png")
+        both = tuple(tmp_path / f"{number}.png" for number in range(2))
+        turns = (("system", "Look."),)
+        prompts = [dataclasses.replace(prompt, images=both, earlier=turns) for prompt in prompts]
+    if pictures == "none":
         prompts = [dataclasses.replace(prompt, images=()) for prompt in prompts]
     completions = [[5, 17, 300, 2], [40], [7, 7, local.tokenizer.eos_token_id]]
     for said, prompt, tokens in zip(
