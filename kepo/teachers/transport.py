@@ -89,7 +89,8 @@ class Server:
                 return self._read(path, content)
             last = f"{code}, {_reason(content)}"
             if code not in PASSES:
-                raise Refused(f"{which}={url!r} refuses {path}: {last}", code)
+                key = f"; set {KEY} to the key that it asks for" if code in (401, 403) else ""
+                raise Refused(f"{which}={url!r} refuses {path}: {last}{key}", code)
         raise KepoTeacherError(
             f"{which}={url!r} does not answer {path}: {last} (tried {tries} times); start the "
             "server again, or raise teacher_retries or teacher_timeout, and run the same command"

@@ -147,6 +147,9 @@ def test_requests_go_out_a_few_at_once(server, teacher):
 
 
 def test_a_key_is_sent_if_there_is_one(server, teacher, monkeypatch):
+    server.script = lambda path, body, answer: (401, {"error": "Unauthorized"})
+    with pytest.raises(Refused, match="401, Unauthorized; set KEPO_TEACHER_KEY"):
+        client(server, teacher).server.ask("/v1/models")
     seen = []
     monkeypatch.setattr(
         transport.http.client.HTTPConnection,

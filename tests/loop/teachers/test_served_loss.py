@@ -96,6 +96,11 @@ def test_the_loss_is_that_of_the_local_teachers_likeliest_tokens(models, micros,
     expected = [of_the_local(teacher, micro) for micro in micros]
     assert [len(one.teacher_hidden.ids) for one in found] == [2, 3]  # the open ones alone
     assert served.server.taken() == (5, 0)
+    for one, other in zip(found, expected, strict=True):
+        if config.step_weights:
+            torch.testing.assert_close(one.teacher_logprobs, other.teacher_logprobs, **CLOSE)
+        else:
+            assert one.teacher_logprobs is None
     opened = sum(int(micro.completion_mask[micro.opened].sum()) for micro in micros)
     assert totals.teacher_tokens == opened and totals.teacher_seconds > 0
     mine = losses(policy, served, micros, found, config)
