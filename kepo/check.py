@@ -120,6 +120,13 @@ def _teachers(config: Config) -> None:
                 f"{name}={law} and {which}={url!r}: a server gives log-probabilities at "
                 "temperature 1; set teacher_temperature: 1"
             )
+    alone = len(served) == len(config.teacher_paths) > 0
+    for name, usual in (("teacher_bits", None), ("teacher_placement", "copy")):
+        if alone and (value := getattr(config, name)) != usual:
+            _refuse(
+                f"{name}={value!r} says how a process holds its teacher, and a server holds this "
+                "one; leave it out"
+            )
     if config.teacher_model is not None and not served:
         _refuse(
             f"teacher_model={config.teacher_model!r} is a server's name for its model, and no "

@@ -206,6 +206,12 @@ def test_another_model_at_a_resume_is_refused(whole, made, teacher, tmp_path, se
         (dict(teacher=None, teachers={"a": "http://:1"}), r"^teachers\.a='http://:1' is no"),
         (dict(teachers={"a": "http://b:1"}), "teachers are two answers"),
         (dict(teacher="folder", teacher_model="m"), r"^teacher_model='m'"),
+        (dict(teacher_bits=8), r"^teacher_bits=8 says how a process holds"),
+        (dict(teacher_placement="offload"), r"^teacher_placement='offload' says"),
+        (
+            dict(teacher=None, teachers={"a": "http://b:1", "b": "x"}, teacher_placement="fsdp2"),
+            None,
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused(made, tmp_path, settings, words):
