@@ -6,9 +6,10 @@ Or KEPO_TEST_TEACHER_URL names a running server, and KEPO_TEST_TEACHER the folde
 
 import dataclasses
 import os
+import signal
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,9 @@ def vllm_serves(folder, log, *more):
     environment = os.environ | dict(VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1")
     url = f"http://127.0.0.1:{port}/v1"
     with log.open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
         try:
             end = time.monotonic() + LONGEST_START
             asked = Server("teacher", url, dataclasses.replace(CONFIG, teacher_retries=0))
@@ -78,9 +81,10 @@ def vllm_serves(folder, log, *more):
                     break
                 except KepoTeacherError:
                     time.sleep(1)
-            yield url, process
+            yield url, lambda: os.killpg(process.pid, signal.SIGKILL)  # its engine's process, too
         finally:
-            process.terminate()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait(60)
 
 
@@ -165,13 +169,13 @@ def test_it_teaches_and_killed_the_run_ends_and_goes_on(made, folder, tmp_path, 
     done = [0]
     write = milestones.Run.write
 
-    with vllm_serves(folder, tmp_path / "1.log", "--enable-scale-out") as (url, process):
+    with vllm_serves(folder, tmp_path / "1.log", "--enable-scale-out") as (url, kill):
 
         def killing(run, step, values):
             write(run, step, values)
             done[0] = step
             if step == 2:
-                process.kill()
+                kill()
 
         monkeypatch.setattr(milestones.Run, "write", killing)
         with rigged(), pytest.raises(KepoTeacherError, match=r"^teacher='http\S+ does not answer"):
