@@ -25,7 +25,7 @@ from kepo.sections import (
     SamplingConfig,
     TaskConfig,
 )
-from kepo.words import expanded, guesses, sentence, typed
+from kepo.words import expanded, guesses, is_address, sentence, typed
 
 PRESETS = Path(__file__).parent / "presets"
 RECIPES = "[RECIPE | PRESET ...] [OPTIONS]"
@@ -58,16 +58,21 @@ class Config(
             object.__setattr__(self, "reward_weights", (1.0,) * len(self.rewards))
 
     @property
-    def taught_by(self) -> str | None:
-        """The teacher, or None if the run does not use it."""
-        return self.teacher if self.distils or self.hints else None
+    def taught_by(self) -> dict[str, str]:
+        """The teachers by the setting that names each; none if the run does not use them."""
+        return self.teacher_paths if self.distils or self.hints else {}
+
+    @property
+    def local_teachers(self) -> dict[str, str]:
+        """Those of them that the run's own processes hold."""
+        return {name: path for name, path in self.taught_by.items() if not is_address(path)}
 
     @property
     def read_again(self) -> dict[str, str]:
-        """The models that a resumed run reads again, by setting: the teacher, and the student as it
-        began, where it is the base of adapters or the reference."""
-        found = {} if self.taught_by is None else {"teacher": self.taught_by}
-        return found | ({"student": self.student} if self.lora_rank or self.kl_coef else {})
+        """The models that a resumed run reads again, by setting: local teachers, and the student as
+        it began, where it is the base of adapters or the reference."""
+        base = {"student": self.student} if self.lora_rank or self.kl_coef else {}
+        return self.local_teachers | base
 
 
 MAY_CHANGE_ON_RESUME = frozenset(
@@ -85,6 +90,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         *("gradient_checkpointing", "attn_implementation", "liger_layers", "vllm_memory"),
         *("micro_batch", "micro_tokens", "rollout_batch", "rollout_tokens", "workspace_bytes"),
         *("share_prompts", "scores_on"),
+        *("teacher_at_once", "teacher_timeout", "teacher_retries"),
     }
 )
 """Settings that decide what a run writes down, or where and in what portions it computes."""
@@ -97,6 +103,7 @@ RENAMED = {"engine": "sampler"}
 AS_BEFORE = frozenset(
     {"lr_schedule", "optimizer", "mini_batches", "kl_estimator", "delta", "teacher_temperature"}
     | {"sapo_temperature_pos", "sapo_temperature_neg", "logits_dtype", "grad_tol", "student_bits"}
+    | {"teachers"}
 )
 """Settings whose defaults are what versions that did not have them did: a run that such a version
 began is resumed with the defaults only."""
@@ -177,6 +184,8 @@ def _typed(values: dict[str, Any], source: str) -> dict[str, Any]:
             found[name] = typed(value, known[name])
             if name in PATHS and found[name] != getattr(Config, name):  # "" and None: not set
                 found[name] = expanded(found[name])
+            if name == "teachers":
+                found[name] = tuple((value, expanded(path)) for value, path in found[name])
         except ValueError as error:
             raise KepoConfigError(f"{source}: {name}={sentence(value, error)}") from error
     return found

@@ -32,6 +32,7 @@ KINDS = (
     "image outside",
     "image missing",
     "image unreadable",
+    "no teacher",
     "task",
     "text refused",
     "image refused",

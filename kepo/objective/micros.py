@@ -27,6 +27,8 @@ class Row(NamedTuple):
     places: tuple[int, ...]
     """Places in the batch of the completions that are computed in it."""
     tokens: int
+    teacher: int = 0
+    """The place of their teacher: a micro-batch has one."""
 
 
 Micro = list[Row]
@@ -69,13 +71,14 @@ def plan_micros(
     padding included. Groups that are left when all ranks have equally many are cut, if the rank
     with the most tokens gets fewer that way.
     """
-    lengths = batch.completion_mask.sum(-1).tolist()
+    lengths, teachers = batch.completion_mask.sum(-1).tolist(), batch.teacher.tolist()
 
     def row(places: Sequence[int]) -> Row:
-        own = [lengths[place] for place in places]
-        if not share_prompts:
-            return Row(tuple(places), prompt_lengths[places[0]] + own[0])
-        return Row(tuple(places), packed_length(prompt_lengths[places[0]], own))
+        own, first = [lengths[place] for place in places], places[0]
+        tokens = prompt_lengths[first] + own[0]
+        if share_prompts:
+            tokens = packed_length(prompt_lengths[first], own)
+        return Row(tuple(places), tokens, teachers[first])
 
     rows = sorted(_rows(batch, row, config, share_prompts), key=_longest_first)
     shares = _evened(rows, row, world_size() if ranks is None else ranks)
@@ -146,10 +149,10 @@ def _shared_out(rows: Sequence[Row], ranks: int) -> list[list[Row]]:
 
 
 def _filled(rows: Sequence[Row], config: OptimizerConfig) -> list[Micro]:
-    """Put rows, the longest first, together as long as they fit."""
+    """Put rows of one teacher, the longest first, together as long as they fit."""
     micros: list[Micro] = []
-    for row in rows:
-        if micros:
+    for row in sorted(rows, key=lambda row: row.teacher):
+        if micros and micros[-1][0].teacher == row.teacher:
             micro = micros[-1]
             count = sum(len(other.places) for other in micro) + len(row.places)
             tokens = (len(micro) + 1) * micro[0].tokens

@@ -98,7 +98,7 @@ class Phase:
 def phases(setup: Setup) -> list[Phase]:
     """Return the phases of a step of this run, each at the moment when it holds most."""
     found = moments(setup)
-    return [Phase(name, *max(found[name], key=_total)) for name in PHASES if name in found]
+    return [Phase(name, *max(found[name], key=_total)) for name in PHASES if found.get(name)]
 
 
 def moments(setup: Setup) -> dict[str, list[Moment]]:
@@ -135,17 +135,20 @@ def student_of(config: ModelsConfig, machine: Machine) -> Anatomy:
     )
 
 
-def teacher_of(setup: Setup) -> Anatomy | None:
+def teachers_of(setup: Setup) -> list[Anatomy]:
+    """Return the teachers that the processes hold, the largest first; those of servers are none."""
     config = setup.config
-    if config.taught_by is None:
-        return None
-    return anatomy(
-        config.taught_by,
-        config.dtype,
-        setup.machine.device,
-        config.attn_implementation,
-        pixels=(config.min_pixels, config.max_pixels),
-    )
+    found = [
+        anatomy(
+            path,
+            config.dtype,
+            setup.machine.device,
+            config.attn_implementation,
+            pixels=(config.min_pixels, config.max_pixels),
+        )
+        for path in config.local_teachers.values()
+    ]
+    return sorted(found, key=lambda one: -one.counts.total)
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,8 @@ class _Run:
     @classmethod
     def of(cls, setup: Setup) -> _Run:
         config, machine, prompts = setup
-        student, teacher = student_of(config, machine), teacher_of(setup)
+        student, teachers = student_of(config, machine), teachers_of(setup)
+        teacher = next(iter(teachers), None)
         share = share_of(config, machine, prompts.length(student), student.shares_prompts(config))
         several = share.micros > 1
         loss = loss_memory(
@@ -179,7 +183,7 @@ class _Run:
             config,
             machine,
             student,
-            teacher,
+            teachers,
             pages=loss.pages,
             several=several,
             penalised=config.kl_coef > 0,
@@ -197,15 +201,15 @@ class _Run:
         yield from self._sampling(self.config.num_generations, self.prompts, "sampling")
 
     def hints(self) -> Iterator[Moment]:
-        assert self.teacher is not None, "hints need a teacher"
         questions = -(-self.config.prompts_per_step // self.machine.gpus)
         longest = min(MAX_HINT_LENGTH, self.config.max_completion_length)
         at_once = min(questions, self.config.rollout_batch)
         temperature = self.config.hint_temperature if self.config.hint_retries else 0.0
-        what = self._asked(self.teacher, at_once, 1, self.prompts)
-        what = what._replace(new_tokens=longest, temperature=temperature, top_p=1.0)
-        at_work = Held(teacher=self.stays.teacher_at_work)
-        yield from self._generating("the teacher's hint", self.teacher, what, at_work)
+        if self.teacher is not None:  # else a server writes them
+            what = self._asked(self.teacher, at_once, 1, self.prompts)
+            what = what._replace(new_tokens=longest, temperature=temperature, top_p=1.0)
+            at_work = Held(teacher=self.stays.teacher_at_work)
+            yield from self._generating("the teacher's hint", self.teacher, what, at_work)
         if self.config.sampler == "transformers":
             hinted = replace(self.prompts, text_tokens=self.prompts.text_tokens + longest)
             yield from self._sampling(self.config.num_hinted, hinted, "sampling with it")

@@ -104,5 +104,6 @@ def _full(questions: int, config: SamplingConfig) -> Batch:
         distill_weights=zeros,
         sampler_logprobs=zeros,
         hinted=zeros[:, 0].bool(),
+        teacher=zeros[:, 0].long(),
         mini=zeros[:, 0].long(),
     )

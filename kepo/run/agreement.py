@@ -61,8 +61,8 @@ def agreeing_ranks(
             refuse_different(
                 "files of rewards and task", {k: v for each in own for k, v in each.items()}
             )
-            models = {"student": config.student, "teacher": config.taught_by}
-            bits = {"student": config.student_bits, "teacher": config.teacher_bits}
+            models = {"student": config.student, **config.local_teachers}
+            bits = dict.fromkeys(models, config.teacher_bits) | {"student": config.student_bits}
             whole = {role for role, each in bits.items() if each is not None}
             refuse_different("files of models", read_by_each(models, whole))
         yield device

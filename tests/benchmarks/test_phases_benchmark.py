@@ -11,7 +11,7 @@ import kepo.objective.step
 from benchmarks.loop import phases, report, update, whole
 from kepo.models.vlm import VLM
 from kepo.objective import score
-from kepo.planner.memory import student_of, teacher_of
+from kepo.planner.memory import student_of, teachers_of
 from kepo_kernels import loss_weights, reference
 
 SMALL = ["--student", "64,1", "--teacher", "128,1", "--vocab", "2048", "--tokens", "8"]
@@ -116,7 +116,7 @@ def test_the_planner_is_told_what_is_measured(tmp_path, monkeypatch):
     status, _ = run(tmp_path, *SMALL, "--gate", "1", "--rival", "whole")
     (setup,) = told
     config, machine, prompts = setup
-    student, teacher = student_of(config, machine), teacher_of(setup)
+    student, [teacher] = student_of(config, machine), teachers_of(setup)
     length = prompts.length(student)
     assert status == 0 and prompts.image(student) == 2  # a picture of 32 x 64
     assert set(shown) == {(student.hidden, length, 2), (teacher.hidden, length, 2)}

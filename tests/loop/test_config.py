@@ -315,11 +315,11 @@ def test_what_one_setting_cannot_be_is_refused_where_it_enters(tmp_path, line, m
 
 def test_a_teacher_that_nothing_asks_is_not_read():
     config = Config(teacher="t")
-    assert config.taught_by == "t"
-    assert replace(config, distill_coef=0.0).taught_by == "t"  # its hints
-    assert replace(config, hint_trigger="never").taught_by == "t"
-    assert replace(config, distill_coef=0.0, hint_trigger="never").taught_by is None
-    assert Config().taught_by is None
+    assert config.taught_by == {"teacher": "t"}
+    assert replace(config, distill_coef=0.0).taught_by == {"teacher": "t"}  # its hints
+    assert replace(config, hint_trigger="never").taught_by == {"teacher": "t"}
+    assert replace(config, distill_coef=0.0, hint_trigger="never").taught_by == {}
+    assert Config().taught_by == {}
 
 
 def test_the_methods_of_the_comparison_are_presets():

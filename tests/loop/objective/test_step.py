@@ -258,6 +258,8 @@ NOT_SET = {
     **dict.fromkeys(("policy_weights", "policy_reduction"), "collate, by policy_reduction"),
     **dict.fromkeys(("distill_weights", "distill_reduction"), "collate, by distill_reduction"),
     "chunk_rows": "workspace_bytes says it in bytes",
+    "entropy_weights": "the policy's, as the loop weighs the bonus with its term",
+    "kl_bias_correction": "part of the losses of other trainers, which integrations express",
     "return_stats": "metrics need them",
 }
 """Arguments of the losses that no setting of the same name is passed to, and why."""

@@ -299,7 +299,7 @@ def test_gradients_beside_the_buckets(gpus, micro_batch, sets):
         config,
         machine,
         student,
-        None,
+        (),
         pages=0,
         several=micro_batch < 128 // gpus,
         penalised=False,
@@ -446,3 +446,21 @@ def test_numbers_of_a_machine_and_prompts_that_cannot_be_are_refused(flag, value
     flags = [x for name, word in words.items() for x in (f"--{name.replace('_', '-')}", word)]
     with pytest.raises(KepoConfigError, match=f"{flag} is .*; expected a number"):
         plan_module.main(["grpo", "--student", "Qwen3-VL-2B-Instruct", *flags])
+
+
+def test_a_teacher_behind_a_server_takes_no_memory_and_several_take_theirs():
+    name, far = TEACHER["teacher"], "http://host:1/v1"
+
+    def teachers_bytes(**change):
+        config = replace(SMALL, **{**TEACHER, **change})
+        made = phases(Setup(config, Machine(1, 80 * GIB)))
+        return {phase.name: phase.held["teacher"] for phase in made}
+
+    one = teachers_bytes()
+    assert set(teachers_bytes(teacher=far).values()) == {0}
+    assert teachers_bytes(teacher=None, teachers={"CT": name, "MR": far}) == one
+    both = teachers_bytes(teacher=None, teachers={"CT": name, "MR": name})
+    weights = 2 * anatomy(name, SMALL.dtype, "cuda").counts.total
+    assert {both[phase] - one[phase] for phase in one} == {weights}
+    assert plan_module._teacher(replace(SMALL, teacher=far)) == "on a server"
+    assert plan_module._teacher(SMALL) == "–"
