@@ -66,6 +66,7 @@ def kepo_step(
         delta=config.delta,
         kl_coef=config.kl_coef,
         kl_estimator=config.kl_estimator,
+        kl_bias_correction=config.kl_bias_correction,
         entropy_coef=config.entropy_coef,
         policy_loss=config.policy_loss,
         importance_level=config.importance_level,
