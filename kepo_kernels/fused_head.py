@@ -69,7 +69,7 @@ class FusedHead:
         output_layer(model)  # with the wrappers, among which it refuses FSDP1
         inner = innermost(model)
         _fused_layer(inner)
-        if _backbone(inner) is not None and not hasattr(inner, OWN):
+        if _backbone(inner) is not None and OWN not in inner.__dict__:
             _replace(inner, _model_forward(inspect.signature(inner.forward)))
         return cls(inner)
 
@@ -83,7 +83,7 @@ class FusedHead:
 
         Raises KepoInputError where another library has replaced a forward since.
         """
-        patched: list[Any] = [module for module in self.model.modules() if hasattr(module, OWN)]
+        patched: list[Any] = [module for module in self.model.modules() if OWN in module.__dict__]
         for module in patched:
             _, ours = getattr(module, OWN)
             if getattr(module.__dict__.get("forward"), "__func__", None) is not ours:
@@ -116,7 +116,7 @@ def _fused_layer(model: nn.Module) -> nn.Module:
 
 def _open(layer: nn.Module, model: nn.Module | None = None) -> None:
     """Let the layer take `loss`, if it does not yet; a part of a head belongs to no model."""
-    if hasattr(layer, OWN):
+    if OWN in layer.__dict__:
         return
     layer_parts(layer)  # refuses now what it would refuse in every call
     changes = (None, 1.0) if model is None else logit_changes(model)

@@ -1,12 +1,26 @@
 """`FusedHead`: a loss inside of the head's forward is that of the model's own whole logits."""
 
+import copy
+import inspect
+
 import pytest
+import torch
 
 pytest.importorskip("transformers")
+pytest.importorskip("peft")
 
+import peft
 from tiny_heads import KINDS, batch, build, error, gradients, plain_numbers
 
-from kepo_kernels import FusedHead, fused_linear_logprobs, fused_linear_loss
+from kepo_kernels import (
+    FusedHead,
+    KepoInputError,
+    fused_kepo_loss,
+    fused_linear_logprobs,
+    fused_linear_loss,
+    head_of,
+    reference,
+)
 
 TOLERANCE = 1e-6
 
@@ -70,6 +84,321 @@ def test_equals_plain_pytorch_on_whole_logits(kind, loss, way):
     expected = value_and_gradients(model, lambda: plain(model, x))
     FusedHead.install(model)
     found = value_and_gradients(model, lambda: WAYS[way](model, LOSSES[loss], x))
-    e = error(found, expected)
-    print(kind, loss, way, e)
-    assert e <= TOLERANCE
+    assert error(found, expected) <= TOLERANCE
+
+
+# ---------------------------------------------------------------------- what the loss is given
+
+
+def test_the_joint_loss_has_two_heads():
+    """A teacher's states and head are arguments of the function, as any other tensor."""
+    model, teacher, x = build("softcap"), build("scale", seed=5).requires_grad_(False), batch()
+    settings = dict(
+        gate=torch.tensor([1.0, 0.5, 0.0, 0.7]),
+        policy_weights=x["weights"],
+        distill_weights=x["weights"],
+        beta=0.3,
+    )
+    for one in (model, teacher):
+        FusedHead.install(one)
+    hidden = teacher(input_ids=x["ids"], loss=lambda hidden, head: hidden)
+    assert torch.equal(hidden, teacher.model(input_ids=x["ids"]).last_hidden_state)
+    advantages = x["upstream"][0, :, 0]
+
+    def joint(compute):
+        def loss(states, head):
+            both = states, head, x["targets"], advantages, hidden, head_of(teacher)
+            return compute(*both, **settings)
+
+        return loss
+
+    def expected():
+        states = model.model(input_ids=x["ids"]).last_hidden_state
+        return joint(reference.kepo_loss)(states, head_of(model))
+
+    oracle = value_and_gradients(model, expected)
+    found = value_and_gradients(
+        model, lambda: model(input_ids=x["ids"], loss=joint(fused_kepo_loss))
+    )
+    assert error(found, oracle) <= 5 * TOLERANCE
+
+
+def test_it_returns_what_the_function_returns():
+    model, x = build("untied"), batch()
+    FusedHead.install(model)
+    what = {"any": (1, "thing")}
+    assert model(x["ids"], loss=lambda hidden, head: what) is what
+    assert model.lm_head(torch.ones(1, 32), loss=lambda hidden, head: what) is what
+
+
+@pytest.mark.parametrize("keep", [2, torch.tensor([1, 4])])
+def test_logits_to_keep_cuts_the_states_as_it_cuts_logits(keep):
+    model, x = build("untied"), batch()
+    logits = model(x["ids"], logits_to_keep=keep).logits
+    FusedHead.install(model)
+
+    def project(hidden, head):
+        return hidden @ head.weight.T
+
+    assert torch.equal(model(x["ids"], logits_to_keep=keep, loss=project), logits)
+
+
+# ------------------------------------------------------------------------- what stays as it was
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plain_call_is_untouched(kind):
+    model, x = build(kind), batch()
+    sample = dict(input_ids=x["ids"], max_new_tokens=3, do_sample=False)
+
+    def everything():
+        out = model(input_ids=x["ids"], labels=x["targets"])
+        kept = model(input_ids=x["ids"], logits_to_keep=1).logits
+        return [out.logits, out.loss, kept, model.generate(**sample)]
+
+    before = [everything(), model.state_dict(), inspect.signature(model.forward)]
+    handle = FusedHead.install(model)
+    for after in (everything(), handle.remove() or everything()):
+        assert all(torch.equal(a, b) for a, b in zip(after, before[0], strict=True))
+    FusedHead.install(model)
+    state = model.state_dict()
+    assert list(state) == list(before[1]) and all(
+        torch.equal(state[k], before[1][k]) for k in state
+    )
+    assert inspect.signature(model.forward) == before[2]
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    tied = inner.get_input_embeddings().weight is getattr(inner.lm_head, "weight", None)
+    assert tied == inner.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("kind", ["tied", "lora", "copy"])
+def test_it_is_removed_without_a_trace(kind):
+    model = build(kind)
+    before = [dict(module.__dict__) for module in model.modules()]
+    FusedHead.install(model)
+    FusedHead.install(model)(torch.ones(1, 32), lambda hidden, head: None)
+    FusedHead.install(model).remove()
+    assert [list(module.__dict__) for module in model.modules()] == [list(x) for x in before]
+
+
+def test_a_forward_of_another_hand_is_kept_and_given_back():
+    """As TRL's cast of a head to fp32 is one: what it computes for plain calls stays."""
+    model, x = build("untied"), batch()
+    model.lm_head.forward = lambda hidden: (
+        2 * torch.nn.functional.linear(hidden, model.lm_head.weight)
+    )
+    theirs, logits = model.lm_head.forward, model(x["ids"]).logits
+    handle = FusedHead.install(model)
+    assert torch.equal(model(x["ids"]).logits, logits)
+    handle.remove()
+    assert model.lm_head.forward is theirs
+
+    handle = FusedHead.install(model)
+    model.forward = lambda *args, **kwargs: None
+    with pytest.raises(KepoInputError, match=r"^FusedHead\.remove: the forward of Llama"):
+        handle.remove()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_deep_copy_is_a_model_of_its_own(kind):
+    model, x = build(kind), batch()
+    FusedHead.install(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    expected = value_and_gradients(other, lambda: plain(other, x))
+    found = value_and_gradients(other, lambda: by_model(other, numbers_upstream, x))
+    assert error(found, expected) <= TOLERANCE
+    assert not gradients(model)
+
+
+# ------------------------------------------------------------------------------------------ PEFT
+
+
+def lora_model(**settings):
+    settings = dict(r=4, target_modules=["lm_head"]) | settings
+    model = peft.get_peft_model(build("untied"), peft.LoraConfig(**settings))
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def assert_equals_plain(model, x, way=by_model):
+    expected = value_and_gradients(model, lambda: plain(model, x))
+    found = value_and_gradients(model, lambda: way(model, numbers_upstream, x))
+    assert error(found, expected) <= TOLERANCE
+
+
+def test_adapters_are_what_they_are_at_the_call():
+    """Two at once, one of them, none, merged: looked up as PEFT's own forward does."""
+    model, x = lora_model(lora_alpha=6), batch()
+    model.add_adapter("second", peft.LoraConfig(r=3, target_modules=["lm_head"]))
+    layer = model.get_base_model().lm_head
+    for parameter in layer.lora_B.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.double()  # in fp32 the two orders of adding three products differ by more
+    FusedHead.install(model)
+    for names in (["default", "second"], ["second"], ["default"]):
+        layer.set_adapter(names)
+        assert_equals_plain(model, x)
+
+    def numbers():
+        with torch.no_grad():
+            ours = by_model(model, numbers_upstream, x)
+            return float(ours), float(plain(model, x))
+
+    with_adapter = numbers()
+    with model.disable_adapter():
+        without = numbers()
+    model.merge_adapter()
+    merged = numbers()
+    for ours, theirs in (with_adapter, without, merged):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert with_adapter[1] == pytest.approx(merged[1], rel=1e-5)
+    assert abs(with_adapter[1] - without[1]) > 1e-3
+    with model.disable_adapter():  # PEFT unmerges then
+        assert numbers()[0] == pytest.approx(without[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("saved", [None, ["lm_head"]])
+def test_peft_after_the_head_was_installed(saved):
+    model, x = build("untied"), batch()
+    FusedHead.install(model)
+    target = ["q_proj"] if saved else ["lm_head"]
+    settings = peft.LoraConfig(r=4, target_modules=target, modules_to_save=saved)
+    model = peft.get_peft_model(model, settings)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    if not saved:  # nobody has told the new layer of it yet; no number comes out
+        with pytest.raises(Exception, match="scalar outputs"):
+            by_head(model, numbers_upstream, x).backward()
+    assert_equals_plain(model, x)
+    assert_equals_plain(model, x, by_head)
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        (dict(use_dora=True), "is a variant of LoRA"),
+        (dict(lora_bias=True), "has a lora_bias"),
+        (dict(lora_dropout=0.1), r"has lora_dropout=0\.1"),
+        (dict(target_modules=["q_proj"], trainable_token_indices={"lm_head": [1]}), "is no LoRA"),
+    ],
+)
+def test_what_no_two_matrices_compute_is_refused(settings, says):
+    model = lora_model(**settings).train()
+    for call in (FusedHead.install, head_of):
+        with pytest.raises(KepoInputError, match=f"^head_of: PEFT has adapted .*{says}"):
+            call(model)
+
+
+def test_dropout_of_a_head_matters_in_training_alone():
+    model = lora_model(lora_dropout=0.1).eval()
+    FusedHead.install(model)
+    assert_equals_plain(model, batch())
+    with pytest.raises(KepoInputError, match="lora_dropout"):
+        by_model(model.train(), numbers_upstream, batch())
+
+
+# -------------------------------------------------------------------------------- torch's own modes
+
+
+def test_gradient_checkpointing_of_the_backbone():
+    model, x = build("tied").train(), batch()
+    FusedHead.install(model)
+    without = value_and_gradients(model, lambda: by_model(model, numbers_upstream, x))
+    model.gradient_checkpointing_enable()
+    found = value_and_gradients(model, lambda: by_model(model, numbers_upstream, x))
+    assert error(found, without) <= TOLERANCE
+
+
+def test_autocast():
+    """Products in bf16 as for plain calls; what is left out of the head is what autocast rounds."""
+    model, x = build("untied"), batch()
+    FusedHead.install(model)
+    exact = value_and_gradients(model, lambda: plain(model, x))
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = value_and_gradients(model, lambda: plain(model, x))
+        ours = value_and_gradients(model, lambda: by_model(model, numbers_upstream, x))
+        seen = model(x["ids"], loss=lambda hidden, head: (hidden.dtype, head.weight.dtype))
+    assert seen == (torch.float32, torch.float32)  # casts are the loss's, as they are the layer's
+    assert error(ours, theirs) <= 2 * error(theirs, exact)
+
+
+def test_states_in_bf16_and_a_head_in_fp32():
+    """TRL's `cast_lm_head_to_fp32`: nothing is refused, and nothing is rounded on the way."""
+    model, x = build("untied").bfloat16(), batch()
+    model.lm_head.float()
+    model.lm_head.forward = lambda hidden: torch.nn.functional.linear(
+        hidden.float(), model.lm_head.weight
+    )
+    FusedHead.install(model)
+    expected = value_and_gradients(model, lambda: plain(model, x))
+    found = value_and_gradients(model, lambda: by_model(model, numbers_upstream, x))
+    assert found["lm_head.weight"].dtype == torch.float32
+    exact = {name: each.float() for name, each in expected.items() if each.dtype == torch.float32}
+    assert error({name: found[name] for name in exact}, exact) <= TOLERANCE
+    assert error(found, expected) <= 0.02  # the backbone's, of bf16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tied", "softcap", "lora"])
+def test_compiled(kind, fresh_compiler):
+    model, x = build(kind), batch()
+    expected = value_and_gradients(model, lambda: plain(model, x))
+    compiled = torch.compile(model, backend="aot_eager")
+    FusedHead.install(compiled)
+    for loss in LOSSES.values():
+        found = value_and_gradients(model, lambda loss=loss: by_model(compiled, loss, x))
+        assert error(found, expected) <= 5 * TOLERANCE
+    torch.testing.assert_close(
+        compiled(input_ids=x["ids"]).logits, model(input_ids=x["ids"]).logits
+    )
+    assert head_of(compiled).softcap == head_of(model).softcap
+
+
+# -------------------------------------------------------------------------------------- refusals
+
+
+def test_labels_beside_a_loss_are_refused():
+    model, x = build("untied"), batch()
+    FusedHead.install(model)
+    with pytest.raises(KepoInputError, match=r"^FusedHead: labels are given beside loss"):
+        model(x["ids"], labels=x["ids"], loss=lambda hidden, head: None)
+
+
+def test_a_model_that_is_none_of_transformers():
+    """Its head takes a loss, inside of a forward of its own."""
+
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.lm_head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 61)
+
+        def forward(self, x, loss=None):
+            return self.lm_head(self.body(x), **({} if loss is None else {"loss": loss}))
+
+    model, states, ids = Own(), torch.randn(5, 8), torch.arange(5)
+    expected = value_and_gradients(model, lambda: plain_numbers(model(states), ids)[0].sum())
+    FusedHead.install(model)
+    found = value_and_gradients(
+        model, lambda: model(states, lambda h, head: fused_linear_logprobs(h, head, ids).sum())
+    )
+    assert error(found, expected) <= TOLERANCE
+
+
+def test_what_is_refused_at_once():
+    with pytest.raises(KepoInputError, match="has no LM head"):
+        FusedHead.install(torch.nn.Linear(2, 3))
+    model = build("untied")
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(KepoInputError, match="LM head is a Sequential, which may do more than mul"):
+        FusedHead.install(model)
+    model = build("untied")
+    FusedHead.install(model)
+    model.lm_head.weight.ds_id, model.lm_head.weight.data = 3, torch.empty(0)
+    with pytest.raises(KepoInputError, match=r"^FusedHead: the head's weight is sharded inside"):
+        model(batch()["ids"], loss=lambda hidden, head: None)

@@ -61,7 +61,8 @@ def batch(sequences: int = 4, length: int = 6) -> dict[str, Tensor]:
 
 def plain_numbers(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of whole logits."""
-    log_q = logits.float().log_softmax(-1)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    log_q = logits.to(wide).log_softmax(-1)
     return log_q.gather(-1, targets[..., None])[..., 0], -(log_q.exp() * log_q).sum(-1)
 
 
