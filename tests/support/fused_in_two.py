@@ -9,7 +9,7 @@ from tiny_heads import batch, build, gradients
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from two_processes import WORLD
+from two_processes import BATCH, WORLD
 
 from kepo_kernels import FusedHead, fused_kepo_loss, fused_linear_logprobs, head_of, lm_head_weight
 
@@ -31,11 +31,33 @@ class Case(NamedTuple):
 
 
 def inner_of(model: nn.Module) -> nn.Module:
-    model = model.module if isinstance(model, DistributedDataParallel) else model
+    model = getattr(model, "module", model)  # of DDP, or of DeepSpeed
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def in_zero3(model: nn.Module) -> nn.Module:
+    """DeepSpeed's engine around it; no weight is small enough to stay whole."""
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    stage = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    return deepspeed.initialize(
+        model=model,
+        model_parameters=trained,
+        config={
+            "train_micro_batch_size_per_gpu": BATCH // WORLD,
+            "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
+            "zero_optimization": stage,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_allow_untested_optimizer": True,
+        },
+    )[0]
+
+
 def held(model: nn.Module, layout: str) -> nn.Module:
+    if layout == "zero3":
+        return in_zero3(model)
     if layout in DDP:
         return DistributedDataParallel(model, find_unused_parameters=layout == "ddp_unused")
     inner = inner_of(model)
@@ -120,9 +142,19 @@ def take(case: Case, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         if layout in FSDP:
             model.set_requires_gradient_sync(last)
         with nullcontext() if last or layout not in DDP else model.no_sync():
-            compute(case, model, x["ids"], loss_of(case, x, teacher, world)).backward()
+            loss = compute(case, model, x["ids"], loss_of(case, x, teacher, world))
+            model.backward(loss) if layout == "zero3" else loss.backward()
+    if layout == "zero3":
+        return zero3_gradients(model)
     found = gradients(model.module if layout in DDP else model)
     return {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in found.items()}
+
+
+def zero3_gradients(engine: nn.Module) -> dict[str, Tensor]:
+    from deepspeed.utils import safe_get_full_grad
+
+    trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    return {name: safe_get_full_grad(p).clone() for name, p in trained.items()}
 
 
 def take_all(rank: int, cases: Sequence[Case]) -> dict[Case, dict[str, Tensor] | str]:
