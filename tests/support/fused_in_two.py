@@ -1,7 +1,7 @@
 """`FusedHead` in two processes: gradients of halves of a batch, over every layout of a model."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -41,18 +41,28 @@ def in_zero3(model: nn.Module) -> nn.Module:
 
     deepspeed.init_distributed("gloo")
     trained = [p for p in model.parameters() if p.requires_grad]
-    stage = {"stage": 3, "stage3_param_persistence_threshold": 0}
-    return deepspeed.initialize(
-        model=model,
-        model_parameters=trained,
-        config={
-            "train_micro_batch_size_per_gpu": BATCH // WORLD,
-            "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
-            "zero_optimization": stage,
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_allow_untested_optimizer": True,
-        },
-    )[0]
+    config = {
+        "train_micro_batch_size_per_gpu": BATCH // WORLD,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    if trained:
+        config["optimizer"] = {"type": "SGD", "params": {"lr": 0.5}}
+        config |= {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
+    return deepspeed.initialize(model=model, model_parameters=trained or None, config=config)[0]
+
+
+@contextmanager
+def whole_head(teacher: nn.Module, layout: str):
+    """The frozen teacher's head, gathered until the loss has formed its gradients."""
+    if layout == "zero3":
+        import deepspeed
+
+        weights = list(inner_of(teacher).get_output_embeddings().parameters())
+        gathered = deepspeed.zero.GatheredParameters(weights)
+    else:
+        gathered = lm_head_weight(teacher)
+    with gathered:
+        yield head_of(teacher)
 
 
 def held(model: nn.Module, layout: str) -> nn.Module:
@@ -80,7 +90,7 @@ def held(model: nn.Module, layout: str) -> nn.Module:
     return model
 
 
-def loss_of(case: Case, x: dict[str, Tensor], teacher: nn.Module, world: int):
+def loss_of(case: Case, layout: str, x: dict[str, Tensor], teacher: nn.Module, world: int):
     """A function of states and head, whose mean over processes is the loss of the whole batch."""
 
     def logprobs(hidden, head):
@@ -93,14 +103,14 @@ def loss_of(case: Case, x: dict[str, Tensor], teacher: nn.Module, world: int):
         states = teacher(input_ids=x["ids"], loss=lambda hidden, head: hidden)
 
     def kepo(hidden, head):
-        with lm_head_weight(teacher):
+        with whole_head(teacher, layout) as teacher_head:
             return fused_kepo_loss(
                 hidden,
                 head,
                 x["targets"],
                 x["advantages"],
                 states,
-                head_of(teacher),
+                teacher_head,
                 gate=x["gate"],
                 policy_weights=world * x["weights"],
                 distill_weights=world * x["weights"],
@@ -129,7 +139,7 @@ def take(case: Case, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         FusedHead.install(model)
     if layout != "plain":
         model = held(model, layout)
-        teacher = held(teacher, layout) if layout in FSDP else teacher
+        teacher = held(teacher, layout) if layout not in DDP else teacher
     FusedHead.install(model)
     whole = batch()
     whole["advantages"], whole["gate"] = whole["upstream"][0, :, 0], torch.tensor([1, 0.5, 0, 0.7])
@@ -142,7 +152,7 @@ def take(case: Case, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         if layout in FSDP:
             model.set_requires_gradient_sync(last)
         with nullcontext() if last or layout not in DDP else model.no_sync():
-            loss = compute(case, model, x["ids"], loss_of(case, x, teacher, world))
+            loss = compute(case, model, x["ids"], loss_of(case, layout, x, teacher, world))
             model.backward(loss) if layout == "zero3" else loss.backward()
     if layout == "zero3":
         return zero3_gradients(model)
