@@ -15,7 +15,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"),
-    *("recipes/*", "benchmarks/results/*", "kepo/presets/*", "examples/*"),
+    *("recipes/*", "benchmarks/results/*", "kepo/presets/*", "examples/*", "examples/*/*"),
 )
 LINK = re.compile(r"(?<=\]\()(?!#|[a-z]+:)([^)#\s]+)")  # [text](path), [text](path#place)
 
@@ -23,7 +23,7 @@ LINK = re.compile(r"(?<=\]\()(?!#|[a-z]+:)([^)#\s]+)")  # [text](path), [text](p
 def on_files(files, config):
     """Add the files of BESIDE under their paths in the repository."""
     for pattern in BESIDE:
-        for path in sorted(ROOT.glob(pattern)):
+        for path in sorted(filter(Path.is_file, ROOT.glob(pattern))):
             name = path.relative_to(ROOT).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))
     return files

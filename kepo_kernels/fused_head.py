@@ -171,6 +171,7 @@ def _model_forward(signature: inspect.Signature) -> Callable:
                 "FusedHead: labels are given beside loss, which takes the place of the model's own "
                 "loss; expected one of them: take labels from the inputs into the function"
             )
+        given.pop("num_items_in_batch", None)  # what the Trainer gives the model's own loss
         keep = given.pop("logits_to_keep", 0)
         hidden = _backbone(self)(**{"use_cache": False} | given)[0]
         hidden = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep]

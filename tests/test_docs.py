@@ -12,6 +12,7 @@ import kepo
 import kepo_kernels
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+IN_TRAINERS = sorted((ROOT / "examples" / "in_trainers").glob("*.py"))
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 FOLDERS = {"kepo": kepo, "kepo_kernels": kepo_kernels}
 
@@ -52,16 +53,37 @@ def names() -> dict[str, object]:
     )
 
 
+class Causal(torch.nn.Module):
+    """A model as transformers has them, whose backbone gives these states."""
+
+    def __init__(self, hidden: torch.Tensor):
+        super().__init__()
+        self.base_model = torch.nn.Module()
+        self.base_model.forward = lambda use_cache, ids: (hidden,)
+        self.lm_head = torch.nn.Linear(hidden.shape[-1], 37, bias=False)
+
+    def forward(self, ids):
+        return self.lm_head(self.base_model(use_cache=False, ids=ids)[0])
+
+
 @pytest.mark.parametrize("page, code", python_blocks())
 def test_python_in_the_pages_runs(page, code):
-    """Each block on losses is run; of the others the names that they take from us are looked up."""
+    """Each block on losses is run; of the others the names that they take from us are looked up.
+
+    The lines of an example that a page shows are run with the example.
+    """
     for name in re.findall(r"\bkepo\.(\w+)", code):
         assert hasattr(kepo, name), f"{page}: kepo.{name}"
-    if "import kepo\n" in code or "grpo(logits" in code:
+    shown = any(code in path.read_text("utf-8") for path in IN_TRAINERS)
+    if "import kepo\n" in code or "grpo(logits" in code or shown:
         ast.parse(code)
         return
     scope = names()
-    if "model(ids)" in code:
+    if "FusedHead" in code:
+        scope |= {"model": Causal(scope["hidden"]), "teacher": Causal(scope["teacher_hidden"])}
+        for each in ("model", "teacher"):
+            kepo_kernels.FusedHead.install(scope[each])
+    elif "model(ids)" in code:
         model = torch.nn.Module()
         model.lm_head = torch.nn.Linear(8, 37, bias=False)
         model.forward = lambda ids: scope["hidden"]

@@ -1,5 +1,7 @@
 """`FusedHead` in two processes: the gradients of a single one, in every layout of a model."""
 
+from importlib.util import find_spec
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -24,6 +26,8 @@ OTHERS = [Case(kind, layout) for kind in ("bias", "softcap") for layout in LAYOU
 LATER = [Case(kind, x, first="wrap") for kind in ("untied", "lora", "copy") for x in ("ddp", "own")]
 MICRO = [Case("tied", layout, loss, micro=2) for layout in LAYOUTS for loss in ("logprobs", "kepo")]
 LORA = [Case("lora", "leaves", "kepo")]
+if find_spec("accelerate"):
+    LATER += [Case(kind, "accelerate", "kepo") for kind in ("untied", "tied", "lora", "copy")]
 # Nothing below the head is trained: its gradient is the only one that can bring hooks about.
 LORA += [Case("lora, softcap", layout) for layout in (*LAYOUTS, "leaves")]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from kepo_kernels import FusedHead, fused_kepo_loss, fused_linear_logprobs, head
 DDP = ("ddp", "ddp_unused")
 FSDP = ("one", "one_resharded", "layers", "layers_resharded", "own", "own_kept", "norm_and_head")
 LAYOUTS = (*DDP, *FSDP)
+OTHERS = ("zero3", "accelerate")
 
 
 class Case(NamedTuple):
@@ -65,9 +67,29 @@ def whole_head(teacher: nn.Module, layout: str):
         yield head_of(teacher)
 
 
+def as_accelerate_does(model: nn.Module) -> nn.Module:
+    """Sharded by accelerate itself, whose Accelerator wants a GPU for that."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[type(inner_of(model).model.layers[0]).__name__],
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision="no",
+        is_main_process=True,
+        device=torch.device("cpu"),
+    )
+    return fsdp2_prepare_model(accelerator, model)
+
+
 def held(model: nn.Module, layout: str) -> nn.Module:
-    if layout == "zero3":
-        return in_zero3(model)
+    if layout in OTHERS:
+        return {"zero3": in_zero3, "accelerate": as_accelerate_does}[layout](model)
     if layout in DDP:
         return DistributedDataParallel(model, find_unused_parameters=layout == "ddp_unused")
     inner = inner_of(model)
@@ -149,7 +171,7 @@ def take(case: Case, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         x = {name: each[place] for name, each in whole.items()}
         x["upstream"] = x["upstream"].transpose(0, 1)
         last = count == case.micro
-        if layout in FSDP:
+        if layout in (*FSDP, "accelerate"):
             model.set_requires_gradient_sync(last)
         with nullcontext() if last or layout not in DDP else model.no_sync():
             loss = compute(case, model, x["ids"], loss_of(case, layout, x, teacher, world))
