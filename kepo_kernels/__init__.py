@@ -7,8 +7,13 @@ from kepo_kernels.compute.autograd import TokenStats
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.fused_head import FusedHead
 from kepo_kernels.heads import Head, LoRA, head_of, lm_head_weight
-from kepo_kernels.linear import fused_linear_logprobs, fused_linear_loss
+from kepo_kernels.linear import (
+    fused_linear_divergence,
+    fused_linear_logprobs,
+    fused_linear_loss,
+)
 from kepo_kernels.losses import fused_gated_kd_loss, fused_grpo_loss, fused_kepo_loss
+from kepo_kernels.rows.top_k_rows import TopK
 from kepo_kernels.weights import (
     bnpo_weights,
     dapo_weights,
@@ -25,12 +30,14 @@ __all__ = [
     "KepoInputError",
     "LoRA",
     "TokenStats",
+    "TopK",
     "bnpo_weights",
     "dapo_weights",
     "dr_grpo_weights",
     "fused_gated_kd_loss",
     "fused_grpo_loss",
     "fused_kepo_loss",
+    "fused_linear_divergence",
     "fused_linear_logprobs",
     "fused_linear_loss",
     "grpo_weights",

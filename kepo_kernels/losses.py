@@ -62,10 +62,11 @@ from torch import Tensor
 from kepo_kernels.compute.autograd import TokenLoss, TokenStats
 from kepo_kernels.compute.call import Call, Result, at, begin
 from kepo_kernels.compute.compiled import one_operator
-from kepo_kernels.compute.problem import Teacher
 from kepo_kernels.heads import Head
 from kepo_kernels.objectives.policy import PolicyPart, PolicySettings, policy_term
 from kepo_kernels.objectives.sequences import with_whole_sequences
+from kepo_kernels.rows.top_k_rows import TopK
+from kepo_kernels.teachers import Teacher, teacher_given, teacher_required
 from kepo_kernels.validate import Validator
 
 
@@ -73,8 +74,8 @@ from kepo_kernels.validate import Validator
 def fused_gated_kd_loss(
     hidden: Tensor,
     lm_head: Tensor | Head,
-    teacher_hidden: Tensor,
-    teacher_lm_head: Tensor | Head,
+    teacher_hidden: Tensor | TopK,
+    teacher_lm_head: Tensor | Head | None = None,
     *,
     gate: Tensor | None = None,
     completion_mask: Tensor | None = None,
@@ -108,6 +109,7 @@ def fused_gated_kd_loss(
     """
     deciding = gate, weights
     call = begin("fused_gated_kd_loss", hidden, lm_head, bias, completion_mask, engine, *deciding)
+    teacher_required(call.check, teacher_hidden, teacher_lm_head)
     distillation = DistillationPart(
         teacher_hidden,
         teacher_lm_head,
@@ -143,7 +145,9 @@ def fused_grpo_loss(
     delta: float | None = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
+    kl_bias_correction: bool = False,
     entropy_coef: float = 0.0,
+    entropy_weights: Tensor | None = None,
     policy_loss: str | Callable[[Tensor, Tensor, Tensor], Tensor] = "clip",
     importance_level: str = "token",
     sapo_temperature_pos: float = 1.0,
@@ -155,7 +159,7 @@ def fused_grpo_loss(
 ) -> Result:
     """Compute the GRPO objective, or one of its relatives, on sampled tokens.
 
-        loss = sum_t w_t [ s_t L(r_t, A_t) + kl_coef K(d_t) - entropy_coef H(q_t) ]
+        loss = sum_t w_t [ s_t L(r_t, A_t) + kl_coef K(d_t) ] - entropy_coef sum_t h_t H(q_t)
         r_t = exp(min(log q(target_t) - old_logprobs_t, 20)), d_t = ref_logprobs_t - log q(target_t)
 
         "clip"       L = -min( min(r, delta) A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A )
@@ -179,6 +183,10 @@ def fused_grpo_loss(
         delta: upper bound of the ratio, also for negative advantages (dual clip), > 1 +
             epsilon_high. None disables it.
         kl_coef, entropy_coef: 0 disables the term. The entropy bonus lowers the loss.
+        kl_bias_correction: True multiplies K by r, gradient included, which corrects the estimate
+            for tokens that another policy sampled (TRL's use_bias_correction_kl).
+        entropy_weights: h, one per token, still multiplied by the mask. None means that the bonus
+            has the policy's weights w.
         policy_loss: a name, or a callable of your own: (logprobs, log_ratio, advantages) of n
             tokens, the first two with gradient, the log-ratio unbounded -> n losses, in any
             differentiable PyTorch.
@@ -189,7 +197,8 @@ def fused_grpo_loss(
 
     Equals, holding whole matrices: `reference.grpo_loss`.
     """
-    call = begin("fused_grpo_loss", hidden, lm_head, bias, completion_mask, engine, weights)
+    deciding = weights, entropy_weights
+    call = begin("fused_grpo_loss", hidden, lm_head, bias, completion_mask, engine, *deciding)
     policy = PolicyPart(
         targets,
         advantages,
@@ -198,6 +207,7 @@ def fused_grpo_loss(
         sampler_weights,
         PolicySettings.among(locals()),
         weights,
+        entropy_weights,
         reduction,
     )
     return _loss(call, policy, None, temperature=temperature)
@@ -209,7 +219,7 @@ def fused_kepo_loss(
     lm_head: Tensor | Head,
     targets: Tensor | None = None,
     advantages: Tensor | None = None,
-    teacher_hidden: Tensor | None = None,
+    teacher_hidden: Tensor | TopK | None = None,
     teacher_lm_head: Tensor | Head | None = None,
     *,
     gate: Tensor | None = None,
@@ -226,7 +236,9 @@ def fused_kepo_loss(
     delta: float | None = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
+    kl_bias_correction: bool = False,
     entropy_coef: float = 0.0,
+    entropy_weights: Tensor | None = None,
     policy_loss: str | Callable[[Tensor, Tensor, Tensor], Tensor] = "clip",
     importance_level: str = "token",
     sapo_temperature_pos: float = 1.0,
@@ -265,16 +277,14 @@ def fused_kepo_loss(
 
     Equals, holding whole matrices: `reference.kepo_loss`.
     """
-    deciding = gate, policy_weights, distill_weights
+    deciding = gate, policy_weights, distill_weights, entropy_weights
     call = begin("fused_kepo_loss", hidden, lm_head, bias, completion_mask, engine, *deciding)
     check = call.check
     distill_coef = check.number(
         "distill_coef", distill_coef, lambda x: x >= 0, "a finite number >= 0"
     )
     has_policy = check.given_together(targets=targets, advantages=advantages)
-    has_teacher = check.given_together(
-        teacher_hidden=teacher_hidden, teacher_lm_head=teacher_lm_head
-    )
+    has_teacher = teacher_given(check, teacher_hidden, teacher_lm_head)
     check.require(
         has_policy or has_teacher,
         "neither targets and advantages (a policy part) nor teacher_hidden and teacher_lm_head (a "
@@ -289,12 +299,13 @@ def fused_kepo_loss(
         sampler_weights,
         PolicySettings.among(locals()),
         policy_weights,
+        entropy_weights,
         policy_reduction,
         prefix="policy_",
     )
     distillation = DistillationPart(
-        cast(Tensor, teacher_hidden),
-        cast(Tensor | Head, teacher_lm_head),
+        cast(Tensor | TopK, teacher_hidden),
+        teacher_lm_head,
         teacher_bias,
         gate,
         distill_weights,
@@ -320,8 +331,8 @@ def fused_kepo_loss(
 class DistillationPart:
     """The teacher's arguments of a loss; none is checked except the coefficient."""
 
-    teacher_hidden: Tensor
-    teacher_lm_head: Tensor | Head
+    teacher_hidden: Tensor | TopK
+    teacher_lm_head: Tensor | Head | None
     teacher_bias: Tensor | None
     gate: Tensor | None
     weights: Tensor | None
@@ -341,9 +352,11 @@ class DistillationPart:
             **{f"{self.prefix}weights": self.weights},
         )
 
-    def checked(self, call: Call, temperature: float) -> tuple[Teacher, Tensor, Tensor]:
+    def checked(
+        self, call: Call, temperature: float, teacher_temperature: float | None
+    ) -> tuple[Teacher, Tensor, Tensor]:
         """Return the teacher, each token's weight of the divergence, and a mask of where it is not
-        0."""
+        0. `temperature` is that of the teacher's logits; see `Call.teacher`."""
         call.check.gate(self.gate, call.lead)
         weights, present = call.weights(self.gate, self.weights, self.reduction, self.prefix)
         teacher = call.teacher(
@@ -352,6 +365,7 @@ class DistillationPart:
             self.teacher_bias,
             self.opened(present),
             temperature,
+            teacher_temperature,
         )
         if self.coefficient == 0.0:
             present = torch.zeros_like(present)
@@ -379,19 +393,17 @@ def _loss(
 ) -> Result:
     """Compute any of the losses from the parts that were given: at least one of the two."""
     check = call.check
-    teacher_temperature = check.softmax(temperature, beta, teacher_temperature)
-    targets = teacher = rewarded = rows = distilled = None
+    of_teacher = check.softmax(temperature, beta, teacher_temperature)
+    targets = teacher = rows = distilled = None
     if distillation is not None:
-        teacher, distill_weights, distilled = distillation.checked(call, teacher_temperature)
-    if policy is not None:
-        policy_weights, rewarded = call.weights(
-            None, policy.weights, policy.reduction, policy.prefix
+        teacher, distill_weights, distilled = distillation.checked(
+            call, of_teacher, teacher_temperature
         )
-        term = policy_term(check, policy, rewarded, call.hidden)
-        targets = policy.targets
-        check.targets(targets, call.hidden, _either(rewarded, distilled), len(call.head.weight))
-        # With return_stats all tokens are computed, since their numbers are returned.
-        rows = rewarded if call.engine.get("return_stats") else term.alive
+    if policy is not None:
+        objective = _objective(call, policy)
+        targets, rows = policy.targets, objective.rows
+        used = _either(objective.active, distilled)
+        check.targets(targets, call.hidden, used, len(call.head.weight))
     student, problem = call.problem(
         targets,
         _either(rows, distilled),
@@ -401,16 +413,13 @@ def _loss(
         temperature=temperature,
     )
 
-    def of_policy(stats: TokenStats, rows: Tensor) -> Tensor:
-        return at(policy_weights, rows) * term.token_loss(stats, rows)
-
     def divergence_part(stats: TokenStats, rows: Tensor) -> Tensor:
         return at(distill_weights, rows) * stats.divergence
 
     if policy is None:
         return call.run(student, problem, divergence_part)
-    policy_part: TokenLoss = of_policy
-    if term.whole_sequences:
+    policy_part = objective.token_loss
+    if objective.whole_sequences:
         assert rows is not None, "a policy part has rows"
         problem, policy_part = with_whole_sequences(student, problem, call.lead, rows, policy_part)
     if distillation is None:
@@ -420,6 +429,39 @@ def _loss(
         return policy_part(stats, rows) + divergence_part(stats, rows)
 
     return call.run(student, problem, both_parts)
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """The policy part of a loss: policy term and entropy bonus, each with its weights."""
+
+    token_loss: TokenLoss
+    active: Tensor  # bool of shape lead: the tokens of either
+    rows: Tensor  # those of them that must be computed
+    whole_sequences: bool
+
+
+def _objective(call: Call, policy: PolicyPart) -> _Objective:
+    """Check the policy's arguments and weigh its terms."""
+    weights, rewarded = call.weights(None, policy.weights, policy.reduction, policy.prefix)
+    term = policy_term(call.check, policy, rewarded, call.hidden)
+    entropy_coef = float(policy.settings.entropy_coef)
+    bonus_weights, with_bonus = weights, rewarded
+    if policy.entropy_weights is not None:
+        bonus_weights, with_bonus = call.weights(None, policy.entropy_weights, "sum", "entropy_")
+    active, rows = rewarded, term.alive
+    if entropy_coef != 0.0:
+        active, rows = active | with_bonus, rows | with_bonus
+
+    def token_loss(stats: TokenStats, rows: Tensor) -> Tensor:
+        loss = at(weights, rows) * term.token_loss(stats, rows)
+        if entropy_coef != 0.0:
+            loss = loss - entropy_coef * at(bonus_weights, rows) * stats.entropy
+        return loss
+
+    # With return_stats all tokens are computed, since their numbers are returned.
+    rows = active if call.engine.get("return_stats") else rows
+    return _Objective(token_loss, active, rows, term.whole_sequences)
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor:

@@ -39,6 +39,15 @@ class HeadLike(Protocol):
     def lora(self) -> LoRALike | None: ...
 
 
+class TopKLike(Protocol):
+    """What the losses read of a teacher of K tokens."""
+
+    @property
+    def ids(self) -> Tensor: ...  # (B, T, K) or (N, K)
+    @property
+    def logprobs(self) -> Tensor: ...
+
+
 def project(hidden: Tensor, lm_head: Tensor | HeadLike, bias: Tensor | None = None) -> Tensor:
     """Compute (n, V) logits from (n, H) hidden states and a head of V tokens.
 
@@ -100,12 +109,41 @@ def token_divergence(
     shared = min(logits.shape[-1], teacher_logits.shape[-1])
     log_q = (logits[..., :shared] / temperature).log_softmax(-1)
     log_p = (teacher_logits[..., :shared] / teacher_temperature).log_softmax(-1)
+    return _divergence(log_q, log_p, beta)
+
+
+def top_k_divergence(
+    logits: Tensor, ids: Tensor, logprobs: Tensor, beta: float, temperature: float = 1.0
+) -> Tensor:
+    """Compute the divergence over K tokens and their tail: (n, V), (n, K), (n, K) -> (n,).
+
+    Both distributions have K + 1 bins: q those of softmax(logits / temperature), the tail being
+    what the K leave; p exp(logprobs) and 1 - their sum, at least 1e-7, divided by its own sum. A
+    tail of which q can have no token is no bin. ids of -1 pad.
+    """
+    log_q = (logits / temperature).log_softmax(-1)
+    listed = ids >= 0
+    of_k = torch.where(listed, log_q.gather(-1, ids.long().clamp(min=0)), -torch.inf)
+    taken = torch.zeros_like(logits, dtype=torch.int64)
+    taken = taken.scatter_add(-1, ids.long().clamp(min=0), listed.long()) > 0
+    rest = torch.where(taken, -torch.inf, log_q)
+    lives = (rest > -torch.inf).any(-1, keepdim=True)
+    tail = torch.where(lives, torch.where(lives, rest, 0.0).logsumexp(-1, keepdim=True), -torch.inf)
+    p = torch.where(listed, logprobs, -torch.inf).exp()
+    p_tail = torch.where(lives, (1.0 - p.sum(-1, keepdim=True)).clamp(min=1e-7), 0.0)
+    p = torch.cat((p, p_tail.to(p)), -1).detach()
+    log_p = (p / p.sum(-1, keepdim=True)).log().to(log_q)
+    return _divergence(torch.cat((of_k, tail), -1), log_p, beta)
+
+
+def _divergence(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+    """Compute D_beta of two distributions by their logarithms, (n, V) each -> (n,)."""
     if beta == 0.0:
         return _expectation(log_p, log_q).sum(-1)
     if beta == 1.0:
         return _expectation(log_q, log_p).sum(-1)
-    log_beta = torch.tensor(beta, dtype=logits.dtype, device=logits.device).log()
-    log_rest = torch.tensor(1.0 - beta, dtype=logits.dtype, device=logits.device).log()
+    log_beta = torch.tensor(beta, dtype=log_q.dtype, device=log_q.device).log()
+    log_rest = torch.tensor(1.0 - beta, dtype=log_q.dtype, device=log_q.device).log()
     # Where neither can produce the token m is 0 too, and the gradient of logaddexp is NaN.
     dead = (log_q == -torch.inf) & (log_p == -torch.inf)
     log_m = torch.logaddexp(
@@ -125,6 +163,39 @@ def _expectation(log_a: Tensor, log_b: Tensor | None = None) -> Tensor:
     safe_a = torch.where(alive, log_a, 0)
     safe_b = 0 if log_b is None else torch.where(alive, log_b, 0)
     return torch.where(alive, safe_a.exp() * (safe_a - safe_b), 0)
+
+
+def linear_divergence(
+    hidden: Tensor,
+    lm_head: Tensor | HeadLike,
+    teacher_hidden: Tensor | TopKLike,
+    teacher_lm_head: Tensor | HeadLike | None = None,
+    *,
+    completion_mask: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+) -> Tensor:
+    """The oracle of `kepo_kernels.fused_linear_divergence`: (B, T) or (N,), 0 outside the mask.
+
+    A teacher of K tokens is anything with `.ids` and `.logprobs`, (B, T, K) or (N, K) each.
+    """
+    lead = hidden.shape[:-1]
+    mask = torch.ones(lead, device=hidden.device) if completion_mask is None else completion_mask
+    rows = mask.reshape(-1).nonzero().squeeze(-1)
+    logits = project(hidden.flatten(0, -2)[rows], lm_head, bias)
+    if not isinstance(teacher_hidden, Tensor):
+        listed = teacher_hidden.ids, teacher_hidden.logprobs
+        ids, logprobs = (x.flatten(0, -2)[rows] for x in listed)
+        found = top_k_divergence(logits, ids, logprobs, beta, temperature)
+    else:
+        assert teacher_lm_head is not None, "states come with a head"
+        states = teacher_hidden.flatten(0, -2)[rows]
+        teacher_logits = project(states, teacher_lm_head, teacher_bias).detach()
+        found = token_divergence(logits, teacher_logits, beta, temperature, teacher_temperature)
+    return found.new_zeros(mask.numel()).index_put((rows,), found).reshape(lead)
 
 
 def reduction_weights(
@@ -229,8 +300,8 @@ def _total(weights: Tensor, term: Callable[[Tensor], Tensor], like: Tensor) -> T
 def gated_kd_loss(
     hidden: Tensor,
     lm_head: Tensor | HeadLike,
-    teacher_hidden: Tensor,
-    teacher_lm_head: Tensor | HeadLike,
+    teacher_hidden: Tensor | TopKLike,
+    teacher_lm_head: Tensor | HeadLike | None = None,
     *,
     gate: Tensor | None = None,
     completion_mask: Tensor | None = None,
@@ -244,7 +315,7 @@ def gated_kd_loss(
 ) -> Tensor:
     """The oracle of `kepo_kernels.fused_gated_kd_loss` (`teacher_hidden` for every sequence).
 
-    sum(w * token_divergence), heads as `project` reads them; gated as in KEPO, arXiv 2602.00400.
+    sum(w * linear_divergence), heads as `project` reads them; gated as in KEPO, arXiv 2602.00400.
     """
     lead = hidden.shape[:-1]
     mask = torch.ones(lead, device=hidden.device) if completion_mask is None else completion_mask
@@ -252,18 +323,19 @@ def gated_kd_loss(
         weights = reduction_weights(mask, gate, reduction)
     else:
         weights = weights * reduction_weights(mask, gate, "sum")
-    student, teacher = hidden.flatten(0, -2), teacher_hidden.flatten(0, -2)
-
-    def term(rows: Tensor) -> Tensor:
-        return token_divergence(
-            project(student[rows], lm_head, bias),
-            project(teacher[rows], teacher_lm_head, teacher_bias).detach(),
-            beta,
-            temperature,
-            teacher_temperature,
-        )
-
-    return _total(weights, term, hidden)
+    divergence = linear_divergence(
+        hidden,
+        lm_head,
+        teacher_hidden,
+        teacher_lm_head,
+        completion_mask=weights != 0,
+        beta=beta,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        bias=bias,
+        teacher_bias=teacher_bias,
+    )
+    return _total(weights, lambda rows: divergence.flatten()[rows], hidden)
 
 
 def grpo_loss(
@@ -278,7 +350,9 @@ def grpo_loss(
     ref_logprobs: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
+    kl_bias_correction: bool = False,
     entropy_coef: float = 0.0,
+    entropy_weights: Tensor | None = None,
     policy_loss: str | Callable[[Tensor, Tensor, Tensor], Tensor] = "clip",
     importance_level: str = "token",
     sampler_weights: Tensor | None = None,
@@ -289,12 +363,14 @@ def grpo_loss(
 ) -> Tensor:
     """The oracle of `kepo_kernels.fused_grpo_loss`.
 
-        sum_t w_t [ s_t policy_term_t + kl_coef kl_estimate_t - entropy_coef entropy_t ]
+        sum_t w_t [ s_t policy_term_t + kl_coef kl_estimate_t ] - entropy_coef sum_t h_t entropy_t
 
-    s: sampler_weights, (B,) or per token; None = 1. The log-ratio of `policy_term` is l = logprob -
-    old_logprobs (None: its own detached value). importance_level "sequence" puts in its place the
-    mean of l over the sequence's tokens of non-zero weight, for each of them (GSPO, Zheng et al.
-    2025, eq. 4-7). `policy`: epsilon_low, epsilon_high, delta, sapo_temperature_pos and _neg.
+    s: sampler_weights, (B,) or per token; None = 1. h: entropy_weights * mask; None = w. The
+    log-ratio of `policy_term` is l = logprob - old_logprobs (None: its own detached value).
+    importance_level "sequence" puts in its place the mean of l over the sequence's tokens of
+    non-zero weight, for each of them (GSPO, Zheng et al. 2025, eq. 4-7). With kl_bias_correction
+    the estimate is multiplied by exp(min(l, 20)). `policy`: epsilon_low, epsilon_high, delta,
+    sapo_temperature_pos and _neg.
     """
     lead = hidden.shape[:-1]
     mask = torch.ones(lead, device=hidden.device) if completion_mask is None else completion_mask
@@ -319,10 +395,20 @@ def grpo_loss(
         if sampler_weights is not None:
             loss = loss * pick(sampler_weights)
         if ref_logprobs is not None and kl_coef != 0.0:
-            loss = loss + kl_coef * kl_estimate(logprobs, pick(ref_logprobs), kl_estimator)
-        return loss - entropy_coef * token_entropy(logits, temperature)
+            estimate = kl_estimate(logprobs, pick(ref_logprobs), kl_estimator)
+            if kl_bias_correction:
+                estimate = estimate * log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
+            loss = loss + kl_coef * estimate
+        return loss
 
-    return _total(weights, term, hidden)
+    def bonus(rows: Tensor) -> Tensor:
+        return token_entropy(project(flat[rows], lm_head, bias), temperature)
+
+    total = _total(weights, term, hidden)
+    if entropy_coef == 0.0:
+        return total
+    of_entropy = weights if entropy_weights is None else entropy_weights * mask
+    return total - entropy_coef * _total(of_entropy, bonus, hidden)
 
 
 def kepo_loss(
@@ -330,7 +416,7 @@ def kepo_loss(
     lm_head: Tensor | HeadLike,
     targets: Tensor | None = None,
     advantages: Tensor | None = None,
-    teacher_hidden: Tensor | None = None,
+    teacher_hidden: Tensor | TopKLike | None = None,
     teacher_lm_head: Tensor | HeadLike | None = None,
     *,
     gate: Tensor | None = None,
@@ -369,7 +455,6 @@ def kepo_loss(
         )
         terms.append(reward)
     if teacher_hidden is not None:
-        assert teacher_lm_head is not None, "teacher_hidden comes with teacher_lm_head"
         distillation = gated_kd_loss(
             hidden,
             lm_head,

@@ -326,6 +326,12 @@ class Validator:
         self.require(good, f"{name}={value!r}; expected {expected}")
         return int(number)
 
+    def flag(self, name: str, value: object) -> bool:
+        """Return `value` as a Python bool; a number is refused."""
+        value = plain(value)
+        self.require(isinstance(value, bool), f"{name}={value!r}; expected True or False")
+        return bool(value)
+
     def softmax(
         self, temperature: float, beta: float = 0.5, teacher_temperature: float | None = None
     ) -> float:
@@ -366,8 +372,7 @@ class Validator:
             settings["grad_tol"] = self.number(
                 "grad_tol", settings["grad_tol"], lambda x: 0 <= x < 1, "a number in [0, 1)"
             )
-        wanted = settings["return_stats"] = plain(settings.get("return_stats", False))
-        self.require(isinstance(wanted, bool), f"return_stats={wanted!r}; expected True or False")
+        settings["return_stats"] = self.flag("return_stats", settings.get("return_stats", False))
         return cast(Engine, settings)  # its names and kinds are what was checked above
 
     def logits_dtype(self, wanted: torch.dtype | None, operands: torch.dtype) -> None:

@@ -46,6 +46,8 @@ def names() -> dict[str, object]:
         advantages=random(2),
         rewards=torch.tensor([1.0, 0.0]),
         mask=torch.ones(2, 5),
+        top_ids=torch.arange(4).expand(2, 5, 4),
+        top_logprobs=random(2, 5, 5).log_softmax(-1)[..., :4],
         old_logprobs=-random(2, 5).abs(),
         vllm_logprobs=-random(2, 5).abs(),
         tokens_of_all=10,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kepo_kernels.compute import pages
 from kepo_kernels.compute.graph_breaks import breaks_graph
+from kepo_kernels.compute.problem import restricted
 from kepo_kernels.compute.sparsity import BLOCK_ELEMENTS
 from kepo_kernels.compute.sweep import Gradients, LinearProblem, Student, sweep
 from kepo_kernels.rows.dispatch import pick_rows
@@ -181,13 +182,17 @@ class FusedLoss(torch.autograd.Function):
 class RowNumbers(torch.autograd.Function):
     """Autograd function: the student's tensors -> (3, N) numbers.
 
-    Backward recomputes the logits: nothing of size N x V is kept.
+    Backward recomputes the logits: nothing of size N x V is kept. On a CPU it does so for the rows
+    alone that have an upstream gradient.
     """
 
     @staticmethod
     def forward(ctx, hidden, lm_head, bias, lora_a, lora_b, problem):
         student = Student(hidden, lm_head, bias, lora_a, lora_b)
-        ctx.save_for_backward(*student)
+        # The problem's own are saved beside them so that torch refuses those changed in place.
+        constants = problem.teacher_hidden, problem.teacher_lm_head, problem.teacher_bias
+        listed = problem.top_k or ()
+        ctx.save_for_backward(*student, problem.targets, *constants, *listed)
         ctx.problem = problem
         return sweep(student, problem, None, None).numbers
 
@@ -195,9 +200,10 @@ class RowNumbers(torch.autograd.Function):
     @breaks_graph("the backward of a loss")  # compiled code that calls backward() looks in here
     @differentiable_once
     def backward(ctx, grad_numbers):
-        student = Student(*ctx.saved_tensors)
-        gradients = Gradients.empty(student, ctx.needs_input_grad[:5], ctx.problem)
-        sweep(student, ctx.problem, lambda rows, _: grad_numbers[:, rows], gradients)
+        student = Student(*ctx.saved_tensors[: len(Student._fields)])
+        problem = restricted(ctx.problem, grad_numbers)
+        gradients = Gradients.empty(student, ctx.needs_input_grad[:5], problem)
+        sweep(student, problem, lambda rows, _: grad_numbers[:, rows], gradients)
         cast = [
             None if g is None or x is None else g.to(x.dtype)
             for g, x in zip(gradients, student, strict=True)

@@ -10,9 +10,11 @@ from torch.autograd import forward_ad
 
 from kepo_kernels.compute.autograd import TokenLoss, TokenStats, fused_loss, loss_and_gradients
 from kepo_kernels.compute.devices import moved
-from kepo_kernels.compute.problem import Request, Teacher, build_problem
+from kepo_kernels.compute.problem import Request, build_problem
 from kepo_kernels.compute.sweep import LinearProblem, Student
 from kepo_kernels.heads import Head, LoRA
+from kepo_kernels.rows.top_k_rows import TopK
+from kepo_kernels.teachers import StatesTeacher, Teacher, TopKTeacher, refuse_beside_top_k
 from kepo_kernels.validate import Engine, Validator
 from kepo_kernels.weights import loss_weights
 
@@ -44,15 +46,32 @@ class Call:
 
     def teacher(
         self,
-        hidden: Tensor,
-        lm_head: Tensor | Head,
+        hidden: Tensor | TopK,
+        lm_head: Tensor | Head | None,
         bias: Tensor | None,
         opened: Tensor | None,
         temperature: float,
+        teacher_temperature: float | None,
     ) -> Teacher:
+        """Return the checked teacher.
+
+        `temperature` is that of its logits: `teacher_temperature`, or the student's if that is
+        None.
+        """
+        if isinstance(hidden, TopK):
+            refuse_beside_top_k(
+                self.check,
+                teacher_lm_head=lm_head,
+                teacher_bias=bias,
+                teacher_temperature=teacher_temperature,
+            )
+            listed = TopKTeacher(opened, hidden)
+            listed.check(self.check, self.hidden)
+            return listed
+        assert lm_head is not None, "states come with a head"
         bias = merged_bias(self.check, "teacher_", Head.of(lm_head), bias)
         hidden, head, bias = autocast(hidden, Head.of(lm_head), bias)
-        teacher = Teacher(hidden, head, bias, opened, temperature)
+        teacher = StatesTeacher(opened, hidden, head, bias, temperature)
         teacher.check(self.check, self.hidden)
         return teacher
 

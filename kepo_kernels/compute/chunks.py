@@ -13,7 +13,7 @@ import torch
 from kepo_kernels.compute import gemm
 from kepo_kernels.compute.sparsity import BLOCK_ELEMENTS
 from kepo_kernels.errors import KepoInputError
-from kepo_kernels.rows import torch_rows
+from kepo_kernels.rows import top_k_rows, torch_rows
 from kepo_kernels.rows.contract import accumulate_dtype
 from kepo_kernels.rows.dispatch import pick_rows
 from kepo_kernels.validate import Validator
@@ -53,6 +53,7 @@ class Sizes:
     teacher_rows: int = 0
     teacher_hidden_size: int = 0
     shared_vocab: int = 0
+    top_k: int = 0  # K of a TopK teacher, which has neither states nor head
     tokens: int = 0
     lora_rank: int = 0
     torch_impl: bool = False
@@ -87,6 +88,7 @@ class Sizes:
         a_row += h * (states + 2 * wide)  # the states, their upcast, their gradient
         a_row += teacher_h * (states + wide)
         a_row += 4 * self.lora_rank * wide
+        a_row += (self.top_k + (self.top_k > 0)) * top_k_rows.BIN_BYTES
         if self.device.type != "cpu" and narrow == 2 and logits == 4:
             a_row += self.vocab * narrow  # dlogits in the dtype of the operands
         fixed = self.tokens * TOKEN_BYTES
@@ -195,6 +197,7 @@ def chunking(
     teacher_rows: int = 0,
     teacher_hidden_size: int | None = None,
     teacher_vocab: int | None = None,
+    top_k: int = 0,
     dtype: torch.dtype = torch.float32,
     head_dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
@@ -212,6 +215,8 @@ def chunking(
         rows: number of tokens of non-zero weight; teacher_rows of them (<= rows) have a teacher.
         vocab, teacher_vocab: rows of the two heads; teacher_vocab None = the student's.
         teacher_hidden_size: hidden size of the teacher; None = the student's.
+        top_k: K of a `TopK` teacher, which has neither hidden size nor vocabulary; 0 means that the
+            teacher, if there is one, has hidden states.
         dtype, head_dtype: dtype of the states, and of the heads and the LoRA (None = the same).
         workspace_bytes, chunk_rows, logits_dtype, impl, grad_tol: as in the losses.
         lora_rank: rank of a LoRA on the student's head; 0 means there is none.
@@ -225,10 +230,11 @@ def chunking(
     """
     check = Validator("chunking")
     device = torch.device(device)
-    rows, teacher_rows, lora_rank = (
-        check.integer(name, x, 0, "an integer >= 0")
-        for name, x in (("rows", rows), ("teacher_rows", teacher_rows), ("lora_rank", lora_rank))
+    counts = {"rows": rows, "teacher_rows": teacher_rows, "lora_rank": lora_rank, "top_k": top_k}
+    rows, teacher_rows, lora_rank, top_k = (
+        check.integer(name, x, 0, "an integer >= 0") for name, x in counts.items()
     )
+    has_states = teacher_rows > 0 and top_k == 0
     hidden_size, vocab, teacher_vocab, teacher_hidden_size = (
         check.integer(name, x, 1, "a positive integer")
         for name, x in (
@@ -259,8 +265,9 @@ def chunking(
         logits_dtype=logits_dtype,
         device=device,
         teacher_rows=teacher_rows,
-        teacher_hidden_size=teacher_hidden_size if teacher_rows else 0,
-        shared_vocab=min(vocab, teacher_vocab) if teacher_rows else 0,
+        teacher_hidden_size=teacher_hidden_size if has_states else 0,
+        shared_vocab=min(vocab, teacher_vocab) if has_states else 0,
+        top_k=top_k if teacher_rows else 0,
         tokens=rows,
         lora_rank=lora_rank,
         torch_impl=pick_rows(impl, device, logits_dtype) is torch_rows,

@@ -22,6 +22,7 @@ from kepo_kernels.compute.autograd import TokenStats, differentiable_once
 from kepo_kernels.compute.call import autocast
 from kepo_kernels.compute.graph_breaks import breaks_graph
 from kepo_kernels.heads import Head, LoRA
+from kepo_kernels.rows.top_k_rows import TopK
 
 LOSSES: dict[str, Callable] = {}
 HEADS = {"lm_head": "bias", "teacher_lm_head": "teacher_bias"}
@@ -66,10 +67,15 @@ def one_operator(function: Callable) -> Callable:
 def _flattened(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments by name, including those of the heads, cast as autocast asks."""
     flat = dict(arguments)
+    listed = flat.get("teacher_hidden")
+    if isinstance(listed, TopK):
+        flat["teacher_hidden"], flat["teacher_hidden.logprobs"] = listed.ids, listed.logprobs
     for head_name, bias_name in HEADS.items():
         states_name = "hidden" if head_name == "lm_head" else "teacher_hidden"
         if flat.get(head_name) is None or states_name not in flat:
             continue
+        if f"{states_name}.logprobs" in flat:
+            continue  # a head beside a TopK, which the loss itself refuses
         given = flat[head_name]
         bias = flat.get(bias_name)
         if isinstance(given, Head) and given.bias is not None:
@@ -205,6 +211,9 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
         if f"{name}.lora_a" in flat:
             lora = LoRA(*(flat[f"{name}.lora_{part}"] for part in LoRA._fields))
         arguments[name] = Head(arguments[name], softcap, scale, lora)
+    if "teacher_hidden.logprobs" in flat:
+        listed = TopK(flat["teacher_hidden"], flat["teacher_hidden.logprobs"])
+        arguments["teacher_hidden"] = listed
     if isinstance(arguments.get("logits_dtype"), str):
         arguments["logits_dtype"] = getattr(torch, arguments["logits_dtype"].split(".")[1])
     return arguments

@@ -3,7 +3,7 @@
 It decides which rows take part, and in which chunks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import torch
@@ -12,68 +12,16 @@ from torch import Tensor
 from kepo_kernels.compute import gemm
 from kepo_kernels.compute.chunks import Sizes, chunk_length, gpu_at_hand
 from kepo_kernels.compute.devices import moved
+from kepo_kernels.compute.sparsity import live_rows
 from kepo_kernels.compute.sweep import ActiveRows, LinearProblem, Student
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.heads import Head, LoRA
 from kepo_kernels.rows import torch_rows
 from kepo_kernels.rows.contract import RowSettings
 from kepo_kernels.rows.dispatch import pick_rows
-from kepo_kernels.validate import Engine, Validator, describe
-
-
-@dataclass(frozen=True, eq=False)
-class Teacher:
-    """The frozen teacher's side of a call.
-
-    `hidden` has the student's sequences, or only the open ones.
-    """
-
-    hidden: Tensor
-    head: Head
-    bias: Tensor | None
-    opened: Tensor | None  # (B,), 0 or False on closed sequences; None means all are open
-    temperature: float
-
-    def check(self, check: Validator, student: Tensor) -> None:
-        names = ("teacher_hidden", "teacher_lm_head", "teacher_bias")
-        check.head(names, self.hidden, self.head, self.bias)
-        check.same_device(
-            student,
-            teacher_hidden=self.hidden,
-            teacher_lm_head=self.head.weight,
-            teacher_bias=self.bias,
-        )
-        check.dtypes(("hidden", student), ("teacher_hidden", self.hidden))
-        lead = student.shape[:-1]
-        if self.hidden.shape[:-1] == lead:
-            return
-        opened = "all" if self.opened is None else f"the {self._count()} open"
-        check.require(
-            self._is_compact(lead),
-            f"teacher_hidden {describe(self.hidden)} fits neither all {lead[0]} sequences of "
-            f"hidden {describe(student)} nor {opened} ones; its leading dimensions must be "
-            f"{list(lead)}, or the number of open sequences in place of the first (those whose "
-            "gate, or without a gate a weight inside completion_mask, is not 0)",
-        )
-
-    def _is_compact(self, lead: torch.Size) -> bool:
-        if self.opened is None or self.hidden.dim() != len(lead) + 1:
-            return False
-        return self.hidden.shape[:-1] == (self._count(), *lead[1:])
-
-    def _count(self) -> int:
-        assert self.opened is not None, "only open sequences are counted"
-        return int(self.opened.count_nonzero())
-
-    def rows(self, rows: Tensor, lead: torch.Size) -> Tensor:
-        """Return the positions, in the flattened teacher, of rows of the flattened student."""
-        if self.hidden.shape[:-1] == lead:
-            return rows
-        assert self.opened is not None, "`check` accepts fewer sequences only with `opened`"
-        tokens = lead[1] if len(lead) == 2 else 1
-        # The sequence's index among the open ones.
-        position = self.opened.ne(0).cumsum(0).to(rows.device) - 1
-        return position[rows // tokens] * tokens + rows % tokens
+from kepo_kernels.rows.top_k_rows import TopK
+from kepo_kernels.teachers import StatesTeacher, Teacher, TopKTeacher
+from kepo_kernels.validate import Engine, Validator
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +47,7 @@ class Request:
 
 def build_problem(asked: Request) -> tuple[Student, LinearProblem]:
     """Find the active rows and fix every setting of the chunk loop."""
-    check, hidden, head, teacher = asked.check, asked.hidden, asked.head, asked.teacher
+    check, hidden, head, teacher = asked.check, asked.hidden, asked.head, _states(asked)
     rows, teacher_rows = _rows(asked)
     # If every gate is closed, the chunks are exactly those of a call without a teacher.
     shared = 0
@@ -127,6 +75,9 @@ def build_problem(asked: Request) -> tuple[Student, LinearProblem]:
             teacher_rows=len(teacher_rows),
             teacher_hidden_size=teacher.hidden.shape[-1] if teacher is not None and shared else 0,
             shared_vocab=shared,
+            top_k=asked.teacher.top_k.ids.shape[-1]
+            if isinstance(asked.teacher, TopKTeacher)
+            else 0,
             tokens=asked.active.numel(),
             lora_rank=0 if head.lora is None else len(head.lora.a),
             torch_impl=row_kernels is torch_rows,
@@ -144,6 +95,7 @@ def build_problem(asked: Request) -> tuple[Student, LinearProblem]:
         active_rows=ActiveRows(there, teacher_there, chunks, rows),
         targets=targets,
         **_teacher_tensors(teacher, shared),
+        top_k=_flat_top_k(asked.teacher),
         settings=_row_settings(asked),
         lora_scale=1.0 if head.lora is None else float(head.lora.scale),
         operand_dtype=operand_dtype,
@@ -154,6 +106,17 @@ def build_problem(asked: Request) -> tuple[Student, LinearProblem]:
         teacher_strip_rows=sizes.strip_rows(sizes.teacher_hidden_size, strip_bytes),
         grad_tol=grad_tol,
     )
+
+
+def _states(asked: Request) -> StatesTeacher | None:
+    """Return the teacher if it is one of hidden states."""
+    return asked.teacher if isinstance(asked.teacher, StatesTeacher) else None
+
+
+def _flat_top_k(teacher: Teacher | None) -> TopK | None:
+    if not isinstance(teacher, TopKTeacher):
+        return None
+    return TopK(*(x.detach().flatten(0, -2) for x in teacher.top_k))
 
 
 def _rows(asked: Request) -> tuple[Tensor, Tensor]:
@@ -172,8 +135,8 @@ def _rows(asked: Request) -> tuple[Tensor, Tensor]:
 def _operand_dtypes(asked: Request) -> set[torch.dtype]:
     """Collect the dtypes of all operands of the products."""
     operands = [asked.hidden, *_tensors(asked.head, asked.bias)]
-    if asked.teacher is not None:
-        operands += [asked.teacher.hidden, *_tensors(asked.teacher.head, asked.teacher.bias)]
+    if (teacher := _states(asked)) is not None:
+        operands += [teacher.hidden, *_tensors(teacher.head, teacher.bias)]
     return {x.dtype for x in operands}
 
 
@@ -202,7 +165,7 @@ class _TeacherTensors(TypedDict):
     teacher_lora: LoRA | None
 
 
-def _teacher_tensors(teacher: Teacher | None, shared: int) -> _TeacherTensors:
+def _teacher_tensors(teacher: StatesTeacher | None, shared: int) -> _TeacherTensors:
     """Return the teacher's tensors detached, and cut to the shared vocabulary."""
     if teacher is None:
         return _TeacherTensors(
@@ -222,7 +185,7 @@ def _row_settings(asked: Request) -> RowSettings:
     A scale s is a temperature 1/s: softmax(s z / T), and s z capped at c is s (z capped at c / s).
     """
     # Numbers may be numpy scalars or 0-d tensors; the kernels need Python numbers.
-    head, teacher = asked.head, asked.teacher
+    head, teacher = asked.head, _states(asked)
     own_scale = float(head.logit_scale)
     scale = 1.0 if teacher is None else float(teacher.head.logit_scale)
     return RowSettings(
@@ -267,6 +230,25 @@ def even_chunks(split: int, rows: int, longest: int) -> tuple[tuple[int, int], .
         size = -(-(stop - begin) // max(1, count))
         chunks += [(start, min(start + size, stop)) for start in range(begin, stop, max(1, size))]
     return tuple(chunks)
+
+
+def restricted(problem: LinearProblem, upstream: Tensor) -> LinearProblem:
+    """Return the problem of the rows alone whose upstream gradient, (3, N), is not 0.
+
+    On a GPU that is the whole problem: looking would make the host wait.
+    """
+    here = problem.active_rows
+    live = live_rows(upstream[:, here.rows])
+    if len(live) == len(here.rows):
+        return problem
+    split = int((live < len(here.teacher_rows)).sum())
+    active_rows = ActiveRows(
+        here.rows[live],
+        here.teacher_rows[live[:split]],
+        even_chunks(split, len(live), problem.chunk_rows),
+        here.found_rows[live],
+    )
+    return replace(problem, active_rows=active_rows)
 
 
 def whole_sequence_chunks(

@@ -13,7 +13,7 @@ This module knows nothing of masks, gates, advantages or clipping.
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from kepo_kernels.compute.sparsity import LightColumns, keep_rows_, live_rows
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.heads import LoRA
 from kepo_kernels.rows.contract import NUM_COEFFICIENTS, RowSettings, RowStats, accumulate_dtype
+from kepo_kernels.rows.top_k_rows import TopK, TopKRows
+from kepo_kernels.teachers import refuse_bad_tokens
 
 Coefficients = Callable[[Tensor, Tensor], Tensor]  # (rows (n,), numbers (3, n)) -> (3, n)
 
@@ -136,6 +138,7 @@ class LinearProblem:
     teacher_lm_head: Tensor | None  # (V_t, H_t), cut to the shared rows, as are the next two
     teacher_bias: Tensor | None
     teacher_lora: LoRA | None
+    top_k: TopK | None  # (M, K) each, in place of teacher_hidden
     settings: RowSettings
     lora_scale: float
     operand_dtype: torch.dtype  # of the student's states in products; may be wider than theirs
@@ -162,7 +165,7 @@ def sweep(
     gradients: Gradients | None,
 ) -> Swept:
     """Run the chunk loop; gradients that the coefficients send back are added to `gradients`."""
-    kernels, settings = problem.row_kernels, problem.settings
+    settings = problem.settings
     hidden = student.hidden
     forks.in_use()
     numbers = hidden.new_zeros(
@@ -185,7 +188,10 @@ def sweep(
             if student.lora_a is not None and student.lora_b is not None:
                 ab = student.lora_a, student.lora_b
                 low = low_rank.project_(logits, x, *ab, problem.lora_scale, problem.strip_rows)
-            teacher = _teacher_logits(problem, buffers, start, end)
+            teacher = _teacher(problem, buffers, start, end, len(student.lm_head))
+            kernels: Any = problem.row_kernels
+            if isinstance(teacher, TopK):
+                kernels = TopKRows(kernels)
             targets = None if problem.targets is None else problem.targets[rows]
 
             table = kernels.row_forward(logits, targets, teacher, settings)
@@ -216,12 +222,17 @@ def sweep(
     return Swept(numbers, light.share, light.kept)
 
 
-def _teacher_logits(
-    problem: LinearProblem, buffers: "_Buffers", start: int, end: int
-) -> Tensor | None:
+def _teacher(
+    problem: LinearProblem, buffers: "_Buffers", start: int, end: int, vocab: int
+) -> Tensor | TopK | None:
+    """Return the teacher's logits of these rows, or its K tokens; None if they have no teacher."""
     rows = problem.active_rows.teacher_rows[start:end]
     if len(rows) == 0:
         return None
+    if problem.top_k is not None:
+        listed = TopK(*(x[rows] for x in problem.top_k))
+        refuse_bad_tokens(problem.function, listed, rows, vocab)
+        return listed
     states, head = problem.teacher_hidden, problem.teacher_lm_head
     assert states is not None and head is not None, "rows have a teacher"
     logits = buffers.get("teacher", len(rows), len(head))

@@ -32,6 +32,7 @@ class PolicySettings:
     delta: float | None
     kl_coef: float
     kl_estimator: str
+    kl_bias_correction: bool
     entropy_coef: float
     policy_loss: str | PolicyLoss
     importance_level: str
@@ -66,6 +67,7 @@ class PolicySettings:
                 f"effect on {self.policy_loss!r}; leave it out",
             )
         check.choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        numbers["kl_bias_correction"] = check.flag("kl_bias_correction", self.kl_bias_correction)
         if not callable(self.policy_loss):
             check.choice("policy_loss", self.policy_loss, POLICY_LOSSES, "or a callable")
         check.choice("importance_level", self.importance_level, IMPORTANCE_LEVELS)
@@ -153,6 +155,7 @@ class PolicyPart:
     sampler_weights: Tensor | None
     settings: PolicySettings
     weights: Tensor | None
+    entropy_weights: Tensor | None
     reduction: str
     prefix: str = ""
     """Prefix of `weights` and `reduction` in the caller's signature, as in policy_weights."""
@@ -168,6 +171,7 @@ class PolicyPart:
             sampler_weights=self.sampler_weights,
             kl_coef=settings.kl_coef or None,  # 0: the term is not asked for
             entropy_coef=settings.entropy_coef or None,
+            entropy_weights=self.entropy_weights,
             **{f"{self.prefix}weights": self.weights},
         )
 
@@ -185,9 +189,10 @@ class PolicyTerm:
 
 
 def policy_term(check: Validator, given: PolicyPart, active: Tensor, hidden: Tensor) -> PolicyTerm:
-    """Check inputs, build sampler_weight * policy loss + kl_coef * k(ref) - entropy_coef * entropy.
+    """Check inputs, build sampler_weight * policy loss + kl_coef * k(ref) per token.
 
-    `active` (lead) may be on the CPU while all other tensors are on a GPU.
+    The entropy bonus, which has weights of its own, is not part of it. `active` (lead) may be on
+    the CPU while all other tensors are on a GPU.
     """
     settings, lead = given.settings.checked(check), hidden.shape[:-1]
     advantages, sampler_weights = given.advantages, given.sampler_weights
@@ -240,9 +245,10 @@ def policy_term(check: Validator, given: PolicyPart, active: Tensor, hidden: Ten
             loss = loss * torch.where(live, sampler_weights[rows].to(dtype), 0)
         if ref_logprobs is not None and settings.kl_coef != 0.0:
             difference = torch.where(live, ref_logprobs[rows].to(dtype) - logprobs, 0)
-            loss = loss + settings.kl_coef * ESTIMATORS[settings.kl_estimator](difference)
-        if settings.entropy_coef != 0.0:
-            loss = loss - settings.entropy_coef * stats.entropy
+            estimate = ESTIMATORS[settings.kl_estimator](difference)
+            if settings.kl_bias_correction:
+                estimate = estimate * _ratio(log_ratio)
+            loss = loss + settings.kl_coef * estimate
         return loss
 
     return PolicyTerm(token_loss, alive, by_sequence)
@@ -256,13 +262,13 @@ def _alive(
     sampler_weights: Tensor | None,
 ) -> Tensor:
     """Return the active tokens whose policy term may be non-zero. Every built-in policy loss is
-    proportional to advantage and sampler weight: if one of them is 0, and neither penalty nor bonus
-    is asked for, the token's term is 0. The token may still be part of a sequence-level ratio; at
+    proportional to advantage and sampler weight: if one of them is 0, and no penalty is asked for,
+    the token's term is 0. The token may still be part of a sequence-level ratio; at
     that level a sequence is kept or dropped as a whole. Advantages on a GPU are not read if rows
     are found on the CPU: the host would wait for them."""
     if active.device != advantages.device:
         return active
-    if settings.kl_coef != 0.0 or settings.entropy_coef != 0.0 or callable(settings.policy_loss):
+    if settings.kl_coef != 0.0 or callable(settings.policy_loss):
         return active
     alive = active & (advantages != 0)
     if sampler_weights is not None:

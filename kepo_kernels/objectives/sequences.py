@@ -37,6 +37,7 @@ def with_whole_sequences(
         ),
         teacher_hidden=None,
         teacher_lm_head=None,
+        top_k=None,
     )
     with torch.no_grad():
         numbers = sweep(student, alone, None, None).numbers

@@ -70,7 +70,7 @@ def _blocks(logits: Tensor) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _capped(logits: Tensor, dtype: torch.dtype, softcap: float) -> Tensor:
+def capped(logits: Tensor, dtype: torch.dtype, softcap: float) -> Tensor:
     """Return the logits as the formulas use them, after the softcap, in `dtype`; -inf stays
     -inf."""
     logits = logits.to(dtype)
@@ -79,7 +79,7 @@ def _capped(logits: Tensor, dtype: torch.dtype, softcap: float) -> Tensor:
     return torch.where(logits > -torch.inf, softcap * (logits / softcap).tanh(), logits)
 
 
-def _cap_slope(logits: Tensor, dtype: torch.dtype, softcap: float) -> Tensor:
+def cap_slope(logits: Tensor, dtype: torch.dtype, softcap: float) -> Tensor:
     """d capped / d raw = 1 - tanh^2, without its cancellation at the cap: 4 e / (1 + e)^2."""
     e = (logits.to(dtype).abs() * (-2.0 / softcap)).exp()
     return 4.0 * e / (1.0 + e).square()
@@ -124,7 +124,7 @@ def _forward_block(
     settings: RowSettings,
 ) -> None:
     beta, temperature, teacher_temperature = settings[:3]
-    logits = _capped(logits, out.peak.dtype, settings.softcap)
+    logits = capped(logits, out.peak.dtype, settings.softcap)
     out.peak.copy_(logits.amax(-1))
     out.log_sum.copy_(_log_sum(logits, out.peak, temperature))
     log_q = _log_softmax(logits, out.peak.unsqueeze(-1), out.log_sum.unsqueeze(-1), temperature)
@@ -137,7 +137,7 @@ def _forward_block(
 
     shared = shared_columns(logits, teacher)
     logits = logits[:, :shared]
-    teacher = _capped(teacher[:, :shared], logits.dtype, settings.teacher_softcap)
+    teacher = capped(teacher[:, :shared], logits.dtype, settings.teacher_softcap)
     out.shared_log_sum.copy_(_log_sum(logits, out.peak, temperature))
     out.teacher_peak.copy_(teacher.amax(-1))
     out.teacher_log_sum.copy_(_log_sum(teacher, out.teacher_peak, teacher_temperature))
@@ -186,7 +186,7 @@ def _backward_block(
     settings: RowSettings,
 ) -> None:
     beta, temperature, teacher_temperature = settings[:3]
-    raw, logits = logits, _capped(logits, stats.peak.dtype, settings.softcap)
+    raw, logits = logits, capped(logits, stats.peak.dtype, settings.softcap)
     c, g, e = coefficients
     log_q = _log_softmax(logits, stats.peak, stats.log_sum, temperature)
     q = log_q.exp()
@@ -197,7 +197,7 @@ def _backward_block(
     if teacher is not None:
         shared = shared_columns(logits, teacher)
         log_q = _log_softmax(logits[:, :shared], stats.peak, stats.shared_log_sum, temperature)
-        teacher = _capped(teacher[:, :shared], logits.dtype, settings.teacher_softcap)
+        teacher = capped(teacher[:, :shared], logits.dtype, settings.teacher_softcap)
         log_p = _log_softmax(
             teacher, stats.teacher_peak, stats.teacher_log_sum, teacher_temperature
         )
@@ -211,5 +211,5 @@ def _backward_block(
             direction *= 1.0 - beta
         grad[:, :shared] += g * direction
     if settings.softcap > 0.0:
-        grad *= _cap_slope(raw, grad.dtype, settings.softcap)
+        grad *= cap_slope(raw, grad.dtype, settings.softcap)
     raw.copy_(grad / temperature)

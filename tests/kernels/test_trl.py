@@ -50,6 +50,7 @@ def trl_policy_loss(
     delta: float | None = None,
     beta: float = 0.0,
     entropy_coef: float = 0.0,
+    corrects_kl: bool = False,
     processes: int = 1,
 ) -> Tensor:
     """GRPOTrainer._compute_loss on these log-probabilities."""
@@ -64,7 +65,7 @@ def trl_policy_loss(
             sync_gradients=True,
         ),
         args=SimpleNamespace(
-            delta=delta, use_bias_correction_kl=False, steps_per_generation=1, **SAPO
+            delta=delta, use_bias_correction_kl=corrects_kl, steps_per_generation=1, **SAPO
         ),
         aux_loss_enabled=False,
         beta=beta,
@@ -237,6 +238,36 @@ def test_entropy_bonus(loss_type):
     """TRL's bonus is a mean over tokens whatever the loss; the same where ours is one, too."""
     x, mask = problem()
     compare(x, mask, trl_inputs(x, mask), {"entropy_coef": 0.1}, loss_type, entropy_coef=0.1)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_entropy_bonus_of_its_own_weights(loss_type):
+    """A mean over tokens beside any normalisation of the policy."""
+    x, mask = problem()
+    ours = {"entropy_coef": 0.1, "entropy_weights": weights.bnpo_weights(mask)}
+    compare(x, mask, trl_inputs(x, mask), ours, loss_type, entropy_coef=0.1)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_corrected_penalty(level, old, loss_type):
+    """TRL's default: k3 times the ratio, before that is bounded by delta."""
+    x, mask = problem()
+    if (level, loss_type) == ("sequence", "cispo"):
+        pytest.skip("TRL multiplies (B, 1) by (B, T) log-probabilities; ours is the same per token")
+    given = {"ref_per_token_logps": x.ref_logprobs} | (
+        {"old_per_token_logps": x.old_logprobs} if old else {}
+    )
+    ours = {
+        "ref_logprobs": x.ref_logprobs,
+        "old_logprobs": x.old_logprobs if old else None,
+        "kl_coef": 0.3,
+        "kl_bias_correction": True,
+        "importance_level": level,
+    }
+    how = {"beta": 0.3, "corrects_kl": True, "level": level}
+    compare(x, mask, trl_inputs(x, mask, **given), ours, loss_type, **how)
 
 
 # ------------------------------------------------------------------------------- TRL's kernels

@@ -5,6 +5,7 @@ import torch
 from bad_shapes import BAD_HEADS, BAD_LAYOUTS, BAD_SHAPES
 from right_calls import (
     BATCH,
+    DIVERGENCE,
     GRPO,
     INF,
     KD,
@@ -21,7 +22,7 @@ from right_calls import (
     at,
 )
 
-from kepo_kernels import Head, LoRA
+from kepo_kernels import Head, LoRA, TopK
 
 # (1, 1) and (2, 0) take part; (0, 3) is masked; sequence 0 is closed.
 BAD_VALUES = {
@@ -108,6 +109,11 @@ BAD_VALUES = {
         (KD, GRPO, LINEAR),
         {"weights": at(torch.ones(BATCH, LENGTH), (1, 0), INF)},
         ["weights holds inf at [1, 0]"],
+    ),
+    "NaN bonus weight": (
+        POLICY,
+        {"entropy_weights": at(torch.ones(BATCH, LENGTH), (1, 0), NAN)},
+        ["entropy_weights holds nan at [1, 0]"],
     ),
     "NaN policy weight": (
         (KEPO,),
@@ -211,6 +217,11 @@ BAD_SETTINGS = {
         ["kl_coef=-1.0"],
     ),
     "kl_coef without reference": (POLICY, {"kl_coef": 0.1}, ["kl_coef=0.1 needs ref_logprobs"]),
+    "kl_bias_correction 1": (
+        POLICY,
+        {"kl_bias_correction": 1},
+        ["kl_bias_correction=1; expected True or False"],
+    ),
     "entropy_coef inf": (POLICY, {"entropy_coef": INF}, ["entropy_coef=inf"]),
     "policy_loss": (POLICY, {"policy_loss": "ppo"}, ["policy_loss='ppo'"]),
     "importance_level": (POLICY, {"importance_level": "word"}, ["importance_level='word'"]),
@@ -381,6 +392,7 @@ BAD_PARTS = (
             "sampler_weights": torch.ones(BATCH),
             "kl_coef": 0.1,
             "entropy_coef": -0.1,
+            "entropy_weights": WEIGHTS,
         }.items()
     }
     | {
@@ -426,6 +438,106 @@ BAD_PARTS = (
     }
 )
 
-TABLES = BAD_HEADS, BAD_SHAPES, BAD_LAYOUTS, BAD_VALUES, BAD_SETTINGS, BAD_SIZES, BAD_PARTS
+IDS = torch.arange(3).expand(BATCH, LENGTH, 3).contiguous()
+LOGPROBS = torch.tensor([0.5, 0.3, 0.1]).log().expand(BATCH, LENGTH, 3).contiguous()
+
+
+def listed(ids: object = IDS, logprobs: object = LOGPROBS, **more: object) -> dict[str, object]:
+    return {"teacher_hidden": TopK(ids, logprobs), "teacher_lm_head": None} | more
+
+
+# A teacher of three tokens at every position.
+BAD_TOKENS = {
+    name: ((KD, KEPO, DIVERGENCE), wrong, says)
+    for name, (wrong, says) in {
+        "a head beside tokens": (
+            listed(teacher_lm_head=PROBLEM.teacher_lm_head),
+            ["teacher_lm_head is given beside a TopK teacher", "leave teacher_lm_head out"],
+        ),
+        "a bias beside tokens": (
+            listed(teacher_bias=PROBLEM.teacher_bias),
+            ["teacher_bias is given beside a TopK teacher"],
+        ),
+        "a temperature beside tokens": (
+            listed(teacher_temperature=0.5),
+            ["teacher_temperature is given beside a TopK teacher", "are final"],
+        ),
+        "a token beyond the vocabulary": (
+            listed(at(IDS, (1, 2, 1), VOCAB)),
+            ["teacher_hidden.ids holds 0, 37, 2 in row 6 ", "[0, 37), or -1"],
+        ),
+        "a token of -2": (listed(at(IDS, (1, 2, 0), -2)), ["teacher_hidden.ids holds -2, 1, 2"]),
+        "a token twice": (
+            listed(at(IDS, (1, 2, 2), 0)),
+            ["teacher_hidden.ids holds 0, 1, 0 in row 6 ", "each token at most once"],
+        ),
+        "NaN of a token": (
+            listed(logprobs=at(LOGPROBS, (1, 2, 2), NAN)),
+            ["teacher_hidden.logprobs holds -0.693147182, -1.20397282, nan in row 6 ", "not NaN"],
+        ),
+        "probabilities of tokens": (
+            listed(logprobs=LOGPROBS.exp()),
+            ["teacher_hidden.logprobs holds 0.5, 0.3", "in row", "sum to at most 1"],
+        ),
+        "more than all": (
+            listed(logprobs=LOGPROBS + 0.11),
+            ["teacher_hidden.logprobs holds", "sum to at most 1"],
+        ),
+        "log-probabilities of other tokens": (
+            listed(logprobs=LOGPROBS[..., :2]),
+            ["teacher_hidden.logprobs [3, 4, 2] float32", "shape [3, 4, 3]"],
+        ),
+        "tokens without log-probabilities": (
+            listed(logprobs=None),
+            ["teacher_hidden.logprobs is NoneType; expected a tensor"],
+        ),
+        "tokens as numbers": (
+            listed(IDS.float()),
+            ["teacher_hidden.ids [3, 4, 3] float32", "int64 or int32 token ids"],
+        ),
+        "log-probabilities as integers": (
+            listed(logprobs=IDS),
+            ["teacher_hidden.logprobs [3, 4, 3] int64", "a float tensor"],
+        ),
+        "tokens of other sequences": (
+            listed(IDS[:1], LOGPROBS[:1]),
+            ["teacher_hidden.ids [1, 4, 3] int64 on cpu fits neither all 3 sequences"],
+        ),
+        "no tokens": (listed(IDS[..., :0], LOGPROBS[..., :0]), ["with K > 0"]),
+        "one token each, without a dimension": (
+            listed(IDS[..., 0], LOGPROBS[..., 0]),
+            ["teacher_hidden.ids [3, 4] int64", "(B, T, K) or (N, K)"],
+        ),
+    }.items()
+}
+BAD_TEACHERS = {
+    "no teacher at all": (
+        (KD, DIVERGENCE),
+        {"teacher_hidden": None, "teacher_lm_head": None},
+        ["teacher_hidden and teacher_lm_head are None", "or a TopK as teacher_hidden"],
+    ),
+    "states without their head": (
+        (KD, DIVERGENCE),
+        {"teacher_lm_head": None},
+        ["teacher_hidden came without teacher_lm_head"],
+    ),
+    "a bias beside tokens, of an own loss": (
+        (LINEAR,),
+        listed(teacher_bias=PROBLEM.teacher_bias),
+        ["teacher_bias is given beside a TopK teacher"],
+    ),
+}
+
+TABLES = (
+    BAD_TOKENS,
+    BAD_TEACHERS,
+    BAD_HEADS,
+    BAD_SHAPES,
+    BAD_LAYOUTS,
+    BAD_VALUES,
+    BAD_SETTINGS,
+    BAD_SIZES,
+    BAD_PARTS,
+)
 TABLE = {name: wrong for table in TABLES for name, wrong in table.items()}
 assert len(TABLE) == sum(map(len, TABLES))

@@ -47,7 +47,7 @@ def partitioned() -> Tensor:
 BAD_HEADS = {
     "no tensor": (STUDENT, {"hidden": [1.0]}, ["hidden is list", "expected a tensor"]),
     "numpy": (STUDENT, {"lm_head": numpy.ones((VOCAB, HIDDEN))}, ["lm_head is ndarray"]),
-    "none": ((KD,), {"teacher_hidden": None}, ["teacher_hidden is NoneType"]),
+    "none": ((KD,), {"teacher_hidden": None}, ["came without teacher_hidden"]),
     "one dimension": (STUDENT, {"hidden": torch.ones(HIDDEN)}, ["hidden [16] float32", "(N, H)"]),
     "four dimensions": (STUDENT, {"hidden": torch.ones(1, 3, 4, HIDDEN)}, ["hidden [1, 3, 4, 16]"]),
     "head of one dimension": (STUDENT, {"lm_head": torch.ones(HIDDEN)}, ["lm_head [16]", "(V, H)"]),

@@ -40,13 +40,23 @@ def widened(name: str, dim: int = -1) -> Callable[[Arguments], Arguments]:
 
     def edit(call: Arguments) -> Arguments:
         x = call[name]
-        return {name: Head(wider(x.weight)) if isinstance(x, Head) else wider(x)}
+        return {name: Head(wider(x.weight)) if isinstance(x, Head) else each_tensor(x, wider)}
 
     return edit
 
 
 def setting(**wrong: object) -> Callable[[Arguments], Arguments]:
     return lambda call: wrong
+
+
+def longer_teacher(call: Arguments) -> Arguments:
+    """One sequence more than the student has, whatever is open."""
+    count = len(call["hidden"]) + 1
+    return {
+        "teacher_hidden": each_tensor(
+            call["teacher_hidden"], lambda x: x.repeat(count, *[1] * (x.dim() - 1))[:count]
+        )
+    }
 
 
 def other_dtype(call: Arguments) -> Arguments:
@@ -60,8 +70,8 @@ ERRORS = {
     "head of another width": ("lm_head", widened("lm_head"), "lm_head"),
     "head of another dtype": ("lm_head", other_dtype, "lm_head"),
     "bias of another length": ("bias", widened("bias"), "bias"),
-    "teacher of another length": ("teacher_hidden", widened("teacher_hidden", 0), "teacher_hidden"),
-    "teacher of another width": ("teacher_hidden", widened("teacher_hidden"), "teacher_hidden"),
+    "teacher of another length": ("teacher_hidden", longer_teacher, "teacher_hidden"),
+    "teacher of another width": ("teacher_lm_head", widened("teacher_hidden"), "teacher_hidden"),
     "mask of another length": ("completion_mask", widened("completion_mask"), "completion_mask"),
     "mask of fractions": (
         "completion_mask",

@@ -59,6 +59,8 @@ def _nudged(call: Arguments, arithmetic: torch.dtype) -> Arguments:
     """Every number that logits are made of one ulp up or down, in fp64."""
 
     def nudge(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
         up = torch.randint(2, x.shape).double() * 2.0 - 1.0
         return x.double() * (1.0 + up * torch.finfo(arithmetic).eps)
 

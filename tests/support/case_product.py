@@ -9,7 +9,7 @@ import random
 from functools import partial
 
 import torch
-from cases import HUGE, KernelCase, open_sequences, own_policy_loss
+from cases import HUGE, KernelCase, listed, open_sequences, own_policy_loss
 from loss_calls import LOSSES, Arguments, each_tensor, flat
 from torch import Tensor
 
@@ -42,6 +42,7 @@ TEACHER = {
     "teacher_bias": (False, True),
     "teacher_head": HEADS,
     "teacher_temperature": (None, 0.5, 2.0),
+    "listed": (None, None, None, 1, 3, 40),
     "beta": (0.0, 0.1, 0.5, 1.0),
     "gate": ("none", "bool", "float", "closed", "left out"),
     "compact": (False, True),
@@ -50,7 +51,9 @@ POLICY = {
     "policy_loss": ("clip", "cispo", "sapo", "reinforce", own_policy_loss),
     "importance_level": ("token", "sequence"),
     "kl_estimator": (None, "k1", "k2", "k3"),
+    "kl_bias_correction": (False, True),
     "entropy_coef": (0.0, 0.1, -0.1),
+    "entropy_weights": (False, True),
     "delta": (None, 1.6),
     "old": (False, True),
     "sampler": (None, "sequence", "token"),
@@ -85,6 +88,7 @@ def drawn(number: int) -> KernelCase:
         settings["delta"] = chosen["delta"]
     if chosen.get("kl_estimator"):
         settings |= {"kl_estimator": chosen["kl_estimator"], "kl_coef": 0.2}
+        settings["kl_bias_correction"] = chosen["kl_bias_correction"]
     if chosen["dtype"] in (torch.bfloat16, torch.float16):
         settings["logits_dtype"] = torch.float32
     biases = [name for name in ("bias", "teacher_bias") if chosen.get(name)]
@@ -108,6 +112,8 @@ def finish(chosen: dict[str, object], number: int, call: Arguments) -> Arguments
         kind = chosen.get(name.replace("lm_head", "head"))
         if kind is not None:
             call = call | {name: head(call[name], kind, normal)}
+    if chosen.get("listed"):
+        call = listed(chosen["listed"])(call)
     call = call | masks(chosen["mask"], lead, normal)
     call = call | gates(chosen.get("gate"), lead[0], normal)
     call = call | weightings(chosen, lead, normal)
@@ -116,7 +122,7 @@ def finish(chosen: dict[str, object], number: int, call: Arguments) -> Arguments
     if chosen["strides"] == "expanded":
         for name in ("hidden", "teacher_hidden"):
             if name in call:
-                call = call | {name: call[name][:1].expand_as(call[name])}
+                call = call | {name: each_tensor(call[name], lambda x: x[:1].expand_as(x))}
     if "old" in chosen:
         call = call | earlier(chosen, call, normal)
     if chosen["flat"]:
@@ -125,7 +131,8 @@ def finish(chosen: dict[str, object], number: int, call: Arguments) -> Arguments
     if chosen.get("compact") and "teacher_hidden" in call:
         opened = open_sequences(call)
         if opened is not None:
-            call = call | {"teacher_hidden": call["teacher_hidden"][opened]}
+            teacher = each_tensor(call["teacher_hidden"], lambda x: x[opened])
+            call = call | {"teacher_hidden": teacher}
     return {name: each_tensor(x, partial(strided, chosen["strides"])) for name, x in call.items()}
 
 
@@ -181,12 +188,15 @@ def policies(
     if chosen["sampler"] is not None:
         weights = normal(lead[0] if chosen["sampler"] == "sequence" else lead)
         given["sampler_weights"] = weights.clamp(min=0.0)
+    if chosen["entropy_weights"]:
+        given["entropy_weights"] = normal(lead) * (normal(lead) > 0.0)
     return given
 
 
 def one_part(kept: str | None, call: Arguments) -> Arguments:
     """The joint loss without its policy, or without its teacher."""
     of_policy = ("targets", "advantages", "old_logprobs", "ref_logprobs", "sampler_weights")
+    of_policy += ("entropy_weights",)
     gone = {
         "teacher": (*of_policy, "policy_weights", "policy_reduction", "kl_coef", "entropy_coef"),
         "policy": ("teacher_hidden", "teacher_lm_head", "teacher_bias", "gate", "distill_weights")
@@ -247,7 +257,10 @@ def poisoned(call: Arguments) -> Arguments:
     """NaN, and no token ids, wherever a tensor belongs to a token that takes no part."""
     weights = weights_of(call)
     active = {term: w != 0 for term, w in weights.items()}
-    anywhere = torch.stack(tuple(active.values())).any(0)
+    everywhere = [*active.values()]
+    if call.get("entropy_coef") and call.get("entropy_weights") is not None:
+        everywhere.append(call["entropy_weights"] != 0)
+    anywhere = torch.stack(everywhere).any(0)
     of_policy, of_teacher = active.get("policy_"), active.get("distill_")
     where = {"hidden": anywhere, "targets": anywhere, "teacher_hidden": of_teacher}
     of_tokens = ("advantages", "old_logprobs", "ref_logprobs", "sampler_weights")
@@ -255,10 +268,16 @@ def poisoned(call: Arguments) -> Arguments:
 
     def spoil(name: str, x: object) -> object:
         live = where.get(name)
-        # Not what is per sequence, or of the open sequences only.
-        if live is None or x is None or x.shape[: live.dim()] != live.shape:
+        if live is None:
             return x
-        live = live.reshape(*live.shape, *[1] * (x.dim() - live.dim()))
-        return torch.where(live, x, -(10**6) if name == "targets" else torch.nan)
+
+        def change(x: Tensor) -> Tensor:
+            # Not what is per sequence, or of the open sequences only.
+            if x.shape[: live.dim()] != live.shape:
+                return x
+            of_tokens = live.reshape(*live.shape, *[1] * (x.dim() - live.dim()))
+            return torch.where(of_tokens, x, torch.nan if x.is_floating_point() else -(10**6))
+
+        return each_tensor(x, change)
 
     return {name: spoil(name, x) for name, x in call.items()}

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 from checks import make_problem
-from loss_calls import Arguments, arguments, assert_right, flat
+from loss_calls import Arguments, arguments, assert_right, each_tensor, flat
 from torch import Tensor
 
-from kepo_kernels import Head, LoRA
+from kepo_kernels import Head, LoRA, TopK, reference
 
 Edit = Callable[[Arguments], Arguments]
 
@@ -46,11 +46,15 @@ class KernelCase:
 def full_teacher(call: Arguments) -> Arguments:
     """The oracle wants the teacher's states of closed sequences, too, and does not look at them."""
     hidden, teacher = call["hidden"], call.get("teacher_hidden")
-    if teacher is None or teacher.shape[:-1] == hidden.shape[:-1]:
-        return call
-    full = teacher.new_zeros(*hidden.shape[:-1], teacher.shape[-1])
-    full[open_sequences(call)] = teacher
-    return call | {"teacher_hidden": full}
+
+    def full(x: Tensor) -> Tensor:
+        if x.shape[:-1] == hidden.shape[:-1]:
+            return x
+        found = x.new_zeros(*hidden.shape[:-1], x.shape[-1])
+        found[open_sequences(call)] = x
+        return found
+
+    return call if teacher is None else call | {"teacher_hidden": each_tensor(teacher, full)}
 
 
 def open_sequences(call: Arguments) -> Tensor | None:
@@ -83,6 +87,15 @@ def token_weights(call: Arguments) -> Arguments:
     weights = torch.randn(call["hidden"].shape[:2], dtype=torch.float64)
     weights[1, 2:4] = 0.0
     return call | {"weights": weights * 3.0}
+
+
+def bonus_weights(call: Arguments) -> Arguments:
+    """The bonus on other tokens than the policy term: some have one of them, some both."""
+    weights = torch.randn(2, *call["hidden"].shape[:2], dtype=torch.float64)
+    weights[0, :, 1::3] = 0.0
+    weights[1, :, ::3] = 0.0
+    name = "weights" if "gate" not in call else "policy_weights"
+    return call | {name: weights[0], "entropy_weights": weights[1]}
 
 
 def token_advantages(call: Arguments) -> Arguments:
@@ -130,7 +143,7 @@ def heads(call: Arguments) -> Arguments:
     """Everything a head can have, on either side."""
     student, teacher = call["lm_head"], call.get("teacher_lm_head")
     call = call | {"lm_head": Head(student, 4.0, 0.5, low_rank(student))}
-    if teacher is None:
+    if teacher is None:  # or of K tokens
         return call
     return call | {"teacher_lm_head": Head(teacher, 6.0, 1.5, low_rank(teacher))}
 
@@ -146,7 +159,30 @@ def sampled_elsewhere(call: Arguments) -> Arguments:
 
 
 def compact_teacher(call: Arguments) -> Arguments:
-    return call | {"teacher_hidden": call["teacher_hidden"][call["gate"] != 0]}
+    opened = call["gate"] != 0
+    return call | {"teacher_hidden": each_tensor(call["teacher_hidden"], lambda x: x[opened])}
+
+
+def listed(count: int) -> Edit:
+    """The teacher's `count` most likely tokens in place of its states; some rows have fewer, one
+    has none, and in one of them the student's own are not among them."""
+
+    def edit(call: Arguments) -> Arguments:
+        names = ("teacher_hidden", "teacher_lm_head", "teacher_bias")
+        given = {name: each_tensor(call.get(name), Tensor.double) for name in names}
+        logits = reference.project(*given.values())
+        logits = logits / (call.get("teacher_temperature") or call.get("temperature", 1.0))
+        shared = min(logits.shape[-1], len(Head.of(call["lm_head"]).weight))
+        found = logits.log_softmax(-1)[..., :shared].topk(min(count, shared))
+        ids, logprobs = found.indices, found.values.clone()
+        rows, places = ids.flatten(0, -2), logprobs.flatten(0, -2)
+        rows[1::3, -1] = -1
+        places[1::3, -1] = torch.nan  # of padding: not read
+        rows[-1] = -1
+        rest = {n: x for n, x in call.items() if n not in (*names, "teacher_temperature")}
+        return rest | {"teacher_hidden": TopK(ids, logprobs.to(call["hidden"].dtype))}
+
+    return edit
 
 
 def own_policy_loss(logprobs: Tensor, log_ratio: Tensor, advantages: Tensor) -> Tensor:
@@ -229,6 +265,80 @@ CASES = {
     "kd heads, ruled-out tokens": KernelCase(
         "gated_kd", KD + " bias teacher_bias", {"beta": 0.5}, {}, chain(ruled_out, heads)
     ),
+    # K tokens in place of states: few, one, as many as there are, and what a head can have.
+    "kd top k": KernelCase("gated_kd", KD + " bias", {"beta": 0.3, "chunk_rows": 3}, {}, listed(5)),
+    "kd top k forward": KernelCase(
+        "gated_kd", KD, {"beta": 0.0, "temperature": 0.7}, {}, listed(8)
+    ),
+    "kd top k reverse": KernelCase(
+        "gated_kd",
+        "completion_mask",
+        {"beta": 1.0, "chunk_rows": 1},
+        {},
+        chain(soft_gate, listed(1)),
+    ),
+    "kd top k of all": KernelCase("gated_kd", KD, {"beta": 0.5}, {}, listed(37)),
+    "kd top k of a wider teacher": KernelCase(
+        "gated_kd", KD + " bias teacher_bias", {"beta": 0.0}, {"teacher_vocab": 45}, listed(30)
+    ),
+    "kd top k compact, flat": KernelCase(
+        "gated_kd", KD, {"beta": 0.5}, {}, chain(listed(3), flat, compact_teacher)
+    ),
+    "kd top k heads": KernelCase(
+        "gated_kd", KD + " bias", {"beta": 1.0, "temperature": 0.7}, {}, chain(listed(4), heads)
+    ),
+    "kd top k peaked": KernelCase(
+        "gated_kd", KD, {"beta": 0.0}, PEAKED, chain(exact_logits, listed(3))
+    ),
+    # Where the student is sure of one of the K the gradient vanishes: half as peaked.
+    "kd top k peaked reverse": KernelCase(
+        "gated_kd",
+        KD,
+        {"beta": 1.0, "temperature": 0.7},
+        {"std": 6.0},
+        chain(exact_logits, listed(3)),
+    ),
+    "kd top k one-token vocabulary": KernelCase(
+        "gated_kd", "", {"beta": 0.5}, {"vocab": 1, "batch": 1}, listed(1)
+    ),
+    "kd top k wide": KernelCase(
+        "gated_kd",
+        KD + " bias",
+        {"beta": 0.5, "chunk_rows": HUGE},
+        {"batch": 2, "length": 3, "vocab": 2311, "teacher_vocab": 2203, "hidden": 33},
+        listed(128),
+    ),
+    "kepo top k": KernelCase(
+        "kepo",
+        ALL,
+        {
+            "beta": 0.3,
+            "distill_coef": 0.3,
+            "temperature": 0.7,
+            "kl_coef": 0.1,
+            "entropy_coef": 0.05,
+            "chunk_rows": 3,
+        },
+        {},
+        chain(soft_gate, listed(12)),
+    ),
+    "kepo top k peaked": KernelCase(
+        "kepo",
+        "completion_mask",
+        {"beta": 1.0, "entropy_coef": 0.1},
+        PEAKED,
+        chain(exact_logits, listed(6)),
+    ),
+    "kepo top k, heads, sequences": KernelCase(
+        "kepo",
+        ALL,
+        {"importance_level": "sequence", "entropy_coef": 0.1, "beta": 0.0},
+        {},
+        chain(listed(12), heads, compact_teacher),
+    ),
+    "kepo top k, frozen head": KernelCase(
+        "kepo", ALL, {"distill_coef": 3.0}, {}, listed(6), frozen=("lm_head", "bias")
+    ),
     "grpo head": KernelCase("grpo", ALL_POLICY, {"entropy_coef": 0.1, "kl_coef": 0.1}, {}, heads),
     "kd compact teacher": KernelCase("gated_kd", KD, {"beta": 0.0}, {}, compact_teacher),
     # The relatives of GRPO, next to each of them an estimator, a level or sampler weights.
@@ -296,6 +406,40 @@ CASES = {
     # Reference log-probabilities that no coefficient asks for; an entropy that is lowered.
     "grpo unused reference": KernelCase(
         "grpo", "old_logprobs ref_logprobs", {"kl_coef": 0.0, "entropy_coef": -0.1}
+    ),
+    # The penalty times the ratio, also where it is clipped or flat; the bonus on tokens of its own.
+    "grpo corrected penalty": KernelCase(
+        "grpo",
+        ALL_POLICY,
+        {"kl_coef": 0.3, "kl_bias_correction": True, "chunk_rows": 3},
+        {},
+        far_ratios,
+    ),
+    "grpo corrected penalty, on policy": KernelCase(
+        "grpo", "ref_logprobs", {"kl_coef": 0.3, "kl_bias_correction": True, "kl_estimator": "k1"}
+    ),
+    "grpo corrected penalty of sequences": KernelCase(
+        "grpo",
+        ALL_POLICY,
+        {
+            "kl_coef": 0.3,
+            "kl_bias_correction": True,
+            "importance_level": "sequence",
+            "policy_loss": "reinforce",  # the ratio is that of the penalty alone
+        },
+    ),
+    "grpo bonus of its own weights": KernelCase(
+        "grpo", "completion_mask old_logprobs", {"entropy_coef": 0.2}, {}, bonus_weights
+    ),
+    "grpo unused bonus weights": KernelCase(
+        "grpo", "completion_mask old_logprobs", {"entropy_coef": 0.0}, {}, bonus_weights
+    ),
+    "kepo bonus of its own weights": KernelCase(
+        "kepo",
+        ALL,
+        {"entropy_coef": 0.2, "importance_level": "sequence", "chunk_rows": 2},
+        {},
+        bonus_weights,
     ),
     "grpo weights": KernelCase("grpo", "completion_mask old_logprobs", {}, {}, token_weights),
     "grpo flat": KernelCase(

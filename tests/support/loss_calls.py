@@ -8,7 +8,7 @@ from checks import Problem, assert_close_to_oracle, device_of, make_problem
 from torch import Tensor
 
 import kepo_kernels
-from kepo_kernels import Head, LoRA, reference
+from kepo_kernels import Head, LoRA, TopK, reference
 
 # The required tensors of each loss; they are passed by name, as everything is.
 TENSORS = {
@@ -40,6 +40,7 @@ PER_TOKEN = (
     "weights",
     "policy_weights",
     "distill_weights",
+    "entropy_weights",
     "old_logprobs",
     "ref_logprobs",
 )
@@ -64,7 +65,9 @@ def flat(call: Arguments) -> Arguments:
     def flatten(name: str, x: object) -> object:
         if x is None or name not in PER_TOKEN + PER_SEQUENCE:
             return x
-        return x.repeat_interleave(length, 0) if x.dim() == 1 else x.flatten(0, 1)
+        if isinstance(x, Tensor) and x.dim() == 1:
+            return x.repeat_interleave(length, 0)
+        return each_tensor(x, lambda t: t.flatten(0, 1))
 
     return {name: flatten(name, x) for name, x in call.items()}
 
@@ -75,7 +78,9 @@ def function_of(loss: str) -> Callable[..., Tensor]:
 
 
 def each_tensor(x: object, change: Callable[[Tensor], Tensor]) -> object:
-    """`change` of a tensor, of all the tensors of a head, and of nothing else."""
+    """`change` of a tensor, of all the tensors of a head or a teacher, and of nothing else."""
+    if isinstance(x, TopK):
+        return TopK(*map(change, x))
     if isinstance(x, Head):
         lora = x.lora and LoRA(change(x.lora.a), change(x.lora.b), x.lora.scale)
         return replace(x, weight=change(x.weight), lora=lora)

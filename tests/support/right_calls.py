@@ -20,12 +20,13 @@ FUNCTIONS = {
     "fused_linear_logprobs": {
         name: getattr(PROBLEM, name) for name in ("hidden", "lm_head", "targets", "completion_mask")
     },
+    "fused_linear_divergence": arguments("gated_kd", PROBLEM, "completion_mask"),
     "fused_linear_loss": {
         name: getattr(PROBLEM, name) for name in ("hidden", "lm_head", "targets", "completion_mask")
     }
     | {"token_loss": lambda stats, rows: -stats.logprobs},
 }
-KD, GRPO, KEPO, LOGPROBS, LINEAR = FUNCTIONS
+KD, GRPO, KEPO, LOGPROBS, DIVERGENCE, LINEAR = FUNCTIONS
 STUDENT = tuple(FUNCTIONS)
 TEACHER = (KD, KEPO)
 POLICY = (GRPO, KEPO)

@@ -93,6 +93,21 @@ def test_one_graph_of_one_part(part, none):
     assert expected["stats 1"].any() == (part != "no teacher")
 
 
+@pytest.mark.parametrize("loss", ["gated_kd", "kepo"])
+def test_one_graph_of_a_teacher_of_tokens(loss):
+    model = Model(loss, return_stats=True)
+    x, call = call_for(loss)
+    ids = torch.rand(3, 5, 37).topk(4).indices
+    logprobs = torch.randn(3, 5, 5).log_softmax(-1)[..., :4]
+    call = {name: y for name, y in call.items() if not name.startswith("teacher_")}
+    call["teacher_hidden"] = kepo_kernels.TopK(ids, logprobs)
+    expected = run(model, model, x, call)
+    actual = run(model, torch.compile(model, fullgraph=True, backend="aot_eager"), x, call)
+    assert actual.keys() == expected.keys() and expected["stats 1"].any()
+    for name, number in expected.items():
+        assert torch.allclose(actual[name], number, rtol=1e-6, atol=1e-7), name
+
+
 @pytest.mark.slow
 def test_parts_that_do_not_belong_together_are_refused_as_in_eager_mode():
     for missing in (

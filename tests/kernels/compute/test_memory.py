@@ -49,6 +49,7 @@ class Configuration:
     grad_tol: float
     trains: tuple[str, ...]
     share: float  # of the way from the least workspace to that of one chunk, logarithmically
+    top_k: int  # of a teacher of tokens; 0: it has hidden states
 
     @classmethod
     def draw(cls, seed: int) -> "Configuration":
@@ -69,6 +70,7 @@ class Configuration:
             grad_tol=pick.choice((0.0, 0.0, 1e-3)),
             trains=pick.choice(trains),
             share=pick.random(),
+            top_k=pick.choice((0, 0, 1, 128)),
         )
 
     @property
@@ -83,6 +85,7 @@ class Configuration:
             self.vocab,
             teacher_rows=teacher_rows,
             teacher_hidden_size=self.teacher_hidden,
+            top_k=0 if self.loss == "grpo" else self.top_k,
             dtype=self.dtype,
             impl=self.backend,
             grad_tol=self.grad_tol,
@@ -116,6 +119,10 @@ class Configuration:
         head = kepo_kernels.Head(weight, lora=lora)
         leaves = [hidden, weight, *(lora[:2] if lora else ())]
         teacher = normal(self.rows, self.teacher_hidden), normal(self.vocab, self.teacher_hidden)
+        if self.top_k:
+            drawn = torch.randn(self.rows, self.vocab, generator=generator).log_softmax(-1)
+            found = drawn.topk(self.top_k)
+            teacher = kepo_kernels.TopK(found.indices, found.values), None
         targets = torch.randint(self.vocab, (self.rows,), generator=generator)
         policy = targets, torch.randn(self.rows, generator=generator)
         tensors = {

@@ -42,7 +42,7 @@ def faulty(fault: str) -> SimpleNamespace:
     def row_backward_(logits, targets, teacher, table, coefficients, settings):
         settings = settings._replace(**in_backward.get(fault, {}))
         if fault == "cap without slope":
-            slope = good._cap_slope(logits, table.dtype, settings.softcap)
+            slope = good.cap_slope(logits, table.dtype, settings.softcap)
         good.row_backward_(logits, targets, teacher, table, coefficients, settings)
         changes.get(fault, lambda *_: None)(logits, settings.temperature)
         if fault == "cap without slope":
