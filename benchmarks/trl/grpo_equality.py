@@ -74,7 +74,7 @@ def trainer(case: Case, kind: Callable[..., Any], folder: Path, **more: Any) -> 
         output_dir=str(folder / "run"),
         per_device_train_batch_size=4,
         num_generations=4,
-        max_completion_length=11,
+        max_completion_length=30,
         gradient_accumulation_steps=ACCUMULATED,
         use_cpu=True,
         bf16=False,

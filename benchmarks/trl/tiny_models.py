@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 96
-PROMPT, LENGTH, BATCH = 5, 7, 4
+PROMPT, LENGTH, BATCH = 5, 24, 4
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -66,7 +66,7 @@ def batch(seed: int = 3) -> dict[str, Any]:
     def noise(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return scale * torch.randn(shape, generator=draw)
 
-    lengths = torch.tensor([LENGTH, 3, 5, 1])
+    lengths = torch.tensor([LENGTH, 15, 19, 1])
     ids = torch.randint(2, VOCABULARY, (BATCH, PROMPT + LENGTH), generator=draw)
     prompt_mask = torch.ones(BATCH, PROMPT, dtype=torch.long)
     prompt_mask[1, :2] = 0
@@ -77,8 +77,8 @@ def batch(seed: int = 3) -> dict[str, Any]:
         "completion_ids": ids[:, PROMPT:] * mask,
         "completion_mask": mask,
         "advantages": torch.tensor([1.2, -0.7, 0.9, -0.3]),
-        "num_items_in_batch": torch.tensor(40),
-        "drift": noise(BATCH, LENGTH, scale=0.4),
+        "num_items_in_batch": torch.tensor(130),
+        "drift": noise(BATCH, LENGTH, scale=0.5),
         "reference_drift": noise(BATCH, LENGTH, scale=0.3),
         "ratio": noise(BATCH, LENGTH, scale=0.2).exp(),
     }

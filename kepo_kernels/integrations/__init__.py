@@ -1,1 +1,1 @@
-"""The losses in others' trainers: a module each, which imports its framework when it is imported."""
+"""The losses in others' trainers. Each module imports its framework, and nothing imports it."""
