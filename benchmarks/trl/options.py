@@ -88,9 +88,10 @@ FALLS_BACK = {
     "top_entropy_quantile": OF_OTHER_TOKENS + ", if < 1",
     "off_policy_mask_threshold": OF_OTHER_TOKENS + ", if set",
     "delta": "if <= 1 + epsilon_high; above it is equal",
-    **dict.fromkeys(
-        "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg".split(), "of vespo"
-    ),
+    "vespo_k_pos": "of vespo",
+    "vespo_lambda_pos": "of vespo",
+    "vespo_k_neg": "of vespo",
+    "vespo_lambda_neg": "of vespo",
 }
 OF_A_TEACHER = {
     "teacher_model_name_or_path": (UNCONCERNED, "TRL's command reads it"),

@@ -52,8 +52,8 @@ class KepoDistillationTrainer(DistillationTrainer):
         super().__init__(model, None, args, *rest, **kwargs)
         if teacher_model is None:
             raise KepoInputError(
-                "teacher_model is None; expected a model or its name: a teacher on a server is for "
-                "TRL's own trainers"
+                "KepoDistillationTrainer: teacher_model is None; expected a model or its name: a "
+                "teacher on a server is for TRL's own trainers"
             )
         self.workspace_bytes = workspace_bytes
         self.teacher_model = self._prepared(teacher_model)
@@ -66,8 +66,9 @@ class KepoDistillationTrainer(DistillationTrainer):
             teacher = _loaded(teacher, self.args)
         elif settings is not None:
             raise KepoInputError(
-                f"teacher_model is a {type(teacher).__name__} and args.teacher_model_init_kwargs "
-                f"is {settings!r}; expected these for a name alone: leave them out"
+                f"KepoDistillationTrainer: teacher_model is a {type(teacher).__name__} and "
+                f"args.teacher_model_init_kwargs is {settings!r}; expected these for a name alone: "
+                "leave them out"
             )
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(teacher, self.accelerator)

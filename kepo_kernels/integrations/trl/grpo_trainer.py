@@ -73,8 +73,8 @@ class KepoGRPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         if gate_reward is not None and gate_reward not in self.reward_func_names:
             raise KepoInputError(
-                f"gate_reward is {gate_reward!r}; expected the name of a reward function, one of "
-                f"{', '.join(self.reward_func_names)}"
+                f"KepoGRPOTrainer: gate_reward is {gate_reward!r}; expected the name of a reward "
+                f"function, one of {', '.join(self.reward_func_names)}"
             )
         self.gate_reward, self.gate_threshold = gate_reward, gate_threshold
         self.distill_coef, self.distill_beta = distill_coef, distill_beta
@@ -233,7 +233,8 @@ class KepoGRPOTrainer(GRPOTrainer):
         TRL's own method makes the inputs, pictures included; where it expects log-probabilities it
         gets the states.
         """
-        backbone: Any = innermost(self.teacher_model).base_model
+        teacher: Any = self.teacher_model
+        backbone: Any = innermost(teacher).base_model
 
         def scored(labels: Tensor, fused_lm_head: bool, **given: Any) -> Any:
             states = backbone(**given, use_cache=False).last_hidden_state

@@ -121,7 +121,7 @@ def _install(model: nn.Module, settings: _Settings) -> None:
         parameters=[this, *own.parameters.values()]
     )
     model.__dict__[OURS] = forward
-    model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = MethodType(forward, model)
 
 
 def _output(
@@ -145,7 +145,9 @@ def _output(
     hidden = states.last_hidden_state
     if shift_labels is None:
         if labels is None:
-            raise KepoInputError("labels is None; expected token ids, -100 where there is no loss")
+            raise KepoInputError(
+                "fuse_head: labels is None; expected token ids, -100 where there is no loss"
+            )
         targets, aligned = labels[:, 1:], slice(-1)
     else:
         targets, aligned = shift_labels, slice(None)
