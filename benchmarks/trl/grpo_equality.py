@@ -29,6 +29,9 @@ class Case:
     evaluated: bool = False
     model: str = "llama"
     falls_back: bool = False
+    lora: bool = False
+    rounding: float = 0.0
+    """What 16 bits may add to a difference of gradients."""
 
 
 CLIP = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
@@ -60,6 +63,9 @@ CASES = [
     Case("off_policy_mask_threshold", {"off_policy_mask_threshold": 0.1}, falls_back=True),
     Case("mixture of experts", model="experts", falls_back=True),
     Case("cast_lm_head_to_fp32", {"cast_lm_head_to_fp32": True}),
+    Case("LoRA, k3", {"beta": 0.1}, lora=True),
+    Case("bf16", {"bf16": True}, rounding=0.02),
+    Case("bf16, cast_lm_head_to_fp32", {"bf16": True, "cast_lm_head_to_fp32": True}),
 ]
 
 
@@ -81,6 +87,10 @@ def trainer(case: Case, kind: Callable[..., Any], folder: Path, **more: Any) -> 
         report_to="none",
         disable_tqdm=True,
     )
+    if case.lora:
+        from peft import LoraConfig
+
+        more["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = kind(

@@ -120,7 +120,7 @@ INHERITED = {
     "fsdp": (EQUAL, "version 2; FSDP1 is refused by FusedHead"),
     "fsdp_config": (EQUAL, "as fsdp"),
     "deepspeed": (EQUAL, "ZeRO-3 gathers the head around its forward; a teacher is held whole"),
-    "parallelism_config": (REFUSED, "a tensor-parallel head is refused by FusedHead"),
+    "parallelism_config": (REFUSED, "FusedHead refuses a tensor-parallel head"),
     "label_smoothing_factor": (UNCONCERNED, "no loss of TRL's reads it"),
 }
 OTHERS = "a setting of transformers.Trainer around the loss, not in it"

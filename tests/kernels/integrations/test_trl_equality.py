@@ -11,7 +11,6 @@ pytest.importorskip("datasets")
 from trl import GRPOTrainer
 
 from benchmarks.trl import distillation_equality, grpo_equality
-from benchmarks.trl.distillation_equality import Shape, by_trl, by_us, work
 from benchmarks.trl.grpo_equality import CASES, Case, difference, inputs_of, outcome, trainer
 from benchmarks.trl.tiny_models import VOCABULARY, write_model
 from kepo_kernels import KepoInputError, head_of, reference
@@ -35,16 +34,16 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("trl")
 
 
-def assert_small(found):
+def assert_small(found, rounding=0.0):
     assert found.loss <= TOLERANCE and found.metrics <= TOLERANCE, found
-    assert found.gradient <= OF_GRADIENTS, found
+    assert found.gradient <= OF_GRADIENTS + rounding, found
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_grpo_is_that_of_trl(case, folder):
     found = grpo_equality.differences(case, folder)
     for _, each in found.values():
-        assert_small(each)
+        assert_small(each, case.rounding)
     way, _ = found["KepoGRPOTrainer"]
     assert way == ("fallback" if case.falls_back else "joint loss")
 
@@ -230,16 +229,3 @@ def test_a_head_that_computes_more_is_refused(folder):
     made = SFTTrainer(str(folder / "sft-model"), SFTConfig(**settings), train_dataset=data)
     with pytest.raises(KepoInputError, match=r"SFTTrainer, whose head also computes is_top1;"):
         fuse_head(made)
-
-
-# ---- the work ----
-
-
-@pytest.mark.parametrize(("beta", "most"), [(0.0, 0.62), (1.0, 0.62), (0.5, 0.45)])
-def test_multiplications_of_the_heads(beta, most):
-    """At the ratio of widths of a 2B student and a 14B teacher."""
-    shape = Shape(rows=64, vocabulary=1024)
-    ours, theirs = (work(by, beta, shape, times=0).flops for by in (by_us, by_trl))
-    assert ours <= most * theirs
-    x = 2 * shape.rows * shape.vocabulary
-    assert ours == 3 * x * shape.student + x * shape.teacher

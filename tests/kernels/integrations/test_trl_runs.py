@@ -47,7 +47,7 @@ def test_pictures_of_open_completions_alone_reach_the_teacher(folder):
     made = trl_vlm.trainer(KepoGRPOTrainer, folder, **how, **more)
     given = first_batch(made)
     gate = given["kepo_gate"]
-    assert 0 < gate.sum() < len(gate) and len(set(given["num_images"])) >= 1
+    assert 0 < gate.sum() < len(gate)
     found = outcome(made, given)
     theirs = trl_vlm.trainer(GRPOTrainer, folder, **how)
     theirs.current_gradient_accumulation_steps = 1
@@ -59,7 +59,7 @@ def test_pictures_of_open_completions_alone_reach_the_teacher(folder):
     gradients = [p.grad.flatten() for p in theirs.model.parameters() if p.grad is not None]
     away = difference(found, Outcome(float(expected.detach()), torch.cat(gradients).double(), {}))
     assert away.loss < 1e-5 and away.gradient < 1e-5, away
-    assert float(expected - loss) > 1e-3
+    assert float((expected - loss).detach()) > 1e-3
 
 
 def divergences(trainer, teacher, given):
