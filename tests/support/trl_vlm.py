@@ -1,6 +1,7 @@
 """A tiny Qwen3-VL in TRL's trainers: models, processor, questions with pictures of several sizes.
 
-torchrun ... tests/support/trl_vlm.py FOLDER    trains with KepoGRPOTrainer and writes the log.
+torchrun ... tests/support/trl_vlm.py FOLDER    trains with KepoGRPOTrainer, and three steps with
+each adapter and TRL's own, and writes what came of it.
 """
 
 from __future__ import annotations
@@ -65,8 +66,7 @@ def trainer(kind: Any, folder: Path, **more: Any) -> Any:
         use_cpu=True,
         seed=1,
     )
-    names = ("max_steps", "gradient_accumulation_steps", "loss_type", "temperature")
-    settings |= {name: more.pop(name) for name in names if name in more}
+    settings |= more.pop("settings", {})
     return kind(
         model_in(folder / "student"),
         [share, half],
@@ -80,14 +80,40 @@ def trainer(kind: Any, folder: Path, **more: Any) -> Any:
 def train(folder: Path) -> None:
     from kepo_kernels.integrations.trl import KepoGRPOTrainer
 
-    teacher = model_in(folder / "teacher")
-    how = dict(teacher_model=teacher, gate_reward="half", distill_coef=0.05, max_steps=30)
-    made = trainer(KepoGRPOTrainer, folder, gradient_accumulation_steps=2, **how)
+    how = dict(teacher_model=model_in(folder / "teacher"), gate_reward="half", distill_coef=0.05)
+    settings = dict(max_steps=30, gradient_accumulation_steps=2, learning_rate=1e-2)
+    made = trainer(KepoGRPOTrainer, folder, settings=settings, **how)
     made.train()
-    sums = sum(float(p.detach().double().sum()) for p in made.model.parameters())
-    found = dict(log=made.state.log_history, sums=sums)
+    steps = {name: three_steps(kind, folder) for name, kind in adapters().items()}
+    found = dict(log=made.state.log_history, weights=checksum(made), steps=steps)
     name = f"rank{os.environ.get('RANK', 0)}.json"
     (folder / name).write_text(json.dumps(found), encoding="utf-8")
+
+
+def adapters() -> dict[str, Any]:
+    from trl import GRPOTrainer
+
+    from kepo_kernels.integrations.trl import KepoGRPOTrainer, fuse_head
+
+    def fused(*args: Any, **kwargs: Any) -> Any:
+        return fuse_head(GRPOTrainer(*args, **kwargs))
+
+    return {"trl": GRPOTrainer, "fuse_head": fused, "joint": KepoGRPOTrainer}
+
+
+def three_steps(kind: Any, folder: Path) -> dict[str, Any]:
+    """Train by plain SGD, so that a gradient of twice the size shows, from the same seeds."""
+    settings = dict(optim="sgd", learning_rate=0.5, max_grad_norm=0.0, max_steps=3, beta=0.05)
+    made = trainer(kind, folder, settings=settings | {"gradient_accumulation_steps": 2})
+    made.train()
+    return dict(log=made.state.log_history[:3], weights=checksum(made))
+
+
+def checksum(made: Any) -> list[float]:
+    """A number of each parameter."""
+    draw = torch.Generator().manual_seed(0)
+    parameters = [p.detach().double() for p in made.model.parameters()]
+    return [float((p * torch.randn(p.shape, generator=draw)).sum()) for p in parameters]
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def test_pictures_of_open_completions_alone_reach_the_teacher(folder):
     """The joint loss of a micro-batch is TRL's loss and the oracle's divergence, one completion at
     a time, on whole logits."""
     teacher = trl_vlm.model_in(folder / "teacher")
-    how = dict(loss_type="dapo", gradient_accumulation_steps=2)
+    how = dict(settings=dict(loss_type="dapo", gradient_accumulation_steps=2))
     more = dict(teacher_model=teacher, gate_reward="half", distill_coef=0.7)
     made = trl_vlm.trainer(KepoGRPOTrainer, folder, **how, **more)
     given = first_batch(made)
@@ -103,17 +103,35 @@ def rewards(log):
     return sum(found[:5]) / 5, sum(found[-5:]) / 5
 
 
-@pytest.mark.processes
-def test_a_model_with_pictures_learns_in_two_processes(folder):
+@pytest.fixture(scope="module")
+def ranks(folder):
+    """What two processes have written."""
     ended = torchrun(
         SUPPORT / "trl_vlm.py", folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     output, _ = ended.communicate(timeout=280)
     assert ended.returncode == 0, output[-4000:]
-    ranks = [json.loads((folder / f"rank{n}.json").read_text()) for n in range(2)]
+    return [json.loads((folder / f"rank{n}.json").read_text()) for n in range(2)]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("adapter", ["fuse_head", "joint"])
+def test_three_steps_in_two_processes_are_trls(ranks, adapter):
+    """DDP with TRL's settings: the same completions, metrics and weights."""
+    for rank in ranks:
+        expected, found = rank["steps"]["trl"], rank["steps"][adapter]
+        assert found["weights"] == pytest.approx(expected["weights"], rel=1e-4, abs=1e-4)
+        for one, other in zip(expected["log"], found["log"], strict=True):
+            assert one.keys() <= other.keys()
+            for name in one.keys() - {"step_time"}:
+                assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.processes
+def test_a_model_with_pictures_learns_in_two_processes(ranks):
     first, last = rewards(ranks[0]["log"])
     assert last > first + 0.3
-    assert ranks[0]["sums"] == ranks[1]["sums"]  # so their gradients were one
+    assert ranks[0]["weights"] == ranks[1]["weights"]  # so their gradients were one
     shares = [x["kepo/open_share"] for x in ranks[0]["log"] if "kepo/open_share" in x]
     assert set(shares) == {0.5}
 
@@ -147,7 +165,7 @@ def test_a_run_by_the_fused_head_is_trls_own(folder):
     """Three steps from the same seed: the same completions, rewards and losses."""
     logs = []
     for change in (lambda made: made, fuse_head):
-        made = change(trl_vlm.trainer(GRPOTrainer, folder, max_steps=3))
+        made = change(trl_vlm.trainer(GRPOTrainer, folder, settings={"max_steps": 3}))
         made.train()
         logs.append(made.state.log_history[:3])
     for one, other in zip(*logs, strict=True):
