@@ -6,6 +6,7 @@ TRL's trainer multiplies each state with both heads two times for a KL, and thre
 from typing import Any
 
 import torch
+import trl.trainer.distillation_trainer
 from torch import Tensor
 from trl import DistillationTrainer
 from trl.models import prepare_deepspeed
@@ -14,6 +15,7 @@ from trl.trainer.utils import create_model_from_path
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.fused_head import FusedHead
 from kepo_kernels.heads import Head, head_of, lm_head_weight
+from kepo_kernels.integrations.trl.lora_on_head import lora_on_head
 from kepo_kernels.losses import fused_gated_kd_loss
 
 PICTURES = (
@@ -49,7 +51,8 @@ class KepoDistillationTrainer(DistillationTrainer):
     ):
         # TRL refuses vocabularies of different size where it is given a teacher; without one it
         # leaves the teacher to the subclass.
-        super().__init__(model, None, args, *rest, **kwargs)
+        with lora_on_head(trl.trainer.distillation_trainer):
+            super().__init__(model, None, args, *rest, **kwargs)
         if teacher_model is None:
             raise KepoInputError(
                 "KepoDistillationTrainer: teacher_model is None; expected a model or its name: a "

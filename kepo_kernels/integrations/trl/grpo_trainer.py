@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import trl.trainer.grpo_trainer
 from torch import Tensor
 from trl import GRPOTrainer
 from trl.trainer.utils import (
@@ -19,7 +20,7 @@ from trl.trainer.utils import (
 )
 
 from kepo_kernels.errors import KepoInputError
-from kepo_kernels.heads import Head, head_of, innermost
+from kepo_kernels.heads import Head, head_of, innermost, output_layer
 from kepo_kernels.integrations.trl.grpo_options import (
     entropy_of,
     of_window,
@@ -28,6 +29,14 @@ from kepo_kernels.integrations.trl.grpo_options import (
     uncovered,
 )
 from kepo_kernels.integrations.trl.head_in_forward import fuse_head
+from kepo_kernels.integrations.trl.hinted_generation import (
+    COMPLETION_IDS,
+    COMPLETIONS,
+    HintedPrompts,
+    failed_groups,
+    generate_again,
+)
+from kepo_kernels.integrations.trl.lora_on_head import lora_on_head
 from kepo_kernels.linear import fused_linear_logprobs
 from kepo_kernels.losses import fused_gated_kd_loss, fused_kepo_loss
 
@@ -56,6 +65,10 @@ class KepoGRPOTrainer(GRPOTrainer):
         gate_threshold: the least reward that opens it. A reward of None closes it.
         distill_coef: factor of the divergence, a mean over the open tokens of an optimiser step.
         distill_beta: 0 = KL(teacher|student), 1 = KL(student|teacher), between = JSD.
+        hinted_prompts: a function of prompts, their completions and their rows of the data set,
+            called in training for prompts of which no completion is open. It returns a prompt with
+            a hint for each, or None; completions to those are sampled, scored and trained on as if
+            they had been sampled without. Equal prompts shall get equal hints. None means no hints.
         workspace_bytes: as in `kepo_kernels.losses`.
     """
 
@@ -67,10 +80,14 @@ class KepoGRPOTrainer(GRPOTrainer):
         gate_threshold: float = 1.0,
         distill_coef: float = 1.0,
         distill_beta: float = 0.5,
+        hinted_prompts: HintedPrompts | None = None,
         workspace_bytes: int | None = None,
         **kwargs: Any,
     ):
-        super().__init__(*args, **kwargs)
+        with lora_on_head(trl.trainer.grpo_trainer):
+            super().__init__(*args, **kwargs)
+        self._check_head()
+        self._check_hints(hinted_prompts, gate_reward)
         if gate_reward is not None and gate_reward not in self.reward_func_names:
             raise KepoInputError(
                 f"KepoGRPOTrainer: gate_reward is {gate_reward!r}; expected the name of a reward "
@@ -78,7 +95,7 @@ class KepoGRPOTrainer(GRPOTrainer):
             )
         self.gate_reward, self.gate_threshold = gate_reward, gate_threshold
         self.distill_coef, self.distill_beta = distill_coef, distill_beta
-        self.workspace_bytes = workspace_bytes
+        self.hinted_prompts, self.workspace_bytes = hinted_prompts, workspace_bytes
         self.teacher_model = None if teacher_model is None else self._teacher(teacher_model)
         fuse_head(self)
         self._uncovered = uncovered(self)
@@ -87,6 +104,15 @@ class KepoGRPOTrainer(GRPOTrainer):
                 "%s is not part of fused_kepo_loss: the policy's loss is TRL's own, on "
                 "log-probabilities of the fused head",
                 self._uncovered,
+            )
+
+    def _check_head(self) -> None:
+        head: Any = output_layer(self.model)
+        if self.args.cast_lm_head_to_fp32 and hasattr(head, "base_layer"):
+            raise KepoInputError(
+                "KepoGRPOTrainer: cast_lm_head_to_fp32=True is given with an adapter on the LM "
+                "head, which TRL's cast leaves out; expected one of them: leave lm_head out of the "
+                "adapter's targets"
             )
 
     def _teacher(self, model: Any) -> Any:
@@ -100,26 +126,64 @@ class KepoGRPOTrainer(GRPOTrainer):
         model = model.to(self.accelerator.device)
         return model.eval().requires_grad_(False)
 
-    # ---- at the generation: who is open ----
+    # ---- at the generation: hints, and who is open ----
+
+    def _check_hints(self, hinted_prompts: HintedPrompts | None, gate_reward: str | None) -> None:
+        if hinted_prompts is None:
+            return
+        if gate_reward is None:
+            raise KepoInputError(
+                "KepoGRPOTrainer: hinted_prompts is given without gate_reward, which says what a "
+                "failed completion is; expected both"
+            )
+        if self.tools or self.rollout_func is not None:
+            raise KepoInputError(
+                "KepoGRPOTrainer: hinted_prompts is given beside tools, an environment or a "
+                "rollout_func; expected completions of one turn: leave one of them out"
+            )
+
+    def _generate(self, prompts: Any) -> tuple:
+        first = super()._generate(prompts)
+        if self.hinted_prompts is None or not self.model.training:
+            return first
+        rewards = super()._calculate_rewards(
+            self._examples, prompts, first[COMPLETIONS], first[COMPLETION_IDS]
+        )
+        # What these calls have logged would be logged twice.
+        self._pending_extra_logs.clear()
+        self._pending_metrics.clear()
+        failed = failed_groups(self._gate(rewards), self.num_generations)
+        given = self.hinted_prompts, super()._generate, prompts, self._examples, first
+        replaced = 0
+        if bool(failed.any()):  # the same in every process
+            first, replaced = generate_again(*given, self._own(failed, prompts).tolist())
+        count = self.accelerator.gather(failed.new_tensor([replaced], dtype=torch.float64)).sum()
+        self._metrics["train"]["kepo/hinted_share"].append(float(count) / len(failed))
+        return first
+
+    def _own(self, gathered: Tensor, prompts: Any) -> Tensor:
+        """Return the rows of this process of what TRL has gathered from all."""
+        first = self.accelerator.process_index * len(prompts)
+        return gathered[first : first + len(prompts)]
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        first = self.accelerator.process_index * len(prompts)
-        self._gates = self._gate(rewards[first : first + len(prompts)])
+        self._gates = self._gate(self._own(rewards, prompts))
+        if self.teacher_model is None:
+            self._gates = torch.zeros_like(self._gates)
         return rewards
 
     def _gate(self, rewards: Tensor) -> Tensor:
-        """Return 1.0 for each open completion, from the rewards (B, functions) of this process."""
-        if self.teacher_model is None:
-            return rewards.new_zeros(len(rewards))
+        """Return 1.0 for each open completion, from the rewards (N, functions)."""
         if self.gate_reward is None:
             return rewards.new_ones(len(rewards))
         reward = rewards[:, self.reward_func_names.index(self.gate_reward)]
         return (reward >= self.gate_threshold).to(rewards.dtype)  # NaN is not
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        self._examples = inputs
         output = super()._generate_and_score_completions(inputs)
         opened = (_mask(output) * self._gates.unsqueeze(1)).sum()
         # TRL splits and shuffles a tensor (B,) with the batch; one without dimensions stays.

@@ -180,6 +180,59 @@ def test_a_gate_opens_by_the_named_reward(folder):
         trainer(Case("dapo"), KepoGRPOTrainer, folder, gate_reward="lenght")
 
 
+# ---- a LoRA on the head, which TRL refuses ----
+
+
+def with_lora(case, kind, folder, **more):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    return kind(case, folder=folder, peft_config=config, **more)
+
+
+def test_a_lora_on_the_head_is_trained(folder):
+    """The loss is that of a model whose head has the LoRA merged, by TRL's own trainer; gradients
+    of the two factors are that of their product times the other."""
+    import trl.trainer.grpo_trainer as of_trl
+
+    class_before = of_trl.BaseTunerLayer
+    case = Case("LoRA on the head", {"beta": 0.0})
+    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+        with_lora(case, lambda *a, **k: trainer(a[0], GRPOTrainer, **k), folder)
+    made = with_lora(case, lambda *a, **k: trainer(a[0], KepoGRPOTrainer, **k), folder)
+    assert of_trl.BaseTunerLayer is class_before
+    theirs = trainer(case, GRPOTrainer, folder)
+    layer = made.model.get_base_model().lm_head
+    with torch.no_grad():
+        for name, x in theirs.model.named_parameters():
+            ours = made.model.get_base_model().get_submodule(name.rpartition(".")[0])
+            delta = ours.get_delta_weight("default") if hasattr(ours, "lora_A") else 0.0
+            x.copy_(getattr(ours, "base_layer", ours).weight + delta)
+    given = inputs_of(case, theirs) | ALL_CLOSED
+    expected, found = outcome(theirs, given), outcome(made, given)
+    assert abs(found.loss - expected.loss) <= TOLERANCE * abs(expected.loss)
+    whole = theirs.model.lm_head.weight.grad * layer.scaling["default"]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    for part, right in ((a, b.T @ whole), (b, whole @ a.T)):
+        assert float((part.grad - right.detach()).norm() / right.norm().detach()) <= OF_GRADIENTS
+
+
+def test_a_lora_on_the_head_in_distillation(folder):
+    case = distillation_equality.Case(0.5)
+
+    def make(case, **more):
+        return distillation_equality.trainer(case, KepoDistillationTrainer, **more)
+
+    made = with_lora(case, make, folder)
+    distillation_equality.outcome(made, case)
+    assert made.model.get_base_model().lm_head.lora_B["default"].weight.grad.norm() > 0
+
+
+def test_a_lora_on_a_head_that_is_cast_is_refused(folder):
+    case = Case("cast", {"cast_lm_head_to_fp32": True})
+    with pytest.raises(KepoInputError, match="cast_lm_head_to_fp32=True is given with an adapter"):
+        with_lora(case, lambda *a, **k: trainer(a[0], KepoGRPOTrainer, **k), folder)
+
+
 # ---- vocabularies, and what is refused ----
 
 
