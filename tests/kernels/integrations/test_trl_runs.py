@@ -11,12 +11,14 @@ pytest.importorskip("trl", minversion="1.16")
 pytest.importorskip("datasets")
 
 import torch
+import trl_sharded
 import trl_vlm
 from places import ROOT, SUPPORT
 from several import torchrun
 from trl import GRPOTrainer
 
 from benchmarks.trl.grpo_equality import Outcome, difference, outcome
+from benchmarks.trl.tiny_models import write_model
 from kepo_kernels import FusedHead, head_of, reference
 from kepo_kernels.integrations.trl import KepoGRPOTrainer, fuse_head
 
@@ -172,3 +174,21 @@ def test_a_run_by_the_fused_head_is_trls_own(folder):
         assert one.keys() == other.keys()
         for name in one.keys() - {"step_time"}:
             assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("adapter", ["fuse_head", "KepoGRPOTrainer"])
+def test_gradients_of_a_sharded_model_are_those_of_one_process(tmp_path, adapter):
+    """FSDP2 as accelerate shards it, whose head TRL's own code gathers in pieces."""
+    write_model(tmp_path / "llama")
+    write_model(tmp_path / trl_sharded.KNOWING, seed=7, hidden=48)
+    script = SUPPORT / "trl_sharded.py", tmp_path, adapter
+    ended = torchrun(*script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output, _ = ended.communicate(timeout=120)
+    assert ended.returncode == 0, output[-4000:]
+    found = torch.load(tmp_path / f"{adapter}.pt")
+    one = trl_sharded.made(adapter, tmp_path)
+    expected = trl_sharded.gradients(one, one.model, trl_sharded.given(one))
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).norm()) <= 2e-6 * float(gradient.norm()), name
