@@ -18,7 +18,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment
-.PHONY: help demo test test-slow extras-test lint docs bench tritons matrix matrix-quick torches torches-test installs gpu gpu-quick clean
+.PHONY: help demo test test-slow extras-test trl-test lint docs bench tritons matrix matrix-quick torches torches-test installs gpu gpu-quick clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -33,12 +33,17 @@ test: $(VENV)/test.stamp  ## the test suite
 test-slow: $(VENV)/test.stamp  ## the slow tests, those that install the package included
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow
 
-# In an environment on top of the first: they ask for older versions of what is there.
+# In environments on top of the first: they ask for older versions of what is there, or may not fit each other.
 EXTRAS_TESTS = tests/loop/run/test_trackers.py tests/loop/run/test_optimizer_8bit.py tests/loop/run/test_roles.py
 extras-test: $(VENV)/extras/.stamp  ## the tests of trackers, of models and moments in 8 and 4 bits, and of ZeRO-3
 	OMP_NUM_THREADS=1 $(VENV)/extras/bin/python -m pytest -q -n auto $(EXTRAS_TESTS)
 	OMP_NUM_THREADS=1 $(VENV)/extras/bin/python -m pytest -q -m processes -k quantised tests/loop/distributed/test_processes.py
 	OMP_NUM_THREADS=1 $(VENV)/extras/bin/python -m pytest -q -m slow -k zero3 tests/kernels/test_fused_head_processes.py
+
+TRL_TESTS = tests/kernels/test_trl.py tests/kernels/integrations/test_trl_equality.py \
+	tests/kernels/integrations/test_trl_hints.py tests/kernels/integrations/test_trl_runs.py tests/benchmarks/test_trl_tables.py
+trl-test: $(VENV)/trl/.stamp  ## the tests of TRL's trainers with our losses, in one process and in two
+	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python -m pytest -q -n auto --dist loadfile -m "slow or not slow" $(TRL_TESTS)
 
 lint: $(VENV)/test.stamp  ## ruff check, ruff format --check, mypy
 	$(PY) -m ruff check .
@@ -106,11 +111,14 @@ $(VENV)/torch-%/.stamp: | $(VENV)/test.stamp
 	$(PY) tools/fetch_torch.py $(@D)
 	touch $@
 
-$(VENV)/extras/.stamp: | $(VENV)/test.stamp
+$(VENV)/extras/.stamp: LAYER := trackers,quant
+$(VENV)/extras/.stamp: MORE := deepspeed
+$(VENV)/trl/.stamp: LAYER := trl
+$(VENV)/extras/.stamp $(VENV)/trl/.stamp: | $(VENV)/test.stamp
 	$(PY) -m venv --without-pip $(@D)
 	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth
-	$(@D)/bin/python -m pip install -c $(VENV)/torch.txt "kepo[trackers,quant]" deepspeed
+	$(@D)/bin/python -m pip install -c $(VENV)/torch.txt "kepo[$(LAYER)]" $(MORE)
 	touch $@
 
 # The package by itself, so that the C++ is compiled once and again only when it changes.

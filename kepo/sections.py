@@ -285,8 +285,8 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     """Estimator of the KL penalty, with d = reference - policy log-probability: k1 is -d, k2 is
     d^2 / 2, k3 is e^d - d - 1."""
     kl_bias_correction: bool = False
-    """Whether the KL penalty is multiplied by the ratio of policy and sampling policy, through which
-    its gradient then goes too: TRL's use_bias_correction_kl."""
+    """Whether the KL penalty is multiplied by the ratio of policy and sampling policy, through
+    which its gradient then goes too: TRL's use_bias_correction_kl."""
     entropy_coef: Finite = 0.0
     """Weight of the entropy bonus."""
     policy_reduction: Literal["token_mean", "sequence_mean", "sum", "dr_grpo"] = "sequence_mean"

@@ -77,7 +77,8 @@ def test_python_in_the_pages_runs(page, code):
     for name in re.findall(r"\bkepo\.(\w+)", code):
         assert hasattr(kepo, name), f"{page}: kepo.{name}"
     shown = any(code in path.read_text("utf-8") for path in IN_TRAINERS)
-    if "import kepo\n" in code or "grpo(logits" in code or shown:
+    of_trl = "GRPOTrainer(" in code  # which may not be installed
+    if "import kepo\n" in code or "grpo(logits" in code or shown or of_trl:
         ast.parse(code)
         return
     scope = names()

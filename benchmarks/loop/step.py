@@ -12,7 +12,8 @@ Variants:
     rows        ours: a row of prompt and completion for each completion
     trl         TRL's GRPOTrainer, its fused head on, as it always is; with --teacher also its
                 DistillationTrainer after it, as TRL has no trainer of both: it samples again
-    trl-liger   the same with TRL's Liger layers; on a GPU
+    trl-kepo    the same with fuse_head, and KepoDistillationTrainer after it
+    trl-liger   TRL's own with TRL's Liger layers; on a GPU
 
 The model is a random Qwen3-VL whose completions all have --length tokens, as no end token has any
 probability; most of a longer prompt is a picture (--picture). Each variant is a process of its own

@@ -2,7 +2,8 @@
 
 They get what ours gets: the same model, prompts, pictures, rewards, micro-batches and AdamW, and
 their own sampling, processing and losses, untouched, but that in the first step they train on
-everybody's completions. Gradient checkpointing is off, as in ours.
+everybody's completions. Gradient checkpointing is off, as in ours. `fused`: their steps by our
+adapters.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from kepo.tasks.multiple_choice import MultipleChoice
 BETA = 0.5  # of the divergence, as ours
 
 
-def grpo(folder: Path, name: str, sizes: Sizes, changed: dict[str, Any]) -> None:
+def grpo(
+    folder: Path, name: str, sizes: Sizes, changed: dict[str, Any], fused: bool = False
+) -> None:
     """Take GRPOTrainer's steps; all of its releases from 1.15 on have their fused head on."""
     from trl import GRPOConfig, GRPOTrainer
 
@@ -45,15 +48,22 @@ def grpo(folder: Path, name: str, sizes: Sizes, changed: dict[str, Any]) -> None
         train_dataset=questions(folder, 1),
         processing_class=processor(folder / "student"),
     )
+    if fused:
+        from kepo_kernels.integrations.trl import fuse_head
+
+        fuse_head(trainer)
     take_steps(trainer, folder, name, Orders(sizes.device), lambda ids: (ids, None))
 
 
-def distillation(folder: Path, name: str, sizes: Sizes) -> None:
+def distillation(folder: Path, name: str, sizes: Sizes, fused: bool = False) -> None:
     """Take DistillationTrainer's steps, which sample one completion of each prompt; a prompt is
     there as often as GRPO samples it."""
     from trl import DistillationConfig, DistillationTrainer
 
-    trainer = DistillationTrainer(
+    kind = DistillationTrainer
+    if fused:
+        from kepo_kernels.integrations.trl import KepoDistillationTrainer as kind
+    trainer = kind(
         model=model_in(folder / "student"),
         teacher_model=model_in(folder / "teacher"),
         args=DistillationConfig(**common(folder, name, sizes), beta=BETA),

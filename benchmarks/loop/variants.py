@@ -48,14 +48,17 @@ def _ours(colour: str, words: str, **changed: object) -> Variant:
     return Variant(partial(ours.run, changed=changed), colour, words)
 
 
-def _trl(colour: str, words: str, cannot: Callable[[Sizes], str], **changed: object) -> Variant:
-    grpo = partial(trl_steps.grpo, changed=changed)
-    return Variant(grpo, colour, words, cannot, trl_steps.distillation)
+def _trl(
+    colour: str, words: str, cannot: Callable[[Sizes], str], fused: bool = False, **changed: object
+) -> Variant:
+    grpo = partial(trl_steps.grpo, changed=changed, fused=fused)
+    return Variant(grpo, colour, words, cannot, partial(trl_steps.distillation, fused=fused))
 
 
 VARIANTS = {
     "shared": _ours("#c0392b", "ours", share_prompts=True),
     "rows": _ours("#e59866", "ours, a prompt for each completion", share_prompts=False),
     "trl": _trl("#2980b9", "TRL", _without_trl),
+    "trl-kepo": _trl("#8e44ad", "TRL, our losses", _without_trl, fused=True),
     "trl-liger": _trl("#16a085", "TRL, Liger's layers", _without_liger, use_liger_kernel=True),
 }

@@ -69,9 +69,10 @@ def test_ours_alone(tmp_path, monkeypatch, capsys):
     ours = check_row(rows["70", "shared"], teacher=True)
     assert ours["x_seconds"] == 1 and ours["teacher_seconds"] > 0
     check_row(rows["70", "rows"], teacher=True)
-    for name in ("trl", "trl-liger"):
+    for name in ("trl", "trl-kepo", "trl-liger"):
         row = rows["70", name]
-        assert not row["seconds"] and ("not installed: trl" in row["note"]) == (name == "trl")
+        missing = "not installed: trl" in row["note"]
+        assert not row["seconds"] and missing == (name != "trl-liger")
     assert "tokens/s" in capsys.readouterr().out
 
 
@@ -80,9 +81,9 @@ def test_ours_alone(tmp_path, monkeypatch, capsys):
     "teacher", [pytest.param([], marks=pytest.mark.slow), ["--teacher", "64,2"]]
 )
 def test_trl_has_our_loss_and_gradients(teacher, tmp_path):
-    status, rows = run(tmp_path, "--variants", "rows", "trl", *teacher)
+    status, rows = run(tmp_path, "--variants", "rows", "trl", "trl-kepo", *teacher)
     assert status == 0
-    for name in ("rows", "trl"):
+    for name in ("rows", "trl", "trl-kepo"):
         check_row(rows["70", name], bool(teacher))
 
 

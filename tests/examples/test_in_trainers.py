@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 FOLDER = ROOT / "examples" / "in_trainers"
-RUN_HERE = {"transformers_trainer.py", "accelerate_loop.py"}
+RUN_HERE = {"transformers_trainer.py", "accelerate_loop.py", "trl_grpo.py"}
 LINES = 15
 
 

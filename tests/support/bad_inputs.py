@@ -477,7 +477,7 @@ BAD_TOKENS = {
         ),
         "probabilities of tokens": (
             listed(logprobs=LOGPROBS.exp()),
-            ["teacher_hidden.logprobs holds 0.5, 0.3", "in row", "sum to at most 1"],
+            ["teacher_hidden.logprobs holds 0.5, 0.", "in row", "sum to at most 1"],
         ),
         "more than all": (
             listed(logprobs=LOGPROBS + 0.11),
