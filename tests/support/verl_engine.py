@@ -1,16 +1,25 @@
 """verl's FSDP engine without processes and GPUs: its own step, on a tiny model and one batch."""
 
-from functools import partial
+import importlib.util
+from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import transformers
+import verl.models.transformers.monkey_patch as patches
+import verl.utils.experimental.torch_functional as functional
 import verl.workers.engine.fsdp.transformer_impl as fsdp
 from tensordict import TensorDict
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from verl.trainer.distillation.losses import distillation_ppo_loss
 from verl.utils import tensordict_utils
 from verl.workers.config import DistillationConfig, DistillationLossConfig, FSDPActorConfig
 from verl.workers.utils.losses import ppo_loss
+
+from kepo_kernels.integrations.verl import use_kepo
 
 VOCAB = 61
 PROMPTS, RESPONSES = (3, 2, 5), (6, 9, 1)
@@ -39,12 +48,19 @@ def tiny(kind: str = "Qwen2", tied: bool = False) -> torch.nn.Module:
     return model
 
 
-def patched(model: torch.nn.Module, backend: str = "torch") -> torch.nn.Module:
+def patched(model: torch.nn.Module) -> torch.nn.Module:
     """The model as verl makes it for use_fused_kernels."""
-    import verl.models.transformers.monkey_patch as patches
-
-    patches.patch_forward_with_backends(model, True, backend)
+    patches.patch_forward_with_backends(model, True, "torch")
     return model
+
+
+@cache
+def own_head() -> type:
+    """verl's FusedLinearForPPO, by its file: the name in its module is ours by now."""
+    spec = importlib.util.spec_from_file_location("verls_own", functional.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.FusedLinearForPPO
 
 
 def ragged(rows: list[Tensor]) -> Tensor:
@@ -113,17 +129,41 @@ def rewarded(**settings) -> partial:
     return partial(ppo_loss, config=actor(**settings))
 
 
-def step(monkeypatch, model: torch.nn.Module, data: TensorDict, loss_function: partial):
+def step(model: torch.nn.Module, data: TensorDict, loss_function: partial) -> tuple[Tensor, dict]:
     """One forward_step of verl's engine: (loss, output)."""
-    monkeypatch.setattr(fsdp, "get_device_id", lambda: "cpu")
-    monkeypatch.setattr(fsdp, "get_device_name", lambda: "cpu")
     engine = object.__new__(fsdp.FSDPEngineWithLMHead)
     engine.module = model
     engine.use_ulysses_sp = engine.pad_to_length = False
-    engine._autocast_dtype = torch.float32
     engine.ulysses_device_mesh = None
-    engine.engine_config = type("Engine", (), dict(entropy_checkpointing=False))()
-    engine.engine_config.entropy_from_logits_with_chunking = False
-    engine.compute_entropy_from_logits = fsdp.verl_F.entropy_from_logits
+    engine._autocast_dtype = torch.float32
     engine._get_packed_pad_size = lambda length: 0
-    return engine.forward_step(data, loss_function=loss_function, forward_only=False)
+    engine.engine_config = SimpleNamespace(
+        entropy_checkpointing=False, entropy_from_logits_with_chunking=False
+    )
+    engine.compute_entropy_from_logits = fsdp.verl_F.entropy_from_logits
+    here = dict(get_device_id=lambda: "cpu", get_device_name=lambda: "cpu")
+    with mock.patch.multiple(fsdp, **here):
+        return engine.forward_step(data, loss_function=loss_function, forward_only=False)
+
+
+def distilled_gradients(model: torch.nn.Module, seed: int) -> dict[str, Tensor]:
+    """Of a loss that is the divergence alone, so that no log-prob leads back to the weights."""
+    data = micro_batch(k=4, seed=seed, distillation_only=True, calculate_entropy=False)
+    step(model, data, distilling("kepo_jsd", use_task_rewards=False, topk=4))[0].backward()
+    return {name: x.grad for name, x in model.named_parameters()}
+
+
+def in_one_of_two(rank: int, folder: Path, tied: bool) -> None:
+    """Leave the gradients that FSDP2 averages over two processes, each with a batch of its own."""
+    use_kepo()
+    where = (folder / "rendezvous").as_uri()
+    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+    try:
+        model = patched(tiny(tied=tied))
+        for layer in (*model.model.layers, model):
+            fully_shard(layer, reshard_after_forward=True)
+        found = {name: x.full_tensor() for name, x in distilled_gradients(model, rank).items()}
+        if rank == 0:
+            torch.save(found, folder / "gradients.pt")
+    finally:
+        torch.distributed.destroy_process_group()

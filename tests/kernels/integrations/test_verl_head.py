@@ -12,15 +12,13 @@ import torch
 import verl.utils.experimental.torch_functional as functional
 from checks import assert_close_to_oracle
 from places import ROOT
-
-THEIRS = functional.FusedLinearForPPO
-
-from verl_engine import patched, tiny
+from verl_engine import own_head, patched, tiny
 
 from kepo_kernels.integrations.verl import KepoFusedLinear, known_releases, use_kepo
 
 use_kepo()
 
+THEIRS = own_head()
 SHAPES = [((37,), 24, 101), ((1, 53), 40, 257), ((3, 11), 17, 64)]
 UPSTREAM = {"log_probs": (1, 0), "entropy": (0, 1), "both": (1, 1)}
 
@@ -43,7 +41,8 @@ def numbers(function, hidden, weight, ids, temperature, upstream):
     found = function(*leaves, ids, temperature)
     used = [(x, u.to(x.dtype)) for x, u in zip(found, upstream, strict=True) if u.any()]
     torch.autograd.backward(*zip(*used, strict=True))
-    return dict(zip(("log_probs", "entropy", "dX", "dW"), (*found, *(x.grad for x in leaves))))
+    names = "log_probs", "entropy", "dX", "dW"
+    return dict(zip(names, (*found, *(x.grad for x in leaves)), strict=True))
 
 
 @pytest.mark.parametrize("given", UPSTREAM)

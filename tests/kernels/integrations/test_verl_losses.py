@@ -13,8 +13,11 @@ from verl_engine import (
     RESPONSES,
     VOCAB,
     actor,
+    distilled_gradients,
     distilling,
+    in_one_of_two,
     micro_batch,
+    own_head,
     patched,
     rewarded,
     step,
@@ -76,11 +79,11 @@ def by_hand(model, data, beta, closed_rows=()):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("mode", BETAS)
-def test_a_divergence_is_that_of_whole_logits(mode, tied, monkeypatch):
+def test_a_divergence_is_that_of_whole_logits(mode, tied):
     model = patched(tiny(tied=tied))
     assert get_distillation_loss_settings(mode).use_topk
     data = micro_batch(k=4, distillation_only=True, calculate_entropy=False)
-    loss, output = step(monkeypatch, model, data, distilling(mode, use_task_rewards=False, topk=4))
+    loss, output = step(model, data, distilling(mode, use_task_rewards=False, topk=4))
     wanted = by_hand(model, data, BETAS[mode])
     assert float(loss) == pytest.approx(float(wanted), rel=5e-6)
     assert_same(gradients(model, loss), gradients(model, wanted))
@@ -88,26 +91,22 @@ def test_a_divergence_is_that_of_whole_logits(mode, tied, monkeypatch):
     assert output["metrics"]["distillation/open_tokens"].values == [1.0]
 
 
-def test_with_all_tokens_listed_it_is_verls_own(monkeypatch):
-    """verl's own sum has no tail; without one, and without clamps, the two are one."""
-    model, found = tiny(), []
-    for mode, fused in (("kepo_forward_kl", True), ("forward_kl_topk", False)):
-        data = micro_batch(k=VOCAB - 1, use_fused_kernels=fused)
-        settings = dict(topk=VOCAB - 1, distillation_loss_coef=0.7)
-        # The one token that is not listed has next to no share of the teacher.
-        loss, _ = step(
-            monkeypatch, patched(model) if fused else tiny(), data, distilling(mode, **settings)
-        )
-        found.append(loss)
-    assert float(found[0]) == pytest.approx(float(found[1]), rel=1e-3)
+def test_with_all_tokens_listed_it_is_verls_own():
+    """verl's own sum has no tail: without one, and without clamps, the two are one."""
+    own, model = tiny(), patched(tiny())
+    data = micro_batch(k=VOCAB, use_fused_kernels=False)
+    theirs, _ = step(own, data, distilling("forward_kl_topk", topk=VOCAB))
+    ours, _ = step(model, micro_batch(k=VOCAB), distilling("kepo_forward_kl", topk=VOCAB))
+    assert float(ours) == pytest.approx(float(theirs), rel=5e-6)
+    assert_same(gradients(model, ours), gradients(own, theirs))
 
 
-def test_policy_loss_entropy_and_divergence_come_from_one_pass(monkeypatch):
+def test_policy_loss_entropy_and_divergence_come_from_one_pass():
     """With rewards: verl's PPO loss from our log-probs, and the divergence at its coefficient."""
     model, settings = patched(tiny()), dict(topk=4, distillation_loss_coef=0.3)
-    loss, output = step(monkeypatch, model, micro_batch(k=4), distilling("kepo_jsd", **settings))
+    loss, output = step(model, micro_batch(k=4), distilling("kepo_jsd", **settings))
     plain = micro_batch(k=4, use_fused_kernels=False, distillation_use_topk=False)
-    policy, theirs = step(monkeypatch, tiny(), plain, rewarded())
+    policy, theirs = step(tiny(), plain, rewarded())
     divergence = by_hand(model, plain, 0.5)
     assert float(loss) == pytest.approx(float(policy + 0.3 * divergence), rel=1e-5)
     for name in ("log_probs", "entropy"):
@@ -115,11 +114,11 @@ def test_policy_loss_entropy_and_divergence_come_from_one_pass(monkeypatch):
         torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_closed_rollouts_have_no_divergence(monkeypatch):
+def test_closed_rollouts_have_no_divergence():
     model = patched(tiny())
     data = micro_batch(k=4, closed=(1,), distillation_only=True, calculate_entropy=False)
     function = distilling("kepo_reverse_kl", use_task_rewards=False, topk=4)
-    loss, output = step(monkeypatch, model, data, function)
+    loss, output = step(model, data, function)
     start = PROMPTS[0] + RESPONSES[0]
     closed = range(start, start + PROMPTS[1] + RESPONSES[1])
     wanted = by_hand(model, data, 1.0, closed)
@@ -129,30 +128,28 @@ def test_closed_rollouts_have_no_divergence(monkeypatch):
     assert share == pytest.approx(7 / 15)  # 6 + 1 of 6 + 8 + 1 tokens
 
 
-def test_a_batch_of_closed_rollouts_only(monkeypatch):
+def test_a_batch_of_closed_rollouts_only():
     model = patched(tiny())
     data = micro_batch(k=4, closed=(0, 1, 2), distillation_only=True, calculate_entropy=False)
-    loss, output = step(
-        monkeypatch, model, data, distilling("kepo_jsd", use_task_rewards=False, topk=4)
-    )
+    loss, output = step(model, data, distilling("kepo_jsd", use_task_rewards=False, topk=4))
     assert float(loss) == 0.0 and "distillation/teacher_mass" not in output["metrics"]
     assert all(not x.any() for x in gradients(model, loss))
 
 
 @pytest.mark.parametrize("mode", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("closed", [(), (1,)])
-def test_an_estimator_is_verls_own_where_the_gate_is_open(mode, closed, monkeypatch):
+def test_an_estimator_is_verls_own_where_the_gate_is_open(mode, closed):
     by_reward = dict(use_policy_gradient=mode == "k1", use_task_rewards=False)
     found = []
     for name in (f"kepo_{mode}", mode):
         data = micro_batch(k=1, closed=closed, distillation_use_topk=False)
         if closed and name == mode:  # a teacher that agrees: estimates of 0
-            _, output = step(monkeypatch, patched(tiny()), data, distilling(name, **by_reward))
+            _, output = step(patched(tiny()), data, distilling(name, **by_reward))
             start = PROMPTS[0] + RESPONSES[0]
             rows = slice(start, start + PROMPTS[1] + RESPONSES[1])
             agreeing = output["model_output"]["log_probs"].values()[rows]
             data["teacher_logprobs"].values()[rows, 0] = agreeing
-        found.append(step(monkeypatch, patched(tiny()), data, distilling(name, **by_reward))[0])
+        found.append(step(patched(tiny()), data, distilling(name, **by_reward))[0])
     assert float(found[0]) == pytest.approx(float(found[1]), rel=1e-6)
 
 
@@ -166,32 +163,31 @@ def test_an_estimator_is_verls_own_where_the_gate_is_open(mode, closed, monkeypa
 )
 def test_where_the_head_was_not_asked_it_is_refused(flags, backend, monkeypatch):
     if backend == "theirs":
-        monkeypatch.setattr(functional, "FusedLinearForPPO", _own_head())
+        monkeypatch.setattr(functional, "FusedLinearForPPO", own_head())
     model = tiny() if flags.get("use_fused_kernels") is False else patched(tiny())
     with pytest.raises(KepoInputError, match="loss_mode=kepo_jsd is computed in the LM head"):
-        step(monkeypatch, model, micro_batch(k=4, **flags), distilling("kepo_jsd", topk=4))
+        step(model, micro_batch(k=4, **flags), distilling("kepo_jsd", topk=4))
 
 
-def _own_head():
-    class Head(torch.nn.Module):
-        def __init__(self, impl_backend):
-            super().__init__()
-
-        def forward(self, hidden_states, vocab_weights, input_ids, temperature):
-            return functional.FusedLinearForPPOFunction.apply(
-                hidden_states, vocab_weights, input_ids, temperature, 512
-            )
-
-    return Head
-
-
-def test_settings_without_a_meaning_are_refused(monkeypatch):
+def test_settings_without_a_meaning_are_refused():
     clamped = distilling("kepo_jsd", topk=4, log_prob_min_clamp=-10.0)
     with pytest.raises(KepoInputError, match=r"log_prob_min_clamp=-10.0 .* expected null"):
-        step(monkeypatch, patched(tiny()), micro_batch(k=4), clamped)
+        step(patched(tiny()), micro_batch(k=4), clamped)
     data = micro_batch(k=1, distillation_use_topk=False)
     with pytest.raises(KepoInputError, match="kepo_k1 has a gradient that does not depend"):
-        step(monkeypatch, patched(tiny()), data, distilling("kepo_k1"))
+        step(patched(tiny()), data, distilling("kepo_k1"))
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize("tied", [False, True])
+def test_fsdp_averages_the_divergences_gradients(tied, tmp_path):
+    torch.multiprocessing.spawn(in_one_of_two, (tmp_path, tied), nprocs=2)
+    found, model = torch.load(tmp_path / "gradients.pt"), patched(tiny(tied=tied))
+    for seed in (0, 1):
+        wanted = distilled_gradients(model, seed)  # they add up
+    assert_same(found.values(), [x / 2 for x in wanted.values()])
+    assert found.keys() == wanted.keys()
 
 
 # ---- policy losses ----
@@ -268,10 +264,10 @@ def test_what_is_not_registered_verl_has(objective, theirs, level, settings):
         assert (x - y).norm() <= 5e-6 * y.norm()
 
 
-def test_a_sequence_loss_runs_in_verls_step(monkeypatch):
+def test_a_sequence_loss_runs_in_verls_step():
     loss = {"loss_mode": "kepo_sequence_clip"}
     from verl.workers.config import PolicyLossConfig
 
     function = rewarded(policy_loss=PolicyLossConfig(**loss))
-    found, output = step(monkeypatch, patched(tiny()), micro_batch(k=1), function)
+    found, output = step(patched(tiny()), micro_batch(k=1), function)
     assert found.isfinite() and "actor/ppo_kl" in output["metrics"]
