@@ -18,7 +18,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment
-.PHONY: help demo test test-slow extras-test lint docs bench tritons matrix matrix-quick torches torches-test installs gpu gpu-quick clean
+.PHONY: help demo test test-slow extras-test verl-test lint docs bench tritons matrix matrix-quick torches torches-test installs gpu gpu-quick clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -33,10 +33,15 @@ test: $(VENV)/test.stamp  ## the test suite
 test-slow: $(VENV)/test.stamp  ## the slow tests, those that install the package included
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m slow
 
-# In an environment on top of the first: they ask for older versions of what is there.
+# In environments on top of the first: they ask for older versions of what is there, or may not fit each other.
 EXTRAS_TESTS = tests/loop/run/test_trackers.py tests/loop/run/test_optimizer_8bit.py tests/loop/run/test_roles.py
 extras-test: $(VENV)/extras/.stamp  ## the tests of trackers, and of models and moments in 8 and 4 bits
 	OMP_NUM_THREADS=1 $(VENV)/extras/bin/python -m pytest -q -n auto $(EXTRAS_TESTS)
+
+# A file a process: to import verl takes longer than its tests.
+VERL_TESTS = $(wildcard tests/kernels/integrations/test_verl_*.py)
+verl-test: $(VENV)/verl/.stamp  ## the tests of our losses in verl, which is installed without its packages for GPUs
+	OMP_NUM_THREADS=1 $(VENV)/verl/bin/python -m pytest -q -n auto --dist loadfile -m "slow or not slow" $(VERL_TESTS)
 
 lint: $(VENV)/test.stamp  ## ruff check, ruff format --check, mypy
 	$(PY) -m ruff check .
@@ -104,11 +109,13 @@ $(VENV)/torch-%/.stamp: | $(VENV)/test.stamp
 	$(PY) tools/fetch_torch.py $(@D)
 	touch $@
 
-$(VENV)/extras/.stamp: | $(VENV)/test.stamp
+$(VENV)/extras/.stamp: LAYER := trackers,quant
+$(VENV)/verl/.stamp: LAYER := verl
+$(VENV)/extras/.stamp $(VENV)/verl/.stamp: | $(VENV)/test.stamp
 	$(PY) -m venv --without-pip $(@D)
 	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth
-	$(@D)/bin/python -m pip install -c $(VENV)/torch.txt "kepo[trackers,quant]"
+	$(@D)/bin/python -m pip install -c $(VENV)/torch.txt "kepo[$(LAYER)]"
 	touch $@
 
 # The package by itself, so that the C++ is compiled once and again only when it changes.

@@ -74,7 +74,8 @@ def _with_answer(forward: Callable) -> Callable:
         if teacher is None or teacher.answer is None:
             return output
         fields = {x.name: getattr(output, x.name) for x in dataclasses.fields(output)}
-        return _answering(type(output))(**fields, fused_linear_aux=teacher.answer)
+        kind: Any = type(output)  # hashable, which mypy does not see
+        return _answering(kind)(**fields, fused_linear_aux=teacher.answer)
 
     return answering
 
@@ -89,7 +90,7 @@ def _answering(output: type) -> type:
 def _teacher_of(data: Any, loss_function: Any) -> TeacherTokens | None:
     """Return the teacher of a micro-batch that one of our divergences is asked for."""
     config = getattr(loss_function, "keywords", {}).get("distillation_config")
-    if not is_distillation_enabled(config) or "teacher_ids" not in data:
+    if config is None or not is_distillation_enabled(config) or "teacher_ids" not in data:
         return None
     loss = config.distillation_loss
     if loss.loss_mode not in BETAS:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from kepo_kernels.compute.autograd import TokenStats, row_numbers
 from kepo_kernels.compute.call import begin
 from kepo_kernels.compute.graph_breaks import breaks_graph
 from kepo_kernels.rows.top_k_rows import TopK
+from kepo_kernels.validate import Engine
 
 
 class OfTeacher(NamedTuple):
@@ -56,7 +57,7 @@ class KepoFusedLinear(nn.Module):
     """It has the signatures of verl's FusedLinearForPPO; entropies are float32 where verl's are of
     the states' dtype."""
 
-    engine: ClassVar[dict] = {}
+    engine: ClassVar[Engine] = {}
     """Engine settings of every call; see `kepo_kernels.losses`."""
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch"):
@@ -91,7 +92,7 @@ def _numbers(
     targets: Tensor,
     temperature: float,
     teacher: TeacherTokens | None,
-    engine: dict,
+    engine: dict[str, Any],
 ) -> TokenStats:
     """Return the numbers of all rows, of shape (B, T) or (N,)."""
     call = begin("KepoFusedLinear", hidden, weight, None, None, engine)

@@ -51,7 +51,7 @@ def sequence_loss(
         entropy_weights=None,
         reduction="sum",
     )
-    term = policy_term(Validator("register_policy_loss"), part, mask, log_prob.unsqueeze(-1))
+    term = policy_term(Validator("sequence_loss"), part, mask, log_prob.unsqueeze(-1))
     flat = log_prob.reshape(-1)
     nothing = torch.zeros_like(flat)
     rows = torch.arange(len(flat), device=flat.device)
