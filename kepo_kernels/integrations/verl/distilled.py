@@ -33,7 +33,8 @@ BETAS = {"kepo_forward_kl": 0.0, "kepo_jsd": 0.5, "kepo_reverse_kl": 1.0}
 ESTIMATORS = {"kepo_k1": "k1", "kepo_k2": "k2", "kepo_k3": "k3"}
 """verl's own estimators on the sampled tokens, 0 where the gate is closed."""
 CLOSED = -1
-"""The id of every token of a rollout whose teacher was not asked."""
+"""The id of every token of a rollout whose teacher was not asked: a TopK's padding, so that the
+tail is all there is, and the divergence 0."""
 
 
 def register() -> None:
@@ -96,9 +97,7 @@ def _teacher_of(data: Any, loss_function: Any) -> TeacherTokens | None:
     if loss.loss_mode not in BETAS:
         return None
     ids, logprobs = data["teacher_ids"].values(), data["teacher_logprobs"].values()
-    distilled = (ids != CLOSED).any(-1)
-    distilled &= _predicts_response(data, len(ids)).to(distilled.device)
-    given = [x.unsqueeze(0) for x in (ids, logprobs, distilled)]
+    given = [x.unsqueeze(0) for x in (ids, logprobs, _predicts_response(data, len(ids)))]
     if get_ulysses_sequence_parallel_world_size() > 1:
         given = [slice_input_tensor(x, dim=1) for x in given]
     return TeacherTokens(TopK(*given[:2]), given[2], BETAS[loss.loss_mode])

@@ -29,7 +29,7 @@ class TeacherTokens:
     """A micro-batch's teacher, packed as the student's states are."""
 
     top_k: TopK  # (1, N, K)
-    distilled: Tensor  # (1, N) bool: positions that predict a response's token and have a teacher
+    distilled: Tensor  # (1, N) bool: positions that predict a token of the response
     beta: float
     answer: OfTeacher | None = None
     """What the head has computed of it."""

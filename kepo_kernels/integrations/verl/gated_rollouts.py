@@ -1,6 +1,5 @@
 """Rollouts whose teacher is asked only where the reward says so: KEPO's gate, in verl's workers."""
 
-import math
 from typing import Any
 
 import ray
@@ -51,7 +50,7 @@ class GatedAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
                 "reward function, or a reward model with a resource pool of its own, which verl "
                 "asks before the teacher"
             )
-        return not math.isnan(reward) and reward >= threshold
+        return reward >= threshold  # never of a NaN
 
 
 class GatedAgentLoopManager(AgentLoopManagerTQ):

@@ -15,10 +15,11 @@ def use_kepo(**engine: Any) -> None:
     named.
 
     Args:
-        **engine: settings of every call of the head, as workspace_bytes, which it has from then on;
-            see `kepo_kernels.losses`.
+        **engine: settings of all later calls of the head, as workspace_bytes; see
+            `kepo_kernels.losses`.
     """
-    KepoFusedLinear.engine = Validator("use_kepo").engine(engine) if engine else {}
+    if engine:
+        KepoFusedLinear.engine = Validator("use_kepo").engine(engine)
     import verl  # noqa: F401  # it may load plugin.py, which installs everything before this goes on
     import verl.models.transformers.monkey_patch as patches
     import verl.utils.experimental.torch_functional as functional

@@ -14,6 +14,7 @@ from checks import assert_close_to_oracle
 from places import ROOT
 from verl_engine import own_head, patched, tiny
 
+from kepo_kernels import KepoInputError
 from kepo_kernels.integrations.verl import KepoFusedLinear, known_releases, use_kepo
 
 use_kepo()
@@ -128,6 +129,18 @@ def test_verls_plugin_mechanism_installs_it():
         [sys.executable, "-c", code], cwd=ROOT, env=loading, capture_output=True, text=True
     )
     assert done.stdout.splitlines()[-1:] == ["KepoFusedLinear True"], done.stderr
+
+
+def test_its_calls_have_the_settings_that_were_given(monkeypatch):
+    monkeypatch.setattr(KepoFusedLinear, "engine", {})
+    use_kepo(impl="torch", chunk_rows=3)
+    use_kepo()  # as verl's plug-in may do later
+    assert KepoFusedLinear.engine["chunk_rows"] == 3
+    hidden, weight, ids, _ = inputs((7,), 8, 11, torch.float32)
+    found = KepoFusedLinear()(hidden, weight, ids)[0]
+    torch.testing.assert_close(found, plain(hidden, weight, ids, 1.0)[0])
+    with pytest.raises(KepoInputError, match="use_kepo: unexpected argument 'chunks'"):
+        use_kepo(chunks=3)
 
 
 @pytest.mark.parametrize("found", ["0.9.0", "0.8.0", "0.10.0", "1.0"])

@@ -198,8 +198,9 @@ def tokens(rows=4, length=7):
     torch.manual_seed(2)
     old = -torch.rand(rows, length) * 3 - 0.1
     log_prob = (old + 0.5 * torch.randn(rows, length)).clamp(max=0).requires_grad_()
+    log_prob.data[1] = old[1] + 0.6  # a ratio of 1.8, which has a bound of its own where A < 0
     mask = torch.arange(length) < torch.tensor([length, 3, 1, 5])[:rows, None]
-    advantages = torch.randn(rows, 1).expand(-1, length) * mask
+    advantages = torch.tensor([0.7, -1.1, 0.4, -0.6])[:, None] * mask
     weights = 0.5 + torch.rand(rows, 1).expand(-1, length)
     return dict(
         old_log_prob=old,
