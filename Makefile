@@ -18,7 +18,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment
-.PHONY: help demo test test-slow extras-test trl-test lint docs bench tritons matrix matrix-quick torches torches-test installs gpu gpu-quick clean
+.PHONY: help demo test test-slow extras-test trl-test verl-test lint docs bench tritons matrix matrix-quick torches torches-test installs gpu gpu-quick clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -44,6 +44,11 @@ TRL_TESTS = tests/kernels/test_trl.py tests/kernels/integrations/test_trl_equali
 	tests/kernels/integrations/test_trl_hints.py tests/kernels/integrations/test_trl_runs.py tests/benchmarks/test_trl_tables.py
 trl-test: $(VENV)/trl/.stamp  ## the tests of TRL's trainers with our losses, in one process and in two
 	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python -m pytest -q -n auto --dist loadfile -m "slow or not slow" $(TRL_TESTS)
+
+# A file a process: to import verl takes longer than its tests.
+VERL_TESTS = $(wildcard tests/kernels/integrations/test_verl_*.py)
+verl-test: $(VENV)/verl/.stamp  ## the tests of our losses in verl, which is installed without its packages for GPUs
+	OMP_NUM_THREADS=1 $(VENV)/verl/bin/python -m pytest -q -n auto --dist loadfile -m "slow or not slow" $(VERL_TESTS)
 
 lint: $(VENV)/test.stamp  ## ruff check, ruff format --check, mypy
 	$(PY) -m ruff check .
@@ -114,7 +119,8 @@ $(VENV)/torch-%/.stamp: | $(VENV)/test.stamp
 $(VENV)/extras/.stamp: LAYER := trackers,quant
 $(VENV)/extras/.stamp: MORE := deepspeed
 $(VENV)/trl/.stamp: LAYER := trl
-$(VENV)/extras/.stamp $(VENV)/trl/.stamp: | $(VENV)/test.stamp
+$(VENV)/verl/.stamp: LAYER := verl
+$(VENV)/extras/.stamp $(VENV)/trl/.stamp $(VENV)/verl/.stamp: | $(VENV)/test.stamp
 	$(PY) -m venv --without-pip $(@D)
 	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth
