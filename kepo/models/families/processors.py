@@ -43,9 +43,9 @@ def pillow_processor_class(name: str = QWEN) -> Any:
 def without_broken_torchvision() -> bool:
     """Return whether torchvision works; if it is installed but broken, hide it, as if missing.
 
-    Beside a torch it was not built for, its own operators do not exist, and transformers, which
-    only sees that it is installed, then cannot import a single vision model. Call it before the
-    first of them is imported.
+    It works if it resizes. Beside a torch it was not built for, its own operators do not exist,
+    and as a rule it cannot be imported; transformers, which only sees that it is installed, then
+    cannot import a single vision model. Call it before the first of them is imported.
     """
     try:
         from torchvision.transforms.v2 import functional

@@ -1,9 +1,9 @@
-"""The vLLM sampler over vLLM itself, on a CPU: `make vllm-test` installs it in an environment of its
-own. KEPO_VLLM_RESULTS names a file for the numbers.
+"""The vLLM sampler over vLLM itself, on a CPU: `make vllm-test` has an environment with it.
+
+KEPO_VLLM_RESULTS names a file for the numbers.
 """
 
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,22 +11,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-vllm = pytest.importorskip("vllm")
+pytest.importorskip("vllm")
 
+import vllm
+import vllm_models
 from families import pictures
-from transformers import TopPLogitsWarper
 
 from benchmarks.stamp import installed, stamp
-from kepo.digits import tiny
 from kepo.errors import KepoConfigError, KepoError
 from kepo.models.encoding import Prompt
-from kepo.models.families.family import TinySize
 from kepo.models.sampling import SamplingParams
 from kepo.models.vlm import VLM
 from kepo.rollout.vllm import VllmSampler
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
-SIZE = TinySize(hidden=128, layers=2, heads=2, vision_hidden=64, vision_depth=1)  # vLLM's least head
 KINDS = {
     "Qwen3-VL": {},
     "Qwen3-VL, tied": dict(tied=True),
@@ -38,13 +36,6 @@ ROUNDING = 2e-5  # nat; both compute in float32, in another order
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
 HOT = SamplingParams(max_tokens=24, temperature=1.0, n=4)
 COMPARED: dict[str, dict[str, float]] = {}
-
-
-def build(folder: Path, tied: bool = False, **settings) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiny._SIZES, "student", SIZE)
-        tiny.build_tiny(folder, size="student", seed=1, tied=tied, **settings)
-    return folder
 
 
 def sampler_of(vlm: VLM, folder: Path, **settings) -> VllmSampler:
@@ -63,7 +54,7 @@ def shown(tmp_path_factory):
 @pytest.fixture(scope="module", params=KINDS)
 def made(request, tmp_path_factory, shown):
     """A policy, its sampler, and prompts with one picture, two or none."""
-    folder = build(tmp_path_factory.mktemp("tiny") / "student", **KINDS[request.param])
+    folder = vllm_models.build(tmp_path_factory.mktemp("tiny") / "student", **KINDS[request.param])
     vlm = VLM.load(folder)
     asked = [Prompt("Which digit is it?", path) for path in shown]
     asked += [Prompt("Which is larger?", shown[:2]), Prompt("And here?", shown[2:])]
@@ -72,7 +63,7 @@ def made(request, tmp_path_factory, shown):
     asked.append(Prompt("What is 3 + 5?"))
     sampler = sampler_of(vlm, folder)
     yield SimpleNamespace(name=request.param, vlm=vlm, sampler=sampler, prompts=asked)
-    sampler._llm.llm_engine.engine_core.shutdown()
+    sampler.close()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,23 +88,11 @@ def tokens(sampled) -> list[list[int]]:
     return [row[keep].tolist() for row, keep in zip(sampled.ids, sampled.mask, strict=True)]
 
 
-@torch.no_grad()
-def law_of(vlm: VLM, prompts: list[Prompt], params: SamplingParams, sampled) -> torch.Tensor:
-    """Log-probabilities of sampled tokens under the policy, all of a completion in one forward."""
-    inputs = vlm.encode([prompt for prompt in prompts for _ in range(params.n)])
-    logits = vlm.completion_hidden(inputs, sampled.ids, sampled.mask) @ vlm.lm_head.T
-    logits[..., vlm.never_sampled()] = -torch.inf
-    logits = logits / params.temperature
-    rows = TopPLogitsWarper(params.top_p)(None, logits.flatten(0, 1))
-    law = rows.view_as(logits).log_softmax(-1)
-    return law.gather(-1, sampled.ids[..., None])[..., 0].where(sampled.mask, 0.0)
-
-
 def compare(made, params: SamplingParams, seeds: range) -> tuple[float, int]:
     """Sample and compare with the policy; returns the largest difference and the tokens."""
     drawn = made.sampler.sample(made.prompts, params, seeds)
-    far = (drawn.logprobs - law_of(made.vlm, made.prompts, params, drawn)).abs()
-    return float(far.max()), int(drawn.mask.sum())
+    far = vllm_models.apart(made.vlm, made.prompts, params, drawn)
+    return far, int(drawn.mask.sum())
 
 
 # ---- the same model ----
@@ -199,9 +178,9 @@ def test_a_parameter_that_gets_no_weights_is_named(made, monkeypatch):
     lost = [name for name, _ in made.vlm.weights() if "layers.1.input_layernorm" in name]
     kept = [pair for pair in made.vlm.weights() if pair[0] not in lost]
     monkeypatch.setattr(made.sampler, "_weights", lambda: iter(kept))
-    with pytest.raises(KepoError, match=r"nothing for 1 of .*layers.1.input_layernorm.weight"):
-        with made.sampler.ready():
-            pass
+    said = r"nothing for 1 of .*layers.1.input_layernorm.weight"
+    with pytest.raises(KepoError, match=said), made.sampler.ready():
+        pass
     monkeypatch.undo()
     with made.sampler.ready():
         assert made.sampler.sample(made.prompts, GREEDY).mask.any()
@@ -227,10 +206,7 @@ def test_a_seed_gives_the_same_tokens_beside_others(made):
 
 
 def test_what_vllm_refuses_is_one_sentence(tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiny._SIZES, "student", SIZE._replace(heads=4))
-        tiny.build_tiny(tmp_path / "narrow", size="student", seed=1, family="text_only")
-    vlm = VLM.load(tmp_path / "narrow")
-    with pytest.raises(KepoConfigError, match=r"^sampler='vllm' with .*narrow: vLLM .* 32") as said:
-        sampler_of(vlm, tmp_path / "narrow")
-    assert not re.search(r"\n", str(said.value))
+    folder = vllm_models.build(tmp_path / "student", family="text_only")
+    said = r"^sampler='vllm' with \S+: vLLM .* and vllm_memory=0.001: Available memory .*\.$"
+    with pytest.raises(KepoConfigError, match=said):
+        sampler_of(VLM.load(folder), folder, memory_share=0.001)
