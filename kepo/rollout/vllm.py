@@ -189,11 +189,7 @@ class VllmSampler:
         """Return the request to vLLM, one placeholder per image, and the ids it must expand to."""
         expanded = self.encoder.encode([prompt]).input_ids[0].tolist()
         image = self.encoder.image_token_id
-        ids = [
-            token
-            for token, run in groupby(expanded)
-            for _ in range(1 if token == image else len(list(run)))
-        ]
+        ids = self._as_the_template_writes(expanded)
         pictures = [open_rgb(path) for path in prompt.images]
         if ids.count(image) != len(pictures):
             raise KepoError(
@@ -204,6 +200,25 @@ class VllmSampler:
         if pictures:
             request["multi_modal_data"] = {"image": pictures}
         return request, expanded
+
+    def _as_the_template_writes(self, expanded: list[int]) -> list[int]:
+        """Return the ids with one placeholder per image, and without what vLLM puts around it."""
+        read = self.encoder.pictures
+        if read is None:
+            return expanded
+        ids: list[int] = []
+        for token, run in groupby(expanded):
+            if token != read.token:
+                ids += run
+                continue
+            if read.before:
+                del ids[-len(read.before) :]
+            ids.append(token)
+        return [
+            token
+            for place, token in enumerate(ids)
+            if not (token in read.after and ids[place - 1] == read.token)
+        ]
 
     def _completion(self, output: Any, max_tokens: int) -> Any:
         (completion,) = output.outputs

@@ -29,6 +29,7 @@ KINDS = {
     "Qwen3-VL": {},
     "Qwen3-VL, tied": dict(tied=True),
     "Qwen2.5-VL": dict(family="qwen2_5_vl"),
+    "InternVL": dict(family="internvl"),
     "text only": dict(family="text_only"),
     "text only, tied": dict(family="text_only", tied=True),
 }

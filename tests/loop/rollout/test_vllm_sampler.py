@@ -138,6 +138,21 @@ def test_a_prompt_has_one_placeholder_and_its_picture(made, images):
         ]
 
 
+def test_tokens_around_a_picture_are_vllms_own(images, tmp_path):
+    """InternVL's template writes one token for a picture; the encoder and vLLM enclose it."""
+    build_tiny(tmp_path, size="student", seed=0, family="internvl")
+    vlm = VLM.load(tmp_path)
+    how = dict(device=torch.device("cpu"), dtype="float32", memory_share=0.3, never_sampled=[])
+    llm = fake_vllm.LLM(model="there")
+    sampler = VllmSampler(vlm.encoder, tmp_path, **how, weights=dict, llm=llm)
+    prompt = Prompt("Which?", images[:2])
+    request, expanded = sampler._request(prompt)
+    asked = vlm.tokenizer.decode(request["prompt_token_ids"])
+    template = "user\n<IMG_CONTEXT>\n<IMG_CONTEXT>\nWhich?<|im_end|>"
+    assert template in asked
+    assert vlm.tokenizer.decode(expanded).count("<img><IMG_CONTEXT>") == 2
+
+
 def test_the_law_is_the_one_asked_for(made, images):
     sampler = made.sampler()
     with sampler.ready():
