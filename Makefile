@@ -35,8 +35,10 @@ test-slow: $(VENV)/test.stamp  ## the slow tests, those that install the package
 
 # In an environment on top of the first: they ask for older versions of what is there.
 EXTRAS_TESTS = tests/loop/run/test_trackers.py tests/loop/run/test_optimizer_8bit.py tests/loop/run/test_roles.py
-extras-test: $(VENV)/extras/.stamp  ## the tests of trackers, and of models and moments in 8 and 4 bits
+extras-test: $(VENV)/extras/.stamp  ## the tests of trackers, of models and moments in 8 and 4 bits, and of ZeRO-3
 	OMP_NUM_THREADS=1 $(VENV)/extras/bin/python -m pytest -q -n auto $(EXTRAS_TESTS)
+	OMP_NUM_THREADS=1 $(VENV)/extras/bin/python -m pytest -q -m processes -k quantised tests/loop/distributed/test_processes.py
+	OMP_NUM_THREADS=1 $(VENV)/extras/bin/python -m pytest -q -m slow -k zero3 tests/kernels/test_fused_head_processes.py
 
 # VLLM_RESULTS: a file for the numbers that were compared.
 VLLM_TESTS = tests/loop/rollout/test_vllm_itself.py tests/loop/run/test_vllm_run.py
@@ -114,7 +116,7 @@ $(VENV)/extras/.stamp: | $(VENV)/test.stamp
 	$(PY) -m venv --without-pip $(@D)
 	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth
-	$(@D)/bin/python -m pip install -c $(VENV)/torch.txt "kepo[trackers,quant]"
+	$(@D)/bin/python -m pip install -c $(VENV)/torch.txt "kepo[trackers,quant]" deepspeed
 	touch $@
 
 # Its torch is the build for CPUs, on pytorch.org unless pip finds it elsewhere. torchaudio and torchcodec have no build for

@@ -17,6 +17,8 @@ from kepo.rollout.vllm_platform import built_for
 from kepo.sections import PicturesConfig, RewardConfig, RunConfig
 from kepo.tasks.environment import Environment, environment_of
 from kepo.tasks.rewards import reward_name
+from kepo.teachers.transport import Server
+from kepo.words import is_address
 
 TRACKERS = {
     "tensorboard": "torch.utils.tensorboard",
@@ -94,7 +96,8 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
             f"overlong_buffer={config.overlong_buffer} is read by the reward overlong alone; add "
             "overlong to rewards, and a weight, or set overlong_buffer: 0"
         )
-    if config.teacher is None:
+    _teachers(config)
+    if not config.taught:
         for name, value, off in (
             ("hint_trigger", config.hint_trigger, "never"),
             ("gate_reward", config.gate_reward, None),
@@ -102,6 +105,34 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
         ):
             if value != off:
                 _refuse(f"{name}={value!r} needs a teacher; set teacher, or {name} to {off}")
+
+
+def _teachers(config: Config) -> None:
+    """Check that the teachers are named once, and that those behind servers can be asked."""
+    if config.teachers and config.teacher is not None:
+        _refuse(f"teacher={config.teacher!r} and teachers are two answers; give one of them")
+    served = {name: path for name, path in config.teacher_paths.items() if is_address(path)}
+    for which, url in served.items():
+        Server(which, url, config)
+        law = config.teacher_temperature or config.temperature
+        if config.distils and law != 1:
+            name = "temperature" if config.teacher_temperature is None else "teacher_temperature"
+            _refuse(
+                f"{name}={law} and {which}={url!r}: a server gives log-probabilities at "
+                "temperature 1; set teacher_temperature: 1"
+            )
+    alone = len(served) == len(config.teacher_paths) > 0
+    for name, usual in (("teacher_bits", None), ("teacher_placement", "copy")):
+        if alone and (value := getattr(config, name)) != usual:
+            _refuse(
+                f"{name}={value!r} says how a process holds its teacher, and a server holds this "
+                "one; leave it out"
+            )
+    if config.teacher_model is not None and not served:
+        _refuse(
+            f"teacher_model={config.teacher_model!r} is a server's name for its model, and no "
+            "teacher is the address of a server; leave it out"
+        )
 
 
 def _weights(config: Config) -> None:

@@ -4,6 +4,9 @@ line."""
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +25,7 @@ from kepo.sections import (
     SamplingConfig,
     TaskConfig,
 )
-from kepo.words import expanded, guesses, sentence, typed
+from kepo.words import expanded, guesses, is_address, sentence, typed
 
 PRESETS = Path(__file__).parent / "presets"
 RECIPES = "[RECIPE | PRESET ...] [OPTIONS]"
@@ -55,16 +58,21 @@ class Config(
             object.__setattr__(self, "reward_weights", (1.0,) * len(self.rewards))
 
     @property
-    def taught_by(self) -> str | None:
-        """The teacher, or None if the run does not use it."""
-        return self.teacher if self.distils or self.hints else None
+    def taught_by(self) -> dict[str, str]:
+        """The teachers by the setting that names each; none if the run does not use them."""
+        return self.teacher_paths if self.distils or self.hints else {}
+
+    @property
+    def local_teachers(self) -> dict[str, str]:
+        """Those of them that the run's own processes hold."""
+        return {name: path for name, path in self.taught_by.items() if not is_address(path)}
 
     @property
     def read_again(self) -> dict[str, str]:
-        """The models that a resumed run reads again, by setting: the teacher, and the student as it
-        began, where it is the base of adapters or the reference."""
-        found = {} if self.taught_by is None else {"teacher": self.taught_by}
-        return found | ({"student": self.student} if self.lora_rank or self.kl_coef else {})
+        """The models that a resumed run reads again, by setting: local teachers, and the student as
+        it began, where it is the base of adapters or the reference."""
+        base = {"student": self.student} if self.lora_rank or self.kl_coef else {}
+        return self.local_teachers | base
 
 
 MAY_CHANGE_ON_RESUME = frozenset(
@@ -82,6 +90,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         *("gradient_checkpointing", "attn_implementation", "liger_layers", "vllm_memory"),
         *("micro_batch", "micro_tokens", "rollout_batch", "rollout_tokens", "workspace_bytes"),
         *("share_prompts", "scores_on"),
+        *("teacher_at_once", "teacher_timeout", "teacher_retries"),
     }
 )
 """Settings that decide what a run writes down, or where and in what portions it computes."""
@@ -94,6 +103,7 @@ RENAMED = {"engine": "sampler"}
 AS_BEFORE = frozenset(
     {"lr_schedule", "optimizer", "mini_batches", "kl_estimator", "delta", "teacher_temperature"}
     | {"sapo_temperature_pos", "sapo_temperature_neg", "logits_dtype", "grad_tol", "student_bits"}
+    | {"teachers", "kl_bias_correction"}
 )
 """Settings whose defaults are what versions that did not have them did: a run that such a version
 began is resumed with the defaults only."""
@@ -102,13 +112,32 @@ began is resumed with the defaults only."""
 def load(*layers: str | Path) -> Config:
     """Build a Config from YAML files and presets (`presets()`); later layers override earlier ones.
 
-    Each layer is a path to a YAML mapping, or a preset's name. KepoConfigError names unreadable
-    files, unknown keys and wrong types.
+    Each layer is a path to a YAML mapping, or a preset's name. A list of rewards that replaces
+    another is said. KepoConfigError names unreadable files, unknown keys and wrong types.
     """
     values: dict[str, Any] = {}
+    rewarded: str | Path = ""
     for layer in layers:
-        values |= read_layer(layer)
+        given = read_layer(layer)
+        if "rewards" in given:
+            if values.get("rewards", given["rewards"]) != given["rewards"]:
+                _say_replaced(rewarded, values["rewards"], layer, given["rewards"])
+            if set(values.get("reward_weights", ())) == {1.0}:  # 1 each, of however many
+                del values["reward_weights"]
+            rewarded = layer
+        values |= given
     return Config(**values)
+
+
+def _say_replaced(
+    earlier: str | Path, old: Sequence[str], later: str | Path, new: Sequence[str]
+) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"rewards: {later} replaces {', '.join(old)}, which {earlier} gives, by "
+            f"{', '.join(new)}: the later file or preset counts, and a flag over all",
+            file=sys.stderr,
+        )
 
 
 def read_layer(layer: str | Path) -> dict[str, Any]:
@@ -155,6 +184,8 @@ def _typed(values: dict[str, Any], source: str) -> dict[str, Any]:
             found[name] = typed(value, known[name])
             if name in PATHS and found[name] != getattr(Config, name):  # "" and None: not set
                 found[name] = expanded(found[name])
+            if name == "teachers":
+                found[name] = tuple((value, expanded(path)) for value, path in found[name])
         except ValueError as error:
             raise KepoConfigError(f"{source}: {name}={sentence(value, error)}") from error
     return found

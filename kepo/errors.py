@@ -41,6 +41,10 @@ class KepoRewardError(KepoError, RuntimeError):
     """A reward function failed or returned something that is not a finite number."""
 
 
+class KepoTeacherError(KepoError, RuntimeError):
+    """A teacher that another process serves does not answer, or answers what cannot be right."""
+
+
 class KepoPackageError(KepoError, ImportError):
     """A package that one of kepo's extras installs is missing."""
 

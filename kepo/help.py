@@ -11,7 +11,7 @@ import textwrap
 from functools import cache
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from kepo.words import parts_of
+from kepo.words import Pairs, parts_of
 
 NARROWEST, WIDEST = 50, 100
 COLUMN = 26
@@ -57,7 +57,9 @@ class Flag(NamedTuple):
     @property
     def values(self) -> str:
         """What may follow the flag, e.g. ``INT`` or ``{copy,fsdp2,offload}``."""
-        if get_origin(self.kind) is Literal:
+        if parts_of(self.hint)[0] == Pairs:
+            name = "NAME=TEXT"
+        elif get_origin(self.kind) is Literal:
             name = f"{{{','.join(map(str, get_args(self.kind)))}}}"
         else:
             name = self.kind.__name__.upper()
@@ -118,7 +120,7 @@ def _entry(flag: Flag, width: int) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
-        return " ".join(map(str, value)) or "not set"
+        return " ".join("=".join(x) if isinstance(x, tuple) else str(x) for x in value) or "not set"
     return "not set" if value == "" else str(value)
 
 

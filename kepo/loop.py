@@ -44,7 +44,14 @@ from kepo.rollout.rollouts import demonstrations
 from kepo.run.agreement import agreeing_ranks
 from kepo.run.lock import exclusive
 from kepo.run.metrics import completion_records, last_metrics, peak_gb, step_metrics, step_times
-from kepo.run.milestones import begin, draw_curves, is_measured, measure, save
+from kepo.run.milestones import (
+    begin,
+    draw_curves,
+    is_measured,
+    measure,
+    save,
+    saved_if_the_teacher_goes,
+)
 from kepo.run.open import Run, open_run
 from kepo.run.progress import say, show, step_bar
 from kepo.run.signals import StopRequest, lasting_output
@@ -53,6 +60,8 @@ from kepo.sections import ObjectiveConfig, OptimizerConfig
 from kepo.tasks.environment import with_own
 from kepo.tasks.rewards import Reward
 from kepo.tasks.task import Task
+from kepo.teachers.served import ServedTeacher
+from kepo.teachers.several import each_of
 from kepo.terminal import any_terminal
 
 
@@ -103,7 +112,7 @@ def train(
     hide_transformers_bars()
     with (
         lasting_output(),
-        agreeing_ranks(config) as device,
+        agreeing_ranks(config, env.code) as device,
         StopRequest() as stop,
         exclusive(Path(config.run_dir)),
     ):
@@ -131,13 +140,14 @@ def take_steps(run: Run) -> None:
         questions = draw(examples, config, step)
         own = len(questions) - from_data(config, step)
         given = demonstrations(models.policy.encoder, questions[own:], run.env, config)
-        with models.sampler.ready():
-            found = explore(questions[:own], models, run.env, config, run.hints, examples, step)
-        explored = time.perf_counter()
-
-        batch, totals = collate(found.groups, config, given), StepTotals()
-        minis, wasted = lay_out(batch, models.policy, config)
-        for norm in updates(run, step, minis, totals):
+        with saved_if_the_teacher_goes(run, step - 1):
+            with models.sampler.ready():
+                found = explore(questions[:own], models, run.env, config, run.hints, examples, step)
+            explored = time.perf_counter()
+            batch, totals = collate(found.groups, config, given), StepTotals()
+            minis, wasted = lay_out(batch, models.policy, config)
+            known = ask(models, minis, config, totals)
+        for norm in updates(run, step, minis, known, totals):
             skipped = 0 if math.isfinite(norm) else skipped + 1
         ended = time.perf_counter()
 
@@ -170,20 +180,31 @@ def take_steps(run: Run) -> None:
             save(run, step)
 
 
-def updates(
-    run: Run, step: int, minis: Sequence[list[Batch]], totals: StepTotals
-) -> Iterator[float]:
-    """Take the optimiser steps of a step: ``num_iterations`` passes over its mini-batches; yield
-    the norm of each gradient.
-
-    ``minis`` are this rank's micro-batches of each mini-batch; equally many on all ranks. What the
-    frozen models say of them is held until the last is taken, and no longer: a rollout needs the
-    memory.
-    """
-    models, config = run.models, run.config
+def ask(
+    models: Models, minis: Sequence[list[Batch]], config: ObjectiveConfig, totals: StepTotals
+) -> list[list[Scores]]:
+    """Return what the frozen models say of this rank's micro-batches of each mini-batch; equally
+    many on all ranks."""
     asked = [micro for micros in minis for micro in micros]
     scores = iter(score(models.teacher, models.ref, asked, config, totals))
-    known = [list(itertools.islice(scores, len(micros))) for micros in minis]
+    for teacher in each_of(models.teacher):
+        if isinstance(teacher, ServedTeacher):
+            requests, again = teacher.server.taken()
+            totals.teacher_requests += requests
+            totals.teacher_retries += again
+    return [list(itertools.islice(scores, len(micros))) for micros in minis]
+
+
+def updates(
+    run: Run,
+    step: int,
+    minis: Sequence[list[Batch]],
+    known: list[list[Scores]],
+    totals: StepTotals,
+) -> Iterator[float]:
+    """Take the optimiser steps of a step: ``num_iterations`` passes over its mini-batches; yield
+    the norm of each gradient. ``known`` is what the frozen models say, as `ask` returns it."""
+    models, config = run.models, run.config
     for micros in minis[1:]:  # they meet a policy that has been updated
         for place, micro in enumerate(micros):
             work = partial(with_old_logprobs, models.policy, micro, config, totals)
@@ -192,6 +213,7 @@ def updates(
         for micros, said in zip(minis, known, strict=True):
             add_gradients(models, micros, said, config, totals)
             yield update(run, step)
+    known.clear()  # a rollout needs the memory
 
 
 def add_gradients(

@@ -37,6 +37,15 @@ def found(which: str, name: str) -> Any:
     return getattr(module, attribute)
 
 
+def source_of(name: str) -> Path | None:
+    """Return the file of what a name that was `found` names; None if it is of a module without."""
+    source = name.rpartition(":")[0]
+    if source.endswith(".py"):
+        return Path(source).expanduser()
+    file = getattr(sys.modules.get(source), "__file__", None)
+    return None if file is None else Path(file)
+
+
 def _module(name: str) -> Any:
     if name.startswith("."):
         raise ImportError("a relative name; expected a package's name from its first part on")

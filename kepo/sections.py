@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from kepo.words import Bound
+from kepo.words import Bound, Pairs
 
 Finite = Annotated[float, Bound(lambda x: True, "a finite number")]
 Positive = Annotated[float, Bound(lambda x: x > 0, "a number > 0")]
@@ -20,6 +20,7 @@ ShareBelowOne = Annotated[float, Bound(lambda x: 0 <= x < 1, "a number in [0, 1)
 PositiveShare = Annotated[float, Bound(lambda x: 0 < x <= 1, "a number in (0, 1]")]
 NonNegativeInt = Annotated[int, Bound(lambda x: x >= 0, "a number >= 0")]
 Count = Annotated[int, Bound(lambda x: x >= 1, "a number >= 1")]
+Seconds = Annotated[float, Bound(lambda x: 0 < x <= 10**6, "a number in (0, 1000000]")]
 Minutes = Annotated[float, Bound(lambda x: 0 < x <= 10**6, "a number in (0, 1000000]")]
 GroupSize = Annotated[
     int, Bound(lambda x: x >= 2, "at least 2: advantages are relative to a group")
@@ -58,9 +59,9 @@ class DataConfig:
     instead of an error in mid-run, and images are compared by content. False only checks that the
     image files exist."""
     changed_inputs: Literal["refuse", "accept"] = "refuse"
-    """Whether a run may be resumed with a different teacher, or with different questions, answers
-    or images, than it began with. refuse: name the changes and end the run. accept: name them and
-    continue."""
+    """Whether a run may be resumed with a different teacher, with different questions, answers or
+    images, or with other files of rewards and task of your own, than it began with. refuse: name
+    the changes and end the run. accept: name them and continue."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,13 @@ class TeacherConfig:
     """The frozen teacher; distillation and hints both depend on whether there is one."""
 
     teacher: str | None = None
-    """Folder or Hub name of the frozen teacher, which must have the student's tokenizer. None means
-    plain GRPO."""
+    """Folder or Hub name of the frozen teacher, or the address http://host:port/v1 of a server of
+    one, which must have the student's tokenizer. None means plain GRPO."""
+    teachers: Pairs = ()
+    """Several teachers in place of one: a mapping from values of teacher_column to what teacher may
+    be. Questions with another value are not trained on."""
+    teacher_column: str = "modality"
+    """Field of a record whose value chooses its teacher among teachers."""
     teacher_bits: Literal[8, 4] | None = None
     """Quantise the teacher's layers, but not its head, to 8 or 4 bits with bitsandbytes. None
     disables it."""
@@ -80,6 +86,29 @@ class TeacherConfig:
     scores_on: Literal["host", "device"] = "host"
     """Where the teacher's hidden states wait from their computation, once per step, until the
     losses of the micro-batches and iterations read them: host memory or the device."""
+    teacher_model: str | None = None
+    """Name by which a server knows its model. None means the only one it offers."""
+    teacher_top_k: Count = 20
+    """Number of likeliest tokens that a server says the log-probabilities of, at each place; the
+    other tokens count as one. vLLM allows 20, or as many as its --max-logprobs says."""
+    teacher_at_once: Count = 8
+    """Number of requests that each process has under way at a server at once."""
+    teacher_timeout: Seconds = 120.0
+    """Seconds in which a server must answer a request."""
+    teacher_retries: NonNegativeInt = 4
+    """How often a request that was not answered is made again, after 1, 2, 4, ... seconds, before
+    the run saves its state and ends."""
+
+    @property
+    def taught(self) -> bool:
+        """Whether there is a teacher."""
+        return self.teacher is not None or bool(self.teachers)
+
+    @property
+    def teacher_paths(self) -> dict[str, str]:
+        """The teachers, by the setting that names each."""
+        alone = {} if self.teacher is None else {"teacher": self.teacher}
+        return alone | {f"teachers.{value}": name for value, name in self.teachers}
 
 
 @dataclass(frozen=True)
@@ -189,7 +218,8 @@ class TaskConfig:
     """System turn of every question that brings none. Empty means none."""
     prompt_template: str = ""
     """The question's turn, with {question}, {instruction} and the names of the data's columns in
-    braces; {{ and }} are braces. Empty means the question and the instruction, a line each."""
+    braces; {{ and }} are braces. A column that is the right answer is refused. Empty means the
+    question and the instruction, a line each."""
     answer_tolerance: NonNegative = 1e-4
     """open_answer: how far a number may be from the right one, relative to the right one."""
 
@@ -254,6 +284,9 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL penalty, with d = reference - policy log-probability: k1 is -d, k2 is
     d^2 / 2, k3 is e^d - d - 1."""
+    kl_bias_correction: bool = False
+    """Whether the KL penalty is multiplied by the ratio of policy and sampling policy, through which
+    its gradient then goes too: TRL's use_bias_correction_kl."""
     entropy_coef: Finite = 0.0
     """Weight of the entropy bonus."""
     policy_reduction: Literal["token_mean", "sequence_mean", "sum", "dr_grpo"] = "sequence_mean"
@@ -304,7 +337,7 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
 
     @property
     def distils(self) -> bool:
-        return self.teacher is not None and self.distill_coef > 0
+        return self.taught and self.distill_coef > 0
 
 
 @dataclass(frozen=True)
@@ -343,7 +376,7 @@ class HintConfig(RewardConfig, TeacherConfig):
 
     @property
     def hints(self) -> bool:
-        return self.teacher is not None and self.hint_trigger != "never"
+        return self.taught and self.hint_trigger != "never"
 
 
 @dataclass(frozen=True)

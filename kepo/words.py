@@ -13,7 +13,7 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -33,6 +33,8 @@ INT = re.compile(r"[-+]?[0-9][0-9_]*")
 BASED = re.compile(r"0x[0-9a-fA-F]+|0o[0-7]+")
 FLOAT = re.compile(r"[-+]?(\.[0-9][0-9_]*|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[-+]?\.?(inf|Inf|INF)|\.?(nan|NaN|NAN)")
+Pairs = tuple[tuple[str, str], ...]
+"""The type of a setting that maps names to texts: a mapping in YAML, NAME=TEXT as a flag."""
 EXACT = 2**53
 """Every whole number up to this one is represented exactly by a float."""
 
@@ -68,6 +70,8 @@ def typed(value: Any, hint: Any) -> Any:
     kind, bound, optional = parts_of(hint)
     if optional and (value is None or (isinstance(value, Word) and value in NONE)):
         return None
+    if kind == Pairs:
+        return _pairs(value)
     if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
         try:
             return tuple(typed(one, get_args(kind)[0]) for one in value)
@@ -82,6 +86,27 @@ def typed(value: Any, hint: Any) -> Any:
     if bound is not None and abs(found) > LARGEST:
         raise ValueError(f"at most {LARGEST:g}, to stay finite in float32")
     return found
+
+
+def _pairs(value: Any) -> Pairs:
+    """Return the pairs of a mapping, of a list of them or of texts NAME=TEXT."""
+    said = "a mapping, in YAML {name: text, other: text}"
+    found = {}
+    for one in value.items() if isinstance(value, Mapping) else value if _is_list(value) else [""]:
+        pair = one.partition("=")[::2] if isinstance(one, str) else one
+        if not (_is_list(pair) and len(pair) == 2 and all(pair)):
+            raise ValueError(said)
+        if not all(isinstance(x, (str, os.PathLike)) for x in pair):
+            raise ValueError(said)
+        name, text = map(os.fspath, pair)
+        if name in found:
+            raise ValueError(f"{said}, with {name} once")
+        found[str(name)] = str(text)
+    return tuple(found.items())
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
 
 
 def parts_of(hint: Any) -> tuple[Any, Bound | None, bool]:
@@ -207,6 +232,11 @@ def at_home(record: Any, *names: str) -> Any:
         except ValueError as error:
             raise KepoConfigError(f"{name}={sentence(value, error)}") from error
     return dataclasses.replace(record, **found)
+
+
+def is_address(name: str) -> bool:
+    """Return whether a setting that may be a path is the address of a server."""
+    return name.startswith(("http://", "https://"))
 
 
 def sentence(value: Any, expected: ValueError) -> str:

@@ -49,8 +49,11 @@ class FusedHead:
     own: call it inside of that forward, so that the wrapper's hooks know of it.
 
     Calls without `loss` are untouched, generation among them, and so are the names of parameters,
-    what is saved, and whether the head is tied. DDP and FSDP2 average gradients over processes: to
-    divide by a count of tokens, divide by the count over all of them and multiply by their number.
+    what is saved, and whether the head is tied. Deep copies take a loss, too; to pickle the model
+    itself in place of its `state_dict()`, `remove` it first.
+
+    DDP and FSDP2 average gradients over processes: to divide by a count of tokens, divide by the
+    count over all of them and multiply by their number.
     """
 
     def __init__(self, model: nn.Module):
@@ -109,28 +112,29 @@ def _fused_layer(model: nn.Module) -> nn.Module:
     layer: Any = output_layer(model)
     # An entry of modules_to_save passes its arguments on to the copy of the active adapter.
     copies = hasattr(layer, "modules_to_save") and hasattr(layer, "original_module")
-    for each in [layer.original_module, *layer.modules_to_save.values()] if copies else [layer]:
-        _open(each, model)
+    each = [layer.original_module, *layer.modules_to_save.values()] if copies else [layer]
+    if any(OWN not in x.__dict__ for x in each):
+        for x in each:
+            _open(x, logit_changes(model))
     return layer
 
 
-def _open(layer: nn.Module, model: nn.Module | None = None) -> None:
-    """Let the layer take `loss`, if it does not yet; a part of a head belongs to no model."""
+def _open(layer: nn.Module, changes: tuple[float | None, float]) -> None:
+    """Let a layer take `loss`, if it does not yet; `changes` are its model's softcap and factor."""
     if OWN in layer.__dict__:
         return
     layer_parts(layer)  # refuses now what it would refuse in every call
-    changes = (None, 1.0) if model is None else logit_changes(model)
 
     def forward(self: nn.Module, *args: Any, loss: Loss | None = None, **kwargs: Any) -> Any:
         if loss is None:
             return _plain(self, *args, **kwargs)
-        return _loss_inside(self, args[0], loss, *changes)
+        return _loss_inside(self, args[0], loss, changes)
 
     _replace(layer, forward)
 
 
 def _loss_inside(
-    layer: nn.Module, hidden: Tensor, loss: Loss, softcap: float | None, factor: float
+    layer: nn.Module, hidden: Tensor, loss: Loss, changes: tuple[float | None, float]
 ) -> Any:
     """Return `loss(hidden, head)`, within the forward of a layer that is the head."""
     base, factors = layer_parts(layer)
@@ -139,20 +143,22 @@ def _loss_inside(
     def then(hidden: Tensor) -> Any:
         for part in parts:
             _refuse_shards(part)
-        return loss(hidden, layer_head(layer, softcap, factor))
+        return loss(hidden, layer_head(layer, *changes))
 
-    return then(hidden) if base is layer else _inside(parts, hidden, then)
+    if base is layer:
+        return then(hidden)
+    # The weights of a LoRA are those of three layers, and each may be gathered around its own
+    # forward alone. So the loss is computed inside of all of these.
+    for part in parts:
+        _open(part, changes)
+    return _inside(parts, hidden, then)
 
 
 def _inside(layers: list[nn.Module], hidden: Tensor, then: Callable[[Tensor], Any]) -> Any:
-    """Return `then(hidden)`, computed inside the forwards of all these layers.
-
-    A LoRA's weights belong to three layers, and each may be gathered around its own forward alone.
-    """
+    """Return `then(hidden)`, computed inside the forwards of these layers, which take `loss`."""
     if not layers:
         return then(hidden)
     first, *others = layers
-    _open(first)
     return first(hidden, loss=lambda x, _: _inside(others, x, then))
 
 

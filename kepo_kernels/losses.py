@@ -14,7 +14,10 @@ Shared arguments, wherever they appear:
                       None
     teacher_hidden    (B, T, H_t) or (N, H_t), or only the open sequences, in their order: those
                       whose gate is not 0; with weights of the divergence and no gate, those with a
-                      weight that is not 0 on a token of completion_mask
+                      weight that is not 0 on a token of completion_mask. With CUDA states they may
+                      have been stored on the CPU: each chunk's rows are copied when it is their
+                      turn. Or a `TopK`, the teacher's most likely tokens: teacher_lm_head,
+                      teacher_bias and teacher_temperature are then None
     teacher_lm_head   (V_t, H_t) weight, or a `Head`; teacher_bias (V_t,) or None. Vocabularies of
                       different size (151,936 against a padded 152,064) are read as the min(V, V_t)
                       rows they share, both distributions normalised over those. No teacher tensor

@@ -1,6 +1,7 @@
 """Frozen teachers: hidden states and a head, or the most likely tokens of each position.
 
-A teacher is given for all of the student's sequences, or for the open ones only.
+A teacher is given for all of the student's sequences, or for the open ones only. Its states, or its
+tokens, may have been stored: with the student on a GPU they may stay on the CPU.
 """
 
 from dataclasses import dataclass
@@ -77,12 +78,8 @@ class StatesTeacher(Teacher):
     def check(self, check: Validator, student: Tensor) -> None:
         names = ("teacher_hidden", "teacher_lm_head", "teacher_bias")
         check.head(names, self.hidden, self.head, self.bias)
-        check.same_device(
-            student,
-            teacher_hidden=self.hidden,
-            teacher_lm_head=self.head.weight,
-            teacher_bias=self.bias,
-        )
+        check.same_device_or_cpu(student, teacher_hidden=self.hidden)
+        check.same_device(student, teacher_lm_head=self.head.weight, teacher_bias=self.bias)
         check.dtypes(("hidden", student), ("teacher_hidden", self.hidden))
         self.check_lead(check, student)
 
@@ -118,8 +115,11 @@ class TopKTeacher(Teacher):
             f"teacher_hidden.ids {describe(ids)}; expected (B, T, K) or (N, K), as hidden "
             f"{describe(student)}, with K > 0",
         )
-        names = {"teacher_hidden.ids": ids, "teacher_hidden.logprobs": logprobs}
-        check.same_device(student, **names)
+        check.same_device_or_cpu(student, **{"teacher_hidden.ids": ids})
+        check.require(
+            logprobs.device == ids.device,
+            f"teacher_hidden.ids is on {ids.device} and .logprobs on {logprobs.device}; move one",
+        )
         self.check_lead(check, student)
 
 

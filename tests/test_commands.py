@@ -1,8 +1,11 @@
 """The commands of the pages: each has its help, and every flag that a page gives it."""
 
+import contextlib
 import functools
+import io
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +30,30 @@ def run(*words: object, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
+def run_here(program: str, *words: str) -> str:
+    """What a command or a script prints, run as the main module of this process: Python does not
+    start again, and torch is imported once."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(sys, "path", [str((ROOT / program).parent), *sys.path])
+        patch.setattr(sys, "argv", [program, *words])
+        patch.delitem(sys.modules, f"{program}.__main__", raising=False)
+        with pytest.raises(SystemExit) as ended:
+            if program.endswith(".py"):
+                runpy.run_path(str(ROOT / program), run_name="__main__")
+            else:
+                runpy.run_module(program, run_name="__main__", alter_sys=True)
+            raise SystemExit(0)  # a script need not
+    assert not ended.value.code, out.getvalue()
+    return out.getvalue()
+
+
+@functools.cache
+def help_of(program: str) -> str:
+    module, *words = program.removeprefix("python -m ").split()
+    return run_here(module, *words, "--help")
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -42,8 +69,7 @@ def run(*words: object, cwd: Path = ROOT) -> str:
     ],
 )
 def test_help(command):
-    out = run("-m", *command.removeprefix("python -m ").split(), "--help")
-    assert f"usage: {command}" in out
+    assert f"usage: {command}" in help_of(command)
 
 
 def test_the_command_lists_its_commands():
@@ -55,12 +81,6 @@ def test_the_command_lists_its_commands():
         [sys.executable, "-m", "kepo", "trian"], cwd=ROOT, capture_output=True, text=True
     )
     assert unknown.returncode == 2 and "no command 'trian'; did you mean train" in unknown.stderr
-
-
-@functools.cache
-def help_of(program: str) -> str:
-    module = [] if program.endswith(".py") else ["-m"]
-    return run(*module, *program.split(), "--help")
 
 
 def flags_in(markdown: str) -> set[tuple[str, str]]:

@@ -126,6 +126,17 @@ def kd(p: Problem, fused: bool, beta: float = 0.5, **engine: object) -> Tensor:
     return loss(*side, gate=p.gate, completion_mask=p.mask, beta=beta, bias=p.bias, **engine)
 
 
+def top_k(p: Problem, fused: bool, beta: float, **engine: object) -> Tensor:
+    """A teacher of eight tokens, the target among them; of a few hundred they are all different."""
+    loss = kepo_kernels.fused_gated_kd_loss if fused else reference.gated_kd_loss
+    columns = torch.arange(8, device=p.targets.device) * 7
+    ids = (p.targets.unsqueeze(-1) + columns) % len(p.teacher_lm_head)
+    logits = p.teacher_hidden.float() @ p.teacher_lm_head.float().T
+    teacher = kepo_kernels.TopK(ids, logits.log_softmax(-1).gather(-1, ids))
+    options = {"gate": p.gate, "completion_mask": p.mask, "beta": beta, "bias": p.bias}
+    return loss(p.hidden, head(p), teacher, **options, **engine)
+
+
 def grpo(p: Problem, fused: bool, **engine: object) -> Tensor:
     loss = kepo_kernels.fused_grpo_loss if fused else reference.grpo_loss
     side = (p.hidden, head(p), p.targets, p.advantages)
@@ -173,6 +184,8 @@ LOSSES = {
     "kd": kd,
     "kd beta 0": lambda p, fused, **e: kd(p, fused, 0.0, **e),
     "kd beta 1": lambda p, fused, **e: kd(p, fused, 1.0, **e),
+    "top k beta 0": lambda p, fused, **e: top_k(p, fused, 0.0, **e),
+    "top k beta 1": lambda p, fused, **e: top_k(p, fused, 1.0, **e),
     "grpo": grpo,
     "kepo": kepo,
     "logprobs": logprobs,

@@ -23,8 +23,8 @@ class Section:
     process: str = "main"  # which process it is run in, with the sections around it of that name
 
 
-TIMINGS, CHECKS, RUNTIME, PROBE = (
-    f"benchmarks.gpu.{name}" for name in ("timings", "checks", "runtime", "probe")
+TIMINGS, CHECKS, RUNTIME, PROBE, TRAIN = (
+    f"benchmarks.gpu.{name}" for name in ("timings", "checks", "runtime", "probe", "train")
 )
 SECTIONS = (
     Section("facts", TIMINGS, limit=120, needs=5),
@@ -39,6 +39,7 @@ SECTIONS = (
     Section("losses_llama-8b", TIMINGS),
     Section("losses_small", TIMINGS),
     Section("step", limit=150, needs=50),
+    Section("train", TRAIN, limit=150, needs=20, process="train"),
     Section("fp16_range", CHECKS),
     Section("correct_fp16", CHECKS),
     Section("correct_fp32", CHECKS),

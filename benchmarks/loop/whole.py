@@ -46,6 +46,9 @@ def kepo_loss(
 ) -> Result:
     """As `fused_kepo_loss`, the teacher's states those of the open sequences; 0 < beta < 1."""
     clip = epsilon_low, epsilon_high
+    policy_weights = policy_weights.to(hidden.device)  # a batch has its weights on the host
+    if distill_weights is not None:
+        distill_weights = distill_weights.to(hidden.device)
     if teacher_hidden is None:
         parts = [(completion_mask, log_softmax(hidden[completion_mask], lm_head))]
         return policy_part(parts, targets, advantages, policy_weights, *clip)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 import unicodedata
 
+_LETTER_AND_TEXT = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])[.:)])[.:]?\s*(\S.*)", re.DOTALL)
+_SET = re.compile(r"\\(?:text|math|boxed|fbox|mbox)[a-z]*\s*\{([^{}]*)\}")
+_MARKS = re.compile(r"[*_`$]|\\[()\[\]]")
 _LETTER = re.compile(r"\s*(?:\(([A-Za-z])\)[.:]?|([A-Za-z])[.:)]?)\s*")
 # Characters that are letters or signs by category but are drawn as nothing: Hangul fillers, the
 # empty Braille pattern, a note without a head, and the placeholder of a missing object.
@@ -19,6 +22,22 @@ def letter_of(text: str) -> str | None:
     """
     match = _LETTER.fullmatch(text)
     return (match[1] or match[2]).upper() if match else None
+
+
+def letter_and_text(text: str) -> tuple[str, str] | None:
+    """Return the capital letter and the text behind it, as ``B`` and ``MR`` of ``B. MR``; None for
+    a letter alone and for anything else."""
+    match = _LETTER_AND_TEXT.fullmatch(text.strip())
+    return ((match[1] or match[2]).upper(), match[3]) if match and letter_of(text) is None else None
+
+
+def unmarked(text: str) -> str:
+    r"""Return a text without what Markdown and LaTeX set it with: ``B`` of ``**B**``, ``$B$`` and
+    ``\text{B}``."""
+    before = None
+    while before != text:
+        before, text = text, _SET.sub(r"\1", text)
+    return _MARKS.sub("", text).strip()
 
 
 def shows_something(text: str) -> bool:

@@ -1,7 +1,8 @@
 """Digests of a run's inputs, by which a resumed run knows that it goes on with the same ones.
 
-The inputs are the teacher's files, the student's where its weights are still needed, and the
-questions with their answers and pictures. A checkpoint's state.json keeps the digests.
+The inputs are the teacher's files, the student's where its weights are still needed, the files of
+rewards and task that are the user's, and the questions with their answers and pictures. A
+checkpoint's state.json keeps the digests.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any
 from tqdm import tqdm
 
 from kepo.data.example import Example
+from kepo.data.network import look_for_hub
 from kepo.errors import KepoCheckpointError, KepoDataError
+from kepo.named import source_of
 from kepo.sections import DataConfig
 
 READ = (".json", ".jinja", ".txt", ".model", ".safetensors")
@@ -40,6 +43,7 @@ def model_files(name: str) -> list[Path] | str:
         return sorted(file for file in files if not file.name.startswith("."))
     from transformers.utils import cached_file
 
+    look_for_hub(name)
     try:
         config = cached_file(name, "config.json")
     except (OSError, ValueError):
@@ -120,10 +124,26 @@ def records_identity(
     return {"questions": len(examples), "sha256": whole.hexdigest(), "each": "".join(each)}
 
 
-def inputs_of(models: Mapping[str, str], records: Mapping[str, Any]) -> dict[str, Any]:
+def code_identity(code: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str]]:
+    """Return the SHA-256 of the files of the user's own code, by setting and the file's name there;
+    a setting that names none is left out."""
+    found: dict[str, dict[str, str]] = {}
+    for setting, names in code.items():
+        for name in names:
+            if (file := source_of(name)) is not None:
+                found.setdefault(setting, {})[name.rpartition(":")[0]] = sha256(file)
+    return found
+
+
+def inputs_of(
+    models: Mapping[str, str],
+    records: Mapping[str, Any],
+    code: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Any]:
     """Return what a resumed run must find unchanged, by setting: ``records``, and the contents of
-    ``models``."""
-    return {**records, **{name: model_identity(path) for name, path in models.items()}}
+    ``models`` and of the files of ``code``."""
+    read = {name: model_identity(path) for name, path in models.items()}
+    return {**records, **read, **code_identity(code or {})}
 
 
 def changed_questions(

@@ -38,6 +38,7 @@ from kepo.data.records import (
     Parsed,
     RecordProblem,
     Sources,
+    counted,
     read_list,
     repeated,
     shown,
@@ -121,10 +122,7 @@ class DataReport:
         if not self.problems:
             return line
         kinds = ", ".join(f"{kind} {count}" for kind, count in self.counts().items())
-        return (
-            f"{line}\n  {len(self.problems)} bad records left out: {kinds}; "
-            f"first: {self.problems[0]}"
-        )
+        return f"{line}\n  {counted(self.counts())} left out: {kinds}; first: {self.problems[0]}"
 
 
 def layout_of(path: str | Path) -> Layout:
@@ -279,7 +277,7 @@ def _load(
     records = 0
     rows = tqdm(layout.rows(path), desc=path.name, unit=" records", disable=not progress)
     for where, record in rows:
-        records += 1
+        records += not (isinstance(record, BadRecord) and record.kind == "file")
         try:
             if isinstance(record, BadRecord):
                 raise record

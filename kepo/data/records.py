@@ -13,17 +13,18 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kepo.data.characters import letter_of, shows_something
+from kepo.data.characters import letter_and_text, letter_of, shows_something, unmarked
 from kepo.data.example import LETTERS, Example
 from kepo.disk.files import printable, read_regular
 
 KINDS = (
     "file",
+    "line",
     "field",
     "options",
     "answer",
@@ -31,12 +32,14 @@ KINDS = (
     "image outside",
     "image missing",
     "image unreadable",
+    "no teacher",
     "task",
     "text refused",
     "image refused",
     "prompt too long",
 )
-"""The kinds of problems that a record can have, in the order in which they are looked for."""
+"""The kinds of problems that a record can have, in the order in which they are looked for; a file
+that cannot be read, or that holds nothing, is no record."""
 
 _UNFIT = re.compile("[\0\ud800-\udfff]")
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
@@ -65,6 +68,13 @@ class RecordProblem:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}"
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Return how many bad records and files there are, by the number of each kind."""
+    files = counts.get("file", 0)
+    numbers = {"records": sum(counts.values()) - files, "files": files}
+    return " and ".join(f"{count} bad {name}" for name, count in numbers.items() if count)
 
 
 def read_list(file: Path) -> list[tuple[str, Any]]:
@@ -164,25 +174,24 @@ def shown(value: object) -> str:
     return words if len(words) <= 300 else f"{words[:200]} ... {words[-50:]}"
 
 
-_LETTER_AND_TEXT = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])[.:)])[.:]?\s*(\S.*)", re.DOTALL)
-
-
-def right_letter(answer: str, options: tuple[str, ...]) -> str:
+def right_letter(answer: str | int, options: tuple[str, ...]) -> str:
     """Return the letter of the option that the dataset's answer means by text, letter, or both.
+    A number that is no option's text is the place of one: 0 is option A.
 
     Texts are compared without case, spaces and a final period. A letter alone is read as in a
-    model's answer (``characters.letter_of``). A text may follow it, as in ``B) MR``, which a
-    model's answer may not have; the text must then be that option's. Raises BadRecord if no option
-    is meant, or more than one, as when option A reads "B".
+    model's answer (``characters.letter_of``). A text may follow it, as in ``B) MR``, which must
+    then be that option's. What is none of these is read without Markdown's and LaTeX's marks, as
+    ``**B**``. Raises BadRecord if no option is meant, or more than one, as when option A reads "B".
     """
-    wanted = plain(answer)
+    wanted = plain(str(answer))
     pairs = list(zip(LETTERS, options, strict=False))
     found = {letter for letter, option in pairs if plain(option) == wanted}
-    if letter := letter_of(answer):
-        found |= {letter} & {letter for letter, _ in pairs}
-    elif match := _LETTER_AND_TEXT.fullmatch(answer.strip()):
-        said = ((match[1] or match[2]).upper(), plain(match[3]))
-        found |= {letter for letter, option in pairs if (letter, plain(option)) == said}
+    if isinstance(answer, int):
+        found = found or {_at(answer, options)}
+    else:
+        found |= _lettered(answer, options) or (
+            set() if found else _lettered(unmarked(answer), options)
+        )
     # The right option's text must be no other's: a model that gives the other is right as well.
     texts = {plain(option) for letter, option in pairs if letter in found}
     found |= {letter for letter, option in pairs if plain(option) in texts}
@@ -193,6 +202,32 @@ def right_letter(answer: str, options: tuple[str, ...]) -> str:
             "expected exactly one, by text or letter",
         )
     return found.pop()
+
+
+def _at(place: int, options: tuple[str, ...]) -> str:
+    if not 0 <= place < len(options):
+        raise BadRecord(
+            "answer",
+            f"the answer {place} is the text of none of the {len(options)} options, and as a place "
+            f"among them out of range; expected 0 to {len(options) - 1}, or a letter",
+        )
+    return LETTERS[place]
+
+
+def _lettered(answer: str, options: tuple[str, ...]) -> set[str]:
+    """Return the letter that the answer gives, alone or before its option's text."""
+    letters = LETTERS[: len(options)]
+    if letter := letter_of(answer):
+        return {letter} & {*letters}
+    told = letter_and_text(answer)
+    return {told[0]} if told and is_of_option(told[0], told[1], options) else set()
+
+
+def is_of_option(letter: str, text: str, options: Sequence[str]) -> bool:
+    """Return whether a text is that of the option with this letter, but for case, spaces, marks and
+    a final period."""
+    place = LETTERS.index(letter)
+    return place < len(options) and plain(unmarked(options[place])) == plain(unmarked(text))
 
 
 _TOLD = re.compile(

@@ -325,6 +325,20 @@ def on_rank0(make: Callable[[], T]) -> T:
     return outcome[0]  # type: ignore[return-value]
 
 
+@contextmanager
+def errors_on_all_ranks() -> Iterator[None]:
+    """Raise an error of the block, a KepoError or OSError, on every rank, so that none waits for
+    one that left. All ranks call; within the block they work apart."""
+    mine: Exception | None = None
+    try:
+        yield
+    except (KepoError, OSError) as error:
+        mine = error
+    for one in all_gather(mine):
+        if one is not None:
+            raise one
+
+
 def rank_slice(items: Sequence[T], place: int | None = None) -> Sequence[T]:
     """Return the part of ``items`` that belongs to one rank (None = this one). The parts are
     contiguous, in order of rank, and differ in length by at most one."""
@@ -352,7 +366,8 @@ def split_work(
     portion. collective: ``work`` needs the other ranks too (a sharded model), so those with fewer
     portions repeat one for them and drop its results. stop: called before every portion; once it is
     true on one rank, `Stopped` is raised on all. finish: called once, with all results of this
-    rank, before they are gathered. All ranks call, with the same items.
+    rank, before they are gathered. All ranks call, with the same items. A KepoError on one rank is
+    raised on all, unless the work is collective.
     """
     if not items:
         return []
@@ -360,19 +375,29 @@ def split_work(
     rounds = max(all_gather(len(mine))) if collective else len(mine)
     results: list[R] = []
     ended = False
-    for place in range(rounds):
-        if stop is not None:
-            ended = any_rank(stop()) if collective else stop()
-        if ended:
-            break
-        if place < len(mine):
-            results += work(mine[place])
-        else:
-            work(mine[0] if mine else items[:1])
-    parts = all_gather(([] if ended else finish(results), ended))
-    if any(ended for _, ended in parts):
+    failed: KepoError | None = None
+    try:
+        for place in range(rounds):
+            if stop is not None:
+                ended = any_rank(stop()) if collective else stop()
+            if ended:
+                break
+            if place < len(mine):
+                results += work(mine[place])
+            else:
+                work(mine[0] if mine else items[:1])
+        results = [] if ended else finish(results)
+    except KepoError as error:
+        if collective:  # the others are in the midst of it, and learn that this rank has left
+            raise
+        failed = error
+    parts = all_gather((results, ended, failed))
+    for _, _, fault in parts:
+        if fault is not None:
+            raise fault
+    if any(ended for _, ended, _ in parts):
         raise Stopped
-    return [result for part, _ in parts for result in part]
+    return [result for part, _, _ in parts for result in part]
 
 
 def batches_of(most: int) -> Callable[[Sequence[T]], list[Sequence[T]]]:

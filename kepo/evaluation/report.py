@@ -19,6 +19,7 @@ from kepo.data.example import Example
 from kepo.data.images import digests_of
 from kepo.data.layouts import from_python
 from kepo.data.load import DataReport, layout_of, load_examples
+from kepo.data.records import counted
 from kepo.data.run_data import as_record, capped, readable
 from kepo.disk.durable import as_json, write_durably
 from kepo.errors import KepoConfigError, KepoDataError
@@ -296,7 +297,7 @@ def main(arguments: Sequence[str]) -> None:
     bad = scores.data["bad_records"]
     if bad:
         kinds = (f"{kind} {count}" for kind, count in bad.items())
-        print(f"left out: {sum(bad.values())} bad records ({', '.join(kinds)})")
+        print(f"left out: {counted(bad)} ({', '.join(kinds)})")
     print(scores)
     if settings.json is not None:
         text = as_json(scores.record(), indent=1, ensure_ascii=False)

@@ -81,14 +81,16 @@ def judged(
     with errors_of(task, example):
         answers = [task.answer_of(text) for text in texts]
         right = tuple(bool(task.is_right(text, example)) for text in texts)
+        votes = {k: majority(task, answers, right, k) for k in sizes(len(texts))}
+        chance = task.chance(example)
     return Answered(
         example,
         texts,
         right,
         parsed=tuple(answer is not None for answer in answers),
         rewards=tuple(rewards),
-        votes={k: majority(task, answers, right, k) for k in sizes(len(texts))},
-        chance=task.chance(example),
+        votes=votes,
+        chance=chance,
     )
 
 

@@ -165,7 +165,7 @@ class Encoder:
         images: list[tuple[Tensor, Tensor]] = []
         rows: dict[Prompt, list[int]] = {}
         places: dict[Prompt, tuple[int, ...]] = {}
-        for prompt, ids in zip(distinct, self._chat_ids(distinct), strict=True):
+        for prompt, ids in zip(distinct, self.chat_ids(distinct), strict=True):
             keys = [_key(path) for path in prompt.images]
             for path, key in zip(prompt.images, keys, strict=True):
                 if key not in order:
@@ -244,7 +244,31 @@ class Encoder:
     def text_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
         """Return each prompt's number of tokens without those of its images; no image is read."""
         image = self.image_token_id
-        return [sum(token != image for token in ids) for ids in self._chat_ids(prompts)]
+        return [sum(token != image for token in ids) for ids in self.chat_ids(prompts)]
+
+    def chat_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return each prompt's ids as the chat template writes them, with one placeholder for each
+        image, which is not read; raises KepoDataError as `encode` does."""
+        said = [text for prompt in prompts for _, text in (*prompt.earlier, ("", prompt.text))]
+        self._refuse_control_tokens("encode", "prompt", said)
+        for prompt in prompts:
+            if prompt.images and self.pictures is None:
+                raise KepoDataError(
+                    f"Encoder.encode: the prompt {prompt.text!r} shows {prompt.images[0]}, and the "
+                    "model sees no pictures; expected text alone, or a vision-language model"
+                )
+        images = self.pictures is not None
+        chats = [
+            [
+                *(turn(role, text, 0 if images else None) for role, text in prompt.earlier),
+                turn("user", prompt.text, len(prompt.images) if images else None),
+            ]
+            for prompt in prompts
+        ]
+        texts = self.tokenizer.apply_chat_template(
+            chats, tokenize=False, add_generation_prompt=True
+        )
+        return self._ids(texts)
 
     # ---- private ----
 
@@ -268,28 +292,6 @@ class Encoder:
             if text.startswith(said):
                 return text.removeprefix(said)
         return closed(self.opened) + text
-
-    def _chat_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        said = [text for prompt in prompts for _, text in (*prompt.earlier, ("", prompt.text))]
-        self._refuse_control_tokens("encode", "prompt", said)
-        for prompt in prompts:
-            if prompt.images and self.pictures is None:
-                raise KepoDataError(
-                    f"Encoder.encode: the prompt {prompt.text!r} shows {prompt.images[0]}, and the "
-                    "model sees no pictures; expected text alone, or a vision-language model"
-                )
-        images = self.pictures is not None
-        chats = [
-            [
-                *(turn(role, text, 0 if images else None) for role, text in prompt.earlier),
-                turn("user", prompt.text, len(prompt.images) if images else None),
-            ]
-            for prompt in prompts
-        ]
-        texts = self.tokenizer.apply_chat_template(
-            chats, tokenize=False, add_generation_prompt=True
-        )
-        return self._ids(texts)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenise whole texts, whatever truncation and padding the tokenizer's files ask for."""

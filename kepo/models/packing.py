@@ -140,13 +140,16 @@ def on_their_axes(positions: Tensor) -> Tensor:
     return positions if len(positions) > 1 else positions[0]
 
 
-def why_not_packed(text_config: Any) -> str | None:
-    """Return why attention computes of packed rows something else than of separate ones, as a
-    clause about its setting; None if it does not."""
-    attention = text_config._attn_implementation
+def why_not_packed(config: Any, attention: str | None = None) -> str | None:
+    """Return why a model computes of packed rows something else than of separate ones, by its
+    attention or its layers, as a clause; None if it does not.
+
+    attention: the implementation that will compute it; None = the one in its config.
+    """
+    attention = attention or config.get_text_config()._attn_implementation
     if attention not in TAKES_MASKS:
         return f"attn_implementation={attention!r} takes no mask for every query and key"
-    return None
+    return family_of(config).unshareable(config)
 
 
 def packed_length(prompt: int, completions: Sequence[int]) -> int:

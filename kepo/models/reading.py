@@ -6,12 +6,12 @@ Only safetensors are read, and no code that a folder brings is run.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kepo.data.network import HUB_NAME, look_for_hub
 from kepo.errors import KepoCheckpointError, KepoConfigError, KepoError
 from kepo.models import conventions, tensors
 from kepo.models.encoding import Encoder
@@ -19,8 +19,6 @@ from kepo.models.families.processors import without_broken_torchvision
 from kepo.models.families.registry import family_of
 from kepo.sections import PicturesConfig
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-"""A pattern for ``name`` or ``owner/name``."""
 EDGES = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
 """The settings, and what Qwen's image processors call them; all are pixels, width times height."""
 NO_CODE: dict[str, Any] = dict(trust_remote_code=False)
@@ -110,6 +108,7 @@ def read_config(path: str | Path) -> Any:
     from transformers import AutoConfig
 
     whole = base_of(path) or path
+    look_for_hub(whole)
     try:
         config = AutoConfig.from_pretrained(whole, **NO_CODE)
     except Exception as error:

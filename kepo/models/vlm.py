@@ -111,13 +111,17 @@ class VLM:
         for name, parameter in self.model.named_parameters():
             yield name, whole_tensor(parameter.detach())
 
+    @property
+    def head_rows(self) -> int:
+        """The number V of rows of the head, perhaps of a sharded weight."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
     def never_sampled(self) -> list[int]:
         """Return the ids that are no text and no end: placeholders, padding, rows of the head that
         the tokenizer has no token for."""
         ids = self.family.marks(self.model.config, self.tokenizer)
         ids |= {self.tokenizer.pad_token_id} - set(self.encoder.end_ids)
-        rows = self.model.get_output_embeddings().weight.shape[0]  # perhaps of a sharded weight
-        return sorted(ids | set(range(len(self.tokenizer), rows)))
+        return sorted(ids | set(range(len(self.tokenizer), self.head_rows)))
 
     # ---- prompts and text: the encoder's, on the model's device ----
 
@@ -153,6 +157,13 @@ class VLM:
                 yield
             finally:
                 self._gathered = False
+
+    def write(
+        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int] | None
+    ) -> list[str]:
+        """Return the texts of what `sample` returns."""
+        ids, mask, _ = self.sample(prompts, params, seeds)
+        return self.decode(ids, mask)
 
     def sample(
         self,
@@ -217,8 +228,7 @@ class VLM:
     @property
     def why_not_packed(self) -> str | None:
         """Why the model cannot `share_prompts`, by its attention or its family; None if it can."""
-        config = self.model.config
-        return why_not_packed(config.get_text_config()) or self.family.unshareable(config)
+        return why_not_packed(self.model.config)
 
     def completion_states(
         self, prompts: Sequence[Prompt], completion_ids: Tensor, completion_mask: Tensor

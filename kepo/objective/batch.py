@@ -14,6 +14,7 @@ from kepo.models.encoding import Prompt
 from kepo.objective.credit import group_advantages, quality_gate
 from kepo.rollout.types import Group, Rollout, reward_of, total_rewards
 from kepo.sections import ObjectiveConfig
+from kepo.teachers.several import place_of
 from kepo_kernels import dr_grpo_weights, loss_weights
 from kepo_kernels.compute.devices import moved
 
@@ -39,6 +40,8 @@ class Batch:
     """(B, T) fp32 log-probabilities under the law that sampled; NaN where none did."""
     hinted: Tensor
     """(B,) bool, sampled with a hint."""
+    teacher: Tensor
+    """(B,) int64 place of its teacher among the teachers; 0 where there is one, or none."""
     mini: Tensor
     """(B,) int64 number of the mini-batch that a completion is part of, from 0."""
     old_logprobs: Tensor | None = None
@@ -112,6 +115,7 @@ def collate(
         mask &= ~torch.tensor([r.truncated for r in rollouts])[:, None]
     mini = _dealt_out([*map(len, groups), *[1] * len(data)], config.mini_batches)
     policy_weights, distill_weights = _weights(mask, gates(rollouts, config), mini, config)
+    taught = [place_of(r.example, config) if config.distils else 0 for r in rollouts]
     unknown = [torch.full((len(r.completion_ids),), torch.nan) for r in rollouts]
     drawn = [
         nan if r.sampler_logprobs is None else r.sampler_logprobs
@@ -126,6 +130,7 @@ def collate(
         distill_weights=distill_weights,
         sampler_logprobs=pad_sequence(drawn, batch_first=True, padding_value=torch.nan),
         hinted=torch.tensor([r.hinted for r in rollouts]),
+        teacher=torch.tensor(taught),
         mini=mini,
     )
 

@@ -27,6 +27,8 @@ class Row(NamedTuple):
     places: tuple[int, ...]
     """Places in the batch of the completions that are computed in it."""
     tokens: int
+    teacher: int = 0
+    """The place of their teacher: a micro-batch has one."""
 
 
 Micro = list[Row]
@@ -55,25 +57,32 @@ def own_micros(batch: Batch, plan: Sequence[Sequence[Micro]]) -> list[Batch]:
 
 
 def plan_micros(
-    batch: Batch, prompt_lengths: Sequence[int], config: OptimizerConfig, share_prompts: bool
+    batch: Batch,
+    prompt_lengths: Sequence[int],
+    config: OptimizerConfig,
+    share_prompts: bool,
+    ranks: int | None = None,
 ) -> list[list[Micro]]:
     """Lay out the micro-batches of every rank. prompt_lengths: tokens of each completion's prompt.
+    ranks: their number; None = those of this run.
 
     The longest rows come first, each to the rank that has the fewest tokens so far; rows of similar
     length then fill a micro-batch up to ``micro_batch`` completions and ``micro_tokens`` tokens,
     padding included. Groups that are left when all ranks have equally many are cut, if the rank
     with the most tokens gets fewer that way.
     """
-    lengths = batch.completion_mask.sum(-1).tolist()
+    lengths, teachers = batch.completion_mask.sum(-1).tolist(), batch.teacher.tolist()
 
     def row(places: Sequence[int]) -> Row:
-        own = [lengths[place] for place in places]
-        if not share_prompts:
-            return Row(tuple(places), prompt_lengths[places[0]] + own[0])
-        return Row(tuple(places), packed_length(prompt_lengths[places[0]], own))
+        own, first = [lengths[place] for place in places], places[0]
+        tokens = prompt_lengths[first] + own[0]
+        if share_prompts:
+            tokens = packed_length(prompt_lengths[first], own)
+        return Row(tuple(places), tokens, teachers[first])
 
     rows = sorted(_rows(batch, row, config, share_prompts), key=_longest_first)
-    return [_filled(share, config) for share in _evened(rows, row)]
+    shares = _evened(rows, row, world_size() if ranks is None else ranks)
+    return [_filled(share, config) for share in shares]
 
 
 def padding(plan: Sequence[Sequence[Micro]]) -> float:
@@ -114,34 +123,36 @@ def _in_parts(one: Row, parts: int, row: Callable[[Sequence[int]], Row]) -> list
     return [row(one.places[first : first + each]) for first in range(0, len(one.places), each)]
 
 
-def _evened(rows: Sequence[Row], row: Callable[[Sequence[int]], Row]) -> list[list[Row]]:
+def _evened(
+    rows: Sequence[Row], row: Callable[[Sequence[int]], Row], ranks: int
+) -> list[list[Row]]:
     """Share rows out, the longest first in ``rows``; cut those left over when all ranks have
     equally many, into so few parts as it takes."""
-    whole = len(rows) // world_size() * world_size()
+    whole = len(rows) // ranks * ranks
     longest = max((len(one.places) for one in rows[whole:]), default=1)
-    shares, parts = _shared_out(rows), 2
+    shares, parts = _shared_out(rows, ranks), 2
     while parts < 2 * longest:
         cut = [part for one in rows[whole:] for part in _in_parts(one, parts, row)]
-        other = _shared_out([*rows[:whole], *cut])
+        other = _shared_out([*rows[:whole], *cut], ranks)
         if _most(other) < WORTH_A_CUT * _most(shares):
             shares = other
         parts *= 2
     return shares
 
 
-def _shared_out(rows: Sequence[Row]) -> list[list[Row]]:
+def _shared_out(rows: Sequence[Row], ranks: int) -> list[list[Row]]:
     """Give each row, the longest first, to the rank that has the fewest tokens so far."""
-    shares: list[list[Row]] = [[] for _ in range(world_size())]
+    shares: list[list[Row]] = [[] for _ in range(ranks)]
     for row in sorted(rows, key=_longest_first):
         min(shares, key=_tokens).append(row)
     return shares
 
 
 def _filled(rows: Sequence[Row], config: OptimizerConfig) -> list[Micro]:
-    """Put rows, the longest first, together as long as they fit."""
+    """Put rows of one teacher, the longest first, together as long as they fit."""
     micros: list[Micro] = []
-    for row in rows:
-        if micros:
+    for row in sorted(rows, key=lambda row: row.teacher):
+        if micros and micros[-1][0].teacher == row.teacher:
             micro = micros[-1]
             count = sum(len(other.places) for other in micro) + len(row.places)
             tokens = (len(micro) + 1) * micro[0].tokens

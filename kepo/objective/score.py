@@ -3,6 +3,7 @@ update, however many micro-batches and iterations then read it."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,13 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kepo.distributed.processes import any_rank
+from kepo.distributed.processes import any_rank, errors_on_all_ranks
 from kepo.models.encoding import Prompt
-from kepo.models.vlm import VLM
+from kepo.models.vlm import CPU, VLM
 from kepo.objective.batch import Batch
 from kepo.objective.totals import StepTotals
 from kepo.sections import ObjectiveConfig
-from kepo_kernels import fused_linear_logprobs
+from kepo.teachers.said import laid_out
+from kepo.teachers.served import ServedTeacher
+from kepo.teachers.several import Teachers, each_of
+from kepo_kernels import TopK, fused_linear_logprobs
 from kepo_kernels.compute.devices import moved
 
 
@@ -26,8 +30,9 @@ from kepo_kernels.compute.devices import moved
 class Scores:
     """What the frozen models say about one micro-batch; None where one is not asked."""
 
-    teacher_hidden: Tensor | None = None
-    """(open, T, H) teacher's states of the completions that are distilled on, in their order."""
+    teacher_hidden: Tensor | TopK | None = None
+    """(open, T, H) teacher's states of the completions that are distilled on, in their order; of a
+    teacher behind a server its likeliest tokens, (open, T, K)."""
     teacher_logprobs: Tensor | None = None
     """(open, T) fp32 teacher's log-probabilities of their tokens; with ``step_weights`` only."""
     ref_logprobs: Tensor | None = None
@@ -38,26 +43,40 @@ class Scores:
     def to(self, device: torch.device) -> Scores:
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
         there: dict[str, Any] = {name: moved(x, device) for name, x in tensors.items()}
+        if isinstance(self.teacher_hidden, TopK):
+            there["teacher_hidden"] = TopK(*(moved(x, device) for x in self.teacher_hidden))
         return replace(self, **there)
 
 
 def score(
-    teacher: VLM | None,
+    teachers: Teachers,
     ref: VLM | None,
     micros: Sequence[Batch],
     config: ObjectiveConfig,
     totals: StepTotals,
 ) -> list[Scores]:
-    """Ask teacher and reference about this rank's micro-batches.
+    """Ask teachers and reference about this rank's micro-batches, of which each has one teacher.
 
-    The teacher's backbone runs only on sequences whose gate is open; with every gate closed it does
-    not run, unless it is sharded and another rank has open ones. Its time and tokens are added to
-    ``totals``. All ranks call.
+    A teacher is asked only about sequences whose gate is open; with every gate closed it is not
+    asked, unless it is sharded and another rank has open ones. Its time and tokens are added to
+    ``totals``. All ranks call. Raises KepoTeacherError on all of them if a server does not answer
+    one of them.
     """
     nothing = [Scores()] * len(micros)
     taught = nothing
-    if teacher is not None and config.distils:
-        taught = _teacher_scores(teacher, micros, config, totals)
+    for place, teacher in enumerate(each_of(teachers) if config.distils else ()):
+        opened = [_opened(micro, place) for micro in micros]
+        asked = [_Asked.among(*pair) for pair in zip(micros, opened, strict=True)]
+        device = CPU if isinstance(teacher, ServedTeacher) else teacher.device
+        started = _now(device)
+        if isinstance(teacher, ServedTeacher):
+            found = _served_scores(teacher, asked, config)
+        else:
+            found = _teacher_scores(teacher, micros, asked, config)
+        totals.teacher_seconds += _now(device) - started
+        totals.teacher_tokens += sum(int(one.mask.sum()) for one in asked)
+        pairs = zip(taught, found, asked, strict=True)
+        taught = [new if one.prompts else old for old, new, one in pairs]
     kept = nothing if ref is None else [_ref_scores(ref, micro, config) for micro in micros]
     return [
         Scores(t.teacher_hidden, t.teacher_logprobs, r.ref_logprobs, t.odd + r.odd)
@@ -118,15 +137,38 @@ class _Asked(NamedTuple):
         return cls(prompts, micro.completion_ids[places], micro.completion_mask[places])
 
 
-def _teacher_scores(
-    teacher: VLM, micros: Sequence[Batch], config: ObjectiveConfig, totals: StepTotals
+def _opened(micro: Batch, place: int) -> list[int]:
+    """Return the places of the completions that this teacher is asked about."""
+    return (micro.opened & (micro.teacher == place)).nonzero().squeeze(-1).tolist()
+
+
+def _served_scores(
+    teacher: ServedTeacher, asked: Sequence[_Asked], config: ObjectiveConfig
 ) -> list[Scores]:
-    opened = [micro.opened.nonzero().squeeze(-1).tolist() for micro in micros]
-    asked = [_Asked.among(*pair) for pair in zip(micros, opened, strict=True)]
+    """Ask a server about all of them at once; it answers for each completion."""
+    prompts = [prompt for one in asked for prompt in one.prompts]
+    tokens = [
+        ids[mask].tolist() for one in asked for ids, mask in zip(one.ids, one.mask, strict=True)
+    ]
+    with errors_on_all_ranks():
+        said = iter(teacher.say(prompts, tokens))
+    found = []
+    for one in asked:
+        own = list(itertools.islice(said, len(one.prompts)))
+        if not own:
+            found.append(Scores())
+            continue
+        law, logprobs = laid_out(own, one.ids.shape[1])
+        found.append(Scores(law, logprobs if config.step_weights else None))
+    return found
+
+
+def _teacher_scores(
+    teacher: VLM, micros: Sequence[Batch], asked: Sequence[_Asked], config: ObjectiveConfig
+) -> list[Scores]:
     # A teacher that is kept in host memory comes to the device once, for all of them.
     together = len(micros) if config.teacher_placement == "offload" else 1
     found: list[Scores] = []
-    started = _now(teacher.device)
     for first in range(0, len(micros), together):
         some = asked[first : first + together]
         distils = any(one.prompts for one in some)
@@ -136,8 +178,6 @@ def _teacher_scores(
         states = _states(teacher, some) if distils else [None] * len(some)
         for one, hidden in zip(some, states, strict=True):
             found.append(_kept(teacher, one, hidden, config))
-    totals.teacher_seconds += _now(teacher.device) - started
-    totals.teacher_tokens += sum(int(one.mask.sum()) for one in asked)
     return found
 
 

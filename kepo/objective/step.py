@@ -15,6 +15,8 @@ from kepo.objective.score import Scores, finite, logprobs_of, softmax
 from kepo.objective.sod import drift_weights
 from kepo.objective.totals import StepTotals
 from kepo.sections import ObjectiveConfig
+from kepo.teachers.served import ServedTeacher
+from kepo.teachers.several import Teacher, Teachers, each_of
 from kepo_kernels import TokenStats, fused_kepo_loss
 from kepo_kernels.compute.devices import moved
 from kepo_kernels.objectives.policy import ESTIMATORS
@@ -22,7 +24,7 @@ from kepo_kernels.objectives.policy import ESTIMATORS
 
 def kepo_step(
     policy: VLM,
-    teacher: VLM | None,
+    teachers: Teachers,
     micro: Batch,
     scores: Scores,
     config: ObjectiveConfig,
@@ -32,8 +34,9 @@ def kepo_step(
     log-probabilities.
 
     One student forward feeds the policy term and the divergence; of the teacher only the head is
-    read, its states are in ``scores``. Call it through `VLM.run_wrapped` if the policy is spread
-    over ranks. Adds the numbers of the micro-batch to ``totals``.
+    read, its states are in ``scores``, or what a server said in their place. Call it through
+    `VLM.run_wrapped` if the policy is spread over ranks. Adds the numbers of the micro-batch to
+    ``totals``.
 
     ``micro`` is on the CPU and stays there: what decides which rows exist is read without waiting
     for the device. Where a model's states are not finite the loss is NaN, on every device: the
@@ -45,7 +48,7 @@ def kepo_step(
     hidden, good = finite(hidden, mask)
     odd = scores.odd if good else ("student", *scores.odd)
     sampler_weights = _sampler_weights(policy, hidden.detach(), micro, there, config, totals)
-    distillation = _distillation(policy, teacher, hidden.detach(), micro, there, scores, config)
+    distillation = _distillation(policy, teachers, hidden.detach(), micro, there, scores, config)
     loss, stats = fused_kepo_loss(
         hidden,
         policy.head,
@@ -63,12 +66,12 @@ def kepo_step(
         delta=config.delta,
         kl_coef=config.kl_coef,
         kl_estimator=config.kl_estimator,
+        kl_bias_correction=config.kl_bias_correction,
         entropy_coef=config.entropy_coef,
         policy_loss=config.policy_loss,
         importance_level=config.importance_level,
         sapo_temperature_pos=config.sapo_temperature_pos,
         sapo_temperature_neg=config.sapo_temperature_neg,
-        teacher_temperature=config.teacher_temperature,
         grad_tol=config.grad_tol,
         return_stats=True,
         **distillation,
@@ -139,7 +142,7 @@ def _sampler_weights(
 
 def _distillation(
     policy: VLM,
-    teacher: VLM | None,
+    teachers: Teachers,
     hidden: Tensor,
     micro: Batch,
     there: Batch,
@@ -147,8 +150,10 @@ def _distillation(
     config: ObjectiveConfig,
 ) -> dict[str, Any]:
     """Return the teacher's arguments for the loss; none if every gate is closed."""
-    if teacher is None or scores.teacher_hidden is None:
+    if scores.teacher_hidden is None:
         return {}
+    [place] = micro.teacher[micro.opened].unique().tolist()
+    teacher = each_of(teachers)[place]
     weights = micro.distill_weights
     if scores.teacher_logprobs is not None:
         opened = micro.opened.nonzero().squeeze(-1)
@@ -166,9 +171,16 @@ def _distillation(
         weights = weights.index_copy(0, opened, weights[opened] * factors)
     return dict(
         teacher_hidden=scores.teacher_hidden,
-        teacher_lm_head=teacher.head,
+        **_head(teacher, config),
         distill_weights=weights,
     )
+
+
+def _head(teacher: Teacher, config: ObjectiveConfig) -> dict[str, Any]:
+    """Return how the loss makes a law of a teacher's states; what a server says is one."""
+    if isinstance(teacher, ServedTeacher):
+        return {}
+    return dict(teacher_lm_head=teacher.head, teacher_temperature=config.teacher_temperature)
 
 
 def _to_correct(micro: Batch, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:

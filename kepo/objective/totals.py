@@ -26,6 +26,9 @@ class StepTotals:
     teacher_tokens: int = 0
     """Tokens that the teacher was asked about, each once."""
     teacher_seconds: float = 0.0
+    teacher_requests: int = 0
+    """Requests to servers of teachers, those for hints and those made again among them."""
+    teacher_retries: int = 0
     sampler_gap: float = 0.0
     sampler_gap_max: float = 0.0
     sampled_tokens: int = 0

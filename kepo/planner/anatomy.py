@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kepo.data.network import look_for_hub
 from kepo.errors import KepoConfigError
 from kepo.models.adapters import with_adapters
 from kepo.models.families.family import Family, Tower
 from kepo.models.families.registry import family_of
+from kepo.models.packing import why_not_packed
 from kepo.models.reading import auto_class, refused_attention
 from kepo.planner.known_models import KNOWN, known_model
 from kepo.planner.trace import Traced, trace_inference, trace_training
+from kepo.sections import ModelsConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +35,8 @@ class Anatomy:
     dtype: torch.dtype
     device: str
     """The device whose attention kernels are counted: cpu or cuda."""
-    masks: bool
-    """True if attention is given a mask; flash attention is not."""
+    attention: str | None = None
+    """The attention that the run will use; None = transformers' own choice."""
     pixels: tuple[int | None, int | None] = (None, None)
     """The fewest and most pixels of a picture, as the settings have them."""
 
@@ -64,9 +67,13 @@ class Anatomy:
         return family_of(self.model.config)
 
     @property
-    def shareable(self) -> bool:
-        """Whether a prompt can be computed once for all its completions, the masks apart."""
-        return self.family.unshareable(self.model.config) is None
+    def masks(self) -> bool:
+        """Whether attention is given a mask; flash attention is not."""
+        return not (self.attention and "flash" in self.attention)
+
+    def shares_prompts(self, config: ModelsConfig) -> bool:
+        """Return whether a run computes a prompt once for all its completions."""
+        return config.share_prompts and why_not_packed(self.model.config, self.attention) is None
 
     @cached_property
     def tower(self) -> Tower | None:
@@ -299,7 +306,6 @@ def anatomy(
     attention: transformers' attn_implementation; None = its default. lora_rank: 0 = no adapters.
     pixels: the settings min_pixels and max_pixels.
     """
-    flash = attention is not None and "flash" in attention
     config = read_config(name)
     with torch.device("meta"):
         try:
@@ -307,7 +313,7 @@ def anatomy(
                 config,
                 dtype=getattr(torch, dtype),
                 # Flash attention need not be installed: without a mask sdpa keeps the same.
-                attn_implementation="sdpa" if flash else attention,
+                attn_implementation="sdpa" if "flash" in (attention or "") else attention,
             )
         except (ValueError, ImportError) as error:
             refused = refused_attention(name, attention, error)
@@ -326,7 +332,7 @@ def anatomy(
             f"{name}: a {type(model).__name__} cannot be planned; expected a decoder with layers "
             "and a norm after them, as Qwen3 and Llama have"
         )
-    return Anatomy(model, getattr(torch, dtype), device, masks=not flash, pixels=pixels)
+    return Anatomy(model, getattr(torch, dtype), device, attention, pixels)
 
 
 def read_config(name: str) -> Any:
@@ -339,6 +345,7 @@ def read_config(name: str) -> Any:
     known = known_model(name)
     if not Path(name).is_dir() and known is not None:
         return known.config()
+    look_for_hub(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

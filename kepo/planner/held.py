@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kepo.config import Config
@@ -104,7 +105,7 @@ def standing(
     config: Config,
     machine: Machine,
     student: Anatomy,
-    teacher: Anatomy | None,
+    teachers: Sequence[Anatomy],
     *,
     pages: int,
     several: bool,
@@ -133,7 +134,7 @@ def standing(
     held = Held(
         weights=trained + frozen - saved,
         optimiser=moments_bytes(config, trained // trained_bytes, trained_bytes),
-        teacher=0 if teacher is None else teacher_bytes(config, machine, teacher),
+        teacher=sum(teacher_bytes(config, machine, one) for one in teachers),
         reference=reference if penalised else 0,
     )
     if machine.device != "cpu":
@@ -147,7 +148,7 @@ def standing(
         root=root,
         two_layers=two_layers,
         whole=counts.total * width if sharded else unpacked,
-        teacher_at_work=0 if teacher is None else teacher_at_work(config, teacher),
+        teacher_at_work=max((teacher_at_work(config, one) for one in teachers), default=0),
         reference_at_work=two_layers if penalised else 0,
         pages=pages,
         device=machine.device,

@@ -24,12 +24,13 @@ class Tower:
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A released vision-language model."""
+    """A released model."""
 
     family: str
-    """Qwen3-VL or Qwen2.5-VL."""
+    """A key of _CONFIGS."""
     text: Tower
-    vision: Tower
+    vision: Tower | None
+    """None if it sees no pictures."""
     tied: bool
     """True if the head is the embedding."""
     vocab: int = 151936
@@ -42,6 +43,10 @@ class KnownModel:
 
 def _qwen3(text: Tower, vision: Tower, tied: bool) -> KnownModel:
     return KnownModel("Qwen3-VL", text, vision, tied)
+
+
+def _internvl(text: Tower) -> KnownModel:
+    return KnownModel("InternVL3", text, _SMALL_VISION, False, 151674)
 
 
 _SMALL_VISION = Tower(1024, 4096, 24, 16)
@@ -63,18 +68,41 @@ KNOWN: dict[str, KnownModel] = {
     "Qwen/Qwen2.5-VL-72B-Instruct": KnownModel(
         "Qwen2.5-VL", Tower(8192, 29568, 80, 64, 8), Tower(1280, 3456, 32, 16), False, 152064
     ),
+    "OpenGVLab/InternVL3-1B-hf": _internvl(Tower(896, 4864, 24, 14, 2)),
+    "OpenGVLab/InternVL3-2B-hf": _internvl(Tower(1536, 8960, 28, 12, 2)),
+    "OpenGVLab/InternVL3-8B-hf": _internvl(Tower(3584, 18944, 28, 28, 4)),
+    "OpenGVLab/InternVL3-14B-hf": _internvl(Tower(5120, 13824, 48, 40, 8)),
+    "Qwen/Qwen3-0.6B": KnownModel("Qwen3", Tower(1024, 3072, 28, 16, 8), None, True),
+    "Qwen/Qwen3-1.7B": KnownModel("Qwen3", Tower(2048, 6144, 28, 16, 8), None, True),
+    "Qwen/Qwen3-4B": KnownModel("Qwen3", Tower(2560, 9728, 36, 32, 8), None, True),
+    "Qwen/Qwen3-8B": KnownModel("Qwen3", Tower(4096, 12288, 36, 32, 8), None, False),
+    "meta-llama/Llama-3.2-1B-Instruct": KnownModel(
+        "Llama-3.2", Tower(2048, 8192, 16, 32, 8), None, True, 128256
+    ),
+    "meta-llama/Llama-3.2-3B-Instruct": KnownModel(
+        "Llama-3.2", Tower(3072, 8192, 28, 24, 8), None, True, 128256
+    ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": KnownModel(
+        "SmolLM2", Tower(576, 1536, 30, 9, 3), None, True, 49152
+    ),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": KnownModel(
+        "SmolLM2", Tower(960, 2560, 32, 15, 5), None, True, 49152
+    ),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": KnownModel(
+        "SmolLM2", Tower(2048, 8192, 24, 32), None, True, 49152
+    ),
 }
 
 
 def known_model(name: str) -> KnownModel | None:
     """The record of a Hub name, with or without its owner; None if there is none."""
-    return KNOWN.get(name) or KNOWN.get(f"Qwen/{name}")
+    return next((m for known, m in KNOWN.items() if name in (known, known.split("/")[1])), None)
 
 
 def _qwen3_config(model: KnownModel) -> Any:
     from transformers import Qwen3VLConfig
 
-    depth = model.vision.layers
+    vision = _vision(model)
     return Qwen3VLConfig(
         text_config=dict(
             **_text(model),
@@ -88,11 +116,11 @@ def _qwen3_config(model: KnownModel) -> Any:
             },
         ),
         vision_config=dict(
-            **_vision(model),
+            **vision,
             patch_size=16,
             num_position_embeddings=2304,
             # Three layers of the vision tower feed the first three of the language model.
-            deepstack_visual_indexes=[8, 16, 24] if depth == 27 else [5, 11, 17],
+            deepstack_visual_indexes=[8, 16, 24] if vision["depth"] == 27 else [5, 11, 17],
         ),
         tie_word_embeddings=model.tied,
     )
@@ -121,7 +149,44 @@ def _qwen25_config(model: KnownModel) -> Any:
     )
 
 
-_CONFIGS = {"Qwen3-VL": _qwen3_config, "Qwen2.5-VL": _qwen25_config}
+def _internvl_config(model: KnownModel) -> Any:
+    from transformers import InternVLConfig
+
+    assert model.vision is not None, "it sees"
+    return InternVLConfig(
+        text_config=dict(model_type="qwen2", **_text(model), max_position_embeddings=32_768),
+        vision_config=dict(
+            hidden_size=model.vision.hidden,
+            intermediate_size=model.vision.intermediate,
+            num_hidden_layers=model.vision.layers,
+            num_attention_heads=model.vision.heads,
+            attention_bias=True,
+        ),
+        tie_word_embeddings=model.tied,
+    )
+
+
+def _qwen3_text_config(model: KnownModel) -> Any:
+    from transformers import Qwen3Config
+
+    return Qwen3Config(**_text(model), head_dim=128, max_position_embeddings=40_960)
+
+
+def _llama_config(model: KnownModel) -> Any:
+    from transformers import LlamaConfig
+
+    positions = {"Llama-3.2": 131_072, "SmolLM2": 8_192}[model.family]
+    return LlamaConfig(**_text(model), max_position_embeddings=positions)
+
+
+_CONFIGS = {
+    "Qwen3-VL": _qwen3_config,
+    "Qwen2.5-VL": _qwen25_config,
+    "InternVL3": _internvl_config,
+    "Qwen3": _qwen3_text_config,
+    "Llama-3.2": _llama_config,
+    "SmolLM2": _llama_config,
+}
 
 
 def _text(model: KnownModel) -> dict[str, Any]:
@@ -137,6 +202,7 @@ def _text(model: KnownModel) -> dict[str, Any]:
 
 
 def _vision(model: KnownModel) -> dict[str, Any]:
+    assert model.vision is not None, "it sees"
     return dict(
         hidden_size=model.vision.hidden,
         intermediate_size=model.vision.intermediate,

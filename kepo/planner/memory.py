@@ -23,7 +23,7 @@ from kepo.planner.anatomy import Anatomy, anatomy
 from kepo.planner.generating import Generating, generating
 from kepo.planner.held import Held, Machine, Standing, standing
 from kepo.planner.loss_memory import LossMemory, loss_memory, scoring_workspace
-from kepo.planner.shapes import Shape, Share, share_of, shares_prompts
+from kepo.planner.shapes import Shape, Share, share_of
 from kepo.planner.towers import (
     Kept,
     inference,
@@ -98,7 +98,7 @@ class Phase:
 def phases(setup: Setup) -> list[Phase]:
     """Return the phases of a step of this run, each at the moment when it holds most."""
     found = moments(setup)
-    return [Phase(name, *max(found[name], key=_total)) for name in PHASES if name in found]
+    return [Phase(name, *max(found[name], key=_total)) for name in PHASES if found.get(name)]
 
 
 def moments(setup: Setup) -> dict[str, list[Moment]]:
@@ -135,17 +135,20 @@ def student_of(config: ModelsConfig, machine: Machine) -> Anatomy:
     )
 
 
-def teacher_of(setup: Setup) -> Anatomy | None:
+def teachers_of(setup: Setup) -> list[Anatomy]:
+    """Return the teachers that the processes hold, the largest first; those of servers are none."""
     config = setup.config
-    if config.taught_by is None:
-        return None
-    return anatomy(
-        config.taught_by,
-        config.dtype,
-        setup.machine.device,
-        config.attn_implementation,
-        pixels=(config.min_pixels, config.max_pixels),
-    )
+    found = [
+        anatomy(
+            path,
+            config.dtype,
+            setup.machine.device,
+            config.attn_implementation,
+            pixels=(config.min_pixels, config.max_pixels),
+        )
+        for path in config.local_teachers.values()
+    ]
+    return sorted(found, key=lambda one: -one.counts.total)
 
 
 @dataclass(frozen=True)
@@ -164,8 +167,9 @@ class _Run:
     @classmethod
     def of(cls, setup: Setup) -> _Run:
         config, machine, prompts = setup
-        student, teacher = student_of(config, machine), teacher_of(setup)
-        share = share_of(config, machine, prompts.length(student), student.shareable)
+        student, teachers = student_of(config, machine), teachers_of(setup)
+        teacher = next(iter(teachers), None)
+        share = share_of(config, machine, prompts.length(student), student.shares_prompts(config))
         several = share.micros > 1
         loss = loss_memory(
             config,
@@ -179,7 +183,7 @@ class _Run:
             config,
             machine,
             student,
-            teacher,
+            teachers,
             pages=loss.pages,
             several=several,
             penalised=config.kl_coef > 0,
@@ -197,15 +201,15 @@ class _Run:
         yield from self._sampling(self.config.num_generations, self.prompts, "sampling")
 
     def hints(self) -> Iterator[Moment]:
-        assert self.teacher is not None, "hints need a teacher"
         questions = -(-self.config.prompts_per_step // self.machine.gpus)
         longest = min(MAX_HINT_LENGTH, self.config.max_completion_length)
         at_once = min(questions, self.config.rollout_batch)
         temperature = self.config.hint_temperature if self.config.hint_retries else 0.0
-        what = self._asked(self.teacher, at_once, 1, self.prompts)
-        what = what._replace(new_tokens=longest, temperature=temperature, top_p=1.0)
-        at_work = Held(teacher=self.stays.teacher_at_work)
-        yield from self._generating("the teacher's hint", self.teacher, what, at_work)
+        if self.teacher is not None:  # else a server writes them
+            what = self._asked(self.teacher, at_once, 1, self.prompts)
+            what = what._replace(new_tokens=longest, temperature=temperature, top_p=1.0)
+            at_work = Held(teacher=self.stays.teacher_at_work)
+            yield from self._generating("the teacher's hint", self.teacher, what, at_work)
         if self.config.sampler == "transformers":
             hinted = replace(self.prompts, text_tokens=self.prompts.text_tokens + longest)
             yield from self._sampling(self.config.num_hinted, hinted, "sampling with it")
@@ -265,7 +269,7 @@ class _Run:
         micro, checkpointing = self.share.micro, config.gradient_checkpointing
         images, patches = micro.questions * self.prompts.images, self.prompts.patches(student)
         vision = vision_training(student, images, patches, checkpointing)
-        packed = shares_prompts(config, student.shareable)
+        packed = student.shares_prompts(config)
         text = text_training(student, micro.rows, micro.length, checkpointing, packed)
         states = state_bytes(student, micro.rows, micro.length)
         tokens = micro.completions * config.max_completion_length
@@ -353,13 +357,13 @@ class _Run:
         """Return the most bytes of a forward that keeps nothing."""
         images, patches = shape.questions * self.prompts.images, self.prompts.patches(model)
         placed = placed_bytes(model, shape.rows, self.prompts.all_images(model))
-        packed = shares_prompts(self.config, model.shareable)
+        packed = model.shares_prompts(self.config)
         return inference(model, shape.rows, shape.length, images, patches, packed) + placed
 
     def _read_from(self, model: Anatomy, shape: Shape) -> int:
         """Return the bytes of states beside the copy that a loss reads: those of the prompts are
         part of the same tensor, unless a packed row has been gathered from."""
-        if shares_prompts(self.config, model.shareable):
+        if model.shares_prompts(self.config):
             return 0
         return state_bytes(model, shape.rows, shape.length)
 
@@ -375,7 +379,7 @@ class _Run:
         states = state_bytes(self.teacher, 1, tokens)
         if not _scores_stay(self.config, self.machine):
             return states, 0
-        return 0, 0 if shares_prompts(self.config, self.teacher.shareable) else states
+        return 0, 0 if self.teacher.shares_prompts(self.config) else states
 
     def _at_once(self, per_question: int) -> int:
         """Return how many questions a process samples at once, as `rollout._portions` does."""
@@ -436,9 +440,7 @@ def _kept_scores(setup: Setup, teacher: Anatomy | None, whole: Shape) -> int:
     if teacher is None or not config.distils or not _scores_stay(config, machine):
         return 0
     longest = config.max_completion_length
-    length = (
-        longest if shares_prompts(config, teacher.shareable) else prompts.length(teacher) + longest
-    )
+    length = longest if teacher.shares_prompts(config) else prompts.length(teacher) + longest
     return state_bytes(teacher, whole.completions, length)
 
 

@@ -23,8 +23,9 @@ from kepo.config import RECIPES, load, presets
 from kepo.errors import KepoConfigError
 from kepo.flags import command_line, refuse
 from kepo.planner.held import GIB, ITEMS, Machine, completions_per_process
-from kepo.planner.memory import Phase, Prompts, Setup, peak, phases, student_of, teacher_of
+from kepo.planner.memory import Phase, Prompts, Setup, peak, phases, student_of, teachers_of
 from kepo.sections import TeacherConfig
+from kepo.words import is_address
 
 MOST_GB = 10**6
 """The most GB of memory that a GPU may be said to have."""
@@ -160,7 +161,7 @@ def advice(setup: Setup) -> list[Change]:
         changes.append(dict(vllm_memory=config.vllm_memory / 2))
     if machine.gpus > 1 or config.dtype != "float32":
         changes.append(dict(sharding="fsdp2"))
-    if config.teacher is not None:
+    if config.local_teachers:
         changes += [dict(teacher_bits=bits, teacher_placement="copy") for bits in (8, 4)]
         changes.append(dict(teacher_bits=None, teacher_placement="offload"))
         if machine.gpus > 1:
@@ -186,13 +187,14 @@ def _yaml(value: object) -> str:
 def report(found: Plan) -> str:
     """Return the plan as the text that the command prints."""
     config, machine, prompts = found.setup
-    student, teacher = student_of(config, machine), teacher_of(found.setup)
+    student, teachers = student_of(config, machine), teachers_of(found.setup)
+    sizes = ", ".join(f"{one.counts.total / 1e9:.2f}" for one in teachers)
     names = [item for item in ITEMS if any(phase.held[item] for phase in found.phases)]
     width = max(len(phase.name) for phase in found.phases)
     lines = [
         f"{_model(config.student)} of {student.counts.total / 1e9:.2f} B parameters, "
         f"{student.counts.trained / 1e9:.3g} B trained"
-        + (f"; {_model(config.teacher)} of {teacher.counts.total / 1e9:.2f} B" if teacher else ""),
+        + (f"; {_teachers(config)} of {sizes} B" if teachers else ""),
         f"{machine.gpus} x {machine.gpu_bytes / GIB:.0f} GB; prompts of {prompts.text_tokens} "
         f"tokens and {prompts.images} x {prompts.image(student)} of images, completions of "
         f"{config.max_completion_length}",
@@ -268,12 +270,18 @@ def table(paths: Sequence[str | Path]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def _teachers(config: TeacherConfig) -> str:
+    """Return the names of the teachers that the processes hold."""
+    paths = config.teacher_paths.values()
+    return ", ".join(_model(path) for path in paths if not is_address(path))
+
+
 def _teacher(config: TeacherConfig) -> str:
-    if config.teacher is None:
-        return "–"
+    if not _teachers(config):
+        return "on a server" if config.taught else "–"
     how = "sharded" if config.teacher_placement == "fsdp2" else config.teacher_placement
     bits = f"{config.teacher_bits} bits" if config.teacher_bits else how
-    return f"{_model(config.teacher)}, {bits}"
+    return f"{_teachers(config)}, {bits}"
 
 
 def _model(name: str | None) -> str:

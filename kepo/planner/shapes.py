@@ -5,18 +5,19 @@ The micro-batches are those that the loop itself would lay out (kepo.objective.m
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from kepo.config import Config
 from kepo.models.encoding import Prompt
-from kepo.models.packing import TAKES_MASKS
+from kepo.models.packing import packed_length
 from kepo.objective.batch import Batch
 from kepo.objective.micros import Micro, plan_micros
-from kepo.planner.held import Machine, completions_per_process
-from kepo.sections import ModelsConfig, SamplingConfig
+from kepo.planner.held import Machine
+from kepo.sections import SamplingConfig
 
 
 class Shape(NamedTuple):
@@ -51,50 +52,47 @@ class Share(NamedTuple):
     """The number of micro-batches of an optimiser step."""
 
 
-def shares_prompts(config: ModelsConfig, shareable: bool) -> bool:
-    """Return whether a prompt is computed once for all its completions, if the model's family can.
-    transformers' own choice of attention, None, takes masks."""
-    masks = config.attn_implementation in (None, *TAKES_MASKS)
-    return config.share_prompts and masks and shareable
+def share_of(config: Config, machine: Machine, prompt_tokens: int, shared: bool) -> Share:
+    """Return what the process with the most tokens computes in a step, and the largest micro-batch
+    of any, where all prompts have this many tokens.
 
-
-def share_of(config: Config, machine: Machine, prompt_tokens: int, shareable: bool = True) -> Share:
-    """Return what one process computes in a step whose prompts all have this many tokens.
-
-    shareable: whether the student's family can share a prompt's row.
+    shared: a prompt is computed once for all its completions (`Anatomy.shares_prompts`).
     """
-    shared = shares_prompts(config, shareable)
-    batch = _full(config, machine, shared)
     questions = config.prompts_per_step // config.mini_batches
-    mini = _full(replace(config, prompts_per_step=questions), machine, shared)
-    plan = [
-        micro
-        for own in plan_micros(mini, [prompt_tokens] * len(mini), config, shared)
-        for micro in own
-    ]
+    mini = _full(questions, config)
+    plan = plan_micros(mini, [prompt_tokens] * len(mini), config, shared, machine.gpus)
     # Rows of one question come in any order, as their completions differ in length.
-    shapes = [Shape.of(micro, questions) for micro in plan]
-    group = config.num_generations if shared else 1
-    asked = len(set(batch.prompts))
-    whole = Shape(
-        rows=asked if shared else len(batch),
-        length=prompt_tokens + group * (config.max_completion_length - shared),
-        completions=len(batch),
-        questions=asked,
-    )
-    return Share(max(shapes, key=_tokens), whole, len(shapes))
+    shapes = [Shape.of(micro, questions) for own in plan for micro in own]
+    wholes = [_whole(own, mini, config, prompt_tokens, shared) for own in plan if own]
+    return Share(max(shapes, key=_tokens), max(wholes, key=_tokens), max(map(len, plan)))
 
 
 def _tokens(shape: Shape) -> tuple[int, int]:
     return shape.rows * shape.length, shape.completions
 
 
-def _full(config: SamplingConfig, machine: Machine, shared: bool) -> Batch:
-    """Return completions of full length: whole groups where prompts are shared, as one process gets
-    them. Their tables are views of one number, so that they take no memory."""
-    count, group = completions_per_process(config, machine), config.num_generations
-    if shared:
-        count = -(-config.prompts_per_step // machine.gpus) * group
+def _whole(
+    own: Sequence[Micro], mini: Batch, config: Config, prompt_tokens: int, shared: bool
+) -> Shape:
+    """Return all completions of a process in one forward, from its micro-batches of a mini-batch:
+    those of the others are alike."""
+    places = [place for micro in own for row in micro for place in row.places]
+    group = Counter(mini.prompts[place] for place in places)  # completions, by question
+    longest = config.max_completion_length
+    whole = packed_length(prompt_tokens, max(group.values()) * [longest])
+    return Shape(
+        rows=config.mini_batches * (len(group) if shared else len(places)),
+        length=whole if shared else prompt_tokens + longest,
+        completions=config.mini_batches * len(places),
+        questions=config.mini_batches * len(group),
+    )
+
+
+def _full(questions: int, config: SamplingConfig) -> Batch:
+    """Return the completions of so many questions, all of full length. Their tables are views of
+    one number, so that they take no memory."""
+    group = config.num_generations
+    count = questions * group
     size = (count, config.max_completion_length)
     zeros = torch.zeros(()).expand(size)
     return Batch(
@@ -106,5 +104,6 @@ def _full(config: SamplingConfig, machine: Machine, shared: bool) -> Batch:
         distill_weights=zeros,
         sampler_logprobs=zeros,
         hinted=zeros[:, 0].bool(),
+        teacher=zeros[:, 0].long(),
         mini=zeros[:, 0].long(),
     )

@@ -1,6 +1,7 @@
 """Read all of a dataset before a run does, and list what is wrong with it.
 
-    kepo data check PATH --model MODEL    # what the model refuses, too
+    kepo data check PATH --task TASK      # and try the task on it
+    kepo data check PATH --model MODEL    # and find what the model refuses
 
 The exit code is 1 if something is wrong, or if both datasets have an image in common.
 """
@@ -9,19 +10,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kepo.data.example import Example
 from kepo.data.images import Look, digests_in, looks_of
 from kepo.data.load import DataReport, layout_of, load_examples
-from kepo.data.records import KINDS
+from kepo.data.records import KINDS, counted
 from kepo.data.run_data import readable, with_faint
 from kepo.data.splits import shared_images
 from kepo.disk.files import printable
 from kepo.errors import KepoDataError
 from kepo.flags import command_line, refuse
 from kepo.rollout.encodable import Reader, encoder_at, faults_of, left_out, plain_reader
+from kepo.rollout.tried import faults_of_task
 from kepo.sections import Count, PicturesConfig, TaskConfig
 from kepo.tasks.environment import task_of
 from kepo.tasks.task import Task
@@ -42,8 +44,8 @@ class Checked:
     """A look at each image, or the error that says why it could not be decoded."""
 
 
-Asked = tuple[Task, Reader]
-"""A task, and a model that is asked its questions."""
+Asked = tuple[Task, Reader | None]
+"""A task, and a model that is asked its questions, if one is."""
 
 
 def check_data(
@@ -55,23 +57,29 @@ def check_data(
 ) -> Checked:
     """Read every record and decode every image. Raises KepoDataError if none of them is right.
 
-    asked: also find what this model cannot be asked.
+    asked: also find what the task is unfit for, and what the model cannot be asked.
     """
     examples, report = load_examples(path, image_root=image_root, progress=progress)
     looks = looks_of((path for e in examples for path in e.images), progress=progress)
     examples, report = readable(examples, report, digests_in(looks))
     if asked is not None:
         task, reader = asked
-        faults = faults_of(examples, task, [reader], progress=progress)
+        faults = faults_of_task(examples, task, progress=progress)
+        if reader is not None:
+            fit = [example for example in examples if example.id not in faults]
+            faults |= faults_of(fit, task, [reader], progress=progress)
         examples, report = left_out(examples, report, faults)
     return Checked(examples, with_faint(report, examples, looks), looks)
 
 
 def asked_of(settings: Check) -> Asked | None:
-    """Return the task and the model that the flags name; None without a model."""
-    if settings.model is None:
+    """Return the task and the model that the flags name; None if they name neither."""
+    if not (settings.task or settings.prompt_template or settings.model):
         return None
-    task, encoder = task_of(settings), encoder_at(settings.model, settings)
+    task = task_of(replace(settings, task=settings.task or TaskConfig.task))
+    if settings.model is None:
+        return task, None
+    encoder = encoder_at(settings.model, settings)
     return task, plain_reader(encoder, task, settings.max_completion_length)
 
 
@@ -119,7 +127,7 @@ def describe(checked: Checked, every: bool) -> list[str]:
     lines += _faint_pictures(checked, every)
     if not report.problems:
         return [*lines, "", "nothing is wrong"]
-    lines += ["", f"wrong: {len(report.problems)} records"]
+    lines += ["", f"wrong: {counted(report.counts()).replace('bad ', '')}"]
     for kind in KINDS:
         found = [problem for problem in report.problems if problem.kind == kind]
         shown = found if every else found[:NAMED]
@@ -172,6 +180,10 @@ class Check(TaskConfig, PicturesConfig):
     path: str
     """JSON Lines, JSON lists, Parquet, what datasets.save_to_disk wrote, a name on the Hub,
     OmniMedVQA's layout or Med-R1's split files: a file or a folder."""
+    task: str = ""
+    """Try this task on every record: multiple_choice, open_answer, or a class of your own, as
+    file.py:Class or package.module:Class. Empty checks the records alone, or with model or
+    prompt_template as questions with options."""
     model: str | None = None
     """Folder or Hub name of a model that will be asked: find the records that its tokenizer, image
     processor or length of context refuse. None checks the records alone."""

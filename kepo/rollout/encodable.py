@@ -25,9 +25,13 @@ from kepo.errors import KepoDataError
 from kepo.models.encoding import Encoder, Prompt
 from kepo.models.reading import encoder_of, read_config, resize_pictures
 from kepo.rollout.hints import MAX_HINT_LENGTH
-from kepo.rollout.prompts import hint_prompt, prompt_of
-from kepo.sections import PicturesConfig
-from kepo.tasks.task import Task, errors_of
+from kepo.rollout.prompts import hint_prompt, prompt_of, worked_answer
+from kepo.sections import PicturesConfig, TeacherConfig
+from kepo.tasks.task import Task, errors_of, refuse_told
+from kepo.teachers.first_words import offer_of
+from kepo.teachers.several import place_of, teacher_place
+from kepo.teachers.transport import Server
+from kepo.words import is_address
 
 Faults = dict[str, RecordProblem]
 """The problem of each faulty example, by example id."""
@@ -45,6 +49,8 @@ class Reader:
     """A function: example -> what the model reads, and the most tokens that may follow each."""
     completions: Callable[[Example], Sequence[str]] = lambda example: ()
     """A function that returns texts that are trained on as if the model had said them."""
+    about: Callable[[Example], bool] = lambda example: True
+    """A function that says whether the model is asked about an example at all."""
 
 
 def judge_of(config: Config, task: Task) -> Judge:
@@ -67,21 +73,46 @@ def judge_of(config: Config, task: Task) -> Judge:
         return prompts
 
     def given(example: Example) -> list[str]:
-        return [task.worked_answer(example)] if config.data_fraction > 0 else []
+        return [worked_answer(task, example)] if config.data_fraction > 0 else []
 
     student = encoder_at(config.student, config)
     training = [Reader("student", student, asked, given)]
-    if config.taught_by is not None:
-        training.append(Reader("teacher", encoder_at(config.taught_by, config), asks_teacher))
+    for place, (which, path) in enumerate(config.taught_by.items()):
+        encoder = (
+            replace(student, positions=offer_of(Server(which, path, config), config).positions)
+            if is_address(path)
+            else encoder_at(path, config)
+        )
+        training.append(Reader(which, encoder, asks_teacher, about=_taught_at(place, config)))
 
     def judge(
         examples: Sequence[Example], report: DataReport, trained: bool
     ) -> tuple[list[Example], DataReport]:
         readers = training if trained else [plain_reader(student, task, limit)]
-        faults = faults_of(examples, task, readers, progress=True)
+        faults = untaught(examples, config) if trained and config.taught_by else {}
+        asked = [example for example in examples if example.id not in faults]
+        faults |= faults_of(asked, task, readers, progress=True)
         return left_out(examples, report, faults, config.bad_records)
 
     return judge
+
+
+def untaught(examples: Sequence[Example], config: TeacherConfig) -> Faults:
+    """Return the faults of the examples for which ``teachers`` has no teacher."""
+    if not config.teachers:
+        return {}
+    names, column = ", ".join(value for value, _ in config.teachers), config.teacher_column
+    return {
+        one.id: problem(
+            one, "no teacher", f"its {column} is {one.fields().get(column)!r}; teachers has {names}"
+        )
+        for one in examples
+        if teacher_place(one.fields(), config) is None
+    }
+
+
+def _taught_at(place: int, config: TeacherConfig) -> Callable[[Example], bool]:
+    return lambda example: place_of(example, config) == place
 
 
 def encoder_at(path: str, config: PicturesConfig) -> Encoder:
@@ -99,12 +130,13 @@ def faults_of(
     examples: Sequence[Example], task: Task, readers: Sequence[Reader], *, progress: bool = False
 ) -> Faults:
     """Find the examples that are unfit for the task, or that a reader cannot be asked about; return
-    the first fault of each.
+    the first fault of each. Raises KepoConfigError for a template that shows the answer.
 
     progress: show a bar.
     """
+    refuse_told(task, examples)
     unfit = [(example, _why_unfit(task, example)) for example in examples]
-    faults = {e.id: _problem(e, "task", f"it {why}") for e, why in unfit if why is not None}
+    faults = {e.id: problem(e, "task", f"it {why}") for e, why in unfit if why is not None}
     examples = [example for example in examples if example.id not in faults]
     sizes = _sizes(path for example in examples for path in example.images)
     for reader in readers:
@@ -120,8 +152,8 @@ def faults_of(
         for reader in readers:
             for start in range(0, len(examples), _AT_ONCE):
                 some = examples[start : start + _AT_ONCE]
-                for fault in _faults(some, reader, sizes):
-                    faults.setdefault(fault[0].id, _problem(*fault))
+                for fault in _faults([*filter(reader.about, some)], reader, sizes):
+                    faults.setdefault(fault[0].id, problem(*fault))
                 bar.update(len(some))
     return faults
 
@@ -204,7 +236,7 @@ def _text_fault(texts: Sequence[str], reader: Reader) -> tuple[str, str] | None:
 def _refuse_pictures(examples: Sequence[Example], reader: Reader) -> None:
     """Raise KepoDataError if a reader sees no pictures and is asked about some: what is left of
     such questions without them is nothing that it should learn from."""
-    shown = [example for example in examples if example.images]
+    shown = [example for example in examples if example.images and reader.about(example)]
     if shown and reader.encoder.pictures is None:
         raise KepoDataError(
             f"examples: the {reader.name} sees no pictures, and {len(shown)} of {len(examples)} "
@@ -230,7 +262,8 @@ def _image_fault(
     return None
 
 
-def _problem(example: Example, kind: str, message: str) -> RecordProblem:
+def problem(example: Example, kind: str, message: str) -> RecordProblem:
+    """Return a problem of an example, by its id."""
     return RecordProblem(kind, f"question {example.id!r}", message)
 
 

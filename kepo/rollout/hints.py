@@ -17,7 +17,6 @@ from kepo.data.load import Example
 from kepo.distributed.processes import batches_of, split_work
 from kepo.models.encoding import Encoder
 from kepo.models.sampling import SamplingParams
-from kepo.models.vlm import VLM
 from kepo.rollout.models import Models
 from kepo.rollout.prompts import hint_prompt
 from kepo.rollout.questions import seed_of
@@ -26,6 +25,7 @@ from kepo.rollout.types import Group, Rollout, reward_of, tokens_of, total_rewar
 from kepo.sections import HintConfig
 from kepo.tasks.environment import Environment
 from kepo.tasks.task import Task, errors_of
+from kepo.teachers.several import Teacher, Teachers, each_of, place_of
 
 MAX_HINT_LENGTH = 256
 
@@ -146,7 +146,7 @@ def succeeds(rollout: Rollout, config: HintConfig) -> bool:
 
 
 def write_hints(
-    teacher: VLM,
+    teacher: Teacher,
     examples: Sequence[Example],
     task: Task,
     config: HintConfig,
@@ -165,23 +165,24 @@ def write_hints(
     )
 
     def work(some: Sequence[Example]) -> list[str]:
-        ids, mask, _ = teacher.sample(
+        return teacher.write(
             [hint_prompt(task, one, with_answer=config.hint_with_answer) for one in some],
             params,
             seeds=None
             if stream is None
             else [seed_of(config.seed, *stream, example.id) for example in some],
         )
-        return teacher.decode(ids, mask)
 
     texts = split_work(
         examples, work, batches_of(config.rollout_batch), collective=teacher.collective
     )
     encoder = teacher.encoder
-    return [
-        hint if usable(hint, example, task, config, encoder) else None
-        for hint, example in zip(map(task.hint_of, texts), examples, strict=True)
-    ]
+    found: list[str | None] = []
+    for text, example in zip(texts, examples, strict=True):
+        with errors_of(task, example):
+            hint = task.hint_of(text)
+        found.append(hint if usable(hint, example, task, config, encoder) else None)
+    return found
 
 
 def usable(
@@ -222,14 +223,32 @@ def _room(group: Group, config: HintConfig) -> int:
 
 
 def _learn_hints(
-    teacher: VLM,
+    teachers: Teachers,
     examples: Sequence[Example],
     task: Task,
     config: HintConfig,
     hints: Hints,
     stream: tuple[object, ...],
 ) -> tuple[int, int]:
-    """Write hints for the examples that have none yet: the teacher is frozen, so they stay valid.
+    """Let each teacher write hints for those of its examples that have none yet: it is frozen, so
+    they stay valid. The counts are those of `_learn_from`."""
+    written = retried = 0
+    for place, teacher in enumerate(each_of(teachers)):
+        own = [example for example in examples if place_of(example, config) == place]
+        counts = _learn_from(teacher, own, task, config, hints, stream)
+        written, retried = written + counts[0], retried + counts[1]
+    return written, retried
+
+
+def _learn_from(
+    teacher: Teacher,
+    examples: Sequence[Example],
+    task: Task,
+    config: HintConfig,
+    hints: Hints,
+    stream: tuple[object, ...],
+) -> tuple[int, int]:
+    """Write hints for the examples that have none yet.
 
     The first hint is greedy; an unusable one is asked for again at most ``hint_retries`` times, at
     ``hint_temperature``. One that stays unusable is recorded as None, and not asked for again.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kepo.models.vlm import VLM
 from kepo.rollout.sampler import Sampler
+from kepo.teachers.several import Teachers
 
 
 @dataclass(frozen=True)
@@ -14,8 +15,9 @@ class Models:
 
     policy: VLM
     """The student; only it is trained."""
-    teacher: VLM | None
-    """The model that writes hints and is distilled from; None where neither is asked for."""
+    teacher: Teachers
+    """The model that writes hints and is distilled from, or several; None where neither is asked
+    for."""
     ref: VLM | None
     """The start point that the k3 penalty keeps the policy close to; None without a penalty."""
     sampler: Sampler

@@ -27,6 +27,18 @@ def prompt_of(
     return _prompt(chat, task, example)
 
 
+def worked_answer(task: Task, example: Example) -> str:
+    """Return the dataset's own solution as a completion."""
+    with errors_of(task, example):
+        text = task.worked_answer(example)
+    if not isinstance(text, str):
+        raise KepoConfigError(
+            f"task={type(task).__name__!r} has the worked answer {reprlib.repr(text)} of example "
+            f"{example.id!r}; expected a text"
+        )
+    return text
+
+
 def hint_prompt(task: Task, example: Example, *, with_answer: bool) -> Prompt:
     """Return the prompt that asks the teacher for a hint; ``with_answer`` tells it the answer."""
     with errors_of(task, example):

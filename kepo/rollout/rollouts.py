@@ -11,7 +11,7 @@ from kepo.data.load import Example
 from kepo.distributed.processes import split_work
 from kepo.models.encoding import Encoder, Prompt
 from kepo.models.sampling import Sampled, SamplingParams
-from kepo.rollout.prompts import prompt_of
+from kepo.rollout.prompts import prompt_of, worked_answer
 from kepo.rollout.questions import seed_of
 from kepo.rollout.sampler import Sampler
 from kepo.rollout.types import Group, Rollout
@@ -145,7 +145,7 @@ def demonstrations(
     """Return the dataset's own worked solution of each example, as a scored completion."""
     if not examples:
         return []
-    texts = [env.task.worked_answer(example) for example in examples]
+    texts = [worked_answer(env.task, example) for example in examples]
     ids, mask = encoder.encode_completions(texts)
     limit = config.max_completion_length
     rollouts = []

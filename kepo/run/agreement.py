@@ -1,6 +1,6 @@
-"""The ranks of a run compare, before they train, what each has by itself: settings, the code, the
-files of models that every rank reads, and on other nodes the images. What rank 0 reads for all is
-not compared: records, and weights that the other ranks receive."""
+"""The ranks of a run compare, before they train, what each has by itself: settings, the code
+and the user's own, the files of models that every rank reads, and on other nodes the images. What
+rank 0 reads for all is not compared: records, and weights that the other ranks receive."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from kepo.config import Config
-from kepo.data.identity import is_weights, model_files, sha256
+from kepo.data.identity import code_identity, is_weights, model_files, sha256
 from kepo.data.run_data import RunData
 from kepo.distributed.processes import (
     all_gather,
@@ -40,9 +40,14 @@ BLOCK = 2**16
 
 
 @contextmanager
-def agreeing_ranks(config: Config) -> Iterator[torch.device]:
+def agreeing_ranks(
+    config: Config, code: Mapping[str, Sequence[str]] | None = None
+) -> Iterator[torch.device]:
     """Join the ranks of this run and check that settings, code and models are the same on all of
-    them; yields this rank's device. Raises KepoConfigError on all ranks otherwise."""
+    them; yields this rank's device. Raises KepoConfigError on all ranks otherwise.
+
+    code: the user's own code that is named, by setting (`Environment.code`).
+    """
     shards = config.sharding == "fsdp2" or config.teacher_placement != "copy"
     timeout = config.rank_timeout_minutes * 60
     with errors_end_all_ranks():
@@ -52,8 +57,12 @@ def agreeing_ranks(config: Config) -> Iterator[torch.device]:
             refuse_different("devices", {"device": device.type})
             refuse_different("settings", dataclasses.asdict(config))
             refuse_different("installed code", software())
-            models = {"student": config.student, "teacher": config.taught_by}
-            bits = {"student": config.student_bits, "teacher": config.teacher_bits}
+            own = code_identity(code or {}).values()
+            refuse_different(
+                "files of rewards and task", {k: v for each in own for k, v in each.items()}
+            )
+            models = {"student": config.student, **config.local_teachers}
+            bits = dict.fromkeys(models, config.teacher_bits) | {"student": config.student_bits}
             whole = {role for role, each in bits.items() if each is not None}
             refuse_different("files of models", read_by_each(models, whole))
         yield device

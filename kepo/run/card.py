@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from typing import Any
 from kepo.config import MAY_CHANGE_ON_RESUME, TOTAL, Config
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.sections import DataConfig, ModelsConfig, ObjectiveConfig
+from kepo.words import is_address
 from kepo_kernels import __version__
 
 PAPER = "https://arxiv.org/abs/2602.00400"
 ELSEWHERE = frozenset(
-    {"student", "teacher", "train_data", "eval_data", "image_root", "train_modalities"}
-    | {"train_question_types", "rewards", "reward_weights"}
+    {"student", "teacher", "teachers", "teacher_model", "train_data", "eval_data", "image_root"}
+    | {"train_modalities", "train_question_types", "rewards", "reward_weights"}
 )
 """Settings that the card states in words, or that concern only the machine of the run."""
 
@@ -53,7 +54,7 @@ def model_card(config: Config, step: int, data: Mapping[str, Any]) -> str:
     parts = [
         front_matter(config, tags),
         f"# {_name(config.student)}, {step} steps of post-training\n",
-        _what(config, config.taught_by, step, config.steps),
+        _what(config, _teachers(config), step, config.steps),
         "**Research only. Not for clinical use:** nobody has tested this model for diagnosis, for "
         "treatment or for anything else that a patient could depend on.\n",
         "## Data\n",
@@ -99,9 +100,17 @@ def front_matter(config: ModelsConfig, tags: list[str]) -> str:
     return f"---\n{text}---\n"
 
 
-def _what(config: ModelsConfig, teacher: str | None, step: int, steps: int) -> str:
+def _teachers(config: Config) -> list[str]:
+    """Return what the teachers are; of those behind servers not the addresses."""
+    paths, name = config.taught_by.values(), config.teacher_model
+    served = "a model on a server" if name is None else f"{_link(name)} on a server"
+    return [served if is_address(path) else _link(path) for path in paths]
+
+
+def _what(config: ModelsConfig, teachers: Sequence[str], step: int, steps: int) -> str:
     held = f"LoRA adapters of rank {config.lora_rank} for" if config.lora_rank else "The weights of"
-    taught = f", with {_link(teacher)} as teacher" if teacher is not None else ""
+    role = "teacher" if len(teachers) == 1 else "teachers"
+    taught = f", with {' and '.join(teachers)} as {role}" if teachers else ""
     return (
         f"{held} {_link(config.student)}{taught}, at step {step} of {steps} of a run of "
         f"kepo {__version__} ([KEPO]({PAPER}): group-relative policy optimisation, distillation "

@@ -79,6 +79,8 @@ def step_metrics(
         "kepo/gate_rate": batch.opened.float().mean().item(),
         "kepo/teacher_tokens": teacher_tokens,
         "kepo/teacher_skipped_frac": 1.0 - teacher_tokens / max(1, tokens),
+        "kepo/teacher_requests": totals.teacher_requests,
+        "kepo/teacher_retries": totals.teacher_retries,
         "kepo/sampled_completions": found.sampled,
         "kepo/data_completions": len(data),
         "kepo/resampled_groups": found.resampled,

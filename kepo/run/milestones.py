@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kepo.distributed.processes import Stopped, is_rank0
+from kepo.errors import KepoTeacherError
 from kepo.evaluation.answers import by_question_type, greedy_scores, means
 from kepo.run.card import model_card
 from kepo.run.checkpoint import save_checkpoint
@@ -75,6 +78,21 @@ def save(run: Run, step: int) -> None:
         state,
         run.config.keep_checkpoints,
     )
+
+
+@contextmanager
+def saved_if_the_teacher_goes(run: Run, step: int) -> Iterator[None]:
+    """Save the run as it is after ``step`` if a server does not answer within the block, which
+    changes nothing but the hints that are known. All ranks meet its error."""
+    hints = dict(run.hints)
+    try:
+        yield
+    except KepoTeacherError:
+        run.hints.clear()
+        run.hints.update(hints)
+        if run.newest is None or run.newest.name != f"step-{step:08d}":
+            save(run, step)
+        raise
 
 
 def write_policy(run: Run, step: int, folder: Path) -> None:

@@ -12,26 +12,35 @@ from typing import Any
 import torch
 
 from kepo.config import AS_BEFORE, MAY_CHANGE_ON_RESUME, RENAMED, Config, from_mapping
+from kepo.data.example import Example
 from kepo.data.identity import changed_questions, inputs_of
 from kepo.data.run_data import RunData, load_data, write_record
 from kepo.distributed.processes import is_rank0, on_rank0
 from kepo.errors import KepoConfigError
 from kepo.models.conventions import check_same_opening
+from kepo.models.encoding import Prompt
 from kepo.models.vlm import VLM
 from kepo.objective.optimizers import optimizer_of
 from kepo.rollout.encodable import judge_of
 from kepo.rollout.hints import Hints
 from kepo.rollout.models import Models
+from kepo.rollout.prompts import prompt_of
 from kepo.run import checkpoint
 from kepo.run.agreement import same_images
 from kepo.run.manifest import as_saved
 from kepo.run.metrics import StepLog, read_metrics
 from kepo.run.optimizer_state import Parameters, load_optimizer
 from kepo.run.progress import say
-from kepo.run.roles import load_policy, load_reference, load_sampler, load_teacher
+from kepo.run.roles import load_policy, load_reference, load_sampler, load_teachers
 from kepo.run.signals import StopRequest
 from kepo.run.sinks.telling import Sink, Sinks, open_sinks
 from kepo.tasks.environment import Environment, environment_of
+from kepo.tasks.task import Task
+from kepo.teachers.first_words import offer_of
+from kepo.teachers.served import ServedTeacher
+from kepo.teachers.several import each_of, place_of
+from kepo.teachers.transport import Server
+from kepo.words import is_address
 
 
 @dataclass
@@ -120,7 +129,9 @@ def open_run(
     stop.agree()
     if stop:  # reading the images may have taken long
         return None
-    inputs = on_rank0(lambda: inputs_of(config.read_again, data.identity))
+    inputs = on_rank0(
+        lambda: inputs_of(config.read_again, data.identity | offers_of(config), env.code)
+    )
     saved = last_saved(config, data, inputs)
     # A checkpoint with digests has been compared with them.
     by_ids = saved is not None and "inputs" not in saved.state
@@ -148,7 +159,10 @@ def _with_models(
     latter. Returns None if a signal asked to stop."""
     folder = Path(config.run_dir)
     files = on_rank0(lambda: as_saved(saved.folder)) if saved else None
-    models = load_models(config, device, files / "policy" if files else None)
+    if device.type == "cuda":  # or an earlier run of this process would be in this one's peak
+        torch.cuda.reset_peak_memory_stats(device)
+    shown = first_pictures(data.train, env.task, config)
+    models = load_models(config, device, files / "policy" if files else None, shown)
     named = models.policy.model.named_parameters()
     parameters = {name: p for name, p in named if p.requires_grad}
     optimizer = optimizer_of(parameters.values(), config)
@@ -202,37 +216,61 @@ def last_saved(config: Config, data: RunData, inputs: dict[str, Any]) -> Saved |
     return Saved(folder, state, changed)
 
 
-def load_models(config: Config, device: torch.device, saved: Path | None) -> Models:
+def offers_of(config: Config) -> dict[str, dict[str, str]]:
+    """Return the models of the teachers behind servers, by setting: a resumed run must find the
+    same, at whatever address."""
+    served = config.taught_by.keys() - config.local_teachers.keys()
+    asked = {which: Server(which, config.taught_by[which], config) for which in served}
+    return {which: {offer_of(one, config).model: "served"} for which, one in asked.items()}
+
+
+def first_pictures(examples: Sequence[Example], task: Task, config: Config) -> list[Prompt | None]:
+    """Return for each teacher the first question with pictures that it is asked, or None."""
+    found: list[Prompt | None] = [None] * len(config.taught_by)
+    for example in examples if found else ():
+        place = place_of(example, config)
+        if example.images and found[place] is None:
+            found[place] = prompt_of(task, example)
+    return found
+
+
+def load_models(
+    config: Config,
+    device: torch.device,
+    saved: Path | None,
+    shown: Sequence[Prompt | None] = (),
+) -> Models:
     """Load all models of a run; the policy from ``saved``, a checkpoint's policy folder, if given.
 
-    Raises KepoConfigError if student and teacher do not fit each other.
+    shown: for each teacher a question with pictures that it will be asked, or None. Raises
+    KepoConfigError if student and teacher do not fit each other.
     """
     policy = load_policy(config, device, saved, seed=config.seed)
-    teacher = load_teacher(config, device) if config.taught_by else None
+    teachers = load_teachers(config, device, policy, shown)
+    local = [one for one in each_of(teachers) if not isinstance(one, ServedTeacher)]
     ref = load_reference(config, device) if config.kl_coef else None
     if config.share_prompts:
-        say_what_is_not_shared(student=policy, teacher=teacher)
-    check_same_tokens(policy, teacher)
-    if teacher is not None and config.distils:
-        check_same_opening(policy.encoder, teacher.encoder)
-    return Models(policy, teacher, ref, load_sampler(config, policy))
+        say_what_is_not_shared(policy, local)
+    for teacher in local:
+        check_same_tokens(policy, teacher)
+        if config.distils:
+            check_same_opening(policy.encoder, teacher.encoder)
+    return Models(policy, teachers, ref, load_sampler(config, policy))
 
 
-def say_what_is_not_shared(**models: VLM | None) -> None:
+def say_what_is_not_shared(student: VLM, teachers: Sequence[VLM]) -> None:
     """Say which models compute a prompt again for each completion, although ``share_prompts`` is
     on; the reference is the student's own start."""
-    for role, model in models.items():
-        if model is not None and model.why_not_packed is not None:
+    for role, model in [("student", student), *(("teacher", one) for one in teachers)]:
+        if model.why_not_packed is not None:
             say(
                 f"share_prompts: the {role} computes a prompt again for each completion, as "
                 f"{model.why_not_packed} (it needs sdpa or eager, and full attention in all layers)"
             )
 
 
-def check_same_tokens(policy: VLM, teacher: VLM | None) -> None:
+def check_same_tokens(policy: VLM, teacher: VLM) -> None:
     """Check that a token id means the same to both models: completions pass between them as ids."""
-    if teacher is None:
-        return
     mine, theirs = policy.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     differing = sorted(token for token in mine if theirs.get(token) != mine[token])
     if differing:
@@ -264,6 +302,15 @@ def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
 
 def _compared(config: Config) -> dict[str, Any]:
     """Return the settings with what None means for the learning rate written out, which a run of
-    before they could be None has as numbers."""
+    before they could be None has as numbers, and without the addresses of servers: a resumed run
+    may find the same model at another."""
     form, end = config.decay
-    return dataclasses.asdict(config) | {"lr_schedule": form, "lr_end": end}
+    values = dataclasses.asdict(config) | {"lr_schedule": form, "lr_end": end}
+    if config.teacher is not None:
+        values["teacher"] = _whose(config.teacher)
+    values["teachers"] = tuple((value, _whose(name)) for value, name in config.teachers)
+    return values
+
+
+def _whose(teacher: str) -> str:
+    return "a server's" if is_address(teacher) else teacher

@@ -6,18 +6,21 @@ many GPUs it has. A quantised model is read by every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kepo.config import Config
 from kepo.distributed import sharding
 from kepo.distributed.processes import is_rank0, on_rank0, world_size
 from kepo.errors import KepoConfigError
 from kepo.models.adapters import with_adapters
 from kepo.models.conventions import without_dropout
+from kepo.models.encoding import Prompt
 from kepo.models.families.family import layers_of
 from kepo.models.families.registry import family_of
 from kepo.models.reading import (
@@ -31,6 +34,11 @@ from kepo.models.reading import (
 from kepo.models.vlm import VLM
 from kepo.rollout.sampler import Sampler
 from kepo.sections import ModelsConfig
+from kepo.teachers.first_words import Offer, check_law, check_sight, check_tokenizer, offer_of
+from kepo.teachers.served import ServedTeacher
+from kepo.teachers.several import Several, Teacher, Teachers
+from kepo.teachers.transport import Server
+from kepo.words import is_address
 
 Prepare = Callable[[Any], Any]
 """A function that marks what is trained in a model; returns the wrapper to save adapters, or
@@ -81,15 +89,59 @@ def load_policy(
     return policy
 
 
-def load_teacher(config: ModelsConfig, device: torch.device) -> VLM:
-    """Load the frozen teacher where, and in how many bits, the config says. All ranks call."""
-    assert config.teacher is not None, "only a run that is taught loads a teacher"
+def load_teachers(
+    config: Config, device: torch.device, policy: VLM, data: Sequence[Prompt | None] = ()
+) -> Teachers:
+    """Load the teachers that the run's own processes hold, and meet those behind servers. All ranks
+    call.
+
+    data: for each teacher a question with pictures that it will be asked, or None. Raises
+    KepoConfigError or KepoTeacherError for a server that cannot teach the student.
+    """
+    found: list[Teacher] = []
+    for place, (which, path) in enumerate(config.taught_by.items()):
+        if is_address(path):
+            shown = data[place] if place < len(data) else None
+            found.append(_meet(which, path, policy, config, shown))
+        else:
+            found.append(load_teacher(config, device, path))
+    return Several(tuple(found)) if config.teachers else next(iter(found), None)
+
+
+def _meet(which: str, url: str, policy: VLM, config: Config, shown: Prompt | None) -> ServedTeacher:
+    """Return a teacher behind a server. Rank 0 asks it what it is."""
+    server, rows = Server(which, url, config), policy.head_rows
+
+    def teacher(offer: Offer) -> ServedTeacher:
+        encoder = replace(policy.encoder, positions=offer.positions)
+        return ServedTeacher(server, offer.model, encoder, rows, config, offer.make)
+
+    def asked() -> Offer:
+        offer = offer_of(server, config)
+        met = teacher(offer)
+        if (note := check_tokenizer(met)) is not None:
+            print(note)
+        if config.distils:
+            check_law(met, config.teacher_top_k)
+            if shown is not None:
+                check_sight(met, shown)
+        server.taken()
+        return offer
+
+    return teacher(on_rank0(asked))
+
+
+def load_teacher(config: ModelsConfig, device: torch.device, path: str | None = None) -> VLM:
+    """Load a frozen teacher, ``config.teacher`` or another, where, and in how many bits, the config
+    says. All ranks call."""
+    path = path or config.teacher
+    assert path is not None, "only a run that is taught loads a teacher"
     if config.teacher_bits is not None:
-        return _load_quantised(config.teacher, config.teacher_bits, device, config, _freeze)
+        return _load_quantised(path, config.teacher_bits, device, config, _freeze)
     dtype = getattr(torch, config.dtype)
     placed = config.teacher_placement
     return _load(
-        config.teacher,
+        path,
         dtype,
         device,
         config,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from kepo.config import Config
 from kepo.data.example import Example
@@ -25,6 +25,8 @@ class Environment:
     task: Task
     rewards: dict[str, Reward]
     """The reward functions by their names in gates and logs."""
+    code: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The user's own code that is named, by setting: file.py:name or package.module:name."""
 
     def scores(
         self,
@@ -43,9 +45,14 @@ def environment_of(
 ) -> Environment:
     """Return the environment that the config names; ``task`` and ``rewards``, where given, take the
     places of what it names."""
-    task = task_of(config) if task is None else task
     given = config.rewards if rewards is None else rewards
-    return Environment(task, rewards_of(given, task, config))
+    named = {"task": [config.task] if task is None else [], "rewards": given}
+    own = {
+        setting: tuple(name for name in names if isinstance(name, str) and ":" in name)
+        for setting, names in named.items()
+    }
+    task = task_of(config) if task is None else task
+    return Environment(task, rewards_of(given, task, config), own)
 
 
 def with_own(

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import threading
 import unicodedata
 from dataclasses import replace
 
 from kepo.data.example import LETTERS, Example
+from kepo.tasks.formulas import same_formula
 from kepo.tasks.hint_words import number, read
 from kepo.tasks.leaks import states_answer
-from kepo.tasks.quantities import quantity, same_quantity
+from kepo.tasks.quantities import other_money, quantity, same_quantity
 from kepo.tasks.task import Task
 
 _ARTICLES = ("a", "an", "the")
 _POLAR = ("yes", "no")
+_AS_POLAR: dict[tuple[str, ...], tuple[str, ...]] = {("true",): ("yes",), ("false",): ("no",)}
 _SIGNS = re.compile(r"[\\^_{}=+*/<>√π]|[-\u2212](?=\s*[\d(])|(?<=[\d)])!")
 _MATH = re.compile(r"\\[A-Za-z]+|[\^_=<>√π]|\d\s?[A-Za-z]\b")
 _LONGEST = 1000
@@ -27,9 +28,9 @@ class OpenAnswer(Task):
 
     An answer is right if both are numbers, equal within ``answer_tolerance`` times the right one
     and in the same unit (`kepo.tasks.quantities`); if both are the same words, whatever their case,
-    accents, punctuation and articles; or, where math-verify is installed and the right answer is a
-    formula, if that finds them equal. Of an example with options the right option's text is the
-    answer, and the options are not shown.
+    accents, punctuation and articles, true being yes and false no; or, where math-verify is
+    installed and the right answer is a formula, if that finds them equal. Of an example with
+    options the right option's text is the answer, and the options are not shown.
     """
 
     def __init__(
@@ -48,11 +49,15 @@ class OpenAnswer(Task):
         return example.options[LETTERS.index(example.answer)]
 
     def same(self, said: str, right: str) -> bool:
+        if said.strip() == right.strip():  # of signs alone, too
+            return True
         mine, theirs = quantity(said), quantity(right)
         if mine is not None and theirs is not None:
             return same_quantity(mine, theirs, self.answer_tolerance)
-        words = plain_words(right)
-        if words and plain_words(said) == words and signs(said) == signs(right):
+        if other_money(said, right):
+            return False
+        words, others = (_AS_POLAR.get(words, words) for words in map(plain_words, (said, right)))
+        if words and words == others and signs(said) == signs(right):
             return True
         return bool(_MATH.search(right)) and same_mathematics(said, right)
 
@@ -93,11 +98,4 @@ def same_mathematics(said: str, right: str) -> bool:
     """Return whether math-verify finds two formulas equal; False where it is not installed."""
     if len(said) > _LONGEST or importlib.util.find_spec("math_verify") is None:
         return False
-    from math_verify import parse, verify
-
-    # Its time limit is a signal, which only the main thread can have.
-    limit = 5 if threading.current_thread() is threading.main_thread() else None
-    gold, given = (
-        parse(f"\\boxed{{{text.strip('$ ')}}}", parsing_timeout=limit) for text in (right, said)
-    )
-    return bool(gold) and bool(given) and verify(gold, given, timeout_seconds=limit)
+    return same_formula(said, right)

@@ -1,4 +1,4 @@
-"""Numbers with units in text: "1,250.5 mm", "1/3", "12 %", "3e-4 mol", "5 cm = 50 mm"."""
+"""Numbers with units in text: "1,250.5 mm", "1/3", "12 %", "3e-4 mol", "5 cm = 50 mm", "$18"."""
 
 from __future__ import annotations
 
@@ -14,10 +14,25 @@ _NUMBER = re.compile(
     r"(?:[eE](?P<power>[-+]?\d{1,4})(?!\d)|\s*(?:[x*×]|\\times)\s*10\^?\{?(?P<ten>[-+]?\d{1,4})(?!\d)\}?)?"
     r"(?:\s*/\s*(?P<below>\d+(?:\.\d+)?))?"
 )
-_CURRENCY = "$€£"
+_MONEY = {
+    **dict.fromkeys(("$", "dollar", "usd"), frozenset({"dollar"})),
+    **dict.fromkeys(("€", "euro", "eur"), frozenset({"euro"})),
+    **dict.fromkeys(("£", "pound", "gbp"), frozenset({"pound"})),
+    **dict.fromkeys(("yen", "jpy"), frozenset({"yen"})),
+    **dict.fromkeys(("yuan", "cny", "rmb"), frozenset({"yuan"})),
+    **dict.fromkeys(("₹", "rupee", "inr"), frozenset({"rupee"})),
+    "¥": frozenset({"yen", "yuan"}),
+}
+"""Signs and names of currencies, and what each may mean."""
+_CURRENCY = "".join(sign for sign in _MONEY if not sign.isalpha())
+_MONEY_IN_TEXT = re.compile(
+    rf"[{_CURRENCY}]|\b({'|'.join(name for name in _MONEY if name.isalpha())})s?\b", re.IGNORECASE
+)
 _SET = tuple(
     (re.compile(pattern), words)
     for pattern, words in (
+        (r"\$\$(.+?)\$\$", r" \1 "),
+        (r"(?<!\\)\$(?=\S)((?:\\.|[^$\\])*?(?:\\.|[^$\\\s]))\$(?!\d)", r"\1"),  # not $5 or $6
         (r"\\(?:text|textrm|textbf|mathrm|mbox)\s*\{([^{}\\]*)\}", r" \1 "),
         (r"\\[()\[\]]", ""),  # around a formula
         (r"\\[,;: !]|~|\\(?=[%$])", " "),
@@ -62,17 +77,20 @@ class Quantity(NamedTuple):
     value: float
     unit: str
     """The words of the unit; "" = a plain number."""
+    money: frozenset[str] = frozenset()
+    """The currencies that it may be of; none = it names none."""
 
 
 def quantity(text: str) -> Quantity | None:
     """Return the number that a text is, with its unit; None if it is anything else.
 
-    The text is a number, perhaps with a sign of a currency before it and the words of a unit after
-    it; digits may be grouped by commas, ``1/3`` and ``5 million`` are numbers. ``5 or six``,
-    ``5x`` and ``5^2`` are something else.
+    The text is a number, perhaps with a sign of a currency before or after it and the words of a
+    unit after it; digits may be grouped by commas, ``1/3`` and ``5 million`` are numbers. ``5 or
+    six``, ``5x`` and ``5^2`` are something else.
     """
     plain = _written_out(text)
-    plain = re.sub(rf"^([-+]?)[{_CURRENCY}\\ ]+", r"\1", plain.strip()).rstrip(f".{_CURRENCY} ")
+    signs = re.match(rf"^[-+]?([{_CURRENCY}\\ ]+)", plain)
+    plain = re.sub(rf"^([-+]?)[{_CURRENCY}\\ ]+", r"\1", plain).rstrip(". ")
     match = _NUMBER.match(plain)
     if match is None:
         return None
@@ -90,9 +108,28 @@ def quantity(text: str) -> Quantity | None:
     scale, _, of = unit.partition(" ")
     if scale.casefold() in _SCALES:
         value, unit = value * _SCALES[scale.casefold()], of.strip()
+    named, _, of = unit.partition(" ")
+    money = _currency(signs[1] if signs else "") or _currency(named)
+    if _currency(named):
+        unit = of.strip()
     if unit and not _is_unit(unit):
         return None
-    return Quantity(-value if match["sign"] == "-" else value, " ".join(unit.split()))
+    return Quantity(-value if match["sign"] == "-" else value, " ".join(unit.split()), money)
+
+
+def _currency(word: str) -> frozenset[str]:
+    """Return the currencies that a word or a sign may mean; none if it means none."""
+    word = word.strip("\\ .").casefold()
+    return _MONEY.get(word) or _MONEY.get(word.rstrip("s"), frozenset())
+
+
+def other_money(said: str, right: str) -> bool:
+    """Return whether two texts name currencies, and not the same."""
+    mine, theirs = (
+        {min(_currency(name[0])) for name in _MONEY_IN_TEXT.finditer(_written_out(text))}
+        for text in (said, right)
+    )
+    return bool(mine and theirs) and mine != theirs
 
 
 def _written_out(text: str) -> str:
@@ -121,13 +158,20 @@ def same_quantity(given: Quantity, right: Quantity, tolerance: float) -> bool:
     """Return whether |given - right| <= tolerance |right|, in the same unit.
 
     A number without a unit is read in the other's. Units that are not known must be the same word,
-    but for capitals and a plural s.
+    but for capitals and a plural s. Money is in no unit but its currency, or in so much for a unit.
     """
     (mine, base), (theirs, other) = _in_base(given), _in_base(right)
-    if not (given.unit and right.unit):
-        mine, theirs = given.value, right.value
-    elif base != other:
+    if given.money and right.money and not given.money & right.money:
         return False
+    if given.unit and right.unit:
+        if base != other:
+            return False
+    elif (given.unit and right.money and not given.money) or (
+        right.unit and given.money and not right.money
+    ):
+        return False  # 18 % is not $18
+    else:
+        mine, theirs = given.value, right.value
     return abs(mine - theirs) <= max(tolerance, ROUNDING) * abs(theirs)
 
 

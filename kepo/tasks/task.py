@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kepo.data.characters import shows_something
-from kepo.data.example import Example
+from kepo.data.characters import shows_something, unmarked
+from kepo.data.example import LETTERS, Example
+from kepo.data.records import BadRecord, plain
+from kepo.data.solutions import final_answer
 from kepo.errors import KepoConfigError, KepoDataError, KepoError, first_line, line_of
 from kepo.tasks.blocks import hint_in, said_answer, split_blocks
 
@@ -24,6 +26,8 @@ Messages = list[dict[str, str]]
 """A chat: ``{"role": ..., "content": ...}`` for each turn, the question last. Images are shown
 before the last turn's text; they are the example's."""
 
+TELLING = ("answer", "solution", "messages", "prompt")
+"""The columns that hold the right answer, or a chat with the reply in it."""
 _PLACE = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
 
 
@@ -41,12 +45,18 @@ class Task:
         system_prompt: the system turn of examples that bring none; "" = none.
         prompt_template: the question's turn, with ``{question}``, ``{instruction}`` and the names
             of an example's columns in braces, and ``{{`` and ``}}`` for braces; "" = the question
-            and the instruction, a line each. Raises KepoConfigError if it lacks ``{question}``.
+            and the instruction, a line each. Raises KepoConfigError if it lacks ``{question}``, or
+            shows a column of TELLING.
         """
         if prompt_template and "{question}" not in prompt_template:
             raise KepoConfigError(
                 f"prompt_template={prompt_template!r} has no {{question}} in it; write where the "
                 "question stands"
+            )
+        if told := [name for name in columns_in(prompt_template) if name in TELLING]:
+            raise KepoConfigError(
+                f"prompt_template={prompt_template!r} would show the right answer to the student: "
+                f"{{{told[0]}}} holds it; leave that out"
             )
         self.system_prompt, self.prompt_template = system_prompt, prompt_template
 
@@ -153,6 +163,34 @@ class Task:
             turns.insert(0, ("system", self.system_prompt))
         said: list[tuple[str, Any]] = [*turns, ("user", text)]
         return [{"role": role, "content": content} for role, content in said]
+
+
+def columns_in(template: str) -> list[str]:
+    """Return the names in braces in a template: columns, question and instruction."""
+    return [match[1] for match in _PLACE.finditer(template) if match[1] is not None]
+
+
+def refuse_told(task: Task, examples: Sequence[Example]) -> None:
+    """Raise KepoConfigError if the task's template shows a column that is the right answer of every
+    example, or marks it as a solution does, whatever the column's name."""
+    for name in columns_in(getattr(task, "prompt_template", "")):
+        if examples and all(name in e.columns and _tells(task, e, name) for e in examples):
+            raise KepoConfigError(
+                f"prompt_template={task.prompt_template!r} would show the right answer to the "
+                f"student: {{{name}}} is the answer of all {len(examples)} questions; leave it out"
+            )
+
+
+def _tells(task: Task, example: Example, name: str) -> bool:
+    try:
+        said, _ = final_answer(str(example.columns[name]))
+    except BadRecord:  # several answers
+        return False
+    with errors_of(task, example):
+        right = [task.right_answer(example), example.answer]
+    if example.options and example.answer in LETTERS[: len(example.options)]:
+        right.append(example.options[LETTERS.index(example.answer)])
+    return plain(unmarked(said)) in {plain(unmarked(words)) for words in right}
 
 
 @contextlib.contextmanager

@@ -70,7 +70,7 @@ class Call:
             return listed
         assert lm_head is not None, "states come with a head"
         bias = merged_bias(self.check, "teacher_", Head.of(lm_head), bias)
-        hidden, head, bias = autocast(hidden, Head.of(lm_head), bias)
+        hidden, head, bias = autocast(hidden, Head.of(lm_head), bias, self.hidden.device)
         teacher = StatesTeacher(opened, hidden, head, bias, temperature)
         teacher.check(self.check, self.hidden)
         return teacher
@@ -190,12 +190,16 @@ def at(weights: Tensor, rows: Tensor) -> Tensor:
     return weights.reshape(-1)[rows]
 
 
-def autocast(hidden: Tensor, head: Head, bias: Tensor | None) -> tuple[Tensor, Head, Tensor | None]:
+def autocast(
+    hidden: Tensor, head: Head, bias: Tensor | None, on: torch.device | None = None
+) -> tuple[Tensor, Head, Tensor | None]:
     """Cast states and weights as autocast would for a linear layer; nothing else is cast.
 
-    As with a linear layer, fp64 stays fp64.
+    As with a linear layer, fp64 stays fp64. `on` is where they are multiplied, if that is not where
+    the states are.
     """
     device = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
+    device = device if on is None else on.type
     # A device without autocast, as meta, would raise. torch.amp knows which have it, but not under
     # torch.compile before torch 2.13.
     if device not in AUTOCASTING or not torch.is_autocast_enabled(device):

@@ -82,7 +82,8 @@ def _flattened(arguments: dict[str, Any]) -> dict[str, Any]:
             if bias is not None:
                 continue  # two biases: a Head fits no schema, so that the loss itself refuses them
             bias = given.bias
-        cast = autocast(flat[states_name], Head.of(given), bias)
+        on = flat["hidden"].device if isinstance(flat["hidden"], Tensor) else None
+        cast = autocast(flat[states_name], Head.of(given), bias, on)
         flat[states_name], head, flat[bias_name] = cast
         flat[head_name] = head.weight
         if not isinstance(given, Head):

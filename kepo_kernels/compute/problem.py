@@ -89,7 +89,9 @@ def build_problem(asked: Request) -> tuple[Student, LinearProblem]:
     except KepoInputError as error:
         check.refuse(str(error))
     chunks = even_chunks(len(teacher_rows), len(rows), chunk_rows)
-    there, teacher_there = (moved(x, hidden.device) for x in (rows, teacher_rows))
+    there, teacher_there = moved(rows, hidden.device), teacher_rows
+    if asked.teacher is not None:
+        teacher_there = moved(teacher_rows, asked.teacher.tensor.device)
     return student_of(hidden, head, asked.bias), LinearProblem(
         function=check.function,
         active_rows=ActiveRows(there, teacher_there, chunks, rows),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kepo_kernels.compute import forks, gemm, low_rank, pages
+from kepo_kernels.compute.devices import moved
 from kepo_kernels.compute.sparsity import LightColumns, keep_rows_, live_rows
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.heads import LoRA
@@ -120,7 +121,9 @@ class ActiveRows:
     """The rows that take part, those with a teacher first: indices into the flattened (B * T)."""
 
     rows: Tensor  # (n,) int64
-    teacher_rows: Tensor  # (n_teacher,) int64: where rows[:n_teacher] stand in `teacher_hidden`
+    teacher_rows: (
+        Tensor  # (n_teacher,) int64: where rows[:n_teacher] stand in the teacher, and there
+    )
     chunks: tuple[tuple[int, int], ...]  # [start, end) in `rows`; none holds both kinds of row
     found_rows: (
         Tensor  # `rows` on the device where they were found, perhaps the CPU, where reading is free
@@ -180,7 +183,7 @@ def sweep(
     with torch.autocast(hidden.device.type, enabled=False):
         for start, end in problem.active_rows.chunks:
             rows = problem.active_rows.rows[start:end]
-            x = _gather(problem, hidden, rows, "hidden").to(problem.operand_dtype)
+            x = _gather(problem, hidden, rows, "hidden", hidden.device).to(problem.operand_dtype)
             logits = buffers.get("student", len(rows), len(student.lm_head))
             head, bias = student.lm_head, student.bias
             gemm.project_(logits, x, head, bias, strip_rows=problem.strip_rows)
@@ -232,11 +235,11 @@ def _teacher(
     if problem.top_k is not None:
         listed = TopK(*(x[rows] for x in problem.top_k))
         refuse_bad_tokens(problem.function, listed, rows, vocab)
-        return listed
+        return TopK(*(moved(x, buffers.device) for x in listed))
     states, head = problem.teacher_hidden, problem.teacher_lm_head
     assert states is not None and head is not None, "rows have a teacher"
     logits = buffers.get("teacher", len(rows), len(head))
-    x = _gather(problem, states, rows, "teacher_hidden")
+    x = moved(_gather(problem, states, rows, "teacher_hidden", buffers.device), buffers.device)
     strip_rows = problem.teacher_strip_rows
     gemm.project_(logits, x, head, problem.teacher_bias, strip_rows=strip_rows)
     if problem.teacher_lora is not None:
@@ -304,18 +307,20 @@ class _Buffers:
         return self.get("dlogits", rows, columns, self.gradient_dtype)
 
 
-def _gather(problem: LinearProblem, states: Tensor, rows: Tensor, name: str) -> Tensor:
-    """Return the states of these rows.
+def _gather(
+    problem: LinearProblem, states: Tensor, rows: Tensor, name: str, device: torch.device
+) -> Tensor:
+    """Return the states of these rows, where they are; `device` is where they are multiplied.
 
-    NaN and Inf are refused on a CPU, where checking costs no synchronisation: the states' sum is
-    finite only if each of them is.
+    NaN and Inf are refused if that is a CPU, where checking costs no synchronisation: the states'
+    sum is finite only if each of them is.
     """
     x = (
         states[rows]
         if states.dim() == 2
         else states[rows // states.shape[1], rows % states.shape[1]]
     )
-    if x.device.type == "cpu" and not x.sum(dtype=torch.float64).isfinite():
+    if device.type == "cpu" and not x.sum(dtype=torch.float64).isfinite():
         bad = torch.isfinite(x).all(-1).logical_not().nonzero()
         if len(bad) == 0:
             return x

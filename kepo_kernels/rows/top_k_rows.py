@@ -48,11 +48,11 @@ class TopK(NamedTuple):
     has a finite price, and p is divided by its sum; where the student can produce no token of the
     tail there is no such bin.
 
-    It equals TRL's with a tail: with beta = 0 the forward KL of its ServerDistillationTrainer
-    (`loss_add_tail=True`, but for a tail without a least mass), with beta = alpha that of its SDPO
-    (`distillation_add_tail=True`; but there the K are the student's, and the student's tail has a
-    least mass, too). verl's `forward_kl_topk` has no tail: its sum of p_k log(p_k / q_k), each
-    log-probability bounded from below, is no divergence and may be negative.
+    It equals TRL's divergences with a tail: for beta = 0 that of its ServerDistillationTrainer
+    (`loss_add_tail=True`), for beta = alpha that of its SDPO (`distillation_add_tail=True`; there
+    the K are the student's). Both give the student's tail the least mass, too, and there no
+    gradient. verl's `forward_kl_topk` has no tail: its sum of p_k log(p_k / q_k) over the K, with
+    bounded log-probabilities, is no divergence and may be negative.
     """
 
     ids: Tensor

@@ -11,7 +11,7 @@ import kepo.objective.step
 from benchmarks.loop import phases, report, update, whole
 from kepo.models.vlm import VLM
 from kepo.objective import score
-from kepo.planner.memory import student_of, teacher_of
+from kepo.planner.memory import student_of, teachers_of
 from kepo_kernels import loss_weights, reference
 
 SMALL = ["--student", "64,1", "--teacher", "128,1", "--vocab", "2048", "--tokens", "8"]
@@ -116,7 +116,7 @@ def test_the_planner_is_told_what_is_measured(tmp_path, monkeypatch):
     status, _ = run(tmp_path, *SMALL, "--gate", "1", "--rival", "whole")
     (setup,) = told
     config, machine, prompts = setup
-    student, teacher = student_of(config, machine), teacher_of(setup)
+    student, [teacher] = student_of(config, machine), teachers_of(setup)
     length = prompts.length(student)
     assert status == 0 and prompts.image(student) == 2  # a picture of 32 x 64
     assert set(shown) == {(student.hidden, length, 2), (teacher.hidden, length, 2)}
@@ -188,8 +188,13 @@ def test_a_teacher_that_scores_other_sequences_is_noticed(asked, words, tmp_path
 TOY = ["--device", "cpu", "--gate", "1", "--rounds", "0"]
 
 
-@pytest.mark.parametrize("error, status", [(torch.OutOfMemoryError, 0), (RuntimeError, 1)])
-@pytest.mark.parametrize("phase", ["rollout", "whole", "plan"])
+@pytest.mark.parametrize(
+    "phase, error, status",
+    [
+        *((phase, torch.OutOfMemoryError, 0) for phase in ("rollout", "whole", "plan")),
+        ("rollout", RuntimeError, 1),
+    ],
+)
 def test_a_phase_that_raises_costs_no_other(phase, error, status, tmp_path, monkeypatch):
     pytest.importorskip("peft")
 

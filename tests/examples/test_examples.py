@@ -6,13 +6,17 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from places import ROOT
+from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
 
+import kepo
 from kepo.__main__ import main
 from kepo.config import load
 from kepo.digits.tiny import build_tiny
@@ -162,3 +166,81 @@ def test_own_data_and_own_reward_in_twelve_lines(tmp_path):
     print(f"from nothing to two steps: {time.perf_counter() - started:.0f} s")
     found = last_metrics(tmp_path / "runs" / "kepo")
     assert found["step"] == 2 and 0 <= found["rewards/concise/mean"] <= 1
+
+
+# ---- a folder of one's own ----
+
+OWN = {
+    "own.yaml": (
+        "student: tiny\n"
+        "train_data: data.jsonl\n"
+        "task: their_task.py:Synonyms\n"
+        "rewards: [their_reward.py:within, accuracy]\n"
+        "run_dir: by-command\n"
+        "steps: 2\n"
+        "prompts_per_step: 2\n"
+        "num_generations: 4\n"
+        "max_completion_length: 16\n"
+        "lr: 1e-3\n"
+        "save_every: 2\n"
+    ),
+    "their_task.py": (
+        "import kepo\n\n\n"
+        "class Synonyms(kepo.Task):\n"
+        "    instruction = 'One letter.'\n\n"
+        "    def is_right(self, text, example):\n"
+        "        return text[:1].lower() in [example.answer, *example.columns['also']]\n"
+    ),
+    "their_reward.py": (
+        "import json\n\n\n"
+        "def within(completions, longest, also, **columns):\n"
+        "    with open('seen.jsonl', 'a') as file:\n"
+        "        file.write(json.dumps([longest, also]) + '\\n')\n"
+        "    pairs = zip(completions, longest, strict=True)\n"
+        "    return [None if most is None else len(text) / most for text, most in pairs]\n"
+    ),
+    "data.jsonl": (
+        '{"question": "A vowel?", "answer": "a", "also": ["e", "i", "o"], "longest": 40}\n'
+        '{"question": "A digit?", "answer": "1", "also": ["2", "3", "4"], "longest": null}\n'
+    ),
+}
+
+
+@pytest.mark.slow
+def test_a_folder_of_ones_own_trains_by_the_command_and_from_python(tmp_path, monkeypatch):
+    """Reward, task and data lie outside of the repository; the reward is given its own columns, and
+    both ways give the same run."""
+    for name, text in OWN.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not tmp_path.is_relative_to(ROOT)
+    build_tiny("tiny", size="student", seed=0, family="text_only")
+    ended = subprocess.run(
+        [sys.executable, "-m", "kepo", "train", "own.yaml", "grpo"],
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    seen = [json.loads(line) for line in Path("seen.jsonl").read_text().splitlines()]
+    assert len(seen) == 2 and all(len(longest) == 8 for longest, _ in seen)
+    pairs = {(most, *also) for given in seen for most, also in zip(*given, strict=True)}
+    assert pairs == {(40, "e", "i", "o"), (None, "2", "3", "4")}
+    said = last_metrics(Path("by-command"))
+    assert said["step"] == 2 and said["rewards/within/mean"] > 0
+
+    from their_reward import within
+    from their_task import Synonyms
+
+    plain = {"task": "multiple_choice", "rewards": ("accuracy",)}
+    config = replace(load("own.yaml", "grpo"), **plain, run_dir="by-python")
+    found = kepo.train(config, rewards=[within, "accuracy"], task=Synonyms())
+    assert found.exit_code == 0
+    for key in ("reward", "rewards/within/mean", "rewards/accuracy/mean", "grad_norm"):
+        assert found.metrics[key] == said[key], key
+    weights = [
+        load_file(Path(run) / "checkpoints" / "step-00000002" / "policy" / "model.safetensors")
+        for run in ("by-command", "by-python")
+    ]
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())

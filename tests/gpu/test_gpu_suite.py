@@ -201,6 +201,7 @@ def test_sections_are_all_there_and_in_order():
     assert all(section.needs >= 120 for section in SECTIONS[-2:])
 
 
+@pytest.mark.slow
 def test_dry_run_visits_every_section(tmp_path, monkeypatch, capsys):
     real = commands.command_of
 

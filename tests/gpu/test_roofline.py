@@ -1,4 +1,4 @@
-"""The model of a call's time agrees with what an H100 measured, part by part and as a whole."""
+"""The model of a call's time agrees with what an H100 and an H200 measured."""
 
 import csv
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import pytest
 
 from tools import gpu_roofline
 
-WITHIN = 0.10  # of the measured time; it was within 6 % when written
+WITHIN = 0.10  # of the measured time; on the H100, whose parts it has, it was within 6 %
 
 
 @pytest.fixture(scope="module")
@@ -15,13 +15,14 @@ def sources() -> gpu_roofline.Sources:
     return gpu_roofline.Sources.read()
 
 
+@pytest.mark.parametrize("card", gpu_roofline.CARDS)
 @pytest.mark.parametrize("case", gpu_roofline.CASES)
-def test_the_model_reproduces_an_h100(sources, case):
-    """The sum of parts that were timed alone, against whole calls of the same run."""
-    parts = gpu_roofline.modelled(case, "H100", sources)
-    assert sum(parts.values()) == pytest.approx(sources.number(case, "ours"), rel=WITHIN)
+def test_the_model_reproduces_what_was_measured(sources, case, card):
+    """The sum of parts that were timed alone on an H100, against whole calls."""
+    parts = gpu_roofline.modelled(case, card, sources)
+    assert sum(parts.values()) == pytest.approx(sources.number(case, "ours", card=card), rel=WITHIN)
     bare = parts["products"] + parts["dW"]
-    assert bare == pytest.approx(sources.number(case, "floor"), rel=WITHIN)
+    assert bare == pytest.approx(sources.number(case, "floor", card=card), rel=WITHIN)
 
 
 def test_chunks_are_as_long_as_the_probes(sources):
@@ -44,7 +45,8 @@ class Changed:
                 return row
             return row | {"seconds": str(float(row["seconds"]) * self.times)}
 
-        return sources._replace(measured=[changed(row) for row in sources.measured])
+        rows = [changed(row) for row in sources.measured["H100"]]
+        return sources._replace(measured=sources.measured | {"H100": rows})
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def test_a_wrong_part_is_seen(sources, change):
 
 def test_an_h200_reads_and_writes_faster_and_multiplies_as_fast(sources):
     slow, fast = (gpu_roofline.modelled("kd_open", card, sources) for card in gpu_roofline.CARDS)
-    faster = sources.bandwidth / gpu_roofline.H200_BANDWIDTH
+    faster = sources.bandwidth / sources.bandwidth_of("H200")
     for part in ("softmax", "divergence", "backward", "scaled"):
         assert fast[part] == pytest.approx(slow[part] * faster, rel=0.02)  # hardly issue-bound
     for part in ("products", "dW"):

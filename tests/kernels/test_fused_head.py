@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import peft
+import two_processes
 from tiny_heads import KINDS, batch, build, error, gradients, plain_numbers
 
 from kepo_kernels import (
@@ -123,6 +124,25 @@ def test_the_joint_loss_has_two_heads():
     assert error(found, oracle) <= 5 * TOLERANCE
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_pictures_go_the_way_they_go(tied):
+    model = two_processes.build("vlm", tied, seed=0)
+    inputs, x = two_processes.inputs_of(model), batch()
+    inputs["pixel_values"] = inputs["pixel_values"].flatten(0, 1)
+
+    def expected():
+        numbers = plain_numbers(model(**inputs).logits, x["targets"])
+        return sum((each * u).sum() for each, u in zip(numbers, x["upstream"], strict=True))
+
+    oracle = value_and_gradients(model, expected)
+    assert any("visual" in name for name in oracle)
+    FusedHead.install(model)
+    found = value_and_gradients(
+        model, lambda: model(**inputs, loss=lambda h, head: numbers_upstream(h, head, x))
+    )
+    assert error(found, oracle, least=1e-2) <= TOLERANCE
+
+
 def test_it_returns_what_the_function_returns():
     model, x = build("untied"), batch()
     FusedHead.install(model)
@@ -213,6 +233,25 @@ def test_a_deep_copy_is_a_model_of_its_own(kind):
     assert not gradients(model)
 
 
+def test_accelerate_wraps_and_unwraps_it():
+    """Its mixed precision replaces the model's forward, and takes its own away again."""
+    accelerate = pytest.importorskip("accelerate")
+    model, x = build("untied"), batch()
+    handle = FusedHead.install(model)
+    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    accelerate.state.AcceleratorState._reset_state(True)
+    with torch.no_grad():
+        rounded = float(by_model(prepared, numbers_upstream, x))
+        assert rounded == pytest.approx(float(plain(prepared, x)), abs=0.2)
+        with pytest.raises(KepoInputError, match="has been replaced since"):
+            handle.remove()
+        bare = accelerate.utils.extract_model_from_parallel(prepared, keep_fp32_wrapper=False)
+        exact = float(by_model(bare, numbers_upstream, x))
+        handle.remove()
+        assert bare is model and exact == pytest.approx(float(plain(model, x)), rel=1e-5)
+    assert rounded != exact
+
+
 # ------------------------------------------------------------------------------------------ PEFT
 
 
@@ -260,6 +299,20 @@ def test_adapters_are_what_they_are_at_the_call():
     assert abs(with_adapter[1] - without[1]) > 1e-3
     with model.disable_adapter():  # PEFT unmerges then
         assert numbers()[0] == pytest.approx(without[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora, softcap", "copy"])
+def test_an_adapter_is_unloaded(kind):
+    """What was a part of the head is then all of it, with the model's softcap."""
+    model, x = build(kind), batch()
+    FusedHead.install(model)
+    with torch.no_grad():
+        before = float(by_model(model, numbers_upstream, x))
+        model = model.merge_and_unload()
+        assert float(by_model(model, numbers_upstream, x)) == pytest.approx(before, rel=1e-5)
+        assert float(by_head(model, numbers_upstream, x)) == pytest.approx(before, rel=1e-5)
+    FusedHead.install(model).remove()
+    assert not any("forward" in module.__dict__ for module in model.modules())
 
 
 @pytest.mark.parametrize("saved", [None, ["lm_head"]])

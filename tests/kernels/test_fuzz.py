@@ -1,6 +1,7 @@
 """The CPU rows under AddressSanitizer and UBSan, on random inputs: csrc/fuzz_rows.cpp."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -49,8 +50,10 @@ def fuzzer(tmp_path_factory) -> Path:
 
 
 def fuzz(fuzzer: Path, *arguments: str, timeout: int = 250) -> subprocess.CompletedProcess:
+    # Under that check GCC before 14 misaligns what AVX-512 keeps on the stack (its bug 110027).
+    known = os.environ | {"ASAN_OPTIONS": "detect_stack_use_after_return=0"}
     command = [fuzzer, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=known)
 
 
 def assert_nothing_found(done: subprocess.CompletedProcess) -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, listed
 from checks import assert_close_to_oracle, make_problem
 from loss_calls import LOSSES, arguments, assert_right, flat, fused, plain
 from torch import Tensor
@@ -115,6 +115,15 @@ def test_sixteen_bit_inputs(impl, loss, dtype):
     )
     if dtype == torch.bfloat16:
         assert error <= 0.01 * of_eager
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_teacher_of_tokens_in_sixteen_bits(impl, dtype, beta):
+    problem = make_problem(length=5, dtype=dtype, hidden=32, vocab=67, teacher_vocab=71, std=6.0)
+    call = arguments("kepo", problem, "completion_mask old_logprobs", beta=beta, entropy_coef=0.1)
+    call = listed(6)(call | {"logits_dtype": torch.float32})
+    assert_right("kepo", call, impl, against_eager=True)
 
 
 @pytest.mark.parametrize("impl", ["torch", "cpu"])

@@ -5,11 +5,12 @@ reads. All in fp64 but TRL's kernels, which compute in fp32.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
-from checks import Problem, assert_close_to_oracle, make_problem
+from checks import Problem, assert_close_to_oracle, make_problem, make_row_problem
 from torch import Tensor
 
 from kepo_kernels import reference, weights
@@ -324,6 +325,50 @@ def test_divergence(beta, options):
     oracle = torch.autograd.grad(expected, exact, upstream.double())
     for name, *pair in zip(names, gradients, oracle, strict=True):
         assert_close_to_oracle(*pair, name=name)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_divergence_over_the_students_tokens(beta):
+    """SDPO's, whose K are the student's most likely ones."""
+    loss = pytest.importorskip("trl.experimental.sdpo.loss_utils")
+    rows = make_row_problem(6, 37, 37, dtype=FLOAT64)
+    ids = rows.logits.topk(5).indices
+    logprobs = rows.teacher.log_softmax(-1).gather(-1, ids)
+    options = {"distillation_topk": 5, "distillation_alpha": beta, "distillation_add_tail": True}
+    same_divergence(
+        rows.logits,
+        lambda x: loss.compute_topk_self_distillation_loss(x, rows.teacher, **options),
+        lambda x: reference.top_k_divergence(x, ids, logprobs, beta),
+    )
+
+
+def test_divergence_over_a_servers_tokens():
+    """Rows that list fewer, which TRL pads with log-probabilities of -inf."""
+    module = "trl.experimental.server_distillation.server_distillation_trainer"
+    server = pytest.importorskip(module)
+    rows = make_row_problem(6, 37, 37, dtype=FLOAT64)
+    logprobs, ids = rows.teacher.log_softmax(-1).topk(5)
+    logprobs[2:, 3:] = -torch.inf
+
+    def theirs(logits: Tensor) -> Tensor:
+        listed = logprobs > -torch.inf
+        student = torch.where(listed, logits.log_softmax(-1).gather(-1, ids), -torch.inf)
+        q, _ = server._add_tail_bucket(student, listed)
+        p, there = server._add_tail_bucket(logprobs, listed)
+        return torch.where(there, p.exp() * (p - q), 0.0).nan_to_num(0.0).sum(-1)
+
+    ours = ids.masked_fill(logprobs == -torch.inf, -1)
+    same_divergence(
+        rows.logits, theirs, lambda x: reference.top_k_divergence(x, ours, logprobs, 0.0)
+    )
+
+
+def same_divergence(logits: Tensor, theirs: Callable, ours: Callable) -> None:
+    leaf = logits.clone().requires_grad_()
+    expected, actual = private(theirs, leaf), ours(leaf)
+    assert_close_to_oracle(actual, expected.detach(), name="divergence")
+    gradients = (torch.autograd.grad(x.sum(), leaf)[0] for x in (actual, expected))
+    assert_close_to_oracle(*gradients, name="logits")
 
 
 @pytest.mark.parametrize("options", HEADS)

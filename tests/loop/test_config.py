@@ -263,6 +263,39 @@ def test_later_layers_override_earlier_ones(tmp_path):
     assert load("dr_grpo", second).policy_reduction == "sum"
 
 
+def test_a_list_of_rewards_that_is_replaced_is_said(tmp_path, capsys, monkeypatch):
+    own = tmp_path / "own.yaml"
+    own.write_text("rewards: [accuracy, mine.py:concise]\nreward_weights: [1, 0.2]\n")
+    assert load(own, "dapo").rewards == ("accuracy", "format", "overlong")
+    said = capsys.readouterr()
+    assert said.out == "" and said.err == (
+        f"rewards: dapo replaces accuracy, mine.py:concise, which {own} gives, by accuracy, "
+        "format, overlong: the later file or preset counts, and a flag over all\n"
+    )
+    assert load("dapo", own).reward_weights == (1.0, 0.2)
+    assert f"rewards: {own} replaces accuracy, format, overlong, which dapo gives" in (
+        capsys.readouterr().err
+    )
+    for layers in ((own,), ("dapo",), ("dapo", "grpo"), (own, own), ("dapo", "dapo")):
+        load(*layers)
+    monkeypatch.setenv("RANK", "1")
+    load(own, "dapo")
+    assert capsys.readouterr().err == ""
+
+
+def test_weights_of_one_each_are_of_however_many_rewards(tmp_path, capsys):
+    own = tmp_path / "own.yaml"
+    own.write_text("rewards: [accuracy, mine.py:concise]\n")
+    assert load("dapo", own).reward_weights == (1.0, 1.0)
+    own.write_text("rewards: [mine.py:concise]\n")
+    assert load("dapo", own).reward_weights == (1.0,)
+    assert load(own, "dapo").reward_weights == (1.0, 1.0, 1.0)
+    weighted = tmp_path / "weighted.yaml"
+    weighted.write_text("rewards: [accuracy, format]\nreward_weights: [1, 0.5]\n")
+    own.write_text("rewards: [accuracy, mine.py:concise]\n")
+    assert load(weighted, own).reward_weights == (1.0, 0.5)  # the later file says nothing of them
+
+
 def test_a_mistake_is_blamed_on_its_layer(tmp_path):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("stepz: 1")
@@ -292,11 +325,11 @@ def test_what_one_setting_cannot_be_is_refused_where_it_enters(tmp_path, line, m
 
 def test_a_teacher_that_nothing_asks_is_not_read():
     config = Config(teacher="t")
-    assert config.taught_by == "t"
-    assert replace(config, distill_coef=0.0).taught_by == "t"  # its hints
-    assert replace(config, hint_trigger="never").taught_by == "t"
-    assert replace(config, distill_coef=0.0, hint_trigger="never").taught_by is None
-    assert Config().taught_by is None
+    assert config.taught_by == {"teacher": "t"}
+    assert replace(config, distill_coef=0.0).taught_by == {"teacher": "t"}  # its hints
+    assert replace(config, hint_trigger="never").taught_by == {"teacher": "t"}
+    assert replace(config, distill_coef=0.0, hint_trigger="never").taught_by == {}
+    assert Config().taught_by == {}
 
 
 def test_the_methods_of_the_comparison_are_presets():

@@ -12,7 +12,6 @@ from kepo.data.identity import model_identity
 from kepo.errors import KepoCheckpointError, KepoConfigError
 from kepo.export import export_model
 from kepo.models.vlm import VLM, Prompt
-from kepo.run import milestones
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +19,7 @@ def run(made, tmp_path_factory):
     """Runs, by their number of ranks: adapters, and whole weights."""
     pytest.importorskip("peft")
     found = {}
-    with pytest.MonkeyPatch.context() as patch, rigged():
-        patch.setattr(milestones, "plot_curves", lambda *_, **__: None)
+    with rigged():
         for rank in (4, 0):
             folder = tmp_path_factory.mktemp(f"rank-{rank}")
             # Of its own, so that a test may change it.

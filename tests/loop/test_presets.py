@@ -12,7 +12,7 @@ from kepo import loop as train_module
 from kepo.config import load, presets
 from kepo.models.vlm import VLM
 from kepo.objective import step
-from kepo.run import milestones, roles
+from kepo.run import roles
 from kepo.run.metrics import read_metrics
 from kepo.tasks.multiple_choice import MultipleChoice
 from kepo.tasks.task import Task
@@ -58,7 +58,6 @@ def run(made, tmp_path, monkeypatch):
     watch(train_module, "kepo_step", lambda r, *arguments: seen.micros.append(arguments[2]))
     watch(step, "drift_weights", lambda weights, *rest: seen.drift.append(weights))
     watch(VLM, "encode", lambda r, vlm, prompts: seen.asked.extend(p.text for p in prompts))
-    monkeypatch.setattr(milestones, "plot_curves", lambda *_, **__: None)
     monkeypatch.setattr(MultipleChoice, "hint_of", lambda task, text: "look left")
     code = lambda text: zlib.crc32(text.encode())  # noqa: E731
     monkeypatch.setattr(MultipleChoice, "is_right", lambda t, text, e: code(text) % 4 == 1)

@@ -22,7 +22,6 @@ import kepo
 from kepo.data.layouts import from_python
 from kepo.data.load import load_examples
 from kepo.errors import KepoConfigError, KepoDataError
-from kepo.run import milestones
 from kepo.run.metrics import read_metrics
 
 NAMES = ("train", "evaluate", "Config", "load", "Example", "Rollout", "Task", "Result")
@@ -57,11 +56,6 @@ def test_the_names_of_the_api_are_there(name):
 # ---- questions from Python ----
 
 
-@pytest.fixture
-def no_picture(monkeypatch):
-    monkeypatch.setattr(milestones, "plot_curves", lambda *_, **__: None)
-
-
 def short(made, run_dir, **settings):
     return config_of(made, run_dir, "grpo", **{"steps": 2, "save_every": 2, **settings})
 
@@ -75,7 +69,7 @@ def same(left: kepo.Result, right: kepo.Result) -> bool:
     return mine.keys() == others.keys() and all(torch.equal(x, others[n]) for n, x in mine.items())
 
 
-def test_a_run_says_what_has_become_of_it(made, tmp_path, no_picture):
+def test_a_run_says_what_has_become_of_it(made, tmp_path):
     with rigged():
         found = kepo.train(short(made, tmp_path, eval_data=str(made / "data" / "test")))
     assert found.exit_code == 0 and found.folder == tmp_path
@@ -90,7 +84,7 @@ def test_a_run_says_what_has_become_of_it(made, tmp_path, no_picture):
         assert kepo.train(short(made, tmp_path, eval_data=str(made / "data" / "test"))) == found
 
 
-def test_a_list_of_examples_trains_as_the_dataset_does(made, tmp_path, no_picture):
+def test_a_list_of_examples_trains_as_the_dataset_does(made, tmp_path):
     config = short(made, tmp_path / "disk")
     examples, _ = load_examples(config.train_data, modalities=config.train_modalities)
     without = dataclasses.replace(config, train_data="", run_dir=str(tmp_path / "list"))
@@ -190,7 +184,7 @@ assert run_rigged(json.loads(sys.argv[1])) == 0
 
 
 @pytest.mark.slow
-def test_twice_in_a_process_gives_the_bits_of_two(made, tmp_path, no_picture):
+def test_twice_in_a_process_gives_the_bits_of_two(made, tmp_path):
     """And leaves nothing behind: no model, no handler, no stream, no thread."""
 
     def settings(name):
@@ -226,7 +220,7 @@ def test_twice_in_a_process_gives_the_bits_of_two(made, tmp_path, no_picture):
     assert not same(*together.values())
 
 
-def test_in_a_thread_and_in_a_running_loop(made, tmp_path, no_picture):
+def test_in_a_thread_and_in_a_running_loop(made, tmp_path):
     async def brief(completions, **columns):
         await asyncio.sleep(0)
         return [1.0 / (1 + len(text)) for text in completions]
@@ -251,7 +245,7 @@ def test_in_a_thread_and_in_a_running_loop(made, tmp_path, no_picture):
     assert 0 < plain.metrics["rewards/brief/mean"] < 1
 
 
-def test_a_file_that_was_edited_is_read_again(made, tmp_path, no_picture):
+def test_a_file_that_was_edited_is_read_again(made, tmp_path):
     """As one does between two cells."""
     file = tmp_path / "mine.py"
     config = short(made, tmp_path / "run", gate_reward=None, reward_weights=(1.0,), steps=1)
@@ -265,7 +259,7 @@ def test_a_file_that_was_edited_is_read_again(made, tmp_path, no_picture):
             assert kepo.train(config, rewards=rewards).metrics["reward"] == value
 
 
-def test_an_error_is_an_exception_and_leaves_nothing_behind(made, tmp_path, no_picture):
+def test_an_error_is_an_exception_and_leaves_nothing_behind(made, tmp_path):
     def fails(completions, **columns):
         raise ZeroDivisionError("of mine")
 

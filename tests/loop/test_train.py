@@ -87,16 +87,12 @@ def hints_at(run_dir, step):
     return json.loads(state.read_text())["hints"]
 
 
-@pytest.fixture
-def no_picture(monkeypatch):
-    """Drawing takes longer than the steps of a test that does not look at it."""
-    monkeypatch.setattr(milestones, "plot_curves", lambda *_, **__: None)
-
-
 @pytest.fixture(scope="module")
-def uninterrupted(made, tmp_path_factory):
+def uninterrupted(made, draw_curves, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("whole")
-    assert run_rigged(dataclasses.asdict(whole_config(made, run_dir))) == 0
+    with pytest.MonkeyPatch.context() as patch:  # here its picture is looked at
+        patch.setattr(milestones, "plot_curves", draw_curves)
+        assert run_rigged(dataclasses.asdict(whole_config(made, run_dir))) == 0
     return run_dir
 
 
@@ -188,9 +184,7 @@ def test_sigterm_saves_then_ends(made, tmp_path):
     assert saved == ["step-00000000", f"step-{step:08d}"]
 
 
-def test_an_evaluation_that_a_signal_prevented_is_made_up_for(
-    made, tmp_path, no_picture, monkeypatch
-):
+def test_an_evaluation_that_a_signal_prevented_is_made_up_for(made, tmp_path, monkeypatch):
     """A signal in the last step ends the run before its final evaluation; resuming brings it."""
     config = config_of(made, tmp_path, "grpo", eval_data=str(made / "data" / "test"), steps=1)
     whole = train_module.step_metrics
@@ -219,15 +213,13 @@ def test_two_runs_cannot_share_a_folder(made, tmp_path):
         train(config_of(made, tmp_path))
 
 
-def test_plain_grpo_runs_without_a_teacher(made, tmp_path, no_picture):
+def test_plain_grpo_runs_without_a_teacher(made, tmp_path):
     assert train(config_of(made, tmp_path, "grpo", kl_coef=0.1, steps=1)).exit_code == 0
     record = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert record["kepo/teacher_tokens"] == 0 and record["kl"] == pytest.approx(0.0, abs=1e-6)
 
 
-def test_hints_survive_a_checkpoint_and_are_not_written_twice(
-    made, tmp_path, no_picture, monkeypatch
-):
+def test_hints_survive_a_checkpoint_and_are_not_written_twice(made, tmp_path, monkeypatch):
     """Six questions in three steps: from the fourth on, in a resumed run, all hints are known."""
     written = []
 
@@ -305,9 +297,7 @@ def test_steps_without_a_finite_gradient_are_skipped_until_it_is_too_many(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_during_an_evaluation_ends_it_at_a_batch(
-    made, tmp_path, monkeypatch, no_picture, number
-):
+def test_a_signal_during_an_evaluation_ends_it_at_a_batch(made, tmp_path, monkeypatch, number):
     """However long it would take; a resumed run begins with it."""
     answered = []
 
@@ -393,16 +383,14 @@ def test_a_learning_rate_that_was_written_otherwise_resumes(tmp_path):
         opening.refuse_other_config(Config(lr_end=0.1, lr_schedule="cosine"), before, tmp_path)
 
 
-def test_the_optimiser_steps_at_the_learning_rate_of_the_step(made, tmp_path, no_picture):
+def test_the_optimiser_steps_at_the_learning_rate_of_the_step(made, tmp_path):
     config = config_of(made, tmp_path, "grpo", steps=3, warmup_steps=2, lr_end=0.0, lr=1e-3)
     assert train(config).exit_code == 0
     rates = [r["learning_rate"] for r in read_metrics(tmp_path / "metrics.jsonl") if "reward" in r]
     assert rates == pytest.approx([0.5e-3, 1e-3, 0.0])
 
 
-def test_what_the_teacher_said_is_gone_when_the_next_rollout_begins(
-    made, tmp_path, monkeypatch, no_picture
-):
+def test_what_the_teacher_said_is_gone_when_the_next_rollout_begins(made, tmp_path, monkeypatch):
     held, seen = [], []
     scoring, exploring = train_module.score, train_module.explore
 

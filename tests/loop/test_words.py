@@ -56,6 +56,32 @@ def test_a_word_means_the_same_in_a_file_and_as_a_flag(tmp_path, name, word, mea
         assert found == meaning and type(found) is type(meaning)
 
 
+def test_a_mapping_means_the_same_in_a_file_as_flags_and_in_python(tmp_path):
+    pairs = (("CT", "http://a:1/v1?x=y"), ("MR scan", "folder"))
+    text = "teachers:\n  CT: http://a:1/v1?x=y\n  'MR scan': folder\nteacher: null\n"
+    words = ["--teachers", "CT=http://a:1/v1?x=y", "MR scan=folder"]
+    given = (dict(pairs), list(pairs), ["=".join(pair) for pair in pairs], pairs)
+    for config in (
+        from_yaml(tmp_path, text),
+        from_flags(*words),
+        *(Config(teachers=one) for one in given),
+    ):
+        assert config.teachers == pairs
+    assert Config().teachers == from_yaml(tmp_path, "teachers: {}\n").teachers == ()
+    home = Config(teachers={"1": "~/model"}).teachers[0][1]
+    assert home == str(Path.home() / "model")
+
+
+@pytest.mark.parametrize(
+    "value", ["x", 3, ["a"], {"a": ""}, {"": "a"}, {1: "x"}, [("a", "b", "c")], {"a": ["b"]}]
+)
+def test_what_is_no_mapping_is_refused(value):
+    with pytest.raises(KepoConfigError, match=r"teachers=.*; expected a mapping, in YAML \{name"):
+        Config(teachers=value)
+    with pytest.raises(KepoConfigError, match="with a once"):
+        Config(teachers=[("a", "b"), ("a", "c")])
+
+
 @pytest.mark.parametrize("word", ["true", "True", "TRUE", "yes", "Yes", "on", "ON"])
 def test_booleans_are_yaml_s_words(tmp_path, word):
     assert from_yaml(tmp_path, f"mask_truncated: {word}\n").mask_truncated is True

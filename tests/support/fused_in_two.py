@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+import two_processes
 from tiny_heads import batch, build, gradients
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -35,6 +36,16 @@ class Case(NamedTuple):
 def inner_of(model: nn.Module) -> nn.Module:
     model = getattr(model, "module", model)  # of DDP, or of DeepSpeed
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def text_of(model: nn.Module) -> nn.Module:
+    return getattr(model.model, "language_model", model.model)
+
+
+def made(kind: str) -> nn.Module:
+    if kind.startswith("vlm"):
+        return two_processes.build("vlm", kind == "vlm, tied", seed=0)
+    return build(kind)
 
 
 def in_zero3(model: nn.Module) -> nn.Module:
@@ -75,7 +86,7 @@ def as_accelerate_does(model: nn.Module) -> nn.Module:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=[type(inner_of(model).model.layers[0]).__name__],
+        transformer_cls_names_to_wrap=[type(text_of(inner_of(model)).layers[0]).__name__],
         cpu_ram_efficient_loading=False,
     )
     accelerator = SimpleNamespace(
@@ -98,7 +109,7 @@ def held(model: nn.Module, layout: str) -> nn.Module:
     tied = [embed] if embed.weight is getattr(head, "weight", None) else []
     again = layout.endswith("_resharded")
     if not layout.startswith("one"):
-        for layer in inner.model.layers:
+        for layer in text_of(inner).layers:
             fully_shard(layer, reshard_after_forward=again or None)
     if layout == "leaves":  # of a LoRA, whose three weights then are in groups of their own
         for leaf in (m for m in head.modules() if isinstance(m, nn.Linear)):
@@ -106,7 +117,7 @@ def held(model: nn.Module, layout: str) -> nn.Module:
     if layout.startswith("own"):
         fully_shard([*tied, head] if tied else head, reshard_after_forward=layout == "own")
     if layout == "norm_and_head":  # as accelerate does it
-        [norm] = [x for n, x in inner.model.named_children() if n in ("norm", "final_layernorm")]
+        [norm] = [x for n, x in text_of(inner).named_children() if n in ("norm", "final_layernorm")]
         fully_shard([*tied, norm, head], reshard_after_forward=False)
     fully_shard(model, reshard_after_forward=again or None)
     return model
@@ -141,13 +152,17 @@ def loss_of(case: Case, layout: str, x: dict[str, Tensor], teacher: nn.Module, w
     return kepo
 
 
-def compute(case: Case, model: nn.Module, ids: Tensor, loss) -> Tensor:
+def compute(case: Case, model: nn.Module, x: dict[str, Tensor], loss) -> Tensor:
     inner = inner_of(model)
+    inputs = {"input_ids": x["ids"]}
+    if case.kind.startswith("vlm"):
+        inputs |= {name: x[name] for name in ("mm_token_type_ids", "image_grid_thw")}
+        inputs["pixel_values"] = x["pixel_values"].flatten(0, 1)
     if case.way == "model":
-        return model(input_ids=ids, loss=loss)
+        return model(**inputs, loss=loss)
     if case.way == "bypass":
-        return inner(input_ids=ids, loss=loss)
-    hidden = model(input_ids=ids, loss=lambda hidden, head: hidden)
+        return inner(**inputs, loss=loss)
+    hidden = model(**inputs, loss=lambda hidden, head: hidden)
     head = inner.get_output_embeddings()
     return head(hidden, loss=loss) if case.way == "outside" else head.forward(hidden, loss=loss)
 
@@ -155,7 +170,7 @@ def compute(case: Case, model: nn.Module, ids: Tensor, loss) -> Tensor:
 def take(case: Case, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     """The gradients of one step, on this process's share of the batch."""
     layout = case.layout if world > 1 else "plain"
-    model, teacher = build(case.kind), build("untied", seed=5).requires_grad_(False)
+    model, teacher = made(case.kind), build("untied", seed=5).requires_grad_(False)
     FusedHead.install(teacher)
     if case.first == "install":
         FusedHead.install(model)
@@ -164,6 +179,9 @@ def take(case: Case, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         teacher = held(teacher, layout) if layout not in DDP else teacher
     FusedHead.install(model)
     whole = batch()
+    if case.kind.startswith("vlm"):
+        whole |= two_processes.inputs_of(inner_of(model))
+        whole["ids"] = whole.pop("input_ids")
     whole["advantages"], whole["gate"] = whole["upstream"][0, :, 0], torch.tensor([1, 0.5, 0, 0.7])
     whole["upstream"] = whole["upstream"].transpose(0, 1)
     places = torch.arange(len(whole["ids"])).view(world, case.micro, -1)[rank]
@@ -174,7 +192,7 @@ def take(case: Case, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         if layout in (*FSDP, "accelerate"):
             model.set_requires_gradient_sync(last)
         with nullcontext() if last or layout not in DDP else model.no_sync():
-            loss = compute(case, model, x["ids"], loss_of(case, layout, x, teacher, world))
+            loss = compute(case, model, x, loss_of(case, layout, x, teacher, world))
             model.backward(loss) if layout == "zero3" else loss.backward()
     if layout == "zero3":
         return zero3_gradients(model)

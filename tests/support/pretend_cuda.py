@@ -64,7 +64,8 @@ class OnDevice(Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func is Tensor.new_tensor:  # on "meta" it copies nothing, and no operator is called
             raise HostWaits("new_tensor: a copy that is not pinned")
-        return super().__torch_function__(func, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():  # a copy on the CPU is none of this class
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):

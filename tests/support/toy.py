@@ -127,6 +127,10 @@ class ScriptedVLM:
     def sample(self, prompts, params, seeds=None):
         return self.generate(self.encode(prompts), params)
 
+    def write(self, prompts, params, seeds):
+        ids, mask, _ = self.sample(prompts, params, seeds)
+        return self.decode(ids, mask)
+
     def generate(self, inputs, params):
         asked = [prompt for prompt in inputs for _ in range(params.n)]
         rows = []

@@ -58,7 +58,7 @@ def parse(record: Any, where: str, *, folder: Path | None) -> Parsed:
 
 
 def quirks(record: Any, example: Example) -> list[str]:
-    return schema.quirks({}, example)
+    return schema.quirks(record if isinstance(record, dict) else {}, example)
 
 
 def _as_record(example: Example) -> dict[str, Any]:

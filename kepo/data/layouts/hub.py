@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kepo.data.layouts.arrow import dataset_table, required, rows_of
+from kepo.data.network import look_for_hub
 from kepo.disk.files import ends
 from kepo.errors import KepoDataError
 
@@ -41,6 +42,7 @@ def rows(name: Path) -> Iterator[tuple[str, Any]]:
     match = NAME.fullmatch(str(name))
     assert match is not None, "is_name has been asked"
     repository, config, split = match.groups()
+    look_for_hub(repository)
     try:
         found = datasets.load_dataset(repository, config, split=split)
     except Exception as error:  # no network, no such dataset, no such split, a broken file

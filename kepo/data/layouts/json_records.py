@@ -67,4 +67,4 @@ def _record(line: bytes) -> Any:
     try:
         return parsed(line)
     except UNPARSED as error:
-        return BadRecord("file", f"not readable JSON: {error}")
+        return BadRecord("line", f"not readable JSON: {error}")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from kepo.data.characters import letter_of
+from kepo.data.characters import letter_of, unmarked
 from kepo.data.example import LETTERS, UNKNOWN, Example
 from kepo.data.layouts.messages import Asked, asked
 from kepo.data.records import (
@@ -86,6 +86,9 @@ def quirks(record: dict[str, Any], example: Example) -> list[str]:
         f"a column called {name}, which rewards are given as something else; rename it"
         for name in sorted(TAKEN & {*example.columns})
     ]
+    value = record.get("solution") if record.get("answer") is None else record["answer"]
+    if example.options and type(value) is int and str(value) not in map(plain, example.options):
+        found.append("an answer by its place among the options, of which the first is 0")
     if not example.options and "\n" in example.answer.strip():
         found.append("an open answer of several lines: no final answer is marked in it")
     return found
@@ -117,7 +120,7 @@ def _options(value: Any) -> tuple[str, ...]:
 def _answer(given: dict[str, Any], said: Asked, options: tuple[str, ...]) -> tuple[str, str]:
     """Return ``(answer, worked solution)``: a letter if there are options."""
     solutions = [
-        _words(given[key], key, "answer") for key in ("answer", "solution") if key in given
+        _answer_words(given[key], key, options) for key in ("answer", "solution") if key in given
     ]
     if said.reply is not None:
         solutions.append(said.reply)
@@ -128,12 +131,27 @@ def _answer(given: dict[str, Any], said: Asked, options: tuple[str, ...]) -> tup
     for other in solutions[1:]:
         marked, before = final_answer(other)
         # A solution that marks no answer is reasoning from end to end, or the answer once more.
-        whole = marked == other.strip() and not letter_of(marked) and plain(marked) not in answers
+        whole = (
+            marked == other.strip()
+            and not letter_of(unmarked(marked))
+            and plain(marked) not in answers
+        )
         reasoning = reasoning or before or (marked if whole else "")
     if "rationale" in given:
         reasoning = text(given, "rationale")
     require_visible("answer", answer, "answer")
-    return (right_letter(answer, options) if options else answer), reasoning
+    if not options:
+        return answer, reasoning
+    first = given.get("answer", given.get("solution"))
+    return right_letter(first if type(first) is int else answer, options), reasoning
+
+
+def _answer_words(value: Any, name: str, options: tuple[str, ...]) -> str:
+    """Return an answer as text: yes or no for true or false, unless options are called so."""
+    if not isinstance(value, bool):
+        return _words(value, name, "answer")
+    word = str(value).casefold()
+    return word if word in map(plain, options) else "yes" if value else "no"
 
 
 def _words(value: Any, name: str, kind: str) -> str:

@@ -6,9 +6,11 @@ products from 16 to 32 bits, gradients in a buffer of their own, no row left out
 """
 
 from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import torch
+from cases import listed
 from checks import assert_close_to_oracle, make_problem, unavailable
 from loss_calls import (
     LOSSES,
@@ -135,6 +137,57 @@ def test_states_of_the_open_sequences_wait_for_nothing(rows):
         assert_close_to_oracle(x, oracle[name], name=name)
 
 
+@pytest.mark.parametrize("kind", ["states", "tokens"])
+def test_a_stored_teacher_waits_for_nothing(kind, rows):
+    """It stays on the CPU, all of it or the open sequences, and is copied chunk by chunk."""
+    call = arguments("kepo", make_problem(length=5), OPTIONS["kepo"], impl=rows, chunk_rows=4)
+    call = call if kind == "states" else listed(6)(call)
+    oracle = plain("kepo", call)
+    opened = call["gate"]
+    for teacher in (
+        call["teacher_hidden"],
+        each_tensor(call["teacher_hidden"], lambda x: x[opened]),
+    ):
+        with pretend_cuda():
+            there = moved(call) | {"teacher_hidden": teacher}
+            found = evaluate(function_of("kepo"), there)
+            found = {name: numbers(x) for name, x in found.items()}
+        for name, x in found.items():
+            assert_close_to_oracle(x, oracle[name], name=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tokens_in_sixteen_bits_wait_for_nothing(dtype, rows):
+    """Their entries are written into a gradient of 16 bits, with fp16's factor in it."""
+    problem = make_problem(length=5, dtype=dtype, std=3.0)
+    call = listed(6)(arguments("kepo", problem, OPTIONS["kepo"], impl=rows, chunk_rows=4))
+    oracle = plain("kepo", call)
+    for name, x in run("kepo", call).items():
+        error = (x.double() - oracle[name]).norm() / oracle[name].norm()
+        assert error < (1e-5 if name == "loss" else 3 * torch.finfo(dtype).eps), name
+
+
+@pytest.mark.parametrize("kind", ["states", "tokens"])
+def test_a_stored_teacher_of_a_divergence(kind, rows):
+    """Also where backward computes the logits again, and where tensors on the device say who is
+    open: then the host waits once."""
+    call = arguments("gated_kd", make_problem(length=5), "completion_mask", impl=rows, chunk_rows=4)
+    call = call if kind == "states" else listed(6)(call)
+    upstream = torch.randn(3, 5)
+
+    def total(upstream: Tensor, **call: object) -> Tensor:
+        return (kepo_kernels.fused_linear_divergence(**call) * upstream).sum()
+
+    expected = evaluate(partial(total, upstream), call)
+    for where, waits in (((), False), (("completion_mask",), True)):
+        with pretend_cuda(may_wait=waits):
+            there = moved(call, where) | {"teacher_hidden": call["teacher_hidden"]}
+            found = evaluate(partial(total, on_device(upstream)), there)
+            found = {name: numbers(x) for name, x in found.items()}
+        for name, x in found.items():
+            torch.testing.assert_close(x, expected[name], rtol=1e-5, atol=1e-6)
+
+
 def test_a_head_of_its_own_waits_for_nothing():
     problem = make_problem(length=5)
     lora = LoRA(torch.randn(2, problem.hidden.shape[-1]), torch.randn(len(problem.lm_head), 2))
@@ -209,7 +262,7 @@ def test_waiting_is_noticed(monkeypatch):
 
 def test_any_other_mix_of_devices_is_refused():
     call = arguments("kepo", make_problem(length=5), OPTIONS["kepo"])
-    for name in ("targets", "advantages", "old_logprobs", "lm_head", "teacher_hidden", "bias"):
+    for name in ("targets", "advantages", "old_logprobs", "lm_head", "teacher_lm_head", "bias"):
         with pretend_cuda(), pytest.raises(KepoInputError, match=f"{name} on cpu; move one"):
             kepo_kernels.fused_kepo_loss(**moved(call) | {name: call[name]})
     with pretend_cuda(), pytest.raises(KepoInputError, match="completion_mask on cuda:0; move"):

@@ -127,6 +127,29 @@ def test_teacher_of_tokens(impl, beta):
     judge(call, impl, call | {"teacher_hidden": fewer})
 
 
+def test_tokens_in_a_loss_of_ones_own():
+    """The same bits as the built-in one, for all sequences and for the open ones."""
+    call = listed(6)(call_of(chunk_rows=4))
+    gate = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0])
+    opened = each_tensor(call["teacher_hidden"], lambda x: x[gate != 0])
+
+    def own(**call: object) -> Tensor:
+        how = {"targets": None, "reduction": "sum"}
+        return kepo_kernels.fused_linear_loss(
+            **call, **how, token_loss=lambda stats, rows: stats.divergence
+        )
+
+    def built_in(**call: object) -> Tensor:
+        return kepo_kernels.fused_gated_kd_loss(**call, reduction="sum")
+
+    weights = call["completion_mask"] * gate[:, None]
+    for teacher in (call["teacher_hidden"], opened):
+        given = call | {"teacher_hidden": teacher, "gate": gate, "weights": weights}
+        found, expected = evaluate(own, given), evaluate(built_in, given)
+        for name, x in found.items():
+            assert x.any() and torch.equal(x, expected[name]), name
+
+
 def test_what_comes_back():
     call = call_of()
     call["hidden"].requires_grad_()

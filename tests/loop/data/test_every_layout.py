@@ -151,7 +151,9 @@ def test_a_broken_file_beside_a_good_one_is_one_bad_record(layout, harm, tmp_pat
     else:
         other.write_bytes({"empty": b"", "torn": file.read_bytes()[:70]}[harm])
     examples, report = load_examples(path, image_root=tmp_path)
-    assert len(examples) == 4 and report.counts() == {"file": 1}
+    assert len(examples) == 4 and len(report.problems) == 1
+    line = (layout, harm) == ("JSON lines", "torn")
+    assert report.counts() == {"line" if line else "file": 1} and report.records == 4 + line
     assert "zother" in report.problems[0].where
 
 

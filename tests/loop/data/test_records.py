@@ -76,7 +76,7 @@ def test_solutions_that_leave_the_answer_open_are_bad():
     bad("answer", "not closed", question="?", solution="\\boxed{1")
     bad("answer", "no character that can be seen", question="?", answer="\\boxed{ }")
     bad("answer", "has neither answer nor solution", question="?")
-    for value in (True, float("nan"), ["a"], {"a": 1}, ""):
+    for value in (float("nan"), ["a"], {"a": 1}, ""):
         bad("answer", "answer=.*expected a non-empty", question="?", answer=value)
 
 
@@ -85,6 +85,48 @@ def test_an_answer_may_be_a_number(value):
     assert parsed(question="?", answer=value).answer == str(value)
     example = parsed(question="?", answer=value, options=[value, 9, 10])
     assert (example.answer, example.options) == ("A", (str(value), "9", "10"))
+
+
+@pytest.mark.parametrize("key", ["answer", "solution"])
+def test_true_and_false_are_yes_and_no_or_the_options_of_that_name(key):
+    for value, letter in ((True, "A"), (False, "B")):
+        assert parsed(question="?", **{key: value}).answer == ("yes" if value else "no")
+        for options in (["Yes", "No."], ["True", "false"], {"A": "yes", "B": "no"}):
+            assert parsed(question="?", options=options, **{key: value}).answer == letter
+    bad("answer", "'yes' equals 0 of the options", question="?", options=["a", "b"], answer=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "place", "letter"),
+    [
+        (["CT", "X-ray", "MR"], 0, "A"),
+        (["CT", "X-ray", "MR"], 2, "C"),
+        ({"A": "CT", "B": "X-ray"}, 1, "B"),
+        (["B", "A", "AB"], 0, "A"),  # a place is no letter
+        (["7", "1", "0"], 0, "C"),  # an option's text comes before a place
+        (["7", "1", "0"], 7, "A"),
+        (["7", "1", "0"], 2, "C"),
+    ],
+)
+def test_a_whole_number_is_an_options_text_or_its_place_from_0_on(options, place, letter):
+    found = parsed(question="?", options=options, answer=place)
+    assert found.answer == letter
+    texts = found.options
+    counted = schema.quirks({"answer": place}, found)
+    assert ("by its place" in "".join(counted)) == (str(place) not in texts)
+
+
+@pytest.mark.parametrize("place", [-1, 3])
+def test_a_place_that_is_none_is_said(place):
+    bad(
+        "answer",
+        f"^the answer {place} is the text of none of the 3 options, .* out of range; expected 0 to "
+        "2, or a letter$",
+        question="?",
+        options=["CT", "X-ray", "MR"],
+        answer=place,
+    )
+    bad("answer", "equals 2 of the options", question="?", options=["a", "b", "a"], answer=0)
 
 
 def test_the_worked_solution_is_the_rationale():
@@ -256,10 +298,26 @@ def test_lines_that_are_no_records_are_bad(tmp_path):
     good = {"question": "?", "answer": "1"}
     odd = ("{", "[1]", "null", "\0\0", '"x"', twice, within, turns, "{'a': 1}", '{"a": 1')
     _, report = load_examples(lines(tmp_path, good, *odd))
-    assert report.records == 11 and report.counts() == {"file": 4, "field": 6}
+    assert report.records == 11 and report.counts() == {"line": 4, "field": 6}
     assert [p.where.rpartition(":")[2] for p in report.problems] == [str(n) for n in range(2, 12)]
     with pytest.raises(KepoDataError, match=r"data.jsonl:2: not readable JSON"):
         load_examples(tmp_path / "data.jsonl", bad_records="fail")
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.parquet"])
+def test_a_file_that_holds_nothing_is_no_record(tmp_path, name):
+    pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(KepoDataError) as caught:
+        load_examples(tmp_path / name)
+    said = str(caught.value)
+    assert ": 0 of 0 questions" in said and "\n  1 bad files left out: file 1; first: " in said
+    (tmp_path / name).rename(tmp_path / f"empty{Path(name).suffix}")
+    if name == "data.parquet":
+        return  # beside others it would be another layout
+    _, report = load_examples(lines(tmp_path, {"question": "?", "answer": "1"}, "{").parent)
+    assert report.records == 2 and report.questions == 1
+    assert "\n  1 bad records and 1 bad files left out: file 1, line 1; first" in report.summary()
 
 
 def test_files_of_other_encodings(tmp_path):
@@ -269,7 +327,7 @@ def test_files_of_other_encodings(tmp_path):
     (tmp_path / "c.JSONL").write_text(record, encoding="latin-1")
     examples, report = load_examples(tmp_path)
     assert [e.question for e in examples] == ["Größe?"] * 2
-    assert report.counts()["file"] >= 2
+    assert report.counts()["line"] >= 2
     assert {Path(p.where.rpartition(":")[0]).name for p in report.problems} == {
         "b.jsonl",
         "c.JSONL",

@@ -8,6 +8,7 @@ import pytest
 from kepo.digits.dataset import MODALITIES
 from kepo.digits.demo import SOURCE, Demo, _known_teacher, cached, run
 from kepo.errors import KepoConfigError
+from kepo.run import milestones
 
 SMALL = Demo(
     train_questions=8,
@@ -19,7 +20,8 @@ SMALL = Demo(
 )
 
 
-def test_demo_from_nothing_to_table_and_again(tmp_path, capsys):
+def test_demo_from_nothing_to_table_and_again(tmp_path, capsys, monkeypatch, draw_curves):
+    monkeypatch.setattr(milestones, "plot_curves", draw_curves)
     demo = replace(SMALL, root=str(tmp_path))
     assert run(demo) == 0
     first = capsys.readouterr().out

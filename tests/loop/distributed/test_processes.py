@@ -14,6 +14,7 @@ from same_run import CLOSE, LR, STEPS, assert_same_run, assert_same_weights, wei
 from several import run_all, torchrun
 from small import config_of, run_rigged
 
+from kepo.digits.tiny import build_tiny
 from kepo.run.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
@@ -99,6 +100,50 @@ def test_mini_batches_are_one_run_in_two_processes(made, tmp_path):
     run_all([configs["ddp"], configs["fsdp2"]], tmp_path / "configs.json")
     for name in ("ddp", "fsdp2"):
         assert_same_run(tmp_path / "one", tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def text_alone(tmp_path_factory):
+    """A student and a teacher without pictures, and questions."""
+    root = tmp_path_factory.mktemp("text")
+    for size in ("student", "teacher"):
+        build_tiny(root / size, size=size, seed=1, family="text_only")
+    records = [
+        {"question": f"What is {n} + {n}?", "options": ["1", str(2 * n)], "answer": str(2 * n)}
+        for n in range(2, 10)
+    ]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (root / "questions.jsonl").write_text(lines)
+    return root
+
+
+def test_a_text_only_model_is_one_run_in_two_processes(text_alone, tmp_path):
+    settings = WHOLE | dict(train_data=str(text_alone / "questions.jsonl"), data_fraction=0.0)
+    settings |= dict(train_modalities=None)
+    held = {name: HELD[name] for name in ("ddp", "fsdp2", "everything sharded")}
+    configs = {
+        name: config_of(text_alone, tmp_path / name, **settings, **own)
+        for name, own in {"one": {}, **held}.items()
+    }
+    assert run_rigged(dataclasses.asdict(configs["one"])) == 0
+    run_all([configs[name] for name in held], tmp_path / "configs.json")
+    for name in held:
+        assert_same_run(tmp_path / "one", tmp_path / name)
+    first, last = weights(tmp_path / "one", 0), weights(tmp_path / "one")
+    assert all((first[name] - last[name]).abs().max() > 10 * CLOSE for name in first)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_student_is_one_run_in_two_processes(made, tmp_path, bits):
+    """Every process reads it and quantises it by itself; the adapters are what they share."""
+    pytest.importorskip("bitsandbytes")
+    settings = WHOLE | dict(student_bits=bits, lora_rank=4, gate_reward=None)
+    configs = [config_of(made, tmp_path / name, **settings) for name in ("one", "two")]
+    assert run_rigged(dataclasses.asdict(configs[0])) == 0
+    run_all(configs[1:], tmp_path / "configs.json")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    first, last = weights(tmp_path / "one", 0), weights(tmp_path / "one")
+    assert all((first[name] - last[name]).abs().max() > 10 * CLOSE for name in first)
 
 
 # ---- resumption ----

@@ -14,6 +14,7 @@ from kepo.distributed.processes import (
     Stopped,
     all_gather,
     any_rank,
+    errors_on_all_ranks,
     on_rank0,
     rank_slice,
     split_work,
@@ -94,6 +95,23 @@ def in_each_of_two(rank, file):
             split_work(ITEMS, work, in_twos, collective=collective, stop=lambda: rank == 1)
         assert all_gather("here") == ["here", "here"]
     done.clear()
+
+    # One cannot work, or not finish: both learn it, and go on together.
+    def fails(some):
+        return refuse("it is gone") if rank == 1 and 5 in some else list(some)
+
+    def unfinished(results):
+        return refuse("no end") if rank == 0 else results
+
+    with pytest.raises(KepoConfigError, match="it is gone"):
+        split_work(ITEMS, fails, in_twos)
+    with pytest.raises(KepoConfigError, match="no end"):
+        split_work(ITEMS, work, in_twos, finish=unfinished)
+    with pytest.raises(KepoConfigError, match="mine"), errors_on_all_ranks():
+        if rank == 1:
+            refuse("mine")
+    with errors_on_all_ranks():
+        assert all_gather("here") == ["here", "here"]
     # One item: the other process helps with it, and its help is not counted.
     done.clear()
     assert split_work([9], work, in_twos, collective=True) == [9.5] and done == [[9]]

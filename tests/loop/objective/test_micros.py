@@ -26,12 +26,8 @@ def lengths_of(batch) -> list[int]:
 
 
 def plan_of(batch, *, share_prompts=True, world=1, **settings):
-    patch = pytest.MonkeyPatch()
-    patch.setattr(micros, "world_size", lambda: world)
-    try:
-        return plan_micros(batch, lengths_of(batch), replace(CONFIG, **settings), share_prompts)
-    finally:
-        patch.undo()
+    config = replace(CONFIG, **settings)
+    return plan_micros(batch, lengths_of(batch), config, share_prompts, world)
 
 
 def places(plan) -> list[int]:

@@ -216,6 +216,7 @@ OPTIONS = {
     "k1": {"kl_coef": 0.3, "kl_estimator": "k1"},
     "k2": {"kl_coef": 0.3, "kl_estimator": "k2"},
     "k3": {"kl_coef": 0.3, "kl_estimator": "k3"},
+    "kl_bias_correction": {"kl_coef": 0.3, "kl_bias_correction": True},
     "entropy": {"entropy_coef": 0.2},
     "temperature": {"temperature": 1.5},
     "teacher_temperature": {"teacher_temperature": 2.0},
@@ -258,6 +259,7 @@ NOT_SET = {
     **dict.fromkeys(("policy_weights", "policy_reduction"), "collate, by policy_reduction"),
     **dict.fromkeys(("distill_weights", "distill_reduction"), "collate, by distill_reduction"),
     "chunk_rows": "workspace_bytes says it in bytes",
+    "entropy_weights": "the policy's, as the loop weighs the bonus with its term",
     "return_stats": "metrics need them",
 }
 """Arguments of the losses that no setting of the same name is passed to, and why."""
@@ -275,6 +277,7 @@ def test_every_other_argument_of_the_losses_is_a_setting_that_arrives(models, mo
         delta=3.5,
         kl_coef=0.13,
         kl_estimator="k2",
+        kl_bias_correction=True,
         entropy_coef=0.14,
         policy_loss="clip",
         importance_level="sequence",

@@ -27,7 +27,24 @@ TOTALS = {  # billions, as published
     "Qwen2.5-VL-7B": 8.29,
     "Qwen2.5-VL-32B": 33.5,
     "Qwen2.5-VL-72B": 73.4,
+    "InternVL3-1B-hf": 0.938193024,
+    "InternVL3-2B-hf": 2.088957440,
+    "InternVL3-8B-hf": 7.944373760,
+    "InternVL3-14B-hf": 15.1,
+    "Qwen3-0.6B": 0.596049920,
+    "Qwen3-1.7B": 1.720574976,
+    "Qwen3-4B": 4.022468096,
+    "Qwen3-8B": 8.190735360,
+    "Llama-3.2-1B": 1.235814400,
+    "Llama-3.2-3B": 3.212749824,
+    "SmolLM2-135M": 0.134515008,
+    "SmolLM2-360M": 0.361821120,
+    "SmolLM2-1.7B": 1.711376384,
 }
+TIED = {"Qwen3-VL-2B", "Qwen3-VL-4B", "Qwen2.5-VL-3B", "Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B"}
+TIED |= {"Llama-3.2-1B", "Llama-3.2-3B", "SmolLM2-135M", "SmolLM2-360M", "SmolLM2-1.7B"}
+PICTURE = {"Qwen3-VL": 144, "Qwen2.5-VL": 196, "InternVL3": 258}
+"""Tokens of a picture of 384 x 384 pixels, by the beginning of the name; 0 of any other."""
 SMALL = Config(
     student="Qwen3-VL-2B-Instruct",
     dtype="bfloat16",
@@ -48,10 +65,24 @@ TEACHER = dict(teacher="Qwen3-VL-8B-Instruct", distill_coef=1.0)
 @pytest.mark.parametrize("name", KNOWN)
 def test_parameters_of_released_models(name):
     model = anatomy(name, "bfloat16", "cuda")
-    short = name.removeprefix("Qwen/").removesuffix("-Instruct")
-    assert model.counts.total == pytest.approx(TOTALS[short] * 1e9, rel=0.02)
-    assert model.tied == (short in ("Qwen3-VL-2B", "Qwen3-VL-4B", "Qwen2.5-VL-3B"))
-    assert model.default_image_tokens == (144 if "Qwen3" in short else 196)
+    short = name.split("/")[1].removesuffix("-Instruct")
+    exact = len(str(TOTALS[short])) > 5
+    assert model.counts.total == pytest.approx(TOTALS[short] * 1e9, rel=1e-9 if exact else 0.02)
+    assert model.tied == (short in TIED) and known_model(name.split("/")[1]) is KNOWN[name]
+    family = next((family for family in PICTURE if short.startswith(family)), None)
+    assert model.default_image_tokens == PICTURE.get(family, 0)
+    assert model.shares_prompts(SMALL)
+
+
+@pytest.mark.parametrize(
+    "name", ["InternVL3-1B-hf", "Qwen3-0.6B", "Llama-3.2-1B-Instruct", "SmolLM2-135M-Instruct"]
+)
+def test_a_run_of_each_family_is_planned_to_its_end(name):
+    setup = Setup(replace(SMALL, student=name, eval_share=0.1), Machine(2, 80 * GIB))
+    found = {phase.name: phase.held for phase in phases(setup)}
+    assert {"rollout", "update", "evaluation"} <= found.keys()
+    width = 4 * anatomy(name, "bfloat16", "cuda").counts.total // 2  # fp32, on two GPUs
+    assert found["optimiser"]["weights"] == width
 
 
 def test_parts_add_up():
@@ -268,7 +299,7 @@ def test_gradients_beside_the_buckets(gpus, micro_batch, sets):
         config,
         machine,
         student,
-        None,
+        (),
         pages=0,
         several=micro_batch < 128 // gpus,
         penalised=False,
@@ -415,3 +446,21 @@ def test_numbers_of_a_machine_and_prompts_that_cannot_be_are_refused(flag, value
     flags = [x for name, word in words.items() for x in (f"--{name.replace('_', '-')}", word)]
     with pytest.raises(KepoConfigError, match=f"{flag} is .*; expected a number"):
         plan_module.main(["grpo", "--student", "Qwen3-VL-2B-Instruct", *flags])
+
+
+def test_a_teacher_behind_a_server_takes_no_memory_and_several_take_theirs():
+    name, far = TEACHER["teacher"], "http://host:1/v1"
+
+    def teachers_bytes(**change):
+        config = replace(SMALL, **{**TEACHER, **change})
+        made = phases(Setup(config, Machine(1, 80 * GIB)))
+        return {phase.name: phase.held["teacher"] for phase in made}
+
+    one = teachers_bytes()
+    assert set(teachers_bytes(teacher=far).values()) == {0}
+    assert teachers_bytes(teacher=None, teachers={"CT": name, "MR": far}) == one
+    both = teachers_bytes(teacher=None, teachers={"CT": name, "MR": name})
+    weights = 2 * anatomy(name, SMALL.dtype, "cuda").counts.total
+    assert {both[phase] - one[phase] for phase in one} == {weights}
+    assert plan_module._teacher(replace(SMALL, teacher=far)) == "on a server"
+    assert plan_module._teacher(SMALL) == "–"

@@ -31,7 +31,8 @@ def test_recipe(path):
         line for line in README.read_text().splitlines() if line.startswith(f"| {path.stem}")
     )
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert (cells[5], cells[6]) == (found.name, f"{found.total / GIB:.0f}")
+    assert cells[5] == found.name
+    assert abs(int(cells[6]) - found.total / GIB) <= 1  # transformers' versions hold more or less
 
 
 def test_recipes_write_to_folders_of_their_own():

@@ -68,25 +68,29 @@ def counted(tab):
     return tab.js("document.getElementById('found').textContent").split(" of ")[0]
 
 
-@pytest.mark.parametrize(
-    ("selector", "test"),
-    [
-        ("[value=right]", lambda item: item["right"]),
-        ("[value=wrong]", lambda item: item["right"] is False),
-        ("[name=rescued]", lambda item: item["hint"] is not None),
-        ("[name=gated]", lambda item: item["gate"] > 0),
-        ("[name=closed]", lambda item: item["gate"] == 0),
-        ("[name=cut]", lambda item: item["cut"]),
-    ],
-)
-def test_filters_work_by_keyboard(opened, items, selector, test):
-    assert counted(opened) == str(len(items))
-    focus(opened, f"form {selector}")
-    opened.press(SPACE)
-    matching = [item for item in items if test(item)]
-    assert counted(opened) == str(len(matching))
-    assert opened.js(f"{SHOWN}.length") == len(matching)
-    assert opened.complaints() == []
+FILTERS = {
+    "[value=right]": lambda item: item["right"],
+    "[value=wrong]": lambda item: item["right"] is False,
+    "[name=rescued]": lambda item: item["hint"] is not None,
+    "[name=gated]": lambda item: item["gate"] > 0,
+    "[name=closed]": lambda item: item["gate"] == 0,
+    "[name=cut]": lambda item: item["cut"],
+}
+
+
+def test_filters_work_by_keyboard(opened, items):
+    """One after another on the page as it is at first, to which its form goes back."""
+    for selector, test in FILTERS.items():
+        assert counted(opened) == str(len(items)), selector
+        focus(opened, f"form {selector}")
+        opened.press(SPACE)
+        matching = [item for item in items if test(item)]
+        assert counted(opened) == str(len(matching)), selector
+        assert opened.js(f"{SHOWN}.length") == len(matching), selector
+        assert opened.complaints() == []
+        focus(opened, "form [type=reset]")
+        opened.press(ENTER)
+        opened.wait(f"{SHOWN}.length === {len(items)}")
 
 
 def test_filters_add_up_and_are_cleared(opened, items):

@@ -1,4 +1,4 @@
-"""kepo data check --model: what a run would leave out is found without training."""
+"""kepo data check: what a task and a model would refuse is found without training."""
 
 import shutil
 
@@ -107,3 +107,88 @@ def test_no_weights_are_read_and_the_model_comes_first(tinies, tmp_path, capsys,
     assert checked(capsys, path, "--image-root", tmp_path, "--model", model)[0] == 0
     monkeypatch.setattr(check_command, "load_examples", lambda *a, **k: pytest.fail("read"))
     assert "there is no such folder" in str(checked(capsys, path, "--model", tmp_path / "no")[0])
+
+
+# ---- the task, without a model ----
+
+OWN_TASKS = """
+import kepo
+
+class Fine(kepo.Task):
+    pass
+
+class Deaf(kepo.Task):
+    def is_right(self, text, example):
+        return example.columns["ward"] == text
+
+class Mute(kepo.Task):
+    def messages(self, example):
+        return "What?"
+
+class Odd(kepo.Task):
+    def worked_answer(self, example):
+        return 3
+
+class Forgetful(kepo.Task):
+    def hint_request(self, example, *, with_answer):
+        return [{}[example.id]]
+
+class Guesser(kepo.Task):
+    def chance(self, example):
+        return 1 / len(example.options)
+
+class Bare:
+    pass
+
+class Stern(kepo.Task):
+    def is_right(self, text, example):
+        return "A" in text
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "own.py").write_text(OWN_TASKS)
+    records = [plain(0, options=None, image=None, answer=one) for one in ("A", "B")]
+    records = [record | {"question_id": f"q{n}"} for n, record in enumerate(records)]
+    return write("JSON lines", tmp_path, records), f"{tmp_path}/own.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("own.py:Deaf", "raised KeyError on example 'q0': 'ward' (own.py, line 9)"),
+        ("own.py:Mute", "task='Mute' asks 'What?' of example 'q0'; expected a list of turns"),
+        ("own.py:Odd", "task='Odd' has the worked answer 3 of example 'q0'; expected a text"),
+        ("own.py:Forgetful", "task='Forgetful' raised KeyError on example 'q0'"),
+        ("own.py:Guesser", "task='Guesser' raised ZeroDivisionError on example 'q0'"),
+        ("own.py:Bare", "expected a class of kepo.Task"),
+        ("own.py:Gone", "has no Gone"),
+        ("gone.py:Fine", "there is no file"),
+        ("tenpin", "expected one of multiple_choice, open_answer, or a class of your own"),
+    ],
+)
+def test_a_task_that_fails_is_said_without_a_model(own, name, said, capsys):
+    path, file = own
+    place = file.removesuffix("own.py") if ":" in name else ""
+    code, _ = checked(capsys, path, "--task", f"{place}{name}")
+    assert str(code).startswith("error: task=") and said in code
+
+
+def test_a_record_that_a_task_is_unfit_for_is_listed_without_a_model(own, capsys):
+    path, file = own
+    assert checked(capsys, path)[0] == checked(capsys, path, "--task", f"{file}:Fine")[0] == 0
+    code, out = checked(capsys, path, "--task", f"{file}:Stern")
+    assert code == 1 and "     1  task\n" in out and "1 good questions" in out
+    assert "question 'q1': the task calls its own worked answer '<answer>B</answer>' wrong" in out
+    assert (
+        "no options, which task: multiple" in checked(capsys, path, "--task", "multiple_choice")[0]
+    )
+    code, _ = checked(capsys, path, "--task", "open_answer", "--prompt-template", "{question} {x}")
+    assert "prompt_template: {x} is no column of question 'q0'" in code
+    assert checked(capsys, path, "--task", "open_answer")[0] == 0
+
+
+def test_a_task_is_looked_for_before_hours_of_reading(own, capsys, monkeypatch):
+    monkeypatch.setattr(check_command, "load_examples", lambda *a, **k: pytest.fail("read"))
+    assert "has no Gone" in checked(capsys, own[0], "--task", f"{own[1]}:Gone")[0]

@@ -3,15 +3,17 @@
 import dataclasses
 import json
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from places import SUPPORT
 from several import bare
 from small import config_of
 
 from kepo.config import Config
+from kepo.data.identity import sha256
 from kepo.data.run_data import load_data
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.run import agreement
@@ -101,6 +103,20 @@ def test_image_files_of_another_node_are_compared(made, tmp_path, others):
     others(("node2", lost))
     with pytest.raises(KepoDataError, match=f"first {paths[-1]}"):
         same_images(data)
+
+
+def test_files_of_rewards_and_task_are_the_same_on_all_ranks(others, monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr(agreement, "processes", lambda *a, **s: nullcontext(torch.device("cpu")))
+    monkeypatch.setattr(agreement, "world_size", lambda: 2)
+    monkeypatch.setattr(agreement, "refuse_different", lambda what, mine: seen.update({what: mine}))
+    monkeypatch.setattr(agreement, "read_by_each", lambda *arguments: {})
+    files = [tmp_path / "mine.py", tmp_path / "task.py"]
+    for file in files:
+        file.write_text(f"# {file.name}")
+    code = {"rewards": [f"{files[0]}:one", f"{files[0]}:two"], "task": [f"{files[1]}:Mine"]}
+    with agreement.agreeing_ranks(Config(), code):
+        assert seen["files of rewards and task"] == {str(file): sha256(file) for file in files}
 
 
 def test_the_time_limit_is_the_setting(monkeypatch):

@@ -47,6 +47,20 @@ def front(card):
     return yaml.safe_load(text), body
 
 
+def test_a_server_s_address_is_not_published():
+    url = "http://10.0.0.7:8001/v1"
+    served = replace(CONFIG, teacher=url)
+    named = replace(served, teacher_model="Qwen/Qwen3-VL-8B-Instruct")
+    two = replace(CONFIG, teacher=None, teachers={"CT": url, "MR": "/home/someone/models/other"})
+    for config, words in (
+        (served, ", with a model on a server as teacher,"),
+        (named, "(https://huggingface.co/Qwen/Qwen3-VL-8B-Instruct) on a server as teacher,"),
+        (two, ", with a model on a server and `other` as teachers,"),
+    ):
+        card = model_card(config, 250, DATA)
+        assert words in card and "10.0.0.7" not in card
+
+
 def test_what_the_card_says():
     matter, body = front(model_card(CONFIG, 250, DATA))
     assert matter == {

@@ -58,6 +58,8 @@ def test_metrics_by_hand():
         data,
         tokens=400,
         teacher_tokens=50,  # asked once for both
+        teacher_requests=9,
+        teacher_retries=2,
         policy_loss=3.0,
         distill_loss=1.0,
         divergence=50.0,
@@ -93,6 +95,8 @@ def test_metrics_by_hand():
         "kepo/divergence": 0.5,
         "kepo/gate_rate": 3 / 7,  # two right ones and the dataset's
         "kepo/teacher_tokens": 50,
+        "kepo/teacher_requests": 9,
+        "kepo/teacher_retries": 2,
         "kepo/teacher_skipped_frac": 0.75,
         "kepo/sampled_completions": 12,
         "kepo/data_completions": 1,

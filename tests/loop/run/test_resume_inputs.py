@@ -1,4 +1,4 @@
-"""A run is resumed with the teacher and the questions it began with, or says that it is not."""
+"""A run is resumed with the teacher, questions and code it began with, or says that it is not."""
 
 import json
 import shutil
@@ -8,13 +8,6 @@ from small import config_of
 
 from kepo.errors import KepoCheckpointError, KepoDataError
 from kepo.loop import train
-from kepo.run import milestones
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """Drawing takes longer than the steps."""
-    monkeypatch.setattr(milestones, "plot_curves", lambda *_, **__: None)
 
 
 @pytest.fixture
@@ -91,6 +84,54 @@ def test_the_first_model_counts_where_a_resume_reads_it(own, tmp_path, made):
     with pytest.raises(KepoCheckpointError, match="student has other files"):
         train(own(**settings, kl_coef=0.1, run_dir=tmp_path / "with", steps=2))
     assert train(own(**settings, run_dir=tmp_path / "without", steps=2)).exit_code == 0
+
+
+REWARD = "def concise(completions, **columns):\n    return [1.0] * len(completions)\n"
+TASK = "from kepo.tasks.multiple_choice import MultipleChoice as Base\n\nclass Mine(Base): pass\n"
+
+
+@pytest.mark.parametrize(
+    ("setting", "file", "name"),
+    [
+        ("rewards", "my_rewards.py", "my_rewards.py:concise"),
+        ("rewards", "my_module.py", "my_module:concise"),
+        ("task", "my_task.py", "my_task.py:Mine"),
+    ],
+)
+def test_a_resume_with_other_code_of_the_users_is_refused_or_said(
+    own, tmp_path, capsys, monkeypatch, setting, file, name
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / file).write_text(TASK if setting == "task" else REWARD)
+    settings = dict(
+        teacher=None, distill_coef=0.0, gate_reward=None, eval_data=None, data_fraction=1.0
+    )
+    settings[setting] = name if setting == "task" else ("accuracy", name)
+    assert train(own(**settings)).exit_code == 0
+    assert train(own(**settings, steps=2)).exit_code == 0  # the same file
+    with (tmp_path / file).open("a") as more:
+        more.write("# another\n")
+    source = name.partition(":")[0]
+    words = rf"^changed_inputs: {setting} has other files than the run began with: {source}\. Bring"
+    with pytest.raises(KepoCheckpointError, match=words):
+        train(own(**settings, steps=3))
+    capsys.readouterr()
+    assert train(own(**settings, steps=3, changed_inputs="accept")).exit_code == 0
+    assert f"changed_inputs: accept: {setting} has other files" in capsys.readouterr().out
+    assert train(own(**settings, steps=4)).exit_code == 0
+    assert "other files" not in capsys.readouterr().out
+
+
+def test_a_reward_named_from_python_is_compared_too(own, tmp_path):
+    (tmp_path / "my_rewards.py").write_text(REWARD)
+    settings = dict(
+        teacher=None, distill_coef=0.0, gate_reward=None, eval_data=None, data_fraction=1.0
+    )
+    rewards = ["accuracy", f"{tmp_path}/my_rewards.py:concise"]
+    assert train(own(**settings), rewards=rewards).exit_code == 0
+    (tmp_path / "my_rewards.py").write_text(REWARD.replace("1.0", "0.5"))
+    with pytest.raises(KepoCheckpointError, match=r"rewards has other files .*my_rewards\.py"):
+        train(own(**settings, steps=2), rewards=rewards)
 
 
 def test_a_resume_may_compute_in_other_portions(own, tmp_path, capsys):

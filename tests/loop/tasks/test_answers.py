@@ -4,7 +4,7 @@ import json
 
 import pytest
 from datasets_on_disk import ROW, dataset, record, split_file
-from toy import TASK, question_prompt
+from toy import TASK, example, question_prompt
 
 from kepo.data.example import LETTERS
 from kepo.data.layouts import medr1
@@ -287,18 +287,74 @@ def test_a_text_that_shows_nothing_is_bad(tmp_path, blank):
 
 @pytest.mark.parametrize(
     "answer",
-    ["B", "b", " b. ", "B.", "(B)", "(b).", "B)", "B:", "B) MR", "b. mr", "(B) MR.", "MR", "mr."],
+    ["B", "b", " b. ", "B.", "(B)", "(b).", "B)", "B:", "B) MR", "b. mr", "(B) MR.", "MR", "mr."]
+    + ["**B**", "`b`", "\\text{B}", "$\\mathbf{B}$", "**(B)** MR", "**B. MR**"],
 )
 def test_an_answer_is_read_as_a_completion_would_be(tmp_path, answer):
-    """But for an option's text, which the parser of completions does not know."""
+    """But for an option's text alone, which the parser of completions does not know."""
     assert right_letter(answer, ("CT", "MR", "PET")) == "B"
     read = TASK.answer_of(f"<answer>{answer}</answer>")
-    assert read == (None if "mr" in answer.casefold() else "B")
+    assert read == (None if answer.casefold().startswith("mr") else "B")
     problem = "What is it? A)CT, B)MR, C)PET"
     solved = ROW | {"problem": problem, "solution": f"<answer>{answer}</answer>"}
     assert load_examples(split_file(tmp_path, "CT_train.json", solved))[0][0].answer == "B"
     root = dataset(tmp_path, record(**named("CT", "MR", "PET"), gt_answer=answer))
     assert load_omnimedvqa(root)[0].answer == "B"
+
+
+CATS = ("dog", "cat", "vitamin C", "E. coli", "S. aureus")
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["B", "**B**", "B. cat", "(B)", "B)", "\\text{B}", "\\boxed{B}", "**B. Cat**", "**B.** cat"]
+    + [
+        "**(B)** cat.",
+        "\\(B\\)",
+        "$\\boxed{\\text{B}}$",
+        "**\\boxed{B}**",
+        "__B__: cat",
+        "B) **cat**",
+    ],
+)
+def test_a_letter_is_read_however_it_is_set(said):
+    for right in "ABCDE":
+        asked = example("q", options=CATS, answer=right)
+        assert TASK.is_right(f"<answer>{said}</answer>", asked) == (right == "B")
+    assert TASK.answer_of(f"<answer>{said}</answer>") == "B"
+    assert TASK.is_formatted(f"<think>x</think><answer>{said}</answer>")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "**A** **B**",
+        "\\text{A}\\text{B}",
+        "A, B",
+        "A. dog B. cat",
+        "B. cat or C",
+        "(A)(B)",
+        "A/B",
+        "A. B.",
+        "A) B",
+    ]
+    + ["B. cat, not C", "A. dog; B. cat", "**A** or **B**", "cat"],
+)
+def test_two_letters_or_none_are_no_answer(said):
+    assert TASK.answer_of(f"<answer>{said}</answer>") is None
+    for right in "ABCDE":
+        asked = example("q", options=CATS, answer=right)
+        assert not TASK.is_right(f"<answer>{said}</answer>", asked)
+
+
+def test_a_letter_with_another_options_text_is_not_right():
+    for said, letter in (("B. dog", "B"), ("E. coli", "E"), ("A. cat", "A"), ("D. coli", "D")):
+        assert not TASK.is_right(
+            f"<answer>{said}</answer>", example("q", options=CATS, answer=letter)
+        )
+    asked = example("q", options=CATS, answer="C")
+    assert TASK.is_right("<answer>C. vitamin C</answer>", asked)
+    assert TASK.is_right("<answer>D. E. coli</answer>", example("q", options=CATS, answer="D"))
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,27 @@ def test_a_template_without_the_question_is_refused():
         Task(prompt_template="{q}")
 
 
+@pytest.mark.parametrize("name", ["answer", "solution", "messages", "prompt"])
+def test_a_template_that_shows_the_answer_is_refused(name):
+    words = rf"^prompt_template='.*' would show the right answer .*: \{{{name}\}} holds it; leave"
+    for kind in (Task, MultipleChoice, OpenAnswer):
+        with pytest.raises(KepoConfigError, match=words):
+            kind(prompt_template=f"{{question}} {{{name}}}")
+        assert kind(prompt_template=f"{{question}} {{{{{name}}}}}")
+
+
+@pytest.mark.parametrize("gold", ["A", "a.", "Yes", "**A**", "So \\boxed{yes}", "by 3\n#### A"])
+def test_a_column_that_is_the_answer_under_another_name_is_refused(gold):
+    task = MultipleChoice(prompt_template="{question} {gold}")
+    asked = [example("q", columns={"gold": gold}), example("r", columns={"gold": "A"})]
+    with pytest.raises(
+        KepoConfigError, match=r"\{gold\} is the answer of all 2 questions; leave it"
+    ):
+        faults_of(asked, task, [])
+    other = example("s", columns={"gold": "B"}), example("t", columns={"gold": "\\boxed{A"})
+    assert faults_of([*asked, *other], task, []) == {}
+
+
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
