@@ -26,7 +26,7 @@ from kepo.distributed.processes import rank, world_size
 from kepo.errors import KepoConfigError, KepoError
 from kepo.models.encoding import Encoder, Prompt
 from kepo.models.sampling import Sampled, SamplingParams
-from kepo.rollout.vllm_platform import PLATFORMS, Platform, check_interface
+from kepo.rollout.vllm_platform import PLATFORMS, Platform, check_interface, load_weights
 
 DTYPES = ("float32", "bfloat16", "float16")
 COLDEST, HOTTEST = 0.01, 2.0  # vLLM raises a lower temperature to the first, refuses a higher one
@@ -182,8 +182,8 @@ class VllmSampler:
         They are an error: vLLM dropped its weights when it went to sleep, or has older ones.
         """
         named = {name for name, _ in model.named_parameters()}
-        config = self._llm.llm_engine.model_config
-        return named - set(self._platform.load(model, config, self._weights()))
+        config = self._llm.llm_engine.vllm_config
+        return named - set(load_weights(model, config, self._weights()))
 
     def _request(self, prompt: Prompt) -> tuple[dict[str, Any], list[int]]:
         """Return the request to vLLM, one placeholder per image, and the ids it must expand to."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from kepo.errors import KepoConfigError
 
-Weights = Iterable[tuple[str, Tensor]]
 LLM_CALLS = ("generate", "apply_model", "reset_prefix_cache")
 SLEEP_CALLS = ("sleep", "wake_up")
 
@@ -27,45 +26,40 @@ class Platform:
 
     sleeps: bool
     """True if it can hand back the memory of its weights and cache."""
-    load: Callable[[Any, Any, Weights], Iterable[str]]
-    """A function: vLLM's model, its config, weights -> names of the parameters that got some."""
-    settings: Mapping[str, object] = field(default_factory=dict)
+    settings: Mapping[str, object]
     """Settings of the engine."""
 
 
-def _load_in_place(model: Any, model_config: Any, weights: Weights) -> Iterable[str]:
-    """Load weights into layers that are still as the model's class made them.
+PLATFORMS = {
+    "cuda": Platform(sleeps=True, settings=dict(enable_sleep_mode=True)),
+    # Compiling would take a minute at every start.
+    "cpu": Platform(sleeps=False, settings=dict(enforce_eager=True)),
+}
+"""The platforms by the type of the device that trains."""
 
-    So are, on a GPU, those of models that are not quantised: vLLM 0.32 repacks linear layers after
-    loading on CPUs alone (`UnquantizedLinearMethod.process_weights_after_loading`).
+
+def load_weights(
+    model: Any, vllm_config: Any, weights: Iterable[tuple[str, Tensor]]
+) -> Iterable[str]:
+    """Load weights into vLLM's model, awake; return the names of its parameters that got some.
+
+    After loading vLLM repacks layers: on a CPU all that are linear, on a GPU mixtures of experts,
+    whose ``load_weights`` alone would then mix up gate and up. So it does what the worker's
+    ``reload_weights`` does, which vLLM's own pages call after a sleep. (That only logs what got no
+    weights, and on a CPU leaves a head that is the embedding as it was packed before.)
     """
-    return model.load_weights(weights)
-
-
-def _load_repacked(model: Any, model_config: Any, weights: Weights) -> Iterable[str]:
-    """Load weights into layers that were repacked after loading, and repack them.
-
-    It is what the worker's ``reload_weights`` does, which only logs what got no weights, and leaves
-    a head that is the embedding as it was packed before.
-    """
+    from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.model_loader import reload
 
-    reload.initialize_layerwise_reload(model)
-    loaded = model.load_weights(weights)
-    reload.finalize_layerwise_reload(model, model_config)
-    for layer in model.modules():
-        if isinstance(layer, ParallelLMHead):
-            layer.quant_method.process_weights_after_loading(layer)
+    with set_current_vllm_config(vllm_config):
+        reload.initialize_layerwise_reload(model)
+        loaded = model.load_weights(weights)
+        reload.finalize_layerwise_reload(model, vllm_config.model_config)
+        for layer in model.modules():
+            if isinstance(layer, ParallelLMHead):
+                layer.quant_method.process_weights_after_loading(layer)
     return loaded
-
-
-PLATFORMS = {
-    "cuda": Platform(sleeps=True, load=_load_in_place, settings=dict(enable_sleep_mode=True)),
-    # Compiling would take a minute at every start.
-    "cpu": Platform(sleeps=False, load=_load_repacked, settings=dict(enforce_eager=True)),
-}
-"""The platforms by the type of the device that trains."""
 
 
 def built_for() -> str:

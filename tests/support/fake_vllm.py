@@ -82,7 +82,7 @@ class LLM:
         self.asked: list[tuple[dict, SamplingParams]] = []
         self.awake = {"weights", "kv_cache"}
         self.llm_engine = SimpleNamespace(
-            model_config="model_config",
+            vllm_config="vllm_config",
             reset_encoder_cache=lambda: self.calls.append("reset_encoder_cache"),
             engine_core=SimpleNamespace(shutdown=lambda: self.calls.append("shutdown")),
         )

@@ -1,6 +1,5 @@
 """Whole runs whose completions vLLM itself samples, on a CPU; see test_vllm_itself.py."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from small import config_of, rigged
 
 from kepo.digits.dataset import write_digits
 from kepo.loop import train
-from kepo.rollout import vllm_platform
+from kepo.rollout import vllm as sampling
 from kepo.rollout.vllm import VllmSampler
 from kepo.run import milestones
 from kepo.run.metrics import read_metrics
@@ -85,14 +84,13 @@ def test_three_steps_with_an_evaluation_and_the_same_resumed(made, tmp_path, apa
 
 def test_weights_that_are_not_heard_show(made, tmp_path, monkeypatch, apart):
     """The fault: from the second step on vLLM samples with the first one's."""
-    cpu = vllm_platform.PLATFORMS["cpu"]
-    loaded = []
+    load, loaded = sampling.load_weights, []
 
-    def once(model, model_config, weights):
+    def once(model, vllm_config, weights):
         if not loaded:
-            loaded.append(cpu.load(model, model_config, weights))
+            loaded.append(load(model, vllm_config, weights))
         return loaded[0]
 
-    monkeypatch.setitem(vllm_platform.PLATFORMS, "cpu", replace(cpu, load=once))
+    monkeypatch.setattr(sampling, "load_weights", once)
     steps_of(settings(made, tmp_path / "stale", eval_every=0, eval_data=None))
     assert apart[0] < ROUNDING and apart[-1] > 100 * ROUNDING
