@@ -41,10 +41,11 @@ extras-test: $(VENV)/extras/.stamp  ## the tests of trackers, of models and mome
 	OMP_NUM_THREADS=1 $(VENV)/extras/bin/python -m pytest -q -m slow -k zero3 tests/kernels/test_fused_head_processes.py
 
 # VLLM_RESULTS: a file for the numbers that were compared.
-VLLM_TESTS = tests/loop/rollout/test_vllm_itself.py tests/loop/run/test_vllm_run.py
-vllm-test: $(VENV)/vllm/.stamp  ## the tests that sample with vLLM itself, on the CPU
-	OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR $(if $(VLLM_RESULTS),KEPO_VLLM_RESULTS=$(VLLM_RESULTS)) \
-		$(VENV)/vllm/bin/python -m pytest -q -m vllm $(VLLM_TESTS)
+VLLM_TESTS = tests/loop/rollout/test_vllm_itself.py tests/loop/run/test_vllm_run.py tests/loop/teachers/test_vllm_server.py
+VLLM_PYTHON = $(abspath $(VENV))/vllm/bin/python
+vllm-test: $(VENV)/vllm/.stamp  ## the tests of vLLM itself, on the CPU: what it samples, and served as a teacher
+	OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR KEPO_VLLM_PYTHON=$(VLLM_PYTHON) \
+		$(if $(VLLM_RESULTS),KEPO_VLLM_RESULTS=$(VLLM_RESULTS)) $(VLLM_PYTHON) -m pytest -q -m vllm $(VLLM_TESTS)
 
 lint: $(VENV)/test.stamp  ## ruff check, ruff format --check, mypy
 	$(PY) -m ruff check .
@@ -121,7 +122,7 @@ $(VENV)/extras/.stamp: | $(VENV)/test.stamp
 
 # Its torch is the build for CPUs, on pytorch.org unless pip finds it elsewhere. torchaudio and torchcodec have no build for
 # it on PyPI, fail to import, and are needed by no model here.
-VLLM_PIP = $(VENV)/vllm/bin/python -m pip install --disable-pip-version-check
+VLLM_PIP = $(VLLM_PYTHON) -m pip install --disable-pip-version-check
 $(VENV)/vllm/.stamp: | $(VENV)/package.stamp
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
