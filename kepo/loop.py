@@ -15,6 +15,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -117,7 +118,7 @@ def train(
     ):
         run = open_run(config, device, stop, env, own, sinks or ())
         if run is not None:
-            with run.sinks:
+            with run.sinks, closing(run.models.sampler):
                 take_steps(run)
                 draw_curves(run)
         newest = None if run is None or run.newest is None else run.newest / "policy"

@@ -171,7 +171,7 @@ class ModelsConfig(TeacherConfig, PicturesConfig):
     sampler: Literal["transformers", "vllm"] = "transformers"
     """What samples completions: transformers, or vllm in the same processes."""
     vllm_memory: PositiveShare = 0.3
-    """Share of each GPU's memory that vLLM reserves."""
+    """Share of each GPU's memory that vLLM reserves; on a CPU, of the machine's."""
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,9 @@ class VLM:
         sampled = self.generate(self.encode(prompts), params, seeds)
         return Sampled(*(x.cpu() for x in sampled))
 
+    def close(self) -> None:
+        """Give back nothing: the model samples with what it trains."""
+
     # ---- model ----
 
     def generate(

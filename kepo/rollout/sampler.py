@@ -34,3 +34,6 @@ class Sampler(Protocol):
         where `collective` is False do the same seeds promise the same tokens beside other prompts,
         rounding apart.
         """
+
+    def close(self) -> None:
+        """Give back what sampling alone has held. Called once, at the end of a run."""

@@ -1,7 +1,8 @@
-"""vLLM in the processes that train: it samples with the policy's weights, and sleeps otherwise.
+"""vLLM in the processes that train: it samples with the policy's weights, and on a GPU it sleeps
+otherwise.
 
-Written for the interface of vLLM 0.22 to 0.33 and tested against a stand-in with that interface,
-not against vLLM itself. It computes differently from the trainer, and resizes images differently:
+Tested on a CPU against vLLM 0.32 itself (tests/vllm), and everywhere against a stand-in with its
+interface. On a GPU it computes differently from the trainer, and may resize images differently:
 watch `sampling/sampling_logp_difference`, and set `sampler_correction: truncate`.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -24,6 +26,7 @@ from kepo.distributed.processes import rank, world_size
 from kepo.errors import KepoConfigError, KepoError
 from kepo.models.encoding import Encoder, Prompt
 from kepo.models.sampling import Sampled, SamplingParams
+from kepo.rollout.vllm_platform import PLATFORMS, Platform, check_interface, load_weights
 
 DTYPES = ("float32", "bfloat16", "float16")
 COLDEST, HOTTEST = 0.01, 2.0  # vLLM raises a lower temperature to the first, refuses a higher one
@@ -31,7 +34,7 @@ BANNED = -100.0  # of the biases that vLLM is sure to take, the lowest; e^-50 at
 
 
 class VllmSampler:
-    """A `Sampler`: one `vllm.LLM` per rank, on the rank's own GPU, with unsharded weights.
+    """A `Sampler`: one `vllm.LLM` per rank, on the rank's own GPU or a CPU, with unsharded weights.
 
     The same seed gives the same tokens beside other prompts as far as vLLM's rounding does not
     depend on them.
@@ -44,6 +47,7 @@ class VllmSampler:
         encoder: Encoder,
         path: str | Path,
         *,
+        device: torch.device,
         dtype: str,
         memory_share: float,
         never_sampled: Iterable[int],
@@ -54,8 +58,10 @@ class VllmSampler:
 
         Args:
             path: folder or Hub name of the policy; vLLM takes its configuration from there.
+            device: the device that trains, and on which vLLM computes.
             dtype: the dtype vLLM computes in: float32, bfloat16 or float16.
-            memory_share: the share of the GPU for vLLM's weights and its cache of keys and values.
+            memory_share: the share of the GPU, or of the machine, for vLLM's weights and its cache
+                of keys and values.
             never_sampled: token ids that cannot be drawn.
             weights: the policy's present weights, every tensor unsharded, under the names of its
                 checkpoint. Read once in each `ready`, one tensor at a time.
@@ -70,17 +76,24 @@ class VllmSampler:
         self.encoder = encoder
         self._weights = weights
         self._biases = dict.fromkeys(never_sampled, BANNED)
-        self._llm = _load(path, encoder, dtype, memory_share) if llm is None else llm
+        self._platform = PLATFORMS[device.type]
+        if llm is None:
+            settings = _engine(path, encoder, dtype, memory_share, self._platform)
+            anything = SamplingParams(max_tokens=1, temperature=1.0)
+            asked = {"seed", *self._settings(anything)}
+            check_interface(_vllm(), self._platform, settings, asked)
+            llm = _started(settings)
+        self._llm = llm
         self._awake = False
         self._sleep()
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Wake vLLM and give it the policy's present weights; it sleeps again on leaving."""
+        """Wake vLLM and give it the policy's present weights; where it can it sleeps on leaving."""
         try:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # what the trainer's allocator only keeps for later
-            self._llm.wake_up(tags=["weights"])  # first: their memory is not mapped until then
+            self._wake("weights")  # first: their memory is not mapped until then
             missing = sorted(set().union(*self._llm.apply_model(self._take_weights)))
             if missing:
                 raise KepoError(
@@ -89,7 +102,7 @@ class VllmSampler:
                 )
             self._llm.reset_prefix_cache()  # both hold what older weights computed
             self._llm.llm_engine.reset_encoder_cache()
-            self._llm.wake_up(tags=["kv_cache"])
+            self._wake("kv_cache")
             self._awake = True
             yield
         finally:
@@ -111,17 +124,8 @@ class VllmSampler:
         seeds = params.seeds_for(len(prompts), seeds)
         asked = [self._request(prompt) for prompt in prompts]
         asked = [one for one in asked for _ in range(params.n)]
-        settings = dict(
-            n=1,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            max_tokens=params.max_tokens,
-            logprobs=None if params.greedy else 0,  # 0: of the token drawn and of no others
-            stop_token_ids=list(self.encoder.end_ids),
-            logit_bias=self._biases,
-            detokenize=False,
-        )
         sampling_params = _vllm().SamplingParams
+        settings = self._settings(params)
         drawn: Sequence[int | None] = seeds or [None] * len(asked)
         outputs = self._llm.generate(
             [request for request, _ in asked],
@@ -142,31 +146,50 @@ class VllmSampler:
         completions = [self._completion(output, params.max_tokens) for output in outputs]
         return self._padded(completions, greedy=params.greedy)
 
+    def close(self) -> None:
+        """End the engine, which nothing else does: dropped, it would keep its memory."""
+        self._llm.llm_engine.engine_core.shutdown()
+
     # ---- private ----
+
+    def _settings(self, params: SamplingParams) -> dict[str, Any]:
+        """Return the settings of a request, all but its seed, by the names of vLLM's."""
+        return dict(
+            n=1,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            max_tokens=params.max_tokens,
+            logprobs=None if params.greedy else 0,  # 0: of the token drawn and of no others
+            stop_token_ids=list(self.encoder.end_ids),
+            logit_bias=self._biases,
+            detokenize=False,
+        )
 
     def _sleep(self) -> None:
         self._awake = False
-        # Level 2 drops the weights; level 1 would keep a copy in host memory that no one reads,
-        # as every `ready` loads new ones.
-        self._llm.sleep(level=2)
+        if self._platform.sleeps:
+            # Level 2 drops the weights; level 1 would keep a copy in host memory that no one
+            # reads, as every `ready` loads new ones.
+            self._llm.sleep(level=2)
+
+    def _wake(self, what: str) -> None:
+        if self._platform.sleeps:
+            self._llm.wake_up(tags=[what])
 
     def _take_weights(self, model: Any) -> set[str]:
         """Load the policy's weights into vLLM's model; return the names of those that got none.
 
-        They are an error: vLLM dropped its weights when it went to sleep.
+        They are an error: vLLM dropped its weights when it went to sleep, or has older ones.
         """
-        loaded = model.load_weights(self._weights())
-        return {name for name, _ in model.named_parameters()} - set(loaded)
+        named = {name for name, _ in model.named_parameters()}
+        config = self._llm.llm_engine.vllm_config
+        return named - set(load_weights(model, config, self._weights()))
 
     def _request(self, prompt: Prompt) -> tuple[dict[str, Any], list[int]]:
         """Return the request to vLLM, one placeholder per image, and the ids it must expand to."""
         expanded = self.encoder.encode([prompt]).input_ids[0].tolist()
         image = self.encoder.image_token_id
-        ids = [
-            token
-            for token, run in groupby(expanded)
-            for _ in range(1 if token == image else len(list(run)))
-        ]
+        ids = self._as_the_template_writes(expanded)
         pictures = [open_rgb(path) for path in prompt.images]
         if ids.count(image) != len(pictures):
             raise KepoError(
@@ -177,6 +200,25 @@ class VllmSampler:
         if pictures:
             request["multi_modal_data"] = {"image": pictures}
         return request, expanded
+
+    def _as_the_template_writes(self, expanded: list[int]) -> list[int]:
+        """Return the ids with one placeholder per image, and without what vLLM puts around it."""
+        read = self.encoder.pictures
+        if read is None:
+            return expanded
+        ids: list[int] = []
+        for token, run in groupby(expanded):
+            if token != read.token:
+                ids += run
+                continue
+            if read.before:
+                del ids[-len(read.before) :]
+            ids.append(token)
+        return [
+            token
+            for place, token in enumerate(ids)
+            if not (token in read.after and ids[place - 1] == read.token)
+        ]
 
     def _completion(self, output: Any, max_tokens: int) -> Any:
         (completion,) = output.outputs
@@ -219,33 +261,53 @@ class VllmSampler:
             )
 
 
-def _load(path: str | Path, encoder: Encoder, dtype: str, memory_share: float) -> Any:
-    pictures: dict[str, Any] = {}
-    if encoder.pictures is not None:
-        if encoder.pictures.vllm is None:
-            raise KepoConfigError(
-                f"sampler='vllm' with {path}: it is not known whether vLLM reads this family's "
-                "pictures as the encoder does; set sampler: transformers"
-            )
-        settings = encoder.pictures.vllm(encoder.pictures.processor)
-        pictures = dict(limit_mm_per_prompt={"video": 0}, mm_processor_kwargs=settings)
+def _engine(
+    path: str | Path, encoder: Encoder, dtype: str, memory_share: float, platform: Platform
+) -> dict[str, Any]:
+    """Return the settings of the engine, by the names of vLLM's."""
+    return dict(
+        model=str(path),
+        dtype=dtype,
+        tensor_parallel_size=1,
+        distributed_executor_backend="external_launcher",  # in this process, beside the trainer
+        gpu_memory_utilization=memory_share,
+        max_model_len=-1,  # as long as that memory allows, not as long as the model could
+        max_num_batched_tokens=4096,  # else it sets memory aside for far larger steps
+        seed=rank(),
+        logprobs_mode="processed_logprobs",  # of the law after biases, temperature and top_p
+        generation_config="vllm",  # and not the model's own defaults
+        trust_remote_code=False,
+        load_format="safetensors",
+        **platform.settings,
+        **_reading(path, encoder),
+    )
+
+
+def _started(settings: dict[str, Any]) -> Any:
+    vllm = _vllm()
     with _launched():
-        return _vllm().LLM(
-            model=str(path),
-            dtype=dtype,
-            tensor_parallel_size=1,
-            distributed_executor_backend="external_launcher",  # in this process, beside the trainer
-            gpu_memory_utilization=memory_share,
-            max_model_len=-1,  # as long as that memory allows, not as long as the model could
-            max_num_batched_tokens=4096,  # else it sets memory aside for far larger steps
-            enable_sleep_mode=True,
-            seed=rank(),
-            logprobs_mode="processed_logprobs",  # of the law after biases, temperature and top_p
-            generation_config="vllm",  # and not the model's own defaults
-            trust_remote_code=False,
-            load_format="safetensors",
-            **pictures,
+        try:
+            return vllm.LLM(**settings)
+        except ValueError as error:
+            said = textwrap.shorten(str(error), 500)
+            share = settings["gpu_memory_utilization"]
+            raise KepoConfigError(
+                f"sampler='vllm' with {settings['model']}: vLLM {vllm.__version__} does not start "
+                f"with dtype={settings['dtype']} and vllm_memory={share}: {said}"
+            ) from error
+
+
+def _reading(path: str | Path, encoder: Encoder) -> dict[str, Any]:
+    """Return the settings by which vLLM reads pictures as the encoder does."""
+    if encoder.pictures is None:
+        return {}
+    if encoder.pictures.vllm is None:
+        raise KepoConfigError(
+            f"sampler='vllm' with {path}: it is not known whether vLLM reads this family's "
+            "pictures as the encoder does; set sampler: transformers"
         )
+    settings = encoder.pictures.vllm(encoder.pictures.processor)
+    return dict(limit_mm_per_prompt={"video": 0}, mm_processor_kwargs=settings)
 
 
 def _vllm() -> Any:

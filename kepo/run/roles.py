@@ -160,6 +160,7 @@ def load_sampler(config: ModelsConfig, policy: VLM) -> Sampler:
     return VllmSampler(
         policy.encoder,
         config.student,
+        device=policy.device,
         dtype=config.dtype,
         memory_share=config.vllm_memory,
         never_sampled=policy.never_sampled(),

@@ -98,7 +98,10 @@ REFUSED = {
         {"sampler": "vllm", "sampling_temperature": 3.0},
         r"sampling_temperature=3.0; sampler='vllm' takes",
     ),
-    "vllm without CUDA": ({"sampler": "vllm"}, "sampler='vllm' needs device: cuda"),
+    "no vllm, or of GPUs": (
+        {"sampler": "vllm"},
+        "sampler='vllm'( needs the package vllm|: the vLLM that is installed is built for cuda)",
+    ),
     "liger without CUDA": ({"liger_layers": True}, "liger_layers=True needs device: cuda"),
     "sharding": ({"sharding": "zero3"}, "sharding='zero3'"),
     "bits": ({"teacher_bits": 2}, "teacher_bits=2"),
@@ -150,6 +153,13 @@ def test_refused_by_name_before_anything_loads(good, monkeypatch, settings, mess
     monkeypatch.setattr(opening, "load_policy", no_model)
     with pytest.raises(KepoConfigError, match=message):
         train(replace(good, **settings))
+
+
+def test_a_vllm_for_other_devices_is_named(good, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
+    monkeypatch.setattr("kepo.check.built_for", lambda: "cuda")
+    with pytest.raises(KepoConfigError, match=r"sampler='vllm': .* is built for cuda, .* 'cpu'"):
+        check(replace(good, sampler="vllm", device="cpu"))
 
 
 @pytest.mark.parametrize(

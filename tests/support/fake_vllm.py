@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import make_dataclass
+from inspect import Parameter, Signature
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+__version__ = "0.0 (a stand-in)"
 ENGINE_SETTINGS = {
     *("model", "dtype", "tensor_parallel_size", "distributed_executor_backend", "seed"),
     *("gpu_memory_utilization", "max_model_len", "max_num_batched_tokens", "enable_sleep_mode"),
     *("logprobs_mode", "generation_config", "limit_mm_per_prompt", "mm_processor_kwargs"),
-    *("trust_remote_code", "load_format"),
+    *("trust_remote_code", "load_format", "enforce_eager"),
 }
+EngineArgs = make_dataclass("EngineArgs", sorted(ENGINE_SETTINGS))
 DEFAULTS = dict(
     n=1,
     temperature=1.0,
@@ -35,6 +39,8 @@ DEFAULTS = dict(
 
 
 class SamplingParams(SimpleNamespace):
+    __signature__ = Signature([Parameter(name, Parameter.KEYWORD_ONLY) for name in DEFAULTS])
+
     def __init__(self, **settings: Any):
         if unknown := set(settings) - set(DEFAULTS):
             raise TypeError(f"Unexpected keyword argument {sorted(unknown)}")
@@ -76,7 +82,9 @@ class LLM:
         self.asked: list[tuple[dict, SamplingParams]] = []
         self.awake = {"weights", "kv_cache"}
         self.llm_engine = SimpleNamespace(
-            reset_encoder_cache=lambda: self.calls.append("reset_encoder_cache")
+            vllm_config="vllm_config",
+            reset_encoder_cache=lambda: self.calls.append("reset_encoder_cache"),
+            engine_core=SimpleNamespace(shutdown=lambda: self.calls.append("shutdown")),
         )
 
     def sleep(self, level: int = 1):

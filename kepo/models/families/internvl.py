@@ -77,6 +77,7 @@ def pictures(path: str | Path, config: Any, tokenizer: Any) -> Pictures:
         count_by_size=lambda processor, width, height: each * _tiles(processor, width, height),
         before=(before,),
         after=(after,),
+        vllm=lambda processor: {},  # it reads the same file, and no setting of ours changes it
     )
 
 
@@ -195,6 +196,7 @@ def tower(model: Any) -> Tower:
 # ---- for tiny models ----
 
 PATCH, TILE = 14, 56
+TOKENS_OF_A_TILE = (TILE // PATCH) ** 2 // 4
 TOKENS = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
@@ -242,7 +244,7 @@ def tiny_config(tokenizer: Any, size: TinySize) -> Any:
             initializer_range=0.06,
         ),
         image_token_id=tokenizer.convert_tokens_to_ids(TOKENS["context_image_token"]),
-        image_seq_length=(TILE // PATCH) ** 2 // 4,
+        image_seq_length=TOKENS_OF_A_TILE,
         tie_word_embeddings=size.tied,
     )
 
@@ -253,6 +255,8 @@ def finish_tiny(path: Path, tokenizer: Any) -> None:
     file = path / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) | {"extra_special_tokens": TOKENS}
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    processor = {"processor_class": "InternVLProcessor", "image_seq_length": TOKENS_OF_A_TILE}
+    (path / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n", "utf-8")
     pillow_processor_class(PROCESSOR)(
         size={"height": TILE, "width": TILE},
         crop_to_patches=True,

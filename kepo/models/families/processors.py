@@ -43,14 +43,14 @@ def pillow_processor_class(name: str = QWEN) -> Any:
 def without_broken_torchvision() -> bool:
     """Return whether torchvision works; if it is installed but broken, hide it, as if missing.
 
-    Beside a torch it was not built for, its own operators do not exist, and transformers, which
-    only sees that it is installed, then cannot import a single vision model. Call it before the
-    first of them is imported.
+    It works if it resizes. Beside a torch it was not built for, its own operators do not exist,
+    and as a rule it cannot be imported; transformers, which only sees that it is installed, then
+    cannot import a single vision model. Call it before the first of them is imported.
     """
     try:
-        from torchvision.ops import nms
+        from torchvision.transforms.v2 import functional
 
-        nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+        functional.resize(torch.zeros(3, 2, 2), [4, 4])
         return True
     except Exception:  # not there, or of a broken binary anything
         for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:

@@ -63,8 +63,8 @@ def pictures_of(processor: Any, token: int) -> Pictures:
 
 
 def _edges(processor: Any) -> dict[str, Any]:
-    size = processor.size
-    return dict(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"])
+    edges = ("shortest_edge", "longest_edge")
+    return dict(size={name: processor.size[name] for name in edges})
 
 
 def _check_pictures(path: str | Path, image_processor: Any, config: Any) -> None:

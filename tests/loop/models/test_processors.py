@@ -127,9 +127,11 @@ def test_a_broken_torchvision_counts_as_missing(unprobed, monkeypatch, tmp_path)
 
 
 def test_a_torchvision_that_works_is_used(unprobed, monkeypatch, tmp_path):
-    (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision" / "__init__.py").write_text("")
-    (tmp_path / "torchvision" / "ops.py").write_text("def nms(*arguments): return 0\n")
+    folder = tmp_path / "torchvision" / "transforms" / "v2"
+    folder.mkdir(parents=True)
+    for package in (folder, folder.parent, folder.parent.parent):
+        (package / "__init__.py").write_text("")
+    (folder / "functional.py").write_text("def resize(*arguments): return 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert unprobed() and "torchvision" in sys.modules
 

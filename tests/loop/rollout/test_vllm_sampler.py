@@ -2,7 +2,8 @@
 
 import os
 import sys
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import fake_vllm
@@ -19,10 +20,13 @@ from kepo.errors import KepoConfigError, KepoError
 from kepo.models.encoding import Prompt
 from kepo.models.sampling import SamplingParams
 from kepo.models.vlm import VLM
+from kepo.rollout import vllm as sampling
+from kepo.rollout import vllm_platform
 from kepo.rollout.rollouts import sample
 from kepo.rollout.vllm import VllmSampler
 
 PARAMS = SamplingParams(max_tokens=6, temperature=0.9, top_p=0.8)
+OtherArgs = make_dataclass("OtherArgs", sorted(fake_vllm.ENGINE_SETTINGS - {"dtype", "seed"}))
 WAKING = ["wake_up weights", "apply_model", "reset_prefix_cache", "reset_encoder_cache"]
 
 
@@ -72,6 +76,7 @@ def made(student, monkeypatch):
     monkeypatch.setattr(fake_vllm.LLM, "answer", staticmethod(answer), raising=False)
     monkeypatch.setattr(fake_vllm.LLM, "expand", staticmethod(expand), raising=False)
     monkeypatch.setitem(sys.modules, "vllm", fake_vllm)
+    monkeypatch.setattr(sampling, "load_weights", lambda model, _, given: model.load_weights(given))
     present = {"shift": torch.tensor(3), "other": torch.ones(2)}
 
     def sampler(**settings):
@@ -79,6 +84,7 @@ def made(student, monkeypatch):
             vlm.encoder,
             folder,
             **{
+                "device": torch.device("cuda"),  # for which platform; nothing is put there
                 "dtype": "bfloat16",
                 "memory_share": 0.4,
                 "never_sampled": vlm.never_sampled(),
@@ -131,6 +137,21 @@ def test_a_prompt_has_one_placeholder_and_its_picture(made, images):
         assert [t for t in encoded if t != image] == [
             t for t in request["prompt_token_ids"] if t != image
         ]
+
+
+def test_tokens_around_a_picture_are_vllms_own(images, tmp_path):
+    """InternVL's template writes one token for a picture; the encoder and vLLM enclose it."""
+    build_tiny(tmp_path, size="student", seed=0, family="internvl")
+    vlm = VLM.load(tmp_path)
+    how = dict(device=torch.device("cpu"), dtype="float32", memory_share=0.3, never_sampled=[])
+    llm = fake_vllm.LLM(model="there")
+    sampler = VllmSampler(vlm.encoder, tmp_path, **how, weights=dict, llm=llm)
+    prompt = Prompt("Which?", images[:2])
+    request, expanded = sampler._request(prompt)
+    asked = vlm.tokenizer.decode(request["prompt_token_ids"])
+    template = "user\n<IMG_CONTEXT>\n<IMG_CONTEXT>\nWhich?<|im_end|>"
+    assert template in asked
+    assert vlm.tokenizer.decode(expanded).count("<img><IMG_CONTEXT>") == 2
 
 
 def test_the_law_is_the_one_asked_for(made, images):
@@ -237,6 +258,38 @@ def test_asleep_it_does_not_sample(made, images):
         sampler.sample([Prompt("Which?", images[0])], PARAMS, seeds=[1])
 
 
+def test_closed_the_engine_ends(made):
+    sampler = made.sampler()
+    sampler.close()
+    assert sampler._llm.calls[-1] == "shutdown"
+
+
+# ---- where it computes ----
+
+
+def test_on_a_cpu_it_neither_sleeps_nor_wakes(made, images):
+    sampler = made.sampler(device=torch.device("cpu"))
+    assert "enable_sleep_mode" not in sampler._llm.settings
+    assert sampler._llm.settings["enforce_eager"] is True
+    with sampler.ready():
+        sampler.sample([Prompt("Which?", images[0])], PARAMS, seeds=[1])
+    assert sampler._llm.calls == [*WAKING[1:], "generate"]
+
+
+@pytest.mark.parametrize(
+    ("installed", "device"),
+    [({"vllm": "0.32.0"}, "cuda"), ({"vllm": "0.32.0+cpu"}, "cpu"), ({}, "cpu")],
+)
+def test_a_build_tells_its_device(monkeypatch, installed, device):
+    def version(name):
+        if name not in installed:
+            raise PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(vllm_platform, "version", version)
+    assert vllm_platform.built_for() == device
+
+
 # ---- how it is started ----
 
 
@@ -268,6 +321,7 @@ def test_images_are_resized_as_the_encoder_does(made, student, images, monkeypat
     sampler = VllmSampler(
         vlm.encoder,
         student[0],
+        device=torch.device("cuda"),
         dtype="float32",
         memory_share=0.3,
         never_sampled=[],
@@ -314,6 +368,35 @@ def test_an_engine_that_cannot_be_is_refused(made, monkeypatch):
             made.sampler(**settings)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(KepoConfigError, match=r"pip install 'kepo\[vllm\]'"):
+        made.sampler()
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        (lambda m: m.delattr(fake_vllm.LLM, "apply_model"), r"LLM\.apply_model"),
+        (lambda m: m.delattr(fake_vllm.LLM, "sleep"), r"LLM\.sleep"),
+        (lambda m: m.setattr(fake_vllm, "EngineArgs", OtherArgs), r"EngineArgs\.dtype, EngineArgs"),
+        (
+            lambda m: m.setattr(fake_vllm, "SamplingParams", lambda seed, n: 0),
+            r"SamplingParams\.detokenize, Samp",
+        ),
+    ],
+    ids=["call", "call of a platform", "setting", "request"],
+)
+def test_another_interface_is_refused(made, monkeypatch, lost, said):
+    lost(monkeypatch)
+    with pytest.raises(KepoConfigError, match=rf"^sampler='vllm': vLLM 0\.0 .* has no {said}"):
+        made.sampler()
+
+
+def test_what_the_engine_refuses_is_one_sentence(made, monkeypatch):
+    def refuse(llm, **settings):
+        raise ValueError("1 validation error\n  no such dtype")
+
+    monkeypatch.setattr(fake_vllm.LLM, "__init__", refuse)
+    said = "vllm_memory=0.4: 1 validation error no such dtype$"
+    with pytest.raises(KepoConfigError, match=said):
         made.sampler()
 
 
