@@ -99,7 +99,7 @@ class KepoGRPOTrainer(GRPOTrainer):
         self.teacher_model = None if teacher_model is None else self._teacher(teacher_model)
         fuse_head(self)
         self._uncovered = uncovered(self)
-        if self._uncovered:
+        if self._uncovered and self.accelerator.is_main_process:
             logger.warning(
                 "%s is not part of fused_kepo_loss: the policy's loss is TRL's own, on "
                 "log-probabilities of the fused head",
@@ -136,7 +136,7 @@ class KepoGRPOTrainer(GRPOTrainer):
                 "KepoGRPOTrainer: hinted_prompts is given without gate_reward, which says what a "
                 "failed completion is; expected both"
             )
-        if self.tools or self.rollout_func is not None:
+        if self.tools or self.environment_factories or self.rollout_func is not None:
             raise KepoInputError(
                 "KepoGRPOTrainer: hinted_prompts is given beside tools, an environment or a "
                 "rollout_func; expected completions of one turn: leave one of them out"
