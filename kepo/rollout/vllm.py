@@ -191,10 +191,11 @@ class VllmSampler:
         image = self.encoder.image_token_id
         ids = self._as_the_template_writes(expanded)
         pictures = [open_rgb(path) for path in prompt.images]
-        if ids.count(image) != len(pictures):
+        runs = 0 if image is None else ids.count(image)
+        if runs != len(pictures):
             raise KepoError(
                 f"VllmSampler.sample: the prompt {prompt.text!r} has {len(pictures)} images and "
-                f"{ids.count(image)} runs of placeholders; expected something between two images"
+                f"{runs} runs of placeholders; expected something between two images"
             )
         request: dict[str, Any] = {"prompt_token_ids": ids}
         if pictures:
