@@ -192,3 +192,19 @@ def test_gradients_of_a_sharded_model_are_those_of_one_process(tmp_path, adapter
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert float((found[name] - gradient).norm()) <= 2e-6 * float(gradient.norm()), name
+
+
+@pytest.mark.processes
+def test_distillation_in_two_processes_is_trls(tmp_path):
+    write_model(tmp_path / "pupil")
+    write_model(tmp_path / "teacher", seed=5, hidden=48)
+    script = SUPPORT / "trl_distilled.py", tmp_path
+    ended = torchrun(*script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output, _ = ended.communicate(timeout=120)
+    assert ended.returncode == 0, output[-4000:]
+    for rank in range(2):
+        theirs, ours = torch.load(tmp_path / f"rank{rank}.pt")
+        for one, other in zip(theirs["log"], ours["log"], strict=True):
+            assert other == pytest.approx(one, rel=1e-5)
+        assert float((ours["after"] - theirs["after"]).abs().max()) < 1e-6
+        assert float((theirs["after"] - theirs["before"]).abs().max()) > 1e-3
