@@ -13,7 +13,6 @@ import socket
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -188,38 +187,12 @@ class VllmSampler:
     def _request(self, prompt: Prompt) -> tuple[dict[str, Any], list[int]]:
         """Return the request to vLLM, one placeholder per image, and the ids it must expand to."""
         expanded = self.encoder.encode([prompt]).input_ids[0].tolist()
-        image = self.encoder.image_token_id
-        ids = self._as_the_template_writes(expanded)
+        [ids] = self.encoder.chat_ids([prompt])
         pictures = [open_rgb(path) for path in prompt.images]
-        runs = 0 if image is None else ids.count(image)
-        if runs != len(pictures):
-            raise KepoError(
-                f"VllmSampler.sample: the prompt {prompt.text!r} has {len(pictures)} images and "
-                f"{runs} runs of placeholders; expected something between two images"
-            )
         request: dict[str, Any] = {"prompt_token_ids": ids}
         if pictures:
             request["multi_modal_data"] = {"image": pictures}
         return request, expanded
-
-    def _as_the_template_writes(self, expanded: list[int]) -> list[int]:
-        """Return the ids with one placeholder per image, and without what vLLM puts around it."""
-        read = self.encoder.pictures
-        if read is None:
-            return expanded
-        ids: list[int] = []
-        for token, run in groupby(expanded):
-            if token != read.token:
-                ids += run
-                continue
-            if read.before:
-                del ids[-len(read.before) :]
-            ids.append(token)
-        return [
-            token
-            for place, token in enumerate(ids)
-            if not (token in read.after and ids[place - 1] == read.token)
-        ]
 
     def _completion(self, output: Any, max_tokens: int) -> Any:
         (completion,) = output.outputs
