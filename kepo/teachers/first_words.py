@@ -152,7 +152,7 @@ def check_sight(teacher: ServedTeacher, prompt: Prompt) -> None:
     if encoder.pictures is None or encoder.pictures.vllm is None:
         raise KepoConfigError(
             f"{which}={url!r} and pictures: it is not known whether a server reads this family's "
-            "placeholders as the encoder writes them; use a local teacher, or Qwen models"
+            "placeholders as the encoder writes them; use a local teacher, Qwen or InternVL"
         )
     tokens = encoder.tokenizer(" 3 + 5", add_special_tokens=False)["input_ids"]
     [ids] = encoder.chat_ids([prompt])
