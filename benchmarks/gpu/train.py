@@ -144,13 +144,14 @@ def made(home: Path, family: str) -> Path:
         for number in range(8):
             pixels = torch.randint(0, 256, (64, 96, 3), generator=draws, dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(home / f"{number}.png")
-    (home / "sees").write_text("yes" if FAMILIES[family].pictures is not None else "no")
+    sees = "yes" if FAMILIES[family].pictures is not None else "no"
+    (home / "sees").write_text(sees, encoding="utf-8")
     return home
 
 
 def questions(home: Path) -> list[Record]:
     records: list[Record] = []
-    sees = (home / "sees").read_text() == "yes"
+    sees = (home / "sees").read_text(encoding="utf-8") == "yes"
     for number in range(8):
         sums = [str(number + offset) for offset in (3, 5)]
         record: Record = dict(id=f"q{number}", question=f"What is the sum of {number}?")

@@ -124,6 +124,9 @@ class ScriptedVLM:
     def run_wrapped(self, work):
         return work()
 
+    def close(self):
+        """As a sampler, it holds nothing."""
+
     def sample(self, prompts, params, seeds=None):
         return self.generate(self.encode(prompts), params)
 

@@ -256,7 +256,8 @@ def finish_tiny(path: Path, tokenizer: Any) -> None:
     settings = json.loads(file.read_text(encoding="utf-8")) | {"extra_special_tokens": TOKENS}
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     processor = {"processor_class": "InternVLProcessor", "image_seq_length": TOKENS_OF_A_TILE}
-    (path / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n", "utf-8")
+    file = path / "processor_config.json"
+    file.write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
     pillow_processor_class(PROCESSOR)(
         size={"height": TILE, "width": TILE},
         crop_to_patches=True,

@@ -52,7 +52,7 @@ FAULTS = {
     "8 first match": (faults.odd_hints_do_not_end_the_run, faults.first_match_or_crash),
     "8 format": (faults.braces_are_text, faults.prompts_by_format),
 }
-CRASHES = {"8 first match": AttributeError, "8 format": KepoConfigError}
+CRASHES = {"8 first match": KepoConfigError, "8 format": KepoConfigError}
 """What ended the run where the others went on with something wrong."""
 CHECKS = list(dict.fromkeys(check for check, _ in FAULTS.values()))
 
