@@ -24,7 +24,7 @@ class Teacher:
     @property
     def tensor(self) -> Tensor:
         """Return a tensor (B, T, *) or (N, *) of it, of all sequences or of the open ones."""
-        raise NotImplementedError
+        raise NotImplementedError  # states and tokens have one each, below
 
     name = "teacher_hidden"  # of that tensor, in errors
 

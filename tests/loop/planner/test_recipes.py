@@ -1,5 +1,6 @@
 """The recipes: accepted, fitting, and as their table says."""
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from kepo.planner.memory import Setup, peak
 from kepo.planner.plan import machine_of, table
 
 pytest.importorskip("transformers")
+# Before 5.18 every row has its own pictures, and up to 1.3 GiB more is held than the table says.
+TABLES_VERSION = tuple(map(int, version("transformers").split(".")[:2])) >= (5, 18)
 RECIPES = sorted((Path(__file__).resolve().parents[3] / "recipes").glob("*.yaml"))
 README = RECIPES[0].parent / "README.md"
 
@@ -32,7 +35,8 @@ def test_recipe(path):
     )
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[5] == found.name
-    assert abs(int(cells[6]) - found.total / GIB) <= 1  # transformers' versions hold more or less
+    if TABLES_VERSION:
+        assert cells[6] == f"{found.total / GIB:.0f}"
 
 
 def test_recipes_write_to_folders_of_their_own():
