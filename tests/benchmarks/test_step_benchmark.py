@@ -77,9 +77,8 @@ def test_ours_alone(tmp_path, monkeypatch, capsys):
 
 
 @NEEDS_TRL
-@pytest.mark.parametrize(
-    "teacher", [pytest.param([], marks=pytest.mark.slow), ["--teacher", "64,2"]]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", [[], ["--teacher", "64,2"]])
 def test_trl_has_our_loss_and_gradients(teacher, tmp_path):
     status, rows = run(tmp_path, "--variants", "rows", "trl", "trl-kepo", *teacher)
     assert status == 0
@@ -222,6 +221,7 @@ def test_of_two_trainers_times_and_gradients_add_up(tmp_path, monkeypatch):
     assert its.gap == 0
 
 
+@pytest.mark.slow
 def test_worker_answers_on_its_own_output_whatever_is_printed(tmp_path):
     """A worker of ours takes a step when asked, and ends by itself where nothing more is asked."""
     sizes = small()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # it compiles the library anew
 ROOT = Path(__file__).parents[2]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 FLAGS = ["-Og", "-std=c++17", "-pthread", "-Wno-psabi", "-fno-math-errno", "-DKEPO_FUZZ=1"]
@@ -64,7 +65,6 @@ def test_fuzz(fuzzer):
     assert_nothing_found(fuzz(fuzzer, "--inputs", "20000"))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_fuzz_a_million_inputs(fuzzer):
     assert_nothing_found(fuzz(fuzzer, "--inputs", "1000000", "--seed", "1", timeout=3500))

@@ -56,6 +56,7 @@ def test_a_line_that_was_not_run_again_stays(tmp_path):
     assert log == "==== between: b\n\n==== newest: c\n"
 
 
+@pytest.mark.slow
 def test_the_sample_needs_the_installed_package_alone(tmp_path, monkeypatch):
     """Its tests run from a copy, where no other folder of this checkout can be imported."""
     (tmp_path / "site").mkdir()

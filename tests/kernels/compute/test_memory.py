@@ -302,6 +302,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_small_call_holds_little():
     """The first call of a fresh process by its defaults: what it imports and the matrix library's
