@@ -41,7 +41,8 @@ extras-test: $(VENV)/extras/.stamp  ## the tests of trackers, of models and mome
 	OMP_NUM_THREADS=1 $(VENV)/extras/bin/python -m pytest -q -m slow -k zero3 tests/kernels/test_fused_head_processes.py
 
 TRL_TESTS = tests/kernels/test_trl.py tests/kernels/integrations/test_trl_equality.py \
-	tests/kernels/integrations/test_trl_hints.py tests/kernels/integrations/test_trl_runs.py tests/benchmarks/test_trl_tables.py
+	tests/kernels/integrations/test_trl_hints.py tests/kernels/integrations/test_trl_runs.py \
+	tests/kernels/integrations/test_trl_teachers.py tests/benchmarks/test_trl_tables.py
 trl-test: $(VENV)/trl/.stamp  ## the tests of TRL's trainers with our losses, in one process and in two
 	OMP_NUM_THREADS=1 $(VENV)/trl/bin/python -m pytest -q -n auto --dist loadfile -m "slow or not slow" $(TRL_TESTS)
 

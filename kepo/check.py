@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Mapping
 
 from kepo.config import TOTAL, Config
@@ -19,6 +20,9 @@ from kepo.tasks.environment import Environment, environment_of
 from kepo.tasks.rewards import reward_name
 from kepo.teachers.transport import Server
 from kepo.words import is_address
+
+LIKE_AN_ADDRESS = re.compile(r"\w+://|(?!\w:[/\\])[\w.-]+:\d+(/|$)")
+"""A pattern for the start of what is meant as an address: a scheme, or a host and a port."""
 
 TRACKERS = {
     "tensorboard": "torch.utils.tensorboard",
@@ -111,6 +115,12 @@ def _teachers(config: Config) -> None:
     """Check that the teachers are named once, and that those behind servers can be asked."""
     if config.teachers and config.teacher is not None:
         _refuse(f"teacher={config.teacher!r} and teachers are two answers; give one of them")
+    for which, path in config.teacher_paths.items():
+        if not is_address(path) and LIKE_AN_ADDRESS.match(path):
+            _refuse(
+                f"{which}={path!r} is no folder and no name on the Hub; expected one, or the "
+                "address of a server, which begins with http:// or https://"
+            )
     served = {name: path for name, path in config.teacher_paths.items() if is_address(path)}
     for which, url in served.items():
         Server(which, url, config)

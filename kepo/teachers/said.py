@@ -16,6 +16,11 @@ from kepo_kernels import TopK
 ABOVE_ONE = 1e-3
 """By how much probabilities that were rounded may add up to more than 1."""
 
+ALIKE = 1e-2
+"""Log-probabilities that are all this close to each other are those of a uniform law."""
+MANY = 32
+"""The number of log-probabilities among which that is no chance."""
+
 
 class Said(NamedTuple):
     """A server's law at the places of one completion of T tokens."""
@@ -47,7 +52,7 @@ def read(answer: Any, tokens: Sequence[int], k: int, vocabulary: int, source: st
     At each place it gives a mapping from ids to log-probabilities with their ranks: of the k
     likeliest tokens, and of the prompt's own token if that is none of them. vocabulary: the number
     of ids there are. source: ``setting=address`` of the server, for the sentence of a
-    KepoTeacherError about an answer that is too short, of other tokens, or not finite.
+    KepoTeacherError about an answer that is too short, of other tokens, not finite, or uniform.
     """
 
     places = answer.get("prompt_logprobs") if isinstance(answer, dict) else None
@@ -63,11 +68,20 @@ def read(answer: Any, tokens: Sequence[int], k: int, vocabulary: int, source: st
         _row(place, token, k, vocabulary, source)
         for place, token in zip(places[-len(tokens) :], tokens, strict=True)
     ]
-    return Said(
+    said = Said(
         torch.tensor([ids for ids, _, _ in rows]),
         torch.tensor([logprobs for _, logprobs, _ in rows]),
         torch.tensor([own for _, _, own in rows]),
     )
+    found = said.logprobs
+    if k > 1 and found.numel() >= MANY and found.max() - found.min() < ALIKE:
+        mean = float(said.own.mean())
+        raise _wrong(
+            source,
+            f"says {mean:.2f} of every token, whatever it is, as a uniform law does (-ln of "
+            f"{math.exp(-mean):.0f} tokens): have its weights been lost? Restart it",
+        )
+    return said
 
 
 def as_of_vllm(answer: Any, source: str) -> dict[str, Any]:

@@ -10,12 +10,12 @@ import trl.trainer.distillation_trainer
 from torch import Tensor
 from trl import DistillationTrainer
 from trl.models import prepare_deepspeed
-from trl.trainer.utils import create_model_from_path
 
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.fused_head import FusedHead
 from kepo_kernels.heads import Head, head_of, lm_head_weight
 from kepo_kernels.integrations.trl.lora_on_head import lora_on_head
+from kepo_kernels.integrations.trl.teacher_of import teacher_of
 from kepo_kernels.losses import fused_gated_kd_loss
 
 PICTURES = (
@@ -37,7 +37,7 @@ class KepoDistillationTrainer(DistillationTrainer):
         KepoDistillationTrainer("student", "teacher", args=DistillationConfig(beta=0.5), ...)
 
     Arguments, settings, metrics and results are those of TRL's trainer. The vocabularies of the two
-    models may differ in size, as padded ones do: the divergence is over the rows that they share.
+    models may differ in size by their padding: the divergence is over the rows that they share.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class KepoDistillationTrainer(DistillationTrainer):
     def _prepared(self, teacher: Any) -> Any:
         """Load the teacher if it is a name, and place it as TRL does."""
         settings = self.args.teacher_model_init_kwargs
-        if isinstance(teacher, str):
-            teacher = _loaded(teacher, self.args)
-        elif settings is not None:
+        if settings is not None and not isinstance(teacher, str):
             raise KepoInputError(
                 f"KepoDistillationTrainer: teacher_model is a {type(teacher).__name__} and "
                 f"args.teacher_model_init_kwargs is {settings!r}; expected these for a name alone: "
                 "leave them out"
             )
+        given = _settings_of_teacher(self.args)
+        teacher = teacher_of(teacher, self, given)
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(teacher, self.accelerator)
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
@@ -125,14 +125,13 @@ class KepoDistillationTrainer(DistillationTrainer):
         return loss, entropy, count
 
 
-def _loaded(name: str, args: Any) -> Any:
-    """Load a teacher by its name, with the settings that TRL reads for it."""
+def _settings_of_teacher(args: Any) -> dict[str, Any]:
+    """Return the settings that TRL reads for a teacher that is loaded by its name."""
     settings = dict(args.teacher_model_init_kwargs or {})
-    dtype = settings.get("dtype")
-    settings["dtype"] = dtype if dtype in ("auto", None) else getattr(torch, dtype)
+    settings.setdefault("dtype", None)
     if args.teacher_model_revision is not None:
         settings.setdefault("revision", args.teacher_model_revision)
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         settings["device_map"] = None  # TRL: "auto" fails there
     settings.setdefault("trust_remote_code", args.trust_remote_code)
-    return create_model_from_path(name, **settings)
+    return settings

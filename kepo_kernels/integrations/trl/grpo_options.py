@@ -7,28 +7,31 @@ from torch import Tensor
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 """Loss types whose term of a token is GRPO's, and which differ in their weights alone."""
 
+SINGLE = ("cispo", "sapo")
+"""Other loss types whose term of a token needs that token's numbers alone."""
+
 
 def uncovered(trainer: Any) -> str:
-    """Name the setting of this trainer that the joint loss cannot compute, or return "".
+    """Name the settings of this trainer that the joint loss cannot compute, or return "".
 
     All of these need numbers of other tokens before a token's loss is known.
     """
-    if trainer.loss_type not in (*CLIPPED, "cispo", "sapo"):
-        return f"loss_type={trainer.loss_type!r}"
-    if trainer.off_policy_mask_threshold is not None:
-        return f"off_policy_mask_threshold={trainer.off_policy_mask_threshold}"
-    if trainer.top_entropy_quantile < 1.0:
-        return f"top_entropy_quantile={trainer.top_entropy_quantile}"
-    if trainer.aux_loss_enabled:
-        return f"router_aux_loss_coef={trainer.router_aux_loss_coef}"
-    delta = trainer.args.delta
-    if trainer.loss_type in CLIPPED and delta is not None and delta <= 1 + trainer.epsilon_high:
-        return f"delta={delta}, which is not above 1 + epsilon_high,"
-    if trainer.beta < 0:
-        return f"beta={trainer.beta}"
-    if not 0 <= trainer.epsilon_low <= 1:
-        return f"epsilon={trainer.epsilon_low}"
-    return ""
+    delta, high, low = trainer.args.delta, trainer.epsilon_high, trainer.epsilon_low
+    clips = trainer.loss_type in CLIPPED
+    found = {
+        f"loss_type={trainer.loss_type!r}": not clips and trainer.loss_type not in SINGLE,
+        f"off_policy_mask_threshold={trainer.off_policy_mask_threshold}": (
+            trainer.off_policy_mask_threshold is not None
+        ),
+        f"top_entropy_quantile={trainer.top_entropy_quantile}": trainer.top_entropy_quantile < 1.0,
+        f"router_aux_loss_coef={trainer.router_aux_loss_coef}": trainer.aux_loss_enabled,
+        f"delta={delta} (not above 1 + epsilon_high)": (
+            clips and delta is not None and delta <= 1 + high
+        ),
+        f"beta={trainer.beta}": trainer.beta < 0,
+        f"epsilon={low}": not 0 <= low <= 1,
+    }
+    return ", ".join(words for words, is_so in found.items() if is_so)
 
 
 def settings_of(trainer: Any) -> dict[str, Any]:

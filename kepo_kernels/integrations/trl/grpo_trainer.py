@@ -5,7 +5,9 @@ answers with detached ones and leaves its joint loss aside; so TRL's own code st
 metrics and steers the adaptive entropy bonus, and nothing of it is copied.
 """
 
+import inspect
 import logging
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +15,7 @@ import torch
 import trl.trainer.grpo_trainer
 from torch import Tensor
 from trl import GRPOTrainer
-from trl.trainer.utils import (
-    create_model_from_path,
-    split_pixel_values_by_grid,
-    unsplit_pixel_values_by_grid,
-)
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.heads import Head, head_of, innermost, output_layer
@@ -37,6 +35,7 @@ from kepo_kernels.integrations.trl.hinted_generation import (
     generate_again,
 )
 from kepo_kernels.integrations.trl.lora_on_head import lora_on_head
+from kepo_kernels.integrations.trl.teacher_of import teacher_of
 from kepo_kernels.linear import fused_linear_logprobs
 from kepo_kernels.losses import fused_gated_kd_loss, fused_kepo_loss
 
@@ -84,15 +83,18 @@ class KepoGRPOTrainer(GRPOTrainer):
         workspace_bytes: int | None = None,
         **kwargs: Any,
     ):
+        for name, value, most in (
+            ("gate_threshold", gate_threshold, math.inf),
+            ("distill_coef", distill_coef, math.inf),
+            ("distill_beta", distill_beta, 1.0),
+        ):
+            least = -math.inf if name == "gate_threshold" else 0.0
+            _check_number(name, value, least, most)
         with lora_on_head(trl.trainer.grpo_trainer):
             super().__init__(*args, **kwargs)
         self._check_head()
         self._check_hints(hinted_prompts, gate_reward)
-        if gate_reward is not None and gate_reward not in self.reward_func_names:
-            raise KepoInputError(
-                f"KepoGRPOTrainer: gate_reward is {gate_reward!r}; expected the name of a reward "
-                f"function, one of {', '.join(self.reward_func_names)}"
-            )
+        self._check_gate(gate_reward)
         self.gate_reward, self.gate_threshold = gate_reward, gate_threshold
         self.distill_coef, self.distill_beta = distill_coef, distill_beta
         self.hinted_prompts, self.workspace_bytes = hinted_prompts, workspace_bytes
@@ -106,6 +108,16 @@ class KepoGRPOTrainer(GRPOTrainer):
                 self._uncovered,
             )
 
+    def _check_gate(self, gate_reward: str | None) -> None:
+        if gate_reward is None:
+            return
+        found = self.reward_func_names.count(gate_reward)
+        if found != 1:
+            raise KepoInputError(
+                f"KepoGRPOTrainer: gate_reward is {gate_reward!r}, the name of {found} reward "
+                "functions; expected that of one: there are " + ", ".join(self.reward_func_names)
+            )
+
     def _check_head(self) -> None:
         head: Any = output_layer(self.model)
         if self.args.cast_lm_head_to_fp32 and hasattr(head, "base_layer"):
@@ -117,20 +129,23 @@ class KepoGRPOTrainer(GRPOTrainer):
 
     def _teacher(self, model: Any) -> Any:
         """Load the teacher if it is a name, and place it."""
-        if isinstance(model, str):
-            settings = dict(self.args.model_init_kwargs or {})
-            settings["device_map"] = None
-            settings.setdefault("trust_remote_code", self.args.trust_remote_code)
-            settings.setdefault("dtype", self.model.dtype)
-            model = create_model_from_path(model, **settings)
-        model = model.to(self.accelerator.device)
-        return model.eval().requires_grad_(False)
+        settings = dict(self.args.model_init_kwargs or {})
+        settings["device_map"] = None
+        settings.setdefault("trust_remote_code", self.args.trust_remote_code)
+        settings.setdefault("dtype", self.model.dtype)
+        model = teacher_of(model, self, settings)
+        return model.to(self.accelerator.device).eval()
 
     # ---- at the generation: hints, and who is open ----
 
     def _check_hints(self, hinted_prompts: HintedPrompts | None, gate_reward: str | None) -> None:
         if hinted_prompts is None:
             return
+        if not callable(hinted_prompts) or inspect.iscoroutinefunction(hinted_prompts):
+            raise KepoInputError(
+                f"KepoGRPOTrainer: hinted_prompts is {hinted_prompts!r}; expected a plain function "
+                "of prompts, their completions and their rows of the data set"
+            )
         if gate_reward is None:
             raise KepoInputError(
                 "KepoGRPOTrainer: hinted_prompts is given without gate_reward, which says what a "
@@ -211,6 +226,11 @@ class KepoGRPOTrainer(GRPOTrainer):
             return output
 
         of_trl = super()._compute_loss(answered, inputs)
+        if len(divergences) != 1:
+            raise KepoInputError(
+                "KepoGRPOTrainer: model has another forward than this trainer gave it; expected it "
+                "unchanged: another trainer was made with the same model, use the newer one"
+            )
         if self.teacher_model is not None:
             self._log_divergence(divergences[0], mask, gate)
         return of_trl + losses[0] if self._uncovered else losses[0]
@@ -322,6 +342,13 @@ class KepoGRPOTrainer(GRPOTrainer):
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["kepo/open_share"].append(opened / all_of_them)
         metrics["kepo/divergence"].append(total / tokens if tokens else float("nan"))
+
+
+def _check_number(name: str, value: Any, least: float, most: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+        expected = f"in [{least:g}, {most:g}]" if most < math.inf else f">= {least:g}"
+        expected = "a finite number" if least == -math.inf else f"a number {expected}"
+        raise KepoInputError(f"KepoGRPOTrainer: {name} is {value!r}; expected {expected}")
 
 
 PICTURES = (

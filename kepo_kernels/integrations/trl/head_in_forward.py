@@ -63,17 +63,12 @@ class _Settings(NamedTuple):
 
 def _settings(model: nn.Module, trainer: Any) -> _Settings:
     """Read the arguments of TRL's fused head off the forward that it has put into the model."""
-    forward: Any = getattr(model.__dict__.get("forward"), "__func__", None)
-    while forward is not None and getattr(forward, "__name__", "") != OF_TRL:
-        # A wrapper of accelerate's, or functools.wraps: the code alone keeps TRL's name.
-        if getattr(getattr(forward, "__code__", None), "co_name", "") == OF_TRL:
-            break
-        forward = getattr(forward, "__wrapped__", None)
+    forward = _newest(model)
     if forward is None:
         raise KepoInputError(
-            f"trainer is {type(trainer).__name__}, whose {type(model).__name__} has no fused head "
-            "of TRL's; expected a trainer that calls add_fused_lm_head, such as GRPOTrainer; for "
-            "distillation use KepoDistillationTrainer"
+            f"trainer is {type(trainer).__name__}, and its {type(model).__name__} has no fused "
+            "head of TRL's; expected a trainer that calls add_fused_lm_head, such as GRPOTrainer; "
+            "for distillation use KepoDistillationTrainer"
         )
     given = inspect.getclosurevars(forward).nonlocals
     settings = _Settings(*(given[name] for name in _Settings._fields))
@@ -87,10 +82,29 @@ def _settings(model: nn.Module, trainer: Any) -> _Settings:
 
 
 OURS = "_forward_of_kepo"
+"""Name of the function that `_install` puts into a model."""
+
+
+def _newest(model: nn.Module) -> Any:
+    """Return the last forward that TRL or `_install` has put into the model; None if none has.
+
+    A later trainer on the same model puts TRL's around ours.
+    """
+    forward: Any = getattr(model.__dict__.get("forward"), "__func__", None)
+    while forward is not None:
+        if _code_name(forward) in (OF_TRL, OURS):
+            return forward
+        forward = getattr(forward, "__wrapped__", None)
+    return None
 
 
 def _is_ours(model: nn.Module) -> bool:
-    return OURS in model.__dict__
+    return _code_name(_newest(model)) == OURS
+
+
+def _code_name(function: Any) -> str:
+    """Return the name that a function has in its source: functools.wraps changes the other."""
+    return getattr(getattr(function, "__code__", None), "co_name", "")
 
 
 def _install(model: nn.Module, settings: _Settings) -> None:
@@ -98,7 +112,7 @@ def _install(model: nn.Module, settings: _Settings) -> None:
     without `fused_lm_head`."""
     before: Any = model.forward
 
-    def forward(
+    def _forward_of_kepo(
         self: nn.Module,
         *args: Any,
         fused_lm_head: bool = False,
@@ -117,11 +131,10 @@ def _install(model: nn.Module, settings: _Settings) -> None:
     # What asks for a signature (generate, to check its arguments) is to find the model's own.
     this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     own = inspect.signature(before)
-    forward.__signature__ = own.replace(  # type: ignore[attr-defined]
+    _forward_of_kepo.__signature__ = own.replace(  # type: ignore[attr-defined]
         parameters=[this, *own.parameters.values()]
     )
-    model.__dict__[OURS] = forward
-    model.forward = MethodType(forward, model)
+    model.forward = MethodType(_forward_of_kepo, model)
 
 
 def _output(

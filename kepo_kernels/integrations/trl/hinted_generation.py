@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from kepo_kernels.errors import KepoInputError
+
 Prompts = list[Any]
 HintedPrompts = Callable[[Prompts, list[Any], list[dict[str, Any]]], Prompts]
 """A function of prompts, their failed completions and their rows of the data set that returns a
@@ -41,6 +43,12 @@ def generate_again(
     found = hinted_prompts(
         asked, [first[COMPLETIONS][row] for row in rows], [examples[row] for row in rows]
     )
+    if not isinstance(found, list | tuple) or len(found) != len(rows):
+        came = type(found).__name__ + (f" of {len(found)}" if hasattr(found, "__len__") else "")
+        raise KepoInputError(
+            f"hinted_prompts: it returned a {came}; expected a list of {len(rows)}, "
+            "a prompt or None for each prompt that it was given"
+        )
     hinted = {row: prompt for row, prompt in zip(rows, found, strict=True) if prompt is not None}
     second = generate([hinted.get(row, prompt) for row, prompt in enumerate(prompts)])
     merged = list(first)

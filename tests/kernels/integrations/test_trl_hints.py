@@ -90,3 +90,23 @@ def test_hints_need_a_gate_and_one_turn(folder):
         made(folder, lambda *_: [], gate_reward=None)
     with pytest.raises(KepoInputError, match="hinted_prompts is given beside tools"):
         made(folder, lambda *_: [], rollout_func=lambda prompts, trainer: {})
+
+
+async def later(prompts, completions, examples):
+    return prompts
+
+
+@pytest.mark.parametrize("given", [["w1"], later, "w91"], ids=["list", "async", "text"])
+def test_what_is_no_plain_function_is_refused(folder, given):
+    with pytest.raises(KepoInputError, match=r"hinted_prompts is .*; expected a plain function"):
+        made(folder, given)
+
+
+@pytest.mark.parametrize("found", [["w91"], None, {"a": 1}, "abcd"], ids=str)
+def test_hints_of_another_number_or_kind_are_refused(folder, found):
+    """A text as long as the group would be read as prompts of one letter."""
+    one = made(folder, lambda *_: found)
+    with pytest.raises(
+        KepoInputError, match=r"hinted_prompts: it returned a .*expected a list of 4"
+    ):
+        one._generate_and_score_completions(rows(SHORT))

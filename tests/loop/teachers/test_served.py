@@ -386,6 +386,18 @@ def test_a_model_that_lost_its_weights_is_refused(server, teacher):
         check_law(client(server, teacher), 7)
 
 
+def test_weights_lost_after_the_start_are_noticed(server, teacher, examples):
+    """Any answer that is long enough shows it, not the first alone."""
+    asked = client(server, teacher), [prompt_of(TASK, examples[0])]
+    tokens = list(range(40, 45))
+    whole = asked[0].say(asked[1], [tokens])
+    server.script = changed(uniform)
+    with pytest.raises(KepoTeacherError, match=r"uniform law.*Restart it"):
+        asked[0].say(asked[1], [tokens])
+    [one] = asked[0].say(asked[1], [tokens[:1]])  # too few to tell
+    assert len(one.own) == 1 and len(whole[0].own) == 5
+
+
 def test_a_server_that_does_not_look_is_refused(server, teacher, examples):
     first = []
 
