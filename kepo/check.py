@@ -167,6 +167,9 @@ def _weights(config: Config) -> None:
 
 
 def _objective(config: Config) -> None:
+    soft = config.gate_reward is not None and config.gate_threshold is None
+    if soft and config.gate_side == "wrong":
+        _refuse("gate_side='wrong' needs a gate_threshold: a soft gate has no other side")
     if config.delta is not None and config.policy_loss != "clip":
         _refuse(f"delta={config.delta} bounds the ratio of policy_loss: clip, which is not on")
     if config.delta is not None and config.delta <= 1 + config.epsilon_high:

@@ -303,6 +303,9 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     gate_threshold: Finite | None = 1.0
     """The gate opens for completions whose gate_reward is at least this. None means a soft gate:
     the divergence is multiplied by that reward where it is positive."""
+    gate_side: Literal["right", "wrong"] = "right"
+    """right: the gate opens as gate_threshold says. wrong: it opens for the others, those whose
+    gate_reward is less than gate_threshold, but not where the reward does not apply."""
     step_weights: bool = False
     """Distil less on those reasoning steps of a completion where student and teacher have drifted
     apart since its first one (SOD). A reasoning step is a line, or a tagged part."""
