@@ -351,6 +351,9 @@ class HintConfig(RewardConfig, TeacherConfig):
     hint_trigger: Literal["failed", "always", "never"] = "failed"
     """Groups that get a hint. failed: groups in which no sample's hint_reward reaches
     hint_threshold. always: every group. never: none."""
+    hint_for: Literal["student", "nobody"] = "student"
+    """Who sees the hint. student: it samples again with the hint in its prompt. nobody: it samples
+    again as often without one, and successes are accepted alike; no teacher is needed."""
     hint_reward: str = "accuracy"
     """Reward that decides whether a group has failed: one of rewards, or total."""
     hint_threshold: Finite = 1.0
@@ -379,7 +382,13 @@ class HintConfig(RewardConfig, TeacherConfig):
 
     @property
     def hints(self) -> bool:
-        return self.taught and self.hint_trigger != "never"
+        """Whether a teacher writes hints."""
+        return self.rescues and self.hint_for != "nobody"
+
+    @property
+    def rescues(self) -> bool:
+        """Whether anything is done for groups of `hint_trigger`, with hints or without."""
+        return self.hint_trigger != "never" and (self.taught or self.hint_for == "nobody")
 
 
 @dataclass(frozen=True)
