@@ -62,7 +62,12 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
     _pictures(config)
     _weights(config)
     _objective(config)
-    if config.rescues and config.num_hinted > config.num_generations:
+    if config.hint_for == "teacher" and config.hint_trigger != "never" and not config.distils:
+        _refuse(
+            "hint_for='teacher' shows hints to a teacher that nothing is distilled from; set "
+            "teacher and distill_coef, or hint_for: student"
+        )
+    if config.samples_again and config.num_hinted > config.num_generations:
         _refuse(
             f"num_hinted={config.num_hinted} is more than num_generations="
             f"{config.num_generations}: a group has no more samples to replace"

@@ -359,9 +359,11 @@ class HintConfig(RewardConfig, TeacherConfig):
     hint_trigger: Literal["failed", "always", "never"] = "failed"
     """Groups that get a hint. failed: groups in which no sample's hint_reward reaches
     hint_threshold. always: every group. never: none."""
-    hint_for: Literal["student", "nobody"] = "student"
-    """Who sees the hint. student: it samples again with the hint in its prompt. nobody: it samples
-    again as often without one, and successes are accepted alike; no teacher is needed."""
+    hint_for: Literal["student", "teacher", "nobody"] = "student"
+    """Who sees the hint. student: it samples again with the hint in its prompt. teacher: nothing is
+    sampled again; the group's failures are distilled on whatever the gate says, from the teacher
+    with the hint in its prompt. nobody: the student samples again as often without a hint, and its
+    successes are accepted alike; no teacher is needed."""
     hint_reward: str = "accuracy"
     """Reward that decides whether a group has failed: one of rewards, or total."""
     hint_threshold: Finite = 1.0
@@ -372,7 +374,8 @@ class HintConfig(RewardConfig, TeacherConfig):
     """A hinted completion is a success if its accept_reward is at least this, unless it was cut off
     or mentions the hint."""
     num_hinted: Count = 2
-    """Maximum number of worse samples in a group that hinted successes may replace."""
+    """Maximum number of worse samples in a group that hinted successes may replace. This and the
+    next are not read if hint_for is teacher."""
     max_attempts: Count = 5
     """Maximum number of rounds of sampling with a hint."""
     hint_with_answer: bool = False
@@ -397,6 +400,11 @@ class HintConfig(RewardConfig, TeacherConfig):
     def rescues(self) -> bool:
         """Whether anything is done for groups of `hint_trigger`, with hints or without."""
         return self.hint_trigger != "never" and (self.taught or self.hint_for == "nobody")
+
+    @property
+    def samples_again(self) -> bool:
+        """Whether completions are sampled for those groups."""
+        return self.rescues and self.hint_for != "teacher"
 
 
 @dataclass(frozen=True)

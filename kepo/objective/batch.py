@@ -25,6 +25,9 @@ class Batch:
 
     prompts: tuple[Prompt, ...]
     """The plain questions, one per completion: hints never reach the training forward."""
+    teacher_prompts: tuple[Prompt, ...]
+    """What the teacher reads before each completion: the plain question, or with ``hint_for:
+    teacher`` the question and a hint."""
     completion_ids: Tensor
     """(B, T) int64, padded on the right with 0."""
     completion_mask: Tensor
@@ -66,7 +69,9 @@ class Batch:
             name: x[places, :length] if x.dim() == 2 else x[places]
             for name, x in self._tensors().items()
         }
-        return replace(self, prompts=tuple(self.prompts[place] for place in places), **cut)
+        for name in ("prompts", "teacher_prompts"):
+            cut[name] = tuple(getattr(self, name)[place] for place in places)
+        return replace(self, **cut)
 
     def mini_batches(self) -> list[Batch]:
         """Return the mini-batches, each for an optimiser step of its own."""
@@ -123,6 +128,7 @@ def collate(
     ]
     return Batch(
         prompts=tuple(r.prompt for r in rollouts),
+        teacher_prompts=tuple(r.teacher_prompt or r.prompt for r in rollouts),
         completion_ids=ids,
         completion_mask=mask,
         advantages=advantages,
@@ -157,10 +163,12 @@ def _weights(
 
 
 def gates(rollouts: Sequence[Rollout], config: ObjectiveConfig) -> Tensor:
-    """Return (B,) fp32: how much each completion is distilled on, by its quality alone."""
+    """Return (B,) fp32: how much each completion is distilled on, by its quality; 1 where the
+    teacher sees a hint."""
     if not config.distils:
         return torch.zeros(len(rollouts))
     if config.gate_reward is None:
         return torch.ones(len(rollouts))
     quality = torch.tensor([reward_of(r, config.gate_reward, config) for r in rollouts])
-    return quality_gate(quality, config.gate_threshold, config.gate_side)
+    gate = quality_gate(quality, config.gate_threshold, config.gate_side)
+    return torch.where(torch.tensor([r.teacher_hint is not None for r in rollouts]), 1.0, gate)

@@ -11,14 +11,14 @@ per sample, and nothing happens to groups that need no help.)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from kepo.data.load import Example
 from kepo.distributed.processes import batches_of, split_work
 from kepo.models.encoding import Encoder
 from kepo.models.sampling import SamplingParams
 from kepo.rollout.models import Models
-from kepo.rollout.prompts import hint_prompt
+from kepo.rollout.prompts import hint_prompt, prompt_of
 from kepo.rollout.questions import seed_of
 from kepo.rollout.rollouts import sample
 from kepo.rollout.types import Group, Rollout, reward_of, tokens_of, total_reward
@@ -73,7 +73,8 @@ def rescue(
     stream: tuple[object, ...] = (),
 ) -> tuple[list[Group], RescueReport]:
     """Return the groups; in those that get hints (`_gets_hint`), up to ``num_hinted`` failures are
-    replaced by completions that succeeded with a hint, or without one if ``hint_for`` is nobody.
+    replaced by completions that succeeded with a hint, or without one if ``hint_for`` is nobody. If
+    it is the teacher, their failures are given prompts for it, with the hint.
 
     Each of at most ``max_attempts`` rounds draws ``num_hinted`` completions for the groups that
     still lack successes, and for those only. Other groups are returned unchanged; no input list is
@@ -96,6 +97,13 @@ def rescue(
             teachers, [*asked.values()], env.task, config, hints, stream
         )
         hint_of = {place: hint for place in helped if (hint := hints[asked[place].id])}
+    learnt = RescueReport(
+        groups=len(helped), written=written, retried=retried, unhinted=len(helped) - len(hint_of)
+    )
+    if config.hint_for == "teacher":
+        for place, hint in hint_of.items():
+            groups[place] = [_taught_with(hint, r, env.task, config) for r in groups[place]]
+        return groups, learnt
     found: dict[int, Group] = {place: [] for place in hint_of}
     attempts = sampled = tokens = successes = 0
     for attempt in range(config.max_attempts):
@@ -120,11 +128,7 @@ def rescue(
             found[place] = (found[place] + good)[: room[place]]
     for place, good in found.items():
         groups[place] = replace_worst(groups[place], good, config)
-    return groups, RescueReport(
-        groups=len(helped),
-        written=written,
-        retried=retried,
-        unhinted=len(helped) - len(hint_of),
+    return groups, learnt + RescueReport(
         rescued=sum(bool(good) for good in found.values()),
         attempts=attempts,
         sampled=sampled,
@@ -214,6 +218,15 @@ def replace_worst(group: Group, successes: Group, config: HintConfig) -> Group:
     for place, success in zip(failures, successes, strict=False):
         group[place] = success
     return group
+
+
+def _taught_with(hint: str | None, rollout: Rollout, task: Task, config: HintConfig) -> Rollout:
+    """Return the completion with the prompt in which its teacher sees the hint; as it is if it
+    succeeds. (Privileged teachers: PTD-PO, arXiv 2606.07000.)"""
+    if succeeds(rollout, config):
+        return rollout
+    shown = prompt_of(task, rollout.example, hint, gives_answer=config.hint_gives_answer)
+    return replace(rollout, teacher_hint=hint, teacher_prompt=shown)
 
 
 def _gets_hint(group: Group, config: HintConfig) -> bool:

@@ -119,6 +119,10 @@ REFUSED = {
         "delta=4.0 bounds the ratio of policy_loss: clip",
     ),
     "delta within the clip": ({"delta": 1.2}, r"delta=1.2; expected more than 1 \+ epsilon_high"),
+    "hints for a teacher that does not teach": (
+        {"hint_for": "teacher", "distill_coef": 0.0},
+        "hint_for='teacher' shows hints to a teacher that nothing is distilled from",
+    ),
     "the other side of a soft gate": (
         {"gate_side": "wrong", "gate_threshold": None},
         "gate_side='wrong' needs a gate_threshold",

@@ -172,7 +172,9 @@ def no_deviation_and_a_constant_normaliser(seen):
         assert weights.unique().tolist() == pytest.approx([1 / (8 * 8)])
 
 
-@rule("grpo", "kdpo_tau0", "kdpo_tau1", "kepo", "kepo_official", "retry", "first_error")
+@rule(
+    "grpo", "kdpo_tau0", "kdpo_tau1", "kepo", "kepo_official", "retry", "first_error", "privileged"
+)
 def relative_advantages_and_sequence_means(seen):
     for groups, batch in seen.batches:
         rewards = torch.tensor([[sum(r.rewards.values()) for r in group] for group in groups])
@@ -248,6 +250,21 @@ def failed_groups_are_sampled_again_without_a_hint(seen):
     assert total(seen, "hints_written") == total(seen, "hinted_rate") == 0
     assert about_hints(seen) == ([], []) and not any(r["hint"] for r in seen.lines)
     assert [x for _, batch in seen.batches for x in batch.opened.tolist()] == right(seen)
+
+
+@rule("privileged")
+def the_teacher_sees_hints_where_every_answer_is_wrong(seen):
+    assert total(seen, "hint_groups") == total(seen, "hints_written") > 0
+    assert total(seen, "sampled_completions") == 2 * 2 * 4 and total(seen, "hinted_rate") == 0
+    for groups, batch in seen.batches:
+        shown = [prompt.text for prompt in batch.teacher_prompts]
+        failed = [not any(r.rewards["accuracy"] for r in group) for group in groups]
+        told = [bad for group, bad in zip(groups, failed, strict=True) for _ in group]
+        assert ["\nHint: look left" in text for text in shown] == told
+        assert not any("Hint:" in prompt.text for prompt in batch.prompts)
+        rewards = [r.rewards["accuracy"] for group in groups for r in group]
+        assert batch.opened.tolist() == [a or r == 1.0 for a, r in zip(told, rewards, strict=True)]
+    assert 0 < total(seen, "teacher_hinted_rate") < 2
 
 
 @rule("kepo_official")
