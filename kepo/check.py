@@ -172,6 +172,11 @@ def _weights(config: Config) -> None:
 
 
 def _objective(config: Config) -> None:
+    if config.hinted_correction == "clip" and config.policy_loss == "reinforce":
+        _refuse(
+            "hinted_correction='clip' is about the policy ratio, of which policy_loss='reinforce' "
+            "has none; set policy_loss: clip, or hinted_correction: truncate"
+        )
     soft = config.gate_reward is not None and config.gate_threshold is None
     if soft and config.gate_side == "wrong":
         _refuse("gate_side='wrong' needs a gate_threshold: a soft gate has no other side")

@@ -326,11 +326,12 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     differently from the trainer. none disables it."""
     sampler_cap: Positive = 2.0
     """Upper bound of the weights of sampler_correction."""
-    hinted_correction: Literal["none", "truncate", "shape"] = "none"
+    hinted_correction: Literal["none", "truncate", "shape", "clip"] = "none"
     """How hinted successes are weighted. none: they are trained on as if sampled without the hint.
     truncate: each token is weighted by its probability without the hint over that with it, at most
     hinted_cap. shape: each token is weighted by g q / (q + g)^2, where q is its probability without
-    the hint and g = hinted_gamma (LUFFY)."""
+    the hint and g = hinted_gamma (LUFFY). clip: the policy ratio of each token is to its
+    probability with the hint, gradient and clip included (Guide-GRPO)."""
     hinted_cap: Positive = 2.0
     """Upper bound of the weights of hinted_correction truncate."""
     hinted_gamma: Positive = 0.1

@@ -107,7 +107,11 @@ REFUSED = {
     "bits": ({"teacher_bits": 2}, "teacher_bits=2"),
     "impl": ({"impl": "magic"}, "impl='magic'"),
     "trigger": ({"hint_trigger": "sometimes"}, "hint_trigger='sometimes'"),
-    "correction": ({"hinted_correction": "clip"}, "hinted_correction='clip'"),
+    "correction": ({"hinted_correction": "cut"}, "hinted_correction='cut'"),
+    "correction of a ratio that is not there": (
+        {"hinted_correction": "clip", "policy_loss": "reinforce"},
+        "hinted_correction='clip' is about the policy ratio",
+    ),
     "cap": ({"hinted_cap": 0.0}, "hinted_cap=0.0"),
     "gamma": ({"hinted_gamma": -0.1}, "hinted_gamma=-0.1"),
     "accept_threshold": ({"accept_threshold": float("inf")}, "accept_threshold=inf"),

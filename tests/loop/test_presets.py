@@ -173,7 +173,15 @@ def no_deviation_and_a_constant_normaliser(seen):
 
 
 @rule(
-    "grpo", "kdpo_tau0", "kdpo_tau1", "kepo", "kepo_official", "retry", "first_error", "privileged"
+    "grpo",
+    "kdpo_tau0",
+    "kdpo_tau1",
+    "kepo",
+    "kepo_official",
+    "retry",
+    "first_error",
+    "privileged",
+    "guide",
 )
 def relative_advantages_and_sequence_means(seen):
     for groups, batch in seen.batches:
@@ -265,6 +273,13 @@ def the_teacher_sees_hints_where_every_answer_is_wrong(seen):
         rewards = [r.rewards["accuracy"] for group in groups for r in group]
         assert batch.opened.tolist() == [a or r == 1.0 for a, r in zip(told, rewards, strict=True)]
     assert 0 < total(seen, "teacher_hinted_rate") < 2
+
+
+@rule("guide")
+def hints_alone_with_their_ratio_inside_the_clip(seen):
+    assert total(seen, "hint_accepted") > 0 and total(seen, "hinted_rate") > 0
+    assert total(seen, "teacher_tokens") == total(seen, "distill_loss") == 0
+    assert seen.config.hinted_correction == "clip" and seen.config.num_iterations == 1
 
 
 @rule("kepo_official")

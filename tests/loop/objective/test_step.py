@@ -394,6 +394,46 @@ def test_hinted_completions_are_weighted_as_the_correction_says(models, correcti
     assert not torch.allclose(mine[0], plain[0], rtol=1e-3)
 
 
+def ratio_of_hinted_tokens_inside_the_clip(models, *, later=False):
+    """To what they were drawn with, with the hint; that of all others as ever."""
+    policy, _ = models
+    config = replace(CONFIG, hinted_correction="clip", epsilon_low=0.3, epsilon_high=0.4)
+    plain = collate(GROUPS, config)
+    before = policy.logprobs(plain).detach() + (0.1 if later else 0.0)
+    noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
+    rows = iter(policy.logprobs(plain).detach() + noise)
+    groups = [
+        [replace(r, sampler_logprobs=next(rows)[: len(r.completion_ids)]) for r in group]
+        for group in GROUPS
+    ]
+    ratio = (
+        policy.logprobs(plain)
+        - torch.where(plain.hinted[:, None], policy.logprobs(plain).detach() + noise, before)
+    ).exp()
+    gain = plain.advantages[:, None]
+    surrogate = torch.minimum(ratio * gain, ratio.clamp(0.7, 1.4) * gain)
+    loss = -(plain.policy_weights * surrogate).sum()
+    grads = torch.autograd.grad(loss, list(policy.weights.values()))
+    alone = replace(config, teacher=None, gate_reward=None, distill_coef=0.0)
+    mine = step((policy, None), groups, alone, size=3, old=list(before.split(3)) if later else None)
+    same(mine, (loss.detach(), dict(zip(policy.weights, grads, strict=True))))
+    hinted = plain.completion_mask & plain.hinted[:, None]
+    clipped = hinted & (ratio > 1.4) & (gain > 0)
+    assert mine[2].clipped_high == int(clipped.sum()) > 0
+    assert (mine[2].sampled_tokens == 0) == later  # the gap to the sampler is of the first pass
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_the_ratio_of_hinted_tokens_is_inside_the_clip(models, later):
+    ratio_of_hinted_tokens_inside_the_clip(models, later=later)
+
+
+def test_a_ratio_to_the_plain_question_is_seen(models, monkeypatch):
+    monkeypatch.setattr(step_module, "_old_logprobs", lambda before, micro, there, config: before)
+    with pytest.raises(AssertionError):
+        ratio_of_hinted_tokens_inside_the_clip(models)
+
+
 def weighted_by_the_ratio_of_trainer_to_sampler(models, hinted_correction="none", *, later=False):
     """Tokens without a hint by exp(trainer - sampler), at most 1.25; the dataset's own by 1; those
     with a hint as their own correction says."""
