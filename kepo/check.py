@@ -54,6 +54,8 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
     by_name = {} if config.gate_reward is None else {"gate_reward": config.gate_reward}
     if config.hint_trigger != "never":
         by_name |= {"hint_reward": config.hint_reward, "accept_reward": config.accept_reward}
+    if config.dynamic_sampling:
+        by_name["dynamic_reward"] = config.dynamic_reward
     _reward_names(config, environment_of(config) if env is None else env, by_name)
     if not config.student:
         _refuse("student is not set; give the folder of a model, or its name on the Hub")

@@ -191,7 +191,7 @@ class SamplingConfig:
     GKD's mixture."""
     dynamic_sampling: NonNegativeInt = 0
     """Maximum number of rounds in which groups whose rewards are all equal are replaced by other
-    questions. 0 disables it: they stay."""
+    questions; see dynamic_reward. 0 disables it: they stay."""
     max_completion_length: Count = 128
     """Maximum number of tokens per completion."""
     sampling_temperature: Positive = 1.0
@@ -235,6 +235,9 @@ class RewardConfig(SamplingConfig, TaskConfig):
     reward_weights: tuple[Finite, ...] = (1.0, 1.0)
     """Weight of each reward in the total reward, from which advantages are computed. Where it is
     not set, each has 1."""
+    dynamic_reward: str = "total"
+    """Reward by which dynamic_sampling finds groups that are all equal: one of rewards, or
+    total."""
     overlong_buffer: NonNegativeInt = 0
     """The reward overlong falls from 0 to -1 over the last overlong_buffer tokens before the length
     limit (DAPO). 0 where it is not among the rewards."""
@@ -320,6 +323,10 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     distill_reduction: Literal["token_mean", "sequence_mean", "sum"] = "token_mean"
     """How the divergence is averaged over the sequences whose gate is open: token_mean,
     sequence_mean or sum."""
+    data_weight: Share | None = None
+    """Share of the divergence's weight that the dataset's solutions have together, in every
+    mini-batch that has both them and completions of the student. None means that a token of either
+    weighs the same."""
     sampler_correction: Literal["none", "truncate"] = "none"
     """truncate: weight each token sampled without a hint by the ratio of the policy's probability
     to the probability it was drawn with, at most sampler_cap. Use it if the sampler computes

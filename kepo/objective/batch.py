@@ -119,7 +119,9 @@ def collate(
     if config.mask_truncated:
         mask &= ~torch.tensor([r.truncated for r in rollouts])[:, None]
     mini = _dealt_out([*map(len, groups), *[1] * len(data)], config.mini_batches)
-    policy_weights, distill_weights = _weights(mask, gates(rollouts, config), mini, config)
+    from_data = torch.arange(len(rollouts)) >= len(rollouts) - len(data)
+    gate = gates(rollouts, config)
+    policy_weights, distill_weights = _weights(mask, gate, mini, from_data, config)
     taught = [place_of(r.example, config) if config.distils else 0 for r in rollouts]
     unknown = [torch.full((len(r.completion_ids),), torch.nan) for r in rollouts]
     drawn = [
@@ -148,7 +150,7 @@ def _dealt_out(sizes: Sequence[int], count: int) -> Tensor:
 
 
 def _weights(
-    mask: Tensor, gate: Tensor, mini: Tensor, config: ObjectiveConfig
+    mask: Tensor, gate: Tensor, mini: Tensor, from_data: Tensor, config: ObjectiveConfig
 ) -> tuple[Tensor, Tensor]:
     """(B, T) weights of the policy term and of the divergence, each mini-batch's by itself."""
     policy, distillation = torch.zeros((2, *mask.shape), dtype=torch.float64)
@@ -158,8 +160,19 @@ def _weights(
             policy[own] = dr_grpo_weights(mask[own], config.max_completion_length)
         else:
             policy[own] = loss_weights(mask[own], None, config.policy_reduction)
-        distillation[own] = loss_weights(mask[own], gate[own], config.distill_reduction)
+        weights = loss_weights(mask[own], gate[own], config.distill_reduction)
+        distillation[own] = _shared_out(weights, from_data[own], config.data_weight)
     return policy, distillation
+
+
+def _shared_out(weights: Tensor, from_data: Tensor, share: float | None) -> Tensor:
+    """Return the weights (B, T) with this share of their sum on the dataset's completions; as they
+    are if share is None, or if all their sum is on one side."""
+    data, whole = weights[from_data].sum(), weights.sum()
+    if share is None or data == 0 or data == whole:
+        return weights
+    factors = torch.where(from_data, share * whole / data, (1 - share) * whole / (whole - data))
+    return weights * factors[:, None]
 
 
 def gates(rollouts: Sequence[Rollout], config: ObjectiveConfig) -> Tensor:

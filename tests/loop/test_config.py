@@ -139,6 +139,11 @@ REFUSED = {
     "data_fraction": ({"data_fraction": 1.1}, "data_fraction=1.1"),
     "iterations": ({"num_iterations": 0}, "num_iterations=0"),
     "dynamic sampling": ({"dynamic_sampling": -1}, "dynamic_sampling=-1"),
+    "dynamic sampling on a missing reward": (
+        {"dynamic_sampling": 1, "dynamic_reward": "length"},
+        "dynamic_reward='length'; expected one of accuracy, format, total",
+    ),
+    "data_weight": ({"data_weight": -0.5}, "data_weight=-0.5"),
     "overlong": ({"overlong_buffer": -1}, "overlong_buffer=-1"),
     "overlong throughout": (
         {"overlong_buffer": 129},

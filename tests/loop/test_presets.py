@@ -124,13 +124,13 @@ def no_teacher(seen):
     )
 
 
-@rule("grpo", "dr_grpo", "dapo", "gkd", "opd", "kdpo_tau0", "kdpo_tau1", "sft", "sod")
+@rule("grpo", "dr_grpo", "dapo", "gkd", "opd", "opd_jsd", "kdpo_tau0", "kdpo_tau1", "sft", "sod")
 @rule("first_error", "after_error")
 def no_hints(seen):
     assert total(seen, "hint_groups") == total(seen, "hinted_rate") == 0
 
 
-@rule("grpo", "dr_grpo", "opd", "kdpo_tau0", "kdpo_tau1", "sod")
+@rule("grpo", "dr_grpo", "opd", "opd_jsd", "kdpo_tau0", "kdpo_tau1", "sod")
 def own_samples_only(seen):
     assert total(seen, "sampled_completions") == 2 * 2 * 4 and total(seen, "data_completions") == 0
 
@@ -145,20 +145,32 @@ def nothing_is_sampled(seen):
         assert weights.tolist() == pytest.approx([1 / len(weights)] * len(weights))
 
 
-@rule("opd", "gkd")
+@rule("opd", "opd_jsd", "gkd")
 def the_divergence_alone(seen):
     for record in seen.steps:
         assert record["kepo/policy_loss"] == pytest.approx(0.0, abs=1e-6)
         assert record["kepo/distill_loss"] > 0 and record["kepo/gate_rate"] == 1.0
         assert record["kepo/teacher_tokens"] == record["kepo/completion_tokens"]
     assert not any(batch.policy_weights.any() for _, batch in seen.batches)
-    assert seen.config.beta == {0.0: 1.0, 0.5: 0.5}[seen.config.data_fraction]
+
+
+@rule("opd")
+def the_divergence_is_that_of_the_student_from_the_teacher(seen):
+    assert seen.config.beta == 1.0
+
+
+@rule("opd_jsd", "gkd")
+def the_divergence_is_the_jsd(seen):
+    assert seen.config.beta == 0.5
 
 
 @rule("gkd")
 def half_is_from_the_data(seen):
     assert total(seen, "data_completions") == 2 and total(seen, "sampled_completions") == 2 * 4
     assert sum(r["from_data"] for r in seen.lines) == 2
+    for groups, batch in seen.batches:  # and half of the weight, though one completion in five
+        own = batch.distill_weights[: sum(map(len, groups))].sum()
+        assert own.item() == pytest.approx(0.5) == 1 - own.item()
 
 
 @rule("dr_grpo")
@@ -204,6 +216,7 @@ def two_iterations_token_mean_exchange_and_fine(seen):
         weights = batch.policy_weights[batch.completion_mask]
         assert weights.unique().tolist() == pytest.approx([1 / len(weights)])
     assert all("overlong" in r["rewards"] for r in seen.lines)
+    assert seen.config.dynamic_reward == "accuracy"
     # Three rounds more at most, of whole groups.
     extra, remainder = divmod(total(seen, "sampled_completions") - 2 * 2 * 4, 4)
     assert total(seen, "resampled_groups") <= extra <= 2 * 3 * 2 and remainder == 0
