@@ -90,6 +90,7 @@ def step_metrics(
         "kepo/hint_rate": report.groups / asked,
         "kepo/hints_written": report.written,
         "kepo/hint_retries": report.retried,
+        "kepo/hint_tokens": report.hint_tokens,
         "kepo/hints_unusable": report.unhinted,
         "kepo/hint_attempts": report.attempts,
         "kepo/hint_accept_rate": report.successes / max(1, report.sampled),

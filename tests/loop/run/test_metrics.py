@@ -32,7 +32,15 @@ GROUPS = [
 
 def metrics(groups, data=(), **totals):
     report = RescueReport(
-        groups=2, written=1, unhinted=1, rescued=1, attempts=3, sampled=6, successes=2, accepted=1
+        groups=2,
+        written=1,
+        hint_tokens=30,
+        unhinted=1,
+        rescued=1,
+        attempts=3,
+        sampled=6,
+        successes=2,
+        accepted=1,
     )
     found = Exploration(groups=groups, report=report, asked=4, resampled=1, sampled=12)
     batch = collate(groups, CONFIG, data)
@@ -107,6 +115,7 @@ def test_metrics_by_hand():
         "kepo/hint_rate": 2 / 4,  # three groups, and one that was exchanged
         "kepo/hints_written": 1,
         "kepo/hint_retries": 0,
+        "kepo/hint_tokens": 30,
         "kepo/hints_unusable": 1,
         "kepo/hint_attempts": 3,
         "kepo/hint_accept_rate": 1 / 3,
