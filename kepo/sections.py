@@ -273,7 +273,8 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     epsilon_low: Share = 0.2
     """The policy ratio is clipped below at 1 - epsilon_low."""
     epsilon_high: NonNegative = 0.2
-    """The policy ratio is clipped above at 1 + epsilon_high."""
+    """The policy ratio is clipped above at 1 + epsilon_high; so is that of cispo, where TRL's bound
+    is its epsilon_high itself."""
     delta: Positive | None = None
     """Upper bound of the policy ratio of clip, for negative advantages too (two-sided clip); more
     than 1 + epsilon_high. None disables it."""
@@ -286,7 +287,8 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     is kept."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL penalty, with d = reference - policy log-probability: k1 is -d, k2 is
-    d^2 / 2, k3 is e^d - d - 1."""
+    d^2 / 2, k3 is e^d - d - 1. In expectation the gradient of k1 is 0, that of k2 the gradient of
+    KL(policy|reference), that of k3 the gradient of KL(reference|policy)."""
     kl_bias_correction: bool = False
     """Whether the KL penalty is multiplied by the ratio of policy and sampling policy, through
     which its gradient then goes too: TRL's use_bias_correction_kl."""
