@@ -48,9 +48,14 @@ def model_card(config: Config, step: int, data: Mapping[str, Any]) -> str:
     method = _policy_and_rewards(config)
     if config.distils:
         method.append(_distillation(config))
-    if config.hints:
+    if config.rescues:
         where = "where every sample fails" if config.hint_trigger == "failed" else "for every group"
-        method.append(f"- hints of the teacher: {where}")
+        what = {
+            "student": "hints of the teacher",
+            "teacher": "the teacher sees a hint, and failures are distilled on",
+            "nobody": "samples again, without hints",
+        }[config.hint_for]
+        method.append(f"- {what}: {where}")
     parts = [
         front_matter(config, tags),
         f"# {_name(config.student)}, {step} steps of post-training\n",

@@ -57,6 +57,7 @@ def step_metrics(
         }
     lengths = torch.tensor([len(r.completion_ids) for r in [*rollouts, *data]]).float()
     cut = [r.truncated for r in [*rollouts, *data]]
+    told = [r.teacher_hint is not None for r in [*rollouts, *data]]
     iterations, updates = config.num_iterations, config.num_iterations * config.mini_batches
     tokens, teacher_tokens = totals.tokens // iterations, totals.teacher_tokens
     report, asked = found.report, max(1, found.asked)
@@ -75,7 +76,8 @@ def step_metrics(
         "kepo/completion_tokens": tokens,
         "kepo/policy_loss": totals.policy_loss / updates,
         "kepo/distill_loss": totals.distill_loss / updates,
-        "kepo/divergence": totals.divergence / max(1, teacher_tokens * iterations),
+        "kepo/divergence": totals.divergence / max(1, totals.distilled_tokens),
+        "kepo/distilled_tokens": totals.distilled_tokens // iterations,
         "kepo/gate_rate": batch.opened.float().mean().item(),
         "kepo/teacher_tokens": teacher_tokens,
         "kepo/teacher_skipped_frac": 1.0 - teacher_tokens / max(1, tokens),
@@ -88,12 +90,14 @@ def step_metrics(
         "kepo/hint_rate": report.groups / asked,
         "kepo/hints_written": report.written,
         "kepo/hint_retries": report.retried,
+        "kepo/hint_tokens": report.hint_tokens,
         "kepo/hints_unusable": report.unhinted,
         "kepo/hint_attempts": report.attempts,
         "kepo/hint_accept_rate": report.successes / max(1, report.sampled),
         "kepo/hint_accepted": report.accepted,
         "kepo/rescue_rate": report.rescued / asked,
         "kepo/hinted_rate": batch.hinted.float().mean().item(),
+        "kepo/teacher_hinted_rate": sum(told) / len(told),
     }
 
 
@@ -150,6 +154,7 @@ def completion_records(
             "prompt": rollout.prompt.text,
             "images": [str(path) for path in rollout.prompt.images],
             "hint": rollout.hint,
+            "teacher_hint": rollout.teacher_hint,
             "completion": rollout.text,
             "answer": rollout.example.answer,
             "rewards": rollout.rewards,
