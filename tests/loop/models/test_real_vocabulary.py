@@ -1,6 +1,7 @@
 """Qwen's real vocabulary through the encoder and the sampler: 151,669 ids under heads of 151,936
 and 152,064 rows."""
 
+import json
 import unicodedata
 
 import pytest
@@ -13,8 +14,11 @@ pytest.importorskip("transformers")
 import qwen_vocabulary
 import transformers
 from qwen_vocabulary import ADDED, OF_QWEN3, SPECIAL
+from small import config_of, rigged
 
+from kepo.digits import tiny
 from kepo.errors import KepoConfigError, KepoDataError
+from kepo.loop import train
 from kepo.models import conventions
 from kepo.models.encoding import Encoder, Prompt
 from kepo.models.families import qwen3_vl, registry
@@ -22,6 +26,7 @@ from kepo.models.families.family import TinySize
 from kepo.models.families.qwen_vl import pictures_of
 from kepo.models.sampling import SamplingParams
 from kepo.models.vlm import VLM
+from kepo.run.metrics import read_metrics
 from kepo.run.open import check_same_tokens
 from kepo.teachers.first_words import known_text
 
@@ -149,3 +154,28 @@ def test_a_student_without_think_may_have_a_teacher_with_it(qwen3, qwen2_5):
     check_same_tokens(older, newer)
     with pytest.raises(KepoConfigError, match="disagree on 4 tokens, first '</think>': 151668"):
         check_same_tokens(newer, older)
+
+
+# ---- the whole loop ----
+
+
+@pytest.mark.slow
+def test_a_run_with_real_words_and_heads_of_two_lengths(qwen3, made, tmp_path, monkeypatch):
+    """Student and teacher as a Qwen2.5-VL of 3 and of 7 billion: 151,936 and 152,064 rows."""
+    monkeypatch.setattr(tiny, "build_tokenizer", lambda: qwen3)
+    for name, rows in (("student", 151_936), ("teacher", 152_064)):
+        tiny.build_tiny(tmp_path / name, size=name, seed=0)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / name)
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        model.save_pretrained(tmp_path / name)
+    models = {name: str(tmp_path / name) for name in ("student", "teacher")}
+    objective = dict(step_weights=True, gate_reward=None, hint_trigger="always", kl_coef=0.1)
+    config = config_of(made, tmp_path / "run", **models, **objective, steps=1, max_attempts=1)
+    with rigged():
+        assert train(config).exit_code == 0
+    (record,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert record["skipped"] == 0 and record["kepo/hints_written"] > 0
+    assert 0 < record["kepo/distill_loss"] < 1 and record["grad_norm"] > 0
+    said = (tmp_path / "run" / "completions.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["completion"] for line in said]
+    assert len(texts) == 8 and all(texts)

@@ -1,7 +1,11 @@
 """Steps of a completion and what their drift makes of the divergence's weights."""
 
+import re
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from toy import EOS, ScriptedVLM
 
 from kepo.digits.tiny import build_tokenizer
@@ -96,14 +100,6 @@ def test_a_tag_may_be_one_token_and_the_next_several(qwen3):
     assert shown(qwen3, ids_of(qwen3, SAID)) == expected
 
 
-def test_tokens_that_are_part_of_a_character_hide_no_tag(qwen):
-    text = "é👩</think>\u2028</answer>😀"
-    ids = ids_of(qwen, text)
-    assert "\ufffd" in {qwen.decode([token]) for token in ids}
-    found = [qwen.decode(part) for part in parts(qwen, ids)]
-    assert found == ["é👩</think>", "\u2028</answer>", "😀"]
-
-
 def test_steps_are_those_of_whole_tags_whatever_the_tokens(qwen):
     """Tags as single tokens and as several end the same steps of the text."""
     whole = build_tokenizer()
@@ -118,6 +114,25 @@ def test_steps_are_those_of_whole_tags_whatever_the_tokens(qwen):
         assert "".join(texts[0]) == "".join(texts[1]) == text and len(texts[0]) == len(texts[1]) > 2
         for one, other in zip(*texts, strict=True):  # a sign of the next tag goes with this one
             assert one.strip("<") == other.strip("<")
+
+
+PIECES = ["</think>", "</answer>", "<answer>", "</s>", "</", "<", ">", "think", " ", "\n", "\r\n"]
+PIECES += ["B", ".", "é", "日", "👩", "\u2028", "</a b>", "<|im_end|>", "\ufffd"]
+
+
+def test_steps_end_where_the_whole_text_says(qwen):
+    """By the tokenizer's own offsets: with the character that ends a closing tag or a line."""
+
+    @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=20).map("".join))
+    def check(text):
+        cut = qwen(text, add_special_tokens=False, return_offsets_mapping=True)
+        last = {tag.end() - 1 for tag in re.finditer(r"</[^<>\s]*>", text)}
+        last |= {place for place, character in enumerate(text) if character == "\n"}
+        ends = [any(start <= place < end for place in last) for start, end in cut["offset_mapping"]]
+        expected = [sum(ends[:place]) for place in range(len(ends))]
+        assert step_numbers(qwen, torch.tensor([cut["input_ids"]]))[0].tolist() == expected
+
+    check()
 
 
 def test_finding_steps_is_linear_in_the_completion(qwen2_5):
