@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 import qwen_vocabulary
 import transformers
-from qwen_vocabulary import ADDED, OF_QWEN3, SPECIAL
+from qwen_vocabulary import ADDED, SPECIAL
 from small import config_of, rigged
 
 from kepo.digits import tiny
@@ -49,7 +49,6 @@ def test_its_ids_are_those_of_the_published_one(qwen3, qwen2_5):
         ids = [151643, 151644, 151645, 151655, 151657]
         assert tokenizer.convert_tokens_to_ids(named) == ids
     assert qwen3.convert_tokens_to_ids(["<think>", "</think>"]) == [151667, 151668]
-    assert set(qwen3.get_vocab()) - set(qwen2_5.get_vocab()) == set(OF_QWEN3)
 
 
 # ---- encode and decode ----
@@ -134,16 +133,17 @@ def model_of(tokenizer, rows):
     return vlm
 
 
-@pytest.mark.parametrize("rows", [151_936, 152_064])
-@pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize(
+    ("name", "rows"), [("qwen3", 151_936), ("qwen3", 152_064), ("qwen2_5", 152_064)]
+)
 def test_ids_without_a_token_are_never_sampled(name, rows, request):
     vlm = model_of(request.getfixturevalue(name), rows)
     marks = [151652, 151653, 151655, 151656]  # where pictures begin and end, and their places
     assert vlm.never_sampled() == [*marks, *range(IDS[name], rows)]
     inputs = vlm.encode([Prompt("Which?")])
     for temperature, top_p in ((0.0, 1.0), (1.0, 1.0), (0.7, 0.9)):
-        params = SamplingParams(n=8, max_tokens=4, temperature=temperature, top_p=top_p)
-        ids, mask, logprobs = vlm.generate(inputs, params, range(8))
+        params = SamplingParams(n=2, max_tokens=2, temperature=temperature, top_p=top_p)
+        ids, mask, logprobs = vlm.generate(inputs, params, range(2))
         assert not torch.isin(ids[mask], torch.tensor(vlm.never_sampled())).any()
         assert logprobs.isfinite().all() and not (logprobs < -30).any()
 
