@@ -305,7 +305,8 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     the divergence is multiplied by that reward where it is positive."""
     step_weights: bool = False
     """Distil less on those reasoning steps of a completion where student and teacher have drifted
-    apart since its first one (SOD). A reasoning step is a line, or a tagged part."""
+    apart since its first one (SOD). A reasoning step is a line, or a tagged part, with something in
+    it but tags."""
     distill_reduction: Literal["token_mean", "sequence_mean", "sum"] = "token_mean"
     """How the divergence is averaged over the sequences whose gate is open: token_mean,
     sequence_mean or sum."""
