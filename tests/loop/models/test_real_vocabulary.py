@@ -51,6 +51,12 @@ def test_its_ids_are_those_of_the_published_one(qwen3, qwen2_5):
     assert qwen3.convert_tokens_to_ids(["<think>", "</think>"]) == [151667, 151668]
 
 
+@pytest.mark.slow
+def test_it_is_built_from_the_ranks(qwen_file, tmp_path):
+    """The fixture's file may be an earlier run's."""
+    assert qwen_vocabulary.built(tmp_path).read_bytes() == qwen_file.read_bytes()
+
+
 # ---- encode and decode ----
 
 
