@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
@@ -65,6 +65,7 @@ def test_texts_come_back_composed(encoder):
 
     @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
     def check(text):
+        assume(not encoder.control_tokens_in(text))  # it also tries words of modules it has seen
         ids, mask = encoder.encode_completions([text, "beside it"])
         assert ids[0][mask[0]][-1] == encoder.end_ids[0]
         assert encoder.decode(ids, mask) == [unicodedata.normalize("NFC", text), "beside it"]
