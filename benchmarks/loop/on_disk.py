@@ -18,11 +18,12 @@ import torch
 
 from benchmarks.loop.problem import HEAD_SIZE, Size, image_processor, picture
 from kepo.data.load import load_examples
-from kepo.digits.tiny import CONTROL_TOKENS, build_tokenizer
+from kepo.digits.tiny import build_tokenizer
+from kepo.models.conventions import control_ids
 from kepo.models.encoding import Encoder
 from kepo.models.families.family import TinySize
 from kepo.models.families.qwen3_vl import PATCH, tiny_config
-from kepo.models.families.qwen_vl import pictures_of
+from kepo.models.families.qwen_vl import marks, pictures_of
 from kepo.rollout.prompts import prompt_of
 from kepo.tasks.multiple_choice import MultipleChoice
 
@@ -132,7 +133,8 @@ def write_model(path: Path, size: Size, tokenizer: Any, vocab: int, seed: int) -
             layer.mlp.down_proj.weight[0] = 0.0
         head = model.get_output_embeddings().weight
         head[:, 0] = 0.0
-        head[tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS)), 0] = NEVER
+        ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+        head[sorted(control_ids(tokenizer, marks(config, tokenizer), ends)), 0] = NEVER
         head[len(tokenizer) :, 0] = NEVER
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id

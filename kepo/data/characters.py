@@ -31,6 +31,15 @@ def letter_and_text(text: str) -> tuple[str, str] | None:
     return ((match[1] or match[2]).upper(), match[3]) if match and letter_of(text) is None else None
 
 
+def composed(text: str) -> str:
+    """Return a text with each letter and its accents as one character where Unicode has one.
+
+    Data may write them apart. A tokenizer such as Qwen's composes all that its model reads, so that
+    the model answers with the composed text.
+    """
+    return unicodedata.normalize("NFC", text)
+
+
 def unmarked(text: str) -> str:
     r"""Return a text without what Markdown and LaTeX set it with: ``B`` of ``**B**``, ``$B$`` and
     ``\text{B}``."""

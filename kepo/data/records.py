@@ -18,7 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kepo.data.characters import letter_and_text, letter_of, shows_something, unmarked
+from kepo.data.characters import (
+    composed,
+    letter_and_text,
+    letter_of,
+    shows_something,
+    unmarked,
+)
 from kepo.data.example import LETTERS, Example
 from kepo.disk.files import printable, read_regular
 
@@ -224,8 +230,8 @@ def _lettered(answer: str, options: tuple[str, ...]) -> set[str]:
 
 
 def is_of_option(letter: str, text: str, options: Sequence[str]) -> bool:
-    """Return whether a text is that of the option with this letter, but for case, spaces, marks and
-    a final period."""
+    """Return whether a text is that of the option with this letter, but for case, spaces, marks, a
+    final period and accents written apart."""
     place = LETTERS.index(letter)
     return place < len(options) and plain(unmarked(options[place])) == plain(unmarked(text))
 
@@ -277,4 +283,4 @@ def repeated(options: Sequence[str]) -> bool:
 
 
 def plain(words: str) -> str:
-    return " ".join(words.split()).rstrip(". ").casefold()
+    return " ".join(composed(words).split()).rstrip(". ").casefold()

@@ -14,15 +14,18 @@ from torch import Tensor
 from kepo_kernels import sod_weights
 from kepo_kernels.compute.devices import moved
 
-_CLOSING_TAG = re.compile(r"</[^<>\s]*>")
+_TAG = re.compile(r"</?[^<>\s]*>")
+_END = re.compile(r"</[^<>\s]*>|\n")
 
 
 def step_numbers(tokenizer: Any, completion_ids: Tensor) -> Tensor:
     """(B, T) token ids -> (B, T) int64 number of the step that each token belongs to, from 0.
 
-    A step ends with a token that has a line break in it, or in which a closing tag (``</think>``)
-    comes to its end: the tag may be one token or several, and share them with its neighbours, as
-    in ``.</``, ``think``, ``><``.
+    A step ends with the token in which a line, or a closing tag (``</think>``), comes to its end:
+    the tag may be one token or several, and share them with its neighbours, as in ``.</``,
+    ``think``, ``><``. What holds only tags and spaces is no step, and belongs to the one after it:
+    the models are sure of a line ``<think>``, and measured by its drift all others would be far
+    apart.
     """
     ids = completion_ids.cpu()
     # Tokens are decoded one by one. What a tokenizer makes of part of a character is no ASCII, so
@@ -36,10 +39,13 @@ def step_numbers(tokenizer: Any, completion_ids: Tensor) -> Tensor:
 
 def _last_tokens(texts: Sequence[str]) -> list[int]:
     """Return the places of the tokens, given by their texts, that end a step."""
-    ends = list(accumulate(map(len, texts)))  # of each token, in the text
-    broken = [place for place, text in enumerate(texts) if "\n" in text]
-    tags = _CLOSING_TAG.finditer("".join(texts))
-    return [*broken, *(bisect_left(ends, tag.end()) for tag in tags)]
+    text, ends = "".join(texts), list(accumulate(map(len, texts)))  # of each token, in the text
+    found, start = [], 0
+    for end in _END.finditer(text):
+        if _TAG.sub("", text[start : end.end()]).strip():
+            found.append(bisect_left(ends, end.end()))
+        start = end.end()
+    return found
 
 
 def drift_weights(

@@ -34,6 +34,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from kepo.data.characters import composed
 from kepo.data.example import LETTERS, Example
 from kepo.tasks.hint_numbers import states_number
 from kepo.tasks.hint_words import CLAUSE, SENTENCE, Words, closes, read, words_of
@@ -246,5 +247,5 @@ def _before(text: Words, place: int) -> list[str]:
 
 def _has_signs(hint: str, option: str) -> bool:
     """Return whether the hint contains an option of signs alone, such as "(.*)"."""
-    signs = option.strip(". \t\n")
-    return bool(signs) and not len(read(signs)) and signs in hint
+    signs = composed(option).strip(". \t\n")
+    return bool(signs) and not len(read(signs)) and signs in composed(hint)

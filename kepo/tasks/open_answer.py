@@ -49,7 +49,7 @@ class OpenAnswer(Task):
         return example.options[LETTERS.index(example.answer)]
 
     def same(self, said: str, right: str) -> bool:
-        if said.strip() == right.strip():  # of signs alone, too
+        if super().same(said.strip(), right.strip()):  # of signs alone, too
             return True
         mine, theirs = quantity(said), quantity(right)
         if mine is not None and theirs is not None:
@@ -79,7 +79,7 @@ class OpenAnswer(Task):
                 return True
         words, said = plain_words(right), plain_words(hint)
         if not words:
-            return right.casefold() in hint.casefold()
+            return super().gives_away(hint, example)
         places = range(len(said) - len(words) + 1)
         return any(said[place : place + len(words)] == words for place in places)
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kepo.data.characters import shows_something, unmarked
+from kepo.data.characters import composed, shows_something, unmarked
 from kepo.data.example import LETTERS, Example
 from kepo.data.records import BadRecord, plain
 from kepo.data.solutions import final_answer
@@ -132,7 +132,7 @@ class Task:
 
     def same(self, said: str, right: str) -> bool:
         """Return whether two answers are the same."""
-        return said == right
+        return composed(said) == composed(right)
 
     def is_formatted(self, text: str) -> bool:
         """Return whether a completion is ``<think>...</think><answer>...</answer>`` with nothing
@@ -155,7 +155,7 @@ class Task:
 
     def gives_away(self, hint: str, example: Example) -> bool:
         """Return whether a hint tells the answer, and is of no use as a hint."""
-        return self.right_answer(example).casefold() in hint.casefold()
+        return composed(self.right_answer(example)).casefold() in composed(hint).casefold()
 
     def _chat(self, example: Example, text: str) -> Messages:
         turns = list(example.earlier)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from toy import TASK
 
-from benchmarks.loop import processes, step, table, variants
+from benchmarks.loop import on_disk, processes, step, table, variants
 from benchmarks.loop.on_disk import NEVER, Sizes, read_sizes, write
 from benchmarks.loop.orders import Shared, reward_of
 from kepo.data.load import load_examples
@@ -110,6 +110,24 @@ def test_prompts_and_completions_have_the_lengths_that_were_asked_for(tmp_path):
     assert len(policy.lm_head) == 2048 and int(never.sum()) < 100
     assert logits[..., never].softmax(-1).isfinite().all()
     assert float(logits.softmax(-1)[..., never].max()) == 0
+
+
+@pytest.mark.slow
+def test_a_step_speaks_real_words_as_it_speaks_made_up_ones(qwen3, tmp_path, monkeypatch):
+    monkeypatch.setattr(on_disk, "filled", lambda *_: qwen3)
+    sizes = small(vocab=151_936, prompt=131)
+    write(tmp_path, sizes)
+    policy = VLM.load(tmp_path / "student")
+    examples, _ = load_examples(tmp_path / "data")
+    assert policy.encoder.lengths([prompt_of(TASK, example) for example in examples]) == [131] * 3
+    never = (policy.lm_head[:, 0] == NEVER).nonzero().squeeze(-1).tolist()
+    assert {*never} == policy.encoder.control_ids | {*range(151_669, 151_936)}
+    process = processes.Process(tmp_path, "rows", 0)
+    try:
+        found = process.step()
+        assert found["sampled"] == found["trained"] == sizes.tokens
+    finally:
+        process._process.kill()
 
 
 def test_a_prompt_that_is_too_short_is_refused(tmp_path):

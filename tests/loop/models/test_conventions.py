@@ -139,17 +139,6 @@ def test_control_tokens_are_never_text(tinies):
     assert vlm.encoder.control_tokens_in(f"{SAID} <b> im_end <|im_ end|>") == []
 
 
-def test_what_is_written_as_a_control_token_is_one(folder):
-    """As Qwen's ``<|fim_prefix|>``, which its tokenizer does not call special."""
-    vlm = VLM.load(folder)
-    vlm.tokenizer.add_tokens(["<|fim_prefix|>", "<tool_call>"])
-    vlm.tokenizer.save_pretrained(folder)
-    vlm = VLM.load(folder)
-    assert not vlm.tokenizer.added_tokens_decoder[token(vlm, "<|fim_prefix|>")].special
-    assert vlm.encoder.control_tokens_in("a<|fim_prefix|>b<tool_call>") == ["<|fim_prefix|>"]
-    assert vlm.decode(*rows(vlm, "a<|fim_prefix|>b<tool_call>")) == ["ab<tool_call>"]
-
-
 def test_a_token_with_a_role_is_no_tag_whatever_it_looks_like(folder):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (folder / name).read_text().replace("<|endoftext|>", "<pad>")

@@ -1,6 +1,7 @@
 """Which options a record has, and which of them its answer means."""
 
 import json
+import unicodedata
 
 import pytest
 from datasets_on_disk import ROW, dataset, record, split_file
@@ -97,6 +98,14 @@ def test_wrong_options_that_are_the_same_are_counted_the_right_one_is_refused(tm
     examples, report = load_examples(dataset(tmp_path, harmless, harmful))
     assert [e.id for e in examples] == ["q0"] and report.counts() == {"answer": 1}
     assert report.quirks["two wrong options are the same"] == 1
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_an_answer_means_its_option_however_their_accents_are_written(tmp_path, forms):
+    option, answer = (unicodedata.normalize(form, "Sjögren's syndrome") for form in forms)
+    assert option != answer
+    (example,) = load_omnimedvqa(dataset(tmp_path, record(option_B=option, gt_answer=answer)))
+    assert example.answer == "B" and example.options[1] == option
 
 
 # ---- the options in the text of a problem
