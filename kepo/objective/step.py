@@ -187,7 +187,7 @@ def _distillation(
     if scores.teacher_hidden is None:
         return {}
     weights = _distill_weights(micro, scores)
-    is_open = weights.any(-1)
+    is_open = micro.opened if scores.distilled is None else scores.distilled.any(-1)
     [place] = micro.teacher[is_open].unique().tolist()
     teacher = each_of(teachers)[place]
     if scores.teacher_logprobs is not None:

@@ -179,7 +179,9 @@ def others(micro, at):
 def test_a_teacher_that_scores_other_sequences_is_noticed(asked, words, tmp_path, monkeypatch):
     right = score._Asked.among
     monkeypatch.setattr(
-        score._Asked, "among", lambda micro, places: right(micro, asked(micro, places))
+        score._Asked,
+        "among",
+        lambda micro, places, given: right(micro, asked(micro, places), given),
     )
     status, rows = run(tmp_path, *SMALL, "--gate", "0.5", "--rounds", "0")
     assert status == 1 and words in str(rows)
