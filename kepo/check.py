@@ -62,7 +62,7 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
     _pictures(config)
     _weights(config)
     _objective(config)
-    if config.hints and config.num_hinted > config.num_generations:
+    if config.rescues and config.num_hinted > config.num_generations:
         _refuse(
             f"num_hinted={config.num_hinted} is more than num_generations="
             f"{config.num_generations}: a group has no more samples to replace"
@@ -99,7 +99,7 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
     _teachers(config)
     if not config.taught:
         for name, value, off in (
-            ("hint_trigger", config.hint_trigger, "never"),
+            ("hint_trigger", "never" if config.rescues else config.hint_trigger, "never"),
             ("gate_reward", config.gate_reward, None),
             ("distill_coef", config.distill_coef, 0.0),
         ):
@@ -167,6 +167,9 @@ def _weights(config: Config) -> None:
 
 
 def _objective(config: Config) -> None:
+    soft = config.gate_reward is not None and config.gate_threshold is None
+    if soft and config.gate_side == "wrong":
+        _refuse("gate_side='wrong' needs a gate_threshold: a soft gate has no other side")
     if config.delta is not None and config.policy_loss != "clip":
         _refuse(f"delta={config.delta} bounds the ratio of policy_loss: clip, which is not on")
     if config.delta is not None and config.delta <= 1 + config.epsilon_high:

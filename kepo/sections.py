@@ -303,6 +303,9 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     gate_threshold: Finite | None = 1.0
     """The gate opens for completions whose gate_reward is at least this. None means a soft gate:
     the divergence is multiplied by that reward where it is positive."""
+    gate_side: Literal["right", "wrong"] = "right"
+    """right: the gate opens as gate_threshold says. wrong: it opens for the others, those whose
+    gate_reward is less than gate_threshold, but not where the reward does not apply."""
     step_weights: bool = False
     """Distil less on those reasoning steps of a completion where student and teacher have drifted
     apart since its first one (SOD). A reasoning step is a line, or a tagged part."""
@@ -348,6 +351,9 @@ class HintConfig(RewardConfig, TeacherConfig):
     hint_trigger: Literal["failed", "always", "never"] = "failed"
     """Groups that get a hint. failed: groups in which no sample's hint_reward reaches
     hint_threshold. always: every group. never: none."""
+    hint_for: Literal["student", "nobody"] = "student"
+    """Who sees the hint. student: it samples again with the hint in its prompt. nobody: it samples
+    again as often without one, and successes are accepted alike; no teacher is needed."""
     hint_reward: str = "accuracy"
     """Reward that decides whether a group has failed: one of rewards, or total."""
     hint_threshold: Finite = 1.0
@@ -376,7 +382,13 @@ class HintConfig(RewardConfig, TeacherConfig):
 
     @property
     def hints(self) -> bool:
-        return self.taught and self.hint_trigger != "never"
+        """Whether a teacher writes hints."""
+        return self.rescues and self.hint_for != "nobody"
+
+    @property
+    def rescues(self) -> bool:
+        """Whether anything is done for groups of `hint_trigger`, with hints or without."""
+        return self.hint_trigger != "never" and (self.taught or self.hint_for == "nobody")
 
 
 @dataclass(frozen=True)

@@ -163,4 +163,4 @@ def gates(rollouts: Sequence[Rollout], config: ObjectiveConfig) -> Tensor:
     if config.gate_reward is None:
         return torch.ones(len(rollouts))
     quality = torch.tensor([reward_of(r, config.gate_reward, config) for r in rollouts])
-    return quality_gate(quality, config.gate_threshold)
+    return quality_gate(quality, config.gate_threshold, config.gate_side)

@@ -35,14 +35,18 @@ def group_advantages(rewards: Tensor, scale_rewards: str = "group") -> Tensor:
     return torch.where(equal, 0.0, advantages)
 
 
-def quality_gate(quality: Tensor, threshold: float | None) -> Tensor:
+def quality_gate(quality: Tensor, threshold: float | None, side: str = "right") -> Tensor:
     """(B,) quality -> (B,) fp32 gate: 1 where quality >= threshold, else 0.
 
     threshold None: a soft gate, max(quality, 0). (The indicator 1[r_i >= tau] of KEPO, arXiv
-    2602.00400, on a reward of your choice.)
+    2602.00400, on a reward of your choice.) side "wrong": 1 where -inf < quality < threshold, else
+    0; it takes a threshold. (There, says arXiv 2605.10889, distillation agrees best with the
+    reward.)
     """
     if threshold is None:
         return quality.float().clamp(min=0.0)
+    if side == "wrong":
+        return ((quality < threshold) & (quality > -torch.inf)).float()
     return (quality >= threshold).float()
 
 

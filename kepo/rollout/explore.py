@@ -60,7 +60,7 @@ def explore(
         )
         sampled = time.perf_counter()
         found.sampled_tokens += tokens_of(groups)
-        if config.hints:
+        if config.rescues:
             groups, report = rescue(groups, models, env, config, hints, stream)
             found.report += report
             found.sampled += report.sampled

@@ -73,7 +73,7 @@ def rescue(
     stream: tuple[object, ...] = (),
 ) -> tuple[list[Group], RescueReport]:
     """Return the groups; in those that get hints (`_gets_hint`), up to ``num_hinted`` failures are
-    replaced by completions that succeeded with a hint.
+    replaced by completions that succeeded with a hint, or without one if ``hint_for`` is nobody.
 
     Each of at most ``max_attempts`` rounds draws ``num_hinted`` completions for the groups that
     still lack successes, and for those only. Other groups are returned unchanged; no input list is
@@ -87,11 +87,15 @@ def rescue(
     ]
     if not helped:
         return groups, RescueReport()
-    assert models.teacher is not None, "a run with hints has a teacher"
-    asked = [groups[place][0].example for place in helped]
-    written, retried = _learn_hints(models.teacher, asked, env.task, config, hints, stream)
-    known = {place: hints[e.id] for place, e in zip(helped, asked, strict=True)}
-    hint_of = {place: hint for place, hint in known.items() if hint}
+    asked = {place: groups[place][0].example for place in helped}
+    written = retried = 0
+    hint_of: dict[int, str | None] = dict.fromkeys(helped)
+    if config.hints:
+        teachers = models.teacher
+        written, retried = _learn_hints(
+            teachers, [*asked.values()], env.task, config, hints, stream
+        )
+        hint_of = {place: hint for place in helped if (hint := hints[asked[place].id])}
     found: dict[int, Group] = {place: [] for place in hint_of}
     attempts = sampled = tokens = successes = 0
     for attempt in range(config.max_attempts):
@@ -100,7 +104,7 @@ def rescue(
             break
         tries = sample(
             models.sampler,
-            [groups[place][0].example for place in lacking],
+            [asked[place] for place in lacking],
             env,
             config,
             num_generations=config.num_hinted,

@@ -28,15 +28,15 @@ def sample(
     *,
     num_generations: int,
     stream: tuple[object, ...] = (),
-    hints: Sequence[str] | None = None,
+    hints: Sequence[str | None] | None = None,
 ) -> list[Group]:
     """Sample ``num_generations`` scored completions for each example, in the order of the examples.
 
     All ranks call it with the same examples; each samples its share, and all get the whole. stream:
     names the random numbers; with ``config.seed`` and the places of example and completion, it
     gives the same completion however the work is shared out. hints: one per example, shown with the
-    question. The rewards of ``env`` are called once, on what this rank has sampled. ``config``
-    gives length limit, temperature, top_p, and how much is generated at once.
+    question; None shows none. The rewards of ``env`` are called once, on what this rank has
+    sampled. ``config`` gives length limit, temperature, top_p, and how much is generated at once.
     """
     told: Sequence[str | None] = [None] * len(examples) if hints is None else hints
     asked = [

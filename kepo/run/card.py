@@ -48,9 +48,10 @@ def model_card(config: Config, step: int, data: Mapping[str, Any]) -> str:
     method = _policy_and_rewards(config)
     if config.distils:
         method.append(_distillation(config))
-    if config.hints:
+    if config.rescues:
         where = "where every sample fails" if config.hint_trigger == "failed" else "for every group"
-        method.append(f"- hints of the teacher: {where}")
+        what = "hints of the teacher" if config.hints else "samples again, without hints"
+        method.append(f"- {what}: {where}")
     parts = [
         front_matter(config, tags),
         f"# {_name(config.student)}, {step} steps of post-training\n",

@@ -119,6 +119,10 @@ REFUSED = {
         "delta=4.0 bounds the ratio of policy_loss: clip",
     ),
     "delta within the clip": ({"delta": 1.2}, r"delta=1.2; expected more than 1 \+ epsilon_high"),
+    "the other side of a soft gate": (
+        {"gate_side": "wrong", "gate_threshold": None},
+        "gate_side='wrong' needs a gate_threshold",
+    ),
     "logits narrower than states": (
         {"logits_dtype": "bfloat16"},
         "logits_dtype='bfloat16' needs dtype: bfloat16",

@@ -171,7 +171,7 @@ def no_deviation_and_a_constant_normaliser(seen):
         assert weights.unique().tolist() == pytest.approx([1 / (8 * 8)])
 
 
-@rule("grpo", "kdpo_tau0", "kdpo_tau1", "kepo", "kepo_official")
+@rule("grpo", "kdpo_tau0", "kdpo_tau1", "kepo", "kepo_official", "retry")
 def relative_advantages_and_sequence_means(seen):
     for groups, batch in seen.batches:
         rewards = torch.tensor([[sum(r.rewards.values()) for r in group] for group in groups])
@@ -228,6 +228,14 @@ def the_gate_reads_accuracy_and_failed_groups_are_rescued(seen):
         assert r["hint"] is None or r["rewards"]["accuracy"] == 1.0
     requests, hinted = about_hints(seen)
     assert requests and hinted and not any("answer is" in text for text in requests + hinted)
+
+
+@rule("retry")
+def failed_groups_are_sampled_again_without_a_hint(seen):
+    assert total(seen, "hint_groups") > 0 and total(seen, "hint_accepted") > 0
+    assert total(seen, "hints_written") == total(seen, "hinted_rate") == 0
+    assert about_hints(seen) == ([], []) and not any(r["hint"] for r in seen.lines)
+    assert [x for _, batch in seen.batches for x in batch.opened.tolist()] == right(seen)
 
 
 @rule("kepo_official")

@@ -383,6 +383,15 @@ def test_a_learning_rate_that_was_written_otherwise_resumes(tmp_path):
         opening.refuse_other_config(Config(lr_end=0.1, lr_schedule="cosine"), before, tmp_path)
 
 
+@pytest.mark.parametrize("name, other", [("gate_side", "wrong"), ("hint_for", "nobody")])
+def test_a_run_of_before_a_setting_resumes_with_its_default(tmp_path, name, other):
+    before = dataclasses.asdict(Config())
+    del before[name]
+    opening.refuse_other_config(Config(), before, tmp_path)
+    with pytest.raises(KepoConfigError, match=f"{name}: .* -> {other!r}"):
+        opening.refuse_other_config(Config(**{name: other}), before, tmp_path)
+
+
 def test_the_optimiser_steps_at_the_learning_rate_of_the_step(made, tmp_path):
     config = config_of(made, tmp_path, "grpo", steps=3, warmup_steps=2, lr_end=0.0, lr=1e-3)
     assert train(config).exit_code == 0

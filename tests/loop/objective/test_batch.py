@@ -48,6 +48,10 @@ def test_ids_mask_and_padding():
             },
             [0, 0, 0, 0],  # never below 0
         ),
+        ({"gate_side": "wrong"}, [0, 1, 1, 0]),
+        ({"gate_side": "wrong", "gate_reward": "total", "gate_threshold": 2.0}, [0, 1, 1, 0]),
+        ({"gate_side": "wrong", "gate_reward": "format"}, [0, 0, 1, 0]),
+        ({"gate_side": "wrong", "gate_reward": None}, [1, 1, 1, 1]),
         ({"distill_coef": 0.0}, [0, 0, 0, 0]),
         ({"teacher": None}, [0, 0, 0, 0]),
     ],

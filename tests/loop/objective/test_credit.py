@@ -54,6 +54,12 @@ def test_gate_opens_at_the_threshold():
     assert gate.dtype == torch.float32 and gate.tolist() == [0, 0, 1, 1]
 
 
+def test_the_other_side_of_a_gate_opens_under_the_threshold_where_a_reward_applies():
+    quality = torch.tensor([-torch.inf, -1.0, 0.999, 1.0, 2.0])
+    gate = quality_gate(quality, 1.0, "wrong")
+    assert gate.dtype == torch.float32 and gate.tolist() == [0, 1, 1, 0, 0]
+
+
 def test_a_gate_without_a_threshold_is_the_quality_where_it_is_positive():
     gate = quality_gate(torch.tensor([-3.0, 0.0, 0.25, 2.0]).double(), None)
     assert gate.dtype == torch.float32 and gate.tolist() == [0, 0, 0.25, 2]

@@ -111,6 +111,23 @@ def test_never_and_no_teacher_mean_no_hints():
     assert CONFIG.hints and replace(CONFIG, hint_trigger="always").hints
 
 
+def test_a_retry_is_the_same_attempts_without_a_hint():
+    """No teacher is asked for anything, and the same samples as with hints are drawn and judged."""
+    config = replace(CONFIG, hint_for="nobody")
+    late = ScriptedVLM(lambda prompt, nth: RIGHT if nth > 2 else WRONG)  # the fourth try is right
+    groups, report = rescue([failed_group(), fine_group()], models_of(late), ENV, config, {})
+    assert late.seen == [question_prompt(example("bad"))] * 6  # three rounds of two, no hint in any
+    assert (report.groups, report.attempts, report.sampled) == (1, 3, 6)
+    assert (report.written, report.unhinted, report.successes, report.accepted) == (0, 0, 3, 2)
+    assert [r.text for r in groups[0]] == [WRONG, RIGHT, WRONG, RIGHT]
+    assert not any(r.hinted for group in groups for r in group)
+    alone = replace(config, teacher=None)
+    assert not config.hints and config.rescues and alone.rescues
+    assert replace(alone, distill_coef=0.0).taught_by == {}
+    assert replace(config, distill_coef=0.0).taught_by == {}  # its teacher is not even read
+    assert not replace(alone, hint_trigger="never").rescues
+
+
 def test_nothing_runs_where_no_group_needs_help():
     policy, helper = solver(), teacher()
     fine = fine_group()
