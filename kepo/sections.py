@@ -309,6 +309,14 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     step_weights: bool = False
     """Distil less on those reasoning steps of a completion where student and teacher have drifted
     apart since its first one (SOD). A reasoning step is a line, or a tagged part."""
+    distill_tokens: Literal["all", "first_error", "after_error"] = "all"
+    """Tokens of an open completion that are distilled on. all: every one. first_error: those up to
+    and with the first one to which the teacher gives a probability less than error_threshold.
+    after_error: those after it. The others cost nothing in the loss, and the weights of these stay
+    as they are, so that first_error and after_error add up to all."""
+    error_threshold: PositiveShare = 0.1
+    """A sampled token is an error if the teacher gives it a smaller probability, at the temperature
+    of the divergence; see distill_tokens."""
     distill_reduction: Literal["token_mean", "sequence_mean", "sum"] = "token_mean"
     """How the divergence is averaged over the sequences whose gate is open: token_mean,
     sequence_mean or sum."""

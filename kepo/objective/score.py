@@ -17,6 +17,7 @@ from kepo.distributed.processes import any_rank, errors_on_all_ranks
 from kepo.models.encoding import Prompt
 from kepo.models.vlm import CPU, VLM
 from kepo.objective.batch import Batch
+from kepo.objective.first_error import distilled_tokens
 from kepo.objective.totals import StepTotals
 from kepo.sections import ObjectiveConfig
 from kepo.teachers.said import laid_out
@@ -35,17 +36,23 @@ class Scores:
     teacher behind a server its likeliest tokens, (open, T, K)."""
     teacher_logprobs: Tensor | None = None
     """(open, T) fp32 teacher's log-probabilities of their tokens; with ``step_weights`` only."""
+    distilled: Tensor | None = None
+    """(B, T) bool, on the CPU: the tokens that `distilled_tokens` leaves. A completion that has
+    none of them is not among the teacher's states. None if ``distill_tokens`` is all."""
     ref_logprobs: Tensor | None = None
     """(B, T) fp32 reference's log-probabilities of all completions' tokens."""
     odd: tuple[str, ...] = ()
     """The models among them whose states are not finite."""
 
     def to(self, device: torch.device) -> Scores:
-        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        tensors = {n: x for n, x in vars(self).items() if isinstance(x, Tensor) and n != _ON_HOST}
         there: dict[str, Any] = {name: moved(x, device) for name, x in tensors.items()}
         if isinstance(self.teacher_hidden, TopK):
             there["teacher_hidden"] = TopK(*(moved(x, device) for x in self.teacher_hidden))
         return replace(self, **there)
+
+
+_ON_HOST = "distilled"  # it decides which rows exist, and is read without waiting
 
 
 def score(
@@ -79,7 +86,7 @@ def score(
         taught = [new if one.prompts else old for old, new, one in pairs]
     kept = nothing if ref is None else [_ref_scores(ref, micro, config) for micro in micros]
     return [
-        Scores(t.teacher_hidden, t.teacher_logprobs, r.ref_logprobs, t.odd + r.odd)
+        replace(t, ref_logprobs=r.ref_logprobs, odd=t.odd + r.odd)
         for t, r in zip(taught, kept, strict=True)
     ]
 
@@ -130,11 +137,15 @@ class _Asked(NamedTuple):
     prompts: list[Prompt]
     ids: Tensor
     mask: Tensor
+    among_all: Tensor
+    """(B,) bool, True for these completions among those of the micro-batch."""
 
     @classmethod
     def among(cls, micro: Batch, places: Sequence[int]) -> _Asked:
         prompts = [micro.prompts[place] for place in places]
-        return cls(prompts, micro.completion_ids[places], micro.completion_mask[places])
+        chosen = torch.zeros(len(micro), dtype=torch.bool)
+        chosen[places] = True
+        return cls(prompts, micro.completion_ids[places], micro.completion_mask[places], chosen)
 
 
 def _opened(micro: Batch, place: int) -> list[int]:
@@ -159,7 +170,7 @@ def _served_scores(
             found.append(Scores())
             continue
         law, logprobs = laid_out(own, one.ids.shape[1])
-        found.append(Scores(law, logprobs if config.step_weights else None))
+        found.append(_cut(Scores(law, logprobs), one, config))
     return found
 
 
@@ -187,14 +198,35 @@ def _kept(teacher: VLM, asked: _Asked, hidden: Tensor | None, config: ObjectiveC
         return Scores()
     hidden, good = finite(hidden, asked.mask)
     logprobs = None
-    if config.step_weights:
+    if config.step_weights or config.distill_tokens != "all":
         ids = asked.ids.to(hidden.device)
         asked_at = config.teacher_temperature
         logprobs = logprobs_of(teacher, hidden, ids, asked.mask, config, asked_at)
-    if config.scores_on == "host" and hidden.is_cuda:
-        host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
-        hidden = host.copy_(hidden, non_blocking=True)  # `_now` waits for it
-    return Scores(hidden, logprobs, odd=() if good else ("teacher",))
+    scores = _cut(Scores(hidden, logprobs, odd=() if good else ("teacher",)), asked, config)
+    kept = scores.teacher_hidden
+    if isinstance(kept, Tensor) and kept.is_cuda and config.scores_on == "host":
+        host = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True)
+        scores = replace(scores, teacher_hidden=host.copy_(kept, non_blocking=True))  # see `_now`
+    return scores
+
+
+def _cut(scores: Scores, asked: _Asked, config: ObjectiveConfig) -> Scores:
+    """Return what a teacher said without what the loss does not read: completions of which
+    ``distill_tokens`` leaves no token, and log-probabilities that served to find this out."""
+    law, logprobs = scores.teacher_hidden, scores.teacher_logprobs
+    if config.distill_tokens != "all":
+        assert law is not None and logprobs is not None
+        own = distilled_tokens(logprobs.cpu(), asked.mask, config)
+        left = own.any(-1)
+        distilled = torch.zeros(len(asked.among_all), own.shape[1], dtype=torch.bool)
+        distilled[asked.among_all] = own
+        scores = replace(scores, distilled=distilled)
+        if not left.any():
+            return replace(scores, teacher_hidden=None, teacher_logprobs=None)
+        if not left.all():
+            law = TopK(*(x[left] for x in law)) if isinstance(law, TopK) else law[left]
+            scores = replace(scores, teacher_hidden=law, teacher_logprobs=logprobs[left])
+    return scores if config.step_weights else replace(scores, teacher_logprobs=None)
 
 
 def _ref_scores(ref: VLM, micro: Batch, config: ObjectiveConfig) -> Scores:

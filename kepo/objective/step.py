@@ -152,11 +152,12 @@ def _distillation(
     """Return the teacher's arguments for the loss; none if every gate is closed."""
     if scores.teacher_hidden is None:
         return {}
-    [place] = micro.teacher[micro.opened].unique().tolist()
+    weights = _distill_weights(micro, scores)
+    is_open = weights.any(-1)
+    [place] = micro.teacher[is_open].unique().tolist()
     teacher = each_of(teachers)[place]
-    weights = micro.distill_weights
     if scores.teacher_logprobs is not None:
-        opened = micro.opened.nonzero().squeeze(-1)
+        opened = is_open.nonzero().squeeze(-1)
         ids, mask = micro.completion_ids[opened], micro.completion_mask[opened]
         opened = moved(opened, hidden.device)
         states, own_ids = hidden[opened], there.completion_ids[opened]
@@ -167,13 +168,21 @@ def _distillation(
             scores.teacher_logprobs,
             mask,
         )
-        weights = there.distill_weights
+        weights = moved(weights, hidden.device)
         weights = weights.index_copy(0, opened, weights[opened] * factors)
     return dict(
         teacher_hidden=scores.teacher_hidden,
         **_head(teacher, config),
         distill_weights=weights,
     )
+
+
+def _distill_weights(micro: Batch, scores: Scores) -> Tensor:
+    """Return (B, T) weights of the divergence, on the CPU, 0 where ``distill_tokens`` leaves a
+    token out."""
+    if scores.distilled is None:
+        return micro.distill_weights
+    return torch.where(scores.distilled, micro.distill_weights, 0.0)
 
 
 def _head(teacher: Teacher, config: ObjectiveConfig) -> dict[str, Any]:
@@ -212,6 +221,7 @@ def _add(
         distilled = weights * stats.divergence
         totals.add("distill_loss", distilled)
         totals.add("policy_loss", -config.distill_coef * distilled)
+        totals.distilled_tokens += int(_distill_weights(micro, scores).count_nonzero())
     totals.tokens += int(micro.completion_mask.sum())
     totals.add("entropy", stats.entropy)
     totals.add("divergence", stats.divergence)

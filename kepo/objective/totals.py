@@ -25,6 +25,8 @@ class StepTotals:
     tokens: int = 0
     teacher_tokens: int = 0
     """Tokens that the teacher was asked about, each once."""
+    distilled_tokens: int = 0
+    """Tokens with a weight in the divergence, in each iteration anew."""
     teacher_seconds: float = 0.0
     teacher_requests: int = 0
     """Requests to servers of teachers, those for hints and those made again among them."""

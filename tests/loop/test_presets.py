@@ -125,6 +125,7 @@ def no_teacher(seen):
 
 
 @rule("grpo", "dr_grpo", "dapo", "gkd", "opd", "kdpo_tau0", "kdpo_tau1", "sft", "sod")
+@rule("first_error", "after_error")
 def no_hints(seen):
     assert total(seen, "hint_groups") == total(seen, "hinted_rate") == 0
 
@@ -171,7 +172,7 @@ def no_deviation_and_a_constant_normaliser(seen):
         assert weights.unique().tolist() == pytest.approx([1 / (8 * 8)])
 
 
-@rule("grpo", "kdpo_tau0", "kdpo_tau1", "kepo", "kepo_official", "retry")
+@rule("grpo", "kdpo_tau0", "kdpo_tau1", "kepo", "kepo_official", "retry", "first_error")
 def relative_advantages_and_sequence_means(seen):
     for groups, batch in seen.batches:
         rewards = torch.tensor([[sum(r.rewards.values()) for r in group] for group in groups])
@@ -196,6 +197,17 @@ def two_iterations_token_mean_exchange_and_fine(seen):
     # Three rounds more at most, of whole groups.
     extra, remainder = divmod(total(seen, "sampled_completions") - 2 * 2 * 4, 4)
     assert total(seen, "resampled_groups") <= extra <= 2 * 3 * 2 and remainder == 0
+
+
+@rule("first_error", "after_error")
+def the_two_spans_are_a_part_of_all_tokens_each(seen):
+    for record, (_, batch) in zip(seen.steps, seen.batches, strict=True):
+        distilled, asked = record["kepo/distilled_tokens"], record["kepo/teacher_tokens"]
+        firsts = {"first_error": distilled, "after_error": asked - distilled}
+        # Untrained, the teacher gives every token little: the first one is the error.
+        assert firsts[seen.config.distill_tokens] == len(batch) and 0 < distilled < asked
+        assert record["kepo/gate_rate"] == 1.0
+    assert total(seen, "distill_loss") > 0
 
 
 @rule("kdpo_tau0", "sod")

@@ -383,7 +383,10 @@ def test_a_learning_rate_that_was_written_otherwise_resumes(tmp_path):
         opening.refuse_other_config(Config(lr_end=0.1, lr_schedule="cosine"), before, tmp_path)
 
 
-@pytest.mark.parametrize("name, other", [("gate_side", "wrong"), ("hint_for", "nobody")])
+@pytest.mark.parametrize(
+    "name, other",
+    [("gate_side", "wrong"), ("hint_for", "nobody"), ("distill_tokens", "first_error")],
+)
 def test_a_run_of_before_a_setting_resumes_with_its_default(tmp_path, name, other):
     before = dataclasses.asdict(Config())
     del before[name]

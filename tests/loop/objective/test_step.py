@@ -472,6 +472,89 @@ def test_step_weights_multiply_the_divergence_of_open_sequences(models):
     assert not torch.allclose(mine[0], step(models, groups, replace(config, step_weights=False))[0])
 
 
+# ---- up to the first error ----
+
+SPANS = replace(CONFIG, gate_reward=None, error_threshold=0.001)
+
+
+def spans(models, config, groups=GROUPS):
+    """(B, T) bool of the tokens that are distilled on, by walking through each completion."""
+    batch = collate(groups, config)
+    p = models[1].logprobs(batch).detach().exp()
+    kept = torch.zeros_like(batch.completion_mask)
+    for row, length in enumerate(batch.completion_mask.sum(-1).tolist()):
+        met = False
+        for place in range(length):
+            kept[row, place] = met == (config.distill_tokens == "after_error")
+            met = met or bool(p[row, place] < config.error_threshold)
+    return kept
+
+
+def distilled_to_the_first_error(models, which):
+    config = replace(SPANS, distill_tokens=which)
+    kept, batch = spans(models, config), collate(GROUPS, config)
+    if which == "first_error":  # some end early, one has no error, and is distilled on throughout
+        assert set(kept.sum(-1).tolist()) == {4, 2}
+    else:  # of that one nothing is left
+        assert set(kept.sum(-1).tolist()) == {31, 0}
+    mine = step(models, GROUPS, config, size=3)
+    same(mine, oracle(models, GROUPS, config, distill_weights=batch.distill_weights * kept))
+    assert mine[2].distilled_tokens == int(kept.sum())
+    assert mine[2].teacher_tokens == int(batch.completion_mask.sum())
+
+
+@pytest.mark.parametrize("which", ["first_error", "after_error"])
+def test_a_completion_is_distilled_on_up_to_its_first_error_or_after_it(models, which):
+    distilled_to_the_first_error(models, which)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    {
+        "the error itself left out": lambda p, mask, config: (
+            mask & ((mask & (p < math.log(config.error_threshold))).cumsum(-1) == 0)
+        ),
+        "all": lambda p, mask, config: mask,
+        "errors alone": lambda p, mask, config: mask & (p < math.log(config.error_threshold)),
+    }.items(),
+    ids=lambda fault: fault[0],
+)
+def test_a_wrong_span_is_seen(models, fault, monkeypatch):
+    monkeypatch.setattr(score_module, "distilled_tokens", fault[1])
+    with pytest.raises(AssertionError):
+        distilled_to_the_first_error(models, "first_error")
+
+
+def test_the_two_spans_add_up_and_what_is_left_out_is_not_read(models):
+    config = replace(SPANS, policy_coef=0.0)
+    parts = {}
+    for which in ("all", "first_error", "after_error"):
+        one = replace(config, distill_tokens=which)
+        kept, batch = spans(models, one), collate(GROUPS, one)
+        [known] = score(models[1], None, [batch], one, StepTotals())
+        parts[which], _ = kepo_step(*models, batch, known, one, StepTotals())
+        if which == "all":
+            assert known.distilled is None
+            continue
+        left = kept.any(-1)
+        assert torch.equal(known.distilled, kept) and len(known.teacher_hidden) == left.sum()
+        odd = torch.where(kept[left][..., None], known.teacher_hidden, torch.nan)
+        again, _ = kepo_step(*models, batch, replace(known, teacher_hidden=odd), one, StepTotals())
+        assert torch.equal(again, parts[which])
+    torch.testing.assert_close(parts["first_error"] + parts["after_error"], parts["all"])
+    assert parts["first_error"] > 0.01 and parts["after_error"] > 0.01
+
+
+def test_step_weights_and_spans_multiply(models):
+    config = replace(SPANS, step_weights=True, distill_tokens="after_error", beta=1.0)
+    batch = collate(GROUPS, config)
+    q, p = (model.logprobs(batch).detach() for model in models)
+    policy = models[0]
+    factors = drift_weights(policy.tokenizer, batch.completion_ids, q, p, batch.completion_mask)
+    weights = batch.distill_weights * factors * spans(models, config)
+    same(step(models, GROUPS, config), oracle(models, GROUPS, config, distill_weights=weights))
+
+
 @pytest.mark.parametrize("whose", ["student", "teacher", "reference"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_states_that_are_not_finite_make_a_loss_that_is_not(capsys, models, whose, value):

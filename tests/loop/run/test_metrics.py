@@ -58,6 +58,7 @@ def test_metrics_by_hand():
         data,
         tokens=400,
         teacher_tokens=50,  # asked once for both
+        distilled_tokens=80,
         teacher_requests=9,
         teacher_retries=2,
         policy_loss=3.0,
@@ -92,7 +93,8 @@ def test_metrics_by_hand():
         "kepo/completion_tokens": 200,
         "kepo/policy_loss": 1.5,
         "kepo/distill_loss": 0.5,
-        "kepo/divergence": 0.5,
+        "kepo/divergence": 50 / 80,
+        "kepo/distilled_tokens": 40,
         "kepo/gate_rate": 3 / 7,  # two right ones and the dataset's
         "kepo/teacher_tokens": 50,
         "kepo/teacher_requests": 9,

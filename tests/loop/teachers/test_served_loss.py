@@ -85,6 +85,7 @@ def losses(policy, teacher, micros, scores, config):
         dict(beta=0.5, distill_coef=3.0),
         dict(beta=1.0, policy_coef=0.0),
         dict(step_weights=True, beta=1.0),
+        dict(distill_tokens="first_error", beta=0.0),
         dict(temperature=0.7, teacher_temperature=1.0),
     ],
     ids=str,
@@ -94,6 +95,11 @@ def test_the_loss_is_that_of_the_local_teachers_likeliest_tokens(models, micros,
     totals = StepTotals()
     found = score(served, None, micros, config, totals)
     expected = [of_the_local(teacher, micro) for micro in micros]
+    if config.distill_tokens == "first_error":  # to an untrained teacher every token is one
+        firsts = [
+            micro.opened[:, None] & (micro.completion_mask.cumsum(-1) == 1) for micro in micros
+        ]
+        expected = [replace(e, distilled=f) for e, f in zip(expected, firsts, strict=True)]
     assert [len(one.teacher_hidden.ids) for one in found] == [2, 3]  # the open ones alone
     assert served.server.taken() == (5, 0)
     for one, other in zip(found, expected, strict=True):
