@@ -54,6 +54,8 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
     by_name = {} if config.gate_reward is None else {"gate_reward": config.gate_reward}
     if config.hint_trigger != "never":
         by_name |= {"hint_reward": config.hint_reward, "accept_reward": config.accept_reward}
+    if config.dynamic_sampling:
+        by_name["dynamic_reward"] = config.dynamic_reward
     _reward_names(config, environment_of(config) if env is None else env, by_name)
     if not config.student:
         _refuse("student is not set; give the folder of a model, or its name on the Hub")
@@ -62,7 +64,12 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
     _pictures(config)
     _weights(config)
     _objective(config)
-    if config.rescues and config.num_hinted > config.num_generations:
+    if config.hint_for == "teacher" and config.hint_trigger != "never" and not config.distils:
+        _refuse(
+            "hint_for='teacher' shows hints to a teacher that nothing is distilled from; set "
+            "teacher and distill_coef, or hint_for: student"
+        )
+    if config.samples_again and config.num_hinted > config.num_generations:
         _refuse(
             f"num_hinted={config.num_hinted} is more than num_generations="
             f"{config.num_generations}: a group has no more samples to replace"
@@ -167,6 +174,11 @@ def _weights(config: Config) -> None:
 
 
 def _objective(config: Config) -> None:
+    if config.hinted_correction == "clip" and config.policy_loss == "reinforce":
+        _refuse(
+            "hinted_correction='clip' is about the policy ratio, of which policy_loss='reinforce' "
+            "has none; set policy_loss: clip, or hinted_correction: truncate"
+        )
     soft = config.gate_reward is not None and config.gate_threshold is None
     if soft and config.gate_side == "wrong":
         _refuse("gate_side='wrong' needs a gate_threshold: a soft gate has no other side")

@@ -104,7 +104,7 @@ AS_BEFORE = frozenset(
     {"lr_schedule", "optimizer", "mini_batches", "kl_estimator", "delta", "teacher_temperature"}
     | {"sapo_temperature_pos", "sapo_temperature_neg", "logits_dtype", "grad_tol", "student_bits"}
     | {"teachers", "kl_bias_correction", "gate_side", "hint_for"}
-    | {"distill_tokens", "error_threshold"}
+    | {"distill_tokens", "error_threshold", "data_weight", "dynamic_reward"}
 )
 """Settings whose defaults are what versions that did not have them did: a run that such a version
 began is resumed with the defaults only."""

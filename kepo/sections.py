@@ -191,7 +191,7 @@ class SamplingConfig:
     GKD's mixture."""
     dynamic_sampling: NonNegativeInt = 0
     """Maximum number of rounds in which groups whose rewards are all equal are replaced by other
-    questions. 0 disables it: they stay."""
+    questions; see dynamic_reward. 0 disables it: they stay."""
     max_completion_length: Count = 128
     """Maximum number of tokens per completion."""
     sampling_temperature: Positive = 1.0
@@ -235,6 +235,9 @@ class RewardConfig(SamplingConfig, TaskConfig):
     reward_weights: tuple[Finite, ...] = (1.0, 1.0)
     """Weight of each reward in the total reward, from which advantages are computed. Where it is
     not set, each has 1."""
+    dynamic_reward: str = "total"
+    """Reward by which dynamic_sampling finds groups that are all equal: one of rewards, or
+    total."""
     overlong_buffer: NonNegativeInt = 0
     """The reward overlong falls from 0 to -1 over the last overlong_buffer tokens before the length
     limit (DAPO). 0 where it is not among the rewards."""
@@ -270,7 +273,8 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     epsilon_low: Share = 0.2
     """The policy ratio is clipped below at 1 - epsilon_low."""
     epsilon_high: NonNegative = 0.2
-    """The policy ratio is clipped above at 1 + epsilon_high."""
+    """The policy ratio is clipped above at 1 + epsilon_high; so is that of cispo, where TRL's bound
+    is its epsilon_high itself."""
     delta: Positive | None = None
     """Upper bound of the policy ratio of clip, for negative advantages too (two-sided clip); more
     than 1 + epsilon_high. None disables it."""
@@ -283,7 +287,8 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     is kept."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL penalty, with d = reference - policy log-probability: k1 is -d, k2 is
-    d^2 / 2, k3 is e^d - d - 1."""
+    d^2 / 2, k3 is e^d - d - 1. In expectation the gradient of k1 is 0, that of k2 the gradient of
+    KL(policy|reference), that of k3 the gradient of KL(reference|policy)."""
     kl_bias_correction: bool = False
     """Whether the KL penalty is multiplied by the ratio of policy and sampling policy, through
     which its gradient then goes too: TRL's use_bias_correction_kl."""
@@ -320,17 +325,22 @@ class ObjectiveConfig(RewardConfig, TeacherConfig):
     distill_reduction: Literal["token_mean", "sequence_mean", "sum"] = "token_mean"
     """How the divergence is averaged over the sequences whose gate is open: token_mean,
     sequence_mean or sum."""
+    data_weight: Share | None = None
+    """Share of the divergence's weight that the dataset's solutions have together, in every
+    mini-batch that has both them and completions of the student. None means that a token of either
+    weighs the same."""
     sampler_correction: Literal["none", "truncate"] = "none"
     """truncate: weight each token sampled without a hint by the ratio of the policy's probability
     to the probability it was drawn with, at most sampler_cap. Use it if the sampler computes
     differently from the trainer. none disables it."""
     sampler_cap: Positive = 2.0
     """Upper bound of the weights of sampler_correction."""
-    hinted_correction: Literal["none", "truncate", "shape"] = "none"
+    hinted_correction: Literal["none", "truncate", "shape", "clip"] = "none"
     """How hinted successes are weighted. none: they are trained on as if sampled without the hint.
     truncate: each token is weighted by its probability without the hint over that with it, at most
     hinted_cap. shape: each token is weighted by g q / (q + g)^2, where q is its probability without
-    the hint and g = hinted_gamma (LUFFY)."""
+    the hint and g = hinted_gamma (LUFFY). clip: the policy ratio of each token is to its
+    probability with the hint, gradient and clip included (Guide-GRPO)."""
     hinted_cap: Positive = 2.0
     """Upper bound of the weights of hinted_correction truncate."""
     hinted_gamma: Positive = 0.1
@@ -359,9 +369,11 @@ class HintConfig(RewardConfig, TeacherConfig):
     hint_trigger: Literal["failed", "always", "never"] = "failed"
     """Groups that get a hint. failed: groups in which no sample's hint_reward reaches
     hint_threshold. always: every group. never: none."""
-    hint_for: Literal["student", "nobody"] = "student"
-    """Who sees the hint. student: it samples again with the hint in its prompt. nobody: it samples
-    again as often without one, and successes are accepted alike; no teacher is needed."""
+    hint_for: Literal["student", "teacher", "nobody"] = "student"
+    """Who sees the hint. student: it samples again with the hint in its prompt. teacher: nothing is
+    sampled again; the group's failures are distilled on whatever the gate says, from the teacher
+    with the hint in its prompt. nobody: the student samples again as often without a hint, and its
+    successes are accepted alike; no teacher is needed."""
     hint_reward: str = "accuracy"
     """Reward that decides whether a group has failed: one of rewards, or total."""
     hint_threshold: Finite = 1.0
@@ -372,7 +384,8 @@ class HintConfig(RewardConfig, TeacherConfig):
     """A hinted completion is a success if its accept_reward is at least this, unless it was cut off
     or mentions the hint."""
     num_hinted: Count = 2
-    """Maximum number of worse samples in a group that hinted successes may replace."""
+    """Maximum number of worse samples in a group that hinted successes may replace. This and the
+    next are not read if hint_for is teacher."""
     max_attempts: Count = 5
     """Maximum number of rounds of sampling with a hint."""
     hint_with_answer: bool = False
@@ -397,6 +410,11 @@ class HintConfig(RewardConfig, TeacherConfig):
     def rescues(self) -> bool:
         """Whether anything is done for groups of `hint_trigger`, with hints or without."""
         return self.hint_trigger != "never" and (self.taught or self.hint_for == "nobody")
+
+    @property
+    def samples_again(self) -> bool:
+        """Whether completions are sampled for those groups."""
+        return self.rescues and self.hint_for != "teacher"
 
 
 @dataclass(frozen=True)

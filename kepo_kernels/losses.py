@@ -172,6 +172,10 @@ def fused_grpo_loss(
         K            k1 = -d,  k2 = d^2 / 2,  k3 = e^m - m - 1,  m = min(d, 20)
 
     Beyond 20 nats the ratio and k3 are constant and have no gradient, so every loss is finite.
+    cispo's bound is 1 + epsilon_high; TRL bounds r by epsilon_high itself (its 5.0 is 4.0 here).
+    In expectation over the policy's samples the gradient of k1 is 0, that of k2 the gradient of
+    KL(policy|ref), that of k3 the gradient of KL(ref|policy). With kl_bias_correction those of k1
+    and k3 are the gradient of KL(policy|ref).
     (GRPO, Shao et al. 2024, eq. 3; unequal bounds are DAPO's clip-higher, Yu et al. 2025; cispo,
     MiniMax-M1 2025; sapo, Gao et al. 2025; sequence level is GSPO, Zheng et al. 2025; k1 to k3,
     Schulman 2020.)

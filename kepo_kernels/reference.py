@@ -244,7 +244,8 @@ def policy_term(
 
     "clip" is PPO's (Schulman et al. 2017, eq. 7), with unequal bounds DAPO's (Yu et al. 2025), with
     delta also bounded where A < 0 (dual clip, Ye et al. 2020; None disables it). "cispo" is
-    MiniMax-M1's (2025); code that bounds r by epsilon_high itself means 1 + ours. "sapo": arXiv
+    MiniMax-M1's (2025), of whose two bounds it has the upper one; TRL bounds r by epsilon_high
+    itself, so its 5.0 is our 4.0, and verl below as well, by 1 - epsilon_low. "sapo": arXiv
     2511.20347.
     """
     if callable(policy_loss):
@@ -270,6 +271,16 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
 
     k1 = -d, k2 = d^2 / 2, k3 = e^m - m - 1, m = min(d, 20) (Schulman, "Approximating KL
     divergence", 2020; his k3 has no bound).
+
+    k1 and k3 have the mean KL(policy|ref) under the policy's samples; their gradients do not have
+    its gradient. In expectation, of a sample that is not differentiated,
+
+        k1    grad log q                0: it teaches nothing
+        k2    -d grad log q             the gradient of KL(policy|ref)
+        k3    (1 - e^d) grad log q      the gradient of KL(ref|policy), below the bound
+
+    Multiplied by the ratio of policy and sampling policy, gradient included (kl_bias_correction),
+    k1 and k3 have the gradient of KL(policy|ref), and k2 that of its own mean.
     """
     difference = ref_logprobs - logprobs
     if estimator == "k1":

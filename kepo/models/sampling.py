@@ -64,6 +64,13 @@ class Sampled(NamedTuple):
     logprobs: Tensor  # (n, T) fp32 of each under the law it was drawn from; 0 if greedy or masked
 
 
+class Written(NamedTuple):
+    """A text that a model wrote, and the number of tokens it took, the end token among them."""
+
+    text: str
+    tokens: int
+
+
 class SamplingLaw:
     """Temperature and nucleus: it draws tokens, and says their log-probabilities.
 

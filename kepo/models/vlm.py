@@ -20,7 +20,7 @@ from kepo.models.families.family import Family
 from kepo.models.families.registry import family_of
 from kepo.models.packing import on_their_axes, pack, prompt_positions, why_not_packed
 from kepo.models.reading import load_encoder, read_model
-from kepo.models.sampling import Sampled, SamplingLaw, SamplingParams, greedy
+from kepo.models.sampling import Sampled, SamplingLaw, SamplingParams, Written, greedy
 from kepo.models.vision import check_length, forward_inputs
 from kepo_kernels import Head, head_of
 
@@ -160,10 +160,10 @@ class VLM:
 
     def write(
         self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int] | None
-    ) -> list[str]:
+    ) -> list[Written]:
         """Return the texts of what `sample` returns."""
         ids, mask, _ = self.sample(prompts, params, seeds)
-        return self.decode(ids, mask)
+        return [*map(Written, self.decode(ids, mask), mask.sum(-1).tolist())]
 
     def sample(
         self,

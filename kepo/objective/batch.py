@@ -25,6 +25,9 @@ class Batch:
 
     prompts: tuple[Prompt, ...]
     """The plain questions, one per completion: hints never reach the training forward."""
+    teacher_prompts: tuple[Prompt, ...]
+    """What the teacher reads before each completion: the plain question, or with ``hint_for:
+    teacher`` the question and a hint."""
     completion_ids: Tensor
     """(B, T) int64, padded on the right with 0."""
     completion_mask: Tensor
@@ -66,7 +69,9 @@ class Batch:
             name: x[places, :length] if x.dim() == 2 else x[places]
             for name, x in self._tensors().items()
         }
-        return replace(self, prompts=tuple(self.prompts[place] for place in places), **cut)
+        for name in ("prompts", "teacher_prompts"):
+            cut[name] = tuple(getattr(self, name)[place] for place in places)
+        return replace(self, **cut)
 
     def mini_batches(self) -> list[Batch]:
         """Return the mini-batches, each for an optimiser step of its own."""
@@ -114,7 +119,9 @@ def collate(
     if config.mask_truncated:
         mask &= ~torch.tensor([r.truncated for r in rollouts])[:, None]
     mini = _dealt_out([*map(len, groups), *[1] * len(data)], config.mini_batches)
-    policy_weights, distill_weights = _weights(mask, gates(rollouts, config), mini, config)
+    from_data = torch.arange(len(rollouts)) >= len(rollouts) - len(data)
+    gate = gates(rollouts, config)
+    policy_weights, distill_weights = _weights(mask, gate, mini, from_data, config)
     taught = [place_of(r.example, config) if config.distils else 0 for r in rollouts]
     unknown = [torch.full((len(r.completion_ids),), torch.nan) for r in rollouts]
     drawn = [
@@ -123,6 +130,7 @@ def collate(
     ]
     return Batch(
         prompts=tuple(r.prompt for r in rollouts),
+        teacher_prompts=tuple(r.teacher_prompt or r.prompt for r in rollouts),
         completion_ids=ids,
         completion_mask=mask,
         advantages=advantages,
@@ -142,7 +150,7 @@ def _dealt_out(sizes: Sequence[int], count: int) -> Tensor:
 
 
 def _weights(
-    mask: Tensor, gate: Tensor, mini: Tensor, config: ObjectiveConfig
+    mask: Tensor, gate: Tensor, mini: Tensor, from_data: Tensor, config: ObjectiveConfig
 ) -> tuple[Tensor, Tensor]:
     """(B, T) weights of the policy term and of the divergence, each mini-batch's by itself."""
     policy, distillation = torch.zeros((2, *mask.shape), dtype=torch.float64)
@@ -152,15 +160,28 @@ def _weights(
             policy[own] = dr_grpo_weights(mask[own], config.max_completion_length)
         else:
             policy[own] = loss_weights(mask[own], None, config.policy_reduction)
-        distillation[own] = loss_weights(mask[own], gate[own], config.distill_reduction)
+        weights = loss_weights(mask[own], gate[own], config.distill_reduction)
+        distillation[own] = _shared_out(weights, from_data[own], config.data_weight)
     return policy, distillation
 
 
+def _shared_out(weights: Tensor, from_data: Tensor, share: float | None) -> Tensor:
+    """Return the weights (B, T) with this share of their sum on the dataset's completions; as they
+    are if share is None, or if all their sum is on one side."""
+    data, whole = weights[from_data].sum(), weights.sum()
+    if share is None or data == 0 or data == whole:
+        return weights
+    factors = torch.where(from_data, share * whole / data, (1 - share) * whole / (whole - data))
+    return weights * factors[:, None]
+
+
 def gates(rollouts: Sequence[Rollout], config: ObjectiveConfig) -> Tensor:
-    """Return (B,) fp32: how much each completion is distilled on, by its quality alone."""
+    """Return (B,) fp32: how much each completion is distilled on, by its quality; 1 where the
+    teacher sees a hint."""
     if not config.distils:
         return torch.zeros(len(rollouts))
     if config.gate_reward is None:
         return torch.ones(len(rollouts))
     quality = torch.tensor([reward_of(r, config.gate_reward, config) for r in rollouts])
-    return quality_gate(quality, config.gate_threshold, config.gate_side)
+    gate = quality_gate(quality, config.gate_threshold, config.gate_side)
+    return torch.where(torch.tensor([r.teacher_hint is not None for r in rollouts]), 1.0, gate)

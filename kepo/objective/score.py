@@ -73,7 +73,10 @@ def score(
     taught = nothing
     for place, teacher in enumerate(each_of(teachers) if config.distils else ()):
         opened = [_opened(micro, place) for micro in micros]
-        asked = [_Asked.among(*pair) for pair in zip(micros, opened, strict=True)]
+        asked = [
+            _Asked.among(micro, places, micro.teacher_prompts)
+            for micro, places in zip(micros, opened, strict=True)
+        ]
         device = CPU if isinstance(teacher, ServedTeacher) else teacher.device
         started = _now(device)
         if isinstance(teacher, ServedTeacher):
@@ -141,8 +144,10 @@ class _Asked(NamedTuple):
     """(B,) bool, True for these completions among those of the micro-batch."""
 
     @classmethod
-    def among(cls, micro: Batch, places: Sequence[int]) -> _Asked:
-        prompts = [micro.prompts[place] for place in places]
+    def among(cls, micro: Batch, places: Sequence[int], given: Sequence[Prompt]) -> _Asked:
+        """Return the completions at these places, each with its prompt among those that are
+        given."""
+        prompts = [given[place] for place in places]
         chosen = torch.zeros(len(micro), dtype=torch.bool)
         chosen[places] = True
         return cls(prompts, micro.completion_ids[places], micro.completion_mask[places], chosen)
@@ -185,7 +190,7 @@ def _teacher_scores(
         distils = any(one.prompts for one in some)
         if teacher.collective and any_rank(distils) and not distils:
             # For those who need this rank's share of it.
-            _states(teacher, [_Asked.among(micros[first], [0])])
+            _states(teacher, [_Asked.among(micros[first], [0], micros[first].prompts)])
         states = _states(teacher, some) if distils else [None] * len(some)
         for one, hidden in zip(some, states, strict=True):
             found.append(_kept(teacher, one, hidden, config))
@@ -230,7 +235,7 @@ def _cut(scores: Scores, asked: _Asked, config: ObjectiveConfig) -> Scores:
 
 
 def _ref_scores(ref: VLM, micro: Batch, config: ObjectiveConfig) -> Scores:
-    asked = _Asked.among(micro, range(len(micro)))
+    asked = _Asked.among(micro, range(len(micro)), micro.prompts)
     hidden, good = finite(_states(ref, [asked])[0], asked.mask)
     ids = asked.ids.to(hidden.device)
     logprobs = logprobs_of(ref, hidden, ids, asked.mask, config)

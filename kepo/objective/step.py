@@ -21,6 +21,9 @@ from kepo_kernels import TokenStats, fused_kepo_loss
 from kepo_kernels.compute.devices import moved
 from kepo_kernels.objectives.policy import ESTIMATORS
 
+_WEIGHING = ("truncate", "shape")
+"""The choices of hinted_correction that weight tokens; "clip" changes what their ratio is to."""
+
 
 def kepo_step(
     policy: VLM,
@@ -47,7 +50,9 @@ def kepo_step(
     hidden = policy.completion_states(micro.prompts, micro.completion_ids, mask)
     hidden, good = finite(hidden, mask)
     odd = scores.odd if good else ("student", *scores.odd)
-    sampler_weights = _sampler_weights(policy, hidden.detach(), micro, there, config, totals)
+    before = _before(policy, hidden.detach(), micro, there, config)
+    sampler_weights = _sampler_weights(before, micro, there, config, totals)
+    old_logprobs = _old_logprobs(before, micro, there, config)
     distillation = _distillation(policy, teachers, hidden.detach(), micro, there, scores, config)
     loss, stats = fused_kepo_loss(
         hidden,
@@ -58,7 +63,7 @@ def kepo_step(
         policy_weights=micro.policy_weights,
         distill_coef=config.distill_coef,
         beta=config.beta,
-        old_logprobs=there.old_logprobs,
+        old_logprobs=old_logprobs,
         ref_logprobs=scores.ref_logprobs,
         sampler_weights=sampler_weights,
         epsilon_low=config.epsilon_low,
@@ -85,7 +90,7 @@ def kepo_step(
             )
         totals.odd_micros += 1
         loss = loss * torch.nan
-    _add(totals, loss, stats, distillation, micro, there, scores, config)
+    _add(totals, loss, stats, distillation, old_logprobs, micro, there, scores, config)
     return loss, stats.logprobs
 
 
@@ -102,9 +107,42 @@ def with_old_logprobs(
     return replace(micro, old_logprobs=logprobs)
 
 
+def _before(
+    policy: VLM, hidden: Tensor, micro: Batch, there: Batch, config: ObjectiveConfig
+) -> Tensor | None:
+    """Return (B, T) log-probabilities of before the step's first update, where a correction reads
+    them; None if none does."""
+    if there.old_logprobs is not None:
+        return there.old_logprobs
+    own, hinted = _to_correct(micro, config)
+    read = own | hinted
+    if _ratio_to_hinted(micro, config):
+        read = micro.completion_mask
+    if not bool(read.any()):
+        return None
+    return logprobs_of(policy, hidden, there.completion_ids, read, config)
+
+
+def _ratio_to_hinted(micro: Batch, config: ObjectiveConfig) -> bool:
+    return config.hinted_correction == "clip" and bool(micro.hinted.any())
+
+
+def _old_logprobs(
+    before: Tensor | None, micro: Batch, there: Batch, config: ObjectiveConfig
+) -> Tensor | None:
+    """Return (B, T) what the policy ratio is to; None in the first iteration, where it is 1.
+
+    With hinted_correction "clip" that of a hinted token is what it was drawn with. (Guide-GRPO,
+    arXiv 2506.13923.)
+    """
+    if before is None or not _ratio_to_hinted(micro, config):
+        return there.old_logprobs
+    hinted = micro.completion_mask & micro.hinted[:, None]
+    return torch.where(moved(hinted, before.device), there.sampler_logprobs, before)
+
+
 def _sampler_weights(
-    policy: VLM,
-    hidden: Tensor,
+    before: Tensor | None,
     micro: Batch,
     there: Batch,
     config: ObjectiveConfig,
@@ -115,15 +153,11 @@ def _sampler_weights(
     Adds the sampler's ratios to ``totals``.
     """
     own, hinted = _to_correct(micro, config)
-    corrected = own | hinted
-    if not bool(corrected.any()):
+    if before is None or not bool((own | hinted).any()):
         return None
-    before = there.old_logprobs
-    if before is None:
-        before = logprobs_of(policy, hidden, there.completion_ids, corrected, config)
-    own_there, hinted_there = moved(own, hidden.device), moved(hinted, hidden.device)
+    own_there, hinted_there = moved(own, before.device), moved(hinted, before.device)
     weights = correction_weights(before, there.sampler_logprobs, own_there, config.sampler_cap)
-    if config.hinted_correction != "none":
+    if config.hinted_correction in _WEIGHING:
         weights = weights * hinted_weights(
             before,
             there.sampler_logprobs,
@@ -199,7 +233,7 @@ def _to_correct(micro: Batch, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     nothing = torch.zeros_like(mask)
     return (
         own if config.sampler_correction != "none" else nothing,
-        mask & hinted if config.hinted_correction != "none" else nothing,
+        mask & hinted if config.hinted_correction in _WEIGHING else nothing,
     )
 
 
@@ -208,6 +242,7 @@ def _add(
     loss: Tensor,
     stats: TokenStats,
     distillation: dict[str, Any],
+    old_logprobs: Tensor | None,
     micro: Batch,
     there: Batch,
     scores: Scores,
@@ -228,13 +263,13 @@ def _add(
     if scores.ref_logprobs is not None:
         difference = torch.where(mask, scores.ref_logprobs - stats.logprobs, 0.0)
         totals.add("kl", ESTIMATORS["k3"](difference))
-    if there.old_logprobs is not None:
-        ratio = (stats.logprobs - there.old_logprobs).exp()
+    if old_logprobs is not None:
+        ratio = (stats.logprobs - old_logprobs).exp()
         up = mask & (there.advantages > 0)[:, None]
         down = mask & (there.advantages < 0)[:, None]
         totals.add("clipped_high", up & (ratio > 1 + config.epsilon_high))
         totals.add("clipped_low", down & (ratio < 1 - config.epsilon_low))
-    else:
+    if there.old_logprobs is None:
         _add_sampler_gap(totals, stats.logprobs, micro, there)
 
 

@@ -191,6 +191,10 @@ class _Run:
         scores = _kept_scores(setup, teacher, share.whole)
         return cls(config, machine, prompts, student, teacher, share, loss, stays, scores)
 
+    @property
+    def _longest_hint(self) -> int:
+        return min(MAX_HINT_LENGTH, self.config.max_completion_length)
+
     # ---- phases ----
 
     def rollout(self) -> Iterator[Moment]:
@@ -202,7 +206,7 @@ class _Run:
 
     def hints(self) -> Iterator[Moment]:
         questions = -(-self.config.prompts_per_step // self.machine.gpus)
-        longest = min(MAX_HINT_LENGTH, self.config.max_completion_length)
+        longest = self._longest_hint
         at_once = min(questions, self.config.rollout_batch)
         temperature = self.config.hint_temperature if self.config.hint_retries else 0.0
         if self.teacher is not None:  # else a server writes them
@@ -210,7 +214,7 @@ class _Run:
             what = what._replace(new_tokens=longest, temperature=temperature, top_p=1.0)
             at_work = Held(teacher=self.stays.teacher_at_work)
             yield from self._generating("the teacher's hint", self.teacher, what, at_work)
-        if self.config.sampler == "transformers":
+        if self.config.sampler == "transformers" and self.config.samples_again:
             hinted = replace(self.prompts, text_tokens=self.prompts.text_tokens + longest)
             yield from self._sampling(self.config.num_hinted, hinted, "sampling with it")
 
@@ -232,7 +236,8 @@ class _Run:
             asked = self.share.whole if config.teacher_placement == "offload" else micro
             earlier = kept - kept * asked.completions // self.share.whole.completions
             held = Held(weights=root, teacher=earlier + self.stays.teacher_at_work)
-            asked = asked._replace(length=asked.length + self._longer(teacher))
+            told = self._longest_hint if config.hints and config.hint_for == "teacher" else 0
+            asked = asked._replace(length=asked.length + self._longer(teacher) + told)
             run = self._reading(teacher, asked)
             yield self._moment("teacher's forward", held + Held(activations=run))
         if config.kl_coef > 0:

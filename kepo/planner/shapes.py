@@ -95,8 +95,10 @@ def _full(questions: int, config: SamplingConfig) -> Batch:
     count = questions * group
     size = (count, config.max_completion_length)
     zeros = torch.zeros(()).expand(size)
+    prompts = tuple(Prompt(str(place // group)) for place in range(count))
     return Batch(
-        prompts=tuple(Prompt(str(place // group)) for place in range(count)),
+        prompts=prompts,
+        teacher_prompts=prompts,
         completion_ids=torch.zeros((), dtype=torch.long).expand(size),
         completion_mask=torch.ones((), dtype=torch.bool).expand(size),
         advantages=zeros[:, 0],

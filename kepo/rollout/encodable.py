@@ -59,14 +59,17 @@ def judge_of(config: Config, task: Task) -> Judge:
     limit = config.max_completion_length
     hint = min(MAX_HINT_LENGTH, limit)
 
-    def asked(example: Example) -> list[tuple[Prompt, int]]:
-        if not config.hints:
-            return [(prompt_of(task, example), limit)]
+    def longest(example: Example, who: str) -> tuple[Prompt, int]:
+        if not (config.hints and config.hint_for == who):
+            return prompt_of(task, example), limit
         hinted = prompt_of(task, example, "", gives_answer=config.hint_gives_answer)
-        return [(hinted, hint + limit)]
+        return hinted, hint + limit
+
+    def asked(example: Example) -> list[tuple[Prompt, int]]:
+        return [longest(example, "student")]
 
     def asks_teacher(example: Example) -> list[tuple[Prompt, int]]:
-        prompts = [(prompt_of(task, example), limit)] if config.distils else []
+        prompts = [longest(example, "teacher")] if config.distils else []
         if config.hints:
             request = hint_prompt(task, example, with_answer=config.hint_with_answer)
             prompts.append((request, hint))

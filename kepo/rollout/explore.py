@@ -6,12 +6,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from kepo.data.load import Example
 from kepo.rollout.hints import Hints, RescueReport, rescue
 from kepo.rollout.models import Models
 from kepo.rollout.questions import draw
 from kepo.rollout.rollouts import sample
-from kepo.rollout.types import Group, tokens_of, total_rewards
+from kepo.rollout.types import Group, reward_of, tokens_of
 from kepo.sections import HintConfig
 from kepo.tasks.environment import Environment
 
@@ -45,9 +47,9 @@ def explore(
 ) -> Exploration:
     """Sample ``num_generations`` completions for each question, rescued by hints as `rescue` says.
 
-    With ``dynamic_sampling`` a group of equal rewards, which has no advantage, is replaced by the
-    group of another of the ``examples``, if that has one; at most ``dynamic_sampling`` times.
-    (DAPO, Yu et al. 2025.)
+    With ``dynamic_sampling`` a group of equal rewards (`is_dull`) is replaced by the group of
+    another of the ``examples``, if that is of unequal ones; at most ``dynamic_sampling`` times.
+    (DAPO, Yu et al. 2025, where the reward is the accuracy.)
     """
     found = Exploration()
 
@@ -85,6 +87,6 @@ def explore(
 
 
 def is_dull(group: Group, config: HintConfig) -> bool:
-    """Return whether all rewards of a group are equal."""
-    rewards = total_rewards([group], config)
-    return bool((rewards == rewards[:, :1]).all())
+    """Return whether the ``dynamic_reward`` of all samples of a group is equal."""
+    rewards = torch.tensor([reward_of(r, config.dynamic_reward, config) for r in group])
+    return bool((rewards == rewards[0]).all())

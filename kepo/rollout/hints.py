@@ -11,14 +11,15 @@ per sample, and nothing happens to groups that need no help.)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 from kepo.data.load import Example
 from kepo.distributed.processes import batches_of, split_work
 from kepo.models.encoding import Encoder
-from kepo.models.sampling import SamplingParams
+from kepo.models.sampling import SamplingParams, Written
 from kepo.rollout.models import Models
-from kepo.rollout.prompts import hint_prompt
+from kepo.rollout.prompts import hint_prompt, prompt_of
 from kepo.rollout.questions import seed_of
 from kepo.rollout.rollouts import sample
 from kepo.rollout.types import Group, Rollout, reward_of, tokens_of, total_reward
@@ -44,6 +45,8 @@ class RescueReport:
     an earlier step."""
     retried: int = 0
     """The number of hints the teacher wrote again because the one before was unusable."""
+    hint_tokens: int = 0
+    """The number of tokens the teacher wrote for hints, unusable ones included."""
     unhinted: int = 0
     """The number of groups for which there was no usable hint."""
     rescued: int = 0
@@ -73,7 +76,8 @@ def rescue(
     stream: tuple[object, ...] = (),
 ) -> tuple[list[Group], RescueReport]:
     """Return the groups; in those that get hints (`_gets_hint`), up to ``num_hinted`` failures are
-    replaced by completions that succeeded with a hint, or without one if ``hint_for`` is nobody.
+    replaced by completions that succeeded with a hint, or without one if ``hint_for`` is nobody. If
+    it is the teacher, their failures are given prompts for it, with the hint.
 
     Each of at most ``max_attempts`` rounds draws ``num_hinted`` completions for the groups that
     still lack successes, and for those only. Other groups are returned unchanged; no input list is
@@ -88,14 +92,16 @@ def rescue(
     if not helped:
         return groups, RescueReport()
     asked = {place: groups[place][0].example for place in helped}
-    written = retried = 0
+    learnt = RescueReport(groups=len(helped))
     hint_of: dict[int, str | None] = dict.fromkeys(helped)
     if config.hints:
-        teachers = models.teacher
-        written, retried = _learn_hints(
-            teachers, [*asked.values()], env.task, config, hints, stream
-        )
+        learnt += _learn_hints(models.teacher, [*asked.values()], env.task, config, hints, stream)
         hint_of = {place: hint for place in helped if (hint := hints[asked[place].id])}
+    learnt += RescueReport(unhinted=len(helped) - len(hint_of))
+    if config.hint_for == "teacher":
+        for place, hint in hint_of.items():
+            groups[place] = [_taught_with(hint, r, env.task, config) for r in groups[place]]
+        return groups, learnt
     found: dict[int, Group] = {place: [] for place in hint_of}
     attempts = sampled = tokens = successes = 0
     for attempt in range(config.max_attempts):
@@ -120,11 +126,7 @@ def rescue(
             found[place] = (found[place] + good)[: room[place]]
     for place, good in found.items():
         groups[place] = replace_worst(groups[place], good, config)
-    return groups, RescueReport(
-        groups=len(helped),
-        written=written,
-        retried=retried,
-        unhinted=len(helped) - len(hint_of),
+    return groups, learnt + RescueReport(
         rescued=sum(bool(good) for good in found.values()),
         attempts=attempts,
         sampled=sampled,
@@ -149,14 +151,23 @@ def succeeds(rollout: Rollout, config: HintConfig) -> bool:
     return good and not rollout.truncated and "hint" not in rollout.text.lower()
 
 
+class WrittenHint(NamedTuple):
+    """What a teacher wrote for one example."""
+
+    text: str | None
+    """The hint; None where what was written is unusable (`usable`)."""
+    tokens: int
+    """The number of tokens that were written."""
+
+
 def write_hints(
     teacher: Teacher,
     examples: Sequence[Example],
     task: Task,
     config: HintConfig,
     stream: tuple[object, ...] | None = None,
-) -> list[str | None]:
-    """Write one hint per example; None where what the teacher wrote is unusable (`usable`).
+) -> list[WrittenHint]:
+    """Write one hint per example.
 
     stream: None writes greedily; otherwise the teacher writes at ``hint_temperature``, with
     separate random numbers for each (seed, stream, id of the example), so the other examples change
@@ -168,7 +179,7 @@ def write_hints(
         temperature=0.0 if stream is None else config.hint_temperature,
     )
 
-    def work(some: Sequence[Example]) -> list[str]:
+    def work(some: Sequence[Example]) -> list[Written]:
         return teacher.write(
             [hint_prompt(task, one, with_answer=config.hint_with_answer) for one in some],
             params,
@@ -177,15 +188,16 @@ def write_hints(
             else [seed_of(config.seed, *stream, example.id) for example in some],
         )
 
-    texts = split_work(
+    written = split_work(
         examples, work, batches_of(config.rollout_batch), collective=teacher.collective
     )
     encoder = teacher.encoder
-    found: list[str | None] = []
-    for text, example in zip(texts, examples, strict=True):
+    found = []
+    for (text, tokens), example in zip(written, examples, strict=True):
         with errors_of(task, example):
             hint = task.hint_of(text)
-        found.append(hint if usable(hint, example, task, config, encoder) else None)
+        good = usable(hint, example, task, config, encoder)
+        found.append(WrittenHint(hint if good else None, tokens))
     return found
 
 
@@ -216,6 +228,15 @@ def replace_worst(group: Group, successes: Group, config: HintConfig) -> Group:
     return group
 
 
+def _taught_with(hint: str | None, rollout: Rollout, task: Task, config: HintConfig) -> Rollout:
+    """Return the completion with the prompt in which its teacher sees the hint; as it is if it
+    succeeds. (Privileged teachers: PTD-PO, arXiv 2606.07000.)"""
+    if succeeds(rollout, config):
+        return rollout
+    shown = prompt_of(task, rollout.example, hint, gives_answer=config.hint_gives_answer)
+    return replace(rollout, teacher_hint=hint, teacher_prompt=shown)
+
+
 def _gets_hint(group: Group, config: HintConfig) -> bool:
     """Return whether the group gets a hint, as ``hint_trigger`` says."""
     return config.hint_trigger == "always" or all_failed(group, config)
@@ -233,15 +254,14 @@ def _learn_hints(
     config: HintConfig,
     hints: Hints,
     stream: tuple[object, ...],
-) -> tuple[int, int]:
+) -> RescueReport:
     """Let each teacher write hints for those of its examples that have none yet: it is frozen, so
-    they stay valid. The counts are those of `_learn_from`."""
-    written = retried = 0
+    they stay valid. Returns the counts of what they wrote."""
+    report = RescueReport()
     for place, teacher in enumerate(each_of(teachers)):
         own = [example for example in examples if place_of(example, config) == place]
-        counts = _learn_from(teacher, own, task, config, hints, stream)
-        written, retried = written + counts[0], retried + counts[1]
-    return written, retried
+        report += _learn_from(teacher, own, task, config, hints, stream)
+    return report
 
 
 def _learn_from(
@@ -251,23 +271,21 @@ def _learn_from(
     config: HintConfig,
     hints: Hints,
     stream: tuple[object, ...],
-) -> tuple[int, int]:
+) -> RescueReport:
     """Write hints for the examples that have none yet.
 
     The first hint is greedy; an unusable one is asked for again at most ``hint_retries`` times, at
     ``hint_temperature``. One that stays unusable is recorded as None, and not asked for again.
-    Returns for how many examples hints were written, and how often one was asked for again.
     """
-    unknown = {e.id: e for e in examples if e.id not in hints}
-    if not unknown:
-        return 0, 0
-    hints |= zip(unknown, write_hints(teacher, list(unknown.values()), task, config), strict=True)
-    retried = 0
-    for retry in range(config.hint_retries):
-        again = [e for e in unknown.values() if hints[e.id] is None]
-        if not again:
+    lacking = [*{e.id: e for e in examples if e.id not in hints}.values()]
+    report = RescueReport(written=len(lacking))
+    for attempt in range(1 + config.hint_retries):
+        if not lacking:
             break
-        written = write_hints(teacher, again, task, config, (*stream, "hint", retry))
-        hints |= zip((e.id for e in again), written, strict=True)
-        retried += len(again)
-    return len(unknown), retried
+        again = ((*stream, "hint", attempt - 1),) if attempt else ()
+        found = write_hints(teacher, lacking, task, config, *again)
+        hints |= {example.id: one.text for example, one in zip(lacking, found, strict=True)}
+        tokens = sum(one.tokens for one in found)
+        report += RescueReport(retried=len(lacking) if attempt else 0, hint_tokens=tokens)
+        lacking = [example for example in lacking if hints[example.id] is None]
+    return report

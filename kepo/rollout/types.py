@@ -34,6 +34,10 @@ class Rollout:
     None if it was not sampled."""
     hint: str | None = None
     """The hint that stood in the prompt beside the question; None if there was none."""
+    teacher_hint: str | None = None
+    """The hint that the teacher alone sees; None if there is none."""
+    teacher_prompt: Prompt | None = None
+    """The question with that hint: what the teacher is distilled from under. None: ``prompt``."""
     truncated: bool = False
     """True if the completion reached the length limit before its end token."""
 

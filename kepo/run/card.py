@@ -50,7 +50,11 @@ def model_card(config: Config, step: int, data: Mapping[str, Any]) -> str:
         method.append(_distillation(config))
     if config.rescues:
         where = "where every sample fails" if config.hint_trigger == "failed" else "for every group"
-        what = "hints of the teacher" if config.hints else "samples again, without hints"
+        what = {
+            "student": "hints of the teacher",
+            "teacher": "the teacher sees a hint, and failures are distilled on",
+            "nobody": "samples again, without hints",
+        }[config.hint_for]
         method.append(f"- {what}: {where}")
     parts = [
         front_matter(config, tags),

@@ -57,6 +57,7 @@ def step_metrics(
         }
     lengths = torch.tensor([len(r.completion_ids) for r in [*rollouts, *data]]).float()
     cut = [r.truncated for r in [*rollouts, *data]]
+    told = [r.teacher_hint is not None for r in [*rollouts, *data]]
     iterations, updates = config.num_iterations, config.num_iterations * config.mini_batches
     tokens, teacher_tokens = totals.tokens // iterations, totals.teacher_tokens
     report, asked = found.report, max(1, found.asked)
@@ -89,12 +90,14 @@ def step_metrics(
         "kepo/hint_rate": report.groups / asked,
         "kepo/hints_written": report.written,
         "kepo/hint_retries": report.retried,
+        "kepo/hint_tokens": report.hint_tokens,
         "kepo/hints_unusable": report.unhinted,
         "kepo/hint_attempts": report.attempts,
         "kepo/hint_accept_rate": report.successes / max(1, report.sampled),
         "kepo/hint_accepted": report.accepted,
         "kepo/rescue_rate": report.rescued / asked,
         "kepo/hinted_rate": batch.hinted.float().mean().item(),
+        "kepo/teacher_hinted_rate": sum(told) / len(told),
     }
 
 
@@ -151,6 +154,7 @@ def completion_records(
             "prompt": rollout.prompt.text,
             "images": [str(path) for path in rollout.prompt.images],
             "hint": rollout.hint,
+            "teacher_hint": rollout.teacher_hint,
             "completion": rollout.text,
             "answer": rollout.example.answer,
             "rewards": rollout.rewards,

@@ -21,7 +21,7 @@ from PIL import Image
 from kepo.data.images import open_rgb
 from kepo.errors import KepoTeacherError
 from kepo.models.encoding import Encoder, Prompt
-from kepo.models.sampling import SamplingParams
+from kepo.models.sampling import SamplingParams, Written
 from kepo.sections import TeacherConfig
 from kepo.teachers.said import Said, as_of_vllm, read
 from kepo.teachers.transport import Server
@@ -86,13 +86,15 @@ class ServedTeacher:
             whole |= dict(token_ids=ids, content_parts=shown, sampling_params=asked)
             answer = self.server.ask("/inference/v1/generate", whole)
         else:
-            answer = self._choice("/v1/completions", whole | asked | dict(prompt=ids))
+            answer = self.server.ask("/v1/completions", whole | asked | dict(prompt=ids))
+            answer = self._choice("/v1/completions", answer)
         return read(answer, tokens, k, self._vocabulary, self.source)
 
     def write(
         self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int] | None
-    ) -> list[str]:
-        """Return one text for each prompt, as `VLM.write` does; ``params.n`` is 1."""
+    ) -> list[Written]:
+        """Return one text for each prompt, as `VLM.write` does; ``params.n`` is 1. Of a server that
+        does not say how many tokens it wrote, they are counted in the text."""
         drawn: Sequence[int | None] = params.seeds_for(len(prompts), seeds) or [None] * len(prompts)
         return self.server.ask_all(
             [
@@ -107,17 +109,21 @@ class ServedTeacher:
 
     # ---- private ----
 
-    def _written(self, prompt: Prompt, params: SamplingParams, seed: int | None) -> str:
+    def _written(self, prompt: Prompt, params: SamplingParams, seed: int | None) -> Written:
         body: dict[str, Any] = dict(model=self.model, messages=messages_of(prompt))
         body |= PLAIN | dict(max_tokens=params.max_tokens, temperature=params.temperature)
         body |= {} if seed is None else dict(seed=seed)
-        message = self._choice("/v1/chat/completions", body).get("message")
-        text = message.get("content") if isinstance(message, dict) else None
-        return self.encoder.opened + text if text else ""
+        answer = self.server.ask("/v1/chat/completions", body)
+        message = self._choice("/v1/chat/completions", answer).get("message")
+        text = (message.get("content") if isinstance(message, dict) else None) or ""
+        usage = answer.get("usage")
+        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        if not isinstance(tokens, int):
+            tokens = len(self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return Written(self.encoder.opened + text if text else "", tokens)
 
-    def _choice(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the only choice in an answer."""
-        answer = self.server.ask(path, body)
+    def _choice(self, path: str, answer: Any) -> dict[str, Any]:
+        """Return the only choice in a server's answer."""
         choices = answer.get("choices") if isinstance(answer, dict) else None
         if not (isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], dict)):
             source = self.source

@@ -111,6 +111,7 @@ def _clip(to: PolicySettings, logprobs: Tensor, log_ratio: Tensor, advantages: T
 
 
 def _cispo(to: PolicySettings, logprobs: Tensor, log_ratio: Tensor, advantages: Tensor) -> Tensor:
+    """Bound the ratio by 1 + epsilon_high; TRL's bound is its epsilon_high itself."""
     ratio = _ratio(log_ratio.detach()).clamp(max=1.0 + to.epsilon_high)
     return -ratio * advantages * logprobs
 
@@ -129,14 +130,18 @@ def _reinforce(
 
 
 def _k1(difference: Tensor) -> Tensor:
+    """Compute -d; its gradient is 0 in expectation, unless kl_bias_correction multiplies it."""
     return -difference
 
 
 def _k2(difference: Tensor) -> Tensor:
+    """Compute d^2 / 2; its gradient is that of KL(policy|ref) in expectation."""
     return 0.5 * difference * difference
 
 
 def _k3(difference: Tensor) -> Tensor:
+    """Compute e^m - m - 1, m = min(d, 20); its gradient is that of KL(ref|policy) in expectation,
+    and that of KL(policy|ref) with kl_bias_correction."""
     difference = difference.clamp(max=LARGEST_LOG_RATIO)  # whole: -d alone would push away from ref
     return torch.expm1(difference) - difference
 

@@ -107,7 +107,11 @@ REFUSED = {
     "bits": ({"teacher_bits": 2}, "teacher_bits=2"),
     "impl": ({"impl": "magic"}, "impl='magic'"),
     "trigger": ({"hint_trigger": "sometimes"}, "hint_trigger='sometimes'"),
-    "correction": ({"hinted_correction": "clip"}, "hinted_correction='clip'"),
+    "correction": ({"hinted_correction": "cut"}, "hinted_correction='cut'"),
+    "correction of a ratio that is not there": (
+        {"hinted_correction": "clip", "policy_loss": "reinforce"},
+        "hinted_correction='clip' is about the policy ratio",
+    ),
     "cap": ({"hinted_cap": 0.0}, "hinted_cap=0.0"),
     "gamma": ({"hinted_gamma": -0.1}, "hinted_gamma=-0.1"),
     "accept_threshold": ({"accept_threshold": float("inf")}, "accept_threshold=inf"),
@@ -119,6 +123,10 @@ REFUSED = {
         "delta=4.0 bounds the ratio of policy_loss: clip",
     ),
     "delta within the clip": ({"delta": 1.2}, r"delta=1.2; expected more than 1 \+ epsilon_high"),
+    "hints for a teacher that does not teach": (
+        {"hint_for": "teacher", "distill_coef": 0.0},
+        "hint_for='teacher' shows hints to a teacher that nothing is distilled from",
+    ),
     "the other side of a soft gate": (
         {"gate_side": "wrong", "gate_threshold": None},
         "gate_side='wrong' needs a gate_threshold",
@@ -131,6 +139,11 @@ REFUSED = {
     "data_fraction": ({"data_fraction": 1.1}, "data_fraction=1.1"),
     "iterations": ({"num_iterations": 0}, "num_iterations=0"),
     "dynamic sampling": ({"dynamic_sampling": -1}, "dynamic_sampling=-1"),
+    "dynamic sampling on a missing reward": (
+        {"dynamic_sampling": 1, "dynamic_reward": "length"},
+        "dynamic_reward='length'; expected one of accuracy, format, total",
+    ),
+    "data_weight": ({"data_weight": -0.5}, "data_weight=-0.5"),
     "overlong": ({"overlong_buffer": -1}, "overlong_buffer=-1"),
     "overlong throughout": (
         {"overlong_buffer": 129},
@@ -346,7 +359,8 @@ def test_the_methods_of_the_comparison_are_presets():
 @pytest.mark.parametrize("name", presets())
 def test_a_preset_is_a_few_lines_that_pass_the_check(good, name):
     lines = presets()[name].read_text().splitlines()
-    assert lines[0].startswith("# ") and len(lines) <= 15
+    said = [line for line in lines if line.startswith("# ")]
+    assert lines[: len(said)] == said and 1 <= len(said) <= 6 and len(lines) <= len(said) + 12
     config = load(name)
     own = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
     # What the user supplies. Presets without a teacher say so; the others take the user's.

@@ -124,13 +124,13 @@ def no_teacher(seen):
     )
 
 
-@rule("grpo", "dr_grpo", "dapo", "gkd", "opd", "kdpo_tau0", "kdpo_tau1", "sft", "sod")
+@rule("grpo", "dr_grpo", "dapo", "gkd", "opd", "opd_jsd", "kdpo_tau0", "kdpo_tau1", "sft", "sod")
 @rule("first_error", "after_error")
 def no_hints(seen):
     assert total(seen, "hint_groups") == total(seen, "hinted_rate") == 0
 
 
-@rule("grpo", "dr_grpo", "opd", "kdpo_tau0", "kdpo_tau1", "sod")
+@rule("grpo", "dr_grpo", "opd", "opd_jsd", "kdpo_tau0", "kdpo_tau1", "sod")
 def own_samples_only(seen):
     assert total(seen, "sampled_completions") == 2 * 2 * 4 and total(seen, "data_completions") == 0
 
@@ -145,20 +145,32 @@ def nothing_is_sampled(seen):
         assert weights.tolist() == pytest.approx([1 / len(weights)] * len(weights))
 
 
-@rule("opd", "gkd")
+@rule("opd", "opd_jsd", "gkd")
 def the_divergence_alone(seen):
     for record in seen.steps:
         assert record["kepo/policy_loss"] == pytest.approx(0.0, abs=1e-6)
         assert record["kepo/distill_loss"] > 0 and record["kepo/gate_rate"] == 1.0
         assert record["kepo/teacher_tokens"] == record["kepo/completion_tokens"]
     assert not any(batch.policy_weights.any() for _, batch in seen.batches)
-    assert seen.config.beta == {0.0: 1.0, 0.5: 0.5}[seen.config.data_fraction]
+
+
+@rule("opd")
+def the_divergence_is_that_of_the_student_from_the_teacher(seen):
+    assert seen.config.beta == 1.0
+
+
+@rule("opd_jsd", "gkd")
+def the_divergence_is_the_jsd(seen):
+    assert seen.config.beta == 0.5
 
 
 @rule("gkd")
 def half_is_from_the_data(seen):
     assert total(seen, "data_completions") == 2 and total(seen, "sampled_completions") == 2 * 4
     assert sum(r["from_data"] for r in seen.lines) == 2
+    for groups, batch in seen.batches:  # and half of the weight, though one completion in five
+        own = batch.distill_weights[: sum(map(len, groups))].sum()
+        assert own.item() == pytest.approx(0.5) == 1 - own.item()
 
 
 @rule("dr_grpo")
@@ -172,7 +184,17 @@ def no_deviation_and_a_constant_normaliser(seen):
         assert weights.unique().tolist() == pytest.approx([1 / (8 * 8)])
 
 
-@rule("grpo", "kdpo_tau0", "kdpo_tau1", "kepo", "kepo_official", "retry", "first_error")
+@rule(
+    "grpo",
+    "kdpo_tau0",
+    "kdpo_tau1",
+    "kepo",
+    "kepo_official",
+    "retry",
+    "first_error",
+    "privileged",
+    "guide",
+)
 def relative_advantages_and_sequence_means(seen):
     for groups, batch in seen.batches:
         rewards = torch.tensor([[sum(r.rewards.values()) for r in group] for group in groups])
@@ -194,6 +216,7 @@ def two_iterations_token_mean_exchange_and_fine(seen):
         weights = batch.policy_weights[batch.completion_mask]
         assert weights.unique().tolist() == pytest.approx([1 / len(weights)])
     assert all("overlong" in r["rewards"] for r in seen.lines)
+    assert seen.config.dynamic_reward == "accuracy"
     # Three rounds more at most, of whole groups.
     extra, remainder = divmod(total(seen, "sampled_completions") - 2 * 2 * 4, 4)
     assert total(seen, "resampled_groups") <= extra <= 2 * 3 * 2 and remainder == 0
@@ -248,6 +271,28 @@ def failed_groups_are_sampled_again_without_a_hint(seen):
     assert total(seen, "hints_written") == total(seen, "hinted_rate") == 0
     assert about_hints(seen) == ([], []) and not any(r["hint"] for r in seen.lines)
     assert [x for _, batch in seen.batches for x in batch.opened.tolist()] == right(seen)
+
+
+@rule("privileged")
+def the_teacher_sees_hints_where_every_answer_is_wrong(seen):
+    assert total(seen, "hint_groups") == total(seen, "hints_written") > 0
+    assert total(seen, "sampled_completions") == 2 * 2 * 4 and total(seen, "hinted_rate") == 0
+    for groups, batch in seen.batches:
+        shown = [prompt.text for prompt in batch.teacher_prompts]
+        failed = [not any(r.rewards["accuracy"] for r in group) for group in groups]
+        told = [bad for group, bad in zip(groups, failed, strict=True) for _ in group]
+        assert ["\nHint: look left" in text for text in shown] == told
+        assert not any("Hint:" in prompt.text for prompt in batch.prompts)
+        rewards = [r.rewards["accuracy"] for group in groups for r in group]
+        assert batch.opened.tolist() == [a or r == 1.0 for a, r in zip(told, rewards, strict=True)]
+    assert 0 < total(seen, "teacher_hinted_rate") < 2
+
+
+@rule("guide")
+def hints_alone_with_their_ratio_inside_the_clip(seen):
+    assert total(seen, "hint_accepted") > 0 and total(seen, "hinted_rate") > 0
+    assert total(seen, "teacher_tokens") == total(seen, "distill_loss") == 0
+    assert seen.config.hinted_correction == "clip" and seen.config.num_iterations == 1
 
 
 @rule("kepo_official")

@@ -137,7 +137,7 @@ def test_completions_are_written_down(uninterrupted, made):
     for r in lines:
         assert set(r) == {
             *("step", "prompt", "images", "hint", "completion", "answer", "rewards"),
-            *("advantage", "gate", "truncated", "from_data"),
+            *("teacher_hint", "advantage", "gate", "truncated", "from_data"),
         }
         assert Path(r["images"][0]).is_file() and "Hint:" not in r["prompt"]
         assert r["gate"] == 1.0 and set(r["rewards"]) == {"accuracy", "format"}
@@ -225,7 +225,7 @@ def test_hints_survive_a_checkpoint_and_are_not_written_twice(made, tmp_path, mo
 
     def write(teacher, examples, task, config):
         written.extend(example.id for example in examples)
-        return [f"look at {example.id}" for example in examples]
+        return [hints_module.WrittenHint(f"look at {e.id}", 4) for e in examples]
 
     shown = []
     whole_sample = hints_module.sample
@@ -383,10 +383,16 @@ def test_a_learning_rate_that_was_written_otherwise_resumes(tmp_path):
         opening.refuse_other_config(Config(lr_end=0.1, lr_schedule="cosine"), before, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name, other",
-    [("gate_side", "wrong"), ("hint_for", "nobody"), ("distill_tokens", "first_error")],
-)
+NEW = {
+    "gate_side": "wrong",
+    "hint_for": "nobody",
+    "distill_tokens": "first_error",
+    "data_weight": 0.5,
+    "dynamic_reward": "accuracy",
+}
+
+
+@pytest.mark.parametrize("name, other", NEW.items())
 def test_a_run_of_before_a_setting_resumes_with_its_default(tmp_path, name, other):
     before = dataclasses.asdict(Config())
     del before[name]

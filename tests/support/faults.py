@@ -123,7 +123,8 @@ def hints_several_per_prompt(patch):
 
     def doubled(teacher, examples, task, config):
         texts = [teacher.answer(hint_request(e, False), 0) for e in examples for _ in range(2)]
-        return [task.hint_of(text) for text in texts][: len(examples)]
+        found = [hints.WrittenHint(task.hint_of(text), len(text)) for text in texts]
+        return found[: len(examples)]
 
     patch.setattr(hints, "write_hints", doubled)
 

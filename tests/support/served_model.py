@@ -82,7 +82,9 @@ class ModelServer:
             if path == "/tokenize":
                 return 200, {"tokens": self._tokens(body)}
             if path == "/v1/chat/completions":
-                return 200, {"choices": [{"message": {"content": self._chat(body)}}]}
+                text, tokens = self._chat(body)
+                said = {"choices": [{"message": {"content": text}}]}
+                return 200, said | {"usage": {"completion_tokens": tokens}}
             if path == "/v1/completions":
                 return self._scored(body["prompt"], body, [], lambda said: {"choices": [said]})
             if path == "/generate":  # SGLang's
@@ -97,12 +99,13 @@ class ModelServer:
             return self.vlm.encoder.chat_ids([self._prompt(body["messages"])])[0]
         return self.vlm.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
 
-    def _chat(self, body: Any) -> str:
+    def _chat(self, body: Any) -> tuple[str, int]:
         assert body["top_k"] == -1 and body["top_p"] == body["repetition_penalty"] == 1
         params = SamplingParams(max_tokens=body["max_tokens"], temperature=body["temperature"])
         seeds = None if params.greedy else [body["seed"]]
         ids, mask, _ = self.vlm.sample([self._prompt(body["messages"])], params, seeds)
-        return self.vlm.decode(ids, mask)[0].removeprefix(self.vlm.encoder.opened)
+        text = self.vlm.decode(ids, mask)[0].removeprefix(self.vlm.encoder.opened)
+        return text, int(mask.sum())
 
     def _prompt(self, messages: Any) -> Prompt:
         *earlier, last = messages

@@ -11,7 +11,7 @@ import torch
 
 from kepo.config import Config
 from kepo.data.load import LETTERS, Example
-from kepo.models.sampling import Sampled
+from kepo.models.sampling import Sampled, Written
 from kepo.rollout.models import Models
 from kepo.rollout.prompts import hint_prompt, prompt_of
 from kepo.rollout.types import Rollout
@@ -132,7 +132,7 @@ class ScriptedVLM:
 
     def write(self, prompts, params, seeds):
         ids, mask, _ = self.sample(prompts, params, seeds)
-        return self.decode(ids, mask)
+        return [*map(Written, self.decode(ids, mask), mask.sum(-1).tolist())]
 
     def generate(self, inputs, params):
         asked = [prompt for prompt in inputs for _ in range(params.n)]

@@ -107,6 +107,44 @@ def test_sequence_mean_by_hand():
     assert mean.tolist() == [1.5, 6.5, 1.5, 6.5]
 
 
+@pytest.mark.parametrize(
+    "estimator, corrected, of",
+    [
+        ("k1", False, None),
+        ("k2", False, "policy from ref"),
+        ("k3", False, "ref from policy"),
+        ("k1", True, "policy from ref"),
+        ("k3", True, "policy from ref"),
+    ],
+)
+def test_the_gradient_of_an_estimate_in_expectation_is_as_the_docstring_says(
+    estimator, corrected, of
+):
+    """Summed over a whole vocabulary, with the samples' probabilities as constants."""
+    made = torch.Generator().manual_seed(0)
+    logits, ref = torch.randn((2, 9), generator=made, dtype=torch.float64)
+    logits.requires_grad_()
+    q, p = logits.log_softmax(-1), ref.log_softmax(-1)
+    estimate = reference.kl_estimate(q, p, estimator)
+    if corrected:
+        estimate = (q - q.detach()).exp() * estimate
+    (found,) = torch.autograd.grad((q.detach().exp() * estimate).sum(), logits, retain_graph=True)
+    divergences = {
+        "policy from ref": (q.exp() * (q - p)).sum(),
+        "ref from policy": (p.exp() * (p - q)).sum(),
+    }
+    truths = {
+        name: torch.autograd.grad(d, logits, retain_graph=True)[0]
+        for name, d in divergences.items()
+    }
+    if of is None:
+        assert found.abs().max() < 1e-12 < truths["policy from ref"].abs().max()
+    else:
+        torch.testing.assert_close(found, truths.pop(of))
+        [other] = truths.values()
+        assert not torch.allclose(found, other, rtol=0.1)  # the two can be told apart
+
+
 def test_unknown_names_are_refused():
     x = torch.zeros(2)
     with pytest.raises(ValueError, match="policy_loss 'ppo' is not clip"):

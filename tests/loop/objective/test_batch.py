@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy import MALFORMED, RIGHT, WRONG, example, group_of, pieces, question_prompt, rollout
+from toy import BARE, MALFORMED, RIGHT, WRONG, example, group_of, pieces, question_prompt, rollout
 
 from kepo.config import Config
+from kepo.objective import batch as batch_module
 from kepo.objective.batch import collate, gates
 from kepo_kernels import loss_weights
 
@@ -156,3 +157,45 @@ def test_sampler_logprobs_sit_under_their_tokens():
     assert batch.sampler_logprobs[0][mask[0]].tolist() == [0.0, 1.0]
     assert batch.sampler_logprobs[1][mask[1]].tolist() == list(range(int(mask[1].sum())))
     assert batch.sampler_logprobs[~mask].isnan().all()
+
+
+def shared_out(settings):
+    """Half of the weight of the divergence is the dataset's, and within each half all is as it was;
+    the policy term's weights stay."""
+    data = [rollout(BARE, "c"), rollout(RIGHT, "d")]
+    config = replace(CONFIG, gate_reward=None, **settings)
+    half = replace(config, data_weight=0.5)
+    before, batch = (collate(GROUPS, one, data) for one in (config, half))
+    a, b = before.distill_weights, batch.distill_weights
+    own = torch.tensor([True] * 4 + [False] * 2)
+    for mini in range(config.mini_batches):
+        mine, theirs = (batch.mini == mini) & own, (batch.mini == mini) & ~own
+        whole = a[batch.mini == mini].sum()
+        assert abs(a[theirs].sum() - whole / 2) > 0.01  # it is not half by itself
+        torch.testing.assert_close(b[mine], a[mine] * (whole / 2 / a[mine].sum()))
+        torch.testing.assert_close(b[theirs], a[theirs] * (whole / 2 / a[theirs].sum()))
+    assert torch.equal(before.policy_weights, batch.policy_weights)
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "sum"])
+@pytest.mark.parametrize("mini_batches", [1, 2])
+def test_the_datasets_share_of_the_divergence_is_a_share_of_its_weight(reduction, mini_batches):
+    shared_out(dict(distill_reduction=reduction, mini_batches=mini_batches))
+
+
+def test_a_share_by_count_is_seen(monkeypatch):
+    monkeypatch.setattr(batch_module, "_shared_out", lambda weights, *rest: weights)
+    with pytest.raises(AssertionError):
+        shared_out({})
+
+
+def test_a_mini_batch_of_one_kind_keeps_its_weights():
+    config = replace(CONFIG, gate_reward=None)
+    half = replace(config, data_weight=0.5)
+    data = [rollout(RIGHT, "c")]
+    for groups, given in ((GROUPS, ()), ([], data)):
+        alike = [collate(groups, one, given).distill_weights for one in (config, half)]
+        assert torch.equal(*alike)
+    closed = replace(half, gate_reward="accuracy")
+    wrong = [group_of([WRONG, WRONG])]
+    assert collate(wrong, closed, data).distill_weights.sum() == pytest.approx(1.0)

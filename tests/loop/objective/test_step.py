@@ -15,6 +15,8 @@ from toy import (
     TableVLM,
     drawn_logprob,
     group_of,
+    hinted_prompt,
+    models_of,
     pieces,
     question_prompt,
     rollout,
@@ -29,6 +31,9 @@ from kepo.objective.score import Scores, score
 from kepo.objective.sod import drift_weights
 from kepo.objective.step import kepo_step
 from kepo.objective.totals import StepTotals
+from kepo.rollout import hints as hints_module
+from kepo.rollout.hints import rescue
+from kepo.rollout.prompts import prompt_of
 from kepo.rollout.rollouts import demonstrations
 from kepo_kernels import fused_grpo_loss, fused_kepo_loss, reference
 from kepo_kernels.validate import ENGINE_SETTINGS
@@ -78,13 +83,15 @@ def step(models, groups, config, *, size=100, ref=None, data=(), old=None):
     return torch.stack(losses).sum(), grads, totals.of_all_ranks()
 
 
-def oracle(models, groups, config, *, data=(), **settings):
-    """The same by `reference.kepo_loss`, which holds every logit of every sequence."""
+def oracle(models, groups, config, *, data=(), shown=None, **settings):
+    """The same by `reference.kepo_loss`, which holds every logit of every sequence. shown: what the
+    teacher reads before each completion; None = what the policy does."""
     policy, teacher = models
     batch = collate(groups, config, data)
     texts = [prompt.text for prompt in batch.prompts]
     ids, mask = batch.completion_ids, batch.completion_mask
-    states = [model.completion_hidden(texts, ids, mask) for model in models]
+    read = (texts, texts if shown is None else shown)
+    states = [model.completion_hidden(t, ids, mask) for t, model in zip(read, models, strict=True)]
     loss = reference.kepo_loss(
         states[0],
         policy.lm_head,
@@ -387,6 +394,46 @@ def test_hinted_completions_are_weighted_as_the_correction_says(models, correcti
     assert not torch.allclose(mine[0], plain[0], rtol=1e-3)
 
 
+def ratio_of_hinted_tokens_inside_the_clip(models, *, later=False):
+    """To what they were drawn with, with the hint; that of all others as ever."""
+    policy, _ = models
+    config = replace(CONFIG, hinted_correction="clip", epsilon_low=0.3, epsilon_high=0.4)
+    plain = collate(GROUPS, config)
+    before = policy.logprobs(plain).detach() + (0.1 if later else 0.0)
+    noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
+    rows = iter(policy.logprobs(plain).detach() + noise)
+    groups = [
+        [replace(r, sampler_logprobs=next(rows)[: len(r.completion_ids)]) for r in group]
+        for group in GROUPS
+    ]
+    ratio = (
+        policy.logprobs(plain)
+        - torch.where(plain.hinted[:, None], policy.logprobs(plain).detach() + noise, before)
+    ).exp()
+    gain = plain.advantages[:, None]
+    surrogate = torch.minimum(ratio * gain, ratio.clamp(0.7, 1.4) * gain)
+    loss = -(plain.policy_weights * surrogate).sum()
+    grads = torch.autograd.grad(loss, list(policy.weights.values()))
+    alone = replace(config, teacher=None, gate_reward=None, distill_coef=0.0)
+    mine = step((policy, None), groups, alone, size=3, old=list(before.split(3)) if later else None)
+    same(mine, (loss.detach(), dict(zip(policy.weights, grads, strict=True))))
+    hinted = plain.completion_mask & plain.hinted[:, None]
+    clipped = hinted & (ratio > 1.4) & (gain > 0)
+    assert mine[2].clipped_high == int(clipped.sum()) > 0
+    assert (mine[2].sampled_tokens == 0) == later  # the gap to the sampler is of the first pass
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_the_ratio_of_hinted_tokens_is_inside_the_clip(models, later):
+    ratio_of_hinted_tokens_inside_the_clip(models, later=later)
+
+
+def test_a_ratio_to_the_plain_question_is_seen(models, monkeypatch):
+    monkeypatch.setattr(step_module, "_old_logprobs", lambda before, micro, there, config: before)
+    with pytest.raises(AssertionError):
+        ratio_of_hinted_tokens_inside_the_clip(models)
+
+
 def weighted_by_the_ratio_of_trainer_to_sampler(models, hinted_correction="none", *, later=False):
     """Tokens without a hint by exp(trainer - sampler), at most 1.25; the dataset's own by 1; those
     with a hint as their own correction says."""
@@ -470,6 +517,43 @@ def test_step_weights_multiply_the_divergence_of_open_sequences(models):
     truth = oracle(models, groups, config, distill_weights=batch.distill_weights * factors)
     same(mine, truth)
     assert not torch.allclose(mine[0], step(models, groups, replace(config, step_weights=False))[0])
+
+
+# ---- a teacher that sees the hint ----
+
+
+def distilled_from_the_teacher_that_sees_the_hint(models):
+    """The failures of a failed group, and no others, in the teacher's law under the hinted prompt;
+    the policy reads the plain question throughout."""
+    policy, teacher = models
+    config = replace(CONFIG, hint_for="teacher", num_generations=3)
+    teacher.answer = lambda prompt, nth: "<hint>look left</hint>"
+    groups = [[drawn(t, "a") for t in (WRONG, MALFORMED, WRONG)]]
+    groups += [[drawn(t, "b") for t in (WRONG, RIGHT, WRONG)]]
+    groups, report = rescue(groups, models_of(policy, teacher), ENV, config, {})
+    assert (report.groups, report.written, report.sampled, report.accepted) == (1, 1, 0, 0)
+    batch = collate(groups, config)
+    told = hinted_prompt(groups[0][0].example, "look left")
+    plain = [question_prompt(r.example) for group in groups for r in group]
+    shown = [told] * 3 + plain[3:]
+    opened = torch.tensor([True, True, True, False, True, False])
+    assert torch.equal(batch.opened, opened)
+    mine = step(models, groups, config, size=4)
+    assert [text for text, _ in teacher.read] == [
+        s for s, o in zip(shown, opened, strict=True) if o
+    ]
+    assert [text for text, _ in policy.read] == plain
+    same(mine, oracle(models, groups, config, shown=shown))
+
+
+def test_a_teacher_that_sees_the_hint_teaches_the_failures(models):
+    distilled_from_the_teacher_that_sees_the_hint(models)
+
+
+def test_a_teacher_without_the_hint_is_seen(models, monkeypatch):
+    monkeypatch.setattr(hints_module, "prompt_of", lambda task, e, hint, **_: prompt_of(task, e))
+    with pytest.raises(AssertionError):
+        distilled_from_the_teacher_that_sees_the_hint(models)
 
 
 # ---- up to the first error ----

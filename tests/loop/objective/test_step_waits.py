@@ -54,6 +54,7 @@ SETTINGS = {
     "a penalty": {"kl_coef": 0.1},
     "corrections": {"sampler_correction": "truncate", "hinted_correction": "truncate"},
     "up to the first error": {"distill_tokens": "first_error", "error_threshold": 0.001},
+    "guide": {"hinted_correction": "clip"},
     "luffy": {"hinted_correction": "shape"},
     "no teacher": {"teacher": None, "gate_reward": None},
     "sequence ratios": {"importance_level": "sequence"},

@@ -226,6 +226,19 @@ def test_room_for_a_hint_is_kept_and_the_teacher_is_asked_too(
         assert judge(examples, report, False)[1].problems == ()  # an evaluation needs no hint
 
 
+def test_room_for_a_hint_is_the_teachers_if_it_sees_it(tinies, student, root, one_long, tmp_path):
+    plain = longest(student, one_long, question_prompt)[0] + LIMIT
+    told = longest(student, one_long, lambda e: hinted_prompt(e, ""))[0] + 2 * LIMIT
+    models = {n: model_of(tinies, tmp_path / str(n), n) for n in (plain, told, told - 1)}
+    for teacher_has, faults in ((told, 0), (told - 1, 1)):
+        paths = {"teacher": str(models[teacher_has]), "hint_for": "teacher"}
+        config = settings(
+            models[plain], root, tmp_path, **paths, hint_trigger="always", distill_coef=1.0
+        )
+        problems = judge_of(config, TASK)(*load_examples(root), True)[1].problems
+        assert len(problems) == faults and all("the teacher has" in p.message for p in problems)
+
+
 # ---- where it counts ----
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from toy import BARE, ENV, RIGHT, WRONG, ScriptedVLM, example, group_of, models_of
+from toy import BARE, ENV, MALFORMED, RIGHT, WRONG, ScriptedVLM, example, group_of, models_of
 
 from kepo.config import Config
 from kepo.rollout.explore import explore, is_dull
@@ -42,9 +42,14 @@ def names(groups):
         ([BARE, WRONG], {}, True),  # other rewards, the same total
         ([BARE, WRONG], {"reward_weights": (1.0, 0.5)}, False),
         ([BARE, RIGHT], {"reward_weights": (1.0, 0.0)}, True),
+        # DAPO's: all right or all wrong, whatever else they earn or are fined.
+        ([WRONG, MALFORMED], {}, False),
+        ([WRONG, MALFORMED], {"dynamic_reward": "accuracy"}, True),
+        ([BARE, RIGHT], {"dynamic_reward": "accuracy"}, True),
+        ([BARE, WRONG], {"dynamic_reward": "accuracy"}, False),
     ],
 )
-def test_a_group_is_dull_where_its_totals_are_equal(texts, settings, dull):
+def test_a_group_is_dull_where_its_rewards_are_equal(texts, settings, dull):
     assert is_dull(group_of(texts), replace(CONFIG, **settings)) == dull
 
 

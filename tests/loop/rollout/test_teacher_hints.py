@@ -252,6 +252,23 @@ def test_a_leaking_hint_is_not_used(settings, usable):
     assert bool(policy.seen) == usable and report.unhinted == (not usable)
 
 
+def test_tokens_of_hints_are_counted_with_those_of_unusable_ones():
+    """Nothing for what is known; of a question that needs three tries, all three."""
+    good, bad = "<hint>look left</hint>", "no tags"
+
+    def writes(prompt, nth):
+        return bad if "b1" in prompt and nth < 2 else good
+
+    known = {"b2": "known"}
+    groups = [failed_group(f"b{i}") for i in range(3)]
+    models = models_of(solver(), ScriptedVLM(writes))
+    _, report = rescue(groups, models, ENV, CONFIG, known)
+    assert report.hint_tokens == 2 * (len(good) + 1) + 2 * (len(bad) + 1)  # and the end tokens
+    assert (report.written, report.retried) == (2, 2)
+    _, again = rescue(groups, models, ENV, CONFIG, known)
+    assert again.hint_tokens == again.written == 0
+
+
 def test_reports_add_up():
     total = RescueReport(groups=1, written=2, sampled=8) + RescueReport(groups=2, accepted=3)
     assert total == RescueReport(groups=3, written=2, sampled=8, accepted=3)

@@ -25,14 +25,22 @@ from kepo.run.metrics import (
 CONFIG = Config(teacher="t", num_generations=2, num_iterations=2)
 GROUPS = [
     [rollout(RIGHT, "a"), rollout(MALFORMED, "a", truncated=True)],
-    group_of([WRONG, WRONG], "b"),
+    group_of([WRONG, WRONG], "b", teacher_hint="look right"),
     [rollout(WRONG, "c"), rollout(BARE, "c", hint="look left")],
 ]
 
 
 def metrics(groups, data=(), **totals):
     report = RescueReport(
-        groups=2, written=1, unhinted=1, rescued=1, attempts=3, sampled=6, successes=2, accepted=1
+        groups=2,
+        written=1,
+        hint_tokens=30,
+        unhinted=1,
+        rescued=1,
+        attempts=3,
+        sampled=6,
+        successes=2,
+        accepted=1,
     )
     found = Exploration(groups=groups, report=report, asked=4, resampled=1, sampled=12)
     batch = collate(groups, CONFIG, data)
@@ -95,7 +103,7 @@ def test_metrics_by_hand():
         "kepo/distill_loss": 0.5,
         "kepo/divergence": 50 / 80,
         "kepo/distilled_tokens": 40,
-        "kepo/gate_rate": 3 / 7,  # two right ones and the dataset's
+        "kepo/gate_rate": 5 / 7,  # two right ones, the dataset's, two with a hint for the teacher
         "kepo/teacher_tokens": 50,
         "kepo/teacher_requests": 9,
         "kepo/teacher_retries": 2,
@@ -107,12 +115,14 @@ def test_metrics_by_hand():
         "kepo/hint_rate": 2 / 4,  # three groups, and one that was exchanged
         "kepo/hints_written": 1,
         "kepo/hint_retries": 0,
+        "kepo/hint_tokens": 30,
         "kepo/hints_unusable": 1,
         "kepo/hint_attempts": 3,
         "kepo/hint_accept_rate": 1 / 3,
         "kepo/hint_accepted": 1,
         "kepo/rescue_rate": 1 / 4,
         "kepo/hinted_rate": 1 / 7,
+        "kepo/teacher_hinted_rate": 2 / 7,
     }
     assert set(values) == {*expected, "rewards/format/std"}
     assert {key: values[key] for key in expected} == pytest.approx(expected)
@@ -169,8 +179,9 @@ def test_completions_are_recorded_as_they_were_judged():
         BARE,
         RIGHT,
     ]
-    assert [r["gate"] for r in records] == [1, 0, 0, 0, 0, 1, 1]
+    assert [r["gate"] for r in records] == [1, 0, 1, 1, 0, 1, 1]
     assert [r["hint"] for r in records] == [None] * 5 + ["look left", None]
+    assert [r["teacher_hint"] for r in records] == [None] * 2 + ["look right"] * 2 + [None] * 3
     assert [r["truncated"] for r in records] == [False, True] + [False] * 5
     assert [r["advantage"] for r in records] == batch.advantages.tolist()
     first = records[0]

@@ -128,6 +128,32 @@ def test_a_retry_is_the_same_attempts_without_a_hint():
     assert not replace(alone, hint_trigger="never").rescues
 
 
+def test_a_hint_for_the_teacher_samples_nothing_and_marks_the_failures():
+    config = replace(CONFIG, hint_for="teacher", hint_trigger="always", num_hinted=1)
+    policy, helper = solver(), teacher()
+    one_right, all_right = fine_group(), group_of([RIGHT] * 4, "well")
+    given = [one_right, failed_group(), all_right]
+    groups, report = rescue(given, models_of(policy, helper), ENV, config, {})
+    assert policy.seen == [] and len(helper.seen) == 2
+    assert (report.groups, report.written, report.sampled, report.rescued) == (2, 2, 0, 0)
+    marked = [[r.teacher_hint for r in group] for group in groups]
+    look, own = "look left", None
+    assert marked == [[look, own, look, look], [look] * 4, [own] * 4]
+    told = hinted_prompt(example("bad"), look)
+    assert [r.teacher_prompt.text for r in groups[1]] == [told] * 4
+    assert groups[0][1].teacher_prompt is None and one_right[0].teacher_hint is None  # a copy
+    assert not any(r.hinted or r.prompt.text == told for group in groups for r in group)
+    assert collate(groups, config).opened.tolist() == [True] * 12  # the right ones by the gate
+    closed = replace(config, gate_side="wrong")
+    assert collate(groups, closed).opened.tolist() == [True, False] + [True] * 6 + [False] * 4
+
+
+def test_a_hint_for_the_teacher_that_is_unusable_leaves_the_group_to_the_gate():
+    config = replace(CONFIG, hint_for="teacher", hint_retries=0)
+    groups, report = rescue([failed_group()], models_of(solver(), teacher("?")), ENV, config, {})
+    assert report.unhinted == 1 and not collate(groups, config).opened.any()
+
+
 def test_nothing_runs_where_no_group_needs_help():
     policy, helper = solver(), teacher()
     fine = fine_group()

@@ -118,18 +118,27 @@ def test_hints_are_the_texts_of_the_local_model(server, teacher, examples):
         (SamplingParams(max_tokens=6, temperature=0.9), [3, 4, 5]),
     ):
         ids, mask, _ = teacher.sample(prompts, params, seeds)
-        assert client(server, teacher).write(prompts, params, seeds) == teacher.decode(ids, mask)
+        written = client(server, teacher).write(prompts, params, seeds)
+        assert [one.text for one in written] == teacher.decode(ids, mask)
+        assert [one.tokens for one in written] == mask.sum(-1).tolist()
 
 
 def test_earlier_turns_and_an_opening_are_part_of_a_hint(server, teacher):
     prompt = Prompt("3 + 5?", earlier=(("system", "Be brief."),))
     params = SamplingParams(max_tokens=3, temperature=0.0)
-    [text] = client(server, teacher).write([prompt], params, None)
+    [(text, _)] = client(server, teacher).write([prompt], params, None)
     ids, mask, _ = teacher.sample([prompt], params)
     assert [text] == teacher.decode(ids, mask)
     opened = client(server, teacher)
     opened.encoder = replace(teacher.encoder, opened="<think>\n")
-    assert opened.write([prompt], params, None) == ["<think>\n" + text]
+    assert [one.text for one in opened.write([prompt], params, None)] == ["<think>\n" + text]
+
+
+def test_tokens_that_a_server_does_not_count_are_counted_in_the_text(server, teacher):
+    server.script = lambda *_: (200, {"choices": [{"message": {"content": "3 + 5"}}]})
+    params = SamplingParams(max_tokens=9, temperature=0.0)
+    [one] = client(server, teacher).write([Prompt("3 + 5?")], params, None)
+    assert one == ("3 + 5", len(teacher.tokenizer("3 + 5")["input_ids"])) and one.tokens >= 3
 
 
 def test_requests_go_out_a_few_at_once(server, teacher):
