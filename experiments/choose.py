@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.analysis import Scores
-from experiments.methods import Chosen, config_of
-from experiments.plan import BLOCKS, NEW, TUNING_SEEDS
+from experiments.methods import NEW, Chosen, config_of
+from experiments.plan import BLOCKS, TUNING_SEEDS
 from kepo.disk.durable import as_json, write_durably
 from kepo.errors import KepoConfigError, command
 from kepo.flags import command_line

@@ -1,10 +1,10 @@
 """Compare methods on the scanned digits, under the single-source protocol.
 
-    python -m experiments.compare --block tune       # on the validation split
-    python -m experiments.choose                     # what is best there, into chosen.json
+    python -m experiments.compare --block tune     # on the validation split
+    python -m experiments.choose                   # what is best there
     python -m experiments.compare --block main factorial
-    python -m experiments.compare --methods kepo@lr=2e-4 grpo@lr=2e-4 --seeds 21 --steps 20
-    python -m experiments.page                       # the page and its picture
+    python -m experiments.compare --methods kepo@lr=2e-4 --seeds 21 --steps 20
+    python -m experiments.page                     # the page and its picture
 
 For every seed one student is warmed up. Every method starts from it, with the same questions and
 length, trains it on the first rendering of the digits, and is tested on all eight. Results are
@@ -210,7 +210,10 @@ def _run_all(
     failed = pool.train_all(missing, keep, until)
     if failed:
         (setting, run), fault = next(iter(failed.items()))
-        raise KepoError(f"{setting}, {run}: {len(failed)} runs failed, the first of them: {fault}")
+        raise KepoError(
+            f"methods: {len(failed)} runs failed, the first of them {run.method!r} with the seed "
+            f"{run.seed} in {setting}: {fault}"
+        )
 
 
 def _refuse_other_starts(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from experiments.settings import COMMON
@@ -36,7 +37,12 @@ def _kepo(about: str, **changes: Any) -> Method:
 def _cell(policy: bool, gate: str, hints: bool) -> Method:
     """Return a cell of the factorial, in which only these three things differ."""
     changes: dict[str, Any] = {} if policy else {"policy_coef": 0.0}
-    changes |= {"none": {"gate_reward": None}, "wrong": {"gate_side": "wrong"}}.get(gate, {})
+    gates: dict[str, dict[str, Any]] = {
+        "none": {"gate_reward": None},
+        "right": {},
+        "wrong": {"gate_side": "wrong"},
+    }
+    changes |= gates[gate]
     changes |= {} if hints else {"hint_trigger": "never"}
     parts = ("policy, " if policy else "no policy term, ") + GATES[gate]
     return Method("kepo", changes, parts + (", hints" if hints else ", no hints"))
@@ -53,13 +59,13 @@ MAIN = {
     "dapo": Method(
         "dapo",
         {"rewards": ("accuracy", "format"), "reward_weights": (1.0, 1.0), "overlong_buffer": 0},
-        "policy term alone, clip-higher, dynamic sampling, two passes",
+        "policy term alone, clip-higher, groups of equal accuracy exchanged, two passes",
         "dapo",
     ),
     "sft": Method("sft", {}, "the data's worked answers, nothing sampled", "sft"),
-    "opd": Method("opd", {"beta": 0.5}, "JSD on every sample, no reward", "opd"),
-    "opd_kl": Method("opd", {"beta": 1.0}, "KL(student‖teacher) on every sample", "opd_kl"),
-    "gkd": Method("gkd", {}, "JSD, half on samples and half on worked answers", "gkd"),
+    "opd": Method("opd_jsd", {}, "JSD on every sample, no reward", "opd"),
+    "opd_kl": Method("opd", {}, "KL(student‖teacher) on every sample, no reward", "opd_kl"),
+    "gkd": Method("gkd", {}, "JSD, half of it on worked answers, no reward", "gkd"),
     "kepo": Method("kepo", {}, "GRPO + JSD where right + hints where all samples failed"),
 }
 
@@ -80,6 +86,24 @@ FACTORIAL: dict[tuple[bool, str, bool], str] = {
 """The name of each cell: policy term, gate, hints. All have the learning rate and the coefficient
 of `kepo`; `jsd` is `opd` with these."""
 
+NEW = {
+    "first_error": Method(
+        "first_error", {}, "GRPO + JSD up to the first token that the teacher finds unlikely"
+    ),
+    "first_error_hints": Method(
+        "first_error", {"hint_trigger": "failed"}, "the same with KEPO's hints"
+    ),
+    "after_error": Method("after_error", {}, "GRPO + JSD after that token"),
+    "privileged": Method(
+        "privileged", {}, "kepo, failed groups distilled from the teacher that sees the hint"
+    ),
+    "guide": Method("guide", {}, "GRPO with hints, their ratio inside the clip", "grpo"),
+    "kepo_guide": _kepo(
+        "kepo, the ratio of hinted tokens inside the clip", hinted_correction="clip"
+    ),
+}
+"""Methods that nobody has published with KEPO; one of them is chosen for a test."""
+
 OTHERS = {
     "kdpo_tau1": Method("kdpo_tau1", {}, "GRPO + JSD where accuracy + format >= 1"),
     "kepo_official": Method("kepo_official", {}, "kdpo_tau1 + hints with the answer, rarely"),
@@ -89,10 +113,6 @@ OTHERS = {
         "GRPO with hints, no distillation",
         "grpo",
     ),
-    "first_error": Method(
-        "first_error", {}, "GRPO + JSD up to the first token that the teacher finds unlikely"
-    ),
-    "after_error": Method("after_error", {}, "GRPO + JSD after that token"),
     "retry": Method("retry", {}, "kepo, its further attempts without the hint"),
     "shuffled_hints": _kepo(
         "kepo, hints about other digits", task="experiments.controls:OtherDigits"
@@ -105,9 +125,8 @@ OTHERS = {
     ),
 }
 
-METHODS: dict[str, Method] = (
-    MAIN | {name: _cell(*cell) for cell, name in FACTORIAL.items() if name not in MAIN} | OTHERS
-)
+_CELLS = {name: _cell(*cell) for cell, name in FACTORIAL.items() if name not in MAIN}
+METHODS: dict[str, Method] = MAIN | _CELLS | NEW | OTHERS
 TUNED = tuple(MAIN)
 """The methods that a learning rate is chosen for, each by itself."""
 
@@ -131,6 +150,11 @@ def is_grid_point(spelling: str) -> bool:
     return "lr" in method_of(spelling).changes
 
 
+@cache
+def _preset(name: str) -> dict[str, Any]:
+    return read_layer(name)
+
+
 def config_of(spelling: str, chosen: Chosen, **run: Any) -> Config:
     """Return the config of a method's run: its preset, what all share, what was chosen for it,
     ``run``, then its own changes.
@@ -147,7 +171,7 @@ def config_of(spelling: str, chosen: Chosen, **run: Any) -> Config:
                 "give it as in kepo@lr=2e-4"
             )
         tuned = chosen[method.tuned_as]
-    preset = read_layer(method.preset)
+    preset = _preset(method.preset)
     shared = {**COMMON, **tuned}
     if preset.get("distill_coef") == 0.0:
         del shared["distill_coef"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from experiments.methods import FACTORIAL, MAIN, TUNED
+from experiments.methods import FACTORIAL, MAIN, NEW, TUNED
 
 SPLITS = ("validation", "test")
 TUNING_SEEDS = (11, 12)
@@ -16,7 +16,6 @@ MAIN_SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
 RATES = ("1e-4", "2e-4", "4e-4", "8e-4")
 COEFFICIENTS = ("3", "30")
 """Weights of the divergence beside that of COMMON."""
-NEW = ("first_error", "after_error")
 BEST_NEW = "best_new"
 """In a block: the method of NEW that was chosen on the validation split."""
 
@@ -39,7 +38,7 @@ def _tuning() -> tuple[str, ...]:
     return tuple(rates + weights)
 
 
-_KINDS = ("truncate", "shape")
+_KINDS = ("truncate", "shape", "clip")
 _CORRECTIONS = tuple(
     f"{method}@hinted_correction={kind}" for method in ("kepo", "hints_only") for kind in _KINDS
 )
@@ -58,7 +57,7 @@ PLAN = (
         "What policy term, gate and hints are worth, alone and together.",
     ),
     Block(
-        *("new", "cliff", "validation", NEW, TUNING_SEEDS),
+        *("new", "cliff", "validation", tuple(NEW), TUNING_SEEDS),
         "Which method that is not KEPO's deserves a test.",
     ),
     Block(

@@ -10,8 +10,8 @@ import numpy as np
 
 from experiments.analysis import OOD, UNLEARNED, Scores
 from experiments.choose import read_choice
-from experiments.methods import FACTORIAL, MAIN, TUNED, method_of
-from experiments.plan import BEST_NEW, BLOCKS, NEW, PLAN, TUNING_SEEDS, Block
+from experiments.methods import FACTORIAL, MAIN, NEW, TUNED, method_of
+from experiments.plan import BEST_NEW, BLOCKS, PLAN, SPLITS, TUNING_SEEDS, Block
 from experiments.results import SAMPLES, read_rows
 from experiments.settings import SETTINGS
 from experiments.starts import TEACHERS
@@ -40,7 +40,7 @@ BUDGETS = {"completions": ("sampled_completions",), "teacher": ("teacher_tokens"
 
 
 class NotRunError(Exception):
-    """What something on the page needs was not run; the text says what."""
+    """What something on the page needs is not there; the text is what the page says instead."""
 
 
 class Book:
@@ -58,7 +58,7 @@ class Book:
         """Return the seeds that all of the methods have; raises NotRunError for fewer than two."""
         seeds = scores.seeds(*methods)
         if len(seeds) < 2:
-            raise NotRunError(f"not run yet with two seeds: {', '.join(methods)}")
+            raise NotRunError("not run yet")
         return seeds
 
     def methods(self, block: Block) -> list[str]:
@@ -94,7 +94,8 @@ def drawn(book: Book, method: str, other: str, modalities: Sequence[str] = OOD) 
     """Return the interval of `gap` by a bootstrap over seeds and questions."""
     scores = book.scores()
     seeds = book.seeds(scores, method, other)
-    return bootstrap(*(scores.right(name, seeds, modalities) for name in (method, other)))
+    ours, theirs = (scores.right(name, seeds, modalities) for name in (method, other))
+    return bootstrap(ours, theirs)
 
 
 def points(x: Interval, signed: bool = False) -> str:
@@ -200,13 +201,14 @@ def _shown(book: Book) -> list[str]:
 
 def verdicts(book: Book) -> str:
     """Return the paper's claims, each against its rivals, with verdicts by Student's t."""
+    fall = "largest fall, from any evaluation to a later one: "
     claims = (
-        ("better OOD accuracy", "OOD accuracy after the last step", "ood", 1),
-        ("no collapse on the cliff", "in domain, unseen digits, after the last step", "source_unseen", 1),
-        ("more stable training", "largest fall of in-domain accuracy, theirs less ours", "drawdown_source", -1),
-        ("more stable training", "largest fall on digits known at the start", "drawdown_seen", -1),
-        ("more stable training", "largest fall of OOD accuracy", "drawdown", -1),
-    )  # fmt: skip
+        ("better OOD accuracy", "OOD accuracy", "ood", 1),
+        ("no collapse on the cliff", "in domain, digits unseen at the start", "source_unseen", 1),
+        ("more stable training", f"{fall}in domain", "drawdown_source", -1),
+        ("more stable training", f"{fall}in domain, digits seen", "drawdown_seen", -1),
+        ("more stable training", f"{fall}OOD", "drawdown", -1),
+    )
     rows = []
     for claim, words, measure, sign in claims:
         for other in ("grpo", "opd", "opd_kl", "gkd", "kdpo_tau0"):
@@ -300,8 +302,10 @@ def cells(book: Book) -> str:
 
 def cost(book: Book) -> str:
     """Return what a run of each method costs."""
-    columns = ("seconds", "sampled_completions", "data_completions", "student_tokens")
-    columns += ("teacher_tokens", "hint_tokens", "hint_groups", "hint_accepted")
+    columns = (
+        *("seconds", "sampled_completions", "data_completions", "student_tokens"),
+        *("teacher_tokens", "hint_tokens", "hint_groups", "hint_accepted"),
+    )
     scores = book.scores()
     names = [n for n in (*_shown(book), "gate_only", "hints_only", "retry") if scores.seeds(n)]
     rows = [[f"`{n}`", *(f"{scores.cost(n, column):,.0f}" for column in columns)] for n in names]
@@ -366,17 +370,19 @@ def methods(book: Book) -> str:
         method = method_of(name)
         tuned = book.choice.methods.get(method.tuned_as)
         told = ", ".join(f"{k} {v:g}" for k, v in tuned.items()) if tuned else "not chosen yet"
-        rows.append([f"`{name}`", method.about, told if name in TUNED else f"as `{method.tuned_as}`"])
+        rows.append(
+            [f"`{name}`", method.about, told if name in TUNED else f"as `{method.tuned_as}`"]
+        )
     return table(["method", "", "learning rate and coefficient"], rows)
 
 
 def made_by(book: Book) -> str:
     """Return which code, on which machine, made how many runs."""
-    rows = [row for name in SETTINGS for split in ("validation", "test")
-            for row in book.scores(name, split).rows.values()]  # fmt: skip
+    scores = [book.scores(name, split) for name in SETTINGS for split in SPLITS]
+    rows = [row for one in scores for row in one.rows.values()]
     if not rows:
         raise NotRunError("no run yet")
     named = ", ".join(sorted({row["commit"] for row in rows}))
     machines = "; ".join(sorted({f"{row['machine']}, torch {row['torch']}" for row in rows}))
     hours = sum(float(row["seconds"]) for row in rows) / 3600
-    return f"{len(rows)} runs, {hours:.1f} hours of one core in their steps ({machines}; commit {named})"
+    return f"{len(rows)} runs, {hours:.1f} hours of one thread ({machines}; commit {named})"

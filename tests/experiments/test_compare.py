@@ -11,8 +11,8 @@ from experiments.analysis import Scores
 from experiments.choose import Choice, choose
 from experiments.compare import Compare, Sweep, blocks_of, compare, runs_of
 from experiments.controls import OtherDigits
-from experiments.methods import FACTORIAL, METHODS, TUNED, config_of, method_of
-from experiments.plan import BLOCKS, NEW, PLAN
+from experiments.methods import FACTORIAL, METHODS, NEW, TUNED, config_of, method_of
+from experiments.plan import BLOCKS, PLAN
 from experiments.results import Results, Run
 from experiments.settings import COMMON, SETTINGS
 from kepo.errors import KepoConfigError, KepoError
@@ -90,7 +90,7 @@ def test_results_on_other_questions_are_refused(settings, monkeypatch):
 
 def test_a_run_that_fails_leaves_the_others_and_is_said_at_the_end(settings, monkeypatch):
     monkeypatch.setattr(PretendPool, "failing", ("grpo",))
-    with pytest.raises(KepoError, match=r"cliff, .*'grpo'.*: 3 runs failed.*nothing worked"):
+    with pytest.raises(KepoError, match=r"methods: 3 runs failed, .*'grpo' .*: nothing worked"):
         compare(settings)
     assert {run.method for run in runs(settings)} == {"kepo"}
 
@@ -161,7 +161,7 @@ def test_spelled_methods_and_what_was_chosen():
 
 
 def test_every_block_of_the_plan_can_be_run():
-    choice = Choice(CHOSEN, NEW[0])
+    choice = Choice(CHOSEN, next(iter(NEW)))
     sweep = Sweep(Compare(), choice)
     planned = set()
     for block in PLAN:

@@ -3,13 +3,14 @@ choice."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 from experiments import compare as module
 from experiments import starts
 from experiments.compare import Compare
-from experiments.results import SAMPLES, SAMPLES_FILE
+from experiments.results import SAMPLES, SAMPLES_FILE, Results, as_csv
 from kepo.digits.dataset import MODALITIES
 
 ITEMS = 40
@@ -66,6 +67,23 @@ class PretendPool:
             pretend(named[1], config)
             keep(named)
         return failed
+
+
+def write_results(folder: Path, setting: str, runs, steps: int = 4) -> None:
+    """Add runs to a folder of results, with the questions and a teacher beside them."""
+    results = Results(folder / setting)
+    for run in runs:
+        run_dir = folder.parent / "runs" / f"{setting}-{run.split}-{run.seed}-{run.method}"
+        pretend(run, SimpleNamespace(run_dir=run_dir, steps=steps, eval_every=2))
+        facts = {name: "0" for name in ("fingerprint", "student", "teacher", "commit", "date")}
+        results.add(run, run_dir, facts | {"machine": "a machine", "torch": "2"})
+    results.write()
+    rows = [
+        {"split": split, "modality": name, "large": "0011" * (ITEMS // 4)}
+        for split in ("validation", "test")
+        for name in MODALITIES
+    ]
+    (folder / "questions.csv").write_text(as_csv(starts.QUESTIONS, rows))
 
 
 def write_model(folder: Path, text: str) -> None:
