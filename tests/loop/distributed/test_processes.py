@@ -102,6 +102,35 @@ def test_mini_batches_are_one_run_in_two_processes(made, tmp_path):
         assert_same_run(tmp_path / "one", tmp_path / name)
 
 
+METHODS = {
+    "the teacher sees hints": dict(
+        hint_for="teacher", hint_trigger="always", distill_tokens="first_error", data_weight=0.5
+    ),
+    "ratios to hinted laws": dict(
+        hinted_correction="clip", distill_tokens="after_error", gate_side="wrong"
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_the_teacher_leaves_out_and_sees_is_one_run_in_two_processes(made, tmp_path, method):
+    """A completion of which nothing is left to distil on may leave a rank without any."""
+    held = {name: HELD[name] for name in ("ddp", "everything sharded")}
+    settings = WHOLE | METHODS[method] | dict(error_threshold=0.002)
+    configs = {
+        name: config_of(made, tmp_path / name, **settings, **own)
+        for name, own in {"one": {}, **held}.items()
+    }
+    assert run_rigged(dataclasses.asdict(configs["one"])) == 0
+    run_all([configs[name] for name in held], tmp_path / "configs.json")
+    for name in held:
+        assert_same_run(tmp_path / "one", tmp_path / name)
+    steps = [r for r in read_metrics(tmp_path / "one" / "metrics.jsonl") if "reward" in r]
+    assert any(0 < r["kepo/distilled_tokens"] < r["kepo/teacher_tokens"] for r in steps)
+    told, taken = (sum(r[f"kepo/{k}_rate"] for r in steps) for k in ("teacher_hinted", "hinted"))
+    assert (told > 0) == (method == "the teacher sees hints") != (taken > 0)
+
+
 @pytest.fixture(scope="module")
 def text_alone(tmp_path_factory):
     """A student and a teacher without pictures, and questions."""
