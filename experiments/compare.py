@@ -139,7 +139,6 @@ class Sweep:
             seed=run.seed,
             save_every=25,
             keep_checkpoints=1,
-            log_completions_every=0,
             device="cpu",
             **paths,
         )
@@ -221,15 +220,22 @@ def _refuse_other_starts(
     results: Mapping[str, Results],
     sums: Mapping[str, str],
 ) -> None:
-    """Raise KepoConfigError if results hold runs of a seed that started from other bits, as those
-    of another machine have: methods are compared within a seed, from one start."""
+    """Raise KepoConfigError if results hold runs with a teacher of other bits, or of a seed that
+    started from other bits, as those of another machine have: methods are compared within a seed,
+    from one start."""
     for (setting, run), config in missing.items():
+        student, teacher = sums[config.student], sums.get(config.teacher or "", "")
+        folder = results[setting].folder
         for known, row in results[setting].runs.items():
-            if known.seed == run.seed and row["student"] != sums[config.student]:
+            if known.seed == run.seed and row["student"] != student:
                 raise KepoConfigError(
-                    f"seeds has {run.seed}, whose runs in {results[setting].folder} started from "
-                    f"a student of other bits ({row['student']}, here {sums[config.student]}); "
-                    "take other seeds, or another out"
+                    f"seeds has {run.seed}, whose runs in {folder} started from a student of other "
+                    f"bits ({row['student']}, here {student}); take other seeds, or another out"
+                )
+            if teacher and row["teacher"] not in ("", teacher):
+                raise KepoConfigError(
+                    f"out has runs in {folder} with a teacher of other bits ({row['teacher']}, "
+                    f"here {teacher}); take another"
                 )
 
 

@@ -93,7 +93,7 @@ def train_quietly(config: Config) -> int:
     folder = Path(config.run_dir)
     with quiet(folder / "log.txt"):
         result = train(config)
-        if result.exit_code == 0 and not (folder / SAMPLES_FILE).exists():
+        if result.exit_code == 0:
             assert result.checkpoint is not None, "the last step is always saved"
             right = samples(result.checkpoint, config)
             write_durably(folder / SAMPLES_FILE, as_json(right))

@@ -81,6 +81,15 @@ def test_a_start_of_other_bits_is_refused(settings, monkeypatch):
     assert len(runs(settings)) == 6
 
 
+def test_a_teacher_of_other_bits_is_refused(settings, monkeypatch):
+    compare(settings)
+    [teacher] = Path(settings.root).glob("teachers/*/model.safetensors")
+    monkeypatch.setattr(starts, "make_teacher", lambda *_: teacher.write_bytes(b"other bits"))
+    with pytest.raises(KepoConfigError, match=r"out has runs in .*cliff with a teacher of other"):
+        compare(replace(settings, seeds=(4,)))
+    compare(replace(settings, seeds=(4,), methods=("grpo",)))  # who asks none
+
+
 def test_results_on_other_questions_are_refused(settings, monkeypatch):
     compare(settings)
     monkeypatch.setattr(starts, "large_digits", lambda data: {"scanned": "01"})
