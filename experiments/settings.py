@@ -46,12 +46,12 @@ SETTINGS = {
     "weak_75": replace(
         _CLIFF,
         about="As `cliff`, with a teacher that is right on about three questions of four.",
-        teacher_steps=190,
+        teacher_steps=250,
     ),
     "weak_50": replace(
         _CLIFF,
         about="As `cliff`, with a teacher that is right on about half of the questions.",
-        teacher_steps=140,
+        teacher_steps=200,
     ),
     "one_digit": replace(
         _CLIFF,
