@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BESIDE = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"),
     *("recipes/*", "benchmarks/results/*", "kepo/presets/*", "examples/*", "examples/*/*"),
+    *("experiments/*.md", "experiments/*.png"),
 )
 LINK = re.compile(r"(?<=\]\()(?!#|[a-z]+:)([^)#\s]+)")  # [text](path), [text](path#place)
 

@@ -1,249 +1,275 @@
 """Compare methods on the scanned digits, under the single-source protocol.
 
-    python -m experiments.compare                # 5 methods, 5 seeds: hours
-    python -m experiments.compare --methods grpo kepo --seeds 0 1 --steps 20
-    python -m experiments.compare --methods gate_only hints_only --seeds 0 1 2
-    python -m experiments.compare --report-only  # tables and pictures
+    python -m experiments.compare --block tune     # on the validation split
+    python -m experiments.choose                   # what is best there
+    python -m experiments.compare --block main factorial
+    python -m experiments.compare --methods kepo@lr=2e-4 --seeds 21 --steps 20
+    python -m experiments.page                     # the page and its picture
 
-For every seed one student is warmed up. Every method starts from it, with the same questions,
-number of samples, learning rate and length, trains it on the first rendering of the digits, and is
-tested on all eight. Results are added to docs/experiments/<setting>/ run by run. After an
-interruption, the same command continues with the runs that those files lack.
+For every seed one student is warmed up. Every method starts from it, with the same questions and
+length, trains it on the first rendering of the digits, and is tested on all eight. Results are
+added to experiments/results/<setting>/ run by run; a run that they hold is not made again. After
+--minutes no new run starts; the same command continues with the runs that are missing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
-from experiments.methods import MAIN, METHODS, SETTINGS, config_of
-from experiments.pool import Pool, quiet
-from experiments.report import write_report
-from experiments.results import Results, Run
-from kepo.config import Config
-from kepo.data.load import load_omnimedvqa
-from kepo.digits.demo import SOURCE, Demo, cached, make_data, make_teacher
-from kepo.errors import KepoConfigError, command
+from experiments import starts
+from experiments.choose import CHOSEN, Choice, read_choice
+from experiments.methods import config_of, method_of
+from experiments.plan import BEST_NEW, BLOCKS, SPLITS, Block
+from experiments.pool import Pool
+from experiments.results import SAMPLES, Results, Run
+from experiments.settings import SETTINGS
+from experiments.starts import Questions
+from kepo.config import MAY_CHANGE_ON_RESUME, PATHS, Config
+from kepo.digits.demo import SOURCE
+from kepo.errors import KepoConfigError, KepoError, command
 from kepo.flags import command_line
 from kepo.words import at_home
 
-WARMUP_LR = 1e-3
-WARMUP_BATCH = 32
-PATHS = ("student", "teacher", "train_data", "eval_data", "run_dir")
+DECIDES_NOTHING = {*PATHS, *MAY_CHANGE_ON_RESUME} - {"eval_every"}
 
 
 @dataclass(frozen=True)
 class Compare:
-    """Settings of the comparison: the methods, and the length of their runs."""
+    """Settings of the comparison: which runs, and how long they are."""
 
+    block: tuple[str, ...] = ("main",)
+    """Names of experiments.plan.BLOCKS, in the order in which they are run."""
+    methods: tuple[str, ...] = ()
+    """Methods to run instead of the blocks': names of experiments.methods.METHODS, with changes as
+    in kepo@lr=2e-4,num_hinted=1."""
     setting: str = "cliff"
-    """cliff: a third of the groups fail entirely at the start. mild: the demonstration's start."""
-    methods: tuple[str, ...] = tuple(MAIN)
-    """Names from experiments.methods.METHODS."""
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    """Seeds of warm-up, data order and sampling."""
+    """Setting of these methods, one of experiments.settings.SETTINGS."""
+    split: str = "validation"
+    """Questions that these methods are evaluated on: validation or test."""
+    seeds: tuple[int, ...] = (11, 12)
+    """Seeds of these methods: of warm-up, data order and sampling."""
     steps: int = 100
     """Optimiser steps of every run."""
-    eval_every: int = 25
+    eval_every: int = 10
     """Steps between evaluations."""
     train_questions: int = 1200
     """Training questions per rendering."""
-    test_questions: int = 100
-    """Test questions per rendering, the same for all runs."""
-    teacher_steps: int = 350
-    """Supervised steps of the teacher, on all renderings; there is one for all seeds."""
+    eval_questions: int = 100
+    """Questions per rendering of the validation split, and of the test split."""
+    data_seed: int = 100
+    """Seed of the questions; the demonstration, on which settings were tried, has 0."""
     root: str = "runs/compare"
     """Folder of data, models and runs."""
-    out: str = "docs/experiments"
+    out: str = "experiments/results"
     """Folder of the results."""
+    chosen: str = str(CHOSEN)
+    """File of the learning rates and coefficients that were chosen, as experiments.choose makes
+    it."""
     jobs: int = 0
     """Runs at a time, one thread each. 0 means one per core."""
-    report_only: bool = False
-    """Run nothing; make the report from the existing results."""
+    minutes: float = 90.0
+    """No new run starts after so many minutes."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A comparison's settings with what was chosen: what decides the numbers of its runs."""
+
+    settings: Compare
+    choice: Choice
+
+    @cached_property
+    def questions(self) -> Questions:
+        s = self.settings
+        return Questions(s.train_questions, s.eval_questions, s.eval_questions, s.data_seed)
+
+    @property
+    def root(self) -> Path:
+        return Path(self.settings.root)
+
+    def config(self, setting: str, run: Run) -> Config:
+        """Return the config of a run."""
+        made = SETTINGS[setting]
+        folder = self.root / "runs" / setting / run.split / f"seed-{run.seed}"
+        return self._config(
+            run,
+            student=str(starts.student_of(self.root, made, self.questions, run.seed)),
+            teacher=str(starts.teacher_of(self.root, made, self.questions)),
+            train_data=str(self.root / "data" / "train"),
+            eval_data=str(self.root / "data" / run.split),
+            run_dir=str(folder / self.fingerprint(setting, run)),
+        )
+
+    def fingerprint(self, setting: str, run: Run) -> str:
+        """Return a digest of all that decides a run except its machine: runs with the same digest
+        need not be made twice."""
+        config = self._config(run, teacher="any")
+        default = dataclasses.asdict(Config())
+        # Defaults are left out, so that a setting added to Config later does not void old results.
+        facts = {
+            name: value
+            for name, value in dataclasses.asdict(config).items()
+            if name not in DECIDES_NOTHING and value != default[name]
+        }
+        made = SETTINGS[setting]
+        facts |= {"student": starts.student_facts(made, self.questions, run.seed)}
+        if config.teacher is not None:
+            facts |= {"teacher": starts.teacher_facts(made, self.questions)}
+        return starts.digest(facts | {"split": run.split, "samples": SAMPLES})
+
+    def _config(self, run: Run, **paths: str) -> Config:
+        return config_of(
+            run.method,
+            self.choice.methods,
+            train_modalities=[SOURCE],
+            eval_every=self.settings.eval_every,
+            steps=self.settings.steps,
+            seed=run.seed,
+            save_every=25,
+            keep_checkpoints=1,
+            device="cpu",
+            **paths,
+        )
 
 
 def compare(settings: Compare) -> None:
-    """Make all runs that the results lack, then the report."""
-    settings = at_home(settings, "root", "out")
+    """Make all runs that the results lack, as far as the time goes."""
+    until = time.monotonic() + 60 * settings.minutes
+    settings = at_home(settings, "root", "out", "chosen")
     _check(settings)
-    out = Path(settings.out) / settings.setting
-    results = Results(out)
-    if not settings.report_only:
+    sweep = Sweep(settings, read_choice(Path(settings.chosen)))
+    results = {name: Results(Path(settings.out) / name) for name in SETTINGS}
+    missing: dict[tuple[str, Run], Config] = {}
+    for block in blocks_of(settings):
+        for run in runs_of(block, sweep.choice):
+            if not results[block.setting].has(run, sweep.fingerprint(block.setting, run)):
+                missing[block.setting, run] = sweep.config(block.setting, run)
+    print(f"{len(missing)} runs are missing", flush=True)
+    if missing:
         with contextlib.closing(Pool(settings.jobs)) as pool:
-            _run_all(settings, results, pool)
-    print(write_report(results, SETTINGS[settings.setting], out))
+            _run_all(sweep, missing, results, pool, until)
 
 
-def _run_all(settings: Compare, results: Results, pool: Pool) -> None:
-    missing = [
-        (seed, method)
-        for seed in settings.seeds
-        for method in settings.methods
-        if not results.has((seed, method), fingerprint(settings, seed, method))
-    ]
-    if not missing:
-        return
-    root = Path(settings.root)
-    demo = _demo(settings)
-    data = cached(root / "data", _made_with(settings, "data"), lambda to: make_data(to, demo))
-    teacher = cached(
-        root / "teacher", _made_with(settings, "teacher"), lambda to: make_teacher(to, data, demo)
-    )
-    seeds = sorted({seed for seed, _ in missing})
-    warmups = {seed: root / settings.setting / f"seed-{seed}" / "warmup" for seed in seeds}
-    print(f"warming up {len(seeds)} students", flush=True)
-    pool.map(_warm_up, [(settings, seed, warmups[seed], data) for seed in seeds])
-    start = {
-        seed: {"warmup": _sha256(folder), "teacher": _sha256(teacher)}
-        for seed, folder in warmups.items()
+def blocks_of(settings: Compare) -> list[Block]:
+    """Return the blocks that are asked for; methods that are named make one."""
+    if not settings.methods:
+        return [BLOCKS[name] for name in settings.block]
+    asked = (settings.setting, settings.split, settings.methods, settings.seeds)
+    return [Block("named", *asked, "asked for by name")]
+
+
+def runs_of(block: Block, choice: Choice) -> list[Run]:
+    """Return the runs of a block, those with the same start together."""
+    methods = [choice.new if name == BEST_NEW else name for name in block.methods]
+    return [Run(block.split, seed, method) for seed in block.seeds for method in methods]
+
+
+def _run_all(
+    sweep: Sweep,
+    missing: Mapping[tuple[str, Run], Config],
+    results: Mapping[str, Results],
+    pool: Pool,
+    until: float,
+) -> None:
+    root, questions = sweep.root, sweep.questions
+    data = starts.make_data(root, questions)
+    teachers = {
+        config.teacher: setting for (setting, _), config in missing.items() if config.teacher
     }
-    # The methods of a seed are comparable only if they have the same start.
-    for (seed, method), row in list(results.runs.items()):
-        if seed in start and any(row[name] != value for name, value in start[seed].items()):
-            print(f"seed {seed}, {method}: made from other models than these; dropped")
-            results.drop([(seed, method)])
-            if method in settings.methods and (seed, method) not in missing:
-                missing.append((seed, method))
+    students = {config.student: (setting, run.seed) for (setting, run), config in missing.items()}
+    print(f"making {len(teachers)} teachers and {len(students)} students", flush=True)
+    pool.map(starts.make_teacher, [(root, data, name, questions) for name in teachers.values()])
+    pool.map(starts.make_student, [(root, data, *which, questions) for which in students.values()])
+    out = Path(sweep.settings.out)
+    starts.write_facts(out, data, {Path(t): SETTINGS[name] for t, name in teachers.items()})
+    sums = {folder: starts.sha256(Path(folder)) for folder in [*teachers, *students]}
+    _refuse_other_starts(missing, results, sums)
 
-    configs = {run: _config(settings, *run, data, teacher, warmups[run[0]]) for run in missing}
+    def keep(named: tuple[str, Run]) -> None:
+        setting, run = named
+        config = missing[named]
+        facts = {"student": sums[config.student], "teacher": sums.get(config.teacher or "", "")}
+        facts |= {"fingerprint": sweep.fingerprint(setting, run), **_provenance()}
+        results[setting].add(run, Path(config.run_dir), facts)
+        results[setting].write()
+        shutil.rmtree(Path(config.run_dir) / "checkpoints")  # what is asked of it is written down
 
-    def keep(run: Run) -> None:
-        facts = _provenance() | start[run[0]] | {"fingerprint": fingerprint(settings, *run)}
-        results.add(run, Path(configs[run].run_dir), facts)
-        results.write()
-
-    pool.train_all(configs, settings.steps, keep)
-
-
-def fingerprint(settings: Compare, seed: int, method: str) -> str:
-    """Return a digest of all that decides a run except its machine: runs with the same digest need
-    not be made twice."""
-    config = dataclasses.asdict(_as_method(settings, seed, method, teacher="any"))
-    # Defaults are left out, so that a setting added to Config later does not void old results.
-    default = dataclasses.asdict(Config())
-    facts = {
-        name: value
-        for name, value in config.items()
-        if name not in PATHS and value != default[name]
-    }
-    facts["distils"] = config["teacher"] is not None
-    facts |= _made_with(settings, "data") | _made_with(settings, "teacher")
-    facts |= _warmup_facts(settings, seed)
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _warm_up(settings: Compare, seed: int, target: Path, data: Path) -> None:
-    from kepo.digits.tiny import build_tiny
-    from kepo.digits.warm_up import train_supervised
-    from kepo.models.vlm import VLM
-
-    setting = SETTINGS[settings.setting]
-
-    def make(folder: Path) -> None:
-        build_tiny(folder, size="student", seed=seed)
-        vlm = VLM.load(folder)
-        every = load_omnimedvqa(data / "train", modalities=(SOURCE,))
-        types = setting.warmup_question_types
-        train_supervised(
-            vlm,
-            [e for e in every if types is None or e.question_type in types],
-            steps=setting.warmup_steps,
-            batch_size=WARMUP_BATCH,
-            lr=WARMUP_LR,
-            seed=seed,
-            hint_fraction=setting.hint_fraction,
-            hint_examples=every,
-            progress=False,
+    failed = pool.train_all(missing, keep, until)
+    if failed:
+        (setting, run), fault = next(iter(failed.items()))
+        raise KepoError(
+            f"methods: {len(failed)} runs failed, the first of them {run.method!r} with the seed "
+            f"{run.seed} in {setting}: {fault}"
         )
-        vlm.save(folder)
-
-    made_with = _made_with(settings, "data") | _warmup_facts(settings, seed)
-    with quiet(target.parent / "warmup.log"):
-        cached(target, made_with, make)
 
 
-def _config(
-    settings: Compare, seed: int, method: str, data: Path, teacher: Path, warmup: Path
-) -> Config:
-    folder = Path(settings.root) / settings.setting / f"seed-{seed}"
-    return _as_method(
-        settings,
-        seed,
-        method,
-        student=str(warmup),
-        teacher=str(teacher),
-        train_data=str(data / "train"),
-        eval_data=str(data / "test"),
-        run_dir=str(folder / f"{method}-{fingerprint(settings, seed, method)}"),
-    )
+def _refuse_other_starts(
+    missing: Mapping[tuple[str, Run], Config],
+    results: Mapping[str, Results],
+    sums: Mapping[str, str],
+) -> None:
+    """Raise KepoConfigError if results hold runs with a teacher of other bits, or of a seed that
+    started from other bits, as those of another machine have: methods are compared within a seed,
+    from one start."""
+    for (setting, run), config in missing.items():
+        student, teacher = sums[config.student], sums.get(config.teacher or "", "")
+        folder = results[setting].folder
+        for known, row in results[setting].runs.items():
+            if known.seed == run.seed and row["student"] != student:
+                raise KepoConfigError(
+                    f"seeds has {run.seed}, whose runs in {folder} started from a student of other "
+                    f"bits ({row['student']}, here {student}); take other seeds, or another out"
+                )
+            if teacher and row["teacher"] not in ("", teacher):
+                raise KepoConfigError(
+                    f"out has runs in {folder} with a teacher of other bits ({row['teacher']}, "
+                    f"here {teacher}); take another"
+                )
 
 
-def _as_method(settings: Compare, seed: int, method: str, **paths: str) -> Config:
-    return config_of(
-        SETTINGS[settings.setting],
-        METHODS[method],
-        train_modalities=[SOURCE],
-        eval_every=settings.eval_every,
-        steps=settings.steps,
-        seed=seed,
-        save_every=20,
-        keep_checkpoints=1,
-        **paths,
-    )
-
-
-def _demo(settings: Compare) -> Demo:
-    return Demo(
-        root=settings.root,
-        train_questions=settings.train_questions,
-        test_questions=settings.test_questions,
-        teacher_steps=settings.teacher_steps,
-    )
-
-
-def _made_with(settings: Compare, what: str) -> dict[str, object]:
-    facts = {name: getattr(settings, name) for name in ("train_questions", "test_questions")}
-    return facts if what == "data" else {**facts, "teacher_steps": settings.teacher_steps}
-
-
-def _warmup_facts(settings: Compare, seed: int) -> dict[str, object]:
-    setting = SETTINGS[settings.setting]
-    types = setting.warmup_question_types
-    return {
-        "warmup_steps": setting.warmup_steps,
-        "warmup_question_types": None if types is None else list(types),
-        "hint_fraction": setting.hint_fraction,
-        "warmup_lr": WARMUP_LR,
-        "warmup_batch": WARMUP_BATCH,
-        "seed": seed,
-    }
-
-
+@cache
 def _provenance() -> dict[str, str]:
+    """Return columns of runs.csv: the code, and where it ran."""
     import torch
 
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        here = Path(__file__).parent
-        commit = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
-        described = commit.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        described = "unknown"
     return {
-        "commit": described,
+        "commit": _commit(),
         "machine": f"{_processor()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _commit() -> str:
+    """Return the commit, and whether code was changed since; the results may have been."""
+    code = [":(top,glob)kepo*/**/*.py", ":(top,glob)csrc/*", ":(top,glob)experiments/*.py"]
+    commands = (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", *code])
+    try:
+        commit, changed = (
+            subprocess.run(
+                ["git", *words],
+                cwd=Path(__file__).parent,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.strip()
+            for words in commands
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("-dirty" if changed else "")
 
 
 def _processor() -> str:
@@ -254,24 +280,25 @@ def _processor() -> str:
     return platform.machine()
 
 
-def _sha256(model: Path) -> str:
-    return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()[:16]
-
-
 def _check(settings: Compare) -> None:
-    for name, given, known in (
-        ("setting", (settings.setting,), SETTINGS),
-        ("methods", settings.methods, METHODS),
-    ):
-        if unknown := [x for x in given if x not in known]:
-            raise KepoConfigError(f"{name} has {unknown}; known are {', '.join(known)}")
-    for name in ("steps", "eval_every", "train_questions", "test_questions", "teacher_steps"):
+    known: dict[str, tuple[tuple[str, ...], Any]] = {
+        "block": (settings.block, BLOCKS),
+        "setting": ((settings.setting,), SETTINGS),
+        "split": ((settings.split,), SPLITS),
+    }
+    for name, (given, names) in known.items():
+        if unknown := [x for x in given if x not in names]:
+            raise KepoConfigError(f"{name} has {unknown}; known are {', '.join(names)}")
+    for spelling in settings.methods:
+        method_of(spelling)
+    for name in ("steps", "eval_every", "train_questions", "eval_questions"):
         if getattr(settings, name) < 1:
-            raise KepoConfigError(f"{name}={getattr(settings, name)}; expected >= 1")
-    if settings.jobs < 0 or not settings.seeds:
-        raise KepoConfigError(
-            f"jobs={settings.jobs}, seeds={settings.seeds}; expected jobs >= 0 and a seed"
-        )
+            raise KepoConfigError(f"{name}={getattr(settings, name)}; expected a number >= 1")
+    for name in ("jobs", "minutes", "data_seed"):
+        if not getattr(settings, name) >= 0:
+            raise KepoConfigError(f"{name}={getattr(settings, name)}; expected a number >= 0")
+    if not settings.seeds:
+        raise KepoConfigError("seeds is empty; expected one at least")
 
 
 def main() -> None:

@@ -1,78 +1,91 @@
-"""The results of a comparison, as three tidy CSV files that are added to run by run.
+"""The results of a setting, as four tidy CSV files that are added to run by run.
 
-runs.csv    a line per run: what made it, and what it cost
-evals.csv   a line per run, evaluation and modality, with the 0 and 1 of every question
-steps.csv   a line per run and step: the curves
+runs.csv     a line per run: what made it, and what it cost
+evals.csv    a line per run, evaluation and rendering, with the 0 and 1 of every question
+curves.csv   a line per run and evaluation: means over the steps since the one before, sums so far
+samples.csv  a line per run and rendering: of each question, how many of the last policy's samples
+             are right
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from kepo.disk.durable import make_folder, naming, write_durably
 from kepo.errors import KepoDataError
 from kepo.run.metrics import read_metrics
 
 Row = dict[str, Any]
-Run = tuple[int, str]  # seed, method
 
-COSTS = {  # summed over the steps
+
+class Run(NamedTuple):
+    """What tells the runs of a setting apart."""
+
+    split: str
+    seed: int
+    method: str
+
+
+SAMPLES = 4
+"""Samples of each question from the policy of the last step."""
+SAMPLES_FILE = "samples.json"
+SUMS = {
     "seconds": "step_time",
     "sampled_completions": "kepo/sampled_completions",
+    "data_completions": "kepo/data_completions",
     "student_tokens": "kepo/completion_tokens",
     "teacher_tokens": "kepo/teacher_tokens",
+    "hint_tokens": "kepo/hint_tokens",
     "hint_groups": "kepo/hint_groups",
     "hint_attempts": "kepo/hint_attempts",
     "hint_accepted": "kepo/hint_accepted",
 }
-CURVES = {
-    "reward": "reward",
+MEANS = {
     "accuracy": "rewards/accuracy/mean",
     "format": "rewards/format/mean",
-    "frac_reward_zero_std": "frac_reward_zero_std",
+    "equal_rewards": "frac_reward_zero_std",
     "gate_rate": "kepo/gate_rate",
     "hint_rate": "kepo/hint_rate",
     "rescue_rate": "kepo/rescue_rate",
+    "hinted_rate": "kepo/hinted_rate",
     "entropy": "entropy",
+    "length": "completions/mean_length",
     "divergence": "kepo/divergence",
     "grad_norm": "grad_norm",
 }
+KEY = Run._fields
 FILES = {
     "runs": (
-        "seed",
-        "method",
-        "fingerprint",
-        "warmup",
-        "teacher",
-        *COSTS,
-        "commit",
-        "machine",
-        "torch",
-        "date",
+        *KEY,
+        *("fingerprint", "student", "teacher"),
+        *SUMS,
+        *("commit", "machine", "torch", "date"),
     ),
-    "evals": ("seed", "method", "step", "modality", "accuracy", "items"),
-    "steps": ("seed", "method", "step", *CURVES),
+    "evals": (*KEY, "step", "modality", "accuracy", "items"),
+    "curves": (*KEY, "step", *MEANS, *SUMS),
+    "samples": (*KEY, "modality", "right"),
 }
 
 
 class Results:
-    """The three files of one folder."""
+    """The four files of one folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.tables: dict[str, list[Row]] = {name: _read(folder / f"{name}.csv") for name in FILES}
+        self.tables: dict[str, list[Row]] = {
+            name: read_rows(folder / f"{name}.csv", columns) for name, columns in FILES.items()
+        }
         # Lines of a run whose line in runs.csv is missing, as after a power loss.
-        self.drop({_run(row) for rows in self.tables.values() for row in rows} - self.runs.keys())
+        self.drop({run_of(row) for rows in self.tables.values() for row in rows} - self.runs.keys())
 
     @property
     def runs(self) -> dict[Run, Row]:
-        return {_run(row): row for row in self.tables["runs"]}
+        return {run_of(row): row for row in self.tables["runs"]}
 
     def has(self, run: Run, fingerprint: str) -> bool:
         """Return whether the results hold this run, made with the same settings."""
@@ -82,96 +95,82 @@ class Results:
     def drop(self, runs: Iterable[Run]) -> None:
         gone = set(runs)
         for name, rows in self.tables.items():
-            self.tables[name] = [row for row in rows if _run(row) not in gone]
+            self.tables[name] = [row for row in rows if run_of(row) not in gone]
 
     def add(self, run: Run, run_dir: Path, facts: Row) -> None:
         """Add a finished run, in place of an older one; ``facts`` are columns of runs.csv."""
         self.drop([run])
-        key = {"seed": str(run[0]), "method": run[1]}
+        key = {"split": run.split, "seed": str(run.seed), "method": run.method}
         records = read_metrics(run_dir / "metrics.jsonl")
         steps = [record for record in records if "step_time" in record]
-        costs = {name: sum(r.get(source) or 0 for r in steps) for name, source in COSTS.items()}
-        costs["seconds"] = round(costs["seconds"], 1)
-        self.tables["runs"].append(_text(key | costs | facts))
-        for record in steps:
-            curves = {name: record.get(source) for name, source in CURVES.items()}
-            self.tables["steps"].append(_text(key | {"step": record["step"], **curves}))
-        for record in records:
-            for modality, items in record.get("eval_items", {}).items():
-                row = {"step": record["step"], "modality": modality, "items": items}
+        self.tables["runs"].append(_text(key | _sums(steps) | facts))
+        before = 0
+        for record in (r for r in records if "eval" in r):
+            step = record["step"]
+            for modality, items in record["eval_items"].items():
+                row = {"step": step, "modality": modality, "items": items}
                 row["accuracy"] = record["eval"][modality]
                 self.tables["evals"].append(_text(key | row))
+            if step:
+                since = [one for one in steps if before < one["step"] <= step]
+                so_far = [one for one in steps if one["step"] <= step]
+                row = {"step": step, **_means(since), **_sums(so_far)}
+                self.tables["curves"].append(_text(key | row))
+            before = step
+        right = json.loads((run_dir / SAMPLES_FILE).read_text(encoding="utf-8"))
+        for modality, counts in right.items():
+            self.tables["samples"].append(key | {"modality": modality, "right": counts})
 
     def write(self) -> None:
-        """Write all three files, each whole or not at all, ordered by seed and method.
+        """Write all files, each whole or not at all, ordered by split, seed and method.
 
         runs.csv comes last, so it holds no run whose other lines are missing.
         """
         make_folder(self.folder)
         for name, columns in reversed(FILES.items()):
-            text = io.StringIO()
-            writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-            writer.writeheader()
-            rows: list[Row] = sorted(self.tables[name], key=_run)
-            writer.writerows(rows)
-            write_durably(self.folder / f"{name}.csv", text.getvalue())
-
-    # ---- what statistics are made of ----
-
-    def methods(self) -> list[str]:
-        return sorted({method for _, method in self.runs})
-
-    def seeds(self, *methods: str) -> list[int]:
-        """Return the seeds that every one of these methods was run with."""
-        of = [{seed for seed, name in self.runs if name == method} for method in methods]
-        return sorted(set.intersection(*of)) if of else []
-
-    def eval_steps(self) -> list[int]:
-        return sorted({int(row["step"]) for row in self.tables["evals"]})
-
-    def modalities(self) -> list[str]:
-        return list(dict.fromkeys(row["modality"] for row in self.tables["evals"]))
-
-    def correct(
-        self, method: str, seeds: Sequence[int], step: int, modalities: Sequence[str]
-    ) -> np.ndarray:
-        """Return 1 for right and 0 for wrong answers: (seeds, modalities, items)."""
-        found = {
-            (int(row["seed"]), row["modality"]): [int(x) for x in row["items"]]
-            for row in self.tables["evals"]
-            if row["method"] == method and int(row["step"]) == step
-        }
-        return np.array([[found[seed, modality] for modality in modalities] for seed in seeds])
-
-    def curve(self, method: str, column: str) -> tuple[list[int], np.ndarray]:
-        """Return the steps, and a column of steps.csv as (seeds, steps)."""
-        rows = [row for row in self.tables["steps"] if row["method"] == method]
-        steps = sorted({int(row["step"]) for row in rows})
-        at = {(int(r["seed"]), int(r["step"])): float(r[column] or "nan") for r in rows}
-        seeds = sorted({seed for seed, _ in at})
-        return steps, np.array([[at[seed, step] for step in steps] for seed in seeds])
-
-    def cost(self, method: str, column: str) -> float:
-        """Return the mean over the seeds of a column of runs.csv."""
-        values = [float(row[column]) for row in self.tables["runs"] if row["method"] == method]
-        return sum(values) / len(values)
+            rows: list[Row] = sorted(self.tables[name], key=run_of)
+            write_durably(self.folder / f"{name}.csv", as_csv(columns, rows))
 
 
-def _run(row: Row) -> Run:
-    return int(row["seed"]), row["method"]
+def run_of(row: Row) -> Run:
+    return Run(row["split"], int(row["seed"]), row["method"])
 
 
-def _read(path: Path) -> list[Row]:
-    """Return the rows of a file; raise KepoDataError if they are not what `Results.write` wrote."""
+def as_csv(columns: Sequence[str], rows: Iterable[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _sums(steps: Sequence[Row]) -> Row:
+    sums: Row = {name: sum(one.get(source) or 0 for one in steps) for name, source in SUMS.items()}
+    return sums | {"seconds": round(sums["seconds"], 1)}
+
+
+def _means(steps: Sequence[Row]) -> Row:
+    """Return the mean of each column over the steps that have a number for it; None if none has."""
+    found: Row = {}
+    for name, source in MEANS.items():
+        values = [x for one in steps if (x := one.get(source)) is not None]
+        found[name] = sum(values) / len(values) if values else None
+    return found
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
+    """Return the rows of a file with these columns, none if there is no file; raise KepoDataError
+    if they are not what `as_csv` wrote."""
     if not path.exists():
         return []
-    columns = FILES[path.stem]
     with naming(path):
         text = path.read_bytes()
     try:
         reader = csv.DictReader(io.StringIO(text.decode("utf-8"), newline=""), strict=True)
         rows = list(reader)
-        whole = tuple(reader.fieldnames or ()) == columns and all(_is_whole(row) for row in rows)
+        whole = tuple(reader.fieldnames or ()) == tuple(columns) and all(
+            _is_whole(row) for row in rows
+        )
     except (ValueError, csv.Error):
         whole = False
     if not whole:
@@ -183,7 +182,7 @@ def _read(path: Path) -> list[Row]:
 
 
 def _is_whole(row: Row) -> bool:
-    """Return whether a row has every column, and only 0 and 1 as items.
+    """Return whether a row has every column, and only digits that can be as items.
 
     Raises ValueError if there is no number where one belongs.
     """
@@ -191,9 +190,10 @@ def _is_whole(row: Row) -> bool:
         return False
     for name in row.keys() & {"seed", "step"}:
         int(row[name])
-    for name in row.keys() & ({"accuracy"} | COSTS.keys() | CURVES.keys()):
+    for name in row.keys() & (MEANS.keys() | SUMS.keys()):
         float(row[name] or "nan")
-    return set(row.get("items", "")) <= {"0", "1"}
+    counts = set(map(str, range(SAMPLES + 1)))
+    return set(row.get("items", "")) <= {"0", "1"} and set(row.get("right", "")) <= counts
 
 
 def _text(row: Row) -> Row:

@@ -17,7 +17,9 @@ pytest.importorskip("transformers")
 from places import ROOT
 
 import kepo_kernels
+from experiments.choose import Choose
 from experiments.compare import Compare
+from experiments.page import Page
 from kepo.__main__ import COMMANDS
 from kepo.config import Config
 from kepo.digits.demo import Demo
@@ -34,7 +36,7 @@ PACKAGES = ("kepo", "kepo_kernels", "experiments")
 VARIABLES = {*LAUNCH, "LOCAL_RANK"}
 SETTINGS = {
     field.name
-    for kind in (Config, Demo, Evaluation, Export, Arguments, ReportFlags, Compare)
+    for kind in (Config, Demo, Evaluation, Export, Arguments, ReportFlags, Compare, Choose, Page)
     for field in dataclasses.fields(kind)
 } | {*ENGINE_SETTINGS}
 VERLS = {  # settings of verl's configuration, where kepo_kernels.integrations.verl is used

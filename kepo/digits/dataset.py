@@ -25,33 +25,48 @@ TILE = 32
 LETTERS = "ABCD"
 """The letters of a question's options: there are four."""
 TEST_SCANS = 0.2
-"""The share of the scans that only test questions may show."""
+"""The share of the scans that only test questions may show; as many are for validation alone."""
 
 _MARGIN = 4  # white border of a tile, so that turning or thickening a digit does not cut it
 _LARGEST_SUM = 18
 
 
-def write_digits(root: str | Path, *, train: int, test: int, seed: int = 0) -> None:
-    """Write ``root/train`` and ``root/test``, each a dataset for ``load_omnimedvqa``.
+def write_digits(
+    root: str | Path, *, train: int, test: int, validation: int = 0, seed: int = 0
+) -> None:
+    """Write ``root/train``, ``root/test`` and, if it has questions, ``root/validation``, each a
+    dataset for ``load_omnimedvqa``.
 
-    train, test: questions **per modality**, >= 1. No scan occurs in both folders. The same
-    arguments give the same files. Each record also holds ``rationale``, such as "3 + 5 = 8".
-    Raises KepoConfigError for counts below 1, KepoPackageError if scikit-learn is missing.
+    train, test, validation: questions **per modality**; train and test >= 1. No scan occurs in two
+    of the folders; those of validation are taken from what train would show without it, and test
+    stays as it is. The same arguments give the same files. Each record also holds ``rationale``,
+    such as "3 + 5 = 8". Raises KepoConfigError for other counts, KepoPackageError if scikit-learn
+    is missing.
     """
-    for name, count in (("train", train), ("test", test)):
-        if count < 1:
-            raise KepoConfigError(f"write_digits: {name} is {count}; expected a number >= 1")
+    for name, count, least in (
+        ("train", train, 1),
+        ("test", test, 1),
+        ("validation", validation, 0),
+    ):
+        if count < least:
+            raise KepoConfigError(f"write_digits: {name} is {count}; expected a number >= {least}")
     with packages_named("write_digits"):
         from sklearn.datasets import load_digits
 
     scans, labels = load_digits(return_X_y=True)
     scans = scans.reshape(-1, 8, 8) / 16.0
     order = np.random.default_rng((seed, 0)).permutation(len(scans))
-    cut = round(TEST_SCANS * len(scans))
-    for split, count, members in (("test", test, order[:cut]), ("train", train, order[cut:])):
-        for index, modality in enumerate(MODALITIES):
+    share = round(TEST_SCANS * len(scans))
+    first = 2 * share if validation else share
+    splits = {  # a split's number is part of its seed
+        "test": (0, test, order[:share]),
+        "train": (1, train, order[first:]),
+        "validation": (2, validation, order[share:first]),
+    }
+    for split, (number, count, members) in splits.items():
+        for index, modality in enumerate(MODALITIES if count else ()):
             # One generator per file: more questions in one file do not change another.
-            rng = np.random.default_rng((seed, 1 + index, split == "train"))
+            rng = np.random.default_rng((seed, 1 + index, number))
             _write_modality(
                 Path(root) / split, modality, count, scans[members], labels[members], rng
             )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal, get_args
 
 import torch
 from tqdm import tqdm
@@ -22,6 +24,11 @@ WARMUP_SHARE = 0.05
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
 TASK = MultipleChoice()
+HintStyle = Literal["sum", "one_digit"]
+"""What worked hints are like (`worked_hint`)."""
+_DIGITS = re.compile(r"(\d) \+ (\d) = ")
+_Pictures = Mapping[object, Sequence[Example]]
+"""The examples whose picture may stand above a hint, by what the hint leaves to the picture."""
 
 
 def train_supervised(
@@ -34,6 +41,7 @@ def train_supervised(
     seed: int,
     hint_fraction: float = 0.0,
     hint_examples: Sequence[Example] | None = None,
+    hint_style: HintStyle = "sum",
     progress: bool = True,
     desc: str = "",
 ) -> list[float]:
@@ -42,20 +50,28 @@ def train_supervised(
     The answer to the plain question is ``<think>3 + 5 = 8</think><answer>C</answer>``, from the
     example's rationale. A share ``hint_fraction`` of the samples is about hints instead, half of it
     asking for one (with and without the right letter; the answer is ``<hint>3 + 5</hint>``), half
-    giving that hint along with the question, under the image of another example. Loss: mean over
-    the completion tokens of the batch.
+    giving that hint along with the question, under the image of another example, which agrees with
+    it only in what the hint leaves open. Loss: mean over the completion tokens of the batch.
 
     hint_examples: the examples whose hints are given; None = ``examples``. Hints can rescue a model
-    that follows hints about what it was never shown.
+    that follows hints about what it was never shown. hint_style: what hints say (`worked_hint`).
 
     Trains all parameters with AdamW in place; the learning rate rises over the first twentieth of
     the steps to lr and falls to 0 as a cosine. progress: show a bar, with ``desc`` before it.
     The same seed on the same machine gives the same bits. The model is left in eval mode.
 
     Raises KepoConfigError for settings out of range, KepoDataError for no examples or one without a
-    rationale.
+    rationale that the style of hints can use.
     """
     _check(examples, steps=steps, batch_size=batch_size, lr=lr, hint_fraction=hint_fraction)
+    if hint_style not in get_args(HintStyle):
+        raise KepoConfigError(
+            f"train_supervised: hint_style={hint_style!r}; expected one of "
+            f"{', '.join(get_args(HintStyle))}"
+        )
+    pictures = _pictures(examples, hint_style)
+    if hint_examples is not None:
+        hint_examples = [e for e in hint_examples if _left_open(e, hint_style) in pictures]
     draw = random.Random(seed)
     order = _endless(examples, draw)
     parameters = [p for p in vlm.model.parameters() if p.requires_grad]
@@ -67,7 +83,7 @@ def train_supervised(
         for group in optimizer.param_groups:
             group["lr"] = lr * _schedule(step, steps)
         pairs = [
-            _sample(next(order), examples, draw, hint_fraction, hint_examples)
+            _sample(next(order), pictures, draw, hint_fraction, hint_examples, hint_style)
             for _ in range(batch_size)
         ]
         loss = _loss(vlm, [prompt for prompt, _ in pairs], [text for _, text in pairs])
@@ -81,29 +97,69 @@ def train_supervised(
     return losses
 
 
-def worked_hint(example: Example) -> str:
-    """Return the rationale up to its last "=" ("3 + 5"); all of it if there is none."""
+def worked_hint(example: Example, style: HintStyle = "sum") -> str:
+    """Return the hint that a good teacher would write.
+
+    sum: the rationale up to its last "=" ("3 + 5"), which determines the answer; all of it if there
+        is no "=".
+    one_digit: the larger digit in its place ("? + 5", and the left one if they are equal), so that
+        the other has to be read from the picture.
+    """
+    if style == "one_digit":
+        left, right = digits_of(example)
+        return f"{left} + ?" if left >= right else f"? + {right}"
     before, sign, _ = example.rationale.rpartition("=")
     return before.strip() if sign else example.rationale
 
 
+def digits_of(example: Example) -> tuple[str, str]:
+    """Return the two digits of a question, as its rationale names them."""
+    match = _DIGITS.match(example.rationale)
+    if match is None:
+        raise KepoDataError(
+            f"example {example.id!r} has the rationale {example.rationale!r}; expected one like "
+            "'3 + 5 = 8'"
+        )
+    return match[1], match[2]
+
+
+def _left_open(example: Example, style: HintStyle) -> object:
+    """Return what a hint leaves to the picture: place and value of a digit, or nothing."""
+    if style == "sum":
+        return None
+    left, right = digits_of(example)
+    return (1, right) if left >= right else (0, left)
+
+
+def _pictures(examples: Sequence[Example], style: HintStyle) -> _Pictures:
+    if style == "sum":
+        return {None: examples}
+    found: dict[object, list[Example]] = {}
+    for example in examples:
+        for placed in enumerate(digits_of(example)):
+            found.setdefault(placed, []).append(example)
+    return found
+
+
 def _sample(
     example: Example,
-    examples: Sequence[Example],
+    pictures: _Pictures,
     draw: random.Random,
     hint_fraction: float,
     hint_examples: Sequence[Example] | None = None,
+    style: HintStyle = "sum",
 ) -> tuple[Prompt, str]:
     kind = draw.random()
     if kind >= hint_fraction:
         return prompt_of(TASK, example), TASK.worked_answer(example)
     if kind < hint_fraction / 2:
         request = hint_prompt(TASK, example, with_answer=draw.random() < 0.5)
-        return request, f"<hint>{worked_hint(example)}</hint>"
+        return request, f"<hint>{worked_hint(example, style)}</hint>"
     if hint_examples is not None:
         example = draw.choice(hint_examples)
-    prompt = prompt_of(TASK, example, worked_hint(example))
-    images = draw.choice(examples).images  # if the picture helped, the hint would never be read
+    prompt = prompt_of(TASK, example, worked_hint(example, style))
+    # If the picture showed what the hint says, the hint would never be read.
+    images = draw.choice(pictures[_left_open(example, style)]).images
     return replace(prompt, images=images), TASK.worked_answer(example)
 
 

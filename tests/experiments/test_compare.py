@@ -1,184 +1,231 @@
 """The comparison's bookkeeping, with runs that only pretend: what is run, kept, refused."""
 
-import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
-import numpy as np
 import pytest
+from pretend_runs import RAN, PretendPool, pretending, write_model
 
-from experiments import compare as module
-from experiments.compare import Compare, compare, fingerprint
-from experiments.methods import ABLATIONS, MAIN, METHODS, SETTINGS, config_of
-from experiments.report import WORDS, write_report
-from experiments.results import Results
-from kepo.digits.dataset import MODALITIES
-from kepo.errors import KepoConfigError
-from kepo.evaluation.statistics import Interval
+from experiments import starts
+from experiments.analysis import Scores
+from experiments.choose import Choice, choose
+from experiments.compare import Compare, Sweep, blocks_of, compare, runs_of
+from experiments.controls import OtherDigits
+from experiments.methods import FACTORIAL, METHODS, NEW, TUNED, config_of, method_of
+from experiments.plan import BLOCKS, PLAN
+from experiments.results import Results, Run
+from experiments.settings import COMMON, SETTINGS
+from kepo.errors import KepoConfigError, KepoError
 
-ITEMS = 40
-RAN: list[tuple[int, str]] = []
-SKILL = {"grpo": 0.5, "kepo": 0.8, "opd": 0.5}
-
-
-class PretendPool:
-    """Writes the metrics that a run would have left; accuracy is that of SKILL."""
-
-    def __init__(self, jobs):
-        pass
-
-    def close(self):
-        pass
-
-    def map(self, function, arguments):
-        for _, seed, target, _ in arguments:
-            target.mkdir(parents=True, exist_ok=True)
-            (target / "model.safetensors").write_bytes(f"student {seed}".encode())
-
-    def train_all(self, configs, steps, keep):
-        for (seed, method), config in configs.items():
-            RAN.append((seed, method))
-            rng = np.random.default_rng((seed, len(method)))
-            records = []
-            for step in range(steps + 1):
-                if step:
-                    records.append({"step": step, "step_time": 2.0, "kepo/teacher_tokens": 10})
-                skill = 0.3 if step == 0 else SKILL[method]
-                items = {
-                    name: "".join(str(int(x < skill)) for x in rng.random(ITEMS))
-                    for name in MODALITIES
-                }
-                means = {name: text.count("1") / ITEMS for name, text in items.items()}
-                records.append({"step": step, "eval": means, "eval_items": items})
-            folder = module.Path(config.run_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps(record) for record in records]
-            (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-            keep((seed, method))
+CHOSEN = {name: {"lr": 2e-4} for name in TUNED}
 
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
-    def made(target, made_with, make):
-        target.mkdir(parents=True, exist_ok=True)
-        (target / "model.safetensors").write_bytes(b"teacher")
-        return target
+    return pretending(tmp_path, monkeypatch)
 
-    monkeypatch.setattr(module, "Pool", PretendPool)
-    monkeypatch.setattr(module, "cached", made)
-    RAN.clear()
-    return Compare(
-        methods=("grpo", "kepo"),
-        seeds=(1, 2, 3),
-        steps=2,
-        root=str(tmp_path / "root"),
-        out=str(tmp_path / "out"),
-    )
+
+def runs(settings):
+    return Results(Path(settings.out) / "cliff").runs
 
 
 def test_every_method_runs_once_per_seed_and_never_again(settings, capsys):
     compare(settings)
-    assert sorted(RAN) == [(s, m) for s in (1, 2, 3) for m in ("grpo", "kepo")]
-    first = capsys.readouterr().out
+    assert sorted(RAN) == [Run("test", s, m) for s in (1, 2, 3) for m in ("grpo", "kepo")]
+    assert "6 runs are missing\nmaking 1 teachers and 3 students" in capsys.readouterr().out
     compare(settings)
     assert len(RAN) == 6
-    assert capsys.readouterr().out == first.partition("warming up 3 students\n")[2]
-    compare(replace(settings, methods=("grpo", "kepo", "opd")))
-    assert RAN[6:] == [(1, "opd"), (2, "opd"), (3, "opd")]
+    compare(replace(settings, methods=("grpo", "kepo", "kepo@num_hinted=1")))
+    assert RAN[6:] == [Run("test", seed, "kepo@num_hinted=1") for seed in (1, 2, 3)]
+    assert not list(Path(settings.root).rglob("checkpoints"))
 
 
-def test_other_settings_are_other_runs(settings, capsys):
+def test_the_splits_are_apart(settings):
+    compare(settings)
+    compare(replace(settings, split="validation"))
+    assert {run.split for run in runs(settings)} == {"test", "validation"}
+    data = {Sweep(settings, Choice(CHOSEN)).config("cliff", run).eval_data for run in RAN}
+    assert {Path(folder).name for folder in data} == {"test", "validation"}
+
+
+def test_other_settings_are_other_runs_in_place_of_the_old_ones(settings):
     compare(settings)
     compare(replace(settings, steps=3))
-    assert len(RAN) == 12
-    assert len(Results(module.Path(settings.out) / "cliff").runs) == 6  # in place of the old ones
+    assert len(RAN) == 12 and len(runs(settings)) == 6
+    Path(settings.chosen).write_text('{"methods": {"kepo": {"lr": 8e-4}, "grpo": {"lr": 4e-4}}}')
+    compare(replace(settings, steps=3))  # the choice decides runs as well
+    assert RAN[12:] == [Run("test", seed, "kepo") for seed in (1, 2, 3)]
 
 
-def test_results_of_another_warm_up_are_dropped_with_their_seed(settings, monkeypatch, capsys):
+def test_a_row_has_what_a_run_cost_and_where_it_came_from(settings):
     compare(settings)
-    original = PretendPool.map
-
-    def other_machine(self, function, arguments):
-        original(self, function, arguments)
-        for _, _, target, _ in arguments:
-            (target / "model.safetensors").write_bytes(b"other bits")
-
-    monkeypatch.setattr(PretendPool, "map", other_machine)
-    compare(replace(settings, seeds=(1,), methods=("grpo", "kepo", "opd")))
-    assert sorted(RAN[6:]) == [(1, "grpo"), (1, "kepo"), (1, "opd")]
-    assert "seed 1, grpo: made from other models than these; dropped" in capsys.readouterr().out
+    row = runs(settings)[Run("test", 1, "kepo")]
+    assert (row["seconds"], row["teacher_tokens"], row["hint_tokens"]) == ("8", "40", "12")
+    assert row["sampled_completions"] == "512" and row["student"] and row["teacher"]
+    assert runs(settings)[Run("test", 1, "grpo")]["teacher"] == ""
+    teachers = (Path(settings.out) / "teachers.csv").read_text().splitlines()
+    assert len(teachers) == 1 + 2 * 8 and teachers[1].endswith(",0.75," + "1110" * 10)
+    questions = (Path(settings.out) / "questions.csv").read_text().splitlines()
+    assert len(questions) == 1 + 2 * 8
 
 
-def test_the_report_has_the_numbers_and_calls_the_claims(settings):
-    compare(replace(settings, methods=("grpo", "kepo", "opd")))
-    folder = module.Path(settings.out) / "cliff"
-    report = (folder / "report.md").read_text()
-    results = Results(folder)
-    correct = results.correct("kepo", [1, 2, 3], 2, results.modalities()[1:])
-    assert correct.shape == (3, 7, ITEMS)
-    assert f"{100 * correct.mean():.1f} [" in report
-    claims = [line for line in report.splitlines() if line.startswith("| better OOD accuracy")]
-    assert len(claims) == 2 and all(line.endswith("| holds |") for line in claims)
-    assert (folder / "report.png").stat().st_size > 10_000
-    costs = results.runs[1, "kepo"]
-    assert (costs["seconds"], costs["teacher_tokens"]) == ("4", "20")
+def test_a_start_of_other_bits_is_refused(settings, monkeypatch):
+    compare(settings)
+
+    def other(root, data, name, seed, questions):
+        write_model(starts.student_of(root, SETTINGS[name], questions, seed), "other bits")
+
+    monkeypatch.setattr(starts, "make_student", other)
+    with pytest.raises(KepoConfigError, match=r"seeds has 1, whose runs in .*cliff started from"):
+        compare(replace(settings, methods=("kepo@num_hinted=1",)))
+    assert len(runs(settings)) == 6
 
 
-def test_a_claim_without_evidence_is_undecided(settings):
-    assert WORDS[Interval(0.1, -0.01, 0.2).sign] == "undecided"
-    assert WORDS[Interval(-0.1, -0.2, -0.01).sign] == "does not hold"
-    compare(replace(settings, methods=("grpo", "opd")))  # of the same skill, and without kepo
-    assert "Needs `kepo`" in (module.Path(settings.out) / "cliff" / "report.md").read_text()
+def test_a_teacher_of_other_bits_is_refused(settings, monkeypatch):
+    compare(settings)
+    [teacher] = Path(settings.root).glob("teachers/*/model.safetensors")
+    monkeypatch.setattr(starts, "make_teacher", lambda *_: teacher.write_bytes(b"other bits"))
+    with pytest.raises(KepoConfigError, match=r"out has runs in .*cliff with a teacher of other"):
+        compare(replace(settings, seeds=(4,)))
+    compare(replace(settings, seeds=(4,), methods=("grpo",)))  # who asks none
+
+
+def test_results_on_other_questions_are_refused(settings, monkeypatch):
+    compare(settings)
+    monkeypatch.setattr(starts, "large_digits", lambda data: {"scanned": "01"})
+    with pytest.raises(KepoConfigError, match="holds results on other questions"):
+        compare(replace(settings, seeds=(4,)))
+
+
+def test_a_run_that_fails_leaves_the_others_and_is_said_at_the_end(settings, monkeypatch):
+    monkeypatch.setattr(PretendPool, "failing", ("grpo",))
+    with pytest.raises(KepoError, match=r"methods: 3 runs failed, .*'grpo' .*: nothing worked"):
+        compare(settings)
+    assert {run.method for run in runs(settings)} == {"kepo"}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"setting": "steep"}, r"setting has \['steep'\]; known are cliff, mild"),
-        ({"methods": ("grpo", "ppo")}, r"methods has \['ppo'\]"),
+        ({"setting": "steep"}, r"setting has \['steep'\]; known are cliff, "),
+        ({"split": "train"}, r"split has \['train'\]"),
+        ({"block": ("main", "all")}, r"block has \['all'\]"),
+        ({"methods": ("grpo", "ppo")}, r"methods has 'ppo'; expected one of grpo, "),
+        ({"methods": ("kepo@lr",)}, "methods has 'kepo@lr'"),
+        ({"methods": ("kepo@learning_rate=1",)}, "kepo@learning_rate=1: unknown keys"),
+        ({"methods": ("sft",)}, "'sft', but no learning rate was chosen for 'sft'"),
+        ({"methods": (), "block": ("new_on_test",)}, "block asks for the best new method"),
         ({"steps": 0}, "steps=0"),
-        ({"seeds": ()}, r"seeds=\(\)"),
+        ({"minutes": float("nan")}, "minutes=nan"),
+        ({"seeds": ()}, "seeds is empty"),
     ],
 )
 def test_refused_by_name(settings, changes, message):
     with pytest.raises(KepoConfigError, match=message):
         compare(replace(settings, **changes))
+    assert RAN == []
+
+
+# ---- methods and plan ----
 
 
 def test_methods_differ_in_nothing_they_should_share():
-    setting = SETTINGS["cliff"]
     configs = {
-        name: asdict(config_of(setting, method, student="s", teacher="t"))
-        for name, method in METHODS.items()
+        name: asdict(config_of(name, CHOSEN, student="s", teacher="t", steps=100))
+        for name in METHODS
     }
     shared = ("lr", "lr_end", "warmup_steps", "steps", "prompts_per_step", "num_generations")
-    shared += ("max_completion_length", "sampling_temperature", "top_p", "temperature")
+    shared += ("max_completion_length", "sampling_temperature", "top_p", "temperature", "rewards")
     for name in shared:
         assert len({config[name] for config in configs.values()}) == 1, name
     assert configs["grpo"]["teacher"] is None and configs["grpo"]["distill_coef"] == 0.0
-    assert configs["kepo_official"]["gate_reward"] == "total"
-    for name, method in ABLATIONS.items():
+    assert configs["opd"]["beta"] == 0.5 and configs["opd_kl"]["beta"] == 1.0
+    for name, method in METHODS.items():
         if method.preset == "kepo":
             different = {
                 key for key, value in configs[name].items() if value != configs["kepo"][key]
             }
             assert different == set(method.changes), name
-    assert set(MAIN) == {"grpo", "opd", "kdpo_tau1", "kepo_official", "kepo"}
+
+
+def test_the_cells_of_the_factorial_are_what_they_are_called():
+    for (policy, gate, hints), name in FACTORIAL.items():
+        config = config_of(name, CHOSEN)
+        assert (config.policy_coef > 0, config.hint_trigger != "never") == (policy, hints), name
+        closed = "none" if config.gate_reward is None else config.gate_side
+        assert closed == gate and config.distill_coef == COMMON["distill_coef"], name
+    assert len(FACTORIAL) == 12
+
+
+def test_spelled_methods_and_what_was_chosen():
+    chosen = {"kepo": {"lr": 1e-4, "distill_coef": 3.0}}
+    plain = config_of("kepo", chosen)
+    assert (plain.lr, plain.distill_coef, plain.num_hinted) == (1e-4, 3.0, 2)
+    fewer = config_of("kepo@num_hinted=1", chosen)
+    assert (fewer.lr, fewer.distill_coef, fewer.num_hinted) == (1e-4, 3.0, 1)
+    point = config_of("kepo@lr=8e-4", chosen)  # of a grid: nothing that was chosen counts
+    assert (point.lr, point.distill_coef) == (8e-4, COMMON["distill_coef"])
+    assert config_of("hints_only", {"grpo": {"lr": 5e-4}}).distill_coef == 0.0
+    assert method_of("opd@beta=0").changes == {"beta": "0"}
+
+
+def test_every_block_of_the_plan_can_be_run():
+    choice = Choice(CHOSEN, next(iter(NEW)))
+    sweep = Sweep(Compare(), choice)
+    planned = set()
+    for block in PLAN:
+        assert BLOCKS[block.name] is block and block.setting in SETTINGS, block.name
+        for run in runs_of(block, choice):
+            assert sweep.config(block.setting, run).seed == run.seed
+            planned.add((block.setting, run))
+    tuned = {run for _, run in planned if run.split == "validation"}
+    assert {run.seed for run in tuned} == {11, 12}
+    assert {run.seed for _, run in planned if run.split == "test"} == {*range(1, 9)}
+    assert 240 <= len(planned) <= 400
+    assert blocks_of(Compare()) == [BLOCKS["main"]]
 
 
 def test_fingerprints_tell_runs_apart_and_nothing_else():
-    one = Compare()
-    assert fingerprint(one, 1, "kepo") == fingerprint(replace(one, root="x", jobs=3), 1, "kepo")
-    others = [fingerprint(one, 2, "kepo"), fingerprint(one, 1, "opd")]
-    others += [fingerprint(replace(one, teacher_steps=1), 1, "kepo")]
-    others += [fingerprint(replace(one, setting="mild"), 1, "kepo")]
-    assert len({fingerprint(one, 1, "kepo"), *others}) == 5
+    one, run = Compare(), Run("test", 1, "kepo")
+
+    def digest(settings=one, setting="cliff", run=run, chosen=CHOSEN):
+        return Sweep(settings, Choice(chosen)).fingerprint(setting, run)
+
+    same = replace(one, root="x", out="y", jobs=3, minutes=1.0, seeds=(4,))
+    assert digest() == digest(same)
+    others = [digest(run=Run("test", 2, "kepo")), digest(run=Run("test", 1, "opd"))]
+    others += [digest(run=Run("validation", 1, "kepo")), digest(chosen={"kepo": {"lr": 1e-3}})]
+    others += [digest(setting=name) for name in SETTINGS if name != "cliff"]
+    others += [digest(replace(one, **{name: 7})) for name in ("steps", "data_seed", "eval_every")]
+    assert len({digest(), *others}) == 1 + len(others)
+    without = Run("test", 1, "grpo")  # of whom no teacher is asked
+    assert digest(setting="weak_50", run=without) == digest(run=without)
 
 
-def test_the_published_report_is_that_of_the_published_results(tmp_path):
-    folder = module.Path(__file__).parents[2] / "docs" / "experiments" / "cliff"
-    results, settings = Results(folder), Compare()
-    for seed in settings.seeds:
-        for method in MAIN:
-            assert results.has((seed, method), fingerprint(settings, seed, method)), (seed, method)
-    text = write_report(results, SETTINGS["cliff"], tmp_path / "cliff")
-    assert text == (folder / "report.md").read_text(encoding="utf-8")
+def test_a_choice_is_the_best_of_a_whole_grid(settings):
+    points = tuple(m for m in BLOCKS["tune"].methods if m.startswith(("kepo@", "grpo@")))
+    part = replace(settings, split="validation", seeds=(11, 12), methods=points[:-1])
+    compare(part)
+    folder = Path(settings.out) / "cliff"
+    found = choose(Scores(folder, "validation"))
+    assert found.methods.keys() == {"grpo"} and found.best_new is None
+    compare(replace(part, methods=(points[-1], *NEW)))
+    scores = Scores(folder, "validation")
+    found = choose(scores)
+    of = {point: scores.accuracy(point, [11, 12]).mean() for point in points if "kepo" in point}
+    best = config_of(max(of, key=lambda point: of[point]), {})
+    assert found.methods["kepo"] == {"lr": best.lr} | (
+        {} if best.distill_coef == COMMON["distill_coef"] else {"distill_coef": best.distill_coef}
+    )
+    assert found.best_new == max(NEW, key=lambda name: scores.accuracy(name, [11, 12]).mean())
+
+
+def test_other_digits_are_in_the_hint_of_a_control():
+    task = OtherDigits()
+    chats = [[{"role": "user", "content": f"question {n}"}] for n in range(50)]
+    said = [task.with_hint(chat, "8 + 3")[-1]["content"] for chat in chats]
+    assert len({text.rpartition("Hint: ")[2] for text in said}) > 20
+    assert sum(text.endswith("8 + 3") for text in said) <= 3
+    assert said[0].startswith("question 0\nHint: ")
+    assert said[0] == task.with_hint(chats[0], "1 + 1")[-1]["content"]
+    assert config_of("shuffled_hints", CHOSEN).task.endswith(":OtherDigits")

@@ -9,6 +9,7 @@ from datasets_on_disk import dataset, record
 from PIL import Image
 
 from kepo.data.load import load_image, load_omnimedvqa
+from kepo.digits import dataset as of_digits
 from kepo.digits.dataset import MODALITIES, TILE, render, write_digits
 from kepo.errors import KepoConfigError, KepoDataError
 
@@ -158,18 +159,30 @@ def test_digits_are_the_same_files_for_the_same_seed(digits, tmp_path):
     assert content(tmp_path / "other") != content(digits)
 
 
+def tiles(folder: Path) -> set[bytes]:
+    """The scans that a split shows: the modality without chance shows each in one way only."""
+    found = set()
+    for example in load_omnimedvqa(folder, modalities=["scanned"]):
+        pixels = np.asarray(load_image(example))
+        found |= {pixels[:, :TILE].tobytes(), pixels[:, TILE:].tobytes()}
+    return found
+
+
 def test_digits_train_and_test_share_no_scan(digits):
-    """By pixels: the modality without chance shows each scan in one way only."""
+    assert len(tiles(digits / "train")) > 60 and len(tiles(digits / "test")) > 15
+    assert not tiles(digits / "train") & tiles(digits / "test")
+    assert not (digits / "validation").exists()
 
-    def tiles(split):
-        found = set()
-        for example in load_omnimedvqa(digits / split, modalities=["scanned"]):
-            pixels = np.asarray(load_image(example))
-            found |= {pixels[:, :TILE].tobytes(), pixels[:, TILE:].tobytes()}
-        return found
 
-    assert len(tiles("train")) > 60 and len(tiles("test")) > 15
-    assert not tiles("train") & tiles("test")
+def test_digits_for_validation_come_out_of_training_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(of_digits, "MODALITIES", {"scanned": MODALITIES["scanned"]})  # for speed
+    write_digits(tmp_path / "with", train=300, test=300, validation=300)
+    write_digits(tmp_path / "without", train=1, test=300)
+    shown = {split: tiles(tmp_path / "with" / split) for split in ("train", "test", "validation")}
+    assert shown["test"] == tiles(tmp_path / "without" / "test")
+    assert not shown["validation"] & (shown["train"] | shown["test"])
+    assert not shown["train"] & shown["test"]
+    assert min(map(len, shown.values())) > 200
 
 
 def test_renderings_differ_and_do_what_they_say():
@@ -194,7 +207,10 @@ def test_renderings_differ_and_do_what_they_say():
     assert 8 < abs(angle) < 22
 
 
-@pytest.mark.parametrize("counts", [{"train": 0, "test": 1}, {"train": 1, "test": 0}])
+@pytest.mark.parametrize(
+    "counts",
+    [{"train": 0, "test": 1}, {"train": 1, "test": 0}, {"train": 1, "test": 1, "validation": -1}],
+)
 def test_digits_refuse_empty_splits(tmp_path, counts):
-    with pytest.raises(KepoConfigError, match="is 0"):
+    with pytest.raises(KepoConfigError, match=r"is (0|-1)"):
         write_digits(tmp_path, **counts)

@@ -15,12 +15,14 @@ from toy import TASK, hint_request, hinted_prompt, question_prompt, worked_answe
 
 from kepo.data.load import load_omnimedvqa
 from kepo.digits import warm_up
-from kepo.digits.dataset import write_digits
+from kepo.digits.dataset import SMALL_DIGITS, write_digits
 from kepo.digits.tiny import build_tiny
 from kepo.digits.warm_up import (
     _loss,
+    _pictures,
     _sample,
     _schedule,
+    digits_of,
     train_supervised,
     worked_hint,
 )
@@ -53,6 +55,9 @@ def test_worked_texts(examples):
     assert worked_answer(example) == "<think>9 + 9 = 18</think><answer>D</answer>"
     assert worked_hint(example) == "9 + 9"
     assert worked_hint(replace(example, rationale="look left")) == "look left"
+    digits = ("3 + 8", "8 + 3", "4 + 4")
+    named = [worked_hint(replace(example, rationale=f"{x} = 1"), "one_digit") for x in digits]
+    assert named == ["? + 8", "8 + ?", "4 + ?"]
 
 
 TEXTS = ("<hint>1</hint>", "<think>3 + 15 = 18</think><answer>C</answer>")
@@ -145,7 +150,7 @@ def test_samples_mix_questions_hint_requests_and_hinted_questions(examples):
     counts: dict[tuple[str, str], int] = {}
     seen: dict[bool, set] = {}
     for _ in range(2000):
-        prompt, text = _sample(example, examples, draw, 0.4)
+        prompt, text = _sample(example, _pictures(examples, "sum"), draw, 0.4)
         hinted = "Hint:" in prompt.text
         seen.setdefault(hinted, set()).add(prompt.images)
         counts[prompt.text, text] = counts.get((prompt.text, text), 0) + 1
@@ -160,10 +165,32 @@ def test_samples_mix_questions_hint_requests_and_hinted_questions(examples):
     assert counts.keys() == expected.keys()
     for key, share in expected.items():
         assert counts[key] / 2000 == pytest.approx(share, abs=0.035)
-    plain = {_sample(example, examples, draw, 0.0)[0].text for _ in range(50)}
+    plain = {_sample(example, {None: examples}, draw, 0.0)[0].text for _ in range(50)}
     assert plain == {question_prompt(example)}
     # Only the hint tells a hinted question's answer: its image is any of them.
     assert seen[False] == {example.images} and seen[True] == {e.images for e in examples}
+
+
+def test_a_hint_on_one_digit_stands_above_a_picture_of_the_other(tmp_path):
+    """Where the warm-up shows small digits only, its hints are about the larger one of all pairs
+    of which the other is small."""
+    write_digits(tmp_path, train=60, test=1)
+    every = load_omnimedvqa(tmp_path / "train", modalities=("scanned",))
+    small = [e for e in every if e.question_type == SMALL_DIGITS]
+    of_picture = {e.images: digits_of(e) for e in small}
+    pictures, draw = _pictures(small, "one_digit"), random.Random(0)
+    usable = [e for e in every if min(map(int, digits_of(e))) <= 5]
+    named = set()
+    for _ in range(300):
+        prompt, text = _sample(small[0], pictures, draw, 1.0, usable, "one_digit")
+        if "Hint: " in prompt.text:
+            left, _, right = prompt.text.rpartition("Hint: ")[2].split()
+            place, digit = (0, right) if left == "?" else (1, left)
+            said = text.removeprefix("<think>").split(" = ")[0].split(" + ")
+            assert said[1 - place] == digit and said[place] <= digit
+            assert of_picture[prompt.images][place] == said[place]
+            named.add(digit)
+    assert {"6", "7", "8", "9"} <= named
 
 
 def test_schedule_rises_then_falls_to_zero():
@@ -180,6 +207,11 @@ def test_training_refuses_bad_settings_and_examples(folder, examples):
     for bad in (dict(steps=0), dict(batch_size=0), dict(lr=0.0), dict(hint_fraction=1.5)):
         with pytest.raises(KepoConfigError, match=next(iter(bad))):
             train_supervised(vlm, examples, **{**fine, **bad})
+    with pytest.raises(KepoConfigError, match="hint_style='both'"):
+        train_supervised(vlm, examples, **fine, hint_style="both")
+    with pytest.raises(KepoDataError, match="the rationale 'look left'; expected one like"):
+        odd = [replace(examples[0], rationale="look left")]
+        train_supervised(vlm, odd, **fine, hint_style="one_digit")
     with pytest.raises(KepoDataError, match="examples is empty"):
         train_supervised(vlm, [], **fine)
     with pytest.raises(KepoDataError, match=f"{examples[0].id}.*no rationale"):

@@ -21,10 +21,11 @@ from kepo_kernels.compute.chunks import chunking
 RUN = ("--student", "s", "--train-data", "{data}", "--teacher", "None", "--hint-trigger", "never")
 GRPO = ("--gate-reward", "None", "--distill-coef", "0.0")
 PLANNED = ("--student", "Qwen3-VL-2B-Instruct", "--gpus", "1", "--gpu-gb", "80")
+ONE_RUN = ("--methods", "grpo@lr=1e-4", "--seeds", "1")
 COMMANDS = {
     "train": ("kepo", "train", *RUN, *GRPO, "--run-dir", "{here}/x"),
     "demo": ("kepo", "demo", "--root", "{here}/x"),
-    "compare": ("experiments.compare", "--root", "{here}/x", "--out", "{here}/y"),
+    "compare": ("experiments.compare", *ONE_RUN, "--root", "{here}/x", "--out", "{here}/y"),
     "evaluate": ("kepo", "evaluate", "m", "d", "--json", "{here}/x.json"),
     "plan": ("kepo", "plan", "grpo", *PLANNED, "--plot", "{here}/x.png"),
     "data": ("kepo", "data", "check", "{here}/x"),

@@ -1,0 +1,76 @@
+"""The picture of the page: what KEPO, its parts and its rivals gain, and where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.analysis import OOD
+from experiments.methods import MAIN
+from experiments.tables import OURS, Book, NotRunError, gap
+from kepo.digits.demo import SOURCE
+from kepo.disk.durable import replacing
+
+COLOURS = {OURS: "#1b6ca8", "grpo": "#c0392b", "opd": "#444444"}
+OTHERS = "#9aa5b1"
+PARTS = ("no_gate", "gate_only", "hints_only", "retry", "wrong_gate", "kdpo_tau0")
+
+
+def draw(book: Book, path: Path) -> bool:
+    """Draw the picture; return False if the runs of the main methods are not there."""
+    scores = book.scores()
+    present = [name for name in MAIN if len(scores.seeds(name)) > 1]
+    if OURS not in present:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), constrained_layout=True)
+    for axis, where, kind, title in (
+        (axes[0], OOD, "unseen", "digits the warm-up never showed,\nrenderings never trained on"),
+        (axes[1], (SOURCE,), "seen", "digits it knew, where it is trained:\nwhat is forgotten"),
+    ):
+        for name in sorted(present, key=lambda name: name in COLOURS):
+            seeds = scores.seeds(name)
+            curve = 100 * scores.curve(name, seeds, where, kind=kind)
+            colour = COLOURS.get(name, OTHERS)
+            axis.plot(scores.steps(name), curve.mean(0), color=colour, label=name, zorder=2)
+            if name in COLOURS:
+                half = curve.std(0, ddof=1) / np.sqrt(len(seeds))
+                low, high = curve.mean(0) - half, curve.mean(0) + half
+                axis.fill_between(scores.steps(name), low, high, color=colour, alpha=0.15)
+            axis.annotate(
+                name, (scores.steps(name)[-1], curve.mean(0)[-1]), (4, 0), color=colour,
+                textcoords="offset points", fontsize="small", va="center",
+            )  # fmt: skip
+        axis.set(title=title, xlabel="step", ylabel="accuracy, %")
+        axis.margins(x=0.18)
+    _forest(axes[2], book)
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=110, format="png", metadata={"Software": None})
+    plt.close(figure)
+    return True
+
+
+def _forest(axis: Any, book: Book) -> None:
+    """Draw OOD accuracy less that of `kepo`, with t intervals; rivals above, parts below."""
+    rows = []
+    for name in (*(n for n in MAIN if n != OURS), *PARTS):
+        try:
+            rows.append((name, gap(book, name, OURS)))
+        except NotRunError:
+            continue
+    for place, (name, found) in enumerate(reversed(rows)):
+        colour = COLOURS.get(name, OTHERS)
+        axis.plot([100 * found.low, 100 * found.high], [place, place], color=colour, lw=2)
+        axis.plot(100 * found.mean, place, "o", color=colour)
+    axis.axvline(0, color=COLOURS[OURS], lw=1)
+    axis.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
+    axis.set(title=f"OOD accuracy less {OURS}'s, 95 % t", xlabel="points")

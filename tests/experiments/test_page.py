@@ -1,0 +1,83 @@
+"""The page: every number out of the results, and what was not run is said."""
+
+from pathlib import Path
+
+import pytest
+from places import ROOT
+from pretend_runs import write_results
+
+from experiments import tables
+from experiments.methods import FACTORIAL, MAIN
+from experiments.page import MARK, PARTS, PICTURE, filled
+from experiments.picture import draw
+from experiments.results import Run
+from experiments.tables import Book, NotRunError, gap, points
+from kepo.errors import KepoConfigError
+from kepo.evaluation.statistics import Interval, students_t
+
+HOME = ROOT / "experiments"
+PAGE = (HOME / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    """Main methods and factorial with three seeds; nothing of the validation split."""
+    folder = tmp_path_factory.mktemp("page") / "results"
+    names = dict.fromkeys([*MAIN, *FACTORIAL.values()])
+    write_results(
+        folder, "cliff", [Run("test", seed, name) for seed in (1, 2, 3) for name in names]
+    )
+    return Book(folder, folder / "chosen.json")
+
+
+def test_the_published_page_is_that_of_the_published_results():
+    assert filled(PAGE, Book(HOME / "results", HOME / "chosen.json")) == PAGE
+
+
+def test_the_page_without_results_says_so_and_with_them_has_their_numbers(book, tmp_path):
+    empty = filled(PAGE, Book(tmp_path / "results", tmp_path / "chosen.json"))
+    assert "| KEPO less GRPO, OOD | <!-- gap kepo grpo -->*not run yet*<!-- / --> |" in empty
+    page = filled(PAGE, book)
+    scores = book.scores()
+    less = scores.accuracy("kepo", [1, 2, 3]) - scores.accuracy("grpo", [1, 2, 3])
+    found = points(students_t(less), signed=True)
+    assert f"<!-- gap kepo grpo -->{found}<!-- / -->" in page and found.startswith("+")
+    assert "| better OOD accuracy | OOD accuracy | `grpo` | " + found + " | holds |" in page
+    assert "| `main` | KEPO against" in page and "| 21 of 56 |" in page
+    assert filled(page, book) == page and filled(empty, book) == page
+
+
+def test_every_mark_of_the_page_is_known_and_every_part_is_used():
+    used = {match["words"].split()[0] for match in MARK.finditer(PAGE)}
+    assert used <= PARTS.keys() and set(PARTS) - used <= {"level"}
+    assert PAGE.count("<!-- / -->") == len(MARK.findall(PAGE))
+    with pytest.raises(KepoConfigError, match="page has the mark 'gop', which is none of"):
+        filled("<!-- gop kepo -->1<!-- / -->", Book(Path("none"), Path("none")))
+
+
+def test_effects_of_the_factorial_are_contrasts_of_its_cells(book):
+    scores, seeds = book.scores(), [1, 2, 3]
+    of = {cell: scores.accuracy(name, seeds) for cell, name in FACTORIAL.items()}
+    hints = sum(x if cell[2] else -x for cell, x in of.items()) / 6
+    right = sum(x if cell[2] else -x for cell, x in of.items() if cell[1] == "right") / 2
+    lines = tables.factorial(book).splitlines()
+    assert f"| hints | {points(students_t(hints), True)} |" in lines
+    assert f"| hints, with distillation where right | {points(students_t(right), True)} |" in lines
+
+
+def test_numbers_are_written_with_a_real_minus_and_their_interval():
+    assert points(Interval(-0.0123, -0.05, 0.02)) == "−1.2 [−5.0, 2.0]"
+    assert points(Interval(0.0123, -0.05, 0.02), signed=True) == "+1.2 [−5.0, +2.0]"
+    assert points(Interval(float("nan"), 0, 0)) == "–"
+
+
+def test_a_number_needs_two_seeds(book):
+    with pytest.raises(NotRunError):
+        gap(book, "kepo", "retry")
+    assert tables.WORDS[gap(book, "kepo", "grpo").sign] == "holds"
+
+
+def test_the_picture_is_drawn_of_what_is_there(book, tmp_path):
+    path = tmp_path / PICTURE
+    assert not draw(Book(tmp_path / "results", tmp_path / "none"), path) and not path.exists()
+    assert draw(book, path) and path.stat().st_size > 20_000
