@@ -7,6 +7,7 @@ process, and no weight has to be gathered by hand.
 """
 
 import inspect
+import threading
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, NoReturn
@@ -23,6 +24,7 @@ from kepo_kernels.heads import (
     logit_changes,
     output_layer,
 )
+from kepo_kernels.own_logits import probe_of, refuse_other_logits
 
 Loss = Callable[[Tensor, Head], Any]
 """A function of the hidden states (B, T, H) and the head, whole. What it returns comes back from
@@ -30,6 +32,13 @@ the call: a loss, or tuples, lists and dicts of tensors (hooks find no tensor in
 
 OWN = "_forwards_of_fused_head"
 """Attribute of a patched module: the forward that its instance had, or None, and ours."""
+
+SLOTS = ("_old_forward", "forward")
+"""Attributes in which a forward may be. accelerate's hooks, which bring an offloaded layer's weights
+and take them away again, stand in the second and call the first."""
+
+PROBED = "_probed_by_fused_head"
+"""Attribute of a patched model whose logits have been found to be those of its head."""
 
 
 class FusedHead:
@@ -39,11 +48,12 @@ class FusedHead:
         loss = model(**inputs, loss=lambda hidden, head: fused_grpo_loss(hidden, head, ids, ...))
         loss.backward()
 
-    `model(**inputs, loss=function)` runs the backbone and calls `function(hidden, head)` inside the
-    forward of the LM head, with the last hidden states (B, T, H) and the whole head as `head_of`
-    reads it: softcap, scale, bias and PEFT's LoRA included. It returns what the function returns.
-    Call the wrapper, not the model inside of it. Any loss of this package fits, and any number of
-    them. `logits_to_keep` cuts the states as it cuts logits; `labels` belong into the function.
+    `model(**inputs, loss=function)` runs the model's own forward, in which the LM head computes
+    `function(hidden, head)` in place of logits: of the states (B, T, H) that arrive there, and of
+    the whole head as `head_of` reads it: softcap, scale, bias and PEFT's LoRA included. It returns
+    what the function returns. Call the wrapper, not the model inside of it. Any loss of this
+    package fits, and any number of them. `logits_to_keep` cuts the states as it cuts logits;
+    `labels` belong into the function, and an encoder-decoder model takes `decoder_input_ids`.
 
     `model.lm_head(hidden, loss=function)` is the same without the backbone, for a forward of your
     own: call it inside of that forward, so that the wrapper's hooks know of it.
@@ -54,6 +64,9 @@ class FusedHead:
 
     DDP and FSDP2 average gradients over processes: to divide by a count of tokens, divide by the
     count over all of them and multiply by their number.
+
+    A call raises KepoInputError for a forward that has not come to its LM head, and the first one
+    for a forward that does more to logits than a scale and a softcap.
     """
 
     def __init__(self, model: nn.Module):
@@ -64,16 +77,18 @@ class FusedHead:
     def install(cls, model: nn.Module) -> "FusedHead":
         """Let a model and its LM head take `loss`; a second call changes nothing.
 
-        `model` may be plain or wrapped by DDP, PEFT or `torch.compile`, or sharded by
-        `fully_shard`. Install after PEFT has wrapped it.
+        `model` may be plain or wrapped by DDP, accelerate, PEFT or `torch.compile`, or sharded by
+        `fully_shard`. Install after PEFT has wrapped it. A forward that has an argument `loss` of
+        its own is left alone.
 
-        Raises KepoInputError for what `head_of` refuses, and for FSDP1.
+        Raises KepoInputError for what `head_of` refuses at once, and for FSDP1.
         """
         output_layer(model)  # with the wrappers, among which it refuses FSDP1
         inner = innermost(model)
         _fused_layer(inner)
-        if _backbone(inner) is not None and OWN not in inner.__dict__:
-            _replace(inner, _model_forward(inspect.signature(inner.forward)))
+        signature = inspect.signature(inner.forward)
+        if "loss" not in signature.parameters and OWN not in inner.__dict__:
+            _replace(inner, _model_forward(signature))
         return cls(inner)
 
     def __call__(self, hidden: Tensor, loss: Loss) -> Any:
@@ -87,18 +102,20 @@ class FusedHead:
         Raises KepoInputError where another library has replaced a forward since.
         """
         patched: list[Any] = [module for module in self.model.modules() if OWN in module.__dict__]
-        for module in patched:
-            _, ours = getattr(module, OWN)
-            if getattr(module.__dict__.get("forward"), "__func__", None) is not ours:
+        slots = [_slot_of(module, getattr(module, OWN)[1]) for module in patched]
+        for module, slot in zip(patched, slots, strict=True):
+            if slot is None:
                 raise KepoInputError(
                     f"FusedHead.remove: the forward of {type(module).__name__} has been replaced "
                     "since FusedHead.install; undo that first"
                 )
-        for module in patched:
+        for module, slot in zip(patched, slots, strict=True):
             before, _ = module.__dict__.pop(OWN)
-            del module.forward
-            if before is not None:
-                module.forward = before
+            module.__dict__.pop(PROBED, None)
+            if before is None and slot == "forward":
+                del module.forward
+            else:
+                setattr(module, slot, before or MethodType(type(module).forward, module))
 
 
 # ---- forwards that take a loss ----
@@ -110,13 +127,18 @@ def _fused_layer(model: nn.Module) -> nn.Module:
     It is looked up at every call, as PEFT may have wrapped it since.
     """
     layer: Any = output_layer(model)
-    # An entry of modules_to_save passes its arguments on to the copy of the active adapter.
-    copies = hasattr(layer, "modules_to_save") and hasattr(layer, "original_module")
-    each = [layer.original_module, *layer.modules_to_save.values()] if copies else [layer]
+    each = _computing(layer)
     if any(OWN not in x.__dict__ for x in each):
         for x in each:
             _open(x, logit_changes(model))
     return layer
+
+
+def _computing(layer: Any) -> list[nn.Module]:
+    """List the modules of which one computes what this layer returns: PEFT's entry of
+    modules_to_save passes its arguments on to the copy of the active adapter."""
+    copies = hasattr(layer, "modules_to_save") and hasattr(layer, "original_module")
+    return [layer.original_module, *layer.modules_to_save.values()] if copies else [layer]
 
 
 def _open(layer: nn.Module, changes: tuple[float | None, float]) -> None:
@@ -126,9 +148,12 @@ def _open(layer: nn.Module, changes: tuple[float | None, float]) -> None:
     layer_parts(layer)  # refuses now what it would refuse in every call
 
     def forward(self: nn.Module, *args: Any, loss: Loss | None = None, **kwargs: Any) -> Any:
-        if loss is None:
-            return _plain(self, *args, **kwargs)
-        return _loss_inside(self, args[0], loss, changes)
+        if loss is not None:
+            return _loss_inside(self, args[0], loss, changes)
+        call = _now.call
+        if call is not None and call.is_for(self):
+            return call.compute(self, args[0], changes)
+        return _plain(self, *args, **kwargs)
 
     _replace(layer, forward)
 
@@ -163,9 +188,10 @@ def _inside(layers: list[nn.Module], hidden: Tensor, then: Callable[[Tensor], An
 
 
 def _model_forward(signature: inspect.Signature) -> Callable:
-    """Return a forward that runs the backbone and the head's loss, or without `loss` the model's
-    own."""
+    """Return a forward that has the head's loss computed, or without `loss` is the model's own."""
     names = list(signature.parameters)
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    caches = "use_cache" in names or inspect.Parameter.VAR_KEYWORD in kinds
 
     def forward(self: nn.Module, *args: Any, loss: Loss | None = None, **kwargs: Any) -> Any:
         if loss is None:
@@ -178,10 +204,7 @@ def _model_forward(signature: inspect.Signature) -> Callable:
                 "loss; expected one of them: take labels from the inputs into the function"
             )
         given.pop("num_items_in_batch", None)  # what the Trainer gives the model's own loss
-        keep = given.pop("logits_to_keep", 0)
-        hidden = _backbone(self)(**{"use_cache": False} | given)[0]
-        hidden = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep]
-        return _fused_layer(self)(hidden, loss=loss)
+        return _through(self, loss, {"use_cache": False} | given if caches else given)
 
     # What asks for the signature (the Trainer to choose columns, generate) is to find the model's.
     # functools.wraps would do that, too; but accelerate unwraps down to what is wrapped.
@@ -191,10 +214,81 @@ def _model_forward(signature: inspect.Signature) -> Callable:
     return forward
 
 
-def _backbone(model: Any) -> Any:
-    """Return the part of a model of transformers below its head; None if it is not one."""
-    base = getattr(model, "base_model", None)
-    return base if isinstance(base, nn.Module) and base is not model else None
+# ---- a loss on its way to the head ----
+
+
+class _Call:
+    """One call of a model with a loss, which goes through the model's own forward.
+
+    That forward may be wrapped, to cast or to move weights, and it knows what the states are that
+    the head multiplies. So it is run as it is, and its head computes the loss. What the loss
+    returned is the head's output for the hooks of whatever shards it; behind them, the forward goes
+    on with logits of no tokens, or the first time with a probe.
+    """
+
+    def __init__(self, loss: Loss, heads: list[nn.Module], probes: bool):
+        self.loss, self.heads, self.probes = loss, heads, probes
+        self.taken = self.computed = self.kept = False
+        self.weight: Any = None
+        self.probe: Tensor | None = None
+        self.result: Any = None
+
+    def is_for(self, layer: nn.Module) -> bool:
+        return not self.taken and any(layer is x for x in self.heads)
+
+    def compute(self, layer: nn.Module, hidden: Tensor, changes: tuple[float | None, float]) -> Any:
+        """Return what the loss does, within the head's forward."""
+        self.taken = True  # by the head: what the loss itself calls is none of it
+
+        def loss(hidden: Tensor, head: Head) -> Any:
+            self.weight = len(head.weight), head.weight.device
+            return self.loss(hidden, head)
+
+        result = _loss_inside(layer, hidden, loss, changes)
+        self.computed = True
+        return result
+
+    def keep(self, layer: nn.Module, args: Any, output: Any) -> Tensor | None:
+        """Keep the loss, as the last of the head's hooks, and return what stands in for logits."""
+        if not self.computed:
+            return None  # of a plain call inside of the loss
+        if self.kept:
+            _refuse("the forward of the model calls its LM head twice; expected one call")
+        self.kept, self.result = True, output
+        if not self.probes:
+            return args[0].new_empty(*args[0].shape[:-1], 0)
+        self.probe = probe_of(self.weight[0], args[0].dim(), self.weight[1])
+        return self.probe.clone()  # which a forward may change in place
+
+
+class _Now(threading.local):
+    call: _Call | None = None
+
+
+_now = _Now()
+"""The call of this thread that has not yet come to its head, if there is one."""
+
+
+def _through(model: nn.Module, loss: Loss, given: dict[str, Any]) -> Any:
+    """Return the loss that a model's head computes when the model's own forward calls it."""
+    layer = _fused_layer(model)
+    call = _Call(loss, _computing(layer), probes=PROBED not in model.__dict__)
+    hook = layer.register_forward_hook(call.keep)  # at every call, so that it is the last of all
+    outer, _now.call = _now.call, call
+    try:
+        output = _plain(model, **given)
+    finally:
+        _now.call = outer
+        hook.remove()
+    if not call.kept:
+        _refuse(
+            f"the forward of {type(model).__name__} has not called its LM head, so that loss was "
+            "never used; expected a model that makes logits by get_output_embeddings() or lm_head"
+        )
+    if call.probe is not None:
+        refuse_other_logits(model, output, call.probe, logit_changes(model), _refuse)
+        model.__dict__[PROBED] = True
+    return call.result
 
 
 def _replace(module: nn.Module, forward: Callable) -> None:
@@ -203,8 +297,15 @@ def _replace(module: nn.Module, forward: Callable) -> None:
     It is a method of that module, so that deep copies call their own. A class of its own would do
     that, too, but its name would be saved with the model.
     """
-    module.__dict__[OWN] = module.__dict__.get("forward"), forward
-    module.forward = MethodType(forward, module)
+    slot = next(x for x in SLOTS if x in module.__dict__ or x == "forward")
+    module.__dict__[OWN] = module.__dict__.get(slot), forward
+    setattr(module, slot, MethodType(forward, module))
+
+
+def _slot_of(module: nn.Module, forward: Callable) -> str | None:
+    """Return the attribute in which this forward of a module is now; None if it has been wrapped."""
+    own = module.__dict__
+    return next((x for x in SLOTS if getattr(own.get(x), "__func__", None) is forward), None)
 
 
 def _plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
