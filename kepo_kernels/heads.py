@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kepo_kernels.adapters import Factors, computing, factors_of, is_adapted
 from kepo_kernels.errors import KepoInputError
+from kepo_kernels.own_logits import refuse_another_head
 from kepo_kernels.versions import refuse_sharding_on_cpu
 
 if TYPE_CHECKING:  # torch may lack torch.distributed
@@ -131,10 +132,18 @@ def head_of(model: nn.Module) -> Head:
     it inside of `lm_head_weight` where the head is sharded. A setting counts where the forward
     reads it: the configs of some models have one that only their text-only sisters obey.
 
-    Raises KepoInputError for what `lm_head_weight` refuses, for a head that is no linear layer, and
-    for a forward that changes logits by a setting that is not known here.
+    The first call for a model runs two tokens, to see that its forward multiplies the backbone's
+    last states and does no more to logits than that. One that is sharded or offloaded is not run.
+
+    Raises KepoInputError for what `lm_head_weight` refuses, for a head that is no linear layer, for
+    a forward that changes logits by a setting that is not known here, and for one that does
+    something else to states or logits (a transform of BERT's, a mask of Chameleon's).
     """
-    return layer_head(output_layer(model), *logit_changes(innermost(model)))
+    layer, inner = output_layer(model), innermost(model)
+    changes = logit_changes(inner)
+    head = layer_head(layer, *changes)
+    refuse_another_head(inner, layer, head.weight, changes, _refuse_head)
+    return head
 
 
 def layer_head(layer: nn.Module, softcap: float | None, factor: float) -> Head:
@@ -203,6 +212,10 @@ def _setting(config: Any, name: str) -> float | None:
 
 def _refuse(message: str) -> NoReturn:
     raise KepoInputError(f"lm_head_weight: {message}")
+
+
+def _refuse_head(message: str) -> NoReturn:
+    raise KepoInputError(f"head_of: {message}")
 
 
 def output_layer(model: nn.Module) -> nn.Module:
@@ -307,6 +320,11 @@ def _whole_weight(head: nn.Module) -> Tensor:
             "lm_head.weight is a parameter that DeepSpeed ZeRO-3 has partitioned; compute the loss "
             "by FusedHead, or run it and its backward inside "
             "deepspeed.zero.GatheredParameters([lm_head.weight])"
+        )
+    if weight.device.type == "meta" and hasattr(head, "_hf_hook"):
+        _refuse(
+            "lm_head.weight is on meta, as accelerate has offloaded it; compute the loss by "
+            "FusedHead, inside of whose forward it is there, or keep lm_head on a device"
         )
     if weight.dim() != 2 or not weight.is_floating_point():
         _refuse(
