@@ -24,7 +24,7 @@ from kepo_kernels.heads import (
     logit_changes,
     output_layer,
 )
-from kepo_kernels.own_logits import probe_of, refuse_other_logits
+from kepo_kernels.own_logits import LogitChanges, probe_of, refuse_other_logits
 
 Loss = Callable[[Tensor, Head], Any]
 """A function of the hidden states (B, T, H) and the head, whole. What it returns comes back from
@@ -34,8 +34,8 @@ OWN = "_forwards_of_fused_head"
 """Attribute of a patched module: the forward that its instance had, or None, and ours."""
 
 SLOTS = ("_old_forward", "forward")
-"""Attributes in which a forward may be. accelerate's hooks, which bring an offloaded layer's weights
-and take them away again, stand in the second and call the first."""
+"""Attributes in which a forward may be. accelerate's hooks, which bring the weights of an offloaded
+layer and take them away again, stand in the second and call the first."""
 
 PROBED = "_probed_by_fused_head"
 """Attribute of a patched model whose logits have been found to be those of its head."""
@@ -102,14 +102,14 @@ class FusedHead:
         Raises KepoInputError where another library has replaced a forward since.
         """
         patched: list[Any] = [module for module in self.model.modules() if OWN in module.__dict__]
-        slots = [_slot_of(module, getattr(module, OWN)[1]) for module in patched]
-        for module, slot in zip(patched, slots, strict=True):
-            if slot is None:
+        for module in patched:
+            if _slot_of(module) is None:
                 raise KepoInputError(
                     f"FusedHead.remove: the forward of {type(module).__name__} has been replaced "
                     "since FusedHead.install; undo that first"
                 )
-        for module, slot in zip(patched, slots, strict=True):
+        for module in patched:
+            slot = _slot_of(module) or "forward"
             before, _ = module.__dict__.pop(OWN)
             module.__dict__.pop(PROBED, None)
             if before is None and slot == "forward":
@@ -141,8 +141,8 @@ def _computing(layer: Any) -> list[nn.Module]:
     return [layer.original_module, *layer.modules_to_save.values()] if copies else [layer]
 
 
-def _open(layer: nn.Module, changes: tuple[float | None, float]) -> None:
-    """Let a layer take `loss`, if it does not yet; `changes` are its model's softcap and factor."""
+def _open(layer: nn.Module, changes: LogitChanges) -> None:
+    """Let a layer take `loss`, if it does not yet; `changes` are those of its model."""
     if OWN in layer.__dict__:
         return
     layer_parts(layer)  # refuses now what it would refuse in every call
@@ -158,9 +158,7 @@ def _open(layer: nn.Module, changes: tuple[float | None, float]) -> None:
     _replace(layer, forward)
 
 
-def _loss_inside(
-    layer: nn.Module, hidden: Tensor, loss: Loss, changes: tuple[float | None, float]
-) -> Any:
+def _loss_inside(layer: nn.Module, hidden: Tensor, loss: Loss, changes: LogitChanges) -> Any:
     """Return `loss(hidden, head)`, within the forward of a layer that is the head."""
     base, factors = layer_parts(layer)
     parts = [base, *(x for a, b, _ in factors for x in (a, b))]
@@ -168,7 +166,7 @@ def _loss_inside(
     def then(hidden: Tensor) -> Any:
         for part in parts:
             _refuse_shards(part)
-        return loss(hidden, layer_head(layer, *changes))
+        return loss(hidden, layer_head(layer, changes.softcap, changes.factor))
 
     if base is layer:
         return then(hidden)
@@ -195,6 +193,9 @@ def _model_forward(signature: inspect.Signature) -> Callable:
 
     def forward(self: nn.Module, *args: Any, loss: Loss | None = None, **kwargs: Any) -> Any:
         if loss is None:
+            for name, x in kwargs.items():  # a loss under another name, which **kwargs would take
+                if callable(x) and name not in names:
+                    _refuse(f"{name} is a function; expected it as loss=...")
             return _plain(self, *args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
         given = {name: x for name, x in given.items() if x is not None}
@@ -236,7 +237,7 @@ class _Call:
     def is_for(self, layer: nn.Module) -> bool:
         return not self.taken and any(layer is x for x in self.heads)
 
-    def compute(self, layer: nn.Module, hidden: Tensor, changes: tuple[float | None, float]) -> Any:
+    def compute(self, layer: nn.Module, hidden: Tensor, changes: LogitChanges) -> Any:
         """Return what the loss does, within the head's forward."""
         self.taken = True  # by the head: what the loss itself calls is none of it
 
@@ -302,10 +303,10 @@ def _replace(module: nn.Module, forward: Callable) -> None:
     setattr(module, slot, MethodType(forward, module))
 
 
-def _slot_of(module: nn.Module, forward: Callable) -> str | None:
-    """Return the attribute in which this forward of a module is now; None if it has been wrapped."""
+def _slot_of(module: nn.Module) -> str | None:
+    """Return the attribute in which our forward of a module is now; None if it was wrapped."""
     own = module.__dict__
-    return next((x for x in SLOTS if getattr(own.get(x), "__func__", None) is forward), None)
+    return next((x for x in SLOTS if getattr(own.get(x), "__func__", None) is own[OWN][1]), None)
 
 
 def _plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,7 @@ the logits behind it, shows when the head's output is replaced by logits that ar
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from weakref import WeakSet
 
 import torch
@@ -16,6 +16,17 @@ RAMP = 50.0
 """Largest of the probe's logits: far enough for a softcap to bend them."""
 
 Refuse = Callable[[str], NoReturn]
+
+
+class LogitChanges(NamedTuple):
+    """What a model does to its logits beyond its head's weight and bias."""
+
+    softcap: float | None = None
+    factor: float = 1.0
+    """Factor of what the head returns, before the softcap."""
+    before: float = 1.0
+    """Factor of the states that the head is given."""
+
 
 _seen: "WeakSet[nn.Module]" = WeakSet()
 """Models whose states and logits `refuse_another_head` has found to be those of their head."""
@@ -29,19 +40,17 @@ def probe_of(vocab: int, dims: int, device: torch.device) -> Tensor:
 
 
 def refuse_other_logits(
-    model: nn.Module, output: Any, probe: Tensor, changes: tuple[float | None, float], refuse: Refuse
+    model: nn.Module, output: Any, probe: Tensor, changes: LogitChanges, refuse: Refuse
 ) -> None:
-    """Refuse a model whose forward has made of the probe other logits than `changes` do, which are
-    its softcap and factor."""
+    """Refuse a model whose forward has made of the probe other logits than `changes` do."""
     logits = getattr(output, "logits", output)
     logits = logits[0] if isinstance(logits, tuple | list) and logits else logits
     of_transformers = hasattr(model, "config")
     if not isinstance(logits, Tensor) or (logits.shape != probe.shape and not of_transformers):
         return  # a forward of the caller's own, which returns something else
-    softcap, factor = changes
-    expected = factor * probe
-    if softcap is not None:
-        expected = softcap * torch.tanh(expected / softcap)
+    expected = changes.factor * probe
+    if changes.softcap is not None:
+        expected = changes.softcap * torch.tanh(expected / changes.softcap)
     good = logits.shape == probe.shape
     if good:
         off = (logits.to(expected) - expected).abs()
@@ -51,8 +60,8 @@ def refuse_other_logits(
     if not good:
         refuse(
             f"the forward of {type(model).__name__} does more to the logits of its LM head than a "
-            "scale and a softcap (a bias of its own, a mask of tokens); expected none of it, as the "
-            "losses would not know: build the Head yourself, if one can say it"
+            "scale and a softcap (a bias of its own, a mask of tokens), which the losses would not "
+            "know of; expected none of it: build the Head yourself, if one can say it"
         )
 
 
@@ -60,7 +69,7 @@ def refuse_another_head(
     model: Any,
     layer: nn.Module,
     weight: Tensor,
-    changes: tuple[float | None, float],
+    changes: LogitChanges,
     refuse: Refuse,
 ) -> None:
     """Refuse an unwrapped model of transformers whose logits are not its head's of the backbone's
@@ -94,7 +103,8 @@ def refuse_another_head(
             hook.remove()
     if output is None or "head" not in states:
         return
-    if states.get("backbone") is not None and not _same(states["backbone"], states["head"]):
+    of_backbone, arrived = states.get("backbone"), states["head"]
+    if of_backbone is not None and not _same(changes.before * of_backbone, arrived):
         refuse(
             f"the forward of {type(model).__name__} changes the last states of its backbone before "
             "its LM head multiplies them, so that the head alone does not make the logits; compute "
