@@ -45,7 +45,8 @@ class FusedHead:
     """A model whose LM head computes losses in place of logits.
 
         FusedHead.install(model)            # before or after DDP, fully_shard, accelerate
-        loss = model(**inputs, loss=lambda hidden, head: fused_grpo_loss(hidden, head, ids, ...))
+        loss = model(ids, loss=lambda hidden, head: fused_grpo_loss(hidden[:, :-1], head, ids[:, 1:],
+                                                                    advantages))
         loss.backward()
 
     `model(**inputs, loss=function)` runs the model's own forward, in which the LM head computes

@@ -10,11 +10,11 @@ Every public function takes a plain weight tensor (V, H) or a `Head` for `lm_hea
 import dis
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -186,7 +186,7 @@ def logit_changes(model: nn.Module) -> LogitChanges:
     if config is None:
         return LogitChanges()
     kind = type(model)
-    read = _names_read(kind)
+    read = _names_read(cast(Hashable, kind))
     named = [name for name in dict.fromkeys(read) if _CHANGES.search(name)]
     unknown = sorted({*named} - {*SOFTCAPS, *FACTORS})
     if unknown:
@@ -208,9 +208,9 @@ def logit_changes(model: nn.Module) -> LogitChanges:
 
 
 @cache
-def _names_read(kind: Any) -> list[str]:
+def _names_read(kind: Hashable) -> list[str]:
     """List the names in a model's forward, in the order of its code."""
-    forward: Any = inspect.unwrap(kind.forward)
+    forward: Any = inspect.unwrap(kind.forward)  # type: ignore[attr-defined]
     return [x.argval for x in dis.get_instructions(forward) if isinstance(x.argval, str)]
 
 

@@ -43,6 +43,7 @@ def names() -> dict[str, object]:
         teacher_hidden=random(2, 5, 12),
         teacher_lm_head=random(37, 12),
         ids=torch.randint(37, (2, 5), generator=made),
+        targets=torch.randint(37, (2, 5), generator=made),
         advantages=random(2),
         rewards=torch.tensor([1.0, 0.0]),
         mask=torch.ones(2, 5),
@@ -50,8 +51,8 @@ def names() -> dict[str, object]:
         top_logprobs=random(2, 5, 5).log_softmax(-1)[..., :4],
         old_logprobs=-random(2, 5).abs(),
         vllm_logprobs=-random(2, 5).abs(),
-        tokens_of_all=10,
-        world_size=1,
+        tokens=8,
+        processes=1,
     )
 
 
@@ -80,7 +81,7 @@ def test_python_in_the_pages_runs(page, code):
         ast.parse(code)
         return
     scope = names()
-    if "FusedHead" in code:
+    if "loss=lambda" in code:
         scope |= {"model": Causal(scope["hidden"]), "teacher": Causal(scope["teacher_hidden"])}
         for each in ("model", "teacher"):
             kepo_kernels.FusedHead.install(scope[each])
