@@ -45,8 +45,8 @@ class FusedHead:
     """A model whose LM head computes losses in place of logits.
 
         FusedHead.install(model)            # before or after DDP, fully_shard, accelerate
-        loss = model(ids, loss=lambda hidden, head: fused_grpo_loss(hidden[:, :-1], head, ids[:, 1:],
-                                                                    advantages))
+        how = dict(targets=ids[:, 1:], advantages=advantages)
+        loss = model(ids, loss=lambda hidden, head: fused_grpo_loss(hidden[:, :-1], head, **how))
         loss.backward()
 
     `model(**inputs, loss=function)` runs the model's own forward, in which the LM head computes
