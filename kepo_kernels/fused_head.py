@@ -275,6 +275,8 @@ def _through(model: nn.Module, loss: Loss, given: dict[str, Any]) -> Any:
     """Return the loss that a model's head computes when the model's own forward calls it."""
     layer = _fused_layer(model)
     call = _Call(loss, _computing(layer), probes=PROBED not in model.__dict__)
+    if call.probes:
+        _refuse_shards_between(model, layer)
     hook = layer.register_forward_hook(call.keep)  # at every call, so that it is the last of all
     outer, _now.call = _now.call, call
     try:
@@ -315,6 +317,20 @@ def _plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if before is not None:
         return before(*args, **kwargs)
     return type(module).forward(module, *args, **kwargs)
+
+
+def _refuse_shards_between(model: nn.Module, layer: nn.Module) -> None:
+    """Refuse a module between model and head that FSDP2 gathers by what its forward returns: that
+    is what stands in for logits, which has no gradient to bring the gathering about."""
+    [name, *_] = [name for name, x in model.named_modules() if x is layer]
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        between = ".".join(parts[:end])
+        if hasattr(model.get_submodule(between), "unshard"):
+            _refuse(
+                f"the LM head is part of {between}, which was given to fully_shard by itself; "
+                f"expected {between}'s layers, the head and the whole model there, without it"
+            )
 
 
 def _refuse_shards(layer: nn.Module) -> None:

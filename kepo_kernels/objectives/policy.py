@@ -259,7 +259,7 @@ def policy_term(check: Validator, given: PolicyPart, active: Tensor, hidden: Ten
         loss = of_tokens(logprobs, log_ratio, advantage)
         if sampler_weights is not None:
             loss = loss * torch.where(live, sampler_weights[rows].to(dtype), 0)
-        if ref_logprobs is not None and settings.kl_coef != 0.0:
+        if ref_logprobs is not None and settings.kl_coef:
             difference = torch.where(live, ref_logprobs[rows].to(dtype) - logprobs, 0)
             estimate = ESTIMATORS[settings.kl_estimator](difference)
             if settings.kl_bias_correction:
