@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from kepo_kernels.errors import KepoInputError
@@ -195,7 +196,7 @@ def _model_forward(signature: inspect.Signature) -> Callable:
     def forward(self: nn.Module, *args: Any, loss: Loss | None = None, **kwargs: Any) -> Any:
         if loss is None:
             for name, x in kwargs.items():  # a loss under another name, which **kwargs would take
-                if callable(x) and name not in names:
+                if name not in names and inspect.isroutine(x):
                     _refuse(f"{name} is a function; expected it as loss=...")
             return _plain(self, *args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
@@ -246,6 +247,8 @@ class _Call:
             self.weight = len(head.weight), head.weight.device
             return self.loss(hidden, head)
 
+        if self.probes:
+            _refuse_another_product(layer, hidden)
         result = _loss_inside(layer, hidden, loss, changes)
         self.computed = True
         return result
@@ -317,6 +320,26 @@ def _plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if before is not None:
         return before(*args, **kwargs)
     return type(module).forward(module, *args, **kwargs)
+
+
+def _refuse_another_product(layer: nn.Module, hidden: Tensor) -> None:
+    """Refuse a layer whose forward had been replaced by one that does more than its class's: the
+    loss is not computed inside of that. One that only casts, as TRL's for an fp32 head, is fine."""
+    before, _ = getattr(layer, OWN)
+    base: Any = layer_parts(layer)[0]
+    if before is None or base is not layer or not hidden.numel():
+        return
+    row, weight = hidden.detach().flatten(0, -2)[:1], base.weight
+    with torch.no_grad():
+        found = before(row)
+        expected = nn.functional.linear(row.to(weight.dtype), weight, getattr(base, "bias", None))
+        off = (found.double() - expected.double()).abs().max()
+        if not off <= 1e-2 * expected.abs().max():  # both may be rounded to 16 bits
+            _refuse(
+                f"the forward of the LM head has been replaced by {before}, which does not compute "
+                "what the layer does; expected the layer's own: install before that, if it calls "
+                "what it replaces, else undo it"
+            )
 
 
 def _refuse_shards_between(model: nn.Module, layer: nn.Module) -> None:

@@ -211,6 +211,10 @@ def test_a_forward_of_another_hand_is_kept_and_given_back():
     theirs, logits = model.lm_head.forward, model(x["ids"]).logits
     handle = FusedHead.install(model)
     assert torch.equal(model(x["ids"]).logits, logits)
+    with pytest.raises(
+        KepoInputError, match=r"^FusedHead: the forward of the LM head has been rep"
+    ):
+        by_model(model, numbers_upstream, x)
     handle.remove()
     assert model.lm_head.forward is theirs
 
