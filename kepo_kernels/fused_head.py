@@ -322,17 +322,16 @@ def _plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
-def _refuse_another_product(layer: nn.Module, hidden: Tensor) -> None:
+def _refuse_another_product(layer: Any, hidden: Tensor) -> None:
     """Refuse a layer whose forward had been replaced by one that does more than its class's: the
     loss is not computed inside of that. One that only casts, as TRL's for an fp32 head, is fine."""
     before, _ = getattr(layer, OWN)
-    base: Any = layer_parts(layer)[0]
-    if before is None or base is not layer or not hidden.numel():
+    if before is None or layer_parts(layer)[0] is not layer or not hidden.numel():
         return
-    row, weight = hidden.detach().flatten(0, -2)[:1], base.weight
+    row, weight = hidden.detach().flatten(0, -2)[:1], layer.weight
     with torch.no_grad():
         found = before(row)
-        expected = nn.functional.linear(row.to(weight.dtype), weight, getattr(base, "bias", None))
+        expected = nn.functional.linear(row.to(weight.dtype), weight, getattr(layer, "bias", None))
         off = (found.double() - expected.double()).abs().max()
         if not off <= 1e-2 * expected.abs().max():  # both may be rounded to 16 bits
             _refuse(
