@@ -328,7 +328,8 @@ def _refuse_another_product(layer: Any, hidden: Tensor) -> None:
     before, _ = getattr(layer, OWN)
     if before is None or layer_parts(layer)[0] is not layer or not hidden.numel():
         return
-    row, weight = hidden.detach().flatten(0, -2)[:1], layer.weight
+    row = hidden.detach().flatten(0, -2)[:1]
+    weight: Any = layer.weight
     with torch.no_grad():
         found = before(row)
         expected = nn.functional.linear(row.to(weight.dtype), weight, getattr(layer, "bias", None))
