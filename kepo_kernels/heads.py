@@ -7,18 +7,21 @@ Every public function takes a plain weight tensor (V, H) or a `Head` for `lm_hea
 `teacher_lm_head`; `head_of` reads one off a model of transformers.
 """
 
+import dis
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from kepo_kernels.adapters import Factors, computing, factors_of, is_adapted
 from kepo_kernels.errors import KepoInputError
+from kepo_kernels.own_logits import LogitChanges, refuse_another_head
 from kepo_kernels.versions import refuse_sharding_on_cpu
 
 if TYPE_CHECKING:  # torch may lack torch.distributed
@@ -131,10 +134,18 @@ def head_of(model: nn.Module) -> Head:
     it inside of `lm_head_weight` where the head is sharded. A setting counts where the forward
     reads it: the configs of some models have one that only their text-only sisters obey.
 
-    Raises KepoInputError for what `lm_head_weight` refuses, for a head that is no linear layer, and
-    for a forward that changes logits by a setting that is not known here.
+    The first call for a model runs two tokens, to see that its forward multiplies the backbone's
+    last states and does no more to logits than that. One that is sharded or offloaded is not run.
+
+    Raises KepoInputError for what `lm_head_weight` refuses, for a head that is no linear layer, for
+    a forward that changes logits by a setting that is not known here, and for one that does
+    something else to states or logits (a transform of BERT's, a mask of Chameleon's).
     """
-    return layer_head(output_layer(model), *logit_changes(innermost(model)))
+    layer, inner = output_layer(model), innermost(model)
+    changes = logit_changes(inner)
+    head = layer_head(layer, changes.softcap, changes.factor * changes.before)
+    refuse_another_head(inner, layer, head.weight, changes, _refuse_head)
+    return head
 
 
 def layer_head(layer: nn.Module, softcap: float | None, factor: float) -> Head:
@@ -166,32 +177,46 @@ def layer_parts(layer: nn.Module) -> tuple[nn.Module, list[Factors]]:
     return base, factors
 
 
-def logit_changes(model: nn.Module) -> tuple[float | None, float]:
-    """Return the softcap of an unwrapped model's logits, and the factor that they have before
-    it."""
-    config = getattr(model, "config", None)
-    return (None, 1.0) if config is None else _changes(type(model), config)
+def logit_changes(model: nn.Module) -> LogitChanges:
+    """Return what the settings of an unwrapped model do to its logits.
 
-
-def _changes(kind: type, config: Any) -> tuple[float | None, float]:
-    """Return the softcap of a model's logits, and the factor that they have before it."""
-    forward: Any = inspect.unwrap(kind.forward)  # type: ignore[attr-defined]
-    named = {name for name in forward.__code__.co_names if _CHANGES.search(name)}
-    unknown = sorted(named - {*SOFTCAPS, *FACTORS})
+    A factor counts as one of the states where its forward reads the setting before the head.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return LogitChanges()
+    kind = type(model)
+    read = _names_read(cast(Hashable, kind))
+    named = [name for name in dict.fromkeys(read) if _CHANGES.search(name)]
+    unknown = sorted({*named} - {*SOFTCAPS, *FACTORS})
     if unknown:
         _refuse(
             f"the forward of {kind.__name__} reads {', '.join(unknown)}, which may change logits "
             "in a way not known here; build the Head yourself"
         )
-    softcap, factor = None, 1.0
+    softcap, factors = None, {True: 1.0, False: 1.0}
+    head = _attribute_of(model, output_layer(model)) if named else None
     for name in named:
         value = _setting(config, name)
         if value is not None and name in SOFTCAPS:
             softcap = value or None
         elif value is not None:
             divides = name in DIVIDES and config.model_type not in MULTIPLIES_ALL_THE_SAME
-            factor *= 1.0 / value if divides else value
-    return softcap, factor
+            before = head in read and read.index(name) < read.index(head)
+            factors[before] *= 1.0 / value if divides else value
+    return LogitChanges(softcap, factors[False], factors[True])
+
+
+@cache
+def _names_read(kind: Hashable) -> list[str]:
+    """List the names in a model's forward, in the order of its code."""
+    forward: Any = inspect.unwrap(kind.forward)  # type: ignore[attr-defined]
+    return [x.argval for x in dis.get_instructions(forward) if isinstance(x.argval, str)]
+
+
+def _attribute_of(model: nn.Module, layer: nn.Module) -> str | None:
+    """Return the model's attribute that is a layer, or that holds it."""
+    return next((name.split(".")[0] for name, x in model.named_modules() if x is layer), None)
 
 
 def _setting(config: Any, name: str) -> float | None:
@@ -203,6 +228,10 @@ def _setting(config: Any, name: str) -> float | None:
 
 def _refuse(message: str) -> NoReturn:
     raise KepoInputError(f"lm_head_weight: {message}")
+
+
+def _refuse_head(message: str) -> NoReturn:
+    raise KepoInputError(f"head_of: {message}")
 
 
 def output_layer(model: nn.Module) -> nn.Module:
@@ -307,6 +336,11 @@ def _whole_weight(head: nn.Module) -> Tensor:
             "lm_head.weight is a parameter that DeepSpeed ZeRO-3 has partitioned; compute the loss "
             "by FusedHead, or run it and its backward inside "
             "deepspeed.zero.GatheredParameters([lm_head.weight])"
+        )
+    if weight.device.type == "meta" and hasattr(head, "_hf_hook"):
+        _refuse(
+            "lm_head.weight is on meta, as accelerate has offloaded it; compute the loss by "
+            "FusedHead, inside of whose forward it is there, or keep lm_head on a device"
         )
     if weight.dim() != 2 or not weight.is_floating_point():
         _refuse(

@@ -146,10 +146,10 @@ def fused_grpo_loss(
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.2,
     delta: float | None = None,
-    kl_coef: float = 0.0,
+    kl_coef: float | None = None,
     kl_estimator: str = "k3",
     kl_bias_correction: bool = False,
-    entropy_coef: float = 0.0,
+    entropy_coef: float | None = None,
     entropy_weights: Tensor | None = None,
     policy_loss: str | Callable[[Tensor, Tensor, Tensor], Tensor] = "clip",
     importance_level: str = "token",
@@ -185,11 +185,14 @@ def fused_grpo_loss(
         old_logprobs: one per token, of the policy that sampled, at this temperature. None means
             that it is the current policy: the ratio is 1 and its gradient is kept (REINFORCE).
         ref_logprobs: one per token, of the frozen reference; needed when kl_coef is not 0.
-        sampler_weights: (B,), (B, 1) or one per token; they multiply L, to correct for rollouts
-            from an engine whose probabilities differ, see `kepo_kernels.sampler_weights`. None = 1.
+        sampler_weights: (B,), (B, 1) or one per token, >= 0; they multiply L, to correct for
+            rollouts from an engine whose probabilities differ, see `kepo_kernels.sampler_weights`.
+            None = 1.
         delta: upper bound of the ratio, also for negative advantages (dual clip), > 1 +
             epsilon_high. None disables it.
-        kl_coef, entropy_coef: 0 disables the term. The entropy bonus lowers the loss.
+        kl_coef, entropy_coef: None disables the term, and refuses what belongs to it; 0 (of a
+            schedule) disables it and leaves ref_logprobs and entropy_weights unread. The entropy
+            bonus lowers the loss.
         kl_bias_correction: True multiplies K by r, gradient included, which corrects the estimate
             for tokens that another policy sampled (TRL's use_bias_correction_kl).
         entropy_weights: h, one per token, still multiplied by the mask. None means that the bonus
@@ -241,10 +244,10 @@ def fused_kepo_loss(
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.2,
     delta: float | None = None,
-    kl_coef: float = 0.0,
+    kl_coef: float | None = None,
     kl_estimator: str = "k3",
     kl_bias_correction: bool = False,
-    entropy_coef: float = 0.0,
+    entropy_coef: float | None = None,
     entropy_weights: Tensor | None = None,
     policy_loss: str | Callable[[Tensor, Tensor, Tensor], Tensor] = "clip",
     importance_level: str = "token",
@@ -452,10 +455,11 @@ def _objective(call: Call, policy: PolicyPart) -> _Objective:
     """Check the policy's arguments and weigh its terms."""
     weights, rewarded = call.weights(None, policy.weights, policy.reduction, policy.prefix)
     term = policy_term(call.check, policy, rewarded, call.hidden)
-    entropy_coef = float(policy.settings.entropy_coef)
+    entropy_coef = float(policy.settings.entropy_coef or 0.0)
     bonus_weights, with_bonus = weights, rewarded
     if policy.entropy_weights is not None:
         bonus_weights, with_bonus = call.weights(None, policy.entropy_weights, "sum", "entropy_")
+    policy.refuse_unused(call.check)
     active, rows = rewarded, term.alive
     if entropy_coef != 0.0:
         active, rows = active | with_bonus, rows | with_bonus

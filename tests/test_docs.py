@@ -43,6 +43,7 @@ def names() -> dict[str, object]:
         teacher_hidden=random(2, 5, 12),
         teacher_lm_head=random(37, 12),
         ids=torch.randint(37, (2, 5), generator=made),
+        targets=torch.randint(37, (2, 5), generator=made),
         advantages=random(2),
         rewards=torch.tensor([1.0, 0.0]),
         mask=torch.ones(2, 5),
@@ -50,22 +51,20 @@ def names() -> dict[str, object]:
         top_logprobs=random(2, 5, 5).log_softmax(-1)[..., :4],
         old_logprobs=-random(2, 5).abs(),
         vllm_logprobs=-random(2, 5).abs(),
-        tokens_of_all=10,
-        world_size=1,
+        tokens=8,
+        processes=1,
     )
 
 
 class Causal(torch.nn.Module):
-    """A model as transformers has them, whose backbone gives these states."""
+    """A model whose backbone gives these states."""
 
     def __init__(self, hidden: torch.Tensor):
         super().__init__()
-        self.base_model = torch.nn.Module()
-        self.base_model.forward = lambda use_cache, ids: (hidden,)
-        self.lm_head = torch.nn.Linear(hidden.shape[-1], 37, bias=False)
+        self.hidden, self.lm_head = hidden, torch.nn.Linear(hidden.shape[-1], 37, bias=False)
 
     def forward(self, ids):
-        return self.lm_head(self.base_model(use_cache=False, ids=ids)[0])
+        return self.lm_head(self.hidden)
 
 
 @pytest.mark.parametrize("page, code", python_blocks())
@@ -82,7 +81,7 @@ def test_python_in_the_pages_runs(page, code):
         ast.parse(code)
         return
     scope = names()
-    if "FusedHead" in code:
+    if "loss=lambda" in code:
         scope |= {"model": Causal(scope["hidden"]), "teacher": Causal(scope["teacher_hidden"])}
         for each in ("model", "teacher"):
             kepo_kernels.FusedHead.install(scope[each])

@@ -9,6 +9,7 @@ The loop is the same under `accelerate launch` with DDP, FSDP2 or DeepSpeed.
 from __future__ import annotations
 
 import argparse
+from itertools import islice
 
 import torch
 from accelerate import Accelerator
@@ -23,17 +24,19 @@ PROMPT, LENGTH, VOCABULARY = 2, 10, 32
 def train(accelerator, model, optimizer, batches):
     FusedHead.install(model)
     model, optimizer = accelerator.prepare(model, optimizer)
+    micro, batches = accelerator.gradient_accumulation_steps, iter(batches)
 
-    def loss_of(ids, mask, advantages):
-        tokens = accelerator.reduce(mask[:, 1:].sum(), reduction="mean")  # per process
+    def loss_of(tokens, ids, mask, advantages):
         how = dict(targets=ids[:, 1:], advantages=advantages, weights=mask[:, 1:] / tokens)
         return model(ids, loss=lambda hidden, head: fused_grpo_loss(hidden[:, :-1], head, **how))
 
-    for batch in batches:
-        with accelerator.accumulate(model):
-            accelerator.backward(loss_of(**batch))
-            optimizer.step()
-            optimizer.zero_grad()
+    while len(group := list(islice(batches, micro))) == micro:  # of one step
+        tokens = accelerator.reduce(sum(x["mask"][:, 1:].sum() for x in group), reduction="mean")
+        for batch in group:  # backward divides by micro
+            with accelerator.accumulate(model):
+                accelerator.backward(loss_of(tokens.clamp(min=1) / micro, **batch))
+                optimizer.step()
+                optimizer.zero_grad()
 
 
 # ---- end

@@ -23,7 +23,7 @@ class KepoTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         FusedHead.install(self.model)  # once; later calls change nothing
         labels, advantages, gate = (inputs.pop(x) for x in ("labels", "advantages", "gate"))
-        weights = (labels[:, 1:] != -100) / num_items_in_batch  # completion tokens of all processes
+        weights = (labels[:, 1:] != -100) / max(num_items_in_batch, 1)  # tokens of all processes
         with torch.no_grad():
             states = self.teacher.base_model(**inputs).last_hidden_state[:, :-1]
 

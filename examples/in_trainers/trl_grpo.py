@@ -1,6 +1,6 @@
 """KEPO in TRL's GRPOTrainer: a policy and a gated teacher, with tiny models, in half a minute.
 
-    pip install "kepo[trl]"
+    pip install '.[trl]'
     python examples/in_trainers/trl_grpo.py
     torchrun --nproc-per-node=2 examples/in_trainers/trl_grpo.py
 

@@ -59,8 +59,6 @@ def read_model(path: str | Path, dtype: torch.dtype, **settings: Any) -> Any:
     tensors.check_loaded(path, found)
     tensors.check_values(path, model)
     family_of(config).check(model)
-    if not family_of(config).model_types:  # it takes models of any make
-        conventions.check_logits(path, model)
     return model
 
 

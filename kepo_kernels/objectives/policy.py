@@ -18,6 +18,7 @@ from kepo_kernels.validate import (
     POLICY_LOSSES,
     Validator,
     describe,
+    on_cpu,
 )
 from kepo_kernels.weights import LARGEST_LOG_RATIO, per_token
 
@@ -30,10 +31,10 @@ class PolicySettings:
     epsilon_low: float
     epsilon_high: float
     delta: float | None
-    kl_coef: float
+    kl_coef: float | None
     kl_estimator: str
     kl_bias_correction: bool
-    entropy_coef: float
+    entropy_coef: float | None
     policy_loss: str | PolicyLoss
     importance_level: str
     sapo_temperature_pos: float
@@ -55,8 +56,12 @@ class PolicySettings:
             "entropy_coef": (lambda x: True, "a finite number"),
         }
         numbers: dict[str, Any] = {  # of fields that hold floats, which `replace` cannot see
-            name: check.number(name, getattr(self, name), *what) for name, what in wanted.items()
+            name: check.number(name, getattr(self, name), *what)
+            for name, what in wanted.items()
+            if getattr(self, name) is not None or name not in ("kl_coef", "entropy_coef")
         }
+        numbers.setdefault("kl_coef", 0.0)
+        numbers.setdefault("entropy_coef", 0.0)
         if self.delta is not None:
             least = 1.0 + numbers["epsilon_high"]
             expected = f"None or a number > 1 + epsilon_high = {least}"
@@ -180,6 +185,14 @@ class PolicyPart:
             **{f"{self.prefix}weights": self.weights},
         )
 
+    def refuse_unused(self, check: Validator) -> None:
+        """Refuse what belongs to a penalty or a bonus that was not asked for."""
+        if self.settings.kl_coef is None:
+            corrects = self.settings.kl_bias_correction or None
+            check.unused("kl_coef", ref_logprobs=self.ref_logprobs, kl_bias_correction=corrects)
+        if self.settings.entropy_coef is None:
+            check.unused("entropy_coef", entropy_weights=self.entropy_weights)
+
 
 @dataclass(frozen=True)
 class PolicyTerm:
@@ -227,6 +240,9 @@ def policy_term(check: Validator, given: PolicyPart, active: Tensor, hidden: Ten
         ref_logprobs=ref_logprobs,
         sampler_weights=sampler_weights,
     )
+    if sampler_weights is not None and on_cpu(sampler_weights):
+        bad = active & (sampler_weights < 0)
+        check.none_bad("sampler_weights", sampler_weights, bad, "values >= 0")
     by_sequence = settings.importance_level == "sequence" and len(lead) == 2
     alive = _alive(settings, by_sequence, active, advantages, sampler_weights)
     of_tokens = settings.of_tokens(check)
@@ -248,7 +264,7 @@ def policy_term(check: Validator, given: PolicyPart, active: Tensor, hidden: Ten
         loss = of_tokens(logprobs, log_ratio, advantage)
         if sampler_weights is not None:
             loss = loss * torch.where(live, sampler_weights[rows].to(dtype), 0)
-        if ref_logprobs is not None and settings.kl_coef != 0.0:
+        if ref_logprobs is not None and settings.kl_coef:
             difference = torch.where(live, ref_logprobs[rows].to(dtype) - logprobs, 0)
             estimate = ESTIMATORS[settings.kl_estimator](difference)
             if settings.kl_bias_correction:

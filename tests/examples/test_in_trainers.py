@@ -111,3 +111,61 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     whole = step_of(tmp_path, 8)
     for rank in range(2):
         assert far(torch.load(tmp_path / f"{rank}.pt"), whole) < 1e-6
+
+
+# ---- accelerate
+
+
+def loop_step(micro: int, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The weights after one step of SGD by the example's loop on 8 completions."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    for state in (AcceleratorState, GradientState):
+        state._reset_state()
+    example = load("accelerate_loop")
+    made = torch.Generator().manual_seed(0)
+    whole = dict(ids=torch.randint(1, 30, (8, 10), generator=made), mask=mask)
+    whole["advantages"] = torch.randn(8, generator=made)
+    places = torch.arange(8).chunk(micro)
+    batches = [{name: x[place] for name, x in whole.items()} for place in places]
+    model = example.tiny()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=micro)
+    example.train(accelerator, model, optimizer, batches)
+    return model.state_dict()
+
+
+def test_micro_batches_of_a_loop_are_one_batch():
+    """Where they have 8 and 36 tokens."""
+    mask = (torch.arange(10) < torch.tensor([3, 3, 3, 3, 10, 10, 10, 10])[:, None]).float()
+    whole = loop_step(1, mask)
+    assert far(loop_step(2, mask), whole) < 1e-6
+    assert far(load("accelerate_loop").tiny().state_dict(), whole) > 1e-3
+
+
+def test_a_batch_without_a_token_of_the_loss_changes_nothing(tmp_path):
+    before = load("accelerate_loop").tiny().state_dict()
+    assert far(loop_step(2, torch.zeros(8, 10)), before) == 0.0
+    example = load("transformers_trainer")
+    trainer = example.trainer(str(tmp_path), **STEP, per_device_train_batch_size=8)
+    trainer.train_dataset = [
+        row | {"labels": torch.full_like(row["labels"], -100)} for row in trainer.train_dataset
+    ]
+    trainer.train()
+    assert far(trainer.model.state_dict(), example.tiny(0).state_dict()) == 0.0
+
+
+def test_the_trainers_bf16_reaches_the_loss(monkeypatch, tmp_path):
+    """The model's forward has been wrapped by then: autocast is on inside of the head."""
+    seen = []
+    example = load("transformers_trainer")
+    computed = example.fused_kepo_loss
+
+    def loss(*args, **kwargs):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return computed(*args, **kwargs)
+
+    monkeypatch.setattr(example, "fused_kepo_loss", loss)
+    example.trainer(str(tmp_path), **STEP, per_device_train_batch_size=8, bf16=True).train()
+    assert seen == [True]

@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import peft
+import transformers
 import two_processes
 from tiny_heads import KINDS, batch, build, error, gradients, plain_numbers
 
@@ -210,6 +211,10 @@ def test_a_forward_of_another_hand_is_kept_and_given_back():
     theirs, logits = model.lm_head.forward, model(x["ids"]).logits
     handle = FusedHead.install(model)
     assert torch.equal(model(x["ids"]).logits, logits)
+    with pytest.raises(
+        KepoInputError, match=r"^FusedHead: the forward of the LM head has been rep"
+    ):
+        by_model(model, numbers_upstream, x)
     handle.remove()
     assert model.lm_head.forward is theirs
 
@@ -250,6 +255,45 @@ def test_accelerate_wraps_and_unwraps_it():
         handle.remove()
         assert bare is model and exact == pytest.approx(float(plain(model, x)), rel=1e-5)
     assert rounded != exact
+
+
+@pytest.mark.parametrize("first", ["install", "prepare"])
+def test_accelerates_autocast_reaches_the_loss_in_either_order(first):
+    accelerate = pytest.importorskip("accelerate")
+    model, x = build("untied"), batch()
+    exact = value_and_gradients(model, lambda: plain(model, x))
+    if first == "install":
+        FusedHead.install(model)
+    model = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    accelerate.state.AcceleratorState._reset_state(True)
+    FusedHead.install(model)
+    assert model(x["ids"], loss=lambda hidden, head: torch.is_autocast_enabled("cpu"))
+    theirs = value_and_gradients(model, lambda: plain(model, x))
+    ours = value_and_gradients(model, lambda: by_model(model, numbers_upstream, x))
+    assert error(ours, exact) > 1e-4 and error(ours, theirs) <= 2 * error(theirs, exact)
+
+
+@pytest.mark.parametrize("first", ["install", "offload"])
+@pytest.mark.parametrize("kind", ["untied", "bias", "lora"])
+def test_a_head_that_accelerate_has_offloaded(kind, first):
+    """Its weights are there inside of a forward that accelerate has put around the layer's."""
+    accelerate = pytest.importorskip("accelerate")
+    model, x = build(kind), batch()
+    with torch.no_grad():
+        expected = float(plain(model, x))
+    if first == "install":
+        FusedHead.install(model)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    handle = FusedHead.install(model)
+    with torch.no_grad():
+        assert float(by_model(model, numbers_upstream, x)) == pytest.approx(expected, rel=1e-6)
+        assert float(plain(model, x)) == pytest.approx(expected, rel=1e-6)
+        with pytest.raises(KepoInputError, match=r"lm_head.weight is on meta, as accelerate"):
+            head_of(model)
+        handle.remove()
+        assert float(plain(model, x)) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(TypeError):
+        by_head(model, numbers_upstream, x)
 
 
 # ------------------------------------------------------------------------------------------ PEFT
@@ -455,3 +499,140 @@ def test_what_is_refused_at_once():
     model.lm_head.weight.ds_id, model.lm_head.weight.data = 3, torch.empty(0)
     with pytest.raises(KepoInputError, match=r"^FusedHead: the head's weight is sharded inside"):
         model(batch()["ids"], loss=lambda hidden, head: None)
+
+
+# ----------------------------------------------------------- a forward that does more than multiply
+
+WIDE = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    is_decoder=True,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+TRANSFORMING = {
+    "BertLMHeadModel": ("BertConfig", {}),
+    "RobertaForCausalLM": ("RobertaConfig", {}),
+    "RoFormerForCausalLM": ("RoFormerConfig", {}),
+    "ElectraForCausalLM": ("ElectraConfig", dict(embedding_size=16)),
+    "ModernBertDecoderForCausalLM": (
+        "ModernBertDecoderConfig",
+        dict(cls_token_id=1, sep_token_id=2),
+    ),
+}
+
+
+def other(name: str, config: str, **settings):
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, config)(**settings)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.skipif(not hasattr(transformers, "MiniCPM3Config"), reason="an older transformers")
+def test_a_factor_that_the_states_have_is_counted_once():
+    from test_model_heads import build
+
+    model, x = build("divisor of MiniCPM"), batch()
+    FusedHead.install(model)
+    assert model(x["ids"], loss=lambda hidden, head: head.logit_scale) == 1.0
+    assert head_of(model).logit_scale == 0.25
+    assert_equals_plain(model, x)
+
+
+def encoder_decoder(name: str = "Bart", **settings):
+    sizes = dict(vocab_size=61, d_model=32, pad_token_id=0, decoder_start_token_id=0)
+    if name == "Bart":
+        sizes |= dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2)
+        sizes |= dict(decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32)
+    else:
+        sizes |= dict(d_kv=16, d_ff=48, num_layers=1, num_heads=2)
+    return other(f"{name}ForConditionalGeneration", f"{name}Config", **sizes, **settings)
+
+
+@pytest.mark.parametrize("name", TRANSFORMING)
+def test_the_states_are_those_that_arrive_at_the_head(name):
+    """Which are not the last of the backbone: `head_of` alone would be another model."""
+    config, settings = TRANSFORMING[name]
+    model, x = other(name, config, **WIDE | settings), batch()
+    with pytest.raises(KepoInputError, match=f"^head_of: the forward of {name} changes the last"):
+        head_of(model)
+    FusedHead.install(model)
+    expected = value_and_gradients(model, lambda: plain(model, x))
+    found = value_and_gradients(model, lambda: by_model(model, numbers_upstream, x))
+    assert error(found, expected, least=1e-2) <= 5 * TOLERANCE  # biases of keys have no gradient
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_encoder_and_a_decoder(tied):
+    model, x = encoder_decoder("T5", tie_word_embeddings=tied), batch()
+    inputs = dict(input_ids=x["ids"], decoder_input_ids=x["targets"])
+
+    def expected():
+        numbers = plain_numbers(model(**inputs).logits, x["targets"])
+        return sum((each * u).sum() for each, u in zip(numbers, x["upstream"], strict=True))
+
+    oracle = value_and_gradients(model, expected)
+    FusedHead.install(model)
+    found = value_and_gradients(
+        model, lambda: model(**inputs, loss=lambda h, head: numbers_upstream(h, head, x))
+    )
+    assert error(found, oracle) <= 5 * TOLERANCE
+
+
+def test_what_is_done_to_the_logits_later_is_refused():
+    """A bias in a buffer, which is 0 in most models: those are right."""
+    ids = batch()["ids"]
+    for bias in (0.0, 0.01):
+        model = encoder_decoder()
+        model.final_logits_bias[0, 3] = bias
+        FusedHead.install(model)
+        for call in (
+            lambda model=model: head_of(model.train()),
+            lambda model=model: model(ids, decoder_input_ids=ids, loss=lambda hidden, head: 1),
+        ):
+            if bias:
+                says = "the forward of BartForConditionalGeneration does more to the logits"
+                with pytest.raises(KepoInputError, match=says):
+                    call()
+            else:
+                call()
+
+
+def test_a_loss_that_was_not_used_is_an_error():
+    class Elsewhere(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, again=0, **kwargs):
+            hidden = self.model(input_ids).last_hidden_state
+            for _ in range(again):
+                self.lm_head(hidden)
+            return hidden
+
+    model, ids = Elsewhere(build("untied").config), batch()["ids"]
+    FusedHead.install(model)
+    with pytest.raises(KepoInputError, match=r"^FusedHead: the forward of Elsewhere has not"):
+        model(ids, loss=lambda hidden, head: 1)
+    with pytest.raises(KepoInputError, match=r"^FusedHead: the forward of the model calls its LM "):
+        model(ids, again=2, loss=lambda hidden, head: 1)
+    with pytest.raises(KepoInputError, match=r"^FusedHead: losss is a function; expected it as"):
+        model(ids, losss=lambda hidden, head: 1)
+
+
+def test_a_loss_may_call_models_itself():
+    """A teacher that takes a loss itself, and the head, whose plain call is not the loss's."""
+    model, teacher, x = build("untied"), build("scale", seed=5), batch()
+    for one in (model, teacher):
+        FusedHead.install(one)
+
+    def loss(hidden, head):
+        states = teacher(x["ids"], loss=lambda hidden, head: hidden)
+        return states, model.lm_head(hidden), teacher(x["ids"]).logits
+
+    states, logits, of_teacher = model(x["ids"], loss=loss)
+    assert torch.equal(states, teacher.model(x["ids"]).last_hidden_state)
+    assert torch.equal(logits, model(x["ids"]).logits)
+    assert torch.equal(of_teacher, teacher(x["ids"]).logits)

@@ -13,7 +13,7 @@ from fused_in_two import DDP, LAYOUTS, Case, take, take_all
 from tiny_heads import batch, build, error
 from two_processes import run_pair
 
-from kepo_kernels import FusedHead
+from kepo_kernels import FusedHead, KepoInputError
 
 TOLERANCE = 1e-6
 WHOLE = [
@@ -88,6 +88,39 @@ def test_mixed_precision_of_fsdp2(process_group):
     logits = model(input_ids=x["ids"]).logits
     ours = model(input_ids=x["ids"], loss=lambda states, head: states @ head.weight.T)
     assert torch.equal(logits, ours)
+
+
+class Around(torch.nn.Module):
+    """A model whose head is in a part of it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.part = model
+
+    def get_output_embeddings(self):
+        return self.part.lm_head
+
+    def forward(self, input_ids):
+        return self.part(input_ids).logits
+
+
+def test_a_sharded_part_around_the_head_is_refused(process_group):
+    """Its backward would read weights that have been let go of."""
+    from torch.distributed.fsdp import fully_shard
+
+    ids = batch()["ids"]
+    for sharded in (False, True):
+        model = Around(build("untied"))
+        for part in (model.part.lm_head, *[model.part] * sharded, model):
+            fully_shard(part)
+        FusedHead.install(model)
+        if sharded:
+            with pytest.raises(
+                KepoInputError, match=r"^FusedHead: the LM head is part of part, wh"
+            ):
+                model(ids, loss=lambda states, head: states.sum())
+        else:
+            model(ids, loss=lambda states, head: states.sum()).backward()
 
 
 # ---- ZeRO-3 ----

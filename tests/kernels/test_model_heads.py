@@ -110,8 +110,8 @@ def test_a_head_without_what_the_model_does_is_seen(kind):
 
 def test_a_divisor_taken_for_a_factor_is_seen(monkeypatch):
     monkeypatch.setattr(heads, "DIVIDES", ())
-    model = build("divisor of Granite")
-    assert not equal(*both(model, head_of(model)))
+    with pytest.raises(KepoInputError, match="GraniteForCausalLM does more to the logits of"):
+        head_of(build("divisor of Granite"))
 
 
 def test_a_setting_that_the_forward_does_not_read_is_no_cap():

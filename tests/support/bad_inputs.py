@@ -217,6 +217,26 @@ BAD_SETTINGS = {
         ["kl_coef=-1.0"],
     ),
     "kl_coef without reference": (POLICY, {"kl_coef": 0.1}, ["kl_coef=0.1 needs ref_logprobs"]),
+    "a reference without kl_coef": (
+        POLICY,
+        {"ref_logprobs": PROBLEM.ref_logprobs},
+        ["ref_logprobs is given without kl_coef and would have no effect"],
+    ),
+    "kl_bias_correction without kl_coef": (
+        POLICY,
+        {"kl_bias_correction": True},
+        ["kl_bias_correction is given without kl_coef and would have no effect"],
+    ),
+    "entropy_weights without entropy_coef": (
+        POLICY,
+        {"entropy_weights": torch.ones(BATCH, LENGTH)},
+        ["entropy_weights is given without entropy_coef and would have no effect"],
+    ),
+    "sampler_weights negative": (
+        POLICY,
+        {"sampler_weights": at(torch.ones(BATCH, LENGTH), (1, 0), -0.5)},
+        ["sampler_weights holds -0.5 at [1, 0]; expected values >= 0"],
+    ),
     "kl_bias_correction 1": (
         POLICY,
         {"kl_bias_correction": 1},

@@ -53,9 +53,13 @@ Arguments = dict[str, object]
 
 
 def arguments(loss: str, problem: Problem, options: str = "", **settings: object) -> Arguments:
-    """A call: the tensors the loss requires, those of `problem` named in `options`, settings."""
+    """A call: the tensors the loss requires, those of `problem` named in `options`, settings.
+
+    A reference without a coefficient is refused; here it has one of 0.
+    """
     names = (*TENSORS[loss], *options.split())
-    return {name: getattr(problem, name) for name in names} | settings
+    unread = {"kl_coef": 0.0} if "ref_logprobs" in names else {}
+    return {name: getattr(problem, name) for name in names} | unread | settings
 
 
 def flat(call: Arguments) -> Arguments:

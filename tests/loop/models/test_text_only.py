@@ -153,7 +153,7 @@ def test_logits_that_the_head_does_not_make_are_refused(maker, dtype, tmp_path, 
         return out
 
     monkeypatch.setattr(kind, "forward", louder)
-    with pytest.raises(KepoCheckpointError, match=f"logits of {maker}ForCausalLM are not what its"):
+    with pytest.raises(KepoCheckpointError, match=f"forward of {maker}ForCausalLM does more to"):
         VLM.load(tmp_path, dtype=dtype)
 
 
