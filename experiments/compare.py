@@ -31,9 +31,10 @@ from experiments.report import write_report
 from experiments.results import Results, Run
 from kepo.config import Config
 from kepo.data.load import load_omnimedvqa
-from kepo.digits.demo import SOURCE, Demo, cached, make_data, make_teacher
+from kepo.digits.demo import SOURCE, Demo, make_data, make_teacher
 from kepo.errors import KepoConfigError, command
 from kepo.flags import command_line
+from kepo.miniature.stages import cached
 from kepo.words import at_home
 
 WARMUP_LR = 1e-3
@@ -143,7 +144,7 @@ def fingerprint(settings: Compare, seed: int, method: str) -> str:
 
 def _warm_up(settings: Compare, seed: int, target: Path, data: Path) -> None:
     from kepo.digits.tiny import build_tiny
-    from kepo.digits.warm_up import train_supervised
+    from kepo.miniature.warm_up import train_supervised
     from kepo.models.vlm import VLM
 
     setting = SETTINGS[settings.setting]

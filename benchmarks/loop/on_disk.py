@@ -18,7 +18,8 @@ import torch
 
 from benchmarks.loop.problem import HEAD_SIZE, Size, image_processor, picture
 from kepo.data.load import load_examples
-from kepo.digits.tiny import CONTROL_TOKENS, build_tokenizer
+from kepo.digits.tiny import build_tokenizer
+from kepo.miniature.tiny_models import CONTROL_TOKENS
 from kepo.models.encoding import Encoder
 from kepo.models.families.family import TinySize
 from kepo.models.families.qwen3_vl import PATCH, tiny_config

@@ -14,10 +14,9 @@ pytest.importorskip("transformers")
 from toy import TASK, hint_request, hinted_prompt, question_prompt, worked_answer
 
 from kepo.data.load import load_omnimedvqa
-from kepo.digits import warm_up
 from kepo.digits.dataset import write_digits
 from kepo.digits.tiny import build_tiny
-from kepo.digits.warm_up import (
+from kepo.miniature.warm_up import (
     _loss,
     _sample,
     _schedule,
