@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kepo.errors import KepoDataError, KepoPackageError
+from kepo.errors import KepoDataError, packages_named
 
 FOLDER = "datasets/data"
 """Where nilearn keeps the volumes, inside the package."""
@@ -125,9 +125,10 @@ def read_brain() -> Brain:
 
     Raises KepoPackageError if nilearn is not installed, KepoDataError if its volumes are others.
     """
-    found = importlib.util.find_spec("nilearn")
-    if found is None or not found.submodule_search_locations:
-        raise KepoPackageError("kepo demo --scans needs nilearn: pip install 'kepo[scans]'")
+    with packages_named("kepo demo --scans"):
+        found = importlib.util.find_spec("nilearn")
+        if found is None or not found.submodule_search_locations:
+            raise ModuleNotFoundError("No module named 'nilearn'", name="nilearn")
     folder = Path(found.submodule_search_locations[0]) / FOLDER
     return Brain(*(_volume(folder / FILES.format(name)) for name in ("t1", "gm", "wm")))
 

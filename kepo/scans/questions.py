@@ -60,15 +60,18 @@ class Places:
 
     def __init__(self, brain: Brain, split: str):
         self.inside = brain.inside
-        first, end = BANDS[split]
-        band = np.zeros(SHAPE, bool)
-        band[:, first:end] = True
-        self.all = np.argwhere(self.inside & band)
-        self.of_tissue = [np.argwhere((brain.share(name) >= PURE) & band) for name in TISSUES]
+        band = slice(*BANDS[split])
+        self.all = self._in(band, self.inside[:, band])
+        self.of_tissue = [self._in(band, brain.share(t)[:, band] >= PURE) for t in TISSUES]
         x, _, z = self.all.T
         self.of_side = [self.all[x <= MIDDLE - CLEAR], self.all[x >= MIDDLE + CLEAR]]
         low, high = VENTRICLES
         self.of_level = [self.all[z > high + CLEAR], self.all[z < low - CLEAR]]
+
+    @staticmethod
+    def _in(band: slice, there: np.ndarray) -> np.ndarray:
+        """Return the voxels of the whole brain that are True in a part of it."""
+        return np.argwhere(there) + (0, band.start, 0)
 
     def draw(self, among: np.ndarray, plane: str, rng: np.random.Generator) -> Place:
         """Return a random one of the places whose piece lies inside the volume and shows enough
