@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from kepo.check import check_settings
 from kepo.config import Config
@@ -201,8 +201,8 @@ def columns(
     """
     records = [record for record in read_metrics(root / "metrics.jsonl") if "eval" in record]
     before, after = (
-        accuracies({name: [float(x) for x in items] for name, items in record["eval_items"].items()})
-        for record in (records[0], records[-1])
+        accuracies({name: [float(x) for x in digits] for name, digits in found.items()})
+        for found in (records[place]["eval_items"] for place in (0, -1))
     )
     table = root / "accuracy.json"
     of_teacher = known_teacher(table, after)

@@ -10,10 +10,10 @@ import torch
 
 from kepo.data.load import Example
 from kepo.errors import KepoConfigError
+from kepo.miniature.warm_up import TASK, worked_hint
 from kepo.models.families.family import TinySize
 from kepo.models.families.processors import without_broken_torchvision
 from kepo.models.families.registry import FAMILIES
-from kepo.miniature.warm_up import TASK, worked_hint
 from kepo.rollout.prompts import hint_prompt, prompt_of
 
 CONTROL_TOKENS = (
@@ -59,20 +59,21 @@ def write_tiny(
 ) -> None:
     """Write a random fp32 model that ``VLM.load`` can read.
 
-    texts: what it will be asked and is to say; the tokenizer's words are theirs. family: a name in kepo.models.families.registry. The folder gets config, generation config,
-    safetensors, tokenizer and preprocessor files, as the released models of the family have them.
-    Sizes of equal texts share the tokenizer, hence the vocabulary. tied: output and input embedding are one
-    matrix. The same seed gives the same bits; the caller's random state is left as it was. Raises
+    texts: what it will be asked and is to say; the tokenizer's words are theirs. family: a name in
+    kepo.models.families.registry. The folder gets config, generation config, safetensors, tokenizer
+    and preprocessor files, as the released models of the family have them. Models of equal texts
+    share the tokenizer, hence the vocabulary. tied: output and input embedding are one matrix. The
+    same seed gives the same bits; the caller's random state is left as it was. Raises
     KepoConfigError for another size or family.
     """
     without_broken_torchvision()
     import transformers
 
     if size not in _SIZES:
-        raise KepoConfigError(f"build_tiny: size is {size!r}; expected one of {sorted(_SIZES)}")
+        raise KepoConfigError(f"write_tiny: size is {size!r}; expected one of {sorted(_SIZES)}")
     tinies = {name: one.tiny for name, one in FAMILIES.items() if one.tiny is not None}
     if family not in tinies:
-        raise KepoConfigError(f"build_tiny: family is {family!r}; expected one of {sorted(tinies)}")
+        raise KepoConfigError(f"write_tiny: family is {family!r}; expected one of {sorted(tinies)}")
     tiny, tokenizer = tinies[family], tokenizer_of(texts)
     tokenizer.add_tokens(list(tiny.control_tokens), special_tokens=True)
     config = tiny.config(tokenizer, _SIZES[size]._replace(tied=tied))

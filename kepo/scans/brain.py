@@ -95,7 +95,8 @@ class Brain:
         takes the darkest tissue to DARKEST and the brightest to BRIGHTEST.
         """
         if contrast == "T1":
-            signal, levels = self.t1.astype(np.float32), T1_LEVELS
+            levels: tuple[float, ...] = T1_LEVELS
+            signal = self.t1.astype(np.float32)
         else:
             levels = tuple(spin_echo(tissue, SIMULATED[contrast]) for tissue in TISSUES.values())
             signal = np.zeros(SHAPE, np.float32)
@@ -109,8 +110,8 @@ class Brain:
 def spin_echo(tissue: Tissue, times: Sequence) -> float:
     """Return the signal of a tissue as a share of that of fluid at full magnetisation.
 
-        M0 |1 - 2 exp(-TI / T1) [if inverted] + exp(-TR / T1)| exp(-TE / T2)     inverted
-        M0 (1 - exp(-TR / T1)) exp(-TE / T2)                                     otherwise
+    M0 |1 - 2 exp(-TI / T1) [if inverted] + exp(-TR / T1)| exp(-TE / T2)     inverted
+    M0 (1 - exp(-TR / T1)) exp(-TE / T2)                                     otherwise
     """
     recovered = math.exp(-times.repetition / tissue.t1)
     if times.inversion:

@@ -15,6 +15,7 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +32,9 @@ from kepo.miniature.stages import (
     run_stages,
 )
 from kepo.miniature.tiny_models import Size, texts_about, write_tiny
-from kepo.scans.questions import KINDS, MODALITIES, SOURCE
-from kepo.scans.schema import write_scans
+from kepo.report.command import write_report
+from kepo.scans.scan_files import write_scans
+from kepo.scans.scan_questions import KINDS, MODALITIES, SOURCE
 from kepo.words import at_home
 
 COMPLETION_TOKENS = 32
@@ -150,6 +152,10 @@ def report(study: Scans, made: Made) -> None:
     print_rows(f"greedy accuracy, {study.held_out} pieces", rows)
     print("PD, T2 and FLAIR are simulated; one average brain, no patients")
     print(f"\n{outputs(root)}")
+    if find_spec("jinja2") and find_spec("plotly"):
+        print(f"page with the pictures: {write_report([root])}")
+    else:
+        print(f"page with the pictures: pip install 'kepo[report]', then kepo report {root}")
 
 
 def by_cell(asked: Sequence[Example], items: dict[str, list[float]]) -> dict[str, float]:

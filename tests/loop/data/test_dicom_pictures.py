@@ -7,11 +7,11 @@ import pytest
 import quirks
 from PIL import Image
 
-pydicom = pytest.importorskip("pydicom")
+pytest.importorskip("pydicom")
 pytest.importorskip("data_store", reason="the package pydicom-data")
 
-from pydicom.data import get_testdata_file
-from pydicom.pixels import apply_color_lut, apply_modality_lut
+import pydicom.data
+from pydicom import pixels
 
 from kepo.__main__ import main
 from kepo.data.images import looks_of, open_rgb
@@ -22,7 +22,7 @@ WHITE_IS_ZERO = {262: 0}
 
 
 def scan(name: str) -> tuple[pydicom.Dataset, np.ndarray]:
-    file = get_testdata_file(name, download=False)
+    file = pydicom.data.get_testdata_file(name, download=False)
     assert file is not None, f"pydicom-data has no {name}"
     scanned = pydicom.dcmread(file)
     return scanned, scanned.pixel_array
@@ -36,7 +36,7 @@ def first(value) -> float:
 def windowed(scanned: pydicom.Dataset, values: np.ndarray) -> np.ndarray:
     """Grey from 0 to 255 by the window in the file, written out (DICOM PS3.3, C.11.2.1.2)."""
     centre, width = first(scanned.WindowCenter), first(scanned.WindowWidth)
-    grey = (apply_modality_lut(values, scanned) - (centre - 0.5)) / (width - 1) + 0.5
+    grey = (pixels.apply_modality_lut(values, scanned) - (centre - 0.5)) / (width - 1) + 0.5
     return 255 * grey.clip(0, 1)
 
 
@@ -86,8 +86,8 @@ def test_monochrome1_is_shown_with_zero_as_white(tmp_path):
 def test_a_palette_is_looked_up(tmp_path):
     scanned, values = scan("OBXXXX1A.dcm")
     assert scanned.PhotometricInterpretation == "PALETTE COLOR"
-    wanted = (apply_color_lut(values, scanned) >> 8).astype(np.uint8)
-    palette = apply_color_lut(np.arange(256, dtype=np.uint8)[None], scanned) >> 8
+    wanted = (pixels.apply_color_lut(values, scanned) >> 8).astype(np.uint8)
+    palette = pixels.apply_color_lut(np.arange(256, dtype=np.uint8)[None], scanned) >> 8
     image = Image.fromarray(values).convert("P")
     image.putpalette(palette.astype(np.uint8).tobytes())
     image.save(tmp_path / "x.png")
@@ -97,7 +97,7 @@ def test_a_palette_is_looked_up(tmp_path):
 def test_numbers_below_zero_are_refused_by_name(tmp_path):
     """A CT in Hounsfield units has no white until somebody chooses a window."""
     scanned, values = scan("CT_small.dcm")
-    units = apply_modality_lut(values, scanned)
+    units = pixels.apply_modality_lut(values, scanned)
     assert units.min() < 0
     Image.fromarray(units.astype(np.int32)).save(tmp_path / "x.tif")
     with pytest.raises(KepoDataError, match=r"x\.tif: .*no agreed white; save it with 8 bits"):

@@ -16,6 +16,9 @@ from toy import TASK, hint_request, hinted_prompt, question_prompt, worked_answe
 from kepo.data.load import load_omnimedvqa
 from kepo.digits.dataset import write_digits
 from kepo.digits.tiny import build_tiny
+from kepo.errors import KepoConfigError, KepoDataError
+from kepo.evaluation.answers import greedy_scores, means, summary
+from kepo.miniature import warm_up
 from kepo.miniature.warm_up import (
     _loss,
     _sample,
@@ -23,8 +26,6 @@ from kepo.miniature.warm_up import (
     train_supervised,
     worked_hint,
 )
-from kepo.errors import KepoConfigError, KepoDataError
-from kepo.evaluation.answers import greedy_scores, means, summary
 from kepo.models.encoding import Prompt
 from kepo.models.vlm import VLM
 from kepo_kernels import fused_linear_loss

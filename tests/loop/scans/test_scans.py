@@ -18,8 +18,8 @@ from kepo.miniature.tiny_models import texts_about
 from kepo.miniature.warm_up import TASK, worked_hint
 from kepo.scans.brain import SIMULATED, TISSUES, read_brain, spin_echo
 from kepo.scans.crops import BANDS, COLUMN, CROP, ROW, cut, spans
-from kepo.scans.questions import BRIGHTNESS, KINDS, MODALITIES, SOURCE, Places, kinds_in
-from kepo.scans.schema import write_scans
+from kepo.scans.scan_files import write_scans
+from kepo.scans.scan_questions import BRIGHTNESS, KINDS, MODALITIES, SOURCE, Places, kinds_in
 from kepo.scans.study import Scans, build, by_cell, of_modality, run, unseen
 
 COUNTS = {"train": 8, "validation": 8, "test": 8}
@@ -160,8 +160,8 @@ def test_hints_name_no_option_and_every_word_is_known(data, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    longest = max(len(tokenizer(text).input_ids) for text in (TASK.worked_answer(e) for e in examples))
-    assert longest <= 24
+    said = [tokenizer(TASK.worked_answer(example)).input_ids for example in examples]
+    assert max(map(len, said)) <= 24
     assert texts_about(examples[:1])[2] == examples[0].rationale
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from kepo.data.example import LETTERS
-from kepo.scans.brain import Brain, read_brain
+from kepo.scans.brain import read_brain
 from kepo.scans.crops import cut, drawn
-from kepo.scans.questions import KINDS, MODALITIES, Places, kinds_in
+from kepo.scans.scan_questions import KINDS, MODALITIES, Places, kinds_in
 
 
 def write_scans(root: str | Path, counts: dict[str, int], seed: int = 0) -> None:
@@ -57,7 +57,9 @@ def _write_modality(
                 "question": asked.text,
                 "gt_answer": answer,
                 "image_path": (images / name).as_posix(),
-                **{f"option_{letter}": o for letter, o in zip(LETTERS, asked.options, strict=False)},
+                **{
+                    f"option_{letter}": o for letter, o in zip(LETTERS, asked.options, strict=False)
+                },
                 "modality_type": modality,
                 "rationale": f"{asked.because} = {answer}",
             }

@@ -30,6 +30,7 @@ PURE = 205
 SEEN = 0.5
 """The least part of a piece that shows brain."""
 
+
 class Asked(NamedTuple):
     """A question about one piece, before it is drawn."""
 
