@@ -18,6 +18,7 @@ from places import ROOT
 
 import kepo_kernels
 from experiments.compare import Compare
+from experiments.scans import Seeds
 from kepo.__main__ import COMMANDS
 from kepo.config import Config
 from kepo.digits.demo import Demo
@@ -27,6 +28,7 @@ from kepo.evaluation.report import Evaluation
 from kepo.export import Export
 from kepo.planner.plan import Arguments
 from kepo.report.command import ReportFlags
+from kepo.scans.study import Scans
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.validate import ENGINE_SETTINGS
 
@@ -34,7 +36,7 @@ PACKAGES = ("kepo", "kepo_kernels", "experiments")
 VARIABLES = {*LAUNCH, "LOCAL_RANK"}
 SETTINGS = {
     field.name
-    for kind in (Config, Demo, Evaluation, Export, Arguments, ReportFlags, Compare)
+    for kind in (Config, Demo, Evaluation, Export, Arguments, ReportFlags, Compare, Scans, Seeds)
     for field in dataclasses.fields(kind)
 } | {*ENGINE_SETTINGS}
 VERLS = {  # settings of verl's configuration, where kepo_kernels.integrations.verl is used

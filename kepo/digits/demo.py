@@ -6,6 +6,9 @@ Everything is made on the spot from scikit-learn's scans and kept under `root`. 
 interruption, the same command continues where it stopped. The student is warmed up and then trained
 on only one rendering of the digits; the table shows what that does for the seven it has never seen
 (the single-source protocol of the paper, in miniature).
+
+With --scans, the same is done on slices of a brain, with settings of its own: kepo demo --scans
+--help lists them.
 """
 
 from __future__ import annotations

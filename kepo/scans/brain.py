@@ -94,17 +94,20 @@ class Brain:
         signal = sum over tissues of share * spin_echo(tissue), or T1 as it was measured; the window
         takes the darkest tissue to DARKEST and the brightest to BRIGHTEST.
         """
+        inside = self.inside
         if contrast == "T1":
             levels: tuple[float, ...] = T1_LEVELS
-            signal = self.t1.astype(np.float32)
+            signal = self.t1[inside].astype(np.float32)
         else:
             levels = tuple(spin_echo(tissue, SIMULATED[contrast]) for tissue in TISSUES.values())
-            signal = np.zeros(SHAPE, np.float32)
+            signal = np.zeros(np.count_nonzero(inside), np.float32)
             for name, level in zip(TISSUES, levels, strict=True):
-                signal += np.float32(level / 255) * self.share(name)
+                signal += np.float32(level / 255) * self.share(name)[inside]
         low, high = min(levels), max(levels)
-        grey = DARKEST + (signal - low) * np.float32((BRIGHTEST - DARKEST) / (high - low))
-        return np.where(self.inside, grey.round().clip(0, 255), 0).astype(np.uint8)
+        grey = np.zeros(SHAPE, np.uint8)
+        scale = np.float32((BRIGHTEST - DARKEST) / (high - low))
+        grey[inside] = (DARKEST + (signal - np.float32(low)) * scale).round().clip(0, 255)
+        return grey
 
 
 def spin_echo(tissue: Tissue, times: Sequence) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 from kepo.data.example import LETTERS
 from kepo.scans.brain import read_brain
 from kepo.scans.crops import cut, drawn
-from kepo.scans.scan_questions import KINDS, MODALITIES, Places, kinds_in
+from kepo.scans.scan_questions import BRIGHTNESS, KINDS, MODALITIES, Places, kinds_in
 
 
 def write_scans(root: str | Path, counts: dict[str, int], seed: int = 0) -> None:
@@ -21,7 +21,7 @@ def write_scans(root: str | Path, counts: dict[str, int], seed: int = 0) -> None
     such as "T1, bright mark = white matter". Raises as `read_brain` does.
     """
     brain = read_brain()
-    shown = {contrast: brain.shown(contrast) for contrast, _ in MODALITIES.values()}
+    shown = {contrast: brain.shown(contrast) for contrast in BRIGHTNESS}
     for place, (split, count) in enumerate(counts.items()):
         places = Places(brain, split)
         for index, modality in enumerate(MODALITIES):

@@ -63,13 +63,13 @@ class Scans:
     """Held-out questions per modality."""
     held_out: Literal["validation", "test"] = "test"
     """The held-out part of the brain that is asked about. Settings were chosen on validation."""
-    teacher_steps: int = 500
+    teacher_steps: int = 600
     """Supervised steps of the teacher, on all modalities."""
     warmup_steps: int = 120
     """Supervised steps of the student, on axial T1."""
     supervised_batch: int = 32
     """Answers per supervised step."""
-    supervised_lr: float = 1e-3
+    supervised_lr: float = 2e-3
     """Peak learning rate of supervised training."""
     hint_fraction: float = 0.4
     """Share of supervised answers that are about hints."""

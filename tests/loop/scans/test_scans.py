@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ pytest.importorskip("transformers")
 from kepo.__main__ import main
 from kepo.data.images import looks_of
 from kepo.data.load import load_omnimedvqa
+from kepo.evaluation.statistics import students_t
 from kepo.miniature.tiny_models import texts_about
 from kepo.miniature.warm_up import TASK, worked_hint
 from kepo.scans.brain import SIMULATED, TISSUES, read_brain, spin_echo
-from kepo.scans.crops import BANDS, COLUMN, CROP, ROW, cut, spans
+from kepo.scans.crops import BANDS, COLUMN, CROP, PLANES, ROW, cut, spans
 from kepo.scans.scan_files import write_scans
 from kepo.scans.scan_questions import BRIGHTNESS, KINDS, MODALITIES, SOURCE, Places, kinds_in
 from kepo.scans.study import Scans, build, by_cell, of_modality, run, unseen
@@ -77,12 +79,21 @@ def test_pure_tissue_is_as_bright_as_the_worked_answers_say(brain, contrast):
 # ---- where pieces lie
 
 
+def shown_by(split: str) -> tuple[int, int]:
+    """The first and the last place, from back to front, that a piece of the split may show."""
+    seen = set()
+    for plane in PLANES:
+        for y in (BANDS[split][0], BANDS[split][1] - 1):
+            along = spans(plane, (80, y, 90)).get(1, slice(y, y + 1))
+            seen |= {along.start, along.stop - 1}
+    return min(seen), max(seen)
+
+
 def test_no_two_splits_share_a_voxel():
-    """Along the axis that tells them apart; a piece reaches CROP at most to either side."""
-    for split, (first, end) in BANDS.items():
-        for other, (start, _) in BANDS.items():
-            if start > first:
-                assert start - (end - 1) > CROP - 1, f"{split} and {other}"
+    in_order = sorted(BANDS, key=lambda split: BANDS[split])
+    for behind, before in pairwise(in_order):
+        assert BANDS[before][0] - BANDS[behind][1] >= CROP, "the guard band"
+        assert shown_by(behind)[1] < shown_by(before)[0], f"{behind} and {before}"
 
 
 @pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal"])
@@ -137,19 +148,15 @@ def test_the_loader_reads_what_the_check_finds_nothing_wrong_with(data, capsys):
     assert all(Image.open(e.images[0]).size == (64, 64) for e in examples)
 
 
-def test_a_picture_in_two_splits_would_be_reported(data, tmp_path, capsys):
-    write_scans(tmp_path, {"train": 8})
-    assert main(["data", "check", str(data / "train"), "--against", str(tmp_path / "train")]) == 1
-    assert "48 images are in both by content" in capsys.readouterr().out
-
-
-def test_the_same_seed_gives_the_same_pictures(data, tmp_path):
+def test_the_same_seed_gives_the_same_pictures_and_the_check_reports_them(data, tmp_path, capsys):
     write_scans(tmp_path, {"train": 8})
     seen = [
         {look.digest for look in looks_of((root / "train").rglob("*.png")).values()}
         for root in (data, tmp_path)
     ]
     assert seen[0] == seen[1] and len(seen[0]) == 48
+    assert main(["data", "check", str(data / "train"), "--against", str(tmp_path / "train")]) == 1
+    assert "48 images are in both by content" in capsys.readouterr().out
 
 
 def test_hints_name_no_option_and_every_word_is_known(data, tmp_path):
@@ -192,3 +199,22 @@ def test_the_command_chooses_the_brain(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["demo", "--scans", "--help"])
     assert "one average brain" in capsys.readouterr().out
+
+
+def test_the_verdict_is_a_t_interval_over_seeds(tmp_path):
+    from experiments.scans import _write, lines
+
+    cells = {f"{name}: Tissue": 0.5 for name in MODALITIES}
+    found = {
+        seed: {"before": cells, "teacher": cells, "after": {name: 0.5 + gain for name in cells}}
+        for seed, gain in ((1, 0.1), (2, 0.2), (3, 0.3))
+    }
+    gains = [unseen(one["after"]) - unseen(one["before"]) for one in found.values()]
+    interval = students_t(gains)
+    assert interval.mean == pytest.approx(0.2)
+    assert interval.low == pytest.approx(0.2 - 4.303 * 0.1 / 3**0.5, abs=1e-3)
+    assert lines(found, interval)[-1].endswith("not told from 0")
+    assert "above 0" in lines(found, students_t([0.2, 0.2, 0.21]))[-1]
+    _write(tmp_path / "x.csv", found)
+    rows = (tmp_path / "x.csv").read_text().splitlines()
+    assert len(rows) == 1 + 3 * 6 and rows[1] == "1,T1 axial,Tissue,0.5000,0.6000,0.5000"
