@@ -19,11 +19,13 @@ from pathlib import Path
 from kepo.errors import KepoConfigError, command
 from kepo.evaluation.statistics import Interval, students_t
 from kepo.flags import command_line
-from kepo.scans.scan_questions import MODALITIES
+from kepo.scans.scan_questions import MODALITIES, SOURCE
 from kepo.scans.study import Scans, of_modality, run, unseen
 from kepo.words import at_home
 
 MOMENTS = ("before", "after", "teacher")
+Found = dict[int, dict[str, dict[str, float]]]
+"""By seed what accuracy.json holds: accuracies by moment and "modality: type"."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Seeds:
     root: str = "runs/scans-seeds"
     """Folder of the runs."""
     out: str = "experiments/scans.csv"
-    """The file of the results: a row for each seed, modality and type of question."""
+    """The file of the results: a row for each seed, modality and type of question. Beside it a
+    picture of the same name is written."""
 
 
 def run_seeds(settings: Seeds, study: Scans | None = None) -> Interval:
@@ -44,7 +47,7 @@ def run_seeds(settings: Seeds, study: Scans | None = None) -> Interval:
     settings = at_home(settings, "root", "out")
     if len({*settings.seeds}) < 2 or len({*settings.seeds}) < len(settings.seeds):
         raise KepoConfigError(f"seeds={settings.seeds}; expected two or more different ones")
-    found = {}
+    found: Found = {}
     for seed in settings.seeds:
         root = Path(settings.root) / f"seed-{seed}"
         asked = replace(study or Scans(), root=str(root), seed=seed)
@@ -53,11 +56,12 @@ def run_seeds(settings: Seeds, study: Scans | None = None) -> Interval:
         found[seed] = json.loads((root / "accuracy.json").read_text(encoding="utf-8"))
     _write(Path(settings.out), found)
     gain = students_t([unseen(one["after"]) - unseen(one["before"]) for one in found.values()])
+    draw(found, gain, Path(settings.out).with_suffix(".png"))
     print("\n".join(lines(found, gain)))
     return gain
 
 
-def lines(found: dict[int, dict[str, dict[str, float]]], gain: Interval) -> list[str]:
+def lines(found: Found, gain: Interval) -> list[str]:
     """Return the table of means over the seeds, and the verdict."""
 
     def mean(values: Sequence[float]) -> float:
@@ -73,7 +77,34 @@ def lines(found: dict[int, dict[str, dict[str, float]]], gain: Interval) -> list
     return text
 
 
-def _write(out: Path, found: dict[int, dict[str, dict[str, float]]]) -> None:
+def draw(found: Found, gain: Interval, out: Path) -> None:
+    """Write a picture: for each modality the mean before and after KEPO, a dot for each seed, and
+    the teacher's mean as a line."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    for place, name in enumerate(MODALITIES):
+        for moment, shift, colour in (("before", -0.2, "#b0b0b0"), ("after", 0.2, "#3b75af")):
+            values = [of_modality(one[moment], name) for one in found.values()]
+            axes.bar(place + shift, sum(values) / len(values), 0.36, color=colour, label=moment)
+            axes.plot([place + shift] * len(values), values, "k.", markersize=3)
+        best = [of_modality(one["teacher"], name) for one in found.values()]
+        axes.hlines(sum(best) / len(best), place - 0.4, place + 0.4, colors="k", label="teacher")
+    axes.set_xticks(range(len(MODALITIES)), [name.replace(" ", "\n") for name in MODALITIES])
+    axes.set(ylabel="greedy accuracy", ylim=(0, 1))
+    interval = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+    axes.set_title(f"trained on {SOURCE} alone; gain over the five unseen {interval}", fontsize=10)
+    handles, labels = axes.get_legend_handles_labels()
+    by_label = dict(zip(labels, handles, strict=True))
+    axes.legend(by_label.values(), by_label.keys(), ncols=3, frameon=False, fontsize=8)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def _write(out: Path, found: Found) -> None:
     with out.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["seed", "modality", "question_type", *MOMENTS])

@@ -202,7 +202,7 @@ def test_the_command_chooses_the_brain(capsys):
 
 
 def test_the_verdict_is_a_t_interval_over_seeds(tmp_path):
-    from experiments.scans import _write, lines
+    from experiments.scans import _write, draw, lines
 
     cells = {f"{name}: Tissue": 0.5 for name in MODALITIES}
     found = {
@@ -215,6 +215,8 @@ def test_the_verdict_is_a_t_interval_over_seeds(tmp_path):
     assert interval.low == pytest.approx(0.2 - 4.303 * 0.1 / 3**0.5, abs=1e-3)
     assert lines(found, interval)[-1].endswith("not told from 0")
     assert "above 0" in lines(found, students_t([0.2, 0.2, 0.21]))[-1]
+    draw(found, interval, tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").size == (880, 396)
     _write(tmp_path / "x.csv", found)
     rows = (tmp_path / "x.csv").read_text().splitlines()
     assert len(rows) == 1 + 3 * 6 and rows[1] == "1,T1 axial,Tissue,0.5000,0.6000,0.5000"
