@@ -103,7 +103,6 @@ def plane_of(places: Places, contrast: str, plane: str, rng: np.random.Generator
 def side(places: Places, contrast: str, plane: str, rng: np.random.Generator) -> Asked:
     """Ask from which side of the slice the piece is."""
     right = int(rng.integers(2))
-
     middle = places.draw(places.of_side[right], plane, rng)
     because = f"outer edge at {(9, 3)[right]} o'clock"
     text = "From which half of the slice is this piece?"

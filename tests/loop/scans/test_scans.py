@@ -1,5 +1,6 @@
 """The medical miniature: its brain, its questions, and splits that share nothing."""
 
+import csv
 import json
 import math
 from collections import Counter
@@ -8,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from PIL import Image
+from places import ROOT
 
 pytest.importorskip("nilearn")
 pytest.importorskip("transformers")
@@ -22,7 +24,7 @@ from kepo.scans.brain import SIMULATED, TISSUES, read_brain, spin_echo
 from kepo.scans.crops import BANDS, COLUMN, CROP, PLANES, ROW, cut, spans
 from kepo.scans.scan_files import write_scans
 from kepo.scans.scan_questions import BRIGHTNESS, KINDS, MODALITIES, SOURCE, Places, kinds_in
-from kepo.scans.study import Scans, build, by_cell, of_modality, run, unseen
+from kepo.scans.study import SCANS_RUN, Scans, build, by_cell, of_modality, run, unseen
 
 COUNTS = {"train": 8, "validation": 8, "test": 8}
 
@@ -193,6 +195,15 @@ def test_study_from_nothing_to_table(tmp_path, capsys):
     assert "simulated; one average brain" in out
     table = json.loads((tmp_path / "accuracy.json").read_text())
     assert set(table) == {"before", "after", "teacher"} and len(table["after"]) == 23
+
+
+def test_the_settings_are_those_of_the_pilot_that_was_chosen():
+    with (ROOT / "benchmarks/results/scans_pilots_2026-11-27.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    (chosen,) = {tuple(row.values())[2:8] for row in rows if "chosen" in row["what was new"]}
+    study = Scans()
+    now = (study.teacher_steps, study.warmup_steps, study.supervised_lr, study.steps, study.lr)
+    assert tuple(map(float, chosen)) == (*now, SCANS_RUN["prompts_per_step"])
 
 
 def test_the_command_chooses_the_brain(capsys):
