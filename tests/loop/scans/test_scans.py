@@ -201,6 +201,13 @@ def test_the_settings_are_those_of_the_pilot_that_was_chosen():
     with (ROOT / "benchmarks/results/scans_pilots_2026-11-27.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     (chosen,) = {tuple(row.values())[2:8] for row in rows if "chosen" in row["what was new"]}
+    gains = {row["pilot"]: [] for row in rows}
+    for row in rows:
+        gains[row["pilot"]].append(float(row["unseen"]))
+    best = max(gains, key=lambda pilot: gains[pilot][-1] - gains[pilot][0])
+    assert {row["pilot"] for row in rows if "chosen" in row["what was new"]} == {best}
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert f"rose from {gains[best][0]:.3f} to {gains[best][-1]:.3f}" in page
     study = Scans()
     now = (study.teacher_steps, study.warmup_steps, study.supervised_lr, study.steps, study.lr)
     assert tuple(map(float, chosen)) == (*now, SCANS_RUN["prompts_per_step"])
