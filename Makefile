@@ -18,13 +18,16 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment
-.PHONY: help demo test test-slow extras-test trl-test verl-test vllm-test lint docs bench tritons matrix matrix-quick torches torches-test installs gpu gpu-quick clean
+.PHONY: help demo scans test test-slow extras-test trl-test verl-test vllm-test lint docs bench tritons matrix matrix-quick torches torches-test installs gpu gpu-quick clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
 
 demo: $(VENV)/demo.stamp  ## train a tiny vision-language model with KEPO on scanned digits
 	$(PY) -m kepo demo
+
+scans: $(VENV)/scans.stamp  ## the same on pieces of one average brain
+	$(PY) -m kepo demo --scans
 
 # One process a core, one thread in each: threads of two processes would wait for each other.
 test: $(VENV)/test.stamp  ## the test suite
@@ -156,7 +159,8 @@ $(VENV)/package.stamp: $(VENV)/torch.txt $(SOURCES)
 
 # The extras alone: kepo itself is already there, so pip only adds what is missing.
 $(VENV)/demo.stamp: EXTRAS := demo
-$(VENV)/test.stamp: EXTRAS := demo,test
+$(VENV)/scans.stamp: EXTRAS := scans
+$(VENV)/test.stamp: EXTRAS := demo,scans,test
 $(VENV)/docs.stamp: EXTRAS := docs
 $(VENV)/bench.stamp: EXTRAS := bench
 $(VENV)/%.stamp: $(VENV)/package.stamp

@@ -8,7 +8,7 @@ from typing import Any
 
 from kepo.digits.dataset import SMALL_DIGITS
 from kepo.digits.demo import DIGITS_RUN
-from kepo.digits.warm_up import HintStyle
+from kepo.miniature.warm_up import HintStyle
 
 COMMON: Mapping[str, Any] = DIGITS_RUN | dict(
     num_hinted=2, max_attempts=3, sampling_temperature=1.0, top_p=1.0

@@ -21,12 +21,13 @@ from experiments.results import as_csv, read_rows
 from experiments.settings import SETTINGS, Setting
 from kepo.data.load import load_omnimedvqa
 from kepo.digits.dataset import LARGE_DIGITS, write_digits
-from kepo.digits.demo import COMPLETION_TOKENS, SOURCE, cached
+from kepo.digits.demo import COMPLETION_TOKENS, SOURCE
 from kepo.digits.tiny import build_tiny
-from kepo.digits.warm_up import train_supervised
 from kepo.disk.durable import as_json, make_folder, write_durably
 from kepo.errors import KepoConfigError
 from kepo.evaluation.answers import greedy_scores
+from kepo.miniature.stages import cached
+from kepo.miniature.warm_up import train_supervised
 from kepo.run.milestones import as_digits
 from kepo.tasks.multiple_choice import MultipleChoice
 

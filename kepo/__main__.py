@@ -21,7 +21,10 @@ COMMANDS = {
     "export": ("kepo.export", "write what a run has trained as a plain model, adapters merged"),
     "report": ("kepo.report.command", "write an HTML page about a run, or about several"),
     "data": ("kepo.rollout.check_command", "check the datasets on disk: kepo data check PATH"),
-    "demo": ("kepo.digits.demo", "train a tiny model on scanned digits, from nothing"),
+    "demo": (
+        "kepo.demonstrations",
+        "train a tiny model on scanned digits, or --scans: on a brain",
+    ),
 }
 USAGE = f"usage: kepo {{{','.join(COMMANDS)}}} ... | --version (each has --help)"
 

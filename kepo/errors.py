@@ -56,6 +56,7 @@ EXTRAS = {
         "matplotlib": "matplotlib",
     },
     "demo": {"sklearn": "scikit-learn"},
+    "scans": {"nilearn": "nilearn"},
     "lora": {"peft": "peft"},
     "quant": {"bitsandbytes": "bitsandbytes", "accelerate": "accelerate"},
     "vllm": {"vllm": "vllm"},

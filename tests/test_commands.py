@@ -16,7 +16,7 @@ from places import ROOT
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").glob("*.md")]
 COMMAND = re.compile(
     r"(?:\b(kepo (?:train|evaluate|plan|export|data check|demo))"
-    r"|python (?:-m )?([\w./]*(?:compare|\.py)))"
+    r"|python (?:-m )?([\w./]*(?:compare|scans|\.py)))"
     r"((?: (?!#)\S+)*)"
 )
 """In a line of a page: a command of ours, or else a script or module, and its arguments."""
@@ -65,7 +65,8 @@ def help_of(program: str) -> str:
             "kepo data check",
             "kepo demo",
         ),
-        *("python -m experiments.compare", "python -m kepo_kernels"),
+        *("python -m experiments.compare", "python -m experiments.scans"),
+        "python -m kepo_kernels",
     ],
 )
 def test_help(command):

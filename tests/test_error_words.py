@@ -20,6 +20,7 @@ import kepo_kernels
 from experiments.choose import Choose
 from experiments.compare import Compare
 from experiments.page import Page
+from experiments.scans import Seeds
 from kepo.__main__ import COMMANDS
 from kepo.config import Config
 from kepo.digits.demo import Demo
@@ -29,14 +30,40 @@ from kepo.evaluation.report import Evaluation
 from kepo.export import Export
 from kepo.planner.plan import Arguments
 from kepo.report.command import ReportFlags
+from kepo.scans.study import Scans
 from kepo_kernels.errors import KepoInputError
 from kepo_kernels.validate import ENGINE_SETTINGS
 
 PACKAGES = ("kepo", "kepo_kernels", "experiments")
 VARIABLES = {*LAUNCH, "LOCAL_RANK"}
+KINDS = (
+    Config,
+    Demo,
+    Scans,
+    Evaluation,
+    Export,
+    Arguments,
+    ReportFlags,
+    Compare,
+    Choose,
+    Page,
+    Seeds,
+)
 SETTINGS = {
     field.name
-    for kind in (Config, Demo, Evaluation, Export, Arguments, ReportFlags, Compare, Choose, Page)
+    for kind in (
+        Config,
+        Demo,
+        Evaluation,
+        Export,
+        Arguments,
+        ReportFlags,
+        Compare,
+        Choose,
+        Page,
+        Scans,
+        Seeds,
+    )
     for field in dataclasses.fields(kind)
 } | {*ENGINE_SETTINGS}
 VERLS = {  # settings of verl's configuration, where kepo_kernels.integrations.verl is used

@@ -15,7 +15,8 @@ from PIL import Image
 from kepo.config import Config
 from kepo.data.example import Example
 from kepo.digits.dataset import QUESTION
-from kepo.digits.tiny import CONTROL_TOKENS, build_tokenizer
+from kepo.digits.tiny import build_tokenizer
+from kepo.miniature.tiny_models import CONTROL_TOKENS
 from kepo.models.encoding import Encoder
 from kepo.models.families.family import TinySize
 from kepo.models.families.processors import pillow_processor_class

@@ -46,11 +46,11 @@ def open_rgb(path: Path) -> Image.Image:
     Transparent parts lie on white, as in Qwen's own utilities. A picture is turned as its EXIF
     says. Of an animation or a file of several pages, the first picture is read.
 
-    Grey of more than 8 bits is shown in as many bits as the brightest pixel needs: values below
-    2^n, n from 8 to 16, are shifted right by n - 8. So a 12-bit radiograph keeps 256 levels of
-    grey, and a picture of all 16 bits keeps its upper byte, as browsers show it. The numbers of
-    32-bit and floating-point pictures have no agreed white: such a picture is read if they are
-    whole numbers from 0 to 65535, and refused otherwise.
+    Grey of more than 8 bits is scaled so that its brightest value is white, the brightest 0.1 % of
+    the pixels left out: files do not say how many of 16 bits a scanner has filled. Values below 256
+    stay as they are, and a picture of all 16 bits keeps its upper byte, as browsers show it. The
+    numbers of 32-bit and floating-point pictures have no agreed white: such a picture is read if
+    they are whole numbers from 0 to 65535, and refused otherwise.
 
     An image of more than MAX_PIXELS is refused by its header, before a pixel is decoded, and all
     threads of a process together decode at most MAX_PIXELS at a time: a thread waits for its turn.

@@ -19,6 +19,9 @@ takes 9 to 13 bytes as measured, and 20 in a WebP file."""
 LARGE = 2**22
 """The pixels above which an image is large: after it, free memory goes back to the system."""
 
+CLIPPED = 0.001
+"""The share of the pixels of deep grey that may be brighter than white."""
+
 _ORIENTATION = 0x0112  # in EXIF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -164,16 +167,33 @@ def _from_deep_grey(image: Image.Image, key: object, inverted: bool) -> Image.Im
             f"mode {image.mode} with values from {low} to {high} has no agreed white; save it with "
             "8 bits, or with whole numbers from 0 to 65535"
         )
-    shift = max(0, int(high).bit_length() - 8)
+    top = _brightest(image)
     shown = np.empty((image.height, image.width), np.uint8)
-    for top, part in bands(image):
-        rows = shown[top : top + len(part)]
-        rows[:] = part.astype(np.uint16) >> shift
+    for first, part in bands(image):
+        rows = shown[first : first + len(part)]
+        rows[:] = (part.astype(np.uint32) * 256 // (top + 1)).clip(0, 255)
         if inverted:
             rows[:] = 255 - rows
         if isinstance(key, int):
             rows[part == key] = 255
     return Image.fromarray(shown).convert("RGB")
+
+
+def _brightest(image: Image.Image) -> int:
+    """Return the value of deep grey that is shown as white; what is above it is white too.
+
+    Few files of 16 bits say how many of them are in use, and scanners leave the upper ones empty: a
+    slice of a 12-bit MR may end at 600. So white is the brightest value but for CLIPPED of the
+    pixels, which a label, a vessel or a broken detector makes brighter than all the rest. Values
+    below 256 stay as they are, and a picture that uses all 16 bits keeps its upper byte.
+    """
+    counts = np.zeros(2**16, np.int64)
+    for _, part in bands(image):
+        counts += np.bincount(part.astype(np.uint16).ravel(), minlength=2**16)
+    total = counts.cumsum()
+    allowed = int(CLIPPED * total[-1])
+    top = int(np.searchsorted(total, total[-1] - allowed))
+    return 2**16 - 1 if top >= 2**15 else max(top, 255)
 
 
 def bands(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:

@@ -1,139 +1,34 @@
-"""Tiny random models of every family with their tokenizer, in the layout of released ones."""
+"""Tiny random models of every family that know the digits' few words."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from kepo.data.load import Example
 from kepo.digits.dataset import QUESTION, SMALL_DIGITS
-from kepo.errors import KepoConfigError
-from kepo.models.families.family import TinySize
-from kepo.models.families.processors import without_broken_torchvision
-from kepo.models.families.registry import FAMILIES
-from kepo.rollout.prompts import hint_prompt, prompt_of
-from kepo.tasks.multiple_choice import MultipleChoice
+from kepo.miniature.tiny_models import Size, texts_about, tokenizer_of, write_tiny
 
-CONTROL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
+_ONE = Example(
+    id="",
+    question=QUESTION,
+    options=("0", "1", "2", "3"),
+    answer="A",
+    images=(),
+    modality="",
+    question_type=SMALL_DIGITS,
+    rationale="3 + 5 = 8",
 )
-FORMAT_TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<hint>", "</hint>")
-
-# Qwen's own template without its tool and video branches: one user turn, image before text.
-CHAT_TEMPLATE = (
-    "{%- for message in messages %}<|im_start|>{{ message.role + '\\n' }}"
-    "{%- if message.content is string %}{{ message.content }}{%- else %}"
-    "{%- for part in message.content %}{%- if part.type == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>"
-    "{%- else %}{{ part.text }}{%- endif %}{%- endfor %}{%- endif %}<|im_end|>\n"
-    "{% endfor %}{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-_SIZES = {
-    "student": TinySize(hidden=96, layers=3, heads=4, vision_hidden=64, vision_depth=1),
-    "teacher": TinySize(hidden=128, layers=3, heads=4, vision_hidden=96, vision_depth=1),
-}
-# The sampling settings in the released models' files; nothing here uses them (see VLM.generate).
-_GENERATION = dict(
-    do_sample=True, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05
-)  # fmt: skip
+"""One question is enough: all are worded alike, and every digit is a token of its own."""
 
 
 def build_tiny(
-    path: str | Path,
-    *,
-    size: Literal["student", "teacher"],
-    seed: int,
-    family: str = "qwen3_vl",
-    tied: bool = False,
+    path: str | Path, *, size: Size, seed: int, family: str = "qwen3_vl", tied: bool = False
 ) -> None:
-    """Write a random fp32 model that ``VLM.load`` can read.
-
-    family: a name in kepo.models.families.registry. The folder gets config, generation config,
-    safetensors, tokenizer and preprocessor files, as the released models of the family have them.
-    All sizes share the tokenizer, hence the vocabulary. tied: output and input embedding are one
-    matrix. The same seed gives the same bits; the caller's random state is left as it was. Raises
-    KepoConfigError for another size or family.
-    """
-    without_broken_torchvision()
-    import transformers
-
-    if size not in _SIZES:
-        raise KepoConfigError(f"build_tiny: size is {size!r}; expected one of {sorted(_SIZES)}")
-    tinies = {name: one.tiny for name, one in FAMILIES.items() if one.tiny is not None}
-    if family not in tinies:
-        raise KepoConfigError(f"build_tiny: family is {family!r}; expected one of {sorted(tinies)}")
-    tiny, tokenizer = tinies[family], build_tokenizer()
-    tokenizer.add_tokens(list(tiny.control_tokens), special_tokens=True)
-    config = tiny.config(tokenizer, _SIZES[size]._replace(tied=tied))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = getattr(transformers, tiny.loads)(config).float()
-    model.generation_config = transformers.GenerationConfig(
-        bos_token_id=tokenizer.pad_token_id,
-        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
-        pad_token_id=tokenizer.pad_token_id,
-        **_GENERATION,
-    )
-    model.save_pretrained(path)
-    tiny.finish(Path(path), tokenizer)
+    """Write a random fp32 model for the digits, as `kepo.miniature.tiny_models.write_tiny` does."""
+    write_tiny(path, texts_about([_ONE]), size=size, seed=seed, family=family, tied=tied)
 
 
 def build_tokenizer() -> Any:
-    """Build a byte-level BPE tokenizer from the project's own prompts: any text round-trips, and
-    digits stay single."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    # As in Qwen, each digit is a token of its own; a mark takes its spaces along (" + ", ". ").
-    pieces = Regex(r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+ ?|\s")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(pieces, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000,  # never reached: the few words of the prompts run out first
-        min_frequency=1,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_prompt_texts(), trainer)
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in CONTROL_TOKENS])
-    # The tags are part of the answer, so decoding must keep them: added, but not special.
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in FORMAT_TAGS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        padding_side="left",
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _prompt_texts() -> list[str]:
-    example = Example(
-        id="",
-        question=QUESTION,
-        options=("0", "1", "2", "3"),
-        answer="A",
-        images=(),
-        modality="",
-        question_type=SMALL_DIGITS,
-    )
-    task = MultipleChoice()
-    prompts = [prompt_of(task, example), prompt_of(task, example, "3 + 5")]
-    prompts += [hint_prompt(task, example, with_answer=told) for told in (True, False)]
-    return ["user\n", "assistant\n", "3 + 5 = 8", *(prompt.text for prompt in prompts)]
+    """Build the tokenizer of the models that `build_tiny` writes."""
+    return tokenizer_of(texts_about([_ONE]))

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from kepo.digits.dataset import MODALITIES
-from kepo.digits.demo import SOURCE, Demo, _known_teacher, cached, run
+from kepo.digits.demo import SOURCE, Demo, run
 from kepo.errors import KepoConfigError
+from kepo.miniature.stages import cached, known_teacher
 from kepo.run import milestones
 
 SMALL = Demo(
@@ -97,12 +98,12 @@ def test_a_folder_that_was_not_made_here_is_not_replaced(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"after": {"CT": 1.0}}', '{"after": 1}'])
 def test_a_torn_table_is_made_again(tmp_path, content):
     (tmp_path / "accuracy.json").write_text(content)
-    assert _known_teacher(tmp_path / "accuracy.json", {"CT": 1.0}) is None
+    assert known_teacher(tmp_path / "accuracy.json", {"CT": 1.0}) is None
 
 
 def test_a_whole_table_is_used_for_its_run_alone(tmp_path):
     table = tmp_path / "accuracy.json"
-    assert _known_teacher(table, {"CT": 1.0}) is None
+    assert known_teacher(table, {"CT": 1.0}) is None
     table.write_text('{"after": {"CT": 1.0}, "teacher": {"CT": 0.5}}')
-    assert _known_teacher(table, {"CT": 1.0}) == {"CT": 0.5}
-    assert _known_teacher(table, {"CT": 0.9}) is None
+    assert known_teacher(table, {"CT": 1.0}) == {"CT": 0.5}
+    assert known_teacher(table, {"CT": 0.9}) is None

@@ -14,10 +14,12 @@ pytest.importorskip("transformers")
 from toy import TASK, hint_request, hinted_prompt, question_prompt, worked_answer
 
 from kepo.data.load import load_omnimedvqa
-from kepo.digits import warm_up
 from kepo.digits.dataset import SMALL_DIGITS, write_digits
 from kepo.digits.tiny import build_tiny
-from kepo.digits.warm_up import (
+from kepo.errors import KepoConfigError, KepoDataError
+from kepo.evaluation.answers import greedy_scores, means, summary
+from kepo.miniature import warm_up
+from kepo.miniature.warm_up import (
     _loss,
     _pictures,
     _sample,
@@ -26,8 +28,6 @@ from kepo.digits.warm_up import (
     train_supervised,
     worked_hint,
 )
-from kepo.errors import KepoConfigError, KepoDataError
-from kepo.evaluation.answers import greedy_scores, means, summary
 from kepo.models.encoding import Prompt
 from kepo.models.vlm import VLM
 from kepo_kernels import fused_linear_loss

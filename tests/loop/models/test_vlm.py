@@ -11,8 +11,9 @@ pytest.importorskip("transformers")
 
 from families import FAMILIES, pictures
 
-from kepo.digits.tiny import FORMAT_TAGS, build_tiny, build_tokenizer
+from kepo.digits.tiny import build_tiny, build_tokenizer
 from kepo.errors import KepoCheckpointError, KepoConfigError, KepoDataError
+from kepo.miniature.tiny_models import FORMAT_TAGS
 from kepo.models import encoding
 from kepo.models.encoding import Inputs, Prompt
 from kepo.models.sampling import SamplingParams

@@ -11,7 +11,7 @@ from hint_texts_fair import FAIR
 from toy import worked_answer
 
 from kepo.data.example import LETTERS
-from kepo.digits.warm_up import worked_hint
+from kepo.miniature.warm_up import worked_hint
 from kepo.tasks import hint_numbers, leaks, mentions, verdicts
 from kepo.tasks.leaks import states_answer
 

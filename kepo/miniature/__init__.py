@@ -1,0 +1,1 @@
+"""What the demonstrations share: tiny models, their supervised training, stages that are kept."""
