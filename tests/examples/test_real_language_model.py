@@ -1,5 +1,6 @@
 """A real language model as folders that the loop loads, and its questions; small ones stand in."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -165,3 +166,26 @@ def test_curve_and_picture(tmp_path):
     }
     arithmetic.draw(whole, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_whole_command_in_small(tmp_path, monkeypatch):
+    load = kepo.load
+
+    def shorter(*layers):
+        few = dict(steps=2, save_every=1, eval_every=1, prompts_per_step=2, num_generations=2)
+        return dataclasses.replace(load(*layers), **few, max_completion_length=4)
+
+    monkeypatch.setattr(kepo, "load", shorter)
+    monkeypatch.setattr(folders, "installed", small)
+    monkeypatch.setattr(questions, "SIZES", {"train": 8, "choice": 3, "test": 4})
+    monkeypatch.setattr(arithmetic, "STUDENT_STEPS", 1)
+    arithmetic.main(tmp_path)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["questions"] == 4 and len(found["samples"]) == 4
+    assert set(found["accuracy"]) == {"before", "after", "teacher", "as installed"}
+    assert [step for step, _ in found["curve"]["greedy accuracy, choice"]] == [0, 1, 2]
+    assert (tmp_path / "curve.png").exists()
+    once = found["seconds"]
+    again = arithmetic.main(tmp_path)["seconds"]
+    assert again["reinforced"] - once["reinforced"] < once["reinforced"]  # it is not trained again
