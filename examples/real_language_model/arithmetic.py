@@ -53,7 +53,7 @@ def main(root: Path) -> dict[str, Any]:
             if not (root / name).exists():
                 export_model(supervised / "checkpoints" / f"step-{steps:08}", root / name)
     with seconds.of("reinforced"):
-        config = kepo.load("kepo", HERE / "reinforced.yaml")
+        config = kepo.load("kdpo_tau0", HERE / "reinforced.yaml")
         config = replace(
             config,
             student=str(root / "student"),

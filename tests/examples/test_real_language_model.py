@@ -116,7 +116,7 @@ def test_questions_are_right_and_none_is_in_two_files(tmp_path):
 
 
 def test_recipes_can_be_run():
-    for preset, name in (("sft", "supervised"), ("kepo", "reinforced")):
+    for preset, name in (("sft", "supervised"), ("kdpo_tau0", "reinforced")):
         config = kepo.load(preset, ROOT / f"examples/real_language_model/{name}.yaml")
         check_settings(config)
     assert config.steps and config.hint_trigger == "never"
