@@ -116,6 +116,31 @@ def results(scores: dict[str, kepo.Scores]) -> dict[str, Any]:
     }
 
 
+def page(found: dict[str, Any]) -> str:
+    """Return what the README says of a run: two tables, one of accuracies and one of samples."""
+    gained, minutes = found["after minus before, paired"], sum(found["seconds"].values()) / 60
+    kinds = list(found["by type"]["before"])
+    lines = [
+        f"After minus before, paired over {found['questions']} questions: **{gained['mean']:+.3f} "
+        f"[{gained['low']:+.3f}, {gained['high']:+.3f}]** (95 %, t). All of it took {minutes:.0f} "
+        f"minutes: {', '.join(f'{name} {took:.0f} s' for name, took in found['seconds'].items())}.",
+        "",
+        f"| greedy accuracy | all | 95 % (Wilson) | {' | '.join(f'first a {k}' for k in kinds)} |",
+        f"|---|---|---|{'---|' * len(kinds)}",
+    ]
+    for name, one in found["accuracy"].items():
+        by_kind = " | ".join(f"{found['by type'][name][kind]:.2f}" for kind in kinds)
+        lines.append(
+            f"| {name} | {one['accuracy']:.3f} | {one['low']:.3f} to {one['high']:.3f} | {by_kind} |"
+        )
+    lines += ["", "| question | before | after |", "|---|---|---|"]
+    lines += [
+        f"| {one['question']} ({one['answer']}) | `{one['before']}` | `{one['after']}` |"
+        for one in found["samples"][:4]
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def curve(metrics: Path) -> dict[str, list[list[float]]]:
     """Return [step, value] of what the run logged: rewards of its samples, greedy accuracy on other
     questions, and more."""
@@ -196,5 +221,4 @@ def _finished(result: kepo.Result) -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where everything is made and kept")
-    found = main(parser.parse_args().folder)
-    print(json.dumps({name: found[name] for name in ("accuracy", "seconds")}, indent=1))
+    print(page(main(parser.parse_args().folder)))

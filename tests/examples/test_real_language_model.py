@@ -145,6 +145,8 @@ def test_the_difference_is_paired():
     # Of 100 differences 20 are 1 and the others 0.
     assert gained["high"] - gained["mean"] == pytest.approx(1.984 * 0.402 / 10, rel=1e-2)
     assert found["accuracy"]["after"]["accuracy"] == 0.4
+    told = arithmetic.page(found | {"questions": 100, "seconds": {"test": 120.0}})
+    assert "+0.200 [+0.120, +0.280]" in told and "| after | 0.400 | 0.309 to 0.498 | 0.40 |" in told
 
 
 def test_curve_and_picture(tmp_path):
