@@ -130,9 +130,8 @@ def page(found: dict[str, Any]) -> str:
     ]
     for name, one in found["accuracy"].items():
         by_kind = " | ".join(f"{found['by type'][name][kind]:.2f}" for kind in kinds)
-        lines.append(
-            f"| {name} | {one['accuracy']:.3f} | {one['low']:.3f} to {one['high']:.3f} | {by_kind} |"
-        )
+        interval = f"{one['low']:.3f} to {one['high']:.3f}"
+        lines.append(f"| {name} | {one['accuracy']:.3f} | {interval} | {by_kind} |")
     lines += ["", "| question | before | after |", "|---|---|---|"]
     lines += [
         f"| {one['question']} ({one['answer']}) | `{one['before']}` | `{one['after']}` |"
