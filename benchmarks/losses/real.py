@@ -113,8 +113,7 @@ def sampled(model: Any, tokenizer: Any, temperature: float) -> tuple[Tensor, Ten
 @torch.no_grad()
 def states(model: Any, ids: Tensor, asked: Tensor, said: Tensor) -> Tensor:
     """The state (N, H) from which each token that was said was predicted."""
-    positions = (asked.long().cumsum(1) - 1).clamp(min=0)
-    found = model.base_model(input_ids=ids, attention_mask=asked.long(), position_ids=positions)
+    found = model.base_model(input_ids=ids, attention_mask=asked.long())
     return found.last_hidden_state[:, :-1][said[:, 1:]]
 
 
