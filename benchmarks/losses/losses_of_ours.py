@@ -94,14 +94,3 @@ def ours(problem: Problem, case: str, grad_tol: float = 5e-4) -> GradientCall:
         "logprobs": logprobs,
         "ce": ce,
     }[case]
-
-
-def gradient_error(problem: Problem, case: str, grad_tol: float) -> tuple[float, float]:
-    """Relative L2 distance of dhidden and dlm_head of a `.._tol` case from the exact call's."""
-    exact = ours(problem, {"kd_tol": "kd_open", "grpo_tol": "grpo"}[case])()
-    found = ours(problem, case, grad_tol)()
-    hidden, lm_head = (
-        float((a.float() - b.float()).norm() / b.float().norm())
-        for a, b in zip(found, exact, strict=True)
-    )
-    return hidden, lm_head

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from benchmarks.losses import real
 from kepo_kernels import fused_linear_logprobs
 
 # flat:   independent normal logits of standard deviation 3, student and teacher unrelated
@@ -33,11 +34,16 @@ class Shape:
     vocab: int
     cases: dict[str, tuple[str, ...]]  # and by whom, unless the command line says otherwise
     peaked: bool = False
+    temperature: float | None = None  # of SmolLM2's own samples, whose states these are
     once: bool = False  # whole, whatever it takes: peers unscaled, no rounds, and fp32
 
 
 _EVERYTHING = dict.fromkeys(("kd_open", "kd_half", "grpo", "joint", "logprobs", "ce"), ALL)
 _MODEL = dict.fromkeys(("kd_open", "kd_half", "grpo", "joint"), OURS)
+_REAL = {
+    **dict.fromkeys(("kd_open", "grpo"), (*OURS, "eager", "liger")),
+    **dict.fromkeys(("kd_tol", "grpo_tol"), OURS),
+}
 _TOLERANT = {"kd_tol": (*OURS, "eager", "liger"), "grpo_tol": (*OURS, "eager")}
 SHAPES = {
     shape.name: shape
@@ -65,6 +71,7 @@ SHAPES = {
             {"joint": (*OURS, "eager", "liger"), "two_calls": ("ours",)},
         ),
         Shape("peaked", 1024, 1024, 1024, 32768, _TOLERANT, peaked=True),
+        *(Shape(f"real-{t:g}", *real.SIZES, _REAL, temperature=t) for t in real.TEMPERATURES),
         Shape("peaked-76k", 512, 1024, 1024, 75968, _TOLERANT, peaked=True),
         # The widths of a Qwen3-VL student of 2B or 8B under a teacher of 32B. A batch has more
         # rows than this, for which a CPU would need too long.
@@ -75,6 +82,15 @@ SHAPES = {
         Shape("memory", 2048, 1024, 1024, 151936, {"kd_open": ("ours", "eager")}, once=True),
     )
 }
+
+
+FAMILIES = {"real": [f"real-{t:g}" for t in real.TEMPERATURES]}
+"""Names that stand for several shapes."""
+
+
+def parse_shapes(text: str) -> list[Shape]:
+    """A name of FAMILIES, or what parse_shape takes."""
+    return [SHAPES[name] for name in FAMILIES[text]] if text in FAMILIES else [parse_shape(text)]
 
 
 def parse_shape(text: str) -> Shape:
@@ -113,7 +129,8 @@ class Problem:
         tokens = min(TOKENS, max(1, shape.n // 2))
         batch = shape.n // tokens
         rows = batch * tokens
-        student, targets, teacher = (_peaked if shape.peaked else _flat)(draw, shape, rows)
+        made = _real if shape.temperature else _peaked if shape.peaked else _flat
+        student, targets, teacher = made(draw, shape, rows)
         hidden, lm_head = (x.to(dtype) for x in student)
         teacher_hidden, teacher_lm_head = (x.to(dtype) for x in teacher)
         del student, teacher
@@ -248,3 +265,15 @@ def _peaked(draw: _Draw, shape: Shape, rows: int) -> tuple[Side, Tensor, Side]:
         teacher_noise = draw.normal(rows, shape.teacher_hidden, std=NOISE_STD)
     teacher_hidden = states(other, teacher_head, teacher_noise)
     return (hidden, head), targets, (teacher_hidden, teacher_head)
+
+
+def _real(draw: _Draw, shape: Shape, rows: int) -> tuple[Side, Tensor, Side]:
+    """The states of a language model over its own samples; a fine-tuned copy is the teacher."""
+    assert shape.temperature is not None
+    found = real.rows_of(shape.temperature)
+    student, teacher, targets = (
+        found[name][:rows].to(draw.device) for name in ("hidden", "teacher_hidden", "targets")
+    )
+    heads = (found[name].to(draw.device) for name in ("lm_head", "teacher_lm_head"))
+    lm_head, teacher_lm_head = heads
+    return (student, lm_head), targets, (teacher, teacher_lm_head)

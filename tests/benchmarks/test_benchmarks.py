@@ -14,8 +14,9 @@ from places import ROOT
 
 from benchmarks import bench_loss
 from benchmarks.another_checkout import import_kernels_of
-from benchmarks.losses import compare, floor, measure, peers, plot, problems, survival, table
-from benchmarks.losses.losses_of_ours import CASES, NotComparable, gradient_error, ours
+from benchmarks.losses import compare, floor, measure, peers, plot, problems, real, survival, table
+from benchmarks.losses.losses_of_ours import CASES, NotComparable, ours
+from benchmarks.losses.tolerance import kl_bias, tolerance
 
 CPU = torch.device("cpu")
 
@@ -200,8 +201,58 @@ def test_peaked_problems_are_peaked_and_their_teacher_is_near(peaked):
     divergence = (teacher.exp() * (teacher - student)).sum(-1).mean()
     assert 1e-3 < divergence < 0.5
     assert (student.argmax(-1) == teacher.argmax(-1)).float().mean() > 0.8
-    assert max(gradient_error(peaked, "grpo_tol", 0.0)) == 0
-    assert max(gradient_error(peaked, "grpo_tol", 0.2)) > 1e-3
+
+
+def test_columns_are_counted_as_the_tolerance_asks_for_them(flat, peaked):
+    """The fewest columns of autograd's dlogits whose sums of |.| leave out no more than asked."""
+    for problem, grad_tol in ((flat, 0.01), (peaked, 0.02), (peaked, 0.2)):
+        logits = (problem.hidden.detach() @ problem.lm_head.detach().T).requires_grad_()
+        logprobs = peers.token_logprobs(logits, problem.targets)
+        peers.clipped(logprobs, problem.old_logprobs, problem.advantages).backward()
+        mass = logits.grad.flatten(0, 1).abs().sum(0).double().sort().values
+        left_out = int((mass.cumsum(0) <= grad_tol * mass.sum()).sum())
+        found = tolerance(problem, "grpo_tol", grad_tol)
+        assert abs(found.needed - (1 - left_out / len(mass))) < 2e-3
+        assert found.kept == (1 if problem is flat else found.needed)
+    assert max(found.hidden, found.lm_head) > 1e-3
+    assert tolerance(peaked, "grpo_tol", 0.0)[:3] == (0, 0, 0)
+
+
+def test_bf16_logits_make_a_kl_larger(peaked):
+    found = {row["case"]: row for row in kl_bias(peaked)}
+    assert abs(found["ratio:kl_1/float32"]["ratio"]) < 1e-4
+    assert 1e-4 < abs(found["ratio:kl_1/bf16_logits"]["ratio"]) < 0.1
+
+
+def test_states_of_padded_prompts_are_those_of_each_alone(monkeypatch):
+    """Else the rows of `--shape real` would be no model's."""
+    transformers = pytest.importorskip("transformers")
+    from kepo.digits.tiny import build_tokenizer
+    from kepo.models.families.text_only import TEMPLATE
+
+    monkeypatch.setattr(real, "TOKENS", 5)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids, asked, said = real.sampled(model, tokenizer, 1.0)
+    found = real.states(model, ids, asked, said)
+    alone = []
+    for row, read, told in zip(ids, asked, said, strict=True):
+        with torch.no_grad():
+            states = model.model(input_ids=row[read][None]).last_hidden_state[0]
+        alone.append(states[-int(told.sum()) - 1 : -1])
+    torch.testing.assert_close(found, torch.cat(alone))
+    assert tokenizer.eos_token_id not in ids[said & ~said.roll(-1, 1)].tolist() or len(found) < 60
 
 
 def test_few_rows_still_have_a_closed_sequence(flat):

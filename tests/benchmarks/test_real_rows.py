@@ -1,0 +1,39 @@
+"""What the page says of a real model's rows stands in the file that was measured."""
+
+import re
+
+from places import ROOT
+
+from benchmarks.losses import real, table
+
+ROWS = table.read(ROOT / "benchmarks/results/bench_real_cpu_2core_2026-11-27.csv")
+PAGE = (ROOT / "docs/costs.md").read_text(encoding="utf-8")
+
+
+def of(temperature: float, case: str) -> dict[str, str]:
+    name = f"real-{temperature:g}"
+    (row,) = (r for r in ROWS if (r["shape"], r["case"]) == (name, f"ratio:{case}"))
+    return row
+
+
+def test_columns_that_are_kept():
+    for temperature in real.TEMPERATURES:
+        entropy = float(of(temperature, "kl_1/float32")["entropy"])
+        cells = []
+        for case in ("grpo_tol", "kd_tol"):
+            for grad_tol in ("0.0006", "0.001", "0.01"):
+                kept = float(of(temperature, f"{case}@{grad_tol}/kept_columns")["ratio"])
+                error = float(of(temperature, f"{case}@{grad_tol}/gradient_error")["ratio"])
+                cells.append(f"{kept:.0%} ({error:.1e})".replace("%", " %") if error else "all (0)")
+        row = f"| {temperature:g} ({entropy:.2f} nat) | {' | '.join(cells)} |"
+        assert row in PAGE, row
+
+
+def test_bias_of_the_divergence():
+    for temperature in real.TEMPERATURES:
+        states, logits = (of(temperature, f"kl_1/bf16_{what}") for what in ("states", "logits"))
+        mean = float(re.search(r"mean ([\d.e+-]+)", states["note"])[1])
+        rms = float(re.search(r"a token ([\d.e+-]+)", logits["note"])[1])
+        biases = " | ".join(f"{100 * float(one['ratio']):+.1f} %" for one in (states, logits))
+        row = f"| {temperature:g} | {mean:.4f} | {biases} | {100 * rms:.0f} % |"
+        assert row in PAGE, row
