@@ -2,8 +2,8 @@
 
     python -m experiments.page
 
-Between ``<!-- name arguments -->`` and ``<!-- / -->`` stands what a function of experiments.tables
-makes of the results, or the word that it was not run. The rest is written by hand.
+Between ``<!-- name arguments -->`` and ``<!-- / -->`` stands what a function of
+experiments.report.tables makes of the results, or the word that it was not run. The rest is written by hand.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments import tables
 from experiments.choose import CHOSEN
-from experiments.picture import draw
-from experiments.tables import Book, NotRunError, points
+from experiments.report import tables
+from experiments.report.picture import draw
+from experiments.report.tables import Book, NotRunError, points
 from kepo.disk.durable import write_durably
 from kepo.errors import KepoConfigError, command
 from kepo.flags import command_line

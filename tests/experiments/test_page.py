@@ -6,12 +6,12 @@ import pytest
 from places import ROOT
 from pretend_runs import write_results
 
-from experiments import tables
 from experiments.methods import FACTORIAL, MAIN
 from experiments.page import MARK, PARTS, PICTURE, filled
-from experiments.picture import draw
+from experiments.report import tables
+from experiments.report.picture import draw
+from experiments.report.tables import Book, NotRunError, gap, points
 from experiments.results import Run
-from experiments.tables import Book, NotRunError, gap, points
 from kepo.errors import KepoConfigError
 from kepo.evaluation.statistics import Interval, students_t
 

@@ -18,7 +18,7 @@ from filelock import FileLock  # torch brings it
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kepo.digits.tiny import CHAT_TEMPLATE
+from kepo.miniature.tiny_models import CHAT_TEMPLATE
 from kepo.models.conventions import control_ids
 from kepo.models.encoding import Encoder
 

@@ -96,6 +96,11 @@ def there(problem: oracle.Problem) -> oracle.Problem:
     )
 
 
+def drawn() -> Tensor:
+    """Weights that are the same in every run, though they are made at import."""
+    return torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
+
+
 SETTINGS = {
     "no mask": ("grpo", {"completion_mask": None}),
     "no mask, no gate": ("gated_kd", {"completion_mask": None, "gate": None}),
@@ -105,17 +110,17 @@ SETTINGS = {
     "sequences cut": ("grpo", {"importance_level": "sequence", "chunk_rows": 2}),
     "sequences, distilled": ("kepo", {"importance_level": "sequence", "chunk_rows": 2}),
     "every gate closed": ("kepo", {"gate": torch.zeros(3)}),
-    "weights": ("gated_kd", {"weights": torch.rand(3, 5)}),
+    "weights": ("gated_kd", {"weights": drawn()}),
     "both weights": (
         "kepo",
-        {"policy_weights": torch.rand(3, 5), "distill_weights": torch.rand(3, 5)},
+        {"policy_weights": drawn(), "distill_weights": drawn()},
     ),
     "no teacher": (
         "kepo",
         dict.fromkeys(("teacher_hidden", "teacher_lm_head", "teacher_bias", "gate")),
     ),
     "no policy": ("kepo", dict.fromkeys(("targets", "advantages", "old_logprobs"))),
-    "weights, no gate": ("kepo", {"gate": None, "distill_weights": torch.rand(3, 5)}),
+    "weights, no gate": ("kepo", {"gate": None, "distill_weights": drawn()}),
     "statistics": ("kepo", {"beta": 1.0}),
 }
 

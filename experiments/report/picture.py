@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.analysis import OOD
 from experiments.methods import MAIN
-from experiments.tables import OURS, Book, NotRunError, gap
+from experiments.report.tables import OURS, Book, NotRunError, gap
 from kepo.digits.demo import SOURCE
 from kepo.disk.durable import replacing
 

@@ -1,0 +1,1 @@
+"""What the results say, in tables and a picture, which `experiments.page` puts together."""
