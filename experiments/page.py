@@ -3,7 +3,8 @@
     python -m experiments.page
 
 Between ``<!-- name arguments -->`` and ``<!-- / -->`` stands what a function of
-experiments.report.tables makes of the results, or the word that it was not run. The rest is written by hand.
+experiments.report.tables makes of the results, or the word that it was not run. The rest is written
+by hand.
 """
 
 from __future__ import annotations
