@@ -68,6 +68,7 @@ def test_what_a_step_holds(tmp_path, capsys):
         assert ("x_peak" in have) == (row["way"] == "whole")
 
 
+@pytest.mark.slow
 def test_what_the_gate_saves(tmp_path):
     picture = tmp_path / "p.png"
     words = ["--gate", "0.5", "0", "--rounds", "2", "--plot", str(picture)]
@@ -85,6 +86,7 @@ def test_what_the_gate_saves(tmp_path):
         assert ("x_seconds" in have) == (row["way"] != "fused")
 
 
+@pytest.mark.slow
 def test_the_scenario_of_a_gpu_at_toy_size(tmp_path, capsys):
     pytest.importorskip("peft")
     status, rows = run(tmp_path, "--device", "cpu", "--seconds", "1000")

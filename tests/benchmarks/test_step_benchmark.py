@@ -60,6 +60,7 @@ NUMBERS |= {"seconds", "rollout_seconds", "teacher_seconds", "rest_seconds"}
 NUMBERS |= {"gradient_gap", "x_seconds"}
 
 
+@pytest.mark.slow
 def test_ours_alone(tmp_path, monkeypatch, capsys):
     """Without TRL its rows say so, and the picture has what was measured."""
     monkeypatch.setattr(variants, "find_spec", lambda name: None)

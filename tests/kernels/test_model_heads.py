@@ -177,3 +177,11 @@ def test_a_bias_is_the_same_in_the_head_and_beside_it():
     assert torch.equal(inside, fused_linear_logprobs(hidden, head.weight, ids, bias=head.bias))
     with pytest.raises(KepoInputError, match=r"bias is given beside lm_head\.bias; expected"):
         fused_linear_logprobs(hidden, head, ids, bias=head.bias)
+
+
+def test_states_that_are_not_finite_are_no_other_states():
+    """A rank that waits for its weights has whatever was in memory."""
+    model = build("plain")
+    for parameter in model.base_model.parameters():
+        parameter.data.fill_(torch.nan)
+    assert head_of(model).softcap is None

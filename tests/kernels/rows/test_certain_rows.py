@@ -100,6 +100,7 @@ def test_sure_of_different_tokens(fp32_back_end, beta):
     assert_right_where_sure(fp32_back_end, beta)
 
 
+@pytest.mark.slow
 def test_certain_rows(fp32_back_end):
     judged(fp32_back_end, 16, 211)
 

@@ -116,6 +116,7 @@ def verdict(triton_rows: ModuleType, folder: Path) -> str:
     return NOTHING
 
 
+@pytest.mark.slow
 def test_planted_faults_are_caught(triton_rows, tmp_path, monkeypatch):
     for name in ("SECTION", "SOFTMAX_BLOCK"):
         monkeypatch.setattr(triton_rows, name, triton_rows.BLOCK)

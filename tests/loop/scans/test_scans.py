@@ -186,6 +186,7 @@ def test_means_count_modalities_and_types_alike(data):
     assert unseen(column) == pytest.approx(4 / 5)
 
 
+@pytest.mark.slow
 def test_study_from_nothing_to_table(tmp_path, capsys):
     tiny = dict(train_questions=8, test_questions=4, teacher_steps=1, warmup_steps=1, steps=1)
     study = Scans(root=str(tmp_path), supervised_batch=4, **tiny)
