@@ -114,8 +114,8 @@ class KepoGRPOTrainer(GRPOTrainer):
         found = self.reward_func_names.count(gate_reward)
         if found != 1:
             raise KepoInputError(
-                f"KepoGRPOTrainer: gate_reward is {gate_reward!r}, the name of {found} reward "
-                "functions; expected that of one: there are " + ", ".join(self.reward_func_names)
+                f"KepoGRPOTrainer: gate_reward is {gate_reward!r}; expected the name of one reward "
+                f"function, and {found} are called so: there are {', '.join(self.reward_func_names)}"
             )
 
     def _check_head(self) -> None:
