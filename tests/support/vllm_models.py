@@ -7,6 +7,7 @@ import torch
 from transformers import TopPLogitsWarper
 
 from kepo.digits import tiny
+from kepo.miniature import tiny_models
 from kepo.models.families.family import TinySize
 from kepo.models.sampling import Sampled, SamplingParams
 from kepo.models.vlm import VLM
@@ -17,7 +18,7 @@ SIZE = TinySize(hidden=128, layers=2, heads=2, vision_hidden=64, vision_depth=1)
 def build(folder: Path, seed: int = 1, **settings) -> Path:
     """Write a model; settings are those of build_tiny."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiny._SIZES, "student", SIZE)
+        patch.setitem(tiny_models._SIZES, "student", SIZE)
         tiny.build_tiny(folder, size="student", seed=seed, **settings)
     return folder
 

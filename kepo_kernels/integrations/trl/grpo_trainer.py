@@ -115,7 +115,8 @@ class KepoGRPOTrainer(GRPOTrainer):
         if found != 1:
             raise KepoInputError(
                 f"KepoGRPOTrainer: gate_reward is {gate_reward!r}; expected the name of one reward "
-                f"function, and {found} are called so: there are {', '.join(self.reward_func_names)}"
+                f"function, and {found} are called so: there are "
+                + ", ".join(self.reward_func_names)
             )
 
     def _check_head(self) -> None:

@@ -23,6 +23,7 @@ from kepo.data.load import load_omnimedvqa
 from kepo.digits import tiny
 from kepo.errors import KepoConfigError, KepoTeacherError
 from kepo.loop import train
+from kepo.miniature import tiny_models
 from kepo.models.families.family import TinySize
 from kepo.models.sampling import SamplingParams
 from kepo.models.vlm import VLM
@@ -51,7 +52,7 @@ def folder(tmp_path_factory):
         pytest.skip("neither KEPO_VLLM_PYTHON nor KEPO_TEST_TEACHER is set")
     folder = tmp_path_factory.mktemp("served") / "teacher"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiny._SIZES, "teacher", SIZE)
+        patch.setitem(tiny_models._SIZES, "teacher", SIZE)
         tiny.build_tiny(folder, size="teacher", seed=1)
     return folder
 
