@@ -243,8 +243,7 @@ def test_accelerate_wraps_and_unwraps_it():
     accelerate = pytest.importorskip("accelerate")
     model, x = build("untied"), batch()
     handle = FusedHead.install(model)
-    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
-    accelerate.state.AcceleratorState._reset_state(True)
+    prepared = prepared_for_bf16(accelerate, model)
     with torch.no_grad():
         rounded = float(by_model(prepared, numbers_upstream, x))
         assert rounded == pytest.approx(float(plain(prepared, x)), abs=0.2)
@@ -257,6 +256,16 @@ def test_accelerate_wraps_and_unwraps_it():
     assert rounded != exact
 
 
+def prepared_for_bf16(accelerate, model):
+    """The model as accelerate wraps it; its settings are the process's, and those of trainers in
+    other tests stay in it."""
+    accelerate.state.AcceleratorState._reset_state(True)
+    try:
+        return accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(True)
+
+
 @pytest.mark.parametrize("first", ["install", "prepare"])
 def test_accelerates_autocast_reaches_the_loss_in_either_order(first):
     accelerate = pytest.importorskip("accelerate")
@@ -264,8 +273,7 @@ def test_accelerates_autocast_reaches_the_loss_in_either_order(first):
     exact = value_and_gradients(model, lambda: plain(model, x))
     if first == "install":
         FusedHead.install(model)
-    model = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
-    accelerate.state.AcceleratorState._reset_state(True)
+    model = prepared_for_bf16(accelerate, model)
     FusedHead.install(model)
     assert model(x["ids"], loss=lambda hidden, head: torch.is_autocast_enabled("cpu"))
     theirs = value_and_gradients(model, lambda: plain(model, x))
