@@ -6,11 +6,11 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-CROP = 32
+CROP = 24
 """The voxels, and mm, on each side of a piece."""
-ENLARGED = 2
+ENLARGED = 4
 """The pixels of the picture per voxel: a token of the tiny models sees 32 pixels."""
-ROW, COLUMN = 12, 20
+ROW, COLUMN = 10, 14
 """Where in a piece the place lies that is asked about: in the middle of one of the tiny models'
 patches of 16 pixels."""
 FRAME = 5
@@ -21,9 +21,13 @@ ACROSS = {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}
 
 Place = tuple[int, int, int]
 
-BANDS = {"test": (44, 62), "train": (94, 132), "validation": (164, 182)}
-"""The places, from the back to the front, at which the middle of a piece may lie; from one split's
-to the next it is at least CROP. A band goes through both sides, which mirror each other."""
+BANDS = {
+    "train": (range(40, 54), range(116, 130), range(192, 206)),
+    "validation": (range(78, 92),),
+    "test": (range(154, 168),),
+}
+"""The places, from the back to the front, at which the middle of a piece may lie; from one band to
+the next it is CROP. A band goes through both sides, which mirror each other."""
 
 
 def spans(plane: str, middle: Place) -> dict[int, slice]:

@@ -22,6 +22,9 @@ MODALITIES = {
 """Contrast and plane of each modality."""
 VENTRICLES = (66, 100)
 """The heights between which the bodies of the lateral ventricles lie, in voxels."""
+STEEP = 2.0
+"""How often as far the brain's centre lies along one axis of a piece as along the other, where the
+outline is upright or level."""
 CLEAR = 6
 """The voxels by which a piece is to one side, or above or below, so that the answer is no matter
 of taste."""
@@ -29,6 +32,8 @@ PURE = 205
 """The least share of its tissue, of 255, that a marked voxel has."""
 SEEN = 0.5
 """The least part of a piece that shows brain."""
+WITH_EDGE = 0.85
+"""The most of a piece that shows brain where its place is asked about: the outline is in sight."""
 
 
 class Asked(NamedTuple):
@@ -61,43 +66,62 @@ class Places:
 
     def __init__(self, brain: Brain, split: str):
         self.inside = brain.inside
-        band = slice(*BANDS[split])
-        self.all = self._in(band, self.inside[:, band])
-        self.of_tissue = [self._in(band, brain.share(t)[:, band] >= PURE) for t in TISSUES]
+        band = np.concatenate([*BANDS[split]])
+        self.all = self._in(band, self.inside)
+        self.of_tissue = [self._in(band, brain.share(t) >= PURE) for t in TISSUES]
         x, _, z = self.all.T
         self.of_side = [self.all[x <= MIDDLE - CLEAR], self.all[x >= MIDDLE + CLEAR]]
         low, high = VENTRICLES
         self.of_level = [self.all[z > high + CLEAR], self.all[z < low - CLEAR]]
 
     @staticmethod
-    def _in(band: slice, there: np.ndarray) -> np.ndarray:
-        """Return the voxels of the whole brain that are True in a part of it."""
-        return np.argwhere(there) + (0, band.start, 0)
+    def _in(band: np.ndarray, there: np.ndarray) -> np.ndarray:
+        """Return the voxels that are True and lie at one of the places from back to front."""
+        found = np.argwhere(there[:, band])
+        found[:, 1] = band[found[:, 1]]
+        return found
 
-    def draw(self, among: np.ndarray, plane: str, rng: np.random.Generator) -> Place:
-        """Return a random one of the places whose piece lies inside the volume and shows enough
-        brain."""
+    def draw(
+        self, among: np.ndarray, plane: str, rng: np.random.Generator, most: float = WITH_EDGE
+    ) -> Place:
+        """Return a random one of the places whose piece lies inside the volume and shows between
+        SEEN and ``most`` of it brain."""
         while True:
             x, y, z = among[rng.integers(len(among))].tolist()
             middle = (x, y, z)
-            if is_whole(SHAPE, plane, middle) and cut(self.inside, plane, middle).mean() >= SEEN:
-                return middle
+            if is_whole(SHAPE, plane, middle):
+                if SEEN <= cut(self.inside, plane, middle).mean() <= most:
+                    return middle
 
 
 def tissue(places: Places, contrast: str, plane: str, rng: np.random.Generator) -> Asked:
     """Ask which tissue is at a mark; the truth is from the measured maps, each tissue as often."""
     right = int(rng.integers(len(TISSUE_NAMES)))
-    middle = places.draw(places.of_tissue[right], plane, rng)
+    middle = places.draw(places.of_tissue[right], plane, rng, most=1.0)
     because = f"{contrast}, {BRIGHTNESS[contrast][right]} mark"
     text = "Which tissue is inside the white frame?"
     return Asked("Tissue", text, TISSUE_NAMES, right, because, middle, True)
 
 
 def plane_of(places: Places, contrast: str, plane: str, rng: np.random.Generator) -> Asked:
-    """Ask in which plane the slice lies."""
-    middle = places.draw(places.all, plane, rng)
+    """Ask in which plane the slice lies, at a place where the outline tells: it runs upright in
+    axial pieces, level in sagittal ones, and slants in coronal ones."""
+    while True:
+        middle = places.draw(places.all, plane, rng)
+        if runs(cut(places.inside, plane, middle)) == plane:
+            break
     text = "In which plane was the brain cut?"
     return Asked("Plane", text, PLANES, PLANES.index(plane), CUTS[plane], middle, False)
+
+
+def runs(inside: np.ndarray) -> str:
+    """Return the plane whose outline runs as that of a piece; inside: (n, n), where brain is."""
+    ends = len(inside) - 1
+    down, across = np.abs(2 * np.argwhere(inside).mean(axis=0) - ends)
+    # The brain lies to one side of an upright outline, and below or above a level one.
+    if across > STEEP * down:
+        return "axial"
+    return "sagittal" if down > STEEP * across else "coronal"
 
 
 def side(places: Places, contrast: str, plane: str, rng: np.random.Generator) -> Asked:

@@ -36,6 +36,9 @@ TOKEN_BYTES = 256
 ROW_BYTES = 1024
 # oneDNN's own buffers of a bf16 product: 0.14 MiB a thread and 0.6 KiB a row were measured.
 BF16_THREAD_BYTES = 160 << 10
+# It packs a head in panels of 64 columns for dlogits @ head. A thread was seen to hold 1.7 MiB of
+# them at most; where the states are narrower than a panel, all of the one panel.
+PANEL_COLUMNS, PANEL_BYTES = 64, 1792 << 10
 SELECTION_BYTES = 64  # per column, to find the columns that `grad_tol` keeps
 
 
@@ -99,7 +102,9 @@ class Sizes:
             fixed += max(strip * h, teacher_strip * teacher_h) * wide
             a_row += max(strip, teacher_strip) * wide  # the product with a strip
         if self.one_product and self.device.type == "cpu" and narrow == 2:
-            fixed += torch.get_num_threads() * BF16_THREAD_BYTES
+            panels = -(-h // PANEL_COLUMNS) * PANEL_COLUMNS * self.vocab * narrow
+            packed = panels if h < PANEL_COLUMNS else min(panels, PANEL_BYTES)
+            fixed += torch.get_num_threads() * (BF16_THREAD_BYTES + packed)
             a_row += ROW_BYTES
         if self.compacts or logits == 2:
             a_row += strip * (wide + logits)  # strips of dlogits: gathered, upcast

@@ -106,7 +106,7 @@ def test_other_dtypes(beta, dtype):
     judge(call_of(dtype, beta=beta, chunk_rows=4, **settings), "torch")
 
 
-@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("beta", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_peaked_rows_and_heads(impl, beta):
     judge(exact_logits(call_of(std=12.0, beta=beta)), impl)
     judge(heads(call_of(beta=beta, chunk_rows=4)), impl)
@@ -123,7 +123,9 @@ def test_teacher_of_the_sequences_that_have_tokens(impl):
     judge(call, impl, call | {"teacher_hidden": call["teacher_hidden"][some]})
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    "beta", [0.3, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.0, 1.0))]
+)
 def test_teacher_of_tokens(impl, beta):
     call = listed(6)(call_of(beta=beta, chunk_rows=4, temperature=0.7, return_entropy=True))
     judge(call, impl)

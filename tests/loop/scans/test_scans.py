@@ -23,7 +23,17 @@ from kepo.miniature.warm_up import TASK, worked_hint
 from kepo.scans.brain import SIMULATED, TISSUES, read_brain, spin_echo
 from kepo.scans.crops import BANDS, COLUMN, CROP, PLANES, ROW, cut, spans
 from kepo.scans.scan_files import write_scans
-from kepo.scans.scan_questions import BRIGHTNESS, KINDS, MODALITIES, SOURCE, Places, kinds_in
+from kepo.scans.scan_questions import (
+    BRIGHTNESS,
+    KINDS,
+    MODALITIES,
+    SEEN,
+    SOURCE,
+    WITH_EDGE,
+    Places,
+    kinds_in,
+    runs,
+)
 from kepo.scans.study import SCANS_RUN, Scans, build, by_cell, of_modality, run, unseen
 
 COUNTS = {"train": 8, "validation": 8, "test": 8}
@@ -81,20 +91,22 @@ def test_pure_tissue_is_as_bright_as_the_worked_answers_say(brain, contrast):
 # ---- where pieces lie
 
 
-def shown_by(split: str) -> tuple[int, int]:
-    """The first and the last place, from back to front, that a piece of the split may show."""
+def shown_by(band: range) -> tuple[int, int]:
+    """The first and the last place, from back to front, that a piece of the band may show."""
     seen = set()
     for plane in PLANES:
-        for y in (BANDS[split][0], BANDS[split][1] - 1):
+        for y in (band.start, band.stop - 1):
             along = spans(plane, (80, y, 90)).get(1, slice(y, y + 1))
             seen |= {along.start, along.stop - 1}
     return min(seen), max(seen)
 
 
 def test_no_two_splits_share_a_voxel():
-    in_order = sorted(BANDS, key=lambda split: BANDS[split])
-    for behind, before in pairwise(in_order):
-        assert BANDS[before][0] - BANDS[behind][1] >= CROP, "the guard band"
+    of_split = {band: split for split, bands in BANDS.items() for band in bands}
+    assert len(of_split) == sum(map(len, BANDS.values())) and {*of_split.values()} == {*BANDS}
+    for behind, before in pairwise(sorted(of_split, key=lambda band: band.start)):
+        assert of_split[behind] != of_split[before], "they lie between each other"
+        assert before.start - behind.stop >= CROP, "the guard band"
         assert shown_by(behind)[1] < shown_by(before)[0], f"{behind} and {before}"
 
 
@@ -124,15 +136,26 @@ def test_answers_are_true_of_the_place(brain, places, split):
             for _ in range(4):
                 asked = KINDS[kind](places[split], contrast, plane, rng)
                 x, y, z = asked.middle
-                assert BANDS[split][0] <= y < BANDS[split][1]
+                assert any(y in band for band in BANDS[split])
+                shown = cut(brain.inside, plane, asked.middle).mean()
+                assert SEEN <= shown <= (1.0 if kind == "Tissue" else WITH_EDGE)
                 if kind == "Tissue":
                     assert shares[:, x, y, z].argmax() == asked.right
                 elif kind == "Plane":
                     assert asked.options[asked.right] == plane
+                    assert runs(cut(brain.inside, plane, asked.middle)) == plane
                 elif kind == "Side":
                     assert asked.right == (x > 98)
                 else:
                     assert asked.right == (z < 80)
+
+
+def test_outlines_run_upright_level_or_slanting():
+    brain = np.zeros((CROP, CROP), bool)
+    brain[:, CROP // 3 :] = True
+    assert runs(brain) == runs(brain[:, ::-1]) == "axial"
+    assert runs(brain.T) == runs(brain.T[::-1]) == "sagittal"
+    assert runs(np.tri(CROP, dtype=bool)) == runs(np.tri(CROP, dtype=bool)[::-1]) == "coronal"
 
 
 # ---- the files
@@ -147,7 +170,7 @@ def test_the_loader_reads_what_the_check_finds_nothing_wrong_with(data, capsys):
     assert Counter(e.modality for e in examples) == dict.fromkeys(MODALITIES, 8)
     simulated = [name for name, (contrast, _) in MODALITIES.items() if contrast != "T1"]
     assert all("(simulated)" in name for name in simulated) and len(simulated) == 3
-    assert all(Image.open(e.images[0]).size == (64, 64) for e in examples)
+    assert all(Image.open(e.images[0]).size == (96, 96) for e in examples)
 
 
 def test_the_same_seed_gives_the_same_pictures_and_the_check_reports_them(data, tmp_path, capsys):
