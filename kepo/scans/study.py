@@ -6,7 +6,7 @@ The pictures are cut from the ICBM-152 brain, which comes with nilearn. The stud
 trained on axial T1 slices alone; the teacher has seen all six modalities. The table shows what that
 does for T1 in the two other planes, which was measured, and for PD, T2 and FLAIR, which are
 simulated. It is one average brain: there are no patients in it and no findings. The test's pieces
-come from another part of it than those of training, and share no voxel with them.
+come from other parts of it than those of training, and share no voxel with them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SCANS_RUN: dict[str, Any] = dict(
     distill_coef=10.0,
 )
 """The settings of a run on the scans. They, and the defaults below, were chosen on the validation's
-pieces: benchmarks/results/scans_pilots_2026-11-27.csv."""
+pieces: benchmarks/results/scans_pilots_2026-11-28.csv."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Scans:
 
     root: str = "runs/scans"
     """Folder of everything the demonstration makes."""
-    train_questions: int = 1200
+    train_questions: int = 2400
     """Training questions per modality."""
     test_questions: int = 120
     """Held-out questions per modality."""
     held_out: Literal["validation", "test"] = "test"
     """The held-out part of the brain that is asked about. Settings were chosen on validation."""
-    teacher_steps: int = 600
+    teacher_steps: int = 1200
     """Supervised steps of the teacher, on all modalities."""
     warmup_steps: int = 120
     """Supervised steps of the student, on axial T1."""
