@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import csv
 import json
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 from kepo.errors import KepoConfigError, command
 from kepo.evaluation.statistics import Interval, students_t
 from kepo.flags import command_line
-from kepo.scans.scan_questions import MODALITIES, SOURCE
+from kepo.scans.scan_questions import KINDS, MODALITIES, SOURCE
 from kepo.scans.study import Scans, of_modality, run, unseen
 from kepo.words import at_home
 
@@ -55,26 +58,77 @@ def run_seeds(settings: Seeds, study: Scans | None = None) -> Interval:
             sys.exit(code)
         found[seed] = json.loads((root / "accuracy.json").read_text(encoding="utf-8"))
     _write(Path(settings.out), found)
-    gain = students_t([unseen(one["after"]) - unseen(one["before"]) for one in found.values()])
+    gain = gained(found)
     draw(found, gain, Path(settings.out).with_suffix(".png"))
     print("\n".join(lines(found, gain)))
     return gain
 
 
+def gained(found: Found) -> Interval:
+    """Return the gain in the mean over the five unseen modalities, by t over the seeds."""
+    return students_t([unseen(one["after"]) - unseen(one["before"]) for one in found.values()])
+
+
+def means(found: Found) -> dict[str, list[float]]:
+    """Return for each modality, for each of its types of questions, and for the unseen ones, the
+    means over the seeds before and after KEPO and of the teacher."""
+
+    def mean(part: Callable[[dict[str, float]], float]) -> list[float]:
+        return [statistics.fmean(part(one[m]) for one in found.values()) for m in MOMENTS]
+
+    cells = list(next(iter(found.values()))["after"])
+    rows: dict[str, list[float]] = {}
+    for name in MODALITIES:
+        rows[name] = mean(partial(of_modality, modality=name))
+        rows |= {cell: mean(itemgetter(cell)) for cell in cells if cell.startswith(f"{name}: ")}
+    return rows | {"mean of the five unseen": mean(unseen)}
+
+
+def verdict(gain: Interval) -> str:
+    sign = "above 0" if gain.sign > 0 else "below 0" if gain.sign < 0 else "not told from 0"
+    return f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}], {sign}"
+
+
 def lines(found: Found, gain: Interval) -> list[str]:
     """Return the table of means over the seeds, and the verdict."""
-
-    def mean(values: Sequence[float]) -> float:
-        return sum(values) / len(values)
-
     text = [f"{len(found)} seeds {'':26} {'before':>7} {'after':>7} {'teacher':>8}"]
-    for name in MODALITIES:
-        cells = [mean([of_modality(one[m], name) for one in found.values()]) for m in MOMENTS]
-        text.append(f"{name:34} {cells[0]:7.3f} {cells[1]:7.3f} {cells[2]:8.3f}")
-    verdict = "above 0" if gain.sign > 0 else "below 0" if gain.sign < 0 else "not told from 0"
-    interval = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
-    text.append(f"gain over the five unseen modalities: {interval}, {verdict}")
+    for name, (before, after, teacher) in means(found).items():
+        indented = name if ": " not in name else f"    {name.partition(': ')[2]}"
+        text.append(f"{indented:34} {before:7.3f} {after:7.3f} {teacher:8.3f}")
+    text.append(f"gain over the five unseen modalities: {verdict(gain)}")
     return text
+
+
+def page(found: Found) -> str:
+    """Return what docs/training.md says of the test: a table, and the verdict."""
+    types = {kind: kind.lower() for kind in KINDS}
+    text = [
+        f"| {len(found)} seeds, before → after (teacher) | all | {' | '.join(types.values())} |",
+        f"|---|---|{'---|' * len(types)}",
+    ]
+    rows = means(found)
+    for name in [*MODALITIES, "mean of the five unseen"]:
+        cells = [rows.get(cell) for cell in (name, *(f"{name}: {kind}" for kind in types))]
+        shown = ["" if x is None else f"{x[0]:.2f} → {x[1]:.2f} ({x[2]:.2f})" for x in cells]
+        label = f"{name}, trained on" if name == SOURCE else name
+        text.append(f"| {label} | {' | '.join(shown)} |")
+    text += [
+        "",
+        f"Gain over the five unseen modalities, by t over the seeds: {verdict(gained(found))}.",
+    ]
+    return "\n".join(text)
+
+
+def read(out: Path) -> Found:
+    """Return what `run_seeds` has written."""
+    found: Found = {}
+    with out.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            one = found.setdefault(int(row["seed"]), {moment: {} for moment in MOMENTS})
+            for moment in MOMENTS:
+                cell = f"{row['modality']}: {row['question_type']}"
+                one[moment][cell] = float(row[moment])
+    return found
 
 
 def draw(found: Found, gain: Interval, out: Path) -> None:

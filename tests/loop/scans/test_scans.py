@@ -264,3 +264,12 @@ def test_the_verdict_is_a_t_interval_over_seeds(tmp_path):
     _write(tmp_path / "x.csv", found)
     rows = (tmp_path / "x.csv").read_text().splitlines()
     assert len(rows) == 1 + 3 * 6 and rows[1] == "1,T1 axial,Tissue,0.5000,0.6000,0.5000"
+
+
+def test_the_pages_say_what_the_test_found():
+    from experiments.scans import gained, page, read, verdict
+
+    found = read(ROOT / "benchmarks/results/scans_test.csv")
+    assert list(found) == [1, 2, 3]
+    assert page(found) in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert verdict(gained(found)) in (ROOT / "README.md").read_text(encoding="utf-8")
