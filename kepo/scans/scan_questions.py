@@ -89,9 +89,10 @@ class Places:
         while True:
             x, y, z = among[rng.integers(len(among))].tolist()
             middle = (x, y, z)
-            if is_whole(SHAPE, plane, middle):
-                if SEEN <= cut(self.inside, plane, middle).mean() <= most:
-                    return middle
+            if not is_whole(SHAPE, plane, middle):
+                continue
+            if SEEN <= cut(self.inside, plane, middle).mean() <= most:
+                return middle
 
 
 def tissue(places: Places, contrast: str, plane: str, rng: np.random.Generator) -> Asked:
