@@ -13,7 +13,7 @@ from experiments.methods import FACTORIAL, MAIN, NEW, TUNED
 SPLITS = ("validation", "test")
 TUNING_SEEDS = (11, 12)
 MAIN_SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
-RATES = ("1e-4", "2e-4", "4e-4", "8e-4")
+RATES = ("1e-4", "2e-4", "4e-4", "8e-4", "1.6e-3")
 COEFFICIENTS = ("3", "30")
 """Weights of the divergence beside that of COMMON."""
 BEST_NEW = "best_new"
@@ -34,7 +34,7 @@ class Block:
 
 def _tuning() -> tuple[str, ...]:
     rates = [f"{method}@lr={lr}" for method in TUNED for lr in RATES]
-    weights = [f"kepo@lr={lr},distill_coef={x}" for lr in RATES[1:3] for x in COEFFICIENTS]
+    weights = [f"kepo@lr={lr},distill_coef={x}" for lr in RATES[1:4] for x in COEFFICIENTS]
     return tuple(rates + weights)
 
 
