@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from kepo.disk.durable import replacing
 
 COLOURS = {OURS: "#1b6ca8", "grpo": "#c0392b", "opd": "#444444"}
 OTHERS = "#9aa5b1"
+LABEL = 0.04
+"""The height of a label, as a share of the picture's."""
 PARTS = ("no_gate", "gate_only", "hints_only", "retry", "wrong_gate", "kdpo_tau0")
 
 
@@ -34,6 +37,7 @@ def draw(book: Book, path: Path) -> bool:
         (axes[0], OOD, "unseen", "digits the warm-up never showed,\nrenderings never trained on"),
         (axes[1], (SOURCE,), "seen", "digits it knew, where it is trained:\nwhat is forgotten"),
     ):
+        ends: dict[str, float] = {}
         for name in sorted(present, key=lambda name: name in COLOURS):
             seeds = scores.seeds(name)
             curve = 100 * scores.curve(name, seeds, where, kind=kind)
@@ -43,12 +47,15 @@ def draw(book: Book, path: Path) -> bool:
                 half = curve.std(0, ddof=1) / np.sqrt(len(seeds))
                 low, high = curve.mean(0) - half, curve.mean(0) + half
                 axis.fill_between(scores.steps(name), low, high, color=colour, alpha=0.15)
-            axis.annotate(
-                name, (scores.steps(name)[-1], curve.mean(0)[-1]), (4, 0), color=colour,
-                textcoords="offset points", fontsize="small", va="center",
-            )  # fmt: skip
+            ends[name] = float(curve.mean(0)[-1])
         axis.set(title=title, xlabel="step", ylabel="accuracy, %")
         axis.margins(x=0.18)
+        low, high = axis.get_ylim()
+        for name, height in apart(ends, LABEL * (high - low)).items():
+            axis.annotate(
+                name, (scores.steps(name)[-1], height), (4, 0), color=COLOURS.get(name, OTHERS),
+                textcoords="offset points", fontsize="small", va="center",
+            )  # fmt: skip
     _forest(axes[2], book)
     for axis in axes:
         axis.grid(alpha=0.25)
@@ -57,6 +64,23 @@ def draw(book: Book, path: Path) -> bool:
         figure.savefig(part, dpi=110, format="png", metadata={"Software": None})
     plt.close(figure)
     return True
+
+
+def apart(heights: Mapping[str, float], least: float) -> dict[str, float]:
+    """Return the heights of labels, in the same order, with at least ``least`` between neighbours:
+    those that are too near are put about their common mean."""
+    groups: list[list[str]] = []
+    placed: dict[str, float] = {}
+    for name in sorted(heights, key=lambda name: heights[name]):
+        groups.append([name])
+        while True:
+            names = groups[-1]
+            lowest = sum(heights[n] for n in names) / len(names) - least * (len(names) - 1) / 2
+            if len(groups) == 1 or lowest - placed[groups[-2][-1]] >= least:
+                break
+            groups[-2:] = [groups[-2] + names]
+        placed |= {n: lowest + least * place for place, n in enumerate(names)}
+    return placed
 
 
 def _forest(axis: Any, book: Book) -> None:

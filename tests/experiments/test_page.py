@@ -1,5 +1,6 @@
 """The page: every number out of the results, and what was not run is said."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,15 @@ def test_the_picture_is_drawn_of_what_is_there(book, tmp_path):
     path = tmp_path / PICTURE
     assert not draw(Book(tmp_path / "results", tmp_path / "none"), path) and not path.exists()
     assert draw(book, path) and path.stat().st_size > 20_000
+
+
+def test_labels_of_near_curves_stand_apart_in_their_order():
+    from experiments.report.picture import apart
+
+    heights = {"a": 70.0, "b": 70.2, "c": 72.0, "d": 40.0, "e": 73.5}
+    placed = apart(heights, 1.5)
+    in_order = sorted(heights, key=heights.__getitem__)
+    assert sorted(placed, key=placed.__getitem__) == in_order
+    gaps = [placed[y] - placed[x] for x, y in itertools.pairwise(in_order)]
+    assert min(gaps) == pytest.approx(1.5) and placed["d"] == 40.0
+    assert max(abs(placed[name] - heights[name]) for name in heights) < 1.5
