@@ -195,7 +195,7 @@ def _run_all(
     out = Path(sweep.settings.out)
     starts.write_facts(out, data, {Path(t): SETTINGS[name] for t, name in teachers.items()})
     sums = {folder: starts.sha256(Path(folder)) for folder in [*teachers, *students]}
-    _refuse_other_starts(missing, results, sums)
+    _refuse_other_students(missing, results)
 
     def keep(named: tuple[str, Run]) -> None:
         setting, run = named
@@ -215,28 +215,28 @@ def _run_all(
         )
 
 
-def _refuse_other_starts(
-    missing: Mapping[tuple[str, Run], Config],
-    results: Mapping[str, Results],
-    sums: Mapping[str, str],
+def _refuse_other_students(
+    missing: Mapping[tuple[str, Run], Config], results: Mapping[str, Results]
 ) -> None:
-    """Raise KepoConfigError if results hold runs with a teacher of other bits, or of a seed that
-    started from other bits, as those of another machine have: methods are compared within a seed,
-    from one start."""
+    """Raise KepoConfigError if results hold runs of a seed whose student answered otherwise before
+    the first step: methods are compared within a seed, from one start.
+
+    Made again on another kind of processor a student has other bits. It is the same start if it
+    answers every question of the split alike.
+    """
+    before = {
+        (setting, split): results[setting].first_answers(split)
+        for setting, split in {(setting, run.split) for setting, run in missing}
+    }
     for (setting, run), config in missing.items():
-        student, teacher = sums[config.student], sums.get(config.teacher or "", "")
-        folder = results[setting].folder
-        for known, row in results[setting].runs.items():
-            if known.seed == run.seed and row["student"] != student:
-                raise KepoConfigError(
-                    f"seeds has {run.seed}, whose runs in {folder} started from a student of other "
-                    f"bits ({row['student']}, here {student}); take other seeds, or another out"
-                )
-            if teacher and row["teacher"] not in ("", teacher):
-                raise KepoConfigError(
-                    f"out has runs in {folder} with a teacher of other bits ({row['teacher']}, "
-                    f"here {teacher}); take another"
-                )
+        here = starts.answers_of(Path(config.student))[run.split]
+        there = before[setting, run.split].get(run.seed, here)
+        if different := starts.differences(here, there):
+            raise KepoConfigError(
+                f"seeds has {run.seed}, whose runs in {results[setting].folder} started from a "
+                f"student that answers {different} questions otherwise than {config.student}, made "
+                "here; take other seeds, or another out"
+            )
 
 
 @cache

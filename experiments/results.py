@@ -92,6 +92,16 @@ class Results:
         known = self.runs.get(run)
         return known is not None and known["fingerprint"] == fingerprint
 
+    def first_answers(self, split: str) -> dict[int, dict[str, str]]:
+        """Return by seed and rendering what the student answered rightly before the first step.
+
+        Runs of one seed have one start, so any of them can say it."""
+        found: dict[int, dict[str, str]] = {}
+        for row in self.tables["evals"]:
+            if row["split"] == split and row["step"] == "0":
+                found.setdefault(int(row["seed"]), {})[row["modality"]] = row["items"]
+        return found
+
     def drop(self, runs: Iterable[Run]) -> None:
         gone = set(runs)
         for name, rows in self.tables.items():

@@ -17,7 +17,7 @@ from typing import Any
 
 from experiments.plan import SPLITS
 from experiments.pool import quiet
-from experiments.results import as_csv, read_rows
+from experiments.results import Row, as_csv, read_rows
 from experiments.settings import SETTINGS, Setting
 from kepo.data.load import load_omnimedvqa
 from kepo.digits.dataset import LARGE_DIGITS, write_digits
@@ -113,36 +113,16 @@ def large_digits(data: Path) -> dict[str, str]:
 
 
 def make_teacher(root: Path, data: Path, name: str, questions: Questions) -> None:
-    """Make the teacher of a setting, with its right answers in ``<teacher>-answers.json``."""
-    from kepo.models.vlm import VLM
-
+    """Make the teacher of a setting, and write down which questions it answers rightly."""
     setting = SETTINGS[name]
     target, facts = teacher_of(root, setting, questions), teacher_facts(setting, questions)
-    answers = answers_of_teacher(target)
 
     def make(folder: Path) -> None:
         _supervise(folder, "teacher", facts, load_omnimedvqa(data / "train"))
 
     with quiet(target.with_suffix(".log")):
         cached(target, facts, make)
-        if not answers.exists():
-            vlm = VLM.load(target)
-            right = {
-                split: as_digits(
-                    greedy_scores(
-                        vlm,
-                        load_omnimedvqa(data / split),
-                        MultipleChoice(),
-                        max_tokens=COMPLETION_TOKENS,
-                    )
-                )
-                for split in SPLITS
-            }
-            write_durably(answers, as_json(right))
-
-
-def answers_of_teacher(teacher: Path) -> Path:
-    return teacher.with_name(f"{teacher.name}-answers.json")
+        _ask(target, data)
 
 
 def make_student(root: Path, data: Path, name: str, seed: int, questions: Questions) -> None:
@@ -158,6 +138,32 @@ def make_student(root: Path, data: Path, name: str, seed: int, questions: Questi
 
     with quiet(target.with_suffix(".log")):
         cached(target, facts, make)
+        _ask(target, data)
+
+
+def answers_file(model: Path) -> Path:
+    """Return the file that says, by split and rendering, which questions a model answers
+    rightly."""
+    return model.with_name(f"{model.name}-answers.json")
+
+
+def answers_of(model: Path) -> dict[str, dict[str, str]]:
+    return json.loads(answers_file(model).read_text(encoding="utf-8"))
+
+
+def _ask(model: Path, data: Path) -> None:
+    from kepo.models.vlm import VLM
+
+    if answers_file(model).exists():
+        return
+    vlm, task = VLM.load(model), MultipleChoice()
+    right = {
+        split: as_digits(
+            greedy_scores(vlm, load_omnimedvqa(data / split), task, max_tokens=COMPLETION_TOKENS)
+        )
+        for split in SPLITS
+    }
+    write_durably(answers_file(model), as_json(right))
 
 
 def _supervise(folder: Path, size: Any, facts: Mapping[str, Any], shown: Any, **more: Any) -> None:
@@ -176,11 +182,18 @@ QUESTIONS = ("split", "modality", "large")
 TEACHERS = ("teacher", "teacher_steps", "hint_style", "split", "modality", "accuracy", "items")
 
 
+def differences(one: Mapping[str, str], other: Mapping[str, str]) -> int:
+    """Return how many questions are right in one of two answers by rendering, and wrong in the
+    other."""
+    return sum(x != y for name in one for x, y in zip(one[name], other[name], strict=True))
+
+
 def write_facts(out: Path, data: Path, teachers: Mapping[Path, Setting]) -> None:
     """Write questions.csv, in which 1 is a question with a digit above 5, and add to teachers.csv
     which questions each teacher answers rightly.
 
-    Raises KepoConfigError if questions.csv is of other questions than these.
+    Raises KepoConfigError if questions.csv is of other questions than these, or teachers.csv has a
+    teacher of these settings that answers otherwise.
     """
     make_folder(out)
     large = {split: large_digits(data / split) for split in SPLITS}
@@ -198,15 +211,27 @@ def write_facts(out: Path, data: Path, teachers: Mapping[Path, Setting]) -> None
     path = out / "teachers.csv"
     known = read_rows(path, TEACHERS)
     for folder, setting in teachers.items():
-        name = sha256(folder)
-        if any(row["teacher"] == name for row in known):
-            continue
-        said = json.loads(answers_of_teacher(folder).read_text(encoding="utf-8"))
-        about = {"teacher_steps": str(setting.teacher_steps), "hint_style": setting.hint_style}
-        known += [
-            {"teacher": name, **about, "split": split, "modality": modality, "items": items}
-            | {"accuracy": f"{items.count('1') / len(items):.5g}"}
-            for split, by in said.items()
+        known += _facts_of_teacher(path, known, folder, setting)
+    write_durably(path, as_csv(TEACHERS, known))
+
+
+def _facts_of_teacher(path: Path, known: list[Row], folder: Path, setting: Setting) -> list[Row]:
+    about = {"teacher_steps": str(setting.teacher_steps), "hint_style": setting.hint_style}
+    before: dict[str, dict[str, str]] = {}
+    for row in known:
+        if about.items() <= row.items():
+            before.setdefault(row["split"], {})[row["modality"]] = row["items"]
+    answers = answers_of(folder)
+    if not before:
+        return [
+            {"teacher": sha256(folder), **about, "split": split, "modality": modality}
+            | {"accuracy": f"{items.count('1') / len(items):.5g}", "items": items}
+            for split, by in answers.items()
             for modality, items in by.items()
         ]
-    write_durably(path, as_csv(TEACHERS, known))
+    if different := sum(differences(answers[split], before[split]) for split in SPLITS):
+        raise KepoConfigError(
+            f"out has runs with the teacher of {path}, which answers {different} questions "
+            f"otherwise than the one made here in {folder}; take another out"
+        )
+    return []

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from pretend_runs import RAN, PretendPool, pretending, write_model
+from pretend_runs import RAN, PretendPool, answers_of_student, pretending, write_model
 
 from experiments import starts
 from experiments.analysis import Scores
@@ -69,25 +69,49 @@ def test_a_row_has_what_a_run_cost_and_where_it_came_from(settings):
     assert len(questions) == 1 + 2 * 8
 
 
-def test_a_start_of_other_bits_is_refused(settings, monkeypatch):
+def flipped(right: dict[str, str]) -> dict[str, str]:
+    """Return the same answers but for one question."""
+    return right | {"noisy": "10"[int(right["noisy"][0])] + right["noisy"][1:]}
+
+
+def test_a_student_that_answers_one_question_otherwise_is_refused(settings, monkeypatch):
     compare(settings)
 
     def other(root, data, name, seed, questions):
-        write_model(starts.student_of(root, SETTINGS[name], questions, seed), "other bits")
+        folder = starts.student_of(root, SETTINGS[name], questions, seed)
+        write_model(folder, "other bits", flipped(answers_of_student(seed)))
 
     monkeypatch.setattr(starts, "make_student", other)
-    with pytest.raises(KepoConfigError, match=r"seeds has 1, whose runs in .*cliff started from"):
+    with pytest.raises(KepoConfigError, match=r"seeds has 1, .* answers 1 questions otherwise"):
         compare(replace(settings, methods=("kepo@num_hinted=1",)))
     assert len(runs(settings)) == 6
 
 
-def test_a_teacher_of_other_bits_is_refused(settings, monkeypatch):
+def test_a_student_of_other_bits_that_answers_alike_is_the_same_start(settings, monkeypatch):
     compare(settings)
-    [teacher] = Path(settings.root).glob("teachers/*/model.safetensors")
-    monkeypatch.setattr(starts, "make_teacher", lambda *_: teacher.write_bytes(b"other bits"))
-    with pytest.raises(KepoConfigError, match=r"out has runs in .*cliff with a teacher of other"):
-        compare(replace(settings, seeds=(4,)))
-    compare(replace(settings, seeds=(4,), methods=("grpo",)))  # who asks none
+
+    def other(root, data, name, seed, questions):
+        folder = starts.student_of(root, SETTINGS[name], questions, seed)
+        write_model(folder, "other bits", answers_of_student(seed))
+
+    monkeypatch.setattr(starts, "make_student", other)
+    compare(replace(settings, methods=("kepo@num_hinted=1",)))
+    assert len({row["student"] for row in runs(settings).values() if row["seed"] == "1"}) == 2
+
+
+def test_a_teacher_that_answers_otherwise_is_refused(settings, monkeypatch):
+    compare(settings)
+    [teacher] = [path for path in Path(settings.root).glob("teachers/*") if path.is_dir()]
+    before = (Path(settings.out) / "teachers.csv").read_text()
+    right = starts.answers_of(teacher)["test"]
+    monkeypatch.setattr(starts, "make_teacher", lambda *_: write_model(teacher, "other", right))
+    compare(replace(settings, seeds=(4,)))  # other bits, the same answers
+    assert (Path(settings.out) / "teachers.csv").read_text() == before
+    other = flipped(right)
+    monkeypatch.setattr(starts, "make_teacher", lambda *_: write_model(teacher, "other", other))
+    with pytest.raises(KepoConfigError, match=r"teachers.csv, which answers 2 questions otherwise"):
+        compare(replace(settings, seeds=(5,)))
+    compare(replace(settings, seeds=(5,), methods=("grpo",)))  # who asks none
 
 
 def test_results_on_other_questions_are_refused(settings, monkeypatch):

@@ -18,6 +18,16 @@ SKILL = {"grpo": 0.5, "kepo": 0.8, "opd": 0.5}
 RAN: list = []
 
 
+def at_skill(skill: float, rng: np.random.Generator) -> dict[str, str]:
+    """Return by rendering which questions are answered rightly, with this probability each."""
+    right = {name: rng.random(ITEMS) < skill for name in MODALITIES}
+    return {name: "".join(map(str, x.astype(int))) for name, x in right.items()}
+
+
+def answers_of_student(seed: int) -> dict[str, str]:
+    return at_skill(0.3, np.random.default_rng(seed))
+
+
 def pretend(run, config) -> None:
     """Write what a run leaves."""
     rng = np.random.default_rng((run.seed, len(run.method)))
@@ -30,10 +40,9 @@ def pretend(run, config) -> None:
             )
         if step % config.eval_every and step != config.steps:
             continue
-        skill = 0.3 if step == 0 else SKILL.get(run.method.partition("@")[0], 0.6)
-        right = {name: rng.random(ITEMS) < skill for name in MODALITIES}
-        items = {name: "".join(map(str, x.astype(int))) for name, x in right.items()}
-        means = {name: float(x.mean()) for name, x in right.items()}
+        skill = SKILL.get(run.method.partition("@")[0], 0.6)
+        items = at_skill(skill, rng) if step else answers_of_student(run.seed)
+        means = {name: x.count("1") / ITEMS for name, x in items.items()}
         records.append({"step": step, "eval": means, "eval_items": items})
     folder = Path(config.run_dir)
     (folder / "checkpoints").mkdir(parents=True)
@@ -86,22 +95,23 @@ def write_results(folder: Path, setting: str, runs, steps: int = 4) -> None:
     (folder / "questions.csv").write_text(as_csv(starts.QUESTIONS, rows))
 
 
-def write_model(folder: Path, text: str) -> None:
+def write_model(folder: Path, text: str, right: dict[str, str]) -> None:
+    """Write a model that answers these questions rightly, the same ones of both splits."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors").write_bytes(text.encode())
+    said = json.dumps({"validation": right, "test": right})
+    starts.answers_file(folder).write_text(said)
 
 
 def make_teacher(root, data, name, questions):
     folder = starts.teacher_of(root, module.SETTINGS[name], questions)
-    write_model(folder, f"teacher {folder.name}")
     right = {name: "1110" * (ITEMS // 4) for name in MODALITIES}
-    said = json.dumps({"validation": right, "test": right})
-    starts.answers_of_teacher(folder).write_text(said)
+    write_model(folder, f"teacher {folder.name}", right)
 
 
 def make_student(root, data, name, seed, questions):
     folder = starts.student_of(root, module.SETTINGS[name], questions, seed)
-    write_model(folder, f"student {seed}")
+    write_model(folder, f"student {seed}", answers_of_student(seed))
 
 
 def pretending(folder: Path, monkeypatch) -> Compare:
