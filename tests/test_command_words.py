@@ -94,6 +94,32 @@ def test_help_has_every_setting_and_the_default_of_a_layer(capsys):
     assert "(default: dr_grpo)" in text and "(default: sequence_mean)" not in text
 
 
+@pytest.mark.parametrize(
+    ("words", "has", "lacks"),
+    [
+        (["lr"], ["--lr FLOAT", "--lr-end"], ["--steps", "--train-data", "Presets"]),
+        (["pictures"], ["--min-pixels", "--max-pixels"], ["--lr FLOAT", "Presets"]),
+        (
+            ["--teacher-top-k"],
+            ["Print"],
+            [],
+        ),  # a flag after --help is no word of it: the whole page
+        (["Hinted-cap"], ["--hinted-cap"], ["--hint-trigger"]),
+    ],
+)
+def test_help_about_some_words(capsys, words, has, lacks):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--help", *words])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and shown.startswith("usage: kepo train")
+    assert all(text in shown for text in has) and not any(text in shown for text in lacks)
+
+
+def test_help_about_nothing_that_is_there(capsys):
+    error = "error: --help lrr: no section or option of kepo train has that in its name\n"
+    assert told(capsys, "train", "--help", "lrr") == (2, error)
+
+
 def test_version_and_help_are_commands(capsys):
     import kepo_kernels
 

@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kepo.config import Config
 from kepo.objective.optimizers import BLOCK
 from kepo.planner.anatomy import Anatomy
-from kepo.sections import OptimizerConfig, SamplingConfig, TeacherConfig
+from kepo.sections import ModelsConfig, OptimizerConfig, SamplingConfig, TeacherConfig
 
 GIB = 2**30
 ITEMS = (
@@ -102,7 +101,8 @@ class Standing:
 
 
 def standing(
-    config: Config,
+    config: ModelsConfig,
+    optimizer: OptimizerConfig,
     machine: Machine,
     student: Anatomy,
     teachers: Sequence[Anatomy],
@@ -133,7 +133,7 @@ def standing(
     reference = (counts.total - counts.adapters) * width // shards + root - saved
     held = Held(
         weights=trained + frozen - saved,
-        optimiser=moments_bytes(config, trained // trained_bytes, trained_bytes),
+        optimiser=moments_bytes(optimizer, trained // trained_bytes, trained_bytes),
         teacher=sum(teacher_bytes(config, machine, one) for one in teachers),
         reference=reference if penalised else 0,
     )

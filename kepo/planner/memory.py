@@ -169,7 +169,9 @@ class _Run:
         config, machine, prompts = setup
         student, teachers = student_of(config, machine), teachers_of(setup)
         teacher = next(iter(teachers), None)
-        share = share_of(config, machine, prompts.length(student), student.shares_prompts(config))
+        share = share_of(
+            config, config, machine, prompts.length(student), student.shares_prompts(config)
+        )
         several = share.micros > 1
         loss = loss_memory(
             config,
@@ -180,6 +182,7 @@ class _Run:
             teacher if config.distils else None,
         )
         stays = standing(
+            config,
             config,
             machine,
             student,

@@ -297,6 +297,7 @@ def test_gradients_beside_the_buckets(gpus, micro_batch, sets):
     student = anatomy(config.student, "float32", "cuda")
     stays = standing(
         config,
+        config,
         machine,
         student,
         (),

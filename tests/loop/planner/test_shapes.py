@@ -41,7 +41,7 @@ SIZES = Config(prompts_per_step=6, num_generations=8, max_completion_length=11)
 )
 def test_micro_batch(settings, gpus, micro, micros):
     config = replace(SIZES, **settings)
-    found = share_of(config, Machine(gpus, 2**30), 100, config.share_prompts)
+    found = share_of(config, config, Machine(gpus, 2**30), 100, config.share_prompts)
     assert (found.micro, found.micros) == (micro, micros)
 
 
@@ -58,14 +58,14 @@ def test_micro_batch(settings, gpus, micro, micros):
 )
 def test_all_at_once(settings, gpus, shared, whole):
     config = replace(SIZES, micro_batch=3, **settings)
-    assert share_of(config, Machine(gpus, 2**30), 100, shared).whole == whole
+    assert share_of(config, config, Machine(gpus, 2**30), 100, shared).whole == whole
 
 
 @pytest.mark.parametrize("questions, ranks", [(1, 2), (1, 3), (2, 4), (3, 4), (6, 4), (5, 1)])
 def test_no_rank_of_a_run_computes_more_than_is_planned(questions, ranks, monkeypatch):
     """A run lays its completions out by the ranks that it has."""
     config = replace(SIZES, prompts_per_step=questions, micro_batch=6)
-    planned = share_of(config, Machine(ranks, 2**30), 100, True)
+    planned = share_of(config, config, Machine(ranks, 2**30), 100, True)
     monkeypatch.setattr(micros, "world_size", lambda: ranks)
     batch = shapes._full(questions, config)
     shares = micros.plan_micros(batch, [100] * len(batch), config, True)
