@@ -109,8 +109,8 @@ def page(usage: str, description: str, flags: list[Flag]) -> str:
             f"--help {names[0].lower()}, or --help and a part of options' names, prints only those"
         )
         blocks.append(_paragraph(f"Sections: {', '.join(names)}. {one}.", width))
-    for section, members in itertools.groupby(options, lambda flag: flag.section):
-        members = list(members)
+    for section, together in itertools.groupby(options, lambda flag: flag.section):
+        members = list(together)
         name = "Options" if alone else members[0].heading
         heading = f"{name}: {inspect.getdoc(section)}"
         entries = [_entry(flag, width) for flag in members]
