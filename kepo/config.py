@@ -76,9 +76,9 @@ class Config(
 
     @property
     def compared(self) -> dict[str, Any]:
-        """The settings as a resumed run compares them: what None means for the learning rate is
-        written out, as it is in a run of before it could be None, and the addresses of servers are
-        not there, as the same model may be at another."""
+        """The settings as a resumed run compares them: the learning rate's schedule is written
+        out where it is None, since older runs have it written out, and the addresses of servers
+        are left out, since the same model may be served at another."""
         form, end = self.decay
         values = dataclasses.asdict(self) | {"lr_schedule": form, "lr_end": end}
         if self.teacher is not None:

@@ -34,7 +34,10 @@ def command_line(
     if helps := [place for place, word in enumerate(words) if word in ("-h", "--help")]:
         asked = list(itertools.takewhile(lambda word: not _is_flag(word), words[helps[0] + 1 :]))
         if asked and not (some := about(asked, flags)):
-            refuse(f"--help {' '.join(asked)}: no section or option of {prog} has that in its name")
+            refuse(
+                f"--help {' '.join(asked)}: no section of {prog} is called that, and no option has "
+                "it in its name"
+            )
         print(page(usage, "", some) if asked else page(usage, description, flags))
         sys.exit(0)
     given = _given(flags, words, prog, usage)

@@ -89,7 +89,7 @@ def about(words: Sequence[str], flags: list[Flag]) -> list[Flag]:
     return [
         flag
         for flag in flags
-        if any(word in flag.name or word == flag.heading.lower() for word in wanted)
+        if any(word and (word in flag.name or word == flag.heading.lower()) for word in wanted)
     ]
 
 
@@ -109,10 +109,9 @@ def page(usage: str, description: str, flags: list[Flag]) -> str:
             f"--help {names[0].lower()}, or --help and a part of options' names, prints only those"
         )
         blocks.append(_paragraph(f"Sections: {', '.join(names)}. {one}.", width))
-    for section, together in itertools.groupby(options, lambda flag: flag.section):
-        members = list(together)
-        name = "Options" if alone else members[0].heading
-        heading = f"{name}: {inspect.getdoc(section)}"
+    for name in names:
+        members = [flag for flag in options if flag.heading == name]
+        heading = f"{'Options' if told and alone else name}: {inspect.getdoc(members[0].section)}"
         entries = [_entry(flag, width) for flag in members]
         blocks.append("\n".join([_paragraph(heading.partition("\n\n")[0], width), *entries]))
     return "\n\n".join([*blocks, f"  {'-h, --help':{COLUMN - 2}}Print this page."])

@@ -15,7 +15,7 @@ from kepo.models.encoding import Prompt
 from kepo.models.packing import packed_length
 from kepo.objective.batch import Batch
 from kepo.objective.micros import Micro, plan_micros
-from kepo.planner.held import Machine
+from kepo.planner.standing import Machine
 from kepo.sections import ObjectiveConfig, OptimizerConfig, SamplingConfig
 
 
@@ -61,7 +61,7 @@ def share_of(
     """Return what the process with the most tokens computes in a step, and the largest micro-batch
     of any, where all prompts have this many tokens.
 
-    shared: a prompt is computed once for all its completions (`Anatomy.shares_prompts`).
+    shared: a prompt is computed once for all its completions (`ModelSizes.shares_prompts`).
     """
     questions = config.prompts_per_step // config.mini_batches
     mini = _full(questions, config)

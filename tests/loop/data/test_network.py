@@ -17,7 +17,7 @@ from kepo.data import network
 from kepo.data.identity import model_files
 from kepo.errors import KepoCheckpointError, KepoConfigError, KepoDataError
 from kepo.models.reading import read_config
-from kepo.planner import anatomy
+from kepo.planner import model_sizes
 
 
 class Session:
@@ -69,7 +69,7 @@ def test_whoever_reads_a_name_looks_first(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     for read, error in (
         (read_config, KepoCheckpointError),
-        (anatomy.read_config, KepoConfigError),
+        (model_sizes.read_config, KepoConfigError),
     ):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         with pytest.raises(error, match=r"^nobody/nothing"):

@@ -12,10 +12,10 @@ from kepo.models.packing import why_not_packed
 from kepo.models.reading import read_model
 from kepo.objective import micros
 from kepo.planner import shapes
-from kepo.planner.anatomy import anatomy
 from kepo.planner.generating import rooms
-from kepo.planner.held import Machine
+from kepo.planner.model_sizes import model_sizes
 from kepo.planner.shapes import Shape, share_of
+from kepo.planner.standing import Machine
 
 pytest.importorskip("transformers")
 # Prompts of 100 tokens; 6 groups of 8, or 48 rows of their own.
@@ -86,7 +86,7 @@ def test_prompts_are_shared_where_a_run_shares_them(tinies, tmp_path, attention,
         record["text_config"] |= dict(use_sliding_window=True, sliding_window=width)
         record["text_config"] |= dict(layer_types=None, max_window_layers=1)
     (tmp_path / "config.json").write_text(json.dumps(record))
-    model = anatomy(str(tmp_path), "float32", "cpu", attention)
+    model = model_sizes(str(tmp_path), "float32", "cpu", attention)
     assert model.shares_prompts(SIZES) == (width is None and attention != "flash_attention_2")
     assert not model.shares_prompts(replace(SIZES, share_prompts=False))
     if attention != "flash_attention_2":  # which is not installed

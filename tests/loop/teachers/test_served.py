@@ -43,7 +43,7 @@ def short_pauses(monkeypatch):
 
 
 def client(server, teacher, config=CONFIG):
-    rows = teacher.lm_head.shape[0]
+    rows = teacher.head.weight.shape[0]
     return ServedTeacher(
         Server("teacher", server.url, config), server.name, teacher.encoder, rows, config
     )
@@ -59,7 +59,7 @@ def law_of(vlm, prompt, tokens):
     ids = torch.tensor([tokens])
     with torch.no_grad():
         states = vlm.completion_hidden(vlm.encode([prompt]), ids, torch.ones_like(ids).bool())
-    return (states[0] @ vlm.lm_head.T).log_softmax(-1)
+    return (states[0] @ vlm.head.weight.T).log_softmax(-1)
 
 
 # ---- what it says ----
