@@ -9,13 +9,14 @@ pytest.importorskip("peft")
 
 import torch
 import torch.distributed as dist
+from checks import RELATIVE_ERROR
 from fused_in_two import DDP, LAYOUTS, Case, take, take_all
 from tiny_heads import batch, build, error
 from two_processes import run_pair
 
 from kepo_kernels import FusedHead, KepoInputError
 
-TOLERANCE = 1e-6
+TOLERANCE = RELATIVE_ERROR[torch.float32]  # 8e-7 with AVX-512, 1.2e-6 with AVX2
 WHOLE = [
     Case(kind, layout, loss)
     for kind in ("untied", "tied", "lora", "copy")
