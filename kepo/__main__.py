@@ -26,6 +26,7 @@ COMMANDS = {
         "train a tiny model on scanned digits, or --scans: on a brain",
     ),
 }
+HELP = ("-h", "--help", "help")
 USAGE = f"usage: kepo {{{','.join(COMMANDS)}}} ... | --version (each has --help)"
 
 
@@ -38,9 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     OSError with code 1; both print one sentence.
     """
     name, *others = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if name == "help" and others:
-        name, others = others[0], ["--help"]
-    if name in ("-h", "--help", "help"):
+    if name in HELP and others:
+        name, others = others[0], ["--help", *others[1:]]
+    if name in HELP:
         print(f"{USAGE}\n")
         for known, (_, does) in COMMANDS.items():
             print(f"  kepo {known:10}{does}")

@@ -15,7 +15,7 @@ from kepo.errors import KepoConfigError, KepoDataError, first_line
 from kepo.models.device import known_device
 from kepo.objective.workspace import check_workspace
 from kepo.rollout.vllm_platform import built_for
-from kepo.sections import PicturesConfig, RewardConfig, RunConfig
+from kepo.sections import ModelsConfig, ObjectiveConfig, PicturesConfig, RewardConfig, RunConfig
 from kepo.tasks.environment import Environment, environment_of
 from kepo.tasks.rewards import reward_name
 from kepo.teachers.transport import Server
@@ -46,7 +46,7 @@ def check(config: Config, env: Environment | None = None) -> None:
                 layout_of(folder)
             except KepoDataError as error:
                 _refuse(f"{name}={folder!r}: {error}")
-    _machine(config)
+    _machine(config, config.optimizer)
     _trackers(config)
     if config.grad_tol and known_device(config.device).type != "cpu":
         _refuse(f"grad_tol={config.grad_tol} saves time on a CPU only; leave it out on a GPU")
@@ -66,8 +66,8 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
     if config.eval_share and config.eval_data is not None:
         _refuse(f"eval_share={config.eval_share} and eval_data are two evaluations; give one")
     _pictures(config)
-    _weights(config)
-    _objective(config)
+    _weights(config, config.lr)
+    _objective(config, config.dtype)
     if config.hint_for == "teacher" and config.hint_trigger != "never" and not config.distils:
         _refuse(
             "hint_for='teacher' shows hints to a teacher that nothing is distilled from; set "
@@ -118,7 +118,7 @@ def check_settings(config: Config, env: Environment | None = None) -> None:
                 _refuse(f"{name}={value!r} needs a teacher; set teacher, or {name} to {off}")
 
 
-def _teachers(config: Config) -> None:
+def _teachers(config: ModelsConfig) -> None:
     """Check that the teachers are named once, and that those behind servers can be asked."""
     if config.teachers and config.teacher is not None:
         _refuse(f"teacher={config.teacher!r} and teachers are two answers; give one of them")
@@ -131,13 +131,6 @@ def _teachers(config: Config) -> None:
     served = {name: path for name, path in config.teacher_paths.items() if is_address(path)}
     for which, url in served.items():
         Server(which, url, config)
-        law = config.teacher_temperature or config.temperature
-        if config.distils and law != 1:
-            name = "temperature" if config.teacher_temperature is None else "teacher_temperature"
-            _refuse(
-                f"{name}={law} and {which}={url!r}: a server gives log-probabilities at "
-                "temperature 1; set teacher_temperature: 1"
-            )
     alone = len(served) == len(config.teacher_paths) > 0
     for name, usual in (("teacher_bits", None), ("teacher_placement", "copy")):
         if alone and (value := getattr(config, name)) != usual:
@@ -152,12 +145,12 @@ def _teachers(config: Config) -> None:
         )
 
 
-def _weights(config: Config) -> None:
+def _weights(config: ModelsConfig, lr: float) -> None:
     """Check how the models' weights are held, and in which dtype they compute."""
     if config.dtype != "float32" and config.sharding == "none" and not config.lora_rank:
         _refuse(
             f"dtype={config.dtype!r} would keep the trained weights in 16 bits, where steps of "
-            f"lr={config.lr} vanish; set sharding: fsdp2 (in one process too), which keeps them in "
+            f"lr={lr} vanish; set sharding: fsdp2 (in one process too), which keeps them in "
             "float32 and computes in dtype, or lora_rank"
         )
     if config.student_bits is not None and not config.lora_rank:
@@ -183,7 +176,8 @@ def _weights(config: Config) -> None:
         )
 
 
-def _objective(config: Config) -> None:
+def _objective(config: ObjectiveConfig, dtype: str) -> None:
+    """Check that the terms of the loss fit each other. dtype: that of the models' weights."""
     if config.hinted_correction == "clip" and config.policy_loss == "reinforce":
         _refuse(
             "hinted_correction='clip' is about the policy ratio, of which policy_loss='reinforce' "
@@ -196,8 +190,16 @@ def _objective(config: Config) -> None:
         _refuse(f"delta={config.delta} bounds the ratio of policy_loss: clip, which is not on")
     if config.delta is not None and config.delta <= 1 + config.epsilon_high:
         _refuse(f"delta={config.delta}; expected more than 1 + epsilon_high, to bound more than it")
-    if config.logits_dtype == "bfloat16" and config.dtype != "bfloat16":
-        _refuse(f"logits_dtype='bfloat16' needs dtype: bfloat16, not {config.dtype!r}")
+    if config.logits_dtype == "bfloat16" and dtype != "bfloat16":
+        _refuse(f"logits_dtype='bfloat16' needs dtype: bfloat16, not {dtype!r}")
+    law = config.teacher_temperature or config.temperature
+    for which, path in config.teacher_paths.items():
+        if config.distils and is_address(path) and law != 1:
+            name = "temperature" if config.teacher_temperature is None else "teacher_temperature"
+            _refuse(
+                f"{name}={law} and {which}={path!r}: a server gives log-probabilities at "
+                "temperature 1; set teacher_temperature: 1"
+            )
 
 
 def _pictures(config: PicturesConfig) -> None:
@@ -206,7 +208,7 @@ def _pictures(config: PicturesConfig) -> None:
         _refuse(f"min_pixels={least} is more than max_pixels={most}; expected at most as many")
 
 
-def _machine(config: Config) -> None:
+def _machine(config: ModelsConfig, optimizer: str) -> None:
     """Check that this machine has the configured device and the optional packages that are
     needed."""
     device = known_device(config.device)
@@ -217,19 +219,20 @@ def _machine(config: Config) -> None:
         )
     if config.liger_layers and device.type != "cuda":
         _refuse(f"liger_layers=True needs device: cuda, not {str(device)!r}")
-    needs = [(config.sampler == "vllm", "sampler", "vllm", "vllm")]
-    needs += [(config.lora_rank > 0, "lora_rank", "peft", "lora")]
-    needs += [(config.optimizer == "adamw_8bit", "optimizer", "bitsandbytes", "quant")]
+    needs = [
+        (config.sampler == "vllm", "sampler", config.sampler, "vllm", "vllm"),
+        (config.lora_rank > 0, "lora_rank", config.lora_rank, "peft", "lora"),
+        (optimizer == "adamw_8bit", "optimizer", optimizer, "bitsandbytes", "quant"),
+        (config.liger_layers, "liger_layers", True, "liger_kernel", "bench"),
+    ]
     for name in ("student_bits", "teacher_bits"):
-        quantises = getattr(config, name) is not None
-        needs += [(quantises, name, p, "quant") for p in ("bitsandbytes", "accelerate")]
-    needs += [(config.liger_layers, "liger_layers", "liger_kernel", "bench")]
-    for wanted, name, package, extra in needs:
+        bits = getattr(config, name)
+        needs += [
+            (bits is not None, name, bits, p, "quant") for p in ("bitsandbytes", "accelerate")
+        ]
+    for wanted, name, value, package, extra in needs:
         if wanted and importlib.util.find_spec(package) is None:
-            _refuse(
-                f"{name}={getattr(config, name)!r} needs the package {package}; "
-                f"pip install 'kepo[{extra}]'"
-            )
+            _refuse(f"{name}={value!r} needs the package {package}; pip install 'kepo[{extra}]'")
     if config.sampler == "vllm" and (built := built_for()) != device.type:
         _refuse(
             f"sampler='vllm': the vLLM that is installed is built for {built}, and the device is "

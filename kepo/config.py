@@ -74,6 +74,22 @@ class Config(
         base = {"student": self.student} if self.lora_rank or self.kl_coef else {}
         return self.local_teachers | base
 
+    @property
+    def compared(self) -> dict[str, Any]:
+        """The settings as a resumed run compares them: the learning rate's schedule is written
+        out where it is None, since older runs have it written out, and the addresses of servers
+        are left out, since the same model may be served at another."""
+        form, end = self.decay
+        values = dataclasses.asdict(self) | {"lr_schedule": form, "lr_end": end}
+        if self.teacher is not None:
+            values["teacher"] = _whose(self.teacher)
+        values["teachers"] = tuple((value, _whose(name)) for value, name in self.teachers)
+        return values
+
+
+def _whose(teacher: str) -> str:
+    return "a server's" if is_address(teacher) else teacher
+
 
 MAY_CHANGE_ON_RESUME = frozenset(
     {

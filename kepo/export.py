@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from kepo.config import Config, from_mapping
+from kepo.config import from_mapping
 from kepo.data.identity import model_identity
 from kepo.errors import KepoCheckpointError, KepoConfigError
 from kepo.flags import command_line
@@ -30,6 +30,7 @@ from kepo.models.vlm import VLM
 from kepo.run.card import merged_card
 from kepo.run.checkpoint import PARTS, latest_checkpoint, load_state
 from kepo.run.manifest import MANIFEST, new_folder, verify
+from kepo.sections import ModelsConfig
 from kepo.words import at_home
 
 
@@ -109,7 +110,7 @@ def refuse_other_base(folder: Path, state: Mapping[str, Any]) -> None:
         )
 
 
-def _write_card(policy: Path, folder: Path, config: Config) -> None:
+def _write_card(policy: Path, folder: Path, config: ModelsConfig) -> None:
     card = policy / "README.md"
     if card.is_file():
         text = merged_card(card.read_text(encoding="utf-8"), config)

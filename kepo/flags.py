@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from kepo.errors import KepoConfigError
-from kepo.help import Flag, flags_of, page
+from kepo.help import Flag, about, flags_of, page
 from kepo.words import NONE, Word, guesses, number, sentence, typed
 
 
@@ -23,14 +24,21 @@ def command_line(
     """Return the dataclasses ``records`` with the values that the flags give.
 
     A record is an instance, whose values are the defaults, or a class. Prints the help page, which
-    has ``description``, and ends the process where --help is given; ends it with code 2 and one
+    has ``description``, and ends the process where --help is given, which prints only what is
+    ``about`` the words after it; ends it with code 2 and one
     sentence where flags or values are wrong. args: None means the process's own arguments.
     """
     words = list(sys.argv[1:] if args is None else args)
     usage = f"{prog} {usage}"
     flags = [flag for record in records for flag in flags_of(record)]
-    if {"-h", "--help"} & {*words}:
-        print(page(usage, description, flags))
+    if helps := [place for place, word in enumerate(words) if word in ("-h", "--help")]:
+        asked = list(itertools.takewhile(lambda word: not _is_flag(word), words[helps[0] + 1 :]))
+        if asked and not (some := about(asked, flags)):
+            refuse(
+                f"--help {' '.join(asked)}: no section of {prog} is called that, and no option has "
+                "it in its name"
+            )
+        print(page(usage, "", some) if asked else page(usage, description, flags))
         sys.exit(0)
     given = _given(flags, words, prog, usage)
     try:

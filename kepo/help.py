@@ -8,6 +8,7 @@ import inspect
 import itertools
 import shutil
 import textwrap
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -35,6 +36,10 @@ class Flag(NamedTuple):
     @property
     def word(self) -> str:
         return self.name.upper() if self.positional else f"--{self.name.replace('_', '-')}"
+
+    @property
+    def heading(self) -> str:
+        return self.section.__name__.removesuffix("Config")
 
     @property
     def switch(self) -> bool:
@@ -78,18 +83,35 @@ def flags_of(record: Any) -> list[Flag]:
     return found
 
 
+def about(words: Sequence[str], flags: list[Flag]) -> list[Flag]:
+    """Return the flags of the sections that words name, and those with a word in their names."""
+    wanted = [word.strip("-").replace("-", "_").lower() for word in words]
+    return [
+        flag
+        for flag in flags
+        if any(word and (word in flag.name or word == flag.heading.lower()) for word in wanted)
+    ]
+
+
 def page(usage: str, description: str, flags: list[Flag]) -> str:
     """Return the help page: usage, description, and the flags under their sections' headings."""
     width = max(NARROWEST, min(shutil.get_terminal_size().columns, WIDEST))
-    blocks = [f"usage: {usage}", *(_paragraph(text, width) for text in description.split("\n\n"))]
+    told = [_paragraph(text, width) for text in description.split("\n\n") if text]
+    blocks = [f"usage: {usage}", *told]
     positional = [flag for flag in flags if flag.positional]
     if positional:
         blocks.append("\n".join(["Arguments:", *(_entry(flag, width) for flag in positional)]))
     options = [flag for flag in flags if not flag.positional]
-    alone = len({flag.section for flag in options}) == 1
-    for section, members in itertools.groupby(options, lambda flag: flag.section):
-        name = "Options" if alone else section.__name__.removesuffix("Config")
-        heading = f"{name}: {inspect.getdoc(section)}"
+    names = list(dict.fromkeys(flag.heading for flag in options))
+    alone = len(names) == 1
+    if told and len(names) > 1:
+        one = (
+            f"--help {names[0].lower()}, or --help and a part of options' names, prints only those"
+        )
+        blocks.append(_paragraph(f"Sections: {', '.join(names)}. {one}.", width))
+    for name in names:
+        members = [flag for flag in options if flag.heading == name]
+        heading = f"{'Options' if told and alone else name}: {inspect.getdoc(members[0].section)}"
         entries = [_entry(flag, width) for flag in members]
         blocks.append("\n".join([_paragraph(heading.partition("\n\n")[0], width), *entries]))
     return "\n\n".join([*blocks, f"  {'-h, --help':{COLUMN - 2}}Print this page."])

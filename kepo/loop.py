@@ -129,7 +129,7 @@ def train(
 def take_steps(run: Run) -> None:
     """Run the algorithm: all remaining steps, or those until a signal asks to stop."""
     config, models, stop = run.config, run.models, run.stop
-    examples, every = run.data.train, config.log_completions_every
+    examples, log_every = run.data.train, config.log_completions_every
     begin(run)
     skipped = 0
     bar = step_bar(run.done, config.steps)
@@ -146,8 +146,8 @@ def take_steps(run: Run) -> None:
             explored = time.perf_counter()
             batch, totals = collate(found.groups, config, given), StepTotals()
             minis, wasted = lay_out(batch, models.policy, config)
-            known = ask(models, minis, config, totals)
-        for norm in updates(run, step, minis, known, totals):
+            scores = ask(models, minis, config, totals)
+        for norm in updates(run, step, minis, scores, totals):
             skipped = 0 if math.isfinite(norm) else skipped + 1
         ended = time.perf_counter()
 
@@ -161,7 +161,7 @@ def take_steps(run: Run) -> None:
             "mem/peak_gb": max(all_gather(peak_gb(run.device))),
         }
         run.write(step, values)
-        if every and (step == 1 or step % every == 0):
+        if log_every and (step == 1 or step % log_every == 0):
             rollouts = [*itertools.chain(*found.groups), *given]
             run.write_completions(step, completion_records(rollouts, batch, config))
         show(bar, values)
@@ -199,21 +199,21 @@ def updates(
     run: Run,
     step: int,
     minis: Sequence[list[Batch]],
-    known: list[list[Scores]],
+    scores: list[list[Scores]],
     totals: StepTotals,
 ) -> Iterator[float]:
     """Take the optimiser steps of a step: ``num_iterations`` passes over its mini-batches; yield
-    the norm of each gradient. ``known`` is what the frozen models say, as `ask` returns it."""
+    the norm of each gradient. ``scores`` is what the frozen models say, as `ask` returns it."""
     models, config = run.models, run.config
     for micros in minis[1:]:  # they meet a policy that has been updated
         for place, micro in enumerate(micros):
             work = partial(with_old_logprobs, models.policy, micro, config, totals)
             micros[place] = models.policy.run_wrapped(work)
     for _ in range(config.num_iterations):
-        for micros, said in zip(minis, known, strict=True):
-            add_gradients(models, micros, said, config, totals)
+        for micros, theirs in zip(minis, scores, strict=True):
+            add_gradients(models, micros, theirs, config, totals)
             yield update(run, step)
-    known.clear()  # a rollout needs the memory
+    scores.clear()  # a rollout needs the memory
 
 
 def add_gradients(
@@ -231,8 +231,7 @@ def add_gradients(
     policy = models.policy
     policy.model.train()
     for place, micro in enumerate(micros):
-        known = scores[place]
-        work = partial(kepo_step, policy, models.teacher, micro, known, config, totals)
+        work = partial(kepo_step, policy, models.teacher, micro, scores[place], config, totals)
         with own_gradients(policy.wrapper, last=place == len(micros) - 1):
             loss, logprobs = policy.run_wrapped(work)
             # Gradients are averaged over processes; the loss's weights are of the sum.

@@ -38,7 +38,8 @@ def found(which: str, name: str) -> Any:
 
 
 def source_of(name: str) -> Path | None:
-    """Return the file of what a name that was `found` names; None if it is of a module without."""
+    """Return the file of the object that a name, which was `found`, names; None if its module has
+    no file."""
     source = name.rpartition(":")[0]
     if source.endswith(".py"):
         return Path(source).expanduser()

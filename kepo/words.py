@@ -39,6 +39,29 @@ EXACT = 2**53
 """Every whole number up to this one is represented exactly by a float."""
 
 
+NAMES = {int: "a whole number", float: "a number", str: "text", bool: ""}
+"""The types of settings in the words of errors; what a bool is, the advice says."""
+SYNONYMS = {
+    "learning_rate": "lr",
+    "max_steps": "steps",
+    "num_steps": "steps",
+    "output_dir": "run_dir",
+    "model": "student",
+    "model_name_or_path": "student",
+    "ref_model": "teacher",
+    "dataset": "train_data",
+    "max_new_tokens": "max_completion_length",
+    "max_tokens": "max_completion_length",
+    "epsilon": "epsilon_low",
+    "kd_coef": "distill_coef",
+    "lora_r": "lora_rank",
+    "per_device_train_batch_size": "micro_batch",
+    "save_steps": "save_every",
+    "eval_steps": "eval_every",
+}
+"""Names that other trainers have for settings, and ours."""
+
+
 class Word(str):
     """Unquoted text, whose meaning the setting's type decides. A quoted text is a plain str."""
 
@@ -81,7 +104,9 @@ def typed(value: Any, hint: Any) -> Any:
         found = _scalar(value, kind)
     except ValueError as error:
         raise ValueError(", ".join(filter(None, (_spelt(hint), str(error))))) from error
-    if bound is not None and not (math.isfinite(found) and bound.holds(found)):
+    if bound is not None and not math.isfinite(found):
+        raise ValueError(f"{bound.expected}, and finite")
+    if bound is not None and not bound.holds(found):
         raise ValueError(bound.expected)
     if bound is not None and abs(found) > LARGEST:
         raise ValueError(f"at most {LARGEST:g}, to stay finite in float32")
@@ -127,7 +152,8 @@ def _spelt(hint: Any) -> str:
         return f"one of {', '.join(map(str, ((None,) if optional else ()) + get_args(kind)))}"
     if get_args(kind):
         return f"a list of {_spelt(get_args(kind)[0])}{', or None' if optional else ''}"
-    return f"{kind.__name__} | None" if optional else kind.__name__
+    name = NAMES.get(kind, kind.__name__)
+    return f"{name}, or None" if optional else name
 
 
 def _scalar(value: Any, kind: Any) -> Any:
@@ -251,6 +277,13 @@ def sentence(value: Any, expected: ValueError) -> str:
 def guesses(name: str, known: Iterable[str]) -> str:
     """Return words that offer at most three of the known names for one that is not known."""
     known = list(known)
+    meant = SYNONYMS.get(_plain(name))
+    if here := [one for one in known if _plain(one) == meant]:
+        return f"it is called {here[0]} here"
     if alike := difflib.get_close_matches(name, known, 3, 0.7):
         return f"did you mean {' or '.join(alike)}?"
     return f"the nearest are {', '.join(difflib.get_close_matches(name, known, 3, 0))}"
+
+
+def _plain(name: str) -> str:
+    return name.strip("-").replace("-", "_")

@@ -94,6 +94,35 @@ def test_help_has_every_setting_and_the_default_of_a_layer(capsys):
     assert "(default: dr_grpo)" in text and "(default: sequence_mean)" not in text
 
 
+@pytest.mark.parametrize(
+    ("words", "has", "lacks"),
+    [
+        (["lr"], ["--lr FLOAT", "--lr-end"], ["--steps", "--train-data", "Presets"]),
+        (["pictures"], ["--min-pixels", "--max-pixels"], ["--lr FLOAT", "Presets"]),
+        (
+            ["--teacher-top-k"],
+            ["Print"],
+            [],
+        ),  # a flag after --help is no word of it: the whole page
+        (["Hinted-cap"], ["--hinted-cap"], ["--hint-trigger"]),
+    ],
+)
+def test_help_about_some_words(capsys, words, has, lacks):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--help", *words])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and shown.startswith("usage: kepo train")
+    assert all(text in shown for text in has) and not any(text in shown for text in lacks)
+
+
+def test_help_about_nothing_that_is_there(capsys):
+    error = (
+        "error: --help lrr: no section of kepo train is called that, and no option has it in its "
+        "name\n"
+    )
+    assert told(capsys, "train", "--help", "lrr") == (2, error)
+
+
 def test_version_and_help_are_commands(capsys):
     import kepo_kernels
 
@@ -105,6 +134,9 @@ def test_version_and_help_are_commands(capsys):
     with pytest.raises(SystemExit):
         main(["help", "demo"])
     assert capsys.readouterr().out.startswith("usage: kepo demo")
+    with pytest.raises(SystemExit):
+        main(["--help", "train", "pictures"])
+    assert "--min-pixels" in capsys.readouterr().out
 
 
 # ---- flags ----
@@ -143,10 +175,11 @@ def test_flags_are_read_in_every_spelling():
         ([], "PLACE not given; expected made [OPTIONS]"),
         (["a", "b"], "'b' is out of place; expected made [OPTIONS], flags last"),
         (["a", "--shrae", "3"], "--shrae is not an option of made; did you mean --share? "),
+        (["a", "--max-steps", "3"], "--max-steps is not an option of made; the nearest are "),
         (["a", "--share"], "--share has no value; expected --share None|FLOAT"),
         (["a", "--share", "--quick"], "--share has no value"),
-        (["a", "--share", "x"], "--share='x'; expected float | None"),
-        (["a", "--numbers", "1", "x"], "--numbers='1 x'; expected a list, each of it float"),
+        (["a", "--share", "x"], "--share='x'; expected a number, or None"),
+        (["a", "--numbers", "1", "x"], "--numbers='1 x'; expected a list, each of it a number"),
         (["a", "--quick=no"], "--quick takes no value"),
     ],
 )
@@ -187,6 +220,7 @@ def test_each_command_says_what_is_wrong_in_one_sentence(capsys, words, code, se
 @pytest.mark.parametrize(
     ("line", "words"),
     [
+        ("max_new_tokens: 9", r"max_new_tokens: it is called max_completion_length here \(kepo"),
         ("studnet: /a", r"unknown keys \['studnet'\]; studnet: did you mean student\?"),
         ("engine: vllm", r"unknown keys \['engine'\]; engine is now called sampler "),
         ("sampling: {seed: 3}", "sampling is a block, but recipes are flat"),

@@ -1,4 +1,5 @@
-"""The shape of the packages: imports run one way, names are unique, functions and folders short."""
+"""The shape of the packages: imports run one way, names are unique, functions and folders short,
+settings are handed on by section."""
 
 import ast
 import graphlib
@@ -16,6 +17,8 @@ LINES = 80
 """Of a function, its docstring and signature left out."""
 FILES = 13
 """Of a folder, beside __init__.py."""
+WHOLE = 12
+"""Functions of kepo that take all settings; the others take a section of them, or values."""
 
 
 def module_name(file: Path) -> str:
@@ -101,3 +104,20 @@ def test_functions_and_folders_are_short():
     assert long == []
     files = Counter(f.parent for f in MODULES.values() if f.name != "__init__.py")
     assert {str(folder): count for folder, count in files.items() if count > FILES} == {}
+
+
+def takes_all_settings(function: ast.FunctionDef) -> bool:
+    every = (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
+    hints = [ast.unparse(one.annotation) for one in every if one.annotation]
+    return any({"Config"} & {*hint.replace("|", " ").split()} for hint in hints)
+
+
+def test_few_functions_take_all_settings():
+    found = [
+        f"{module}.{node.name}"
+        for module, file in MODULES.items()
+        if module.split(".")[0] == "kepo"
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and takes_all_settings(node)
+    ]
+    assert "kepo.loop.train" in found and len(found) <= WHOLE, found

@@ -53,9 +53,9 @@ from benchmarks.loop.update import WAYS, Bench, Taken, Update
 from benchmarks.losses.measure import Quantiles
 from benchmarks.stamp import PACKAGES, stamp
 from kepo.models.reading import hide_transformers_bars
-from kepo.planner.held import Machine
 from kepo.planner.known_models import KNOWN, known_model
 from kepo.planner.memory import Setup, moments
+from kepo.planner.standing import Machine
 
 SCENARIOS = {
     "memory": dict(
@@ -215,7 +215,7 @@ def facts_of(problem: Problem, args: argparse.Namespace) -> Row:
         "student_parameters": parameters(problem.policy),
         "teacher_parameters": parameters(problem.teacher),
         "lora_rank": args.lora,
-        "V": len(problem.policy.lm_head),
+        "V": len(problem.policy.head.weight),
         "completions": problem.completions,
         "prompt_tokens": problem.prompts.text_tokens + problem.prompts.image_tokens,
         "completion_tokens": tokens,

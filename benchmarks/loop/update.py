@@ -212,7 +212,7 @@ class Bench:
             )
         truth_file, truth = self.truths.setdefault(rate, (file, mine))
         gap = gradient_gap(file, truth_file)
-        tolerance = TOLERANCE[self.problem.policy.lm_head.dtype]
+        tolerance = TOLERANCE[self.problem.policy.head.weight.dtype]
         # The policy term is the mean of advantages, 0 up to rounding: its loss has no scale.
         same = math.isclose(mine.loss, truth.loss, rel_tol=tolerance, abs_tol=tolerance / 10)
         if not same or not gap <= tolerance:

@@ -28,7 +28,6 @@ TEST_SCANS = 0.2
 """The share of the scans that only test questions may show; as many are for validation alone."""
 
 _MARGIN = 4  # white border of a tile, so that turning or thickening a digit does not cut it
-_LARGEST_SUM = 18
 
 
 def write_digits(

@@ -9,13 +9,12 @@ seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 DRAWS = 10_000
-Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 class Interval(NamedTuple):

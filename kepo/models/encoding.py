@@ -60,11 +60,6 @@ class Inputs:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
-    @property
-    def image_counts(self) -> tuple[int, ...]:
-        """The number of images that each prompt shows."""
-        return tuple(map(len, self.image_places))
-
     def to(self, device: torch.device) -> Inputs:
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
         there: dict[str, Any] = {name: moved(x, device) for name, x in tensors.items()}

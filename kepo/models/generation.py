@@ -131,8 +131,8 @@ def _prefilled(model: Any, inputs: Inputs, how: Generation) -> tuple[Tensor, _St
 
 
 def _filled_up(going: Sequence[bool]) -> list[int]:
-    """Return which row is to be at each place so that those that go on come first: the last of them
-    move to where others ended, and the rest stay."""
+    """Return, for each place, the row that is to be there so that unfinished rows come first: the
+    last of them take the places of finished ones, and the others stay."""
     left = [row for row, goes_on in enumerate(going) if goes_on]
     movers = iter(reversed(left))
     return [place if going[place] else next(movers) for place in range(len(left))]

@@ -261,7 +261,11 @@ def _unreadable(path: str | Path, error: Exception) -> KepoCheckpointError:
     if not place.is_dir():
         kind = "it is no folder" if place.exists() else "there is no such folder"
         # transformers takes it for a name on the Hub, and may have tried to reach it.
-        hub = f"; as a name on the Hub: {said}" if HUB_NAME.fullmatch(str(path)) else ""
+        hub = (
+            f"; as a name on the Hub: {said.partition('. ')[0]}"
+            if HUB_NAME.fullmatch(str(path))
+            else ""
+        )
         return KepoCheckpointError(
             f"{path}: cannot load a model from it: {kind}{hub}; expected the "
             "folder of one, or its name on the Hub"

@@ -87,7 +87,7 @@ class VLM:
     def run_wrapped(self, work: Callable[[], T]) -> T:
         """Return ``work()``, with the weights there for it and the gradients shared afterwards.
 
-        `generate` does this itself; a loss on `completion_hidden` and `lm_head` is computed within
+        `generate` does this itself; a loss on `completion_states` and `head` is computed within
         one such call, if the model may be spread over ranks. All ranks call.
         """
         return work() if self.wrapper is None else self.wrapper(work)
@@ -98,13 +98,9 @@ class VLM:
 
     @property
     def head(self) -> Head:
-        """The head with all that the model does to its logits, as the losses take it."""
+        """The head with all that the model does to its logits, as the losses take it. Its (V, H)
+        weight may have more rows than the tokenizer has tokens."""
         return head_of(self.model)
-
-    @property
-    def lm_head(self) -> Tensor:
-        """The weight ``(V, H)`` of `head`; V may exceed the tokenizer's length (padding rows)."""
-        return self.head.weight
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every parameter unsharded, one at a time, with its name. All ranks iterate."""
@@ -176,7 +172,7 @@ class VLM:
         return Sampled(*(x.cpu() for x in sampled))
 
     def close(self) -> None:
-        """Give back nothing: the model samples with what it trains."""
+        """Do nothing: the model samples with what it trains, so there is nothing to free."""
 
     # ---- model ----
 
@@ -236,7 +232,8 @@ class VLM:
         """Return last hidden states ``(B, T, H)`` of B completions under B prompts, on the model's
         device; the one at t predicts ``completion_ids[:, t]``.
 
-        `head` makes the model's logits of them (``completion_states @ lm_head.T`` of most models).
+        `head` makes the model's logits of them (for most models ``completion_states @
+        head.weight.T``).
         completion_ids ``(B, T)``,
         completion_mask ``(B, T)`` bool, both on the CPU; what stands at masked places does not
         matter, and the states there mean nothing. Equal prompts are computed once if

@@ -1,5 +1,5 @@
 """Credit for a completion: its advantage within its group, whether it is good enough to be
-distilled on, and how much it counts if the law that sampled it is not the one that is trained.
+distilled on, and its importance weight if another distribution sampled it than the one trained.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def _longest_first(row: Row) -> tuple[int, tuple[int, ...]]:
 
 
 def _most(shares: Sequence[Sequence[Row]]) -> int:
-    """Return the tokens of the rank that has the most: the others wait for it."""
+    """Return the largest number of tokens of any rank: the others wait for that one."""
     return max(map(_tokens, shares))
 
 

@@ -113,7 +113,8 @@ def quantised(values: Tensor, code: Tensor) -> Moment:
 
 
 def widened(moment: Moment, number: int) -> Tensor:
-    """Return a saved moment in float32. number: which it is, as the second has no sign."""
+    """Return a saved moment in float32. number: 1 for the first moment, 2 for the second, which
+    has no sign."""
     if moment.scales is None:
         return moment.values
     from bitsandbytes import functional

@@ -130,10 +130,11 @@ def _ratio_to_hinted(micro: Batch, config: ObjectiveConfig) -> bool:
 def _old_logprobs(
     before: Tensor | None, micro: Batch, there: Batch, config: ObjectiveConfig
 ) -> Tensor | None:
-    """Return (B, T) what the policy ratio is to; None in the first iteration, where it is 1.
+    """Return (B, T) log-probabilities that the policy ratio divides by; None in the first
+    iteration, where the ratio is 1.
 
-    With hinted_correction "clip" that of a hinted token is what it was drawn with. (Guide-GRPO,
-    arXiv 2506.13923.)
+    With hinted_correction "clip" a hinted token has the log-probability it was drawn with.
+    (Guide-GRPO, arXiv 2506.13923.)
     """
     if before is None or not _ratio_to_hinted(micro, config):
         return there.old_logprobs
@@ -148,7 +149,8 @@ def _sampler_weights(
     config: ObjectiveConfig,
     totals: StepTotals,
 ) -> Tensor | None:
-    """Return (B, T) factors of the policy loss where another law sampled; None if none did.
+    """Return (B, T) factors of the policy loss of tokens that another distribution sampled; None if
+    none did.
 
     Adds the sampler's ratios to ``totals``.
     """
@@ -220,7 +222,8 @@ def _distill_weights(micro: Batch, scores: Scores) -> Tensor:
 
 
 def _head(teacher: Teacher, config: ObjectiveConfig) -> dict[str, Any]:
-    """Return how the loss makes a law of a teacher's states; what a server says is one."""
+    """Return the arguments of the loss that make a distribution of a teacher's states; none for a
+    server, which says log-probabilities."""
     if isinstance(teacher, ServedTeacher):
         return {}
     return dict(teacher_lm_head=teacher.head, teacher_temperature=config.teacher_temperature)

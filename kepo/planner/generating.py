@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from kepo.planner.anatomy import Anatomy
-from kepo.planner.held import Held
-from kepo.planner.towers import image_bytes, inference, pixel_bytes, placed_bytes
+from kepo.planner.activations import image_bytes, inference, pixel_bytes, placed_bytes
+from kepo.planner.model_sizes import ModelSizes
+from kepo.planner.standing import Held
 
 MASK_BYTES = 8
 """Bytes of a token in the mask that says what is padding."""
@@ -33,7 +33,7 @@ class Generating(NamedTuple):
     top_p: float
 
 
-def generating(model: Anatomy, what: Generating) -> Iterator[tuple[str, Held]]:
+def generating(model: ModelSizes, what: Generating) -> Iterator[tuple[str, Held]]:
     """Yield the moments and what is held then, the model's weights left out."""
     sequences, length = what.questions * what.completions, what.prompt_tokens
     a_token = model.cache_bytes_per_token
@@ -65,7 +65,7 @@ def generating(model: Anatomy, what: Generating) -> Iterator[tuple[str, Held]]:
     yield "last draw", Held(cache=cache, activations=pixels, sampling=draws)
 
 
-def _resident(model: Anatomy, written: int, room: int) -> int:
+def _resident(model: ModelSizes, written: int, room: int) -> int:
     """Return for how many tokens a cache takes memory, for each row and head. On a CPU a page that
     was never written takes none."""
     if model.device != "cpu":

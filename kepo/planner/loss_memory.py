@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kepo.errors import KepoConfigError
-from kepo.planner.anatomy import Anatomy
+from kepo.planner.model_sizes import ModelSizes
 from kepo.sections import ObjectiveConfig
 from kepo_kernels.compute import gemm
 from kepo_kernels.compute.chunks import Sizes, chunk_length
@@ -36,8 +36,8 @@ def loss_memory(
     device: str,
     tokens: int,
     several: bool,
-    student: Anatomy,
-    teacher: Anatomy | None,
+    student: ModelSizes,
+    teacher: ModelSizes | None,
 ) -> LossMemory:
     """Return the loss's memory for a micro-batch of ``tokens`` completion tokens.
 
@@ -64,7 +64,7 @@ def loss_memory(
     )
 
 
-def scoring_workspace(config: ObjectiveConfig, device: str, tokens: int, model: Anatomy) -> int:
+def scoring_workspace(config: ObjectiveConfig, device: str, tokens: int, model: ModelSizes) -> int:
     """Return the bytes of a chunk in which a frozen model's log-probabilities of ``tokens`` tokens
     are computed. Raises KepoConfigError as `loss_memory` does."""
     return _chunk(_sizes(config, device, tokens, model, None), config)[1]
@@ -74,8 +74,8 @@ def _sizes(
     config: ObjectiveConfig,
     device: str,
     tokens: int,
-    student: Anatomy,
-    teacher: Anatomy | None,
+    student: ModelSizes,
+    teacher: ModelSizes | None,
 ) -> Sizes:
     place = torch.device(device)
     logits_dtype = gemm.default_logits_dtype(student.dtype, place)

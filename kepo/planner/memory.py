@@ -9,7 +9,8 @@
 
 Weights, gradients, AdamW's moments, teacher and reference stay from phase to phase. Each phase
 goes through a few moments, and any of them may hold the most; `phases` returns the fullest one.
-Sizes of tensors come from the models (`kepo.planner.anatomy`) and `kepo_kernels.compute.chunks`.
+Sizes of tensors come from the models (`kepo.planner.model_sizes`) and from
+`kepo_kernels.compute.chunks`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kepo.config import Config
-from kepo.planner.anatomy import Anatomy, anatomy
-from kepo.planner.generating import Generating, generating
-from kepo.planner.held import Held, Machine, Standing, standing
-from kepo.planner.loss_memory import LossMemory, loss_memory, scoring_workspace
-from kepo.planner.shapes import Shape, Share, share_of
-from kepo.planner.towers import (
+from kepo.planner.activations import (
     Kept,
     inference,
     placed_bytes,
@@ -32,6 +28,11 @@ from kepo.planner.towers import (
     text_training,
     vision_training,
 )
+from kepo.planner.generating import Generating, generating
+from kepo.planner.loss_memory import LossMemory, loss_memory, scoring_workspace
+from kepo.planner.model_sizes import ModelSizes, model_sizes
+from kepo.planner.shapes import Shape, Share, share_of
+from kepo.planner.standing import Held, Machine, Standing, standing
 from kepo.rollout.hints import MAX_HINT_LENGTH
 from kepo.sections import ModelsConfig, TeacherConfig
 
@@ -50,20 +51,20 @@ class Prompts:
     images: int = 1
     """Images of a prompt."""
 
-    def image(self, model: Anatomy) -> int:
+    def image(self, model: ModelSizes) -> int:
         if model.tower is None:
             return 0
         tokens = self.image_tokens
         return model.default_image_tokens if tokens is None else tokens
 
-    def all_images(self, model: Anatomy) -> int:
+    def all_images(self, model: ModelSizes) -> int:
         """Return the tokens of all images of a prompt."""
         return self.images * self.image(model)
 
-    def length(self, model: Anatomy) -> int:
+    def length(self, model: ModelSizes) -> int:
         return self.text_tokens + self.all_images(model)
 
-    def patches(self, model: Anatomy) -> int:
+    def patches(self, model: ModelSizes) -> int:
         return self.image(model) * model.patches_per_token
 
 
@@ -123,8 +124,8 @@ def _total(moment: Moment) -> int:
     return sum(moment.held.values())
 
 
-def student_of(config: ModelsConfig, machine: Machine) -> Anatomy:
-    return anatomy(
+def student_of(config: ModelsConfig, machine: Machine) -> ModelSizes:
+    return model_sizes(
         config.student,
         config.dtype,
         machine.device,
@@ -135,11 +136,11 @@ def student_of(config: ModelsConfig, machine: Machine) -> Anatomy:
     )
 
 
-def teachers_of(setup: Setup) -> list[Anatomy]:
+def teachers_of(setup: Setup) -> list[ModelSizes]:
     """Return the teachers that the processes hold, the largest first; those of servers are none."""
     config = setup.config
     found = [
-        anatomy(
+        model_sizes(
             path,
             config.dtype,
             setup.machine.device,
@@ -156,8 +157,8 @@ class _Run:
     config: Config
     machine: Machine
     prompts: Prompts
-    student: Anatomy
-    teacher: Anatomy | None
+    student: ModelSizes
+    teacher: ModelSizes | None
     share: Share
     loss: LossMemory
     stays: Standing
@@ -169,7 +170,9 @@ class _Run:
         config, machine, prompts = setup
         student, teachers = student_of(config, machine), teachers_of(setup)
         teacher = next(iter(teachers), None)
-        share = share_of(config, machine, prompts.length(student), student.shares_prompts(config))
+        share = share_of(
+            config, config, machine, prompts.length(student), student.shares_prompts(config)
+        )
         several = share.micros > 1
         loss = loss_memory(
             config,
@@ -180,6 +183,7 @@ class _Run:
             teacher if config.distils else None,
         )
         stays = standing(
+            config,
             config,
             machine,
             student,
@@ -358,21 +362,21 @@ class _Run:
             return self.stays.whole
         return self.stays.root + self.stays.two_layers
 
-    def _reading(self, model: Anatomy, shape: Shape) -> int:
+    def _reading(self, model: ModelSizes, shape: Shape) -> int:
         """Return the most bytes of a forward that keeps nothing."""
         images, patches = shape.questions * self.prompts.images, self.prompts.patches(model)
         placed = placed_bytes(model, shape.rows, self.prompts.all_images(model))
         packed = model.shares_prompts(self.config)
         return inference(model, shape.rows, shape.length, images, patches, packed) + placed
 
-    def _read_from(self, model: Anatomy, shape: Shape) -> int:
+    def _read_from(self, model: ModelSizes, shape: Shape) -> int:
         """Return the bytes of states beside the copy that a loss reads: those of the prompts are
         part of the same tensor, unless a packed row has been gathered from."""
         if model.shares_prompts(self.config):
             return 0
         return state_bytes(model, shape.rows, shape.length)
 
-    def _longer(self, teacher: Anatomy) -> int:
+    def _longer(self, teacher: ModelSizes) -> int:
         """Return the tokens by which the teacher's prompts are longer than the student's."""
         return self.prompts.length(teacher) - self.prompts.length(self.student)
 
@@ -401,7 +405,7 @@ class _Run:
         yield from self._generating(name, self.student, what)
 
     def _asked(
-        self, model: Anatomy, questions: int, per_question: int, prompts: Prompts
+        self, model: ModelSizes, questions: int, per_question: int, prompts: Prompts
     ) -> Generating:
         """Return a rollout of these questions."""
         return Generating(
@@ -417,7 +421,7 @@ class _Run:
         )
 
     def _generating(
-        self, name: str, model: Anatomy, what: Generating, beside: Held | None = None
+        self, name: str, model: ModelSizes, what: Generating, beside: Held | None = None
     ) -> Iterator[Moment]:
         ready = self._ready_to_sample() + (beside or Held())
         for moment, held in generating(model, what):
@@ -435,7 +439,7 @@ class _Run:
         return Moment(name, self.stays.beside(held, idle) + Held(gradients=there))
 
 
-def _kept_scores(setup: Setup, teacher: Anatomy | None, whole: Shape) -> int:
+def _kept_scores(setup: Setup, teacher: ModelSizes | None, whole: Shape) -> int:
     """Return the bytes of a step's states of the teacher, every gate open, while they wait for the
     update; 0 if they wait in host memory.
 

@@ -22,8 +22,8 @@ from kepo.check import check_settings
 from kepo.config import RECIPES, load, presets
 from kepo.errors import KepoConfigError
 from kepo.flags import command_line, refuse
-from kepo.planner.held import GIB, ITEMS, Machine, completions_per_process
 from kepo.planner.memory import Phase, Prompts, Setup, peak, phases, student_of, teachers_of
+from kepo.planner.standing import GIB, ITEMS, Machine, completions_per_process
 from kepo.sections import TeacherConfig
 from kepo.words import is_address
 

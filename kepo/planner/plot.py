@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kepo.disk.durable import replacing
-from kepo.planner.held import GIB, ITEMS, Machine
 from kepo.planner.memory import Phase
+from kepo.planner.standing import GIB, ITEMS, Machine
 
 
 def plot_plan(phases: Sequence[Phase], machine: Machine, picture: Path) -> None:

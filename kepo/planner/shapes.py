@@ -11,13 +11,12 @@ from typing import NamedTuple
 
 import torch
 
-from kepo.config import Config
 from kepo.models.encoding import Prompt
 from kepo.models.packing import packed_length
 from kepo.objective.batch import Batch
 from kepo.objective.micros import Micro, plan_micros
-from kepo.planner.held import Machine
-from kepo.sections import SamplingConfig
+from kepo.planner.standing import Machine
+from kepo.sections import ObjectiveConfig, OptimizerConfig, SamplingConfig
 
 
 class Shape(NamedTuple):
@@ -52,15 +51,21 @@ class Share(NamedTuple):
     """The number of micro-batches of an optimiser step."""
 
 
-def share_of(config: Config, machine: Machine, prompt_tokens: int, shared: bool) -> Share:
+def share_of(
+    config: ObjectiveConfig,
+    optimizer: OptimizerConfig,
+    machine: Machine,
+    prompt_tokens: int,
+    shared: bool,
+) -> Share:
     """Return what the process with the most tokens computes in a step, and the largest micro-batch
     of any, where all prompts have this many tokens.
 
-    shared: a prompt is computed once for all its completions (`Anatomy.shares_prompts`).
+    shared: a prompt is computed once for all its completions (`ModelSizes.shares_prompts`).
     """
     questions = config.prompts_per_step // config.mini_batches
     mini = _full(questions, config)
-    plan = plan_micros(mini, [prompt_tokens] * len(mini), config, shared, machine.gpus)
+    plan = plan_micros(mini, [prompt_tokens] * len(mini), optimizer, shared, machine.gpus)
     # Rows of one question come in any order, as their completions differ in length.
     shapes = [Shape.of(micro, questions) for own in plan for micro in own]
     wholes = [_whole(own, mini, config, prompt_tokens, shared) for own in plan if own]
@@ -72,7 +77,7 @@ def _tokens(shape: Shape) -> tuple[int, int]:
 
 
 def _whole(
-    own: Sequence[Micro], mini: Batch, config: Config, prompt_tokens: int, shared: bool
+    own: Sequence[Micro], mini: Batch, config: ObjectiveConfig, prompt_tokens: int, shared: bool
 ) -> Shape:
     """Return all completions of a process in one forward, from its micro-batches of a mini-batch:
     those of the others are alike."""

@@ -46,13 +46,21 @@ class RunRecord:
         return max((record["step"] for record in self.steps), default=0)
 
 
+LEFT = ("metrics.jsonl", "completions.jsonl", "data.json", "checkpoints")
+"""What a run leaves in its folder; one of them is enough for a page."""
+
+
 def collect(folders: Sequence[Path]) -> list[RunRecord]:
-    """Return a record of each run folder; raises KepoConfigError for a path that is no folder."""
+    """Return a record of each run folder; raises KepoConfigError for a path that is none."""
     for path in folders:
         if not path.is_dir():
             what = "is no folder" if path.exists() else "is not there"
             raise KepoConfigError(
                 f"{path} {what}; expected the run_dir of a run, which has metrics.jsonl"
+            )
+        if not any((path / name).exists() for name in LEFT):
+            raise KepoConfigError(
+                f"{path} has none of {', '.join(LEFT)}; expected the run_dir of a run"
             )
     return [_collected(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
 

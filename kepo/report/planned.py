@@ -31,8 +31,8 @@ def _plan(run: RunRecord) -> tuple[list[dict[str, Any]], str]:
         return [], "The settings are not known, so there is no plan."
     if run.config.get("sampler") == "vllm":
         return [], "vLLM takes a share of the GPU's memory, whose size the run does not record."
-    from kepo.planner.held import ITEMS, Machine
     from kepo.planner.memory import Setup, phases
+    from kepo.planner.standing import ITEMS, Machine
 
     device = "cuda" if str(run.config.get("device")).startswith("cuda") else "cpu"
     processes = run.processes if device == "cuda" else 1

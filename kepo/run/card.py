@@ -59,21 +59,21 @@ def model_card(config: Config, step: int, data: Mapping[str, Any]) -> str:
     parts = [
         front_matter(config, tags),
         f"# {_name(config.student)}, {step} steps of post-training\n",
-        _what(config, _teachers(config), step, config.steps),
+        _what(config, _names(config.taught_by, config.teacher_model), step, config.steps),
         "**Research only. Not for clinical use:** nobody has tested this model for diagnosis, for "
         "treatment or for anything else that a patient could depend on.\n",
         "## Data\n",
         *_data(config, data),
         "## Method\n",
         *method,
-        *_other_settings(changed_settings(config)),
+        *_other_settings(changed_settings(dataclasses.asdict(config))),
         "## Use\n",
         _use(config),
     ]
     return "\n".join(parts)
 
 
-def merged_card(card: str, config: Config) -> str:
+def merged_card(card: str, config: ModelsConfig) -> str:
     """Return the card of a checkpoint as that of a plain model: with adapters merged, if it has
     any."""
     if config.lora_rank == 0:
@@ -105,11 +105,11 @@ def front_matter(config: ModelsConfig, tags: list[str]) -> str:
     return f"---\n{text}---\n"
 
 
-def _teachers(config: Config) -> list[str]:
-    """Return what the teachers are; of those behind servers not the addresses."""
-    paths, name = config.taught_by.values(), config.teacher_model
+def _names(teachers: Mapping[str, str], name: str | None) -> list[str]:
+    """Return what the teachers are; of those behind servers not the addresses. name: that of the
+    model on a server, if it is known."""
     served = "a model on a server" if name is None else f"{_link(name)} on a server"
-    return [served if is_address(path) else _link(path) for path in paths]
+    return [served if is_address(path) else _link(path) for path in teachers.values()]
 
 
 def _what(config: ModelsConfig, teachers: Sequence[str], step: int, steps: int) -> str:
@@ -185,11 +185,11 @@ def _other_settings(changed: Mapping[str, Any]) -> list[str]:
     return ["\nSettings that differ from the defaults:\n", f"```yaml\n{text}```\n"]
 
 
-def changed_settings(config: Config) -> dict[str, Any]:
+def changed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the method that differ from their defaults, as YAML knows them."""
     found = {}
     for field in dataclasses.fields(Config):
-        value = getattr(config, field.name)
+        value = settings[field.name]
         if field.name in ELSEWHERE | MAY_CHANGE_ON_RESUME or value == field.default:
             continue
         found[field.name] = list(value) if isinstance(value, tuple) else value

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +33,13 @@ from kepo.run.progress import say
 from kepo.run.roles import load_policy, load_reference, load_sampler, load_teachers
 from kepo.run.signals import StopRequest
 from kepo.run.sinks.telling import Sink, Sinks, open_sinks
+from kepo.sections import TeacherConfig
 from kepo.tasks.environment import Environment, environment_of
 from kepo.tasks.task import Task
 from kepo.teachers.first_words import offer_of
 from kepo.teachers.served import ServedTeacher
 from kepo.teachers.several import each_of, place_of
 from kepo.teachers.transport import Server
-from kepo.words import is_address
 
 
 @dataclass
@@ -129,8 +128,9 @@ def open_run(
     stop.agree()
     if stop:  # reading the images may have taken long
         return None
+    served = dict(config.taught_by.items() - config.local_teachers.items())
     inputs = on_rank0(
-        lambda: inputs_of(config.read_again, data.identity | offers_of(config), env.code)
+        lambda: inputs_of(config.read_again, data.identity | offers_of(served, config), env.code)
     )
     saved = last_saved(config, data, inputs)
     # A checkpoint with digests has been compared with them.
@@ -161,7 +161,7 @@ def _with_models(
     files = on_rank0(lambda: as_saved(saved.folder)) if saved else None
     if device.type == "cuda":  # or an earlier run of this process would be in this one's peak
         torch.cuda.reset_peak_memory_stats(device)
-    shown = first_pictures(data.train, env.task, config)
+    shown = first_pictures(data.train, env.task, config) if config.taught_by else []
     models = load_models(config, device, files / "policy" if files else None, shown)
     named = models.policy.model.named_parameters()
     parameters = {name: p for name, p in named if p.requires_grad}
@@ -216,18 +216,19 @@ def last_saved(config: Config, data: RunData, inputs: dict[str, Any]) -> Saved |
     return Saved(folder, state, changed)
 
 
-def offers_of(config: Config) -> dict[str, dict[str, str]]:
-    """Return the models of the teachers behind servers, by setting: a resumed run must find the
-    same, at whatever address."""
-    served = config.taught_by.keys() - config.local_teachers.keys()
-    asked = {which: Server(which, config.taught_by[which], config) for which in served}
+def offers_of(served: Mapping[str, str], config: TeacherConfig) -> dict[str, dict[str, str]]:
+    """Return the models of the teachers behind servers, whose addresses are given, by setting: a
+    resumed run must find the same, at whatever address."""
+    asked = {which: Server(which, url, config) for which, url in served.items()}
     return {which: {offer_of(one, config).model: "served"} for which, one in asked.items()}
 
 
-def first_pictures(examples: Sequence[Example], task: Task, config: Config) -> list[Prompt | None]:
+def first_pictures(
+    examples: Sequence[Example], task: Task, config: TeacherConfig
+) -> list[Prompt | None]:
     """Return for each teacher the first question with pictures that it is asked, or None."""
-    found: list[Prompt | None] = [None] * len(config.taught_by)
-    for example in examples if found else ():
+    found: list[Prompt | None] = [None] * len(config.teacher_paths)
+    for example in examples:
         place = place_of(example, config)
         if example.images and found[place] is None:
             found[place] = prompt_of(task, example)
@@ -246,7 +247,7 @@ def load_models(
     KepoConfigError if student and teacher do not fit each other.
     """
     policy = load_policy(config, device, saved, seed=config.seed)
-    teachers = load_teachers(config, device, policy, shown)
+    teachers = load_teachers(config, config.taught_by, device, policy, shown, config.distils)
     local = [one for one in each_of(teachers) if not isinstance(one, ServedTeacher)]
     ref = load_reference(config, device) if config.kl_coef else None
     if config.share_prompts:
@@ -285,7 +286,7 @@ def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
     """Raise KepoConfigError if a run is resumed with other settings than it was started with, among
     those that the version which started it knew, or whose defaults are what it did."""
     known = {RENAMED.get(name, name) for name in saved} | AS_BEFORE
-    before, now = _compared(from_mapping(saved, str(folder))), _compared(config)
+    before, now = from_mapping(saved, str(folder)).compared, config.compared
     # A longer run is the same run, unless its length is what the learning rate goes by.
     may_change = MAY_CHANGE_ON_RESUME | ({"steps"} if config.decay[0] == "constant" else set())
     changed = [
@@ -298,19 +299,3 @@ def refuse_other_config(config: Config, saved: dict, folder: Path) -> None:
             f"{folder} was made with other settings ({'; '.join(changed)}); use another run_dir, "
             "or the old settings"
         )
-
-
-def _compared(config: Config) -> dict[str, Any]:
-    """Return the settings with what None means for the learning rate written out, which a run of
-    before they could be None has as numbers, and without the addresses of servers: a resumed run
-    may find the same model at another."""
-    form, end = config.decay
-    values = dataclasses.asdict(config) | {"lr_schedule": form, "lr_end": end}
-    if config.teacher is not None:
-        values["teacher"] = _whose(config.teacher)
-    values["teachers"] = tuple((value, _whose(name)) for value, name in config.teachers)
-    return values
-
-
-def _whose(teacher: str) -> str:
-    return "a server's" if is_address(teacher) else teacher

@@ -6,7 +6,7 @@ many GPUs it has. A quantised model is read by every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from kepo.config import Config
 from kepo.distributed import sharding
 from kepo.distributed.processes import is_rank0, on_rank0, world_size
 from kepo.errors import KepoConfigError
@@ -33,7 +32,7 @@ from kepo.models.reading import (
 )
 from kepo.models.vlm import VLM
 from kepo.rollout.sampler import Sampler
-from kepo.sections import ModelsConfig
+from kepo.sections import ModelsConfig, TeacherConfig
 from kepo.teachers.first_words import Offer, check_law, check_sight, check_tokenizer, offer_of
 from kepo.teachers.served import ServedTeacher
 from kepo.teachers.several import Several, Teacher, Teachers
@@ -90,27 +89,35 @@ def load_policy(
 
 
 def load_teachers(
-    config: Config, device: torch.device, policy: VLM, data: Sequence[Prompt | None] = ()
+    config: ModelsConfig,
+    taught_by: Mapping[str, str],
+    device: torch.device,
+    policy: VLM,
+    shown: Sequence[Prompt | None] = (),
+    distils: bool = True,
 ) -> Teachers:
     """Load the teachers that the run's own processes hold, and meet those behind servers. All ranks
     call.
 
-    data: for each teacher a question with pictures that it will be asked, or None. Raises
+    taught_by: folders, names or addresses of the teachers, by setting. shown: for each of them a
+    question with pictures that it will be asked, or None. distils: its scores are asked for. Raises
     KepoConfigError or KepoTeacherError for a server that cannot teach the student.
     """
     found: list[Teacher] = []
-    for place, (which, path) in enumerate(config.taught_by.items()):
+    for place, (which, path) in enumerate(taught_by.items()):
         if is_address(path):
-            shown = data[place] if place < len(data) else None
-            found.append(_meet(which, path, policy, config, shown))
+            seen = shown[place] if place < len(shown) else None
+            found.append(_meet(Server(which, path, config), policy, config, seen, distils))
         else:
             found.append(load_teacher(config, device, path))
     return Several(tuple(found)) if config.teachers else next(iter(found), None)
 
 
-def _meet(which: str, url: str, policy: VLM, config: Config, shown: Prompt | None) -> ServedTeacher:
+def _meet(
+    server: Server, policy: VLM, config: TeacherConfig, shown: Prompt | None, distils: bool
+) -> ServedTeacher:
     """Return a teacher behind a server. Rank 0 asks it what it is."""
-    server, rows = Server(which, url, config), policy.head_rows
+    rows = policy.head_rows
 
     def teacher(offer: Offer) -> ServedTeacher:
         encoder = replace(policy.encoder, positions=offer.positions)
@@ -121,7 +128,7 @@ def _meet(which: str, url: str, policy: VLM, config: Config, shown: Prompt | Non
         met = teacher(offer)
         if (note := check_tokenizer(met)) is not None:
             print(note)
-        if config.distils:
+        if distils:
             check_law(met, config.teacher_top_k)
             if shown is not None:
                 check_sight(met, shown)

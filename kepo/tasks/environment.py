@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
-from kepo.config import Config
 from kepo.data.example import Example
 from kepo.errors import KepoConfigError, KepoError, first_line
 from kepo.named import found
@@ -55,9 +55,12 @@ def environment_of(
     return Environment(task, rewards_of(given, task, config), own)
 
 
+C = TypeVar("C", bound=RewardConfig)
+
+
 def with_own(
-    config: Config, task: Task | str | None, rewards: Sequence[str | Reward] | str | Reward | None
-) -> tuple[Config, Environment]:
+    config: C, task: Task | str | None, rewards: Sequence[str | Reward] | str | Reward | None
+) -> tuple[C, Environment]:
     """Return the environment of a run with a task and rewards from Python, and the config that
     names them, with a weight of 1 each if it says nothing else. None means what the config names.
     """

@@ -102,13 +102,13 @@ def test_prompts_and_completions_have_the_lengths_that_were_asked_for(tmp_path):
     assert len({tuple(ids) for ids in shown.input_ids.tolist()}) == 3
     text = torch.arange(27).view(3, 9)
     states = policy.completion_hidden(shown, text, torch.ones(3, 9).bool())
-    logits = (states @ policy.lm_head.T).detach()
-    never = policy.lm_head[:, 0] == NEVER
+    logits = (states @ policy.head.weight.T).detach()
+    never = policy.head.weight[:, 0] == NEVER
     assert set(never.nonzero().squeeze(-1).tolist()) >= {
         *policy.encoder.end_ids,
         *policy.never_sampled(),
     }
-    assert len(policy.lm_head) == 2048 and int(never.sum()) < 100
+    assert len(policy.head.weight) == 2048 and int(never.sum()) < 100
     assert logits[..., never].softmax(-1).isfinite().all()
     assert float(logits.softmax(-1)[..., never].max()) == 0
 
@@ -121,7 +121,7 @@ def test_a_step_speaks_real_words_as_it_speaks_made_up_ones(qwen3, tmp_path, mon
     policy = VLM.load(tmp_path / "student")
     examples, _ = load_examples(tmp_path / "data")
     assert policy.encoder.lengths([prompt_of(TASK, example) for example in examples]) == [131] * 3
-    never = (policy.lm_head[:, 0] == NEVER).nonzero().squeeze(-1).tolist()
+    never = (policy.head.weight[:, 0] == NEVER).nonzero().squeeze(-1).tolist()
     assert {*never} == policy.encoder.control_ids | {*range(151_669, 151_936)}
     process = processes.Process(tmp_path, "rows", 0)
     try:

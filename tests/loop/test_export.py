@@ -37,7 +37,7 @@ def prompt(made) -> Prompt:
 def logits(vlm: VLM, prompt: Prompt) -> torch.Tensor:
     ids, mask = vlm.encode_completions(["3 + 5 = 8"])
     with torch.no_grad():
-        return vlm.completion_hidden(vlm.encode([prompt]), ids, mask) @ vlm.lm_head.T
+        return vlm.completion_hidden(vlm.encode([prompt]), ids, mask) @ vlm.head.weight.T
 
 
 @pytest.mark.parametrize("rank", [4, 0])

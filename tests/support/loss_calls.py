@@ -25,7 +25,7 @@ TENSORS = {
     ),
 }
 LOSSES = tuple(TENSORS)
-# What else tests/checks.py has for each of them, where a test wants an ordinary call.
+# What else tests/support/checks.py has for each of them, where a test wants an ordinary call.
 OPTIONS = {
     "gated_kd": "gate completion_mask bias teacher_bias",
     "grpo": "completion_mask old_logprobs bias",

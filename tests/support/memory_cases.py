@@ -14,8 +14,8 @@ from small import config_of
 from toy import TASK
 
 from kepo.config import Config
-from kepo.planner.held import Machine
 from kepo.planner.memory import Prompts
+from kepo.planner.standing import Machine
 
 CPU = Machine(gpus=1, gpu_bytes=2**60, device="cpu")
 

@@ -163,7 +163,7 @@ class ModelServer:
         )
         given = forward_inputs(model, inputs)
         states = model.base_model(**given, use_cache=False).last_hidden_state[0]
-        laws = (states @ self.vlm.lm_head.T).float().log_softmax(-1)
+        laws = (states @ self.vlm.head.weight.T).float().log_softmax(-1)
         said: list[Any] = [None]
         for law, token in zip(laws[:-1], whole[0, 1:].tolist(), strict=True):
             top = law.topk(asked["prompt_logprobs"]).indices.tolist()

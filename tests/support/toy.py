@@ -187,16 +187,12 @@ class TableVLM(ScriptedVLM):
         self.read: list[tuple[str, tuple[int, ...]]] = []
 
     @property
-    def lm_head(self):
+    def head(self):
         return self.weights["head"]
 
     @property
-    def head(self):
-        return self.lm_head
-
-    @property
     def device(self):
-        return self.lm_head.device
+        return self.head.device
 
     def completion_hidden(self, inputs, completion_ids, completion_mask):
         for text, ids, mask in zip(inputs, completion_ids, completion_mask, strict=True):
@@ -211,7 +207,7 @@ class TableVLM(ScriptedVLM):
         met = len(self.read)
         hidden = self.completion_hidden(texts, batch.completion_ids, batch.completion_mask)
         del self.read[met:]
-        return hidden @ self.lm_head.T
+        return hidden @ self.head.T
 
     def logprobs(self, batch):
         """(B, T) of the tokens of a batch's completions, from `logits`."""

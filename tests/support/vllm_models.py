@@ -27,7 +27,7 @@ def build(folder: Path, seed: int = 1, **settings) -> Path:
 def apart(vlm: VLM, prompts: list, params: SamplingParams, sampled: Sampled) -> float:
     """How far log-probabilities are from the policy's, each completion in one forward, at most."""
     inputs = vlm.encode([prompt for prompt in prompts for _ in range(params.n)])
-    logits = vlm.completion_hidden(inputs, sampled.ids, sampled.mask) @ vlm.lm_head.T
+    logits = vlm.completion_hidden(inputs, sampled.ids, sampled.mask) @ vlm.head.weight.T
     logits[..., vlm.never_sampled()] = -torch.inf
     logits = logits / params.temperature
     rows = TopPLogitsWarper(params.top_p)(None, logits.flatten(0, 1))

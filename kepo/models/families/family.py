@@ -165,8 +165,8 @@ def plain_arguments(model: Any, inputs: Any) -> dict[str, Any]:
 
 
 def windows(config: Any) -> str | None:
-    """Return why rows cannot be packed of a model whose layers do not all see all that is before a
-    token: the mask of a packed row is one for all layers."""
+    """Return why a model's rows cannot be packed, None if they can: a packed row has one mask for
+    all layers, so every layer must see all tokens before a token."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)
     if kinds is None:

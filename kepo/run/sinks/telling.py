@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import secrets
 from collections.abc import Mapping, Sequence
@@ -100,18 +101,21 @@ def open_sinks(config: Config, done: int, sinks: Sequence[Sink] = ()) -> Sinks:
                 f"sinks[{place}] is a {type(sink).__name__} without {' and '.join(lacks)}; "
                 "expected an object with scalars(step, values) and completions(step, records)"
             )
+    folder, settings = Path(config.run_dir), dataclasses.asdict(config)
     found: dict[str, Sink] = {}
-    on_rank0(lambda: found.update(_trackers(config, done)))
+    on_rank0(lambda: found.update(_trackers(config.report_to, folder, settings, done)))
     if is_rank0():
         found |= {f"sinks[{place}]": sink for place, sink in enumerate(sinks)}
     return Sinks(found)
 
 
-def _trackers(config: Config, done: int) -> dict[str, Sink]:
+def _trackers(
+    names: Sequence[str], folder: Path, settings: Mapping[str, Any], done: int
+) -> dict[str, Sink]:
     found: dict[str, Sink] = {}
-    for name in dict.fromkeys(config.report_to):
+    for name in dict.fromkeys(names):
         try:
-            found[name] = _tracker(name, config, done)
+            found[name] = _tracker(name, folder, settings, done)
         except Exception as error:
             Sinks(found).__exit__()
             raise KepoConfigError(
@@ -121,13 +125,13 @@ def _trackers(config: Config, done: int) -> dict[str, Sink]:
     return found
 
 
-def _tracker(name: str, config: Config, done: int) -> Sink:
+def _tracker(name: str, folder: Path, settings: Mapping[str, Any], done: int) -> Sink:
     if name == "tensorboard":
-        return TensorBoard(config, done)
-    known_as = run_id(Path(config.run_dir))
+        return TensorBoard(folder, settings, done)
+    known_as = run_id(folder)
     if name == "wandb":
-        return WeightsAndBiases(config, done, known_as)
-    return Trackio(config, done, known_as)
+        return WeightsAndBiases(folder, settings, done, known_as)
+    return Trackio(folder, settings, done, known_as)
 
 
 def run_id(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from kepo.config import Config
 from kepo.run.sinks.cells import table_of
 
 
@@ -20,15 +18,15 @@ class TensorBoard:
     that a resumed run does again: its purge_step. Each step is in the file before the next
     begins."""
 
-    def __init__(self, config: Config, done: int):
+    def __init__(self, run_dir: Path, settings: Mapping[str, Any], done: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = Path(config.run_dir) / "tensorboard"
+        folder = run_dir / "tensorboard"
         has = done if any(folder.glob("events.*")) else -1
         self.lacks_after = has
         self.writer = SummaryWriter(str(folder), purge_step=has + 1)
-        settings = json.dumps(dataclasses.asdict(config), indent=1)
-        self.writer.add_text("config", f"```\n{settings}\n```", has + 1)
+        text = json.dumps(settings, indent=1)
+        self.writer.add_text("config", f"```\n{text}\n```", has + 1)
         self.writer.flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

@@ -3,13 +3,11 @@ TRACKIO_SERVER_URL names."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kepo.config import Config
 from kepo.run.sinks.cells import table_of
 
 
@@ -22,16 +20,16 @@ class Trackio:
     run.
     """
 
-    def __init__(self, config: Config, done: int, run_id: str):
+    def __init__(self, run_dir: Path, settings: Mapping[str, Any], done: int, run_id: str):
         import trackio
 
         project = os.environ.get("TRACKIO_PROJECT", "kepo")
-        name = f"{Path(config.run_dir).resolve().name}-{run_id}"
+        name = f"{run_dir.resolve().name}-{run_id}"
         if os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL"):
             name += f"-from-{done}" if done >= 0 else ""
         else:
             _forget(project, name)
-        self.run = trackio.init(project, name=name, config=dataclasses.asdict(config), embed=False)
+        self.run = trackio.init(project, name=name, config=dict(settings), embed=False)
         self.lacks_after = -1
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

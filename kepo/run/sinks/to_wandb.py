@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kepo.config import Config
 from kepo.run.sinks.cells import table_of
 
 
@@ -21,16 +19,15 @@ class WeightsAndBiases:
     and that folder alone is the one to sync.
     """
 
-    def __init__(self, config: Config, done: int, run_id: str):
+    def __init__(self, run_dir: Path, settings: Mapping[str, Any], done: int, run_id: str):
         import wandb
 
-        folder = Path(config.run_dir)
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "kepo"),
-            name=os.environ.get("WANDB_NAME", folder.resolve().name),
+            name=os.environ.get("WANDB_NAME", run_dir.resolve().name),
             id=run_id,
-            dir=str(folder),
-            config=dataclasses.asdict(config),
+            dir=str(run_dir),
+            config=dict(settings),
             resume="allow",
             reinit="create_new",  # a notebook may have a run of its own
         )

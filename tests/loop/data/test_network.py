@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -18,7 +17,7 @@ from kepo.data import network
 from kepo.data.identity import model_files
 from kepo.errors import KepoCheckpointError, KepoConfigError, KepoDataError
 from kepo.models.reading import read_config
-from kepo.planner import anatomy
+from kepo.planner import model_sizes
 
 
 class Session:
@@ -40,10 +39,12 @@ def refused(url, timeout):
 
 
 def test_a_hub_that_does_not_answer_is_waited_for_a_little_and_asked_again(hub):
-    hub(lambda url, timeout: time.sleep(5))  # as a name server that is not there
-    began = time.monotonic()
+    over, waited_for = threading.Event(), []
+    # As a name server that is not there.
+    hub(lambda url, timeout: over.wait(60) or waited_for.append(url))
     network.look_for_hub("owner/name")
-    assert time.monotonic() - began < 2 and huggingface_hub.constants.is_offline_mode()
+    assert waited_for == [] and huggingface_hub.constants.is_offline_mode()
+    over.set()
     hub(lambda url, timeout: "404")
     network.look_for_hub("owner/name")
     assert not constants.is_offline_mode()
@@ -68,13 +69,12 @@ def test_whoever_reads_a_name_looks_first(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     for read, error in (
         (read_config, KepoCheckpointError),
-        (anatomy.read_config, KepoConfigError),
+        (model_sizes.read_config, KepoConfigError),
     ):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        began = time.monotonic()
         with pytest.raises(error, match=r"^nobody/nothing"):
             read("nobody/nothing")
-        assert time.monotonic() - began < 10 and constants.is_offline_mode()
+        assert constants.is_offline_mode()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert model_files("nobody/nothing") == [] and constants.is_offline_mode()
 
@@ -85,10 +85,9 @@ def test_a_dataset_by_name_is_looked_for_likewise(hub, monkeypatch, tmp_path):
 
     hub(refused)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    began = time.monotonic()
     with pytest.raises(KepoDataError, match=r"^nobody/nothing:train is not there"):
         load_examples("nobody/nothing:train")
-    assert time.monotonic() - began < 10 and constants.is_offline_mode()
+    assert constants.is_offline_mode()
 
 
 def test_the_command_ends_in_seconds(tmp_path):

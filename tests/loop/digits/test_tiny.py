@@ -30,7 +30,7 @@ def asked(tmp_path_factory):
 def states(vlm: VLM, asked) -> torch.Tensor:
     ids, mask = vlm.encode_completions(["<think>3 + 5</think>"])
     with torch.no_grad():
-        return vlm.completion_hidden(vlm.encode(asked), ids, mask) @ vlm.lm_head.T
+        return vlm.completion_hidden(vlm.encode(asked), ids, mask) @ vlm.head.weight.T
 
 
 def names(file) -> list[str]:
@@ -58,16 +58,16 @@ def test_the_files_are_those_of_a_released_model(folder):
 
 def test_a_tied_head_is_the_embedding_and_stays_it(tinies, tmp_path):
     vlm = VLM.load(tinies / "qwen3-tied")
-    assert vlm.lm_head is vlm.model.get_input_embeddings().weight
+    assert vlm.head.weight is vlm.model.get_input_embeddings().weight
     with torch.no_grad():
-        vlm.lm_head[0] += 1
+        vlm.head.weight[0] += 1
     vlm.save(tmp_path)
     again = VLM.load(tmp_path)
-    assert again.lm_head is again.model.get_input_embeddings().weight
-    assert torch.equal(again.lm_head, vlm.lm_head)
+    assert again.head.weight is again.model.get_input_embeddings().weight
+    assert torch.equal(again.head.weight, vlm.head.weight)
     apart = VLM.load(tinies / "qwen3")
-    assert apart.lm_head is not apart.model.get_input_embeddings().weight
-    assert not torch.equal(apart.lm_head, apart.model.get_input_embeddings().weight)
+    assert apart.head.weight is not apart.model.get_input_embeddings().weight
+    assert not torch.equal(apart.head.weight, apart.model.get_input_embeddings().weight)
 
 
 def test_weights_load_under_old_names_new_names_and_from_shards(folder, asked, tmp_path):

@@ -183,7 +183,7 @@ def test_sampling_stops_at_the_end_that_only_generation_config_names(folder, sta
             inputs, SamplingParams(max_tokens=1, temperature=1.0), seeds=[0]
         )
         towards = vlm.completion_hidden(inputs, ids, mask)[0, 0]
-        vlm.lm_head[token(vlm, stated)] = towards * 100 / towards.square().sum()
+        vlm.head.weight[token(vlm, stated)] = towards * 100 / towards.square().sum()
     ids, mask, _ = vlm.generate(inputs, SamplingParams(max_tokens=5, temperature=0.0))
     assert ids.tolist() == [[token(vlm, stated)]] and mask.all()
 

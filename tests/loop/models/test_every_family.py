@@ -24,10 +24,10 @@ from kepo.models.encoding import Prompt
 from kepo.models.families.registry import FAMILIES
 from kepo.models.reading import auto_class, read_model
 from kepo.models.vlm import VLM
-from kepo.planner.anatomy import anatomy
-from kepo.planner.held import Machine
+from kepo.planner.activations import inference, pixel_bytes, vision_training
 from kepo.planner.memory import Prompts, Setup, phases
-from kepo.planner.towers import inference, pixel_bytes, vision_training
+from kepo.planner.model_sizes import model_sizes
+from kepo.planner.standing import Machine
 from kepo.planner.trace import LiveBytes
 from kepo.rollout.encodable import judge_of
 from kepo.run.metrics import read_metrics
@@ -114,7 +114,7 @@ def test_what_was_saved_is_read_by_transformers_alone(run, home, told):
     with torch.no_grad():
         states = ours.completion_hidden(inputs, ids, mask)
         logits = theirs(input_ids=whole, **given).logits[:, inputs.input_ids.shape[1] - 1 : -1]
-    torch.testing.assert_close(states @ ours.lm_head.T, logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(states @ ours.head.weight.T, logits, rtol=1e-5, atol=1e-6)
 
 
 def test_adapters_are_in_the_language_model_alone(home, family):
@@ -146,7 +146,7 @@ def test_the_planner_knows_what_its_pictures_take(home, family, tmp_path, train)
     if family.pictures is None:
         pytest.skip("it sees no pictures")
     shown, size = pictures(tmp_path, *[(112, 112)] * 6), (112, 112)
-    vlm, traced = VLM.load(home / "student"), anatomy(str(home / "student"), "float32", "cpu")
+    vlm, traced = VLM.load(home / "student"), model_sizes(str(home / "student"), "float32", "cpu")
     inputs = vlm.encode([Prompt("?", tuple(shown))])
     patches = vlm.encoder.image_tokens(*size) * traced.patches_per_token
     family.features(vlm.model, inputs)  # what is made once and kept is there

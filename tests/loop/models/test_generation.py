@@ -226,7 +226,7 @@ def test_bf16_logprobs_are_those_of_a_full_forward(vlm, prompts):
     ids, mask, logprobs = half.generate(inputs, params_of("plain"), SEEDS)
     assert logprobs.dtype == torch.float32
     with torch.no_grad():
-        logits = (half.completion_hidden(inputs.repeat(3), ids, mask) @ half.lm_head.T).float()
+        logits = (half.completion_hidden(inputs.repeat(3), ids, mask) @ half.head.weight.T).float()
     logits[..., half.never_sampled()] = -torch.inf
     scored = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
     assert (scored - logprobs)[mask].abs().mean() < 0.02

@@ -101,7 +101,7 @@ def test_a_head_of_its_own_beside_a_config_that_ties_it_is_refused(tinies, folde
     change_json(folder / "config.json", tie_word_embeddings=True)
     assert "config.json says tie_word_embeddings, but lm_head.weight is another" in refused(folder)
     tied = VLM.load(tinies / "qwen3-tied")
-    assert tied.lm_head is tied.model.get_input_embeddings().weight
+    assert tied.head.weight is tied.model.get_input_embeddings().weight
 
 
 def test_a_tied_model_whose_config_forgot_it_lacks_its_head(tinies, tmp_path):

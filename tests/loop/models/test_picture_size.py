@@ -17,9 +17,9 @@ from kepo.config import Config
 from kepo.errors import KepoConfigError
 from kepo.models.encoding import Prompt
 from kepo.models.reading import encoder_of, read_config, resize_pictures
-from kepo.planner.held import GIB, Machine
 from kepo.planner.memory import Setup, peak, student_of
 from kepo.planner.plan import advice
+from kepo.planner.standing import GIB, Machine
 from kepo.rollout.encodable import encoder_at, judge_of
 from kepo.run.roles import load_policy, load_teacher
 from kepo.sections import ModelsConfig, PicturesConfig

@@ -135,8 +135,8 @@ def model_of(tokenizer, rows):
         ids = torch.tensor([[9707]])
         towards = vlm.completion_hidden(inputs, ids, torch.ones_like(ids).bool())[0, 0]
         towards = towards * 40 / towards.square().sum()
-        vlm.lm_head[len(tokenizer) :] = towards
-        vlm.lm_head[sorted(marks)] = towards
+        vlm.head.weight[len(tokenizer) :] = towards
+        vlm.head.weight[sorted(marks)] = towards
     return vlm
 
 

@@ -18,7 +18,7 @@ from kepo.errors import KepoCheckpointError, KepoConfigError
 from kepo.models.conventions import without_dropout
 from kepo.models.encoding import Prompt
 from kepo.models.vlm import VLM
-from kepo.planner.anatomy import anatomy
+from kepo.planner.model_sizes import model_sizes
 from kepo.run.roles import load_policy
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def folder(tinies, tmp_path) -> Path:
 
 def test_a_tokenizer_longer_than_the_head_is_refused(folder):
     vlm = VLM.load(folder)
-    rows = vlm.lm_head.shape[0]
+    rows = vlm.head.weight.shape[0]
     spare = rows - len(vlm.tokenizer)
     vlm.tokenizer.add_tokens([f"[new {number}]" for number in range(spare)])
     vlm.tokenizer.save_pretrained(folder)
@@ -203,4 +203,4 @@ def test_attention_that_the_model_cannot_be_computed_with_is_named(made, tmp_pat
     with pytest.raises(KepoConfigError, match=f"^attn_implementation='{attention}'.*sdpa, eager"):
         load_policy(config, CPU)
     with pytest.raises(KepoConfigError, match=f"^attn_implementation='{attention}'.*sdpa, eager"):
-        anatomy(str(made / "student"), "float32", attention=attention, device="cpu")
+        model_sizes(str(made / "student"), "float32", attention=attention, device="cpu")

@@ -53,7 +53,7 @@ def full_forward(vlm, prompts, ids, mask, rows):
     """(n, T, V) logits of a forward without a cache, the tokens that cannot be sampled removed."""
     inputs = vlm.encode(prompts).select(rows)
     with torch.no_grad():
-        logits = vlm.completion_hidden(inputs, ids, mask) @ vlm.lm_head.T
+        logits = vlm.completion_hidden(inputs, ids, mask) @ vlm.head.weight.T
     logits[..., vlm.never_sampled()] = -torch.inf
     return logits
 

@@ -18,7 +18,7 @@ from kepo.models.encoding import Prompt
 from kepo.models.families.text_only import finish_tiny
 from kepo.models.sampling import SamplingParams
 from kepo.models.vlm import VLM
-from kepo.planner.anatomy import anatomy
+from kepo.planner.model_sizes import model_sizes
 from kepo.run.open import load_models
 from kepo_kernels import fused_linear_logprobs
 
@@ -109,7 +109,7 @@ def test_a_run_says_at_its_start_that_rows_are_not_packed(made, tmp_path, capsys
     assert not models.policy.share_prompts
     said = "as mistral has layers of sliding_attention, which take masks of their own"
     assert said in capsys.readouterr().out
-    student = anatomy(config.student, "float32", "cpu")
+    student = model_sizes(config.student, "float32", "cpu")
     assert not student.shares_prompts(config)
 
 

@@ -100,7 +100,7 @@ def watched(vlm):
 def gradients(vlm, inputs, ids, mask) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     vlm.model.zero_grad(set_to_none=True)
     hidden = vlm.completion_hidden(inputs, ids, mask)[mask]
-    logprobs = (hidden @ vlm.lm_head.T).float().log_softmax(-1)
+    logprobs = (hidden @ vlm.head.weight.T).float().log_softmax(-1)
     (logprobs * torch.linspace(0, 1, logprobs.shape[1])).sum().backward()
     found = {n: p.grad for n, p in vlm.model.named_parameters() if p.grad is not None}
     vlm.model.zero_grad(set_to_none=True)
@@ -112,7 +112,7 @@ def gradients(vlm, inputs, ids, mask) -> tuple[torch.Tensor, dict[str, torch.Ten
 
 def test_an_image_is_there_once_however_many_prompts_show_it(vlm, prompts):
     inputs = vlm.encode([prompts[0], prompts[0], *prompts])
-    assert inputs.image_counts == (2, 2, 2, 0, 1, 3)
+    assert [len(places) for places in inputs.image_places] == [2, 2, 2, 0, 1, 3]
     assert inputs.image_places == ((0, 1), (0, 1), (0, 1), (), (2,), (1, 0, 1))
     sizes = inputs.image_grid_thw.prod(-1)
     assert len(sizes) == 3 and len(inputs.pixel_values) == sizes.sum()
@@ -144,14 +144,14 @@ def test_states_times_head_are_the_models_logits(vlm, prompts, completion):
     with torch.no_grad():
         logits = vlm.model(**flat(inputs, ids, mask)).logits[:, start:-1]
         hidden = vlm.completion_hidden(inputs, ids, mask)
-        torch.testing.assert_close((hidden @ vlm.lm_head.T)[mask], logits[mask], **CLOSE)
+        torch.testing.assert_close((hidden @ vlm.head.weight.T)[mask], logits[mask], **CLOSE)
         for row in range(len(prompts)):  # nor does it matter what else is in the batch
             own = mask[row : row + 1, : int(mask[row].sum())]
             alone = vlm.completion_hidden(
                 vlm.encode([prompts[row]]), ids[row : row + 1, : own.shape[1]], own
             )
             torch.testing.assert_close(alone[0], hidden[row][mask[row]], **CLOSE)
-    tied = vlm.lm_head is vlm.model.get_input_embeddings().weight
+    tied = vlm.head.weight is vlm.model.get_input_embeddings().weight
     assert tied == vlm.model.config.tie_word_embeddings
 
 
@@ -307,7 +307,7 @@ def test_what_was_sampled_is_what_is_scored(vlm, prompts):
         inputs, SamplingParams(max_tokens=6, temperature=1.0, n=2), seeds=range(8)
     )
     with torch.no_grad():
-        logits = vlm.completion_hidden(inputs.repeat(2), ids, mask) @ vlm.lm_head.T
+        logits = vlm.completion_hidden(inputs.repeat(2), ids, mask) @ vlm.head.weight.T
     logits[..., vlm.never_sampled()] = -torch.inf
     scored = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
     torch.testing.assert_close(scored[mask], logprobs[mask], **CLOSE)
@@ -327,4 +327,4 @@ def test_adapters_in_the_model_share_features_too(tinies, prompts):
     assert found and all("lora_" in name for name in found)
     assert any("visual" in name for name in found)
     logits = vlm.model(**flat(inputs, ids, mask)).logits[:, inputs.input_ids.shape[1] - 1 : -1]
-    torch.testing.assert_close(hidden @ vlm.lm_head.T, logits[mask], **CLOSE)
+    torch.testing.assert_close(hidden @ vlm.head.weight.T, logits[mask], **CLOSE)

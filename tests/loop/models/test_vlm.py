@@ -79,7 +79,7 @@ def test_build_tiny_is_deterministic_and_leaves_the_random_state(tinies, tmp_pat
     for name in ("model.safetensors", "tokenizer.json", "config.json", "preprocessor_config.json"):
         again, first = (tmp_path / "a" / name).read_bytes(), tinies / "qwen3" / name
         assert again == first.read_bytes(), name
-    a, b = (VLM.load(tmp_path / name).lm_head for name in "ab")
+    a, b = (VLM.load(tmp_path / name).head.weight for name in "ab")
     assert not torch.equal(a, b)
 
 
@@ -87,8 +87,8 @@ def test_student_and_teacher_share_the_vocabulary_but_not_the_width(vlm, tmp_pat
     build_tiny(tmp_path, size="teacher", seed=0)
     teacher = VLM.load(tmp_path)
     assert teacher.tokenizer.get_vocab() == vlm.tokenizer.get_vocab()
-    assert teacher.lm_head.shape[0] == vlm.lm_head.shape[0] >= len(vlm.tokenizer)
-    assert teacher.lm_head.shape[1] != vlm.lm_head.shape[1]
+    assert teacher.head.weight.shape[0] == vlm.head.weight.shape[0] >= len(vlm.tokenizer)
+    assert teacher.head.weight.shape[1] != vlm.head.weight.shape[1]
 
 
 # ---- encode ----
@@ -175,7 +175,7 @@ def test_completion_hidden_gives_the_logits_of_the_model(vlm, prompts, completio
         ).logits
     start = inputs.input_ids.shape[1] - 1
     wanted = logits[:, start : start + ids.shape[1]]
-    torch.testing.assert_close((hidden @ vlm.lm_head.T)[mask], wanted[mask], **CLOSE)
+    torch.testing.assert_close((hidden @ vlm.head.weight.T)[mask], wanted[mask], **CLOSE)
 
 
 def test_completion_hidden_does_not_depend_on_padding(vlm, prompts, completion):
@@ -204,7 +204,7 @@ def test_completion_hidden_sees_its_image_and_ignores_masked_tokens(vlm, prompts
 def test_completion_hidden_reaches_every_parameter(vlm, prompts, completion):
     ids, mask = completion
     hidden = vlm.completion_hidden(vlm.encode(prompts), ids, mask)
-    (hidden[mask] @ vlm.lm_head.T).logsumexp(-1).sum().backward()
+    (hidden[mask] @ vlm.head.weight.T).logsumexp(-1).sum().backward()
     missing = [n for n, p in vlm.model.named_parameters() if p.grad is None or not p.grad.any()]
     vlm.model.zero_grad(set_to_none=True)
     assert missing == []
@@ -247,7 +247,7 @@ def test_greedy_generation_is_the_argmax_of_completion_hidden(vlm, prompts):
     inputs = vlm.encode(prompts)
     ids, mask, _ = vlm.generate(inputs, SamplingParams(max_tokens=8, temperature=0.0))
     with torch.no_grad():
-        logits = vlm.completion_hidden(inputs, ids, mask) @ vlm.lm_head.T
+        logits = vlm.completion_hidden(inputs, ids, mask) @ vlm.head.weight.T
     logits[..., vlm.never_sampled()] = -torch.inf
     assert torch.equal(logits.argmax(-1)[mask], ids[mask])
 
@@ -332,8 +332,8 @@ def test_save_and_load_round_trip(vlm, prompts, completion, tmp_path):
     with torch.no_grad():
         a = vlm.completion_hidden(vlm.encode(prompts), ids, mask)
         b = again.completion_hidden(again.encode(prompts), ids, mask)
-    assert torch.equal(a, b) and torch.equal(vlm.lm_head, again.lm_head)
-    assert VLM.load(tmp_path, dtype="bfloat16").lm_head.dtype == torch.bfloat16
+    assert torch.equal(a, b) and torch.equal(vlm.head.weight, again.head.weight)
+    assert VLM.load(tmp_path, dtype="bfloat16").head.weight.dtype == torch.bfloat16
 
 
 def test_load_says_what_is_wrong(tinies, tmp_path):

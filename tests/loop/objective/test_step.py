@@ -94,11 +94,11 @@ def oracle(models, groups, config, *, data=(), shown=None, **settings):
     states = [model.completion_hidden(t, ids, mask) for t, model in zip(read, models, strict=True)]
     loss = reference.kepo_loss(
         states[0],
-        policy.lm_head,
+        policy.head,
         ids,
         batch.advantages,
         states[1].detach(),
-        teacher.lm_head,
+        teacher.head,
         completion_mask=mask,
         **{
             "policy_weights": batch.policy_weights,

@@ -30,9 +30,9 @@ class OnAGpu(TableVLM):
         return self.states * 1.0
 
     @property
-    def lm_head(self):
+    def head(self):
         if not hasattr(self, "there"):
-            self.there = on_device(super().lm_head).requires_grad_()
+            self.there = on_device(super().head).requires_grad_()
         return self.there
 
     @property

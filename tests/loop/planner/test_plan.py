@@ -9,12 +9,12 @@ import torch
 from kepo.config import Config
 from kepo.errors import KepoConfigError
 from kepo.planner import plan as plan_module
-from kepo.planner.anatomy import anatomy, read_config
-from kepo.planner.held import GIB, Held, Machine, standing
 from kepo.planner.known_models import KNOWN, known_model
 from kepo.planner.memory import Phase, Prompts, Setup, moments, peak, phases
+from kepo.planner.model_sizes import model_sizes, read_config
 from kepo.planner.plan import advice, largest, plan
 from kepo.planner.plot import plot_plan
+from kepo.planner.standing import GIB, Held, Machine, standing
 from kepo.planner.trace import LiveBytes, trace_inference, trace_training
 
 pytest.importorskip("transformers")
@@ -64,7 +64,7 @@ TEACHER = dict(teacher="Qwen3-VL-8B-Instruct", distill_coef=1.0)
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_parameters_of_released_models(name):
-    model = anatomy(name, "bfloat16", "cuda")
+    model = model_sizes(name, "bfloat16", "cuda")
     short = name.split("/")[1].removesuffix("-Instruct")
     exact = len(str(TOTALS[short])) > 5
     assert model.counts.total == pytest.approx(TOTALS[short] * 1e9, rel=1e-9 if exact else 0.02)
@@ -81,12 +81,12 @@ def test_a_run_of_each_family_is_planned_to_its_end(name):
     setup = Setup(replace(SMALL, student=name, eval_share=0.1), Machine(2, 80 * GIB))
     found = {phase.name: phase.held for phase in phases(setup)}
     assert {"rollout", "update", "evaluation"} <= found.keys()
-    width = 4 * anatomy(name, "bfloat16", "cuda").counts.total // 2  # fp32, on two GPUs
+    width = 4 * model_sizes(name, "bfloat16", "cuda").counts.total // 2  # fp32, on two GPUs
     assert found["optimiser"]["weights"] == width
 
 
 def test_parts_add_up():
-    model = anatomy("Qwen3-VL-8B-Instruct", "bfloat16", "cuda")
+    model = model_sizes("Qwen3-VL-8B-Instruct", "bfloat16", "cuda")
     counts = model.counts
     block = sum(p.numel() for p in model.blocks[0].parameters())
     whole = counts.root + counts.layer * len(model.layers) + block * len(model.blocks)
@@ -97,12 +97,12 @@ def test_parts_add_up():
 @pytest.mark.filterwarnings("error")  # peft's would stand above the table
 def test_what_is_trained():
     pytest.importorskip("peft")
-    adapted = anatomy("Qwen3-VL-2B-Instruct", "bfloat16", "cuda", None, 16, False)
+    adapted = model_sizes("Qwen3-VL-2B-Instruct", "bfloat16", "cuda", None, 16, False)
     # Seven matrices of 28 layers, each beside 16 x (rows + columns): q, k, v, o, gate, up, down.
     shapes = [(2048, 2048), (2048, 1024), (2048, 1024), (2048, 2048), *[(2048, 6144)] * 3]
     assert adapted.counts.trained == 28 * 16 * sum(map(sum, shapes)) == adapted.counts.adapters
     assert not adapted.trains_head and not adapted.trains_vision
-    frozen = anatomy("Qwen3-VL-2B-Instruct", "bfloat16", "cuda", None, 0, True)
+    frozen = model_sizes("Qwen3-VL-2B-Instruct", "bfloat16", "cuda", None, 0, True)
     assert frozen.trains_head and not frozen.trains_vision
 
 
@@ -131,7 +131,7 @@ def test_layer_holds_what_it_would(made, masked):
     from kepo.models.vlm import VLM
 
     real = VLM.load(made / "student").model.model.language_model.layers[0].train()
-    traced = anatomy(str(made / "student"), "float32", "cpu", None if masked else "flash")
+    traced = model_sizes(str(made / "student"), "float32", "cpu", None if masked else "flash")
     rows, length, hidden = 3, 40, traced.hidden
     x = torch.randn(rows, length, hidden, requires_grad=True)
     rotary = (torch.randn(rows, length, 24), torch.randn(rows, length, 24))
@@ -248,12 +248,12 @@ def test_moments_of_8_bits_and_a_student_of_4_take_less():
     def held(**change):
         return phases(Setup(replace(SMALL, **change), Machine(4, 80 * GIB)))[0].held
 
-    trained = anatomy(SMALL.student, "bfloat16", "cuda").counts.trained
+    trained = model_sizes(SMALL.student, "bfloat16", "cuda").counts.trained
     assert held()["optimiser"] == 2 * 4 * trained // 4
     eight = held(optimizer="adamw_8bit")["optimiser"]
     assert eight == pytest.approx(2 * (1 + 4 / 256) * trained / 4, rel=1e-6)
     adapters = dict(lora_rank=16, sharding="none", kl_coef=0.1)
-    counts = anatomy(SMALL.student, "bfloat16", "cuda", lora_rank=16).counts
+    counts = model_sizes(SMALL.student, "bfloat16", "cuda", lora_rank=16).counts
     whole, four = held(**adapters), held(**adapters, student_bits=4)
     saved = counts.linear * (2 - 4.5 / 8)
     unpacked = 2 * counts.largest_linear
@@ -294,8 +294,9 @@ def test_gradients_beside_the_buckets(gpus, micro_batch, sets):
     """DDP's buckets are one set; the sum over earlier micro-batches is another."""
     config = replace(SMALL, sharding="none", dtype="float32", micro_batch=micro_batch)
     machine = Machine(gpus, 80 * GIB)
-    student = anatomy(config.student, "float32", "cuda")
+    student = model_sizes(config.student, "float32", "cuda")
     stays = standing(
+        config,
         config,
         machine,
         student,
@@ -310,7 +311,7 @@ def test_gradients_beside_the_buckets(gpus, micro_batch, sets):
 
 
 def test_reference_is_held_as_the_policy():
-    counts = anatomy("Qwen3-VL-2B-Instruct", "bfloat16", "cuda").counts
+    counts = model_sizes("Qwen3-VL-2B-Instruct", "bfloat16", "cuda").counts
 
     def held(**change):
         config = replace(SMALL, kl_coef=0.1, **change)
@@ -322,7 +323,7 @@ def test_reference_is_held_as_the_policy():
 
 def test_weights_reach_vllm_one_at_a_time():
     config = replace(SMALL, sampler="vllm", rollout_gather=False)
-    counts = anatomy(config.student, "bfloat16", "cuda").counts
+    counts = model_sizes(config.student, "bfloat16", "cuda").counts
     assert counts.largest == 151936 * 2048  # the embedding, which is most of the root in bf16
     shared = 4 * counts.total // 4
     found = phases(Setup(config, Machine(4, 80 * GIB)))[0].held["weights"] - shared
@@ -460,7 +461,7 @@ def test_a_teacher_behind_a_server_takes_no_memory_and_several_take_theirs():
     assert set(teachers_bytes(teacher=far).values()) == {0}
     assert teachers_bytes(teacher=None, teachers={"CT": name, "MR": far}) == one
     both = teachers_bytes(teacher=None, teachers={"CT": name, "MR": name})
-    weights = 2 * anatomy(name, SMALL.dtype, "cuda").counts.total
+    weights = 2 * model_sizes(name, SMALL.dtype, "cuda").counts.total
     assert {both[phase] - one[phase] for phase in one} == {weights}
     assert plan_module._teacher(replace(SMALL, teacher=far)) == "on a server"
     assert plan_module._teacher(SMALL) == "–"

@@ -8,9 +8,9 @@ import pytest
 from kepo.check import check_settings
 from kepo.config import load
 from kepo.errors import KepoConfigError
-from kepo.planner.held import GIB
 from kepo.planner.memory import Setup, peak
 from kepo.planner.plan import machine_of, table
+from kepo.planner.standing import GIB
 
 pytest.importorskip("transformers")
 # Before 5.18 every row has its own pictures, and up to 1.3 GiB more is held than the table says.

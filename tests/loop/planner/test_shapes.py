@@ -12,10 +12,10 @@ from kepo.models.packing import why_not_packed
 from kepo.models.reading import read_model
 from kepo.objective import micros
 from kepo.planner import shapes
-from kepo.planner.anatomy import anatomy
 from kepo.planner.generating import rooms
-from kepo.planner.held import Machine
+from kepo.planner.model_sizes import model_sizes
 from kepo.planner.shapes import Shape, share_of
+from kepo.planner.standing import Machine
 
 pytest.importorskip("transformers")
 # Prompts of 100 tokens; 6 groups of 8, or 48 rows of their own.
@@ -41,7 +41,7 @@ SIZES = Config(prompts_per_step=6, num_generations=8, max_completion_length=11)
 )
 def test_micro_batch(settings, gpus, micro, micros):
     config = replace(SIZES, **settings)
-    found = share_of(config, Machine(gpus, 2**30), 100, config.share_prompts)
+    found = share_of(config, config, Machine(gpus, 2**30), 100, config.share_prompts)
     assert (found.micro, found.micros) == (micro, micros)
 
 
@@ -58,14 +58,14 @@ def test_micro_batch(settings, gpus, micro, micros):
 )
 def test_all_at_once(settings, gpus, shared, whole):
     config = replace(SIZES, micro_batch=3, **settings)
-    assert share_of(config, Machine(gpus, 2**30), 100, shared).whole == whole
+    assert share_of(config, config, Machine(gpus, 2**30), 100, shared).whole == whole
 
 
 @pytest.mark.parametrize("questions, ranks", [(1, 2), (1, 3), (2, 4), (3, 4), (6, 4), (5, 1)])
 def test_no_rank_of_a_run_computes_more_than_is_planned(questions, ranks, monkeypatch):
     """A run lays its completions out by the ranks that it has."""
     config = replace(SIZES, prompts_per_step=questions, micro_batch=6)
-    planned = share_of(config, Machine(ranks, 2**30), 100, True)
+    planned = share_of(config, config, Machine(ranks, 2**30), 100, True)
     monkeypatch.setattr(micros, "world_size", lambda: ranks)
     batch = shapes._full(questions, config)
     shares = micros.plan_micros(batch, [100] * len(batch), config, True)
@@ -86,7 +86,7 @@ def test_prompts_are_shared_where_a_run_shares_them(tinies, tmp_path, attention,
         record["text_config"] |= dict(use_sliding_window=True, sliding_window=width)
         record["text_config"] |= dict(layer_types=None, max_window_layers=1)
     (tmp_path / "config.json").write_text(json.dumps(record))
-    model = anatomy(str(tmp_path), "float32", "cpu", attention)
+    model = model_sizes(str(tmp_path), "float32", "cpu", attention)
     assert model.shares_prompts(SIZES) == (width is None and attention != "flash_attention_2")
     assert not model.shares_prompts(replace(SIZES, share_prompts=False))
     if attention != "flash_attention_2":  # which is not installed

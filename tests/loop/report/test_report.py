@@ -23,8 +23,8 @@ from kepo.config import Config
 from kepo.data.run_data import asked
 from kepo.errors import KepoConfigError
 from kepo.evaluation.statistics import wilson
-from kepo.planner.held import GIB, Machine
 from kepo.planner.memory import Setup, phases
+from kepo.planner.standing import GIB, Machine
 from kepo.report.collect import collect, number
 from kepo.report.command import ReportFlags, write_report
 from kepo.report.completions import browsed, small, spread
@@ -252,9 +252,10 @@ def test_two_runs_lie_over_each_other(ended, tmp_path):
 # ---- half a run, or none ----
 
 
-def empty(run):
+def with_a_torn_log_alone(run):
     shutil.rmtree(run)
     run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 0, "ev')
 
 
 def torn(run):
@@ -286,7 +287,7 @@ def strange(run):
 @pytest.mark.parametrize(
     ("spoil", "sentences"),
     [
-        (empty, ["metrics.jsonl is not there.", "completions.jsonl is not there.",
+        (with_a_torn_log_alone, ["completions.jsonl is not there.",
                  "data.json is not there.", "No checkpoint can be read", "No optimiser step",
                  "No evaluation is recorded"]),
         (torn, ["metrics.jsonl has damaged lines, which are left out: 1."]),
@@ -412,15 +413,17 @@ def test_the_command_writes_into_the_first_run(copy, capsys):
     ("words", "sentence"),
     [
         (["nowhere"], "nowhere is not there; expected the run_dir of a run"),
+        (["EMPTY"], "{} has none of metrics.jsonl, completions.jsonl, data.json, checkpoints; exp"),
         (["RUN", "--out", "no/folder/a.html"], "out='no/folder/a.html' cannot be written"),
         (["RUN", "--completions", "-1"], "completions=-1; expected a number >= 0"),
         (["RUN", "--picture-mb", "-1"], "picture_mb=-1.0; expected a number in"),
     ],
 )
-def test_a_wrong_command_is_one_sentence(ended, words, sentence):
+def test_a_wrong_command_is_one_sentence(ended, tmp_path, words, sentence):
+    folders = {"RUN": str(ended), "EMPTY": str(tmp_path)}
     with pytest.raises(SystemExit) as refused:
-        main(["report", *(str(ended) if word == "RUN" else word for word in words)])
-    assert str(refused.value.code).startswith(f"error: {sentence}")
+        main(["report", *(folders.get(word, word) for word in words)])
+    assert str(refused.value.code).startswith(f"error: {sentence.format(tmp_path)}")
 
 
 def test_no_run_is_refused():

@@ -30,7 +30,7 @@ def logits(vlm: VLM, prompt: Prompt) -> torch.Tensor:
     ids, mask = vlm.encode_completions(["3 + 5 = 8"])
     with torch.no_grad():
         states = vlm.run_wrapped(lambda: vlm.completion_hidden(vlm.encode([prompt]), ids, mask))
-        return states @ vlm.lm_head.T
+        return states @ vlm.head.weight.T
 
 
 def trained(vlm: VLM) -> set[str]:
@@ -152,7 +152,7 @@ def test_a_quantised_teacher_is_near_and_its_head_is_as_it_was(made, tmp_path, p
     pytest.importorskip("bitsandbytes")
     teacher = load_teacher(config_of(made, tmp_path, teacher_bits=bits), CPU)
     whole = VLM.load(made / "teacher")
-    assert not trained(teacher) and torch.equal(teacher.lm_head, whole.lm_head)
+    assert not trained(teacher) and torch.equal(teacher.head.weight, whole.head.weight)
     found, wanted = logits(teacher, prompt), logits(whole, prompt)
     error = (found - wanted).norm() / wanted.norm()
     assert 0 < error < {8: 0.1, 4: 0.5}[bits]
@@ -179,7 +179,7 @@ def test_a_quantised_student_trains_its_adapters_and_nothing_else(made, tmp_path
     config = config_of(made, tmp_path, student_bits=bits, **QUANTISED)
     policy, whole = load_policy(config, CPU), VLM.load(made / "student")
     assert trained(policy) and all("lora_" in name for name in trained(policy))
-    assert torch.equal(policy.lm_head, whole.lm_head)
+    assert torch.equal(policy.head.weight, whole.head.weight)
     found, wanted = logits(policy, prompt), logits(whole, prompt)
     assert 0 < (found - wanted).norm() / wanted.norm() < {8: 0.1, 4: 0.9}[bits]
     if bits == 4:

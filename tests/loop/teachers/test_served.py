@@ -2,7 +2,6 @@
 
 import math
 import threading
-import time
 from dataclasses import replace
 
 import pytest
@@ -44,7 +43,7 @@ def short_pauses(monkeypatch):
 
 
 def client(server, teacher, config=CONFIG):
-    rows = teacher.lm_head.shape[0]
+    rows = teacher.head.weight.shape[0]
     return ServedTeacher(
         Server("teacher", server.url, config), server.name, teacher.encoder, rows, config
     )
@@ -60,7 +59,7 @@ def law_of(vlm, prompt, tokens):
     ids = torch.tensor([tokens])
     with torch.no_grad():
         states = vlm.completion_hidden(vlm.encode([prompt]), ids, torch.ones_like(ids).bool())
-    return (states[0] @ vlm.lm_head.T).log_softmax(-1)
+    return (states[0] @ vlm.head.weight.T).log_softmax(-1)
 
 
 # ---- what it says ----
@@ -215,37 +214,37 @@ def test_a_server_that_is_not_there_is_named_with_its_setting(teacher):
 
 @pytest.mark.parametrize("drip", [False, True])
 def test_a_server_that_stalls_is_left(server, teacher, drip):
-    over = threading.Event()
+    over, waited_for = threading.Event(), []
 
     def stall(path, body, answer):
         if drip:
             return 200, iter(lambda: b" " * (not over.wait(0.02)), b"")
-        over.wait(10)
+        if not over.wait(60):
+            waited_for.append(body)
         raise Gone
 
     server.script = stall
     served = client(server, teacher, replace(CONFIG, teacher_timeout=0.1, teacher_retries=1))
-    started = time.monotonic()
     with pytest.raises(KepoTeacherError, match=r"no answer within teacher_timeout=0\.1 s"):
         served.say([Prompt("3 + 5?")] * 20, [[5]] * 20)
-    assert time.monotonic() - started < 3
+    assert waited_for == []
     over.set()
 
 
 def test_the_first_error_ends_the_others(server, teacher):
-    over = threading.Event()
+    over, waited_for = threading.Event(), []
 
     def script(path, body, answer):
         if body["prompt"][-1] == 5:
             return 400, {"error": {"message": "bad"}}
-        over.wait(10)
+        if not over.wait(60):
+            waited_for.append(body)
         raise Gone
 
     server.script = script
-    started = time.monotonic()
     with pytest.raises(Refused, match="400, bad"):
         client(server, teacher).say([Prompt("3 + 5?")] * 3, [[5], [6], [7]])
-    assert time.monotonic() - started < 2
+    assert waited_for == []
     over.set()
 
 

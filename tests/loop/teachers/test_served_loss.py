@@ -60,7 +60,9 @@ def of_the_local(teacher, micro):
     prompts = [micro.prompts[place] for place in opened.tolist()]
     ids, mask = micro.completion_ids[opened], micro.completion_mask[opened]
     with torch.no_grad():
-        law = (teacher.completion_states(prompts, ids, mask) @ teacher.lm_head.T).log_softmax(-1)
+        law = (teacher.completion_states(prompts, ids, mask) @ teacher.head.weight.T).log_softmax(
+            -1
+        )
     top = law.topk(K)
     own = torch.where(mask, law.gather(-1, ids[..., None]).squeeze(-1), 0.0)
     return Scores(TopK(top.indices, top.values), own)
@@ -75,7 +77,7 @@ def losses(policy, teacher, micros, scores, config):
         loss, _ = kepo_step(policy, teacher, micro, known, config, totals)
         loss.backward()
         found.append(loss.detach())
-    return torch.stack(found), policy.lm_head.grad.clone(), totals.of_all_ranks()
+    return torch.stack(found), policy.head.weight.grad.clone(), totals.of_all_ranks()
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_it_says_what_the_local_model_says(teacher, local, examples, pictures, t
             states = local.completion_hidden(
                 local.encode([prompt]), ids, torch.ones_like(ids).bool()
             )
-        law = (states[0] @ local.lm_head.T).log_softmax(-1)
+        law = (states[0] @ local.head.weight.T).log_softmax(-1)
         torch.testing.assert_close(said.logprobs, law.gather(1, said.ids), **CLOSE)
         torch.testing.assert_close(said.logprobs, law.topk(20).values, **CLOSE)
         torch.testing.assert_close(said.own, law.gather(1, ids.T)[:, 0], **CLOSE)

@@ -79,7 +79,7 @@ def mean_cross_entropy(vlm, prompts, texts):
     for prompt, text in zip(prompts, texts, strict=True):
         ids, mask = vlm.encode_completions([text])
         hidden = vlm.completion_hidden(vlm.encode([prompt]), ids, mask)[0]
-        terms.append(cross_entropy(hidden @ vlm.lm_head.T, ids[0], reduction="none"))
+        terms.append(cross_entropy(hidden @ vlm.head.weight.T, ids[0], reduction="none"))
     return torch.cat(terms).mean()
 
 

@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kepo.config import Config
 from kepo.objective.optimizers import BLOCK
-from kepo.planner.anatomy import Anatomy
-from kepo.sections import OptimizerConfig, SamplingConfig, TeacherConfig
+from kepo.planner.model_sizes import ModelSizes
+from kepo.sections import ModelsConfig, OptimizerConfig, SamplingConfig, TeacherConfig
 
 GIB = 2**30
 ITEMS = (
@@ -102,10 +101,11 @@ class Standing:
 
 
 def standing(
-    config: Config,
+    config: ModelsConfig,
+    optimizer: OptimizerConfig,
     machine: Machine,
-    student: Anatomy,
-    teachers: Sequence[Anatomy],
+    student: ModelSizes,
+    teachers: Sequence[ModelSizes],
     *,
     pages: int,
     several: bool,
@@ -133,7 +133,7 @@ def standing(
     reference = (counts.total - counts.adapters) * width // shards + root - saved
     held = Held(
         weights=trained + frozen - saved,
-        optimiser=moments_bytes(config, trained // trained_bytes, trained_bytes),
+        optimiser=moments_bytes(optimizer, trained // trained_bytes, trained_bytes),
         teacher=sum(teacher_bytes(config, machine, one) for one in teachers),
         reference=reference if penalised else 0,
     )
@@ -168,7 +168,7 @@ def completions_per_process(config: SamplingConfig, machine: Machine) -> int:
     return -(-config.prompts_per_step * config.num_generations // machine.gpus)
 
 
-def quantised(model: Anatomy, bits: int) -> tuple[int, int]:
+def quantised(model: ModelSizes, bits: int) -> tuple[int, int]:
     """Return the bytes that bitsandbytes' quantised layers save, and those of the largest matrix
     that is unpacked to compute with it."""
     counts, width = model.counts, model.dtype.itemsize
@@ -177,7 +177,7 @@ def quantised(model: Anatomy, bits: int) -> tuple[int, int]:
     return counts.linear * width - int(held), counts.largest_linear * width
 
 
-def teacher_bytes(config: TeacherConfig, machine: Machine, teacher: Anatomy) -> int:
+def teacher_bytes(config: TeacherConfig, machine: Machine, teacher: ModelSizes) -> int:
     """Return the bytes of the teacher's weights while it does not run."""
     counts, width = teacher.counts, teacher.dtype.itemsize
     whole = counts.total * width
@@ -189,7 +189,7 @@ def teacher_bytes(config: TeacherConfig, machine: Machine, teacher: Anatomy) -> 
     return root if config.teacher_placement == "offload" else whole // machine.gpus + root
 
 
-def teacher_at_work(config: TeacherConfig, teacher: Anatomy) -> int:
+def teacher_at_work(config: TeacherConfig, teacher: ModelSizes) -> int:
     """Return the bytes above `teacher_bytes` while the teacher runs: two sharded or offloaded
     layers made whole, or one quantised matrix unpacked."""
     width = teacher.dtype.itemsize

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kepo.planner.anatomy import Anatomy
+from kepo.planner.model_sizes import ModelSizes
 from kepo.planner.trace import Traced
 
 
@@ -24,7 +24,7 @@ class Kept(NamedTuple):
 
 
 def text_training(
-    model: Anatomy, rows: int, length: int, checkpointing: bool, packed: bool
+    model: ModelSizes, rows: int, length: int, checkpointing: bool, packed: bool
 ) -> Kept:
     """Return the bytes of the language model when it runs with gradients."""
     layer, norm = model.layer(rows, length, True, packed), model.norm(rows, length, True)
@@ -39,14 +39,14 @@ def text_training(
     return Kept(kept, forward, layer.kept + layer.backward)
 
 
-def _shared(model: Anatomy, rows: int, length: int, packed: bool) -> int:
+def _shared(model: ModelSizes, rows: int, length: int, packed: bool) -> int:
     """Return the bytes that all layers share: the mask, and the sines and cosines."""
     width = model.dtype.itemsize if packed else 1
     mask = width * rows * length * length if model.masks else 0
     return mask + 2 * rows * length * model.head_dim * model.dtype.itemsize
 
 
-def vision_training(model: Anatomy, images: int, patches: int, checkpointing: bool) -> Kept:
+def vision_training(model: ModelSizes, images: int, patches: int, checkpointing: bool) -> Kept:
     """Return the bytes of the vision tower, which keeps only its outputs if it is not trained; none
     without pictures."""
     if not images * patches:
@@ -75,7 +75,7 @@ class _VisionRun(NamedTuple):
     """Bytes of the pixels, and of the tokens made of them."""
 
     @classmethod
-    def of(cls, model: Anatomy, images: int, patches: int, train: bool) -> _VisionRun:
+    def of(cls, model: ModelSizes, images: int, patches: int, train: bool) -> _VisionRun:
         mergers = model.mergers(images * patches, train)
         outputs = image_bytes(model, images, patches, train)
         return cls(model.block(images, patches, train), mergers, outputs)
@@ -86,7 +86,7 @@ class _VisionRun(NamedTuple):
         return self.block.kept + max(self.block.forward, *(m.forward for m in self.mergers))
 
 
-def image_bytes(model: Anatomy, images: int, patches: int, train: bool = False) -> int:
+def image_bytes(model: ModelSizes, images: int, patches: int, train: bool = False) -> int:
     """Return the bytes of the pixels, in fp32, and of what the mergers keep: without gradients,
     only the tokens made of the pixels."""
     if not images * patches:
@@ -95,22 +95,22 @@ def image_bytes(model: Anatomy, images: int, patches: int, train: bool = False) 
     return pixel_bytes(model, images, patches) + tokens
 
 
-def pixel_bytes(model: Anatomy, images: int, patches: int) -> int:
+def pixel_bytes(model: ModelSizes, images: int, patches: int) -> int:
     return images * patches * model.patch_values * 4
 
 
-def placed_bytes(model: Anatomy, rows: int, image_tokens: int) -> int:
+def placed_bytes(model: ModelSizes, rows: int, image_tokens: int) -> int:
     """Return the bytes of the images' features, copied into every row that shows them."""
     return rows * image_tokens * model.hidden * model.dtype.itemsize * model.features
 
 
-def state_bytes(model: Anatomy, rows: int, length: int) -> int:
+def state_bytes(model: ModelSizes, rows: int, length: int) -> int:
     """Return the bytes of (rows, length) hidden states."""
     return rows * length * model.hidden * model.dtype.itemsize
 
 
 def inference(
-    model: Anatomy, rows: int, length: int, images: int, patches: int, packed: bool
+    model: ModelSizes, rows: int, length: int, images: int, patches: int, packed: bool
 ) -> int:
     """Return the most bytes at a time in a forward without gradients, from images to states."""
     seen = most = 0

@@ -28,7 +28,7 @@ from kepo.sections import ModelsConfig
 
 
 @dataclass(frozen=True, eq=False)
-class Anatomy:
+class ModelSizes:
     """A model without its weights."""
 
     model: Any
@@ -292,7 +292,7 @@ def trained(parameters: Iterable[nn.Parameter]) -> Iterable[nn.Parameter]:
 
 
 @cache
-def anatomy(
+def model_sizes(
     name: str,
     dtype: str,
     device: str,
@@ -300,7 +300,7 @@ def anatomy(
     lora_rank: int = 0,
     freeze_vision: bool = False,
     pixels: tuple[int | None, int | None] = (None, None),
-) -> Anatomy:
+) -> ModelSizes:
     """Return the model of that name as a run with these settings would hold it.
 
     attention: transformers' attn_implementation; None = its default. lora_rank: 0 = no adapters.
@@ -332,7 +332,7 @@ def anatomy(
             f"{name}: a {type(model).__name__} cannot be planned; expected a decoder with layers "
             "and a norm after them, as Qwen3 and Llama have"
         )
-    return Anatomy(model, getattr(torch, dtype), device, attention, pixels)
+    return ModelSizes(model, getattr(torch, dtype), device, attention, pixels)
 
 
 def read_config(name: str) -> Any:
