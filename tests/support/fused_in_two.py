@@ -44,7 +44,7 @@ def text_of(model: nn.Module) -> nn.Module:
 
 def made(kind: str) -> nn.Module:
     if kind.startswith("vlm"):
-        return two_processes.build("vlm", kind == "vlm, tied", seed=0)
+        return two_processes.build("vlm", kind == "vlm, tied", seed=0).double()
     return build(kind)
 
 
@@ -157,7 +157,7 @@ def compute(case: Case, model: nn.Module, x: dict[str, Tensor], loss) -> Tensor:
     inputs = {"input_ids": x["ids"]}
     if case.kind.startswith("vlm"):
         inputs |= {name: x[name] for name in ("mm_token_type_ids", "image_grid_thw")}
-        inputs["pixel_values"] = x["pixel_values"].flatten(0, 1)
+        inputs["pixel_values"] = x["pixel_values"].flatten(0, 1).double()
     if case.way == "model":
         return model(**inputs, loss=loss)
     if case.way == "bypass":
