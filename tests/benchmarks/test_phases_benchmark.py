@@ -152,7 +152,7 @@ def with_another_gradient(loss, hidden, *tensors, **settings):
 
 
 @pytest.mark.parametrize("broken", [without_a_row, with_another_gradient])
-@pytest.mark.parametrize("rate", ["1", "0"])
+@pytest.mark.parametrize("rate", ["1", pytest.param("0", marks=pytest.mark.slow)])
 def test_a_rival_that_does_something_else_is_noticed(rate, broken, tmp_path, monkeypatch):
     right = update.WAYS["whole"]
     monkeypatch.setitem(update.WAYS, "whole", right._replace(loss=partial(broken, right.loss)))
@@ -195,7 +195,11 @@ TOY = ["--device", "cpu", "--gate", "1", "--rounds", "0"]
 @pytest.mark.parametrize(
     "phase, error, status",
     [
-        *((phase, torch.OutOfMemoryError, 0) for phase in ("rollout", "whole", "plan")),
+        *(
+            pytest.param(phase, torch.OutOfMemoryError, 0, marks=pytest.mark.slow)
+            for phase in ("rollout", "plan")
+        ),
+        ("whole", torch.OutOfMemoryError, 0),
         ("rollout", RuntimeError, 1),
     ],
 )

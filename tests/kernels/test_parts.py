@@ -123,7 +123,9 @@ def test_value_and_gradient(impl, name):
     judge(name, impl, beta=0.3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16], ids=str
+)
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_value_and_gradient_in_other_dtypes(name, dtype):
     judge(name, "torch", dtype, beta=1.0)

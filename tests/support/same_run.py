@@ -12,6 +12,9 @@ from kepo.run.metrics import read_metrics
 
 STEPS = 3
 LR = 2e-4
+WARM = dict(lr=LR, warmup_steps=STEPS)
+"""AdamW's first update moves an element by lr whatever its gradient, and one in a hundred thousand
+has one that is rounding for a good part: that update is kept short; later ones see the squares."""
 CLOSE = 1e-5
 ADAM_EPS = 1e-8
 MEASURED = ("mem/", "time/", "step_time", "kepo/padding")  # of the machine, not of the run

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from same_run import CLOSE, LR, STEPS, assert_same_run, assert_same_weights, weights
+from same_run import CLOSE, STEPS, WARM, assert_same_run, assert_same_weights, weights
 from several import run_all, torchrun
 from small import config_of, run_rigged
 
@@ -31,7 +31,7 @@ WHOLE = dict(
     hinted_correction="truncate",
     kl_coef=0.1,
     micro_batch=2,
-    lr=LR,
+    **WARM,
     seed=2,
     log_completions_every=1,
     keep_checkpoints=STEPS + 1,

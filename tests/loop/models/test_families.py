@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import load_file
-from same_run import CLOSE, LR, STEPS, assert_same_run, weights
+from same_run import CLOSE, STEPS, WARM, assert_same_run, weights
 from several import run_all
 from small import config_of, run_rigged
 
@@ -21,7 +21,7 @@ HELD = {"ddp": {}, "fsdp2": dict(sharding="fsdp2", teacher_placement="fsdp2")}
 SETTINGS = dict(
     steps=STEPS,
     prompts_per_step=3,
-    lr=LR,
+    **WARM,
     seed=2,
     log_completions_every=1,
     keep_checkpoints=STEPS + 1,
