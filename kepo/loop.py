@@ -34,7 +34,7 @@ from kepo.flags import command_line
 from kepo.models.reading import hide_transformers_bars
 from kepo.objective.batch import Batch, collate
 from kepo.objective.micros import lay_out
-from kepo.objective.score import Scores, score
+from kepo.objective.score import FrozenScores, score
 from kepo.objective.step import kepo_step, with_old_logprobs
 from kepo.objective.totals import StepTotals
 from kepo.rollout.explore import explore
@@ -182,7 +182,7 @@ def take_steps(run: Run) -> None:
 
 def ask(
     models: Models, minis: Sequence[list[Batch]], config: ObjectiveConfig, totals: StepTotals
-) -> list[list[Scores]]:
+) -> list[list[FrozenScores]]:
     """Return what the frozen models say of this rank's micro-batches of each mini-batch; equally
     many on all ranks."""
     asked = [micro for micros in minis for micro in micros]
@@ -199,7 +199,7 @@ def updates(
     run: Run,
     step: int,
     minis: Sequence[list[Batch]],
-    scores: list[list[Scores]],
+    scores: list[list[FrozenScores]],
     totals: StepTotals,
 ) -> Iterator[float]:
     """Take the optimiser steps of a step: ``num_iterations`` passes over its mini-batches; yield
@@ -219,7 +219,7 @@ def updates(
 def add_gradients(
     models: Models,
     micros: list[Batch],
-    scores: Sequence[Scores],
+    scores: Sequence[FrozenScores],
     config: ObjectiveConfig,
     totals: StepTotals,
 ) -> None:

@@ -28,7 +28,7 @@ from kepo_kernels.compute.devices import moved
 
 
 @dataclass(frozen=True)
-class Scores:
+class FrozenScores:
     """What the frozen models say about one micro-batch; None where one is not asked."""
 
     teacher_hidden: Tensor | TopK | None = None
@@ -44,7 +44,7 @@ class Scores:
     odd: tuple[str, ...] = ()
     """The models among them whose states are not finite."""
 
-    def to(self, device: torch.device) -> Scores:
+    def to(self, device: torch.device) -> FrozenScores:
         tensors = {n: x for n, x in vars(self).items() if isinstance(x, Tensor) and n != _ON_HOST}
         there: dict[str, Any] = {name: moved(x, device) for name, x in tensors.items()}
         if isinstance(self.teacher_hidden, TopK):
@@ -61,7 +61,7 @@ def score(
     micros: Sequence[Batch],
     config: ObjectiveConfig,
     totals: StepTotals,
-) -> list[Scores]:
+) -> list[FrozenScores]:
     """Ask teachers and reference about this rank's micro-batches, of which each has one teacher.
 
     A teacher is asked only about sequences whose gate is open; with every gate closed it is not
@@ -69,7 +69,7 @@ def score(
     ``totals``. All ranks call. Raises KepoTeacherError on all of them if a server does not answer
     one of them.
     """
-    nothing = [Scores()] * len(micros)
+    nothing = [FrozenScores()] * len(micros)
     taught = nothing
     for place, teacher in enumerate(each_of(teachers) if config.distils else ()):
         opened = [_opened(micro, place) for micro in micros]
@@ -160,7 +160,7 @@ def _opened(micro: Batch, place: int) -> list[int]:
 
 def _served_scores(
     teacher: ServedTeacher, asked: Sequence[_Asked], config: ObjectiveConfig
-) -> list[Scores]:
+) -> list[FrozenScores]:
     """Ask a server about all of them at once; it answers for each completion."""
     prompts = [prompt for one in asked for prompt in one.prompts]
     tokens = [
@@ -172,19 +172,19 @@ def _served_scores(
     for one in asked:
         own = list(itertools.islice(said, len(one.prompts)))
         if not own:
-            found.append(Scores())
+            found.append(FrozenScores())
             continue
         law, logprobs = laid_out(own, one.ids.shape[1])
-        found.append(_cut(Scores(law, logprobs), one, config))
+        found.append(_cut(FrozenScores(law, logprobs), one, config))
     return found
 
 
 def _teacher_scores(
     teacher: VLM, micros: Sequence[Batch], asked: Sequence[_Asked], config: ObjectiveConfig
-) -> list[Scores]:
+) -> list[FrozenScores]:
     # A teacher that is kept in host memory comes to the device once, for all of them.
     together = len(micros) if config.teacher_placement == "offload" else 1
-    found: list[Scores] = []
+    found: list[FrozenScores] = []
     for first in range(0, len(micros), together):
         some = asked[first : first + together]
         distils = any(one.prompts for one in some)
@@ -197,17 +197,19 @@ def _teacher_scores(
     return found
 
 
-def _kept(teacher: VLM, asked: _Asked, hidden: Tensor | None, config: ObjectiveConfig) -> Scores:
+def _kept(
+    teacher: VLM, asked: _Asked, hidden: Tensor | None, config: ObjectiveConfig
+) -> FrozenScores:
     """Return what is kept of the teacher's states of a micro-batch until its loss is computed."""
     if hidden is None or not asked.prompts:
-        return Scores()
+        return FrozenScores()
     hidden, good = finite(hidden, asked.mask)
     logprobs = None
     if config.step_weights or config.distill_tokens != "all":
         ids = asked.ids.to(hidden.device)
         asked_at = config.teacher_temperature
         logprobs = logprobs_of(teacher, hidden, ids, asked.mask, config, asked_at)
-    scores = _cut(Scores(hidden, logprobs, odd=() if good else ("teacher",)), asked, config)
+    scores = _cut(FrozenScores(hidden, logprobs, odd=() if good else ("teacher",)), asked, config)
     kept = scores.teacher_hidden
     if isinstance(kept, Tensor) and kept.is_cuda and config.scores_on == "host":
         host = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True)
@@ -215,7 +217,7 @@ def _kept(teacher: VLM, asked: _Asked, hidden: Tensor | None, config: ObjectiveC
     return scores
 
 
-def _cut(scores: Scores, asked: _Asked, config: ObjectiveConfig) -> Scores:
+def _cut(scores: FrozenScores, asked: _Asked, config: ObjectiveConfig) -> FrozenScores:
     """Return what a teacher said without what the loss does not read: completions of which
     ``distill_tokens`` leaves no token, and log-probabilities that served to find this out."""
     law, logprobs = scores.teacher_hidden, scores.teacher_logprobs
@@ -234,12 +236,12 @@ def _cut(scores: Scores, asked: _Asked, config: ObjectiveConfig) -> Scores:
     return scores if config.step_weights else replace(scores, teacher_logprobs=None)
 
 
-def _ref_scores(ref: VLM, micro: Batch, config: ObjectiveConfig) -> Scores:
+def _ref_scores(ref: VLM, micro: Batch, config: ObjectiveConfig) -> FrozenScores:
     asked = _Asked.among(micro, range(len(micro)), micro.prompts)
     hidden, good = finite(_states(ref, [asked])[0], asked.mask)
     ids = asked.ids.to(hidden.device)
     logprobs = logprobs_of(ref, hidden, ids, asked.mask, config)
-    return Scores(ref_logprobs=logprobs, odd=() if good else ("reference",))
+    return FrozenScores(ref_logprobs=logprobs, odd=() if good else ("reference",))
 
 
 @torch.no_grad()

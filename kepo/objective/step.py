@@ -11,7 +11,7 @@ from torch import Tensor
 from kepo.models.vlm import VLM
 from kepo.objective.batch import Batch
 from kepo.objective.credit import correction_weights, hinted_weights
-from kepo.objective.score import Scores, finite, logprobs_of, softmax
+from kepo.objective.score import FrozenScores, finite, logprobs_of, softmax
 from kepo.objective.sod import drift_weights
 from kepo.objective.totals import StepTotals
 from kepo.sections import ObjectiveConfig
@@ -29,7 +29,7 @@ def kepo_step(
     policy: VLM,
     teachers: Teachers,
     micro: Batch,
-    scores: Scores,
+    scores: FrozenScores,
     config: ObjectiveConfig,
     totals: StepTotals,
 ) -> tuple[Tensor, Tensor]:
@@ -182,7 +182,7 @@ def _distillation(
     hidden: Tensor,
     micro: Batch,
     there: Batch,
-    scores: Scores,
+    scores: FrozenScores,
     config: ObjectiveConfig,
 ) -> dict[str, Any]:
     """Return the teacher's arguments for the loss; none if every gate is closed."""
@@ -213,7 +213,7 @@ def _distillation(
     )
 
 
-def _distill_weights(micro: Batch, scores: Scores) -> Tensor:
+def _distill_weights(micro: Batch, scores: FrozenScores) -> Tensor:
     """Return (B, T) weights of the divergence, on the CPU, 0 where ``distill_tokens`` leaves a
     token out."""
     if scores.distilled is None:
@@ -248,7 +248,7 @@ def _add(
     old_logprobs: Tensor | None,
     micro: Batch,
     there: Batch,
-    scores: Scores,
+    scores: FrozenScores,
     config: ObjectiveConfig,
 ) -> None:
     """Add the numbers of a micro-batch; outside the mask all statistics are 0."""

@@ -34,7 +34,7 @@ from kepo.models import sampling
 from kepo.models.sampling import SamplingLaw
 from kepo.objective import batch, step
 from kepo.objective.batch import collate
-from kepo.objective.score import Scores, score
+from kepo.objective.score import FrozenScores, score
 from kepo.objective.step import kepo_step
 from kepo.objective.totals import StepTotals
 from kepo.rollout import hints
@@ -195,7 +195,7 @@ def hinted_tokens_are_weighted_by_the_ratio_of_the_laws():
     policy = TableVLM(1)
     groups, _ = rescue([failed()], policy, config=config)
     micro = collate(groups, config)
-    loss, logprobs = kepo_step(policy, None, micro, Scores(), config, StepTotals())
+    loss, logprobs = kepo_step(policy, None, micro, FrozenScores(), config, StepTotals())
     told = torch.tensor([drawn_logprob("Hint:", t) for t in range(logprobs.shape[1])])
     ratio = torch.where(micro.hinted[:, None], (logprobs - told).exp().clamp(max=2.0), 1.0)
     truth = -(micro.policy_weights * ratio * micro.advantages[:, None]).sum()

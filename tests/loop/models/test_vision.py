@@ -19,7 +19,7 @@ from kepo.models.encoding import Prompt
 from kepo.models.sampling import SamplingParams
 from kepo.models.vlm import VLM
 from kepo.objective.batch import collate
-from kepo.objective.score import Scores
+from kepo.objective.score import FrozenScores
 from kepo.objective.step import kepo_step
 from kepo.objective.totals import StepTotals
 
@@ -266,7 +266,7 @@ def test_a_micro_batch_encodes_the_images_of_its_questions_once(sharing, prompts
     batch = collate(groups, config)
     sharing.share_prompts = share_prompts
     with watched(sharing) as (_, met):
-        loss, _ = kepo_step(sharing, None, batch, Scores(), config, StepTotals())
+        loss, _ = kepo_step(sharing, None, batch, FrozenScores(), config, StepTotals())
         loss.backward()
     sharing.model.zero_grad(set_to_none=True)
     sharing.share_prompts = False

@@ -27,7 +27,7 @@ from kepo.objective import score as score_module
 from kepo.objective import step as step_module
 from kepo.objective.batch import collate
 from kepo.objective.credit import correction_weights, hinted_weights
-from kepo.objective.score import Scores, score
+from kepo.objective.score import FrozenScores, score
 from kepo.objective.sod import drift_weights
 from kepo.objective.step import kepo_step
 from kepo.objective.totals import StepTotals
@@ -325,7 +325,7 @@ def test_the_first_pass_has_ratio_one_and_the_second_the_old_logprobs(models):
     groups = [[drawn(RIGHT, "a"), drawn(WRONG, "a")], [drawn(BARE, "b"), drawn(MALFORMED, "b")]]
     batch = collate(groups, config)
     totals = StepTotals()
-    first, logprobs = kepo_step(policy, None, batch, Scores(), config, totals)
+    first, logprobs = kepo_step(policy, None, batch, FrozenScores(), config, totals)
     mask = batch.completion_mask
     torch.testing.assert_close(logprobs[mask], policy.logprobs(batch).detach()[mask])
     assert not logprobs.requires_grad
@@ -337,7 +337,7 @@ def test_the_first_pass_has_ratio_one_and_the_second_the_old_logprobs(models):
     with torch.no_grad():  # an update in between
         policy.weights["head"] += 0.1 * torch.randn_like(policy.weights["head"])
     again = replace(batch, old_logprobs=logprobs)
-    second, _ = kepo_step(policy, None, again, Scores(), config, totals)
+    second, _ = kepo_step(policy, None, again, FrozenScores(), config, totals)
     ratio = (policy.logprobs(batch) - logprobs).exp()
     gain = batch.advantages[:, None]
     clipped = torch.minimum(ratio * gain, ratio.clamp(0.95, 1.05) * gain)

@@ -14,7 +14,7 @@ from toy import RIGHT, WRONG, TableVLM, group_of
 from kepo.config import Config
 from kepo.objective import step as step_module
 from kepo.objective.batch import collate
-from kepo.objective.score import Scores, score
+from kepo.objective.score import FrozenScores, score
 from kepo.objective.step import kepo_step
 from kepo.objective.totals import StepTotals
 
@@ -113,4 +113,4 @@ def test_a_wait_is_seen(monkeypatch):
 
 
 def test_scores_of_nothing_move_nowhere():
-    assert Scores().to(torch.device("cpu")) == Scores()
+    assert FrozenScores().to(torch.device("cpu")) == FrozenScores()

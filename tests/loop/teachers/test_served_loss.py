@@ -11,7 +11,7 @@ from kepo.config import Config
 from kepo.data.load import load_omnimedvqa
 from kepo.models.vlm import VLM
 from kepo.objective.batch import collate
-from kepo.objective.score import Scores, score
+from kepo.objective.score import FrozenScores, score
 from kepo.objective.step import kepo_step
 from kepo.objective.totals import StepTotals
 from kepo.rollout.rollouts import sample
@@ -65,7 +65,7 @@ def of_the_local(teacher, micro):
         )
     top = law.topk(K)
     own = torch.where(mask, law.gather(-1, ids[..., None]).squeeze(-1), 0.0)
-    return Scores(TopK(top.indices, top.values), own)
+    return FrozenScores(TopK(top.indices, top.values), own)
 
 
 def losses(policy, teacher, micros, scores, config):
@@ -134,4 +134,4 @@ def test_the_divergence_is_less_than_the_whole_one_by_the_tail(models, micros, s
 def test_with_every_gate_closed_it_is_not_asked(models, micros, served):
     closed = [replace(one, distill_weights=torch.zeros_like(one.distill_weights)) for one in micros]
     scores = score(served, None, closed, CONFIG, StepTotals())
-    assert scores == [Scores(), Scores()] and served.server.taken() == (0, 0)
+    assert scores == [FrozenScores(), FrozenScores()] and served.server.taken() == (0, 0)
