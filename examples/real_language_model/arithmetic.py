@@ -172,7 +172,8 @@ def draw(found: dict[str, Any], picture: Path) -> None:
     greedy = found["curve"]["greedy accuracy, choice"]
     left.plot(*zip(*greedy, strict=True), "o-", color="C1", label="greedy, 100 other questions")
     left.set(xlabel="step", ylabel="share of right answers", ylim=(0, 1))
-    left.legend()
+    above = dict(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    left.legend(ncols=3, fontsize="small", **above)
     names = ("as installed", "before", "after", "teacher")
     bars = [found["accuracy"][name] for name in names]
     heights = [bar["accuracy"] for bar in bars]
@@ -185,7 +186,7 @@ def draw(found: dict[str, Any], picture: Path) -> None:
     right.set(
         ylim=(0, 1),
         ylabel="greedy accuracy",
-        title=f"{found['questions']} held-out questions: "
+        title=f"{found['questions']} held-out questions:\n"
         f"{gained['mean']:+.3f} [{gained['low']:+.3f}, {gained['high']:+.3f}]",
     )
     figure.savefig(picture, dpi=120)

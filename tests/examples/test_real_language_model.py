@@ -149,6 +149,17 @@ def test_the_difference_is_paired():
     assert "+0.200 [+0.120, +0.280]" in told and "| after | 0.400 | 0.309 to 0.498 | 0.40 |" in told
 
 
+def test_the_readme_tells_the_run_whose_results_are_kept():
+    [results] = (ROOT / "benchmarks/results").glob("real_language_model_*.json")
+    page = (arithmetic.HERE / "README.md").read_text(encoding="utf-8")
+    found = json.loads(results.read_text(encoding="utf-8"))
+    assert arithmetic.page(found) in page
+    gained = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**found["after minus before, paired"])
+    assert gained in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (arithmetic.HERE / "curve.png").exists() and "(curve.png)" in page
+    assert f"benchmarks/results/{results.name}" in page
+
+
 def test_curve_and_picture(tmp_path):
     log = tmp_path / "metrics.jsonl"
     records = [{"step": 0, "eval": {"": 0.25}}]
