@@ -13,6 +13,7 @@ from experiments.results import KEY, Results, Run, read_rows, run_of
 from experiments.starts import QUESTIONS
 from kepo.digits.dataset import MODALITIES
 from kepo.digits.demo import SOURCE
+from kepo.errors import KepoDataError
 
 UNLEARNED = "inverted"
 """A rendering that nobody learns, the teacher included; it is told apart."""
@@ -28,9 +29,12 @@ class Scores:
     def __init__(self, folder: Path, split: str):
         results = Results(folder)
         self.rows = {run: row for run, row in results.runs.items() if run.split == split}
+        questions = folder.parent / "questions.csv"
+        if self.rows and not questions.exists():
+            raise KepoDataError(f"{questions} is missing; restore it: the results are about it")
         self._large = {
             row["modality"]: _digits(row["large"]) == 1
-            for row in read_rows(folder.parent / "questions.csv", QUESTIONS)
+            for row in read_rows(questions, QUESTIONS)
             if row["split"] == split
         }
         self._right: dict[Run, dict[int, dict[str, np.ndarray]]] = defaultdict(dict)

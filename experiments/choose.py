@@ -17,8 +17,8 @@ from typing import Any
 from experiments.analysis import Scores
 from experiments.methods import NEW, Chosen, config_of
 from experiments.plan import BLOCKS, TUNING_SEEDS
-from kepo.disk.durable import as_json, write_durably
-from kepo.errors import KepoConfigError, command
+from kepo.disk.durable import as_json, naming, write_durably
+from kepo.errors import KepoConfigError, KepoDataError, command
 from kepo.flags import command_line
 from kepo.words import at_home
 
@@ -55,10 +55,18 @@ class Choose:
 
 
 def read_choice(path: Path) -> Choice:
-    """Return what was chosen; nothing if there is no file."""
+    """Return what was chosen; nothing if there is no file. Raises KepoDataError if it is damaged.
+    """
     if not path.exists():
         return Choice()
-    return Choice(**json.loads(path.read_text(encoding="utf-8")))
+    with naming(path):
+        text = path.read_bytes()
+    try:
+        return Choice(**json.loads(text))
+    except (ValueError, TypeError):
+        raise KepoDataError(
+            f"{path} is damaged; restore it, or remove it and run `python -m experiments.choose`"
+        ) from None
 
 
 def choose(scores: Scores) -> Choice:
@@ -75,7 +83,8 @@ def choose(scores: Scores) -> Choice:
             best = max(known, key=lambda pair: pair[0])[1]
             methods[name] = _given(best)
     new = [(score, name) for name in NEW if (score := _score(scores, name)) is not None]
-    return Choice(methods, max(new)[1] if len(new) == len(NEW) else None)
+    best_new = max(new, key=lambda pair: pair[0])[1] if len(new) == len(NEW) else None
+    return Choice(methods, best_new)
 
 
 def _score(scores: Scores, method: str) -> float | None:
@@ -92,10 +101,24 @@ def _given(spelling: str) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
+def _refuse_to_forget(before: Choice, now: Choice, settings: Choose) -> None:
+    """Raise KepoConfigError if nothing can be chosen, or less than was chosen before."""
+    gone = sorted(before.methods.keys() - now.methods.keys())
+    if before.best_new is not None and now.best_new is None:
+        gone.append(before.best_new)
+    if gone or not (now.methods or now.best_new):
+        raise KepoConfigError(
+            f"results={settings.results} lacks runs of the validation split, by which "
+            f"{', '.join(gone) or 'a method'} would be chosen; name the folder that has them, or "
+            "run `python -m experiments.compare --block tune new`"
+        )
+
+
 def main() -> None:
     [settings] = command_line(Choose, prog="python -m experiments.choose", description=__doc__)
     settings = at_home(settings, "results", "chosen")
     choice = choose(Scores(Path(settings.results) / "cliff", "validation"))
+    _refuse_to_forget(read_choice(Path(settings.chosen)), choice, settings)
     record = {"methods": choice.methods, "best_new": choice.best_new}
     write_durably(Path(settings.chosen), as_json(record, indent=1) + "\n")
     print(Path(settings.chosen).read_text(encoding="utf-8"), end="")

@@ -3,7 +3,7 @@
     python -m experiments.compare --block tune     # on the validation split
     python -m experiments.choose                   # what is best there
     python -m experiments.compare --block main factorial
-    python -m experiments.compare --methods kepo@lr=2e-4 --seeds 21 --steps 20
+    python -m experiments.compare --methods kepo@lr=2e-4 --seeds 21 --steps 20 --out runs/try
     python -m experiments.page                     # the page and its picture
 
 For every seed one student is warmed up. Every method starts from it, with the same questions and
@@ -49,11 +49,11 @@ DECIDES_NOTHING = {*PATHS, *MAY_CHANGE_ON_RESUME} - {"eval_every"}
 class Compare:
     """Settings of the comparison: which runs, and how long they are."""
 
-    block: tuple[str, ...] = ("main",)
-    """Names of experiments.plan.BLOCKS, in the order in which they are run."""
+    block: tuple[str, ...] = ()
+    """Names of experiments.plan.BLOCKS, in the order in which they are run; none is main."""
     methods: tuple[str, ...] = ()
-    """Methods to run instead of the blocks': names of experiments.methods.METHODS, with changes as
-    in kepo@lr=2e-4,num_hinted=1."""
+    """Methods to run instead of a block: names of experiments.methods.METHODS, with changes as in
+    kepo@lr=2e-4,num_hinted=1. Setting, split and seeds below are theirs."""
     setting: str = "cliff"
     """Setting of these methods, one of experiments.settings.SETTINGS."""
     split: str = "validation"
@@ -74,13 +74,16 @@ class Compare:
     """Folder of data, models and runs."""
     out: str = "experiments/results"
     """Folder of the results."""
+    replace: bool = False
+    """Whether a run that the results hold with other settings is made again in its place. It is
+    refused otherwise."""
     chosen: str = str(CHOSEN)
     """File of the learning rates and coefficients that were chosen, as experiments.choose makes
     it."""
     jobs: int = 0
     """Runs at a time, one thread each. 0 means one per core."""
     minutes: float = 90.0
-    """No new run starts after so many minutes."""
+    """No new run starts after so many minutes; teachers and students are made whatever it says."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,8 @@ def compare(settings: Compare) -> None:
         for run in runs_of(block, sweep.choice):
             if not results[block.setting].has(run, sweep.fingerprint(block.setting, run)):
                 missing[block.setting, run] = sweep.config(block.setting, run)
+    if not settings.replace:
+        _refuse_other_settings(missing, results)
     print(f"{len(missing)} runs are missing", flush=True)
     if missing:
         with contextlib.closing(Pool(settings.jobs)) as pool:
@@ -165,7 +170,7 @@ def compare(settings: Compare) -> None:
 def blocks_of(settings: Compare) -> list[Block]:
     """Return the blocks that are asked for; methods that are named make one."""
     if not settings.methods:
-        return [BLOCKS[name] for name in settings.block]
+        return [BLOCKS[name] for name in settings.block or ("main",)]
     asked = (settings.setting, settings.split, settings.methods, settings.seeds)
     return [Block("named", *asked, "asked for by name")]
 
@@ -213,6 +218,19 @@ def _run_all(
             f"methods: {len(failed)} runs failed, the first of them {run.method!r} with the seed "
             f"{run.seed} in {setting}: {fault}"
         )
+
+
+def _refuse_other_settings(
+    missing: Mapping[tuple[str, Run], Config], results: Mapping[str, Results]
+) -> None:
+    """Raise KepoConfigError if results hold one of these runs: it was made with other settings."""
+    for setting, run in missing:
+        if run in results[setting].runs:
+            raise KepoConfigError(
+                f"out has {run.method!r} with the seed {run.seed} on the {run.split} split, made "
+                f"with other settings, in {results[setting].folder}; name another out, or "
+                "--replace to have it made again in its place"
+            )
 
 
 def _refuse_other_students(
@@ -291,6 +309,17 @@ def _check(settings: Compare) -> None:
             raise KepoConfigError(f"{name} has {unknown}; known are {', '.join(names)}")
     for spelling in settings.methods:
         method_of(spelling)
+    if settings.methods and settings.block:
+        raise KepoConfigError(
+            f"block has {list(settings.block)} beside methods={list(settings.methods)}; name one "
+            "of the two"
+        )
+    for name in ("setting", "split", "seeds") if not settings.methods else ():
+        if getattr(settings, name) != getattr(Compare, name):
+            raise KepoConfigError(
+                f"{name}={getattr(settings, name)!r} is of methods, and none is named; a block has "
+                "its own"
+            )
     for name in ("steps", "eval_every", "train_questions", "eval_questions"):
         if getattr(settings, name) < 1:
             raise KepoConfigError(f"{name}={getattr(settings, name)}; expected a number >= 1")

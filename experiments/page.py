@@ -44,6 +44,7 @@ PARTS: Mapping[str, Callable[..., str]] = {
             *(tables.state, tables.settings, tables.methods, tables.chosen, tables.made_by),
             *(tables.verdicts, tables.accuracy, tables.differences, tables.cost),
             *(tables.factorial, tables.cells, tables.block, tables.dynamics, tables.renderings),
+            tables.again,
         )
     },
     "picture": picture,
@@ -88,6 +89,8 @@ def filled(text: str, book: Book) -> str:
 def main() -> None:
     [settings] = command_line(Page, prog="python -m experiments.page", description=__doc__)
     settings = at_home(settings, "page", "results", "chosen")
+    if not Path(settings.results).is_dir():
+        raise KepoConfigError(f"results={settings.results} is no folder; expected that of the runs")
     book, page = Book(Path(settings.results), Path(settings.chosen)), Path(settings.page)
     drawn = draw(book, book.results.with_name(PICTURE))
     write_durably(page, filled(page.read_text(encoding="utf-8"), book))

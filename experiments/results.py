@@ -82,6 +82,34 @@ class Results:
         }
         # Lines of a run whose line in runs.csv is missing, as after a power loss.
         self.drop({run_of(row) for rows in self.tables.values() for row in rows} - self.runs.keys())
+        self._check()
+
+    def _check(self) -> None:
+        """Raise KepoDataError if a run lacks lines in another file, or answers in a line."""
+        lines: dict[str, dict[Run, dict[Any, str]]] = {name: {} for name in FILES}
+        for name, rows in self.tables.items():
+            for row in rows:
+                part = row.get("step"), row.get("modality")
+                answers = str(row.get("items") or row.get("right") or "")
+                lines[name].setdefault(run_of(row), {})[part] = answers
+        for run in self.runs:
+            evals, curves, samples = (lines[n].get(run, {}) for n in ("evals", "curves", "samples"))
+            asked = {modality: len(items) for (_, modality), items in evals.items()}
+            steps = {step for step, _ in evals}
+            whole = (
+                asked
+                and {"0"} < steps
+                and {(step, m): len(x) for (step, m), x in evals.items()}
+                == {(step, m): asked[m] for step in steps for m in asked}
+                and curves.keys() == {(step, None) for step in steps - {"0"}}
+                and {m: len(x) for (_, m), x in samples.items()} == asked
+            )
+            if not whole:
+                raise KepoDataError(
+                    f"{self.folder} is damaged: its files have not the same evaluations of "
+                    f"{run.method!r} with the seed {run.seed} on the {run.split} split; restore "
+                    "them, or remove its line from runs.csv to have it made again"
+                )
 
     @property
     def runs(self) -> dict[Run, Row]:

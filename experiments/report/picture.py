@@ -97,4 +97,7 @@ def _forest(axis: Any, book: Book) -> None:
         axis.plot(100 * found.mean, place, "o", color=colour)
     axis.axvline(0, color=COLOURS[OURS], lw=1)
     axis.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
-    axis.set(title=f"OOD accuracy less {OURS}'s, 95 % t", xlabel="points")
+    axis.set(
+        title=f"OOD accuracy less {OURS}'s, 95 % t:\nright of the line is better than {OURS}",
+        xlabel="points",
+    )

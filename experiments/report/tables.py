@@ -20,7 +20,7 @@ from kepo.digits.demo import SOURCE
 from kepo.evaluation.statistics import Interval, bootstrap, students_t
 
 OURS = "kepo"
-WORDS = {1: "holds", 0: "undecided", -1: "does not hold"}
+WORDS = {1: "holds", 0: "undecided", -1: "the reverse holds"}
 MEASURES: Mapping[str, Callable[[Scores, str, Sequence[int]], np.ndarray]] = {
     "ood": lambda scores, *run: scores.accuracy(*run),
     "ood_seen": lambda scores, *run: scores.accuracy(*run, kind="seen"),
@@ -204,14 +204,14 @@ def verdicts(book: Book) -> str:
     fall = "largest fall, "
     claims = (
         ("better OOD accuracy", "OOD accuracy", "ood", 1),
-        ("no collapse on the cliff", "in domain, digits unseen at the start", "source_unseen", 1),
+        ("ends higher on the cliff", "in domain, digits unseen at the start", "source_unseen", 1),
         ("more stable training", f"{fall}in domain", "drawdown_source", -1),
         ("more stable training", f"{fall}in domain, digits seen", "drawdown_seen", -1),
         ("more stable training", f"{fall}OOD", "drawdown", -1),
     )
     rows = []
     for claim, words, measure, sign in claims:
-        for other in ("grpo", "opd", "opd_kl", "gkd", "kdpo_tau0"):
+        for other in ("grpo", "dapo", "opd", "opd_kl", "gkd", "kdpo_tau0"):
             pair = (OURS, other) if sign > 0 else (other, OURS)
             try:
                 found = gap(book, *pair, measure)
@@ -240,10 +240,23 @@ def differences(book: Book) -> str:
     return table(header, rows)
 
 
+def again(book: Book, name: str) -> str:
+    """Return whether the runs of a block were made, in words."""
+    one = BLOCKS[name]
+    scores = book.scores(one.setting, one.split)
+    there = [len({*scores.seeds(m)} & {*one.seeds}) for m in book.methods(one)]
+    if not any(there):
+        return "planned, not run"
+    planned = len(there) * len(one.seeds)
+    return "run again" if sum(there) == planned else f"{sum(there)} of {planned} runs made"
+
+
 def block(book: Book, name: str, other: str = OURS) -> str:
     """Return the methods of a block of the plan, each less another on their common seeds."""
     one, rows = BLOCKS[name], []
     scores = book.scores(one.setting)
+    if not any(scores.seeds(method) for method in book.methods(one)):
+        raise NotRunError("not run")
     for method in book.methods(one):
         seeds = str(len(scores.seeds(method)))
         about = "chosen from `new`" if method == BEST_NEW else method_of(method).about
@@ -303,13 +316,17 @@ def cells(book: Book) -> str:
 def cost(book: Book) -> str:
     """Return what a run of each method costs."""
     columns = (
-        *("seconds", "sampled_completions", "data_completions", "student_tokens"),
+        *("sampled_completions", "data_completions", "student_tokens"),
         *("teacher_tokens", "hint_tokens", "hint_groups", "hint_accepted"),
     )
     scores = book.scores()
     names = [n for n in (*_shown(book), "gate_only", "hints_only", "retry") if scores.seeds(n)]
-    rows = [[f"`{n}`", *(f"{scores.cost(n, column):,.0f}" for column in columns)] for n in names]
-    header = ["mean of a run", "seconds of the steps, one thread", "completions sampled"]
+    rows = [
+        [f"`{n}`", str(len(scores.seeds(n)))]
+        + [f"{scores.cost(n, column):,.0f}" for column in columns]
+        for n in names
+    ]
+    header = ["mean of a run", "seeds", "completions sampled"]
     header += ["of the data", "tokens trained on", "tokens the teacher scored"]
     return table([*header, "tokens of its hints", "groups hinted", "successes put in"], rows)
 
@@ -319,7 +336,8 @@ def dynamics(book: Book) -> str:
     columns = ("entropy", "length", "equal_rewards", "gate_rate", "hint_rate", "rescue_rate")
     scores, rows = book.scores(), []
     for name in _shown(book):
-        seeds, line = scores.seeds(name), [f"`{name}`"]
+        seeds = scores.seeds(name)
+        line = [f"`{name}`", str(len(seeds))]
         for column in columns if seeds else ():
             course = scores.course(name, seeds, column)
             if np.isnan(course).all():
@@ -329,7 +347,13 @@ def dynamics(book: Book) -> str:
             line.append(f"{first:.3g} → {last:.3g}")
         if seeds:
             rows.append(line)
-    header = ["first → last ten steps", "entropy, nats", "tokens", "groups of equal rewards"]
+    header = [
+        "first → last ten steps",
+        "seeds",
+        "entropy, nats",
+        "tokens",
+        "groups of equal rewards",
+    ]
     return table([*header, "gate open", "groups hinted", "groups rescued"], rows)
 
 

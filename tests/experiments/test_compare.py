@@ -1,5 +1,6 @@
 """The comparison's bookkeeping, with runs that only pretend: what is run, kept, refused."""
 
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -9,13 +10,14 @@ from pretend_runs import RAN, PretendPool, answers_of_student, pretending, write
 from experiments import starts
 from experiments.analysis import Scores
 from experiments.choose import Choice, choose
+from experiments.choose import main as choose_main
 from experiments.compare import Compare, Sweep, blocks_of, compare, runs_of
 from experiments.controls import OtherDigits
 from experiments.methods import FACTORIAL, METHODS, NEW, TUNED, config_of, method_of
 from experiments.plan import BLOCKS, PLAN
 from experiments.results import Results, Run
 from experiments.settings import COMMON, SETTINGS
-from kepo.errors import KepoConfigError, KepoError
+from kepo.errors import KepoConfigError, KepoDataError, KepoError
 
 CHOSEN = {name: {"lr": 2e-4} for name in TUNED}
 
@@ -50,10 +52,15 @@ def test_the_splits_are_apart(settings):
 
 def test_other_settings_are_other_runs_in_place_of_the_old_ones(settings):
     compare(settings)
-    compare(replace(settings, steps=3))
+    other = replace(settings, steps=3)
+    with pytest.raises(KepoConfigError, match="out has 'grpo' with the seed 1 on the test split"):
+        compare(other)
+    assert len(RAN) == 6
+    other = replace(other, replace=True)
+    compare(other)
     assert len(RAN) == 12 and len(runs(settings)) == 6
     Path(settings.chosen).write_text('{"methods": {"kepo": {"lr": 8e-4}, "grpo": {"lr": 4e-4}}}')
-    compare(replace(settings, steps=3))  # the choice decides runs as well
+    compare(other)  # the choice decides runs as well
     assert RAN[12:] == [Run("test", seed, "kepo") for seed in (1, 2, 3)]
 
 
@@ -134,11 +141,17 @@ def test_a_run_that_fails_leaves_the_others_and_is_said_at_the_end(settings, mon
         ({"setting": "steep"}, r"setting has \['steep'\]; known are cliff, "),
         ({"split": "train"}, r"split has \['train'\]"),
         ({"block": ("main", "all")}, r"block has \['all'\]"),
+        ({"block": ("main",)}, r"block has \['main'\] beside methods=\['grpo', 'kepo'\]"),
+        ({"methods": ()}, "split='test' is of methods, and none is named"),
+        ({"methods": (), "split": "validation"}, r"seeds=\(1, 2, 3\) is of methods"),
         ({"methods": ("grpo", "ppo")}, r"methods has 'ppo'; expected one of grpo, "),
         ({"methods": ("kepo@lr",)}, "methods has 'kepo@lr'"),
         ({"methods": ("kepo@learning_rate=1",)}, "kepo@learning_rate=1: unknown keys"),
         ({"methods": ("sft",)}, "'sft', but no learning rate was chosen for 'sft'"),
-        ({"methods": (), "block": ("new_on_test",)}, "block asks for the best new method"),
+        (
+            {"methods": (), "block": ("new_on_test",), "split": "validation", "seeds": (11, 12)},
+            "block asks for the best new method",
+        ),
         ({"steps": 0}, "steps=0"),
         ({"minutes": float("nan")}, "minutes=nan"),
         ({"seeds": ()}, "seeds is empty"),
@@ -242,6 +255,29 @@ def test_a_choice_is_the_best_of_a_whole_grid(settings):
         {} if best.distill_coef == COMMON["distill_coef"] else {"distill_coef": best.distill_coef}
     )
     assert found.best_new == max(NEW, key=lambda name: scores.accuracy(name, [11, 12]).mean())
+
+
+def test_what_was_chosen_is_not_forgotten(settings, monkeypatch, capsys):
+    """By a wrong folder, or one that lacks runs."""
+    path = Path(settings.chosen)
+    before = path.read_text()
+    words = ["choose", "--results", settings.out, "--chosen", str(path)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(
+        KepoConfigError, match="lacks runs of the validation split, by which grpo, "
+    ):
+        choose_main()
+    compare(replace(settings, split="validation", seeds=(11, 12)))
+    with pytest.raises(KepoConfigError, match="by which grpo, kepo would be chosen"):
+        choose_main()
+    assert path.read_text() == before
+    path.unlink()
+    with pytest.raises(KepoConfigError, match="by which a method would be chosen"):
+        choose_main()
+    for damaged in ("{", '{"method": {}}', "[]"):
+        path.write_text(damaged)
+        with pytest.raises(KepoDataError, match=r"chosen\.json is damaged; restore it"):
+            compare(settings)
 
 
 def test_other_digits_are_in_the_hint_of_a_control():

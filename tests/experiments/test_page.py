@@ -1,6 +1,8 @@
 """The page: every number out of the results, and what was not run is said."""
 
 import itertools
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,12 @@ from pretend_runs import write_results
 
 from experiments.methods import FACTORIAL, MAIN
 from experiments.page import MARK, PARTS, PICTURE, filled
+from experiments.page import main as page_main
 from experiments.report import tables
 from experiments.report.picture import draw
 from experiments.report.tables import Book, NotRunError, gap, points
 from experiments.results import Run
-from kepo.errors import KepoConfigError
+from kepo.errors import KepoConfigError, KepoDataError
 from kepo.evaluation.statistics import Interval, students_t
 
 HOME = ROOT / "experiments"
@@ -46,6 +49,30 @@ def test_the_page_without_results_says_so_and_with_them_has_their_numbers(book, 
     assert "| better OOD accuracy | OOD accuracy | `grpo` | " + found + " | holds |" in page
     assert "| `main` | KEPO against" in page and "| 21 of 56 |" in page
     assert filled(page, book) == page and filled(empty, book) == page
+
+
+def test_results_without_their_questions_and_a_folder_that_is_none_are_refused(
+    book, tmp_path, monkeypatch
+):
+    copy = tmp_path / "results"
+    shutil.copytree(book.results, copy)
+    (copy / "questions.csv").unlink()
+    with pytest.raises(KepoDataError, match=r"questions\.csv is missing; restore it"):
+        Book(copy, tmp_path / "none").scores()
+    page = tmp_path / "page.md"
+    page.write_text(PAGE, encoding="utf-8")
+    nowhere = str(tmp_path / "resluts")
+    monkeypatch.setattr(sys, "argv", ["page", "--page", str(page), "--results", nowhere])
+    with pytest.raises(KepoConfigError, match="resluts is no folder"):
+        page_main()
+    assert page.read_text(encoding="utf-8") == PAGE
+
+
+def test_whether_a_block_was_run_is_said(book):
+    assert tables.again(book, "weak_50") == "planned, not run"
+    assert tables.again(book, "main") == "21 of 56 runs made"
+    with pytest.raises(NotRunError):
+        tables.block(book, "weak_50")
 
 
 def test_every_mark_of_the_page_is_known_and_every_part_is_used():

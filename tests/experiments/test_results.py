@@ -85,6 +85,27 @@ def test_items_are_digits_that_can_be(written):
         path.write_bytes(whole)
 
 
+@pytest.mark.parametrize(
+    ("name", "gone"),
+    [
+        ("evals", b"test,1,grpo,3,CT,0.5,01\n"),
+        ("evals", b"test,1,grpo,0,CT,0.5,01\n"),
+        ("curves", b"test,1,grpo,3,"),
+        ("samples", b"test,1,grpo,CT,04\n"),
+        ("samples", b"4\n"),
+    ],
+)
+def test_a_run_that_lacks_a_line_or_an_answer_is_named(written, name, gone):
+    path = written / f"{name}.csv"
+    whole = path.read_bytes()
+    start = whole.index(gone)
+    end = start + len(gone) if name != "curves" else whole.index(b"\n", start) + 1
+    rest = b"\n" if gone == b"4\n" else b""
+    path.write_bytes(whole[:start] + rest + whole[end:])
+    with pytest.raises(KepoDataError, match=r"damaged: .* evaluations of 'grpo' with the seed 1"):
+        Results(written)
+
+
 def test_a_run_is_known_only_with_all_its_lines(written, tmp_path):
     """Wherever writing ends, a run that runs.csv has is whole; what else there is of one is not
     counted."""
