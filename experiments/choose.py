@@ -55,8 +55,7 @@ class Choose:
 
 
 def read_choice(path: Path) -> Choice:
-    """Return what was chosen; nothing if there is no file. Raises KepoDataError if it is damaged.
-    """
+    """Return what was chosen, nothing without a file. Raises KepoDataError for a damaged one."""
     if not path.exists():
         return Choice()
     with naming(path):
