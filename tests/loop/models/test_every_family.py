@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 from families import pictures
-from same_run import LR, STEPS, WARM, assert_same_run, weights
+from same_run import assert_same_run, weights
 from small import config_of, rigged
 from toy import TASK
 
@@ -32,8 +32,10 @@ from kepo.planner.trace import LiveBytes
 from kepo.rollout.encodable import judge_of
 from kepo.run.metrics import read_metrics
 
-SETTINGS = dict(steps=STEPS, prompts_per_step=3, seed=2, keep_checkpoints=STEPS + 1)
-SETTINGS |= dict(log_completions_every=1, **WARM)
+STEPS = 3
+LR = 2e-4
+SETTINGS = dict(steps=STEPS, prompts_per_step=3, lr=LR, seed=2, keep_checkpoints=STEPS + 1)
+SETTINGS |= dict(log_completions_every=1)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
