@@ -29,12 +29,12 @@ class Scores:
     def __init__(self, folder: Path, split: str):
         results = Results(folder)
         self.rows = {run: row for run, row in results.runs.items() if run.split == split}
-        questions = folder.parent / "questions.csv"
-        if self.rows and not questions.exists():
-            raise KepoDataError(f"{questions} is missing; restore it: the results are about it")
+        path = folder.parent / "questions.csv"
+        if self.rows and not path.exists():
+            raise KepoDataError(f"{path} is missing; restore it: the results are about it")
         self._large = {
             row["modality"]: _digits(row["large"]) == 1
-            for row in read_rows(questions, QUESTIONS)
+            for row in read_rows(path, QUESTIONS)
             if row["split"] == split
         }
         self._right: dict[Run, dict[int, dict[str, np.ndarray]]] = defaultdict(dict)

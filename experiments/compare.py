@@ -3,7 +3,7 @@
     python -m experiments.compare --block tune     # on the validation split
     python -m experiments.choose                   # what is best there
     python -m experiments.compare --block main factorial
-    python -m experiments.compare --methods kepo@lr=2e-4 --seeds 21 --steps 20 --out runs/try
+    python -m experiments.compare --methods kepo --steps 20 --out runs/try
     python -m experiments.page                     # the page and its picture
 
 For every seed one student is warmed up. Every method starts from it, with the same questions and

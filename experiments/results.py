@@ -105,8 +105,9 @@ class Results:
                 and {m: len(x) for (_, m), x in samples.items()} == asked
             )
             if not whole:
+                folder = self.folder
                 raise KepoDataError(
-                    f"{self.folder} is damaged: its files have not the same evaluations of "
+                    f"{folder} is damaged: its files have not the same evaluations of "
                     f"{run.method!r} with the seed {run.seed} on the {run.split} split; restore "
                     "them, or remove its line from runs.csv to have it made again"
                 )

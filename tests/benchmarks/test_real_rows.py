@@ -31,9 +31,10 @@ def test_columns_that_are_kept():
 
 def test_bias_of_the_divergence():
     for temperature in real.TEMPERATURES:
-        states, logits = (of(temperature, f"kl_1/bf16_{what}") for what in ("states", "logits"))
-        mean = float(re.search(r"mean ([\d.e+-]+)", states["note"])[1])
-        rms = float(re.search(r"a token ([\d.e+-]+)", logits["note"])[1])
-        biases = " | ".join(f"{100 * float(one['ratio']):+.1f} %" for one in (states, logits))
+        kl = [of(temperature, f"kl_1/bf16_{what}") for what in ("states", "logits", "all")]
+        jsd = of(temperature, "kl_0.5/bf16_all")
+        mean = float(re.search(r"mean ([\d.e+-]+)", kl[0]["note"])[1])
+        rms = float(re.search(r"a token ([\d.e+-]+)", kl[1]["note"])[1])
+        biases = " | ".join(f"{100 * float(one['ratio']):+.1f} %" for one in (*kl, jsd))
         row = f"| {temperature:g} | {mean:.4f} | {biases} | {100 * rms:.0f} % |"
         assert row in PAGE, row
