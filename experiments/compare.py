@@ -195,8 +195,10 @@ def _run_all(
     }
     students = {config.student: (setting, run.seed) for (setting, run), config in missing.items()}
     print(f"making {len(teachers)} teachers and {len(students)} students", flush=True)
-    pool.map(starts.make_teacher, [(root, data, name, questions) for name in teachers.values()])
-    pool.map(starts.make_student, [(root, data, *which, questions) for which in students.values()])
+    for_teachers = [(root, data, name, questions) for name in teachers.values()]
+    pool.map(starts.make_teacher, for_teachers, "teachers")
+    for_students = [(root, data, *which, questions) for which in students.values()]
+    pool.map(starts.make_student, for_students, "students")
     out = Path(sweep.settings.out)
     starts.write_facts(out, data, {Path(t): SETTINGS[name] for t, name in teachers.items()})
     sums = {folder: starts.sha256(Path(folder)) for folder in [*teachers, *students]}

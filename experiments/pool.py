@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed, wait
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,8 +32,10 @@ class Pool:
         context = multiprocessing.get_context("spawn")
         self._executor = ProcessPoolExecutor(self.jobs, mp_context=context, max_tasks_per_child=1)
 
-    def map(self, function: Callable[..., object], arguments: Sequence[tuple]) -> None:
-        for future in [self._executor.submit(function, *args) for args in arguments]:
+    def map(self, function: Callable[..., object], arguments: Sequence[tuple], what: str) -> None:
+        """Call ``function`` with each of the arguments, and show how many calls are done."""
+        futures = [self._executor.submit(function, *args) for args in arguments]
+        for future in tqdm(as_completed(futures), desc=what, total=len(futures), unit="model"):
             future.result()
 
     def train_all(

@@ -1,7 +1,7 @@
 """The pool of a comparison: a run after the other until the time is up, failures apart."""
 
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -57,3 +57,19 @@ def test_a_failure_leaves_the_others(pool, tmp_path):
     failed = pool.train_all(configs | {"c": config(tmp_path, "c")}, kept.append, until)
     assert kept == ["c"] and failed["a"] == "no finite gradient"
     assert failed["b"].startswith("ended by a signal (143)")
+
+
+def test_map_calls_with_each_and_counts(pool, capsys):
+    called = []
+
+    def make(folder, seed):
+        if seed == 9:
+            raise KepoError(f"no memory in {folder}")
+        called.append(seed)
+
+    pool._executor = ThreadPoolExecutor(2)
+    pool.map(make, [("root", 1), ("root", 2), ("root", 3)], "students")
+    assert sorted(called) == [1, 2, 3]
+    assert "students: 100%" in (shown := capsys.readouterr().err) and "3/3" in shown
+    with pytest.raises(KepoError, match="no memory in root"):
+        pool.map(make, [("root", 9)], "students")

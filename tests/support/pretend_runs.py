@@ -62,7 +62,7 @@ class PretendPool:
     def close(self):
         pass
 
-    def map(self, function, arguments):
+    def map(self, function, arguments, what):
         for each in arguments:
             function(*each)
 
