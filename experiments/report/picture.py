@@ -13,12 +13,21 @@ from experiments.methods import MAIN
 from experiments.report.tables import OURS, Book, NotRunError, gap
 from kepo.digits.demo import SOURCE
 from kepo.disk.durable import replacing
+from kepo.evaluation.statistics import Interval
 
 COLOURS = {OURS: "#1b6ca8", "grpo": "#c0392b", "opd": "#444444"}
 OTHERS = "#9aa5b1"
 LABEL = 0.04
 """The height of a label, as a share of the picture's."""
-PARTS = ("no_gate", "gate_only", "hints_only", "retry", "wrong_gate", "kdpo_tau0")
+PARTS = {
+    "no_gate": "no gate",
+    "gate_only": "no hints",
+    "hints_only": "no distillation",
+    "retry": "attempts, no hint",
+    "wrong_gate": "gate for wrong",
+    "kdpo_tau0": "no gate, no hints",
+}
+"""Ablations of KEPO, and what each is in two words."""
 
 
 def draw(book: Book, path: Path) -> bool:
@@ -84,20 +93,27 @@ def apart(heights: Mapping[str, float], least: float) -> dict[str, float]:
 
 
 def _forest(axis: Any, book: Book) -> None:
-    """Draw OOD accuracy less that of `kepo`, with t intervals; rivals above, parts below."""
+    """Draw OOD accuracy less that of `kepo`, with t intervals; rivals above, parts below, each from
+    the highest to the lowest."""
     rows = []
-    for name in (*(n for n in MAIN if n != OURS), *PARTS):
-        try:
-            rows.append((name, gap(book, name, OURS)))
-        except NotRunError:
-            continue
-    for place, (name, found) in enumerate(reversed(rows)):
+    for names in ([name for name in MAIN if name != OURS], PARTS):
+        there = [(name, one) for name in names if (one := _gap(book, name))]
+        rows += sorted(there, key=lambda row: -row[1].mean)
+    for place, (name, one) in enumerate(reversed(rows)):
         colour = COLOURS.get(name, OTHERS)
-        axis.plot([100 * found.low, 100 * found.high], [place, place], color=colour, lw=2)
-        axis.plot(100 * found.mean, place, "o", color=colour)
+        axis.plot([100 * one.low, 100 * one.high], [place, place], color=colour, lw=2)
+        axis.plot(100 * one.mean, place, "o", color=colour)
     axis.axvline(0, color=COLOURS[OURS], lw=1)
-    axis.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
+    labels = [f"{OURS}, {PARTS[x]}" if x in PARTS else x for x, _ in reversed(rows)]
+    axis.set_yticks(range(len(rows)), labels)
     axis.set(
         title=f"OOD accuracy less {OURS}'s, 95 % t:\nright of the line is better than {OURS}",
         xlabel="points",
     )
+
+
+def _gap(book: Book, name: str) -> Interval | None:
+    try:
+        return gap(book, name, OURS)
+    except NotRunError:
+        return None
