@@ -98,6 +98,17 @@ def drawn(book: Book, method: str, other: str, modalities: Sequence[str] = OOD) 
     return bootstrap(ours, theirs)
 
 
+def same(book: Book, method: str, other: str) -> str:
+    """Return how many answers two methods differ in, over all evaluations of their common seeds."""
+    scores = book.scores()
+    seeds = book.seeds(scores, method, other)
+    ours, theirs = (
+        np.stack([scores.right(name, seeds, MODALITIES, step) for step in scores.steps(name)])
+        for name in (method, other)
+    )
+    return f"{(ours != theirs).sum():,} of {ours.size:,} answers are otherwise"
+
+
 def points(x: Interval, signed: bool = False) -> str:
     """Return a share in percent with its interval."""
     if np.isnan(x.mean):

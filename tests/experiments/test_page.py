@@ -16,6 +16,7 @@ from experiments.report import tables
 from experiments.report.picture import draw
 from experiments.report.tables import Book, NotRunError, gap, points
 from experiments.results import Run
+from kepo.digits.dataset import MODALITIES
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.evaluation.statistics import Interval, students_t
 
@@ -103,6 +104,21 @@ def test_a_number_needs_two_seeds(book):
     with pytest.raises(NotRunError):
         gap(book, "kepo", "retry")
     assert tables.WORDS[gap(book, "kepo", "grpo").sign] == "holds"
+
+
+def test_answers_that_two_methods_differ_in_are_counted(book):
+    scores = book.scores()
+    steps = scores.steps("kepo")
+    assert len(steps) > 1
+    answers = {
+        name: [scores.right(name, [1, 2, 3], MODALITIES, step) for step in steps]
+        for name in ("kepo", "grpo")
+    }
+    differ = sum((x != y).sum() for x, y in zip(*answers.values(), strict=True))
+    asked = sum(x.size for x in answers["kepo"])
+    assert 0 < differ < asked
+    assert tables.same(book, "kepo", "grpo") == f"{differ:,} of {asked:,} answers are otherwise"
+    assert tables.same(book, "kepo", "kepo") == f"0 of {asked:,} answers are otherwise"
 
 
 def test_the_picture_is_drawn_of_what_is_there(book, tmp_path):
