@@ -22,12 +22,11 @@ LABEL = 0.04
 PARTS = {
     "no_gate": "no gate",
     "gate_only": "no hints",
-    "hints_only": "no distillation",
     "retry": "attempts, no hint",
     "wrong_gate": "gate for wrong",
     "kdpo_tau0": "no gate, no hints",
 }
-"""Ablations of KEPO, and what each is in two words."""
+"""Ablations of KEPO at its learning rate, and what each is in a few words."""
 
 
 def draw(book: Book, path: Path) -> bool:

@@ -103,7 +103,7 @@ def same(book: Book, method: str, other: str) -> str:
     scores = book.scores()
     seeds = book.seeds(scores, method, other)
     ours, theirs = (
-        np.stack([scores.right(name, seeds, MODALITIES, step) for step in scores.steps(name)])
+        np.stack([scores.right(name, seeds, [*MODALITIES], step) for step in scores.steps(name)])
         for name in (method, other)
     )
     return f"{(ours != theirs).sum():,} of {ours.size:,} answers are otherwise"
