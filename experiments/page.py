@@ -44,7 +44,7 @@ PARTS: Mapping[str, Callable[..., str]] = {
             *(tables.state, tables.settings, tables.methods, tables.chosen, tables.made_by),
             *(tables.verdicts, tables.accuracy, tables.differences, tables.cost),
             *(tables.factorial, tables.cells, tables.block, tables.dynamics, tables.renderings),
-            *(tables.again, tables.same),
+            *(tables.again, tables.same, tables.below),
         )
     },
     "picture": picture,

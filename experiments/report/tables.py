@@ -50,15 +50,18 @@ class Book:
         self.results = results
         self.choice = read_choice(chosen)
 
-    @cache  # noqa: B019  a page has one book
     def scores(self, setting: str = "cliff", split: str = "test") -> Scores:
+        return self._read(setting, split)  # a default and its name are one key of the cache
+
+    @cache  # noqa: B019  a page has one book
+    def _read(self, setting: str, split: str) -> Scores:
         return Scores(self.results / setting, split)
 
     def seeds(self, scores: Scores, *methods: str) -> list[int]:
         """Return the seeds that all of the methods have; raises NotRunError for fewer than two."""
         seeds = scores.seeds(*methods)
         if len(seeds) < 2:
-            raise NotRunError("not run yet")
+            raise NotRunError("one seed yet" if seeds else "not run yet")
         return seeds
 
     def methods(self, block: Block) -> list[str]:
@@ -109,6 +112,20 @@ def same(book: Book, method: str, other: str) -> str:
     return f"{(ours != theirs).sum():,} of {ours.size:,} answers are otherwise"
 
 
+def below(book: Book, setting: str = "cliff") -> str:
+    """Return how many runs of the test split end below their start in domain, and of which
+    methods."""
+    scores = book.scores(setting)
+    if not scores.rows:
+        raise NotRunError("not run yet")
+    fallen = {}
+    for name in scores.methods():
+        curve = scores.curve(name, scores.seeds(name), [SOURCE])
+        fallen[name] = int((curve[:, -1] < curve[:, 0]).sum())
+    which = ", ".join(f"{count} of `{name}`" for name, count in fallen.items() if count)
+    return f"{sum(fallen.values())} of {len(scores.rows)} runs" + f" ({which})" * bool(which)
+
+
 def points(x: Interval, signed: bool = False) -> str:
     """Return a share in percent with its interval."""
     if np.isnan(x.mean):
@@ -128,11 +145,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def told(find: Callable[..., Interval], *arguments: object, signed: bool = False) -> str:
-    """Return a number with its interval, or that it was not run."""
+    """Return a number with its interval, or why there is none."""
     try:
         return points(find(*arguments), signed)
-    except NotRunError:
-        return "not run"
+    except NotRunError as error:
+        return str(error)
 
 
 def state(book: Book) -> str:

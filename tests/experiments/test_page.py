@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from places import ROOT
 from pretend_runs import write_results
@@ -17,6 +18,7 @@ from experiments.report.picture import draw
 from experiments.report.tables import Book, NotRunError, gap, points
 from experiments.results import Run
 from kepo.digits.dataset import MODALITIES
+from kepo.digits.demo import SOURCE
 from kepo.errors import KepoConfigError, KepoDataError
 from kepo.evaluation.statistics import Interval, students_t
 
@@ -100,9 +102,13 @@ def test_numbers_are_written_with_a_real_minus_and_their_interval():
     assert points(Interval(float("nan"), 0, 0)) == "–"
 
 
-def test_a_number_needs_two_seeds(book):
-    with pytest.raises(NotRunError):
+def test_a_number_needs_two_seeds(book, tmp_path):
+    with pytest.raises(NotRunError, match="not run yet"):
         gap(book, "kepo", "retry")
+    lone = tmp_path / "results"
+    write_results(lone, "cliff", [Run("test", 1, name) for name in ("kepo", "grpo")])
+    with pytest.raises(NotRunError, match="one seed yet"):
+        gap(Book(lone, lone / "chosen.json"), "kepo", "grpo")
     assert tables.WORDS[gap(book, "kepo", "grpo").sign] == "holds"
 
 
@@ -119,6 +125,25 @@ def test_answers_that_two_methods_differ_in_are_counted(book):
     assert 0 < differ < asked
     assert tables.same(book, "kepo", "grpo") == f"{differ:,} of {asked:,} answers are otherwise"
     assert tables.same(book, "kepo", "kepo") == f"0 of {asked:,} answers are otherwise"
+
+
+def test_runs_that_end_below_their_start_are_counted(book, monkeypatch):
+    scores = book.scores()
+    assert scores is book.scores("cliff", "test")  # what is read is read once
+    seeds = {name: len(scores.seeds(name)) for name in scores.methods()}
+    falls = {"grpo": [0.5, 0.9, 0.4], "kepo": [0.5, 0.4, 0.5]}  # a fall that is made up is none
+
+    def curve(name, some, modalities):
+        assert modalities == [SOURCE]
+        return np.array([falls.get(name, [0.1, 0.1, 0.2])] * len(some))
+
+    monkeypatch.setattr(scores, "curve", curve)
+    runs = sum(seeds.values())
+    assert tables.below(book) == f"3 of {runs} runs (3 of `grpo`)"
+    falls["grpo"] = [0.5, 0.5]
+    assert tables.below(book) == f"0 of {runs} runs"
+    with pytest.raises(NotRunError):
+        tables.below(book, "mild")
 
 
 def test_the_picture_is_drawn_of_what_is_there(book, tmp_path):
