@@ -112,15 +112,15 @@ def same(book: Book, method: str, other: str) -> str:
     return f"{(ours != theirs).sum():,} of {ours.size:,} answers are otherwise"
 
 
-def below(book: Book, setting: str = "cliff") -> str:
-    """Return how many runs of the test split end below their start in domain, and of which
-    methods."""
+def below(book: Book, setting: str = "cliff", measure: str = "source") -> str:
+    """Return how many runs of the test split end below their start, in domain (``source``) or out
+    of it (``ood``), and of which methods."""
     scores = book.scores(setting)
     if not scores.rows:
         raise NotRunError("not run yet")
     fallen = {}
     for name in scores.methods():
-        curve = scores.curve(name, scores.seeds(name), [SOURCE])
+        curve = scores.curve(name, scores.seeds(name), [SOURCE] if measure == "source" else OOD)
         fallen[name] = int((curve[:, -1] < curve[:, 0]).sum())
     which = ", ".join(f"{count} of `{name}`" for name, count in fallen.items() if count)
     return f"{sum(fallen.values())} of {len(scores.rows)} runs" + f" ({which})" * bool(which)

@@ -10,6 +10,7 @@ import pytest
 from places import ROOT
 from pretend_runs import write_results
 
+from experiments.analysis import OOD
 from experiments.methods import FACTORIAL, MAIN
 from experiments.page import MARK, PARTS, PICTURE, filled
 from experiments.page import main as page_main
@@ -134,12 +135,15 @@ def test_runs_that_end_below_their_start_are_counted(book, monkeypatch):
     falls = {"grpo": [0.5, 0.9, 0.4], "kepo": [0.5, 0.4, 0.5]}  # a fall that is made up is none
 
     def curve(name, some, modalities):
-        assert modalities == [SOURCE]
+        if modalities != [SOURCE]:
+            assert modalities == OOD
+            return np.array([[0.5, 0.4] if name == "kepo" else [0.1, 0.2]] * len(some))
         return np.array([falls.get(name, [0.1, 0.1, 0.2])] * len(some))
 
     monkeypatch.setattr(scores, "curve", curve)
     runs = sum(seeds.values())
     assert tables.below(book) == f"3 of {runs} runs (3 of `grpo`)"
+    assert tables.below(book, "cliff", "ood") == f"3 of {runs} runs (3 of `kepo`)"
     falls["grpo"] = [0.5, 0.5]
     assert tables.below(book) == f"0 of {runs} runs"
     with pytest.raises(NotRunError):
