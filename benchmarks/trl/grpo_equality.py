@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from benchmarks.trl.tiny_models import batch, length, prompts, write_model
+from kepo_kernels.compute import gemm
 
 ACCUMULATED = 2
 
@@ -168,6 +171,17 @@ def difference(found: Outcome, expected: Outcome) -> Difference:
     )
 
 
+@contextmanager
+def logits_like_trl() -> Iterator[None]:
+    """Give our logits the dtype of the states on every device, as TRL's have it.
+
+    On GPUs, and on CPUs without bf16 instructions, ours of bf16 states are fp32.
+    """
+    with patch.object(gemm, "default_logits_dtype", lambda dtype, _: dtype):
+        yield
+
+
+@logits_like_trl()
 def differences(case: Case, folder: Path) -> dict[str, tuple[str, Difference]]:
     """Return what fuse_head and KepoGRPOTrainer compute against TRL, each with its way."""
     from trl import GRPOTrainer

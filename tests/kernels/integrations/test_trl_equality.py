@@ -14,6 +14,7 @@ from benchmarks.trl import distillation_equality, grpo_equality
 from benchmarks.trl.grpo_equality import CASES, Case, difference, inputs_of, outcome, trainer
 from benchmarks.trl.tiny_models import VOCABULARY, write_model
 from kepo_kernels import KepoInputError, head_of, reference
+from kepo_kernels.compute import gemm
 from kepo_kernels.integrations.trl import (
     KepoDistillationTrainer,
     KepoGRPOTrainer,
@@ -26,6 +27,7 @@ from kepo_kernels.integrations.trl import (
 TOLERANCE = 1e-5  # of losses, sums of cancelling terms in fp32
 OF_GRADIENTS = 2e-6
 pytestmark = pytest.mark.slow
+BF16 = {"bf16": True}
 ALL_CLOSED = {"kepo_gate": torch.zeros(4), "kepo_open_tokens": torch.tensor(0.0)}
 
 
@@ -46,6 +48,27 @@ def test_grpo_is_that_of_trl(case, folder):
         assert_small(each, case.rounding)
     way, _ = found["KepoGRPOTrainer"]
     assert way == ("fallback" if case.falls_back else "joint loss")
+
+
+def test_logits_in_fp32_of_states_in_bf16_are_nearer_to_those_of_fp32(folder, monkeypatch):
+    """Of the same head, whose weights are values of bf16; the states' rounding is left."""
+    monkeypatch.setattr(gemm, "default_logits_dtype", lambda *_: torch.float32)
+    rounded, upcast = Case("bf16", BF16), Case("fp32", BF16 | {"cast_lm_head_to_fp32": True})
+
+    def made(case, kind):
+        made = trainer(case, kind, folder)
+        weight = made.model.lm_head.weight
+        weight.data = weight.data.bfloat16().to(weight.dtype)
+        return made
+
+    exact = made(upcast, GRPOTrainer)
+    given = inputs_of(upcast, exact)
+    expected = outcome(exact, given)
+    theirs = difference(outcome(made(rounded, GRPOTrainer), given), expected)
+    ours = (fuse_head(made(rounded, GRPOTrainer)), given)
+    joint = (made(rounded, KepoGRPOTrainer), given | ALL_CLOSED)
+    for each in (ours, joint):
+        assert difference(outcome(*each), expected).loss < theirs.loss / 10
 
 
 @pytest.mark.parametrize("case", distillation_equality.CASES, ids=lambda case: case.name)
