@@ -214,7 +214,8 @@ def print_result(result: Result) -> None:
 
 
 def write(path: Path, results: list[Result], logs: dict[str, list[str]]) -> None:
-    """The table, and beside it the log; environments that did not run keep what is there."""
+    """The table, and beside it the log; environments that did not run keep what is there, but for
+    packages that the table has no longer."""
     about = {"commit": commit(), "date": time.strftime("%Y-%m-%d")}
     columns = ["environment", "python", *PACKAGES, "passed", "failed", "skipped", "loop", "faults"]
     known, said = {}, {}
@@ -232,7 +233,9 @@ def write(path: Path, results: list[Result], logs: dict[str, list[str]]) -> None
         said[name] = "\n".join(logs[name]).strip()
     order = [e.name for e in ENVIRONMENTS if e.name in known]
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*columns, *about], restval="", lineterminator="\n")
+        writer = csv.DictWriter(
+            file, [*columns, *about], restval="", extrasaction="ignore", lineterminator="\n"
+        )
         writer.writeheader()
         writer.writerows(known[name] for name in order)
     text = "\n\n".join(f"==== {said[name]}" for name in order)

@@ -56,6 +56,20 @@ def test_a_line_that_was_not_run_again_stays(tmp_path):
     assert log == "==== between: b\n\n==== newest: c\n"
 
 
+def test_a_line_that_was_not_run_again_loses_what_is_no_longer_promised(tmp_path):
+    path = tmp_path / "table.csv"
+    result = installs.Result(Environment("newest", "3.13"), {"torch": "2.9"}, 1)
+    installs.write(path, [result], {"newest": ["newest: a"]})
+    with path.open(newline="", encoding="utf-8") as file:
+        header, line = csv.reader(file)
+    rows = ["environment,once", "between,1.0"]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    path.with_suffix(".log").write_text("==== between: b\n", encoding="utf-8")
+    installs.write(path, [result], {"newest": ["newest: a"]})
+    assert list(read(path)["between"]) == header
+    assert list(read(path)["newest"].values()) == line
+
+
 @pytest.mark.slow
 def test_the_sample_needs_the_installed_package_alone(tmp_path, monkeypatch):
     """Its tests run from a copy, where no other folder of this checkout can be imported."""
