@@ -2,11 +2,12 @@
 
 import re
 
+import pytest
 from places import ROOT
 
 from benchmarks.losses import real, table
 
-ROWS = table.read(ROOT / "benchmarks/results/bench_real_cpu_2core_2026-11-27.csv")
+ROWS = table.read(ROOT / "benchmarks/results/bench_real_cpu_2core_2026-11-28.csv")
 PAGE = (ROOT / "docs/costs.md").read_text(encoding="utf-8")
 
 
@@ -38,3 +39,30 @@ def test_bias_of_the_divergence():
         biases = " | ".join(f"{100 * float(one['ratio']):+.1f} %" for one in (*kl, jsd))
         row = f"| {temperature:g} | {mean:.4f} | {biases} | {100 * rms:.0f} % |"
         assert row in PAGE, row
+
+
+def over_the_products(shape: str, case: str, provider: str) -> str:
+    (row,) = (r for r in ROWS if (r["shape"], r["case"], r["provider"]) == (shape, case, provider))
+    return f"{float(row['x_floor']):.2f}"
+
+
+def test_times_over_the_bare_products():
+    for temperature in real.TEMPERATURES:
+        shape, cells = f"real-{temperature:g}", []
+        for dense, sparse in (("kd_open", "kd_tol"), ("grpo", "grpo_tol")):
+            cells += [over_the_products(shape, dense, who) for who in ("ours", "eager", "liger")]
+            cells.append(over_the_products(shape, sparse, "ours"))
+        row = f"| {temperature:g} | {' | '.join(cells)} |"
+        assert row in PAGE, row
+
+
+def test_peak_memory_in_words():
+    """Within a twentieth of every temperature's."""
+    said = re.search(
+        r"is (\d+) MiB \(ours\), (\d+) and (\d+) \(eager and Liger, KD\), (\d+) and (\d+) ", PAGE
+    )
+    eager_and_liger = [(case, who) for case in ("kd_open", "grpo") for who in ("eager", "liger")]
+    for number, (case, provider) in zip(said.groups(), [("kd_open", "ours"), *eager_and_liger]):
+        for row in ROWS:
+            if (row["case"], row["provider"]) == (case, provider):
+                assert float(row["peak_mib"]) == pytest.approx(int(number), rel=0.05)
