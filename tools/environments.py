@@ -90,13 +90,14 @@ class Workshop:
         return "\n".join(said)
 
     def note(self, line: str) -> None:
-        """A line of the log, without the names of this machine's folders."""
+        """A line of the log, without the names of this machine's folders; one that speaks of
+        another place on it, such as a package index that pip finds nothing in, is left out."""
         names = {self.folder: ".", self.folder.parent: "WORK", ROOT: "CHECKOUT", Path.home(): "~"}
         for folder, name in names.items():
             line = line.replace(str(folder), name)
         line = re.sub(r"\S*/versions/(3\.\d+)[^/]*/bin/python", r"python\1", line)
         line = re.sub(r"^\$ \S*/(python3\.\d+)", r"$ \1", line).rstrip()
-        if line:
+        if line and "file:///" not in line:
             self.log.append(line)
 
     def pip(self, *words: object) -> None:

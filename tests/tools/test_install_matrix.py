@@ -10,7 +10,7 @@ from installing import succeed
 from places import ROOT
 
 from tools import installs
-from tools.environments import EXTRAS, Environment, bounds
+from tools.environments import EXTRAS, Environment, Workshop, bounds
 
 TABLE = ROOT / "benchmarks" / "results" / "install_matrix.csv"
 
@@ -68,6 +68,15 @@ def test_a_line_that_was_not_run_again_loses_what_is_no_longer_promised(tmp_path
     installs.write(path, [result], {"newest": ["newest: a"]})
     assert list(read(path)["between"]) == header
     assert list(read(path)["newest"].values()) == line
+
+
+def test_the_log_names_no_place_of_the_machine(tmp_path):
+    shop = Workshop(tmp_path / "newest", log := [])
+    shop.note(
+        "WARNING: Location 'file:///srv/index/torch/' is ignored: it is neither a file nor ..."
+    )
+    shop.note(f"$ {shop.python} -m pip install kepo @ {(tmp_path / 'wheel').as_uri()}")
+    assert log == ["$ ./env/bin/python -m pip install kepo @ file://WORK/wheel"]
 
 
 @pytest.mark.slow
