@@ -29,6 +29,15 @@ def test_every_environment_was_installed_without_a_fault(environment):
                            "refused")  # fmt: skip
 
 
+@pytest.mark.parametrize("environment", installs.ENVIRONMENTS, ids=lambda e: e.name)
+def test_the_page_shows_its_line(environment):
+    page = (ROOT / "docs" / "installing.md").read_text(encoding="utf-8")
+    row = read(TABLE)[environment.name]
+    versions = ("python", "torch", "triton", "transformers", "numpy", "peft")
+    cells = [row[x].partition("+")[0] or "–" for x in versions] + [f"{row['passed']} passed"]
+    assert f"| {' | '.join(cells)} |" in page
+
+
 @pytest.mark.parametrize("environment", installs.ENVIRONMENTS[:2], ids=lambda e: e.name)
 def test_the_oldest_are_the_lower_bounds_of_today(environment):
     assert environment.oldest
