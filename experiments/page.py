@@ -24,7 +24,8 @@ from kepo.flags import command_line
 from kepo.words import at_home
 
 MARK = re.compile(
-    r"(?P<open><!-- (?P<words>\w+(?: [\w@.,=]+)*) -->)(?P<text>.*?)(?P<close><!-- / -->)", re.DOTALL
+    r"(?P<open><!-- (?P<words>\w+(?: [\w@.,=-]+)*) -->)(?P<text>.*?)(?P<close><!-- / -->)",
+    re.DOTALL,
 )
 PICTURE = "finding.png"
 """The picture's name; it lies beside the folder of the results."""
@@ -44,10 +45,11 @@ PARTS: Mapping[str, Callable[..., str]] = {
             *(tables.state, tables.settings, tables.methods, tables.chosen, tables.made_by),
             *(tables.verdicts, tables.accuracy, tables.differences, tables.cost),
             *(tables.factorial, tables.cells, tables.block, tables.dynamics, tables.renderings),
-            *(tables.again, tables.same, tables.below),
+            *(tables.again, tables.same, tables.below, tables.tuned),
         )
     },
     "picture": picture,
+    "seeds": tables.common_seeds,
     "level": lambda book, *words: points(tables.level(book, *words)),
     "gap": lambda book, *words: points(tables.gap(book, *words), signed=True),
     "word": lambda book, *words: tables.WORDS[tables.gap(book, *words).sign],

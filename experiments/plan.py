@@ -118,7 +118,7 @@ PLAN = (
     ),
     Block(
         *("mild", "mild", "test", ("grpo", "opd", "kepo"), MAIN_SEEDS[:3]),
-        "The same where few groups fail entirely.",
+        "The same where fewer groups fail entirely.",
     ),
 )
 BLOCKS = {block.name: block for block in PLAN}

@@ -112,10 +112,24 @@ def same(book: Book, method: str, other: str) -> str:
     return f"{(ours != theirs).sum():,} of {ours.size:,} answers are otherwise"
 
 
-def below(book: Book, setting: str = "cliff", measure: str = "source") -> str:
-    """Return how many runs of the test split end below their start, in domain (``source``) or out
-    of it (``ood``), and of which methods."""
+def common_seeds(book: Book, method: str, other: str, setting: str = "cliff") -> str:
+    """Return how many seeds two methods have in common."""
     scores = book.scores(setting)
+    return str(len(book.seeds(scores, method, other)))
+
+
+def tuned(book: Book, spelling: str) -> str:
+    """Return the OOD accuracy of a method on the validation split, in percent, or "not run"."""
+    scores = book.scores(split="validation")
+    if not {*TUNING_SEEDS} <= {*scores.seeds(spelling)}:
+        return "not run"
+    return f"{100 * scores.accuracy(spelling, TUNING_SEEDS).mean():.1f}"
+
+
+def below(book: Book, setting: str = "cliff", measure: str = "source", split: str = "test") -> str:
+    """Return how many runs end below their start, in domain (``source``) or out of it (``ood``),
+    and of which methods."""
+    scores = book.scores(setting, split)
     if not scores.rows:
         raise NotRunError("not run yet")
     fallen = {}
@@ -170,20 +184,15 @@ def state(book: Book) -> str:
 
 def chosen(book: Book) -> str:
     """Return the grids of the validation split, with the points that were chosen."""
-    scores = book.scores(split="validation")
     rows = []
     for spelling in BLOCKS["tune"].methods:
         name, _, changes = spelling.partition("@")
-        if {*TUNING_SEEDS} <= {*scores.seeds(spelling)}:
-            found = f"{100 * scores.accuracy(spelling, TUNING_SEEDS).mean():.1f}"
-        else:
-            found = "not run"
-        rows.append([f"`{name}`", changes.replace(",", ", "), found, _is_chosen(book, spelling)])
+        best = _is_chosen(book, spelling)
+        rows.append([f"`{name}`", changes.replace(",", ", "), tuned(book, spelling), best])
     for name in NEW:
-        there = {*TUNING_SEEDS} <= {*scores.seeds(name)}
-        found = f"{100 * scores.accuracy(name, TUNING_SEEDS).mean():.1f}" if there else "not run"
         best = "chosen" if name == book.choice.best_new else ""
-        rows.append([f"`{name}`", f"as `{method_of(name).tuned_as}`", found, best])
+        about = f"as `{method_of(name).tuned_as}`"
+        rows.append([f"`{name}`", about, tuned(book, name), best])
     return table(["method", "settings", "OOD accuracy, validation", ""], rows)
 
 

@@ -14,6 +14,7 @@ from experiments.analysis import OOD
 from experiments.methods import FACTORIAL, MAIN
 from experiments.page import MARK, PARTS, PICTURE, filled
 from experiments.page import main as page_main
+from experiments.plan import TUNING_SEEDS
 from experiments.report import tables
 from experiments.report.picture import draw
 from experiments.report.tables import Book, NotRunError, gap, points
@@ -148,6 +149,29 @@ def test_runs_that_end_below_their_start_are_counted(book, monkeypatch):
     assert tables.below(book) == f"0 of {runs} runs"
     with pytest.raises(NotRunError):
         tables.below(book, "mild")
+
+
+def test_the_validation_split_is_counted_apart(tmp_path):
+    name = "kepo@lr=8e-4,distill_coef=30"
+    runs = [Run("validation", seed, name) for seed in TUNING_SEEDS]
+    write_results(tmp_path / "results", "cliff", [*runs, Run("test", 1, "grpo")])
+    book = Book(tmp_path / "results", tmp_path / "chosen.json")
+    assert " of 1 runs" in tables.below(book, "cliff", "ood")
+    assert f" of {len(TUNING_SEEDS)} runs" in tables.below(book, "cliff", "ood", "validation")
+    of_one = [book.scores(split="validation").accuracy(name, [seed]) for seed in TUNING_SEEDS]
+    expected = f"{100 * np.mean(of_one):.1f}"
+    mark = f"<!-- tuned {name} -->?<!-- / -->"
+    assert filled(mark, book) == mark.replace("?", expected)
+    assert tables.tuned(book, "grpo") == "not run"
+
+
+def test_seeds_in_common_are_counted(book, tmp_path):
+    assert tables.common_seeds(book, "kepo", "grpo") == "3"
+    shutil.copytree(book.results, tmp_path / "results")
+    write_results(tmp_path / "results", "cliff", [Run("test", 4, "kepo")])
+    more = Book(tmp_path / "results", tmp_path / "chosen.json")
+    assert tables.common_seeds(more, "kepo", "grpo") == "3"
+    assert tables.common_seeds(more, "kepo", "kepo") == "4"
 
 
 def test_the_picture_is_drawn_of_what_is_there(book, tmp_path):
