@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from installing import run, succeed
-from places import ROOT
+from places import IGNORED, ROOT
 
 from tools.environments import EXTRAS, bounds
 
@@ -119,11 +119,6 @@ def module_exists(name: str) -> bool:
     return importlib.util.find_spec(name.split(".")[0]) is not None
 
 
-def ignored() -> set[str]:
-    """The folders that git ignores, such as runs/, which is there once something was trained."""
-    return {line.rstrip("/") for line in text(".gitignore").splitlines() if line.endswith("/")}
-
-
 def what_is_missing(words: list[str]) -> str | None:
     """What a command names and the repository does not have; None if all is there."""
     while words and re.match(r"\w+=", words[0]):  # VARIABLE=value in front
@@ -135,7 +130,7 @@ def what_is_missing(words: list[str]) -> str | None:
     for argument in arguments:
         path = ROOT / argument.split("=")[-1].split("::")[0]
         parts = path.relative_to(ROOT).parts if path.is_relative_to(ROOT) else ()
-        inside = len(parts) > 1 and (ROOT / parts[0]).is_dir() and parts[0] not in ignored()
+        inside = len(parts) > 1 and (ROOT / parts[0]).is_dir() and parts[0] not in IGNORED
         if inside and not any(ROOT.glob("/".join(parts))):  # recipes/*.yaml is one, too
             return f"no file {argument}"
         if extras := re.search(r"(?:^\.|kepo)\[(.+)\]", argument):
@@ -203,8 +198,7 @@ def test_documented_commands_exist(document):
 def test_a_folder_that_git_ignores_is_none_of_the_repository(tmp_path, monkeypatch):
     for folder in ("runs", "recipes"):
         (tmp_path / folder).mkdir()
-    for name in (".gitignore", "pyproject.toml"):
-        (tmp_path / name).write_text(text(name), encoding="utf-8")
+    (tmp_path / "pyproject.toml").write_text(text("pyproject.toml"), encoding="utf-8")
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     assert what_is_missing(["kepo", "report", "runs/mine"]) is None
     missing = what_is_missing(["kepo", "train", "recipes/mine.yaml"])
